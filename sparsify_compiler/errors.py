@@ -1,0 +1,44 @@
+"""What can go wrong for a user, and what the user is told once.
+
+Every error says what was expected, what was got and what to try. `SparsifyError` is a `ValueError`, so a
+caller that knows nothing of this package still catches it.
+"""
+
+import difflib
+import functools
+import warnings
+from collections.abc import Iterable
+
+
+class SparsifyError(ValueError):
+    """Base of everything this package raises on purpose."""
+
+
+class OptionError(SparsifyError):
+    """An option, or its value, that the compiler cannot take."""
+
+
+class GridError(OptionError):
+    """A token grid that does not fit the tokens of the model."""
+
+
+class ProviderError(SparsifyError):
+    """A provider was asked for by name and cannot run here."""
+
+
+class SparsifyWarning(UserWarning):
+    """Category of every warning of this package."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn with `SparsifyWarning`, once per process and message."""
+    warnings.warn(message, SparsifyWarning, stacklevel=3)
+
+
+def unknown_choice(what: str, got: object, choices: Iterable[str]) -> OptionError:
+    """The error for a name that is not among `choices`: names it, the choices and the nearest one."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(str(got), known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return OptionError(f"unknown {what} {got!r}: must be one of {', '.join(known)}.{hint}")

@@ -1,0 +1,219 @@
+"""The op `sparsify::block_sparse_attention`: schema, fake, autograd, autocast.
+
+This file imports torch alone; a provider's kernels are imported when the op first runs on it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import providers
+from sparsify_compiler.table import BlockTable
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention in which each query block reads the key blocks its row of `table` lists.
+
+    Args:
+        query: [B, H, Sq, D] fp32, fp16, bf16 (reference: also fp64), any strides.
+        key: [B, Hkv, Sk, D], H a multiple of Hkv; query head h reads key head h * Hkv // H.
+        value: [B, Hkv, Sk, Dv].
+        table: which keys are read; its B and H are 1 or those of `query`.
+        key_bias: [B|1, H|1, Sk] float, added to the scaled scores; -inf hides a key. No gradient flows to it.
+        scale: factor on the scores, 1/sqrt(D) if None.
+        provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
+
+    Returns:
+        out: [B, H, Sq, Dv] in the dtype of `query`, laid out in memory as [B, Sq, H, Dv].
+        lse: [B, H, Sq] fp32 (fp64 for fp64 input), the log-sum-exp of the scores read; -inf, and a row of
+            zeros in `out`, where a query reads no key or only hidden ones.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together.
+        ProviderError: the provider asked for cannot run on these tensors.
+    """
+    _check(query, key, value, table, key_bias)
+    name = providers.choose(
+        provider,
+        device=query.device.type,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=value.shape[-1],
+    ).name
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return torch.ops.sparsify.block_sparse_attention(
+        query, key, value, *table.tensors().values(), key_bias, scale, name
+    )
+
+
+@torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
+def _op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor | None,
+    kv_order: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    table = BlockTable(
+        q_bounds=q_bounds,
+        kv_bounds=kv_bounds,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        q_order=q_order,
+        kv_order=kv_order,
+    )
+    return providers.load(provider).forward(query, key, value, table, key_bias, scale)
+
+
+@_op.register_fake
+def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_outputs(query, value)
+
+
+def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (out, lse) of the op: every provider returns exactly this layout."""
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return out, query.new_empty(batch, heads, tokens, dtype=lse_dtype)
+
+
+@torch.library.custom_op("sparsify::block_sparse_attention_backward", mutates_args=())
+def _backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor | None,
+    kv_order: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    table = BlockTable(
+        q_bounds=q_bounds,
+        kv_bounds=kv_bounds,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        q_order=q_order,
+        kv_order=kv_order,
+    )
+    return providers.load("reference").backward(
+        grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale
+    )
+
+
+@_backward_op.register_fake
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, scale, _provider = inputs
+    if ctx.needs_input_grad[9]:
+        raise ValueError("key_bias must not need a gradient: detach it, or leave this attention dense")
+    ctx.save_for_backward(*output, *tensors)
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = torch.ops.sparsify.block_sparse_attention_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale
+    )
+    return (*grads, *[None] * 9)
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """As autocast treats SDPA: query, key and value in its lower-precision type, fp64 left alone."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.amp.autocast(device, enabled=False):
+        cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)]
+        return torch.ops.sparsify.block_sparse_attention(*cast, *rest)
+
+
+_library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: its end would unregister
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    _library.impl("block_sparse_attention", _autocast, _key)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
+    """Raise ValueError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+    batch, heads, q_tokens, head_dim = query.shape
+    kv_heads, kv_tokens = key.shape[1:3]
+    if key.shape != (batch, kv_heads, kv_tokens, head_dim) or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "key must be [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv] beside query [B, H, Sq, D], got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+    blocks = table.kv_indices.shape[-2]
+    expected = {
+        "q_bounds": (blocks + 1,),
+        "kv_bounds": (table.kv_bounds.shape[-1],),
+        "kv_num_blocks": (blocks,),
+        "kv_indices": (blocks, table.kv_indices.shape[-1]),
+        "q_order": (q_tokens,),
+        "kv_order": (kv_tokens,),
+    }
+    for name, tensor in table.tensors().items():
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int32 or tensor.device != query.device:
+            raise ValueError(
+                f"table.{name} must be int32 on {query.device}, got {tensor.dtype} on {tensor.device}"
+            )
+        shape = tuple(tensor.shape)
+        if len(shape) < 2 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
+            raise ValueError(f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {shape}")
+        if shape[2:] != expected[name]:
+            raise ValueError(f"table.{name} must end with {expected[name]}, got {shape}")
+    if key_bias is not None:
+        shape = tuple(key_bias.shape)
+        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != kv_tokens:
+            raise ValueError(
+                f"key_bias must be [1 or {batch}, 1 or {heads}, {kv_tokens}], got {shape}"
+            )
+        if not key_bias.is_floating_point():
+            raise ValueError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")

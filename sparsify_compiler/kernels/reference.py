@@ -1,0 +1,118 @@
+"""Provider `reference`: the definition of the op in plain torch. Any device, differentiable, slow.
+
+For query block i with key blocks L_i:  S = scale * Q_i K[L_i]ᵀ + bias,  lse = log sum exp S,
+out = exp(S - lse) V[L_i].  Keys outside L_i are never touched, so a non-finite key or value reaches exactly
+the rows that read its block. Computes in fp32 (fp64 for fp64 input).
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.table import BlockTable
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """None: it runs everywhere, on any float type."""
+    if dtype not in DTYPES:
+        return f"dtype must be one of {', '.join(str(d)[6:] for d in DTYPES)}, got {str(dtype)[6:]}"
+    return None
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `ops.block_sparse_attention`."""
+    q, k, v, bias = _widen(query, key, value, key_bias)
+    out = q.new_empty(*q.shape[:3], v.shape[-1])
+    lse = q.new_empty(q.shape[:3])
+    for at, rows, columns in _blocks(table):
+        keys = k[at][:, :, columns]
+        scores = scale * (q[at][:, :, rows] @ keys.mT) + bias[at][:, :, None, columns]
+        row_lse = scores.logsumexp(-1)
+        out[at][:, :, rows] = _weights(scores, row_lse) @ v[at][:, :, columns]
+        lse[at][:, :, rows] = row_lse
+    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, given those of `out` and `lse`.
+
+    With P = exp(S - lse) and delta = rowsum(dO * O) - dlse:  dS = P * (dO Vᵀ - delta),  dQ = scale dS K,
+    dK = scale dSᵀ Q,  dV = Pᵀ dO.
+    """
+    q, k, v, bias = _widen(query, key, value, key_bias)
+    do = grad_out.to(q.dtype)
+    delta = (do * out.to(q.dtype)).sum(-1) - grad_lse.to(q.dtype)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for at, rows, columns in _blocks(table):
+        queries, keys = q[at][:, :, rows], k[at][:, :, columns]
+        scores = scale * (queries @ keys.mT) + bias[at][:, :, None, columns]
+        weights = _weights(scores, lse[at][:, :, rows].to(q.dtype))
+        d_rows = do[at][:, :, rows]
+        d_scores = weights * (d_rows @ v[at][:, :, columns].mT - delta[at][:, :, rows, None])
+        dq[at][:, :, rows] = scale * (d_scores @ keys)
+        dk[at][:, :, columns] += scale * (d_scores.mT @ queries)
+        dv[at][:, :, columns] += weights.mT @ d_rows
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        dk, dv = (d.unflatten(1, (-1, group)).sum(2) for d in (dk, dv))
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+
+
+def _widen(
+    query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In the dtype of computation, contiguous, one key head for each query head; bias as [B, H, Sk]."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    group = query.shape[1] // key.shape[1]
+    q = query.to(dtype).contiguous()
+    k, v = (t.to(dtype).repeat_interleave(group, dim=1) for t in (key, value))
+    bias = q.new_zeros(1, 1, key.shape[2]) if key_bias is None else key_bias.to(dtype)
+    return q, k, v, bias.expand(*query.shape[:2], -1)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse); where a query reads no visible key, lse is -inf and the weights are 0."""
+    return (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+
+
+def _blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+    """((batches, heads), query tokens, key tokens) of every query block, the tokens as int64 indices.
+
+    Batches and heads that share their table come as one slice.
+    """
+    tensors = [t for t in table.tensors().values() if t is not None]
+    for b, h in itertools.product(*(range(max(t.shape[dim] for t in tensors)) for dim in (0, 1))):
+        at = tuple(
+            slice(i, i + 1) if max(t.shape[dim] for t in tensors) > 1 else slice(None)
+            for dim, i in enumerate((b, h))
+        )
+
+        def one(tensor: Tensor, b: int = b, h: int = h) -> Tensor:
+            return tensor[b % tensor.shape[0], h % tensor.shape[1]]
+
+        q_bounds, kv_bounds = one(table.q_bounds).tolist(), one(table.kv_bounds).tolist()
+        q_order, kv_order = (
+            torch.arange(bounds[-1], device=table.q_bounds.device) if order is None else one(order).long()
+            for order, bounds in ((table.q_order, q_bounds), (table.kv_order, kv_bounds))
+        )
+        for i, (row, count) in enumerate(
+            zip(one(table.kv_indices).tolist(), one(table.kv_num_blocks).tolist(), strict=True)
+        ):
+            spans = [kv_order[kv_bounds[j] : kv_bounds[j + 1]] for j in row[:count]]
+            yield at, q_order[q_bounds[i] : q_bounds[i + 1]], torch.cat([kv_order[:0], *spans])

@@ -1,0 +1,125 @@
+"""`BlockTable`: which blocks of keys each block of queries reads.
+
+The one data structure between methods (which fill it) and kernels (which read it). Shape letters: B batch,
+H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, meaning shared.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockTable:
+    """Blocks of any size over (optionally permuted) tokens, and a list of key blocks for each query block.
+
+    All tensors are int32. Positions `q_bounds[i] : q_bounds[i+1]` form query block i; the token at position p
+    is `q_order[p]`, or p itself where there is no order. Keys likewise. Query block i reads the key blocks
+    `kv_indices[i, : kv_num_blocks[i]]`; what lies beyond in the row is ignored. A block may be empty, a row
+    may list no block (its queries come out as 0 with lse -inf), and no block may be listed twice in a row.
+    """
+
+    q_bounds: Tensor
+    """[B|1, H|1, Nq+1], from 0 to Sq, never falling."""
+    kv_bounds: Tensor
+    """[B|1, H|1, Nk+1], from 0 to Sk, never falling."""
+    kv_num_blocks: Tensor
+    """[B|1, H|1, Nq], each in 0..W."""
+    kv_indices: Tensor
+    """[B|1, H|1, Nq, W], each used entry in 0..Nk-1. W is a capacity, by convention a power of two."""
+    q_order: Tensor | None = None
+    """[B|1, H|1, Sq], a permutation of the tokens, or None for the identity."""
+    kv_order: Tensor | None = None
+    """[B|1, H|1, Sk], a permutation of the tokens, or None for the identity."""
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        blocks: Tensor,
+        q_sizes: Tensor,
+        kv_sizes: Tensor,
+        *,
+        q_order: Tensor | None = None,
+        kv_order: Tensor | None = None,
+    ) -> "BlockTable":
+        """The table that keeps the block pairs of a boolean mask.
+
+        Args:
+            blocks: [B|1, H|1, Nq, Nk] bool, True where the query block reads the key block.
+            q_sizes: [B|1, H|1, Nq] tokens in each query block.
+            kv_sizes: [B|1, H|1, Nk] tokens in each key block.
+        """
+        counts = blocks.sum(-1, dtype=torch.int32)
+        most = max(1, int(counts.max())) if counts.numel() else 1
+        capacity = 1 << (most - 1).bit_length()
+        # A stable sort of "not kept" brings the kept columns to the front in rising order.
+        indices = torch.argsort((~blocks).to(torch.int8), dim=-1, stable=True)[..., :capacity]
+        padded = torch.zeros(*indices.shape[:-1], capacity, dtype=torch.int32, device=blocks.device)
+        padded[..., : indices.shape[-1]] = indices
+        return cls(
+            q_bounds=_bounds(q_sizes),
+            kv_bounds=_bounds(kv_sizes),
+            kv_num_blocks=counts,
+            kv_indices=padded,
+            q_order=q_order,
+            kv_order=kv_order,
+        )
+
+    def to(self, device: torch.device | str) -> "BlockTable":
+        """The same table on another device."""
+        return BlockTable(**{name: t if t is None else t.to(device) for name, t in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Any]:
+        """Field name -> tensor (or None), in the order of the attention op's arguments."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def block_mask(self) -> Tensor:
+        """[B|1, H|1, Nq, Nk] bool: which key block each query block reads."""
+        columns = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        used = columns < self.kv_num_blocks.unsqueeze(-1)
+        lead = torch.broadcast_shapes(self.kv_indices.shape[:2], self.kv_bounds.shape[:2])
+        blocks = torch.zeros(
+            *lead, used.shape[-2], self.kv_bounds.shape[-1] - 1, dtype=torch.int32, device=used.device
+        )
+        index = self.kv_indices.long().clamp(0, max(blocks.shape[-1] - 1, 0)).expand(*lead, -1, -1)
+        if blocks.shape[-1]:
+            blocks.scatter_add_(-1, index, used.to(torch.int32).expand(*lead, -1, -1))
+        return blocks > 0
+
+    def mask(self) -> Tensor:
+        """[B|1, H|1, Sq, Sk] bool: the dense mask this table stands for. The oracle of every test."""
+        q_block, kv_block = self._block_of_token("q"), self._block_of_token("kv")
+        blocks = self.block_mask()
+        lead = torch.broadcast_shapes(blocks.shape[:2], q_block.shape[:2], kv_block.shape[:2])
+        blocks = blocks.expand(*lead, -1, -1)
+        rows = q_block.expand(*lead, -1)[..., None].expand(-1, -1, -1, blocks.shape[-1])
+        columns = kv_block.expand(*lead, -1)[..., None, :].expand(-1, -1, q_block.shape[-1], -1)
+        return blocks.gather(-2, rows).gather(-1, columns)
+
+    def density(self) -> float:
+        """Share of the token pairs that are kept: the mean of `mask()`, found without building it."""
+        q_sizes = self.q_bounds.diff(dim=-1).double()
+        kv_sizes = self.kv_bounds.diff(dim=-1).double()
+        kept = (self.block_mask().double() @ kv_sizes.unsqueeze(-1)).squeeze(-1)
+        pairs = q_sizes.sum(-1) * kv_sizes.sum(-1)
+        return float(((kept * q_sizes).sum(-1) / pairs).mean())
+
+    def _block_of_token(self, side: str) -> Tensor:
+        """[B|1, H|1, S] int64: the block each token lies in."""
+        bounds = getattr(self, f"{side}_bounds").long()
+        order = getattr(self, f"{side}_order")
+        positions = torch.arange(int(bounds[0, 0, -1]), device=bounds.device)
+        positions = positions.expand(*bounds.shape[:2], -1).contiguous()
+        block = torch.searchsorted(bounds[..., 1:].contiguous(), positions, right=True)
+        if order is None:
+            return block
+        lead = torch.broadcast_shapes(block.shape[:2], order.shape[:2])
+        order = order.long().expand(*lead, -1)
+        return torch.empty_like(order).scatter_(-1, order, block.expand(*lead, -1))
+
+
+def _bounds(sizes: Tensor) -> Tensor:
+    """[..., N] sizes -> [..., N+1] int32 running sums from 0."""
+    return torch.nn.functional.pad(sizes.cumsum(-1), (1, 0)).to(torch.int32)

@@ -1,0 +1,1 @@
+"""What tests need, for this project's and for users' own: oracles, hypothesis strategies, small models."""

@@ -1,0 +1,89 @@
+"""Definitions to hold the code against; they share none of it.
+
+Error bound of a kernel test: the kernel's distance to float64 attention may be at most `SLACK` times that of
+plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
+"""
+
+import torch
+from torch import Tensor
+
+SLACK = 2.0
+"""Kernels accumulate in another order than eager, so their rounding errors differ, not their size."""
+
+FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Two units in the last place of an output near 1 (fp32: of a sum of some hundred terms)."""
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Dense attention under a boolean mask, written out: (out [B,H,Sq,Dv], lse [B,H,Sq]) in `dtype`.
+
+    A row that sees no key comes out as 0 with lse -inf. `mask` broadcasts to [B, H, Sq, Sk].
+    """
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if key_bias is not None:
+        scores = scores + key_bias.to(dtype)[:, :, None, :]
+    scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(lse[..., None] == -torch.inf, 0.0, (scores - lse[..., None]).exp())
+    return weights.to(dtype) @ v, lse
+
+
+def assert_close_to_float64(
+    out: Tensor,
+    lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    """`out` and `lse` equal float64 attention as closely as eager attention in the inputs' dtype does."""
+    exact, exact_lse = masked_attention(query, key, value, mask, key_bias=key_bias, scale=scale)
+    eager, eager_lse = masked_attention(
+        query, key, value, mask, key_bias=key_bias, scale=scale, dtype=query.dtype
+    )
+    floor = FLOOR[query.dtype]
+    _assert_within(out, exact, eager, floor)
+    if lse is not None:
+        _assert_within(lse, exact_lse, eager_lse, floor)
+
+
+def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> None:
+    assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    assert torch.equal(got.isfinite(), finite), "finite where it must not be, or the reverse"
+    got64 = got.double()
+    # Non-finite entries must agree in kind: an lse of -inf is not +inf.
+    assert torch.equal(got64[~finite].nan_to_num(), exact[~finite].nan_to_num())
+    if not finite.any():
+        return
+    error = (got64 - exact)[finite].abs().max().item()
+    allowed = (eager.double() - exact)[finite].abs()
+    bound = SLACK * allowed[allowed.isfinite()].max().item() + floor * (1 + exact[finite].abs().max().item())
+    assert error <= bound, f"error {error:.3e} above the bound {bound:.3e}"
+
+
+def tile_mask(frames: int, reference_frames: int, tokens_per_frame: int, before: int = 0, after: int = 0) -> Tensor:
+    """[S, S] bool: Efficient-vDiT's mask k : F-k, token pair by token pair from the paper's definition."""
+    reference = {-(-i * frames // reference_frames) for i in range(reference_frames)}
+    frame = [None] * before
+    frame += [t // tokens_per_frame for t in range(frames * tokens_per_frame)]
+    frame += [None] * after
+    rows = []
+    for i in frame:
+        rows.append([i is None or j is None or i == j or i in reference or j in reference for j in frame])
+    return torch.tensor(rows, dtype=torch.bool)
