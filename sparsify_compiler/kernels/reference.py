@@ -30,7 +30,7 @@ def forward(
     q, k, v, bias = _widen(query, key, value, key_bias)
     out = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3])
-    for at, rows, columns in _blocks(table):
+    for at, rows, columns in query_blocks(table):
         keys = k[at][:, :, columns]
         scores = scale * (q[at][:, :, rows] @ keys.mT) + bias[at][:, :, None, columns]
         row_lse = scores.logsumexp(-1)
@@ -60,7 +60,7 @@ def backward(
     do = grad_out.to(q.dtype)
     delta = (do * out.to(q.dtype)).sum(-1) - grad_lse.to(q.dtype)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for at, rows, columns in _blocks(table):
+    for at, rows, columns in query_blocks(table):
         queries, keys = q[at][:, :, rows], k[at][:, :, columns]
         scores = scale * (queries @ keys.mT) + bias[at][:, :, None, columns]
         weights = _weights(scores, lse[at][:, :, rows].to(q.dtype))
@@ -91,7 +91,7 @@ def _weights(scores: Tensor, lse: Tensor) -> Tensor:
     return (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
 
 
-def _blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+def query_blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
     """((batches, heads), query tokens, key tokens) of every query block, the tokens as int64 indices.
 
     Batches and heads that share their table come as one slice.
