@@ -1,0 +1,374 @@
+// Block-sparse attention on the CPU: flash attention over the keys that a block table lists.
+//
+// Work is cut into tiles of up to kTileQueries queries of one query block; threads take tiles, costly ones
+// first. A tile goes through its keys in chunks: whatever the table lists, long ranges or single tokens, in
+// any order, is gathered into one dense chunk, so products never see the table. A tile is a few strips, each
+// as many queries as fit side by side in the lanes of kVecs vectors, and everything about a strip is stored
+// with its queries as lanes:
+//
+//     scores[key][query] = sum over d of keys[key][d] * queries[d][query]
+//     out[d][query]     += sum over key of values[key][d] * exp2(scores[key][query] - max[query])
+//
+// So keys and values enter both products one broadcast word at a time, in the layout they have in memory (no
+// transpose), the softmax needs no sum across lanes, and what is not finite stays in the lane it belongs to.
+// Scores are in units of log2(e), which turns exp into exp2.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int kVecs = kRegisters == 32 ? 4 : 2;
+constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums in a product
+constexpr int kStripQueries = kVecs * kLanes;
+constexpr int kTileStrips = 4;
+constexpr int kTileQueries = kTileStrips * kStripQueries;
+constexpr int kChunkKeys = 96;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// ---- The problem, as the caller describes it -------------------------------------------------------------
+
+enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+// Elements in memory: strides of batch, head and row, in elements; the last dimension has stride 1.
+struct View {
+  void* data;
+  int64_t batch, head, row;
+
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t r = 0) const {
+    return static_cast<T*>(data) + b * batch + h * head + r * row;
+  }
+};
+
+struct Problem {
+  View query, key, value, out, lse, key_bias;
+  View q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order;
+  int64_t batch, heads, kv_heads, q_blocks, head_dim, value_dim;
+  float scale;
+  int32_t dtype, threads;
+};
+
+// ---- Tiles and the keys they read ------------------------------------------------------------------------
+
+// Positions first..last of query block `block`.
+struct Tile {
+  int64_t batch, head, block, first, last, cost;
+};
+
+// The tokens listed in one row of the table, a chunk at a time.
+class KeyStream {
+ public:
+  KeyStream(const Problem& p, int64_t b, int64_t h, int64_t block)
+      : bounds_(p.kv_bounds.at<int32_t>(b, h)),
+        order_(p.kv_order.data ? p.kv_order.at<int32_t>(b, h) : nullptr),
+        next_(p.kv_indices.at<int32_t>(b, h, block)),
+        end_(next_ + *p.kv_num_blocks.at<int32_t>(b, h, block)) {}
+
+  int64_t count() const {
+    int64_t keys = 0;
+    for (const int32_t* at = next_; at != end_; ++at) keys += bounds_[*at + 1] - bounds_[*at];
+    return keys;
+  }
+
+  // Writes up to kChunkKeys tokens and returns how many; 0 at the end.
+  int take(int32_t* tokens) {
+    int taken = 0;
+    while (taken < kChunkKeys && (position_ < block_end_ || open_next_block())) {
+      const int count = std::min<int64_t>(kChunkKeys - taken, block_end_ - position_);
+      for (int i = 0; i < count; ++i, ++position_) tokens[taken++] = order_ ? order_[position_] : position_;
+    }
+    return taken;
+  }
+
+ private:
+  bool open_next_block() {
+    while (next_ != end_) {
+      const int32_t block = *next_++;
+      position_ = bounds_[block], block_end_ = bounds_[block + 1];
+      if (position_ < block_end_) return true;
+    }
+    return false;
+  }
+
+  const int32_t *bounds_, *order_, *next_, *end_;
+  int32_t position_ = 0, block_end_ = 0;
+};
+
+std::vector<Tile> plan_tiles(const Problem& p) {
+  std::vector<Tile> tiles;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int32_t* bounds = p.q_bounds.at<int32_t>(b, h);
+      for (int64_t block = 0; block < p.q_blocks; ++block) {
+        const int64_t keys = KeyStream(p, b, h, block).count();
+        for (int64_t first = bounds[block]; first < bounds[block + 1]; first += kTileQueries) {
+          const int64_t last = std::min<int64_t>(first + kTileQueries, bounds[block + 1]);
+          tiles.push_back({b, h, block, first, last, (last - first) * keys});
+        }
+      }
+    }
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) { return x.cost > y.cost; });
+  return tiles;
+}
+
+// ---- The products ----------------------------------------------------------------------------------------
+
+// sums[r][v] += sum over i < words of left[r * row_stride + i * step] * right[i * Vecs + v]
+template <class Math, int Rows, int Vecs>
+ALWAYS_INLINE void multiply(Vec (&sums)[Rows][Vecs], const float* left, int64_t row_stride, int64_t step,
+                     const Vec* right, int64_t words) {
+  for (int64_t i = 0; i < words; ++i, left += step, right += Vecs) {
+    Vec line[Vecs];
+    UNROLL for (int v = 0; v < Vecs; ++v) line[v] = right[v];
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      const float word = left[r * row_stride];
+      UNROLL for (int v = 0; v < Vecs; ++v) sums[r][v] = Math::multiply_add(sums[r][v], word, line[v]);
+    }
+  }
+}
+
+// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at once as registers allow.
+template <int Vecs, class Body>
+inline void for_row_groups(int64_t rows, Body body) {
+  constexpr int kMost = std::min(12, kSums / Vecs);
+  int64_t first = 0;
+  auto cover = [&](auto count) {
+    for (; rows - first >= count; first += count) body(count, first);
+  };
+  cover(std::integral_constant<int, kMost>{});
+  cover(std::integral_constant<int, 4>{});
+  cover(std::integral_constant<int, 2>{});
+  cover(std::integral_constant<int, 1>{});
+}
+
+// Keys and values of one chunk, packed, and the bias of its keys.
+struct Chunk {
+  int count;
+  int64_t key_words, value_dim;
+  const float *keys, *values, *bias;
+};
+
+// The state of up to kStripQueries queries.
+struct Strip {
+  int64_t queries_in_use;
+  Vec* queries;  // [key_words][Vecs]
+  Vec* out;      // [value_dim][Vecs], not yet divided by `sum`
+  Vec max[kVecs], sum[kVecs];
+};
+
+// scores[key][v] = scale * key . query + bias; returns in `top` the largest of each lane.
+template <class Math, int Vecs>
+void compute_scores(const Strip& strip, const Chunk& chunk, float scale, Vec* scores, Vec (&top)[Vecs]) {
+  for_row_groups<Vecs>(chunk.count, [&](auto rows, int64_t first) {
+    constexpr int Rows = rows;
+    Vec sums[Rows][Vecs] = {};
+    multiply<Math, Rows, Vecs>(sums, chunk.keys + first * chunk.key_words, chunk.key_words, 1, strip.queries,
+                               chunk.key_words);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int v = 0; v < Vecs; ++v) {
+        const Vec score = sums[r][v] * scale + chunk.bias[first + r];
+        scores[(first + r) * Vecs + v] = score;
+        top[v] = max(score, top[v]);
+      }
+    }
+  });
+}
+
+// In place, scores -> packed weights exp2(score - max); raises the strip's max, adds to its sum, and returns
+// in `decay` what everything summed before must be multiplied by.
+//
+// The max is kept finite from above, so that a score of +inf has the weight +inf and not inf - inf; where no
+// key was visible yet it is -inf, and 0 is subtracted in its stead.
+template <class Math, int Vecs>
+void compute_weights(Strip& strip, int keys, Vec* scores, const Vec (&top)[Vecs], Vec (&decay)[Vecs]) {
+  Vec base[Vecs], sum[Vecs];
+  for (int v = 0; v < Vecs; ++v) {
+    const Vec most = top[v] > std::numeric_limits<float>::max() ? splat(std::numeric_limits<float>::max()) : top[v];
+    base[v] = most == -kInfinity ? Vec{} : most;
+    decay[v] = exp2(strip.max[v] - base[v]);
+    sum[v] = strip.sum[v] * decay[v];
+    strip.max[v] = most;
+  }
+  UNROLL for (int v = 0; v < Vecs; ++v) scores[keys * Vecs + v] = splat(-kInfinity);  // fills up the last word
+  for (int key = 0; key < keys; key += Math::kPerWord) {
+    UNROLL for (int v = 0; v < Vecs; ++v) {
+      Vec weights[2];
+      UNROLL for (int i = 0; i < Math::kPerWord; ++i) {
+        weights[i] = exp2(scores[(key + i) * Vecs + v] - base[v]);
+        sum[v] += weights[i];
+      }
+      scores[key / Math::kPerWord * Vecs + v] = Math::join(weights);
+    }
+  }
+  for (int v = 0; v < Vecs; ++v) strip.sum[v] = sum[v];
+}
+
+// out[d][v] = out[d][v] * decay[v] + sum over keys of value[key][d] * weight[key][v]
+template <class Math, int Vecs>
+void add_values(const Strip& strip, const Chunk& chunk, const Vec* weights, const Vec (&decay)[Vecs]) {
+  const int64_t words = (chunk.count + Math::kPerWord - 1) / Math::kPerWord;
+  for_row_groups<Vecs>(chunk.value_dim, [&](auto rows, int64_t first) {
+    constexpr int Rows = rows;
+    Vec* out = strip.out + first * Vecs;
+    Vec sums[Rows][Vecs];
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int v = 0; v < Vecs; ++v) sums[r][v] = out[r * Vecs + v] * decay[v];
+    }
+    multiply<Math, Rows, Vecs>(sums, chunk.values + first, 1, chunk.value_dim, weights, words);
+    UNROLL for (int r = 0; r < Rows; ++r) {
+      UNROLL for (int v = 0; v < Vecs; ++v) out[r * Vecs + v] = sums[r][v];
+    }
+  });
+}
+
+template <class Math, int Vecs>
+void attend(Strip& strip, const Chunk& chunk, float scale, Vec* scores) {
+  Vec top[Vecs], decay[Vecs];
+  for (int v = 0; v < Vecs; ++v) top[v] = strip.max[v];
+  compute_scores<Math, Vecs>(strip, chunk, scale, scores, top);
+  compute_weights<Math, Vecs>(strip, chunk.count, scores, top, decay);
+  add_values<Math, Vecs>(strip, chunk, scores, decay);
+}
+
+int vecs_of(const Strip& strip) { return (strip.queries_in_use + kLanes - 1) / kLanes; }
+
+template <class Math>
+void attend_any(Strip& strip, const Chunk& chunk, float scale, Vec* scores) {
+  switch (vecs_of(strip)) {
+    case 1: return attend<Math, 1>(strip, chunk, scale, scores);
+    case 2: return attend<Math, 2>(strip, chunk, scale, scores);
+    case 3: return attend<Math, std::min(3, kVecs)>(strip, chunk, scale, scores);
+    default: return attend<Math, kVecs>(strip, chunk, scale, scores);
+  }
+}
+
+// ---- One thread ------------------------------------------------------------------------------------------
+
+// Runs tiles one after another on scratch memory of its own.
+template <class Math, class T>
+class Worker {
+ public:
+  explicit Worker(const Problem& problem)
+      : p_(problem),
+        key_words_((p_.head_dim + Math::kPerWord - 1) / Math::kPerWord),
+        queries_(new Vec[kTileStrips * key_words_ * kVecs]),
+        out_(new Vec[kTileStrips * p_.value_dim * kVecs]),
+        scores_(new Vec[(kChunkKeys + 1) * kVecs]),
+        keys_(new float[kChunkKeys * key_words_]),
+        values_(new float[kChunkKeys * p_.value_dim]) {}
+
+  void run(const Tile& tile) {
+    const int strips = load_queries(tile);
+    KeyStream stream(p_, tile.batch, tile.head, tile.block);
+    while (const int count = stream.take(tokens_)) {
+      const Chunk chunk = pack_chunk(tile, count);
+      for (int s = 0; s < strips; ++s) attend_any<Math>(strips_[s], chunk, p_.scale * kLog2e, scores_.get());
+    }
+    for (int s = 0; s < strips; ++s) store(tile, s);
+  }
+
+ private:
+  static constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
+
+  int64_t query_token(const Tile& tile, int64_t position) const {
+    return p_.q_order.data ? p_.q_order.at<int32_t>(tile.batch, tile.head)[position] : position;
+  }
+
+  // Fills the strips of the tile and returns their number.
+  int load_queries(const Tile& tile) {
+    int strips = 0;
+    for (int64_t first = tile.first; first < tile.last; first += kStripQueries, ++strips) {
+      Strip& strip = strips_[strips];
+      strip.queries_in_use = std::min<int64_t>(kStripQueries, tile.last - first);
+      strip.queries = queries_.get() + strips * key_words_ * kVecs;
+      strip.out = out_.get() + strips * p_.value_dim * kVecs;
+      std::fill_n(strip.max, kVecs, splat(-kInfinity));
+      std::fill_n(strip.sum, kVecs, Vec{});
+      std::fill_n(strip.out, p_.value_dim * kVecs, Vec{});
+      std::fill_n(strip.queries, key_words_ * kVecs, Vec{});
+      const int64_t width = vecs_of(strip) * kLanes;
+      float* row = keys_.get();  // free until the first chunk
+      for (int64_t lane = 0; lane < strip.queries_in_use; ++lane) {
+        const int64_t token = query_token(tile, first + lane);
+        Math::pack_row(p_.query.at<const T>(tile.batch, tile.head, token), p_.head_dim, row);
+        float* column = reinterpret_cast<float*>(strip.queries) + lane;
+        for (int64_t i = 0; i < key_words_; ++i) column[i * width] = row[i];
+      }
+    }
+    return strips;
+  }
+
+  Chunk pack_chunk(const Tile& tile, int count) {
+    const int64_t head = tile.head * p_.kv_heads / p_.heads;
+    const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(tile.batch, tile.head) : nullptr;
+    auto row_of = [&](const View& view, int i) { return view.at<const T>(tile.batch, head, tokens_[i]); };
+    for (int i = 0; i < count; ++i) {
+      Math::pack_row(row_of(p_.key, i), p_.head_dim, keys_.get() + i * key_words_);
+      bias_[i] = bias ? bias[tokens_[i]] * kLog2e : 0.0f;
+    }
+    for (int i = 0; i < count; i += Math::kPerWord) {
+      const T* below = i + 1 < count ? row_of(p_.value, i + 1) : nullptr;
+      Math::pack_rows(row_of(p_.value, i), below, p_.value_dim, values_.get() + i / Math::kPerWord * p_.value_dim);
+    }
+    return {count, key_words_, p_.value_dim, keys_.get(), values_.get(), bias_};
+  }
+
+  void store(const Tile& tile, int index) {
+    const Strip& strip = strips_[index];
+    const int64_t width = vecs_of(strip) * kLanes;
+    for (int64_t lane = 0; lane < strip.queries_in_use; ++lane) {
+      const int64_t token = query_token(tile, tile.first + index * kStripQueries + lane);
+      const float sum = reinterpret_cast<const float*>(strip.sum)[lane];
+      const float max = reinterpret_cast<const float*>(strip.max)[lane];
+      const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float* column = reinterpret_cast<const float*>(strip.out) + lane;
+      T* out = p_.out.at<T>(tile.batch, tile.head, token);
+      for (int64_t d = 0; d < p_.value_dim; ++d) out[d] = from_float<T>(column[d * width] * factor);
+      *p_.lse.at<float>(tile.batch, tile.head, token) = sum == 0.0f ? -kInfinity : (max + std::log2(sum)) * kLn2;
+    }
+  }
+
+  const Problem& p_;
+  const int64_t key_words_;
+  std::unique_ptr<Vec[]> queries_, out_, scores_;
+  std::unique_ptr<float[]> keys_, values_;
+  Strip strips_[kTileStrips];
+  int32_t tokens_[kChunkKeys];
+  float bias_[kChunkKeys];
+};
+
+template <class Math, class T>
+void run(const Problem& problem) {
+  const std::vector<Tile> tiles = plan_tiles(problem);
+  const int64_t count = tiles.size();
+#pragma omp parallel num_threads(problem.threads)
+  {
+    Worker<Math, T> worker(problem);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) worker.run(tiles[i]);
+  }
+}
+
+#if defined(__AVX512BF16__)
+using BFloat16Math = Bf16Pairs;
+#else
+using BFloat16Math = Fp32;
+#endif
+
+}  // namespace
+
+extern "C" void sparsify_attention(const Problem* problem) {
+  switch (problem->dtype) {
+    case kFloat32: return run<Fp32, float>(*problem);
+    case kFloat16: return run<Fp32, Half>(*problem);
+    case kBFloat16: return run<BFloat16Math, BFloat16>(*problem);
+  }
+}

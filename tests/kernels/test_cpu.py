@@ -1,0 +1,274 @@
+"""Provider `cpu` against float64 dense attention under `table.mask()`, kernel and packed SDPA alike."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsify_compiler.kernels import cpu, ops
+from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing import oracles
+from sparsify_compiler.testing.strategies import qkv, tables
+
+DTYPES = cpu.DTYPES
+HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_outputs():
+    """Outputs start as NaN, so that what a provider forgets to write is seen."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            cpu, "empty_outputs", lambda *args: tuple(t.fill_(torch.nan) for t in ops.empty_outputs(*args))
+        )
+        yield
+
+
+@pytest.fixture(params=["kernel", "packed"])
+def forward(request):
+    """Both ways to compute."""
+    if request.param == "packed":
+        return cpu.packed_sdpa
+    assert cpu.build_info().library is not None, cpu.build_info().reason
+    return cpu.forward
+
+
+def layout(tensor: Tensor) -> list[int]:
+    """The strides that matter."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def check(
+    forward, query, key, value, table: BlockTable, bias: Tensor | None = None, scale: float = 0.2
+) -> None:
+    out, lse = forward(query, key, value, table, bias, scale)
+    expected = ops.empty_outputs(query, value)
+    for got, like in zip((out, lse), expected, strict=True):
+        assert (got.dtype, got.shape, layout(got)) == (like.dtype, like.shape, layout(like))
+    oracles.assert_close_to_float64(out, lse, query, key, value, table.mask(), key_bias=bias, scale=scale)
+
+
+def uniform_table(blocks: Tensor, q_size: int, kv_size: int, **orders: Tensor) -> BlockTable:
+    """A shared table from a boolean mask [Nq, Nk] of equal blocks."""
+    rows, columns = blocks.shape
+    sizes = torch.full((1, 1, rows), q_size), torch.full((1, 1, columns), kv_size)
+    return BlockTable.from_block_mask(blocks[None, None], *sizes, **orders)
+
+
+def full_table(q_tokens: int, kv_tokens: int) -> BlockTable:
+    return uniform_table(torch.ones(1, 1, dtype=torch.bool), q_tokens, kv_tokens)
+
+
+@st.composite
+def problems(draw: st.DrawFn):
+    """(query, key, value, table, bias) of any dtype, shapes that divide by nothing, any table."""
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    q_tokens, kv_tokens = (draw(st.sampled_from([1, 7, 63, 100, 300])) for _ in range(2))
+    head_dim, value_dim = (draw(st.sampled_from([1, 5, *HEAD_DIMS])) for _ in range(2))
+    heads, dtype, seed = kv_heads * group, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
+    tensors = qkv(batch, heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, dtype, seed=seed)
+    table = draw(tables(batch=batch, heads=heads, q_tokens=q_tokens, kv_tokens=kv_tokens))
+    bias = None
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(seed)
+        lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+        bias = torch.randn(*lead, kv_tokens, generator=generator)
+        bias[
+            torch.rand(bias.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+        ] = -torch.inf
+    return *tensors, table, bias
+
+
+@given(problems())
+@settings(max_examples=200)
+def test_kernel_equals_float64_on_any_table(problem):
+    check(cpu.forward, *problem)
+
+
+@given(problems())
+@settings(max_examples=80)
+def test_packed_sdpa_equals_float64_on_any_table(problem):
+    check(cpu.packed_sdpa, *problem)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("tokens", [63, 1000])
+def test_head_dims_and_odd_lengths(forward, dtype, head_dim, tokens):
+    query, key, value = qkv(1, 2, 1, tokens, tokens, head_dim, head_dim, dtype, seed=head_dim)
+    blocks = torch.ones(-(-tokens // 50), -(-tokens // 50), dtype=torch.bool).tril()
+    sizes = torch.tensor([50] * (tokens // 50) + [tokens % 50] * (tokens % 50 > 0))[None, None]
+    check(forward, query, key, value, BlockTable.from_block_mask(blocks[None, None], sizes, sizes))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", [1, 64])
+def test_permuted_tokens_in_blocks_of_any_size(forward, dtype, block):
+    query, key, value = qkv(2, 3, 3, 256, 256, 64, 32, dtype)
+    generator = torch.Generator().manual_seed(block)
+    orders = {f"{s}_order": torch.randperm(256, generator=generator).int()[None, None] for s in ("q", "kv")}
+    blocks = torch.rand(4, 256 // block, generator=generator) < 0.3
+    check(forward, query, key, value, uniform_table(blocks, 64, block, **orders))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(forward, dtype):
+    """Slices of one fused projection, a last dimension that is not dense, and expanded keys."""
+    table = full_table(90, 90)
+    fused = torch.randn(2, 90, 4, 3 * 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    query, key, value = fused.transpose(1, 2).split(40, dim=-1)
+    check(forward, query, key, value, table)
+    check(forward, query.mT.contiguous().mT, key[..., ::2].repeat(1, 1, 1, 2), value[..., ::2], table)
+    check(forward, query, key[:1, :1].expand_as(key), value[:1, :1].expand_as(value), table)
+
+
+def test_query_without_keys_gives_zero_and_minus_infinity(forward):
+    query, key, value = qkv(1, 2, 2, 100, 100, 16, 16, torch.float32)
+    blocks = torch.tensor([[False, False], [True, True]])
+    out, lse = forward(query, key, value, uniform_table(blocks, 50, 50), None, 0.25)
+    assert (out[:, :, :50] == 0).all()
+    assert (lse[:, :, :50] == -torch.inf).all()
+    assert out[:, :, 50:].isfinite().all()
+
+
+@pytest.mark.parametrize(("q_tokens", "kv_tokens"), [(0, 10), (10, 0)])
+def test_no_tokens(forward, q_tokens, kv_tokens):
+    query, key, value = qkv(1, 1, 1, q_tokens, kv_tokens, 16, 16, torch.float32)
+    check(forward, query, key, value, full_table(q_tokens, kv_tokens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["key", "value"])
+@pytest.mark.parametrize("dims", [(16, 16), (37, 21)])
+def test_what_is_not_finite_reaches_exactly_the_rows_that_read_it(forward, dtype, poison, where, dims):
+    """Odd dimensions and block sizes: every kind of padding lies beside the poisoned element."""
+    query, key, value = qkv(1, 2, 2, 210, 210, *dims, dtype)
+    blocks = torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
+    table = uniform_table(blocks, 21, 21)
+    readers = torch.zeros(1, 2, 210, dtype=torch.bool)
+    readers[0, 0] = table.mask()[0, 0, :, 104]
+    assert readers.any()
+    clean, _ = forward(query, key, value, table, None, 0.2)
+    (key if where == "key" else value)[0, 0, 104, -1] = poison
+    out, lse = forward(query, key, value, table, None, 0.2)
+    assert out[~readers].isfinite().all()
+    assert lse[~readers].isfinite().all()
+    if where == "key":
+        check(forward, query, key, value, table)
+    else:  # float64 attention under a mask is no oracle here: it multiplies hidden values by 0
+        assert torch.equal(out[~readers], clean[~readers])
+        assert torch.equal(out[readers][:, :-1], clean[readers][:, :-1])
+        assert not out[readers][:, -1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_scores_do_not_overflow(forward, dtype):
+    query, key, value = qkv(1, 1, 1, 70, 70, 64, 64, dtype)
+    check(forward, query * 8, key * 8, value, full_table(70, 70), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_threads(dtype):
+    query, key, value = qkv(2, 2, 2, 500, 500, 64, 64, dtype)
+    blocks = torch.rand(10, 50, generator=torch.Generator().manual_seed(2)) < 0.4
+    table, threads, results = uniform_table(blocks, 50, 10), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(cpu.forward(query, key, value, table, None, 0.125))
+    finally:
+        torch.set_num_threads(threads)
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_with_strided_views(dtype):
+    query, key, value = qkv(2, 4, 2, 63, 63, 48, 48, dtype)
+    blocks = torch.rand(3, 7, generator=torch.Generator().manual_seed(3)) < 0.6
+    table = uniform_table(blocks, 21, 9, kv_order=torch.randperm(63).int()[None, None])
+    for bias in (None, torch.zeros(1, 1, 63)):
+        torch.library.opcheck(
+            torch.ops.sparsify.block_sparse_attention.default,
+            (query, key, value, *table.tensors().values(), bias, 0.2, "cpu"),
+        )
+
+
+def test_gradient_flows_through_the_kernel():
+    query, key, value = (t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 16, 16, torch.float32))
+    table = uniform_table(torch.eye(4, dtype=torch.bool), 10, 10)
+    out, _ = ops.block_sparse_attention(query, key, value, table, provider="cpu")
+    exact, _ = oracles.masked_attention(query, key, value, table.mask())
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad((out * weight).sum(), (query, key, value))
+    expected = torch.autograd.grad((exact * weight).sum(), (query, key, value))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_supports_names_what_it_cannot_do():
+    def ask(**changes):
+        return cpu.supports(
+            **{"device": "cpu", "dtype": torch.float32, "head_dim": 64, "value_dim": 64} | changes
+        )
+
+    assert ask() is None
+    assert ask(device="cuda") == "device must be cpu, got cuda"
+    assert ask(dtype=torch.float64) == "dtype must be one of float32, float16, bfloat16, got float64"
+
+
+BUILD = """
+import sys, logging, torch
+from pathlib import Path
+torch.hub.set_dir(sys.argv[1] + "/hub")
+from sparsify_compiler.kernels import cpu
+cpu._COMPILERS = sys.argv[2:] or cpu._COMPILERS
+print(cpu.build_info().cached, cpu.build_info().library)
+query = torch.ones(1, 1, 4, 8)
+bounds, one = torch.tensor([[[0, 4]]]).int(), torch.ones(1, 1, 1).int()
+table = cpu.BlockTable(q_bounds=bounds, kv_bounds=bounds, kv_num_blocks=one, kv_indices=0 * one[..., None])
+assert (cpu.forward(query, query, query, table, None, 1.0)[0] == 1).all()
+"""
+
+
+def start_build(cache, *compilers: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILD, str(cache), *compilers]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_may_build_at_once_and_a_third_finds_the_library(tmp_path):
+    for process in [start_build(tmp_path) for _ in range(2)]:
+        output, log = process.communicate()
+        assert process.returncode == 0, log
+        assert output.startswith("False") == ("built the CPU attention kernel in" in log)
+    third = start_build(tmp_path)
+    output, log = third.communicate()
+    assert (third.returncode, log) == (0, "")
+    assert output.startswith(f"True {tmp_path}/sparsify_compiler/attention-")
+    assert len(list((tmp_path / "sparsify_compiler").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "no C++ compiler found (looked for"), ("false", "false")]
+)
+def test_without_a_compiler_packed_sdpa_runs_and_says_so_once(tmp_path, compiler, reason):
+    process = start_build(tmp_path, compiler)
+    output, log = process.communicate()
+    assert process.returncode == 0, log
+    assert output.strip() == "False None"
+    assert log.count("packed SDPA runs in its stead") == 1
+    assert reason in log
+
+
+def test_build_info_is_what_doctor_shows():
+    info = cpu.build_info()
+    assert info.library is not None
+    assert info.library.is_file()
+    assert info.compiler is not None
+    assert info.seconds > 0
+    assert info.compiler in info.reason
