@@ -1,0 +1,77 @@
+"""Tile sizes of the Triton kernel: a table by GPU and head dim, and the choice from it.
+
+Every row is compiled for its GPU in the tests: none spills a register up to head dim 128, and the rows of 8.0
+fit the 99 KB of shared memory of 8.6, 8.9 and 12.0, which share them.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.table import BlockTable
+
+SHORT_QUERIES = 96
+"""Query blocks shorter than this on average would leave much of a tile of 128 empty."""
+
+SHORT_KEYS = 16
+"""Key blocks shorter than this on average need many of them laid end to end to fill a few tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one launch is cut up."""
+
+    block_m: int
+    """Queries in a tile."""
+    block_n: int
+    """Keys in a tile."""
+    chunk: int
+    """Listed key blocks laid end to end at a time, a power of two."""
+    num_warps: int
+    num_stages: int
+    """Key tiles in shared memory at a time: one in use, the others on their way."""
+
+
+# (compute capability, widest head dim): tiles for long blocks, tiles for short blocks. fp16 and bf16.
+HALF = {
+    (80, 64): (Config(128, 64, 32, 8, 3), Config(64, 64, 256, 4, 3)),
+    (80, 128): (Config(128, 64, 32, 8, 3), Config(64, 64, 256, 8, 3)),
+    (80, 256): (Config(64, 32, 32, 8, 2), Config(64, 32, 256, 8, 2)),
+    (90, 64): (Config(128, 128, 64, 8, 3), Config(64, 64, 256, 4, 3)),
+    (90, 128): (Config(128, 64, 64, 8, 3), Config(64, 64, 256, 4, 3)),
+    (90, 256): (Config(128, 32, 64, 8, 2), Config(64, 32, 256, 8, 2)),
+    (100, 64): (Config(128, 64, 32, 8, 3), Config(64, 64, 256, 4, 3)),
+    (100, 128): (Config(128, 64, 32, 8, 3), Config(64, 64, 128, 4, 3)),
+    (100, 256): (Config(64, 32, 32, 8, 2), Config(64, 32, 256, 8, 2)),
+}
+
+# Widest head dim: tiles. fp32 runs on the plain arithmetic units, alike on all GPUs.
+SINGLE = {
+    64: Config(64, 32, 256, 8, 2),
+    128: Config(32, 32, 256, 8, 2),
+    256: Config(16, 32, 256, 8, 2),
+}
+
+# Small, so that small tests have many tiles.
+INTERPRETED = Config(32, 32, 16, 4, 1)
+
+
+def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Config:
+    """The tiles for these tensors, from their shapes alone: nothing is read from the device."""
+    if query.device.type == "cpu":
+        return INTERPRETED
+    width = next(w for w in (64, 128, 256) if max(query.shape[-1], value.shape[-1]) <= w)
+    if query.dtype == torch.float32:
+        return SINGLE[width]
+    q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
+    short = query.shape[2] < SHORT_QUERIES * q_blocks or key.shape[2] < SHORT_KEYS * kv_blocks
+    return HALF[_generation(query.device), width][short]
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    """The row of the table that serves a GPU."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)

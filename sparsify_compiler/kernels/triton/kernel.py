@@ -1,0 +1,214 @@
+"""The Triton kernel: flash attention over a `BlockTable`.
+
+One program computes one tile of queries: BLOCK_M consecutive positions of one query block, so every row of
+the tile reads the same keys. Grid: (tiles, heads, batches), tiles fastest, so that the programs that run at
+one time share a head's keys in the L2 cache.
+
+    query blocks    |    block 0     |b1|        block 2        |
+    query tiles     | t0  | t1  | t2 |t3| t4  | t5  | t6  | t7  |        t2, t3, t7 are masked at their ends
+
+Block i takes tiles q_bounds[i] // BLOCK_M + i onwards. Rounding leaves room for its ceil(size / BLOCK_M)
+tiles before the next block's first one, and first tiles rise with i, so a program finds its block by
+bisection, with no tile map to build. A tile number that no block uses ends at once.
+
+The listed key blocks are laid end to end, CHUNK of them at a time, and cut into tiles of BLOCK_N keys: block
+sizes do not matter, only the last tile of a chunk is partly empty.
+
+    key positions   |  block 0  |b1| block 2 |   block 3   |             row lists 0, 2, 3
+    end to end      |  block 0  | block 2 |   block 3   |
+    key tiles       |  n0  |  n1  |  n2  |  n3  |  n4  |
+
+Within a chunk, key number f lies at position f + sum of jump[c] over the listed blocks c with first[c] <= f,
+where first[c] is the number of block c's first key and jump[c] the distance from the end of the block listed
+before it. A tile with no jump inside (n0, n2, n3, n4: neighbours merge of themselves) is a plain range. Else
+(n1) each lane sums its own jumps, a BLOCK_N x CHUNK comparison, small beside the two products of the tile.
+
+Softmax is online and in base 2: log2(e) is folded into the scale and the bias. Lanes beyond the chunk have
+key and value 0 and bias -inf, so no score needs a mask of its own.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def block_sparse_attention_kernel(
+    query,
+    key,
+    value,
+    out,
+    lse,
+    q_bounds,
+    kv_bounds,
+    kv_num_blocks,
+    kv_indices,
+    q_order,
+    kv_order,
+    key_bias,
+    query_strides,
+    key_strides,
+    value_strides,
+    out_strides,
+    lse_strides,
+    q_bounds_strides,
+    kv_bounds_strides,
+    kv_num_blocks_strides,
+    kv_indices_strides,
+    q_order_strides,
+    kv_order_strides,
+    key_bias_strides,
+    q_blocks,
+    queries_per_key_head,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Args: tensors as in `ops.block_sparse_attention`; the strides of each, in elements, (B, H, S, D) for
+    query, key, value and out, (B, H) and then whatever is not 1 for the others, 0 where a B or H is shared.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+
+    q_bounds = _at(q_bounds, q_bounds_strides, batch, head)
+    block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
+    begin = tl.load(q_bounds + block)
+    end = tl.load(q_bounds + block + 1)
+    first_row = begin + (tile - begin // BLOCK_M - block) * BLOCK_M
+    if first_row >= end:
+        return
+    q_token = first_row + tl.arange(0, BLOCK_M)
+    is_query = q_token < end
+    if q_order is not None:
+        q_token = tl.load(_at(q_order, q_order_strides, batch, head) + q_token, mask=is_query, other=0)
+
+    query = _at(query, query_strides, batch, head)
+    key = _at(key, key_strides, batch, head // queries_per_key_head)
+    value = _at(value, value_strides, batch, head // queries_per_key_head)
+    kv_bounds = _at(kv_bounds, kv_bounds_strides, batch, head)
+    listed_blocks = tl.load(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + block)
+    kv_indices = _at(kv_indices, kv_indices_strides, batch, head) + block.to(tl.int64) * kv_indices_strides[2]
+    if kv_order is not None:
+        kv_order = _at(kv_order, kv_order_strides, batch, head)
+    if key_bias is not None:
+        key_bias = _at(key_bias, key_bias_strides, batch, head)
+
+    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)
+
+    for chunk in range(0, listed_blocks, CHUNK):
+        first, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
+        distance, range_end = _range_at(0, first, jump)
+        for start in range(0, keys, BLOCK_N):
+            number = start + tl.arange(0, BLOCK_N)
+            is_key = number < keys
+            token = number + distance
+            if start + BLOCK_N >= range_end:
+                if start + BLOCK_N > range_end:
+                    passed = first[:, None] <= number[None, :]
+                    token = number + tl.sum(tl.where(passed, jump[:, None], 0), axis=0)
+                distance, range_end = _range_at(start + BLOCK_N, first, jump)
+            if kv_order is not None:
+                token = tl.load(kv_order + token, mask=is_key, other=0)
+
+            bias = tl.where(is_key, 0.0, float("-inf"))
+            if key_bias is not None:
+                bias = tl.load(
+                    key_bias + token.to(tl.int64) * key_bias_strides[2], mask=is_key, other=float("-inf")
+                )
+                bias = bias.to(tl.float32) * LOG2_E
+
+            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM)
+            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            # An infinite maximum is not subtracted: -inf - -inf would make NaN of a row with no visible key.
+            weights = tl.exp2(scores - _finite(new_max)[:, None])
+            decay = tl.exp2(row_max - _finite(new_max))
+            row_sum = row_sum * decay + tl.sum(weights, axis=1)
+            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM)
+            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            row_max = new_max
+
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    _store_rows(_at(out, out_strides, batch, head), q_token, is_query, out_strides, acc, VALUE_DIM)
+    lse = _at(lse, lse_strides, batch, head)
+    tl.store(lse + q_token, (_finite(row_max) + tl.log2(row_sum)) * LN_2, mask=is_query)
+
+
+@triton.jit
+def _at(pointer, strides, batch, head):
+    """Where a batch and head of a tensor begin."""
+    return pointer + batch * strides[0] + head * strides[1]
+
+
+@triton.jit
+def _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M: tl.constexpr):
+    """The last query block whose first tile is not beyond `tile`."""
+    low = 0
+    high = q_blocks - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(q_bounds + middle) // BLOCK_M + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.constexpr):
+    """(first, jump, keys) of the listed blocks chunk : chunk + CHUNK; keys is how many they hold in all."""
+    entry = chunk + tl.arange(0, CHUNK)
+    is_listed = entry < listed_blocks
+    block = tl.load(kv_indices + entry, mask=is_listed, other=0)
+    before = tl.load(kv_indices + entry - 1, mask=is_listed & (entry > chunk), other=-1)
+    begin = tl.load(kv_bounds + block, mask=is_listed, other=0)
+    size = tl.load(kv_bounds + block + 1, mask=is_listed, other=0) - begin
+    # Before the chunk's first block there is none; bound 0, which is 0, then stands for its end.
+    jump = begin - tl.load(kv_bounds + before + 1, mask=is_listed, other=0)
+    return tl.cumsum(size, axis=0) - size, jump, tl.sum(size)
+
+
+@triton.jit
+def _range_at(number, first, jump):
+    """The range of neighbouring keys that `number` lies in: (its position - number, number of its end)."""
+    distance = tl.sum(tl.where(first <= number, jump, 0))
+    return distance, tl.min(tl.where((first > number) & (jump != 0), first, 2147483647))
+
+
+@triton.jit
+def _load_rows(pointer, token, keep, strides, DIM: tl.constexpr):
+    """[tokens, padded DIM] rows of a matrix; 0 where not kept and beyond DIM."""
+    column = tl.arange(0, _padded(DIM))
+    rows = pointer + token.to(tl.int64)[:, None] * strides[2] + column[None, :] * strides[3]
+    return tl.load(rows, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, token, keep, strides, rows, DIM: tl.constexpr):
+    """Store what `_load_rows` would load, in the dtype of the matrix."""
+    column = tl.arange(0, _padded(DIM))
+    to = pointer + token.to(tl.int64)[:, None] * strides[2] + column[None, :] * strides[3]
+    tl.store(to, rows.to(pointer.dtype.element_ty), mask=keep[:, None] & (column < DIM)[None, :])
+
+
+@triton.jit
+def _finite(x):
+    """x, or 0 where it is infinite."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.constexpr_function
+def _padded(dim):
+    """The width in registers of a row of `dim` elements: `tl.dot` takes powers of two from 16 up."""
+    return max(16, triton.next_power_of_2(dim))
