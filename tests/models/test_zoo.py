@@ -132,14 +132,14 @@ def test_tokens_of_case(name: str) -> None:
 
 
 @given(recipes())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_recipe(recipe: Recipe) -> None:
     model, inputs = recipe.build()
     check(model, inputs, recipe.expect())
 
 
 @given(recipes())
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_tokens_of_recipe(recipe: Recipe) -> None:
     """Tokens lie as expected, or, where the trap is their order, not so."""
     recipe = dataclasses.replace(recipe, spelling="keywords")
