@@ -1,0 +1,1 @@
+"""Benchmarks. Each first checks what it times, prints one line a case, and can write JSON."""
