@@ -1,0 +1,98 @@
+"""The front door: `torch.compile(model, backend="sparsify", options={...})`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsify_compiler import _torch
+from sparsify_compiler.config import GENERAL, SparsifyConfig, option_names, split_options
+from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
+from sparsify_compiler.kernels import providers
+from sparsify_compiler.methods import METHODS
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.plan import GraphPlan
+
+DEFAULT_METHOD = "tile"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled graph: what Dynamo calls instead of the model's code."""
+
+    plan: GraphPlan
+    run: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the compiled graph."""
+        return self.run(*args)
+
+
+def sparsify(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Program:
+    """Backend for torch.compile: block-sparse attention in, everything else to the inner backend untouched.
+
+    Args:
+        gm: Dynamo's graph; not modified.
+        example_inputs: its inputs.
+        options: see `configure`.
+        mode: as torch.compile has it; passed on to Inductor.
+
+    Raises:
+        SparsifyError: options that cannot be met; it reaches the caller of the compiled model as itself.
+    """
+    try:
+        config = configure(options)
+        graph, plan = pipeline.rewrite(gm, config)
+    except SparsifyError as error:
+        raise _torch.unwrapped(error) from None
+    _tell(plan, options or {})
+    return Program(plan, _torch.compile_with(config.inner_backend, graph, example_inputs, mode))
+
+
+def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
+    """Check the options of torch.compile and turn them into a config.
+
+    Keys: `method` (`tile`, `dense`), `grid`, `provider`, `inner_backend`, `dump`, and the options of the
+    method, e.g. `reference_frames`.
+
+    Raises:
+        OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+    """
+    general, own = split_options(options or {})
+    name = general.pop("method", DEFAULT_METHOD)
+    if name not in METHODS:
+        raise unknown_choice("method", name, METHODS)
+    choices = option_names(METHODS[name])
+    for option in own:
+        if option not in choices:
+            others = [other for other, kind in METHODS.items() if option in option_names(kind)]
+            if others:
+                raise OptionError(f"option {option!r} belongs to method {others[0]!r}, got method={name!r}")
+            raise unknown_choice("option", option, (*GENERAL, *choices))
+    providers.check_name(general.get("provider", "auto"))
+    _torch.check_backend(general.get("inner_backend", "inductor"))
+    return SparsifyConfig(method=METHODS[name](**own), **general)
+
+
+def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:
+    """Say once what a user should know who did not ask."""
+    if not plan.sparse:
+        if options.get("method") != "dense":
+            warn_once(
+                "sparsify found no attention to rewrite in a graph: it is compiled as it is. "
+                "sparsify_compiler.explain(model, ...) shows why."
+            )
+    elif "method" not in options:
+        warn_once(
+            "sparsify rewrites attention to be sparse, which is lossy. The default is method='tile' with half "
+            "of the frames as reference frames; choose with options={'method': 'tile', 'reference_frames': k} "
+            "(fewer is faster, more is closer to dense), or {'method': 'dense'} for none."
+        )

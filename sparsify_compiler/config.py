@@ -1,0 +1,52 @@
+"""What a user can set.
+
+General options are the fields of `SparsifyConfig`; a method's own options are the fields of its dataclass in
+`methods/`. Unknown names and wrong values are told apart by `OptionError`, before anything is compiled.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparsify_compiler.errors import GridError, OptionError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparsifyConfig:
+    """The options of one compilation, checked."""
+
+    method: Any
+    """The method with its settings, e.g. `Tile(reference_frames=2)`. Written `method="tile"` in options."""
+    grid: tuple[int, int, int] | None = None
+    """(frames, height, width) of the video tokens, in place of what the graph says."""
+    provider: str = "auto"
+    """Implementation of the attention op: `reference`, `cpu`, `triton`, or `auto` for the device's fastest."""
+    inner_backend: str = "inductor"
+    """The backend the rewritten graph goes to: `inductor`, or `eager` / `aot_eager` for debugging."""
+    dump: Path | None = None
+    """A folder to write each pass's graph and time to."""
+
+    def __post_init__(self) -> None:
+        if self.grid is not None and (
+            len(self.grid) != 3
+            or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in self.grid)
+        ):
+            raise GridError(f"grid must be three positive integers (frames, height, width), got {self.grid!r}")
+
+
+GENERAL = tuple(f.name for f in fields(SparsifyConfig))
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(general options, options for the method), by name."""
+    for name in options:
+        if not isinstance(name, str):
+            raise OptionError(f"option names must be strings, got {name!r}")
+    general = {name: value for name, value in options.items() if name in GENERAL}
+    return general, {name: value for name, value in options.items() if name not in GENERAL}
+
+
+def option_names(settings: type[Hashable]) -> tuple[str, ...]:
+    """The options a method's dataclass takes."""
+    return tuple(f.name for f in fields(settings))  # type: ignore[arg-type]

@@ -1,0 +1,26 @@
+"""Method `dense`: every attention stays the model's own call. The baseline, and what refusal falls back to."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.table import BlockTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dense:
+    """No options."""
+
+    name: ClassVar[str] = "dense"
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """Always: nothing is rewritten."""
+        return "method='dense'"
+
+    def fit(self, layout: TokenLayout) -> Self:
+        """Itself: there is nothing to fill in."""
+        return self
+
+    def table(self, layout: TokenLayout) -> BlockTable:
+        """Never asked for: `refusal` keeps every site dense."""
+        raise AssertionError("a dense site has no table")

@@ -1,0 +1,109 @@
+"""Small helpers over torch.fx graphs that several passes share."""
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+
+class Body(NamedTuple):
+    """A call of a higher-order operator (activation checkpointing, a nested compile region) and its body."""
+
+    call: fx.Node
+    attribute: str
+    module: fx.GraphModule
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """The arguments the body's placeholders stand for."""
+        return self.call.args[-self.arity :] if self.arity else ()  # type: ignore[return-value]
+
+    @property
+    def arity(self) -> int:
+        """Placeholders of the body."""
+        return sum(node.op == "placeholder" for node in self.module.graph.nodes)
+
+
+def body_of(gm: fx.GraphModule, node: fx.Node) -> Body | None:
+    """The body of a higher-order call of the form op(..., body, ..., *operands); None for any other node.
+
+    Operators with several bodies (conditions, loops, custom autograd functions) are not of this form.
+    """
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    modules = [
+        (arg, getattr(gm, str(arg.target), None))
+        for arg in node.args
+        if isinstance(arg, fx.Node) and arg.op == "get_attr"
+    ]
+    bodies = [(arg, module) for arg, module in modules if isinstance(module, fx.GraphModule)]
+    if len(bodies) != 1:
+        return None
+    arg, module = bodies[0]
+    body = Body(node, str(arg.target), module)
+    after = len(node.args) - 1 - node.args.index(arg)
+    return body if body.arity <= after else None
+
+
+def bodies(gm: fx.GraphModule) -> Iterator[Body]:
+    """The higher-order calls of a graph whose bodies passes go into."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and (body := body_of(gm, node)):
+            yield body
+
+
+def modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graph and, depth first, the bodies of its higher-order calls; each module once."""
+    seen: set[int] = set()
+
+    def walk(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield module
+        for body in bodies(module):
+            yield from walk(body.module)
+
+    yield from walk(gm)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph and bodies can be rewritten while Dynamo keeps its own; tensors are shared."""
+    twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    twin.meta.update(gm.meta)
+    for body in list(bodies(twin)):
+        setattr(twin, body.attribute, copy_graph(body.module))
+    return twin
+
+
+def value_of(node: object) -> object:
+    """What Dynamo recorded for an argument: a fake tensor, a number, or the constant itself."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def tensor_of(node: object) -> Tensor | None:
+    """The fake tensor Dynamo recorded for a node, if it is one."""
+    value = value_of(node)
+    return value if isinstance(value, Tensor) else None
+
+
+def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The sizes as integers; specialises symbolic ones. None where a size is known only at run time."""
+    try:
+        return tuple(int(size) for size in tensor.shape)
+    except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode:
+        return None
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module a node was traced in, e.g. `blocks.0.attn1`; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    path = max(paths, key=len, default="")
+    path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
+    path = re.sub(r"\['(\w+)'\]", r".\1", path)
+    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    return re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)

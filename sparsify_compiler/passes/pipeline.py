@@ -1,0 +1,74 @@
+"""The passes, in order, and the runner that alone lints, checks, times and dumps."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import fx
+
+from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.passes import spec
+from sparsify_compiler.passes.capture import capture
+from sparsify_compiler.passes.fx import copy_graph, modules
+from sparsify_compiler.passes.layout import infer_layouts
+from sparsify_compiler.passes.lowering import lower
+from sparsify_compiler.passes.planning import graph_plan, plan_sites
+from sparsify_compiler.plan import GraphPlan
+
+log = logging.getLogger(__name__)
+Pass = Callable[[fx.GraphModule], fx.GraphModule]
+
+
+def analysis(config: SparsifyConfig) -> list[Pass]:
+    """The passes that find out and decide: what `explain` runs."""
+    return [
+        capture,
+        partial(infer_layouts, grid=config.grid),
+        partial(plan_sites, config=config),
+    ]
+
+
+def rewriting(config: SparsifyConfig) -> list[Pass]:
+    """The passes that carry the decision out."""
+    return [lower]
+
+
+def rewrite(gm: fx.GraphModule, config: SparsifyConfig) -> tuple[fx.GraphModule, GraphPlan]:
+    """A rewritten copy of a Dynamo graph, and the plan it follows. `gm` itself is not touched."""
+    gm = run(copy_graph(gm), analysis(config), config)
+    plan = graph_plan(gm)
+    return run(gm, rewriting(config), config), plan
+
+
+def analyse(gm: fx.GraphModule, config: SparsifyConfig) -> GraphPlan:
+    """The plan for a Dynamo graph, which is not touched."""
+    return graph_plan(run(copy_graph(gm), analysis(config), config))
+
+
+def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:
+    """Run passes one after the other; after each, lint and check against the spec."""
+    for one in passes:
+        name = one.func.__name__ if isinstance(one, partial) else one.__name__
+        start = time.perf_counter()
+        gm = one(gm)
+        seconds = time.perf_counter() - start
+        for module in modules(gm):
+            module.graph.lint()
+            module.recompile()
+        spec.check(gm, after=name)
+        log.debug("pass %s: %.3f s", name, seconds)
+        if config.dump is not None:
+            _dump(gm, name, seconds, config)
+    return gm
+
+
+def _dump(gm: fx.GraphModule, name: str, seconds: float, config: SparsifyConfig) -> None:
+    """Write the graph after a pass to a new numbered file in `config.dump`."""
+    assert config.dump is not None
+    config.dump.mkdir(parents=True, exist_ok=True)
+    number = len(list(config.dump.glob("*.py")))
+    text = f"# after {name}, {seconds:.3f} s\n" + "\n".join(
+        module.print_readable(print_output=False) for module in modules(gm)
+    )
+    (config.dump / f"{number:03d}_{name}.py").write_text(text)
