@@ -70,9 +70,10 @@ def block_sparse_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    """Args: tensors as in `ops.block_sparse_attention`; the strides of each, in elements, (B, H, S, D) for
-    query, key, value and out, (B, H) and then whatever is not 1 for the others, 0 where a B or H is shared.
+    """Args: tensors as in `ops.block_sparse_attention`, and the strides of each in elements, 0 where a batch
+    or head is shared. ALIGN: bytes of which every row of query, key, value and out starts at a multiple.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -101,7 +102,7 @@ def block_sparse_attention_kernel(
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
 
-    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM)
+    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)
@@ -128,19 +129,21 @@ def block_sparse_attention_kernel(
                 )
                 bias = bias.to(tl.float32) * LOG2_E
 
-            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM)
+            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
             scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
             new_max = tl.maximum(row_max, tl.max(scores, axis=1))
             # An infinite maximum is not subtracted: -inf - -inf would make NaN of a row with no visible key.
             weights = tl.exp2(scores - _finite(new_max)[:, None])
             decay = tl.exp2(row_max - _finite(new_max))
             row_sum = row_sum * decay + tl.sum(weights, axis=1)
-            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM)
+            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)
             acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
             row_max = new_max
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    _store_rows(_at(out, out_strides, batch, head), q_token, is_query, out_strides, acc, VALUE_DIM)
+    out = _at(out, out_strides, batch, head)
+    elements, mask = _rows(out, q_token, is_query, out_strides, VALUE_DIM, ALIGN)
+    tl.store(elements, acc.to(out.dtype.element_ty), mask=mask)
     lse = _at(lse, lse_strides, batch, head)
     tl.store(lse + q_token, (_finite(row_max) + tl.log2(row_sum)) * LN_2, mask=is_query)
 
@@ -187,19 +190,18 @@ def _range_at(number, first, jump):
 
 
 @triton.jit
-def _load_rows(pointer, token, keep, strides, DIM: tl.constexpr):
+def _load_rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
     """[tokens, padded DIM] rows of a matrix; 0 where not kept and beyond DIM."""
-    column = tl.arange(0, _padded(DIM))
-    rows = pointer + token.to(tl.int64)[:, None] * strides[2] + column[None, :] * strides[3]
-    return tl.load(rows, mask=keep[:, None] & (column < DIM)[None, :], other=0.0)
+    elements, mask = _rows(pointer, token, keep, strides, DIM, ALIGN)
+    return tl.load(elements, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_rows(pointer, token, keep, strides, rows, DIM: tl.constexpr):
-    """Store what `_load_rows` would load, in the dtype of the matrix."""
+def _rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
+    """Pointers [tokens, padded DIM] to rows of a matrix, and which of them to use."""
     column = tl.arange(0, _padded(DIM))
-    to = pointer + token.to(tl.int64)[:, None] * strides[2] + column[None, :] * strides[3]
-    tl.store(to, rows.to(pointer.dtype.element_ty), mask=keep[:, None] & (column < DIM)[None, :])
+    row = tl.multiple_of(pointer + token.to(tl.int64) * strides[2], ALIGN)
+    return row[:, None] + column[None, :] * strides[3], keep[:, None] & (column < DIM)[None, :]
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """From tensors to a launch of the kernel."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +31,7 @@ def launch(
         with torch.cuda.device_of(query):
             block_sparse_attention_kernel[grid(query, table, config)](
                 **arguments(query, key, value, table, key_bias, scale, out, lse, config),
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **options(table, config),
             )
     return out, lse
 
@@ -39,6 +40,12 @@ def grid(query: Tensor, table: BlockTable, config: Config) -> tuple[int, int, in
     """(tiles, heads, batches). No table of these shapes has more tiles; those it has not end at once."""
     batch, heads, tokens, _ = query.shape
     return tokens // config.block_m + table.kv_num_blocks.shape[-1], heads, batch
+
+
+def options(table: BlockTable, config: Config) -> dict[str, int]:
+    """The compiler's options. Where keys are found through an order, that takes every second stage."""
+    stages = config.num_stages if table.kv_order is None else 2 * config.num_stages - 1
+    return {"num_warps": config.num_warps, "num_stages": stages}
 
 
 def arguments(
@@ -69,7 +76,14 @@ def arguments(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "CHUNK": config.chunk,
+        "ALIGN": math.gcd(16, *(n for t in (query, key, value, out) for n in _row_starts(t))),
     }
+
+
+def _row_starts(tensor: Tensor) -> Iterator[int]:
+    """Bytes of which sums and multiples are the addresses of a tensor's rows."""
+    yield tensor.data_ptr()
+    yield from (stride * tensor.element_size() for stride in tensor.stride()[:-1])
 
 
 def _shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
