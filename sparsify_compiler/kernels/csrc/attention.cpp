@@ -17,6 +17,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -29,8 +30,10 @@ constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums i
 constexpr int kStripQueries = kVecs * kLanes;
 constexpr int kTileStrips = 4;
 constexpr int kTileQueries = kTileStrips * kStripQueries;
-constexpr int kChunkKeys = 96;
+constexpr int kChunkKeys = 144;
+constexpr int kRowsAhead = 8;  // rows between the one asked for and the one read
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 // ---- The problem, as the caller describes it -------------------------------------------------------------
 
@@ -115,7 +118,11 @@ std::vector<Tile> plan_tiles(const Problem& p) {
       }
     }
   }
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) { return x.cost > y.cost; });
+  // Head by head, whose keys then stay in the caches; in a head the longest first, so that all threads end at
+  // about the same time.
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) {
+    return std::tie(x.batch, x.head, y.cost) < std::tie(y.batch, y.head, x.cost);
+  });
   return tiles;
 }
 
@@ -135,7 +142,8 @@ ALWAYS_INLINE void multiply(Vec (&sums)[Rows][Vecs], const float* left, int64_t 
   }
 }
 
-// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at once as registers allow.
+// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at once as there are
+// registers for their sums.
 template <int Vecs, class Body>
 inline void for_row_groups(int64_t rows, Body body) {
   constexpr int kMost = std::min(12, kSums / Vecs);
@@ -191,13 +199,13 @@ template <class Math, int Vecs>
 void compute_weights(Strip& strip, int keys, Vec* scores, const Vec (&top)[Vecs], Vec (&decay)[Vecs]) {
   Vec base[Vecs], sum[Vecs];
   for (int v = 0; v < Vecs; ++v) {
-    const Vec most = top[v] > std::numeric_limits<float>::max() ? splat(std::numeric_limits<float>::max()) : top[v];
+    const Vec most = top[v] > kLargest ? splat(kLargest) : top[v];
     base[v] = most == -kInfinity ? Vec{} : most;
     decay[v] = exp2(strip.max[v] - base[v]);
     sum[v] = strip.sum[v] * decay[v];
     strip.max[v] = most;
   }
-  UNROLL for (int v = 0; v < Vecs; ++v) scores[keys * Vecs + v] = splat(-kInfinity);  // fills up the last word
+  std::fill_n(scores + keys * Vecs, Vecs, splat(-kInfinity));  // fills up the last word
   for (int key = 0; key < keys; key += Math::kPerWord) {
     UNROLL for (int v = 0; v < Vecs; ++v) {
       Vec weights[2];
@@ -252,6 +260,20 @@ void attend_any(Strip& strip, const Chunk& chunk, float scale, Vec* scores) {
 
 // ---- One thread ------------------------------------------------------------------------------------------
 
+// Calls body(i) for every row, and asks for the memory of a later one meanwhile: the rows of a head may lie a
+// page apart, where no hardware looks ahead.
+template <class RowOf, class Body>
+inline void for_each_row(int64_t count, int64_t dim, RowOf row_of, Body body) {
+  constexpr int kCacheLine = 64;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kRowsAhead < count) {
+      const auto* later = row_of(i + kRowsAhead);
+      for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(*later)) __builtin_prefetch(later + d);
+    }
+    body(i);
+  }
+}
+
 // Runs tiles one after another on scratch memory of its own.
 template <class Math, class T>
 class Worker {
@@ -295,29 +317,34 @@ class Worker {
       std::fill_n(strip.out, p_.value_dim * kVecs, Vec{});
       std::fill_n(strip.queries, key_words_ * kVecs, Vec{});
       const int64_t width = vecs_of(strip) * kLanes;
-      float* row = keys_.get();  // free until the first chunk
-      for (int64_t lane = 0; lane < strip.queries_in_use; ++lane) {
-        const int64_t token = query_token(tile, first + lane);
-        Math::pack_row(p_.query.at<const T>(tile.batch, tile.head, token), p_.head_dim, row);
+      float* words = keys_.get();  // free until the first chunk
+      auto row_of = [&](int64_t lane) {
+        return p_.query.at<const T>(tile.batch, tile.head, query_token(tile, first + lane));
+      };
+      for_each_row(strip.queries_in_use, p_.head_dim, row_of, [&](int64_t lane) {
+        Math::pack_row(row_of(lane), p_.head_dim, words);
         float* column = reinterpret_cast<float*>(strip.queries) + lane;
-        for (int64_t i = 0; i < key_words_; ++i) column[i * width] = row[i];
-      }
+        for (int64_t i = 0; i < key_words_; ++i) column[i * width] = words[i];
+      });
     }
     return strips;
   }
 
   Chunk pack_chunk(const Tile& tile, int count) {
     const int64_t head = tile.head * p_.kv_heads / p_.heads;
-    const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(tile.batch, tile.head) : nullptr;
-    auto row_of = [&](const View& view, int i) { return view.at<const T>(tile.batch, head, tokens_[i]); };
-    for (int i = 0; i < count; ++i) {
-      Math::pack_row(row_of(p_.key, i), p_.head_dim, keys_.get() + i * key_words_);
-      bias_[i] = bias ? bias[tokens_[i]] * kLog2e : 0.0f;
-    }
-    for (int i = 0; i < count; i += Math::kPerWord) {
-      const T* below = i + 1 < count ? row_of(p_.value, i + 1) : nullptr;
-      Math::pack_rows(row_of(p_.value, i), below, p_.value_dim, values_.get() + i / Math::kPerWord * p_.value_dim);
-    }
+    const float* bias = p_.key_bias.at<const float>(tile.batch, tile.head);
+    auto key_row = [&](int64_t i) { return p_.key.at<const T>(tile.batch, head, tokens_[i]); };
+    auto value_row = [&](int64_t i) { return p_.value.at<const T>(tile.batch, head, tokens_[i]); };
+    for_each_row(count, p_.head_dim, key_row, [&](int64_t i) {
+      Math::pack_row(key_row(i), p_.head_dim, keys_.get() + i * key_words_);
+      bias_[i] = p_.key_bias.data ? bias[tokens_[i]] * kLog2e : 0.0f;
+    });
+    for_each_row(count, p_.value_dim, value_row, [&](int64_t i) {
+      if (i % Math::kPerWord) return;  // packed with the row above
+      const T* below = i + 1 < count ? value_row(i + 1) : nullptr;
+      float* words = values_.get() + i / Math::kPerWord * p_.value_dim;
+      Math::pack_rows(value_row(i), below, p_.value_dim, words);
+    });
     return {count, key_words_, p_.value_dim, keys_.get(), values_.get(), bias_};
   }
 
@@ -332,7 +359,8 @@ class Worker {
       const float* column = reinterpret_cast<const float*>(strip.out) + lane;
       T* out = p_.out.at<T>(tile.batch, tile.head, token);
       for (int64_t d = 0; d < p_.value_dim; ++d) out[d] = from_float<T>(column[d * width] * factor);
-      *p_.lse.at<float>(tile.batch, tile.head, token) = sum == 0.0f ? -kInfinity : (max + std::log2(sum)) * kLn2;
+      float* lse = p_.lse.at<float>(tile.batch, tile.head, token);
+      *lse = sum == 0.0f ? -kInfinity : (max + std::log2(sum)) * kLn2;
     }
   }
 

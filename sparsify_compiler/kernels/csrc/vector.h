@@ -1,5 +1,5 @@
-// What the attention kernel computes with: vectors of floats as wide as the machine's, exp2 on them, the 16-bit
-// float types, and the two kinds of arithmetic: fp32, and dot products of bf16 pairs where the CPU has them.
+// What the attention kernel computes with: vectors of floats as wide as the machine's, exp2 on them, the
+// 16-bit float types, and two kinds of arithmetic: fp32, and products of bf16 pairs where the CPU has them.
 //
 // Written with the vector extensions of GCC and Clang, so that it compiles for any CPU; x86 intrinsics stand
 // only where there is no other spelling. A "word" is the four bytes of each operand that one multiply-add
@@ -138,7 +138,7 @@ struct Fp32 {
     for (int64_t d = 0; d < dim; ++d) words[d] = to_float(row[d]);
   }
 
-  // The row above and the row below -> `dim` words; a word has room for one element, so there is no row below.
+  // The row above and the row below -> `dim` words. A word has room for one element: no row is below.
   template <class T>
   static void pack_rows(const T* above, const T*, int64_t dim, float* words) {
     pack_row(above, dim, words);
