@@ -1,12 +1,16 @@
 """Everything of PyTorch's compiler that is not public API, in one place.
 
-Checked with torch 2.11 and 2.13. `torch._dynamo` is imported where it is used: importing this package must not
-cost its import.
+Checked with torch 2.11 and 2.13. `torch._dynamo` is imported where it is used: importing this package must
+not cost its import.
 """
 
+import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
+from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
@@ -18,7 +22,9 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
 
     kind = type(error)
     both = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
-    return both(*error.args, first_useful_frame=None)
+    through = both(*error.args)
+    through.first_useful_frame = None
+    return through
 
 
 def check_backend(name: str) -> None:
@@ -43,3 +49,40 @@ def compile_with(
 
     patches = list_mode_options(mode) if mode not in (None, "default") else None
     return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def trace(backend: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` through Dynamo with `backend`, whatever was compiled before and leaving it as it was.
+
+    The call starts from a code object of its own, which has neither programs nor a history of recompiles.
+    Only where a graph breaks does Dynamo compile the model's own code objects: those that carry no other
+    program are cleaned again, the others keep an entry in a region apart (torch 2.13; before, beside theirs).
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo import config
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    def ours(entry: Any) -> bool:
+        return getattr(entry.backend, "compiler_fn", entry.backend) is backend
+
+    region = "isolate_recompiles"
+    apart: dict[str, Any] = {region: True} if region in signature(torch.compile).parameters else {}
+    codes: list[CodeType] = []
+    hook = register_bytecode_hook(lambda code, _: codes.append(code))
+    fresh = FunctionType(function.__code__.replace(), function.__globals__)
+    unlimited = sys.maxsize
+    try:
+        with config.patch(
+            recompile_limit=unlimited, accumulated_recompile_limit=unlimited, suppress_errors=False
+        ):
+            return torch.compile(fresh, backend=backend, dynamic=False, **apart)(*args)
+    finally:
+        hook.remove()
+        for code in codes:
+            if all(map(ours, _debug_get_cache_entry_list(code))):
+                reset_code(code)
+
+
+def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that torch.compile was given, where `model` is what it gave back."""
+    return getattr(model, "_orig_mod", model)

@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def analysis(config: SparsifyConfig) -> list[Pass]:
-    """The passes that find out and decide: what `explain` runs."""
+def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
+    """The passes that find out and decide: what `explain` runs. `device` as `plan_sites` has it."""
     return [
         capture,
         partial(infer_layouts, grid=config.grid),
-        partial(plan_sites, config=config),
+        partial(plan_sites, config=config, device=device),
     ]
 
 
@@ -41,9 +41,9 @@ def rewrite(gm: fx.GraphModule, config: SparsifyConfig) -> tuple[fx.GraphModule,
     return run(gm, rewriting(config), config), plan
 
 
-def analyse(gm: fx.GraphModule, config: SparsifyConfig) -> GraphPlan:
-    """The plan for a Dynamo graph, which is not touched."""
-    return graph_plan(run(copy_graph(gm), analysis(config), config))
+def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> GraphPlan:
+    """The plan for a Dynamo graph, which is not touched; for another device type than its own if given."""
+    return graph_plan(run(copy_graph(gm), analysis(config, device), config))
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -15,9 +16,16 @@ from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout
 
 
-def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig) -> fx.GraphModule:
-    """Attach to every node that carries a site the plan for it; see the module's picture."""
+def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
+    """Attach to every node that carries a site the plan for it; see the module's picture.
+
+    Args:
+        device: device type to plan for, in place of the one the graph was traced on.
+    """
     nodes = all_sites(gm)
+    if device is not None:
+        for node in nodes:
+            node.meta["site"] = replace(node.meta["site"], device=device)
     pairs = [(node.meta["site"], node.meta.get("layout")) for node in nodes]
     for node, plan in zip(nodes, make_plan(pairs, config), strict=True):
         node.meta["plan"] = plan

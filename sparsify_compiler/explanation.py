@@ -1,0 +1,274 @@
+"""What the compiler would do with a model, and why: as objects, as a table and as a picture."""
+
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from sparsify_compiler import _torch
+from sparsify_compiler.backend import configure
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
+from sparsify_compiler.table import BlockTable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.console import Group
+
+WIDTH = 160
+"""Columns of the table as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The plans for every graph of a model, in the order in which one call runs them."""
+
+    graph_plans: tuple[GraphPlan, ...]
+    hints: tuple[str, ...] = ()
+    """What to try next, in words."""
+
+    @property
+    def plans(self) -> list[AttentionPlan]:
+        """The plan of every attention call, over all graphs."""
+        return [plan for graph in self.graph_plans for plan in graph]
+
+    @property
+    def graphs(self) -> int:
+        """Graphs that Dynamo made of the model: 1 where nothing breaks it."""
+        return len(self.graph_plans)
+
+    @property
+    def density(self) -> float:
+        """Share of all attention's arithmetic that is left: densities weighted by each call's operations."""
+        total = sum(map(_operations, self.plans))
+        return sum(plan.density * _operations(plan) for plan in self.plans) / total if total else 1.0
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=WIDTH, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+    def __rich__(self) -> "Group":
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("site", max_width=44, overflow="fold")
+        for name in ("kind", "tokens", "heads x dim", "grid", "method", "provider", "density"):
+            table.add_column(name, no_wrap=True)
+        table.add_column("reason", min_width=24)
+        for name, plan in fold(self.plans):
+            site = plan.site
+            table.add_row(
+                name,
+                site.kind,
+                str(site.q_tokens) + (f" to {site.kv_tokens}" if site.kv_tokens != site.q_tokens else ""),
+                f"{site.heads} x {site.head_dim}",
+                grid_text(plan.layout),
+                method_text(plan, "\n"),
+                plan.provider or "-",
+                f"{plan.density:.3f}",
+                plan.reason,
+            )
+        sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
+        summary = (
+            f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
+            f"{self.density:.1%} of the query-key pairs are computed."
+        )
+        return Group(table, summary, *(f"Hint: {hint}" for hint in self.hints))
+
+    def save_picture(self, path: str | Path) -> Path:
+        """Draw the mask of every distinct table, to scale, and save it in the format of the path's ending.
+
+        Rows are queries, columns are keys. Frames are dark where they are computed, other tokens are orange.
+
+        Raises:
+            SparsifyError: nothing is sparse, so there is nothing to draw; or matplotlib is missing.
+        """
+        tables: dict[tuple[TokenLayout, Any], AttentionPlan] = {}
+        names: dict[tuple[TokenLayout, Any], list[str]] = {}
+        for name, plan in fold(self.plans):
+            if plan.method != "dense":
+                tables.setdefault((plan.layout, plan.settings), plan)
+                names.setdefault((plan.layout, plan.settings), []).append(name)
+        if not tables:
+            raise SparsifyError(
+                "there is no mask to draw: every attention stays dense. str() of this says why."
+            )
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise SparsifyError(
+                "the picture needs matplotlib: try pip install 'sparsify-compiler[demo]'"
+            ) from error
+        columns = min(len(tables), 3)
+        rows = -(-len(tables) // columns)
+        figure = Figure(figsize=(5.2 * columns, 5.6 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (key, plan) in zip(grid, tables.items(), strict=False):
+            _draw(axes, plan, names[key])
+        for axes in list(grid)[len(tables) :]:
+            axes.set_axis_off()
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            figure.savefig(path, dpi=150)
+        except ValueError as error:  # of an ending that matplotlib does not know
+            raise SparsifyError(f"cannot save the picture as {path}: {error}") from error
+        return path
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    **kwargs: Any,
+) -> Explanation:
+    """What `torch.compile(model, backend="sparsify", options=options)` would do in `model(*args, **kwargs)`.
+
+    Runs the model once, eagerly, so that graph breaks are followed. Model and inputs may live on the meta
+    device: then nothing is computed and no memory is needed. Programs compiled before stay as they are.
+
+    Args:
+        model: a module or function; without gradients unless it is in training mode.
+        options: as torch.compile takes them.
+        device: device type to choose providers for (`cpu`, `cuda`); that of the model's tensors if None.
+
+    Raises:
+        SparsifyError: options that cannot be met.
+    """
+    config = configure(options)
+    plans: list[GraphPlan] = []
+    errors: list[SparsifyError] = []
+
+    def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            plans.append(pipeline.analyse(gm, config, device=device))
+        except SparsifyError as error:
+            errors.append(error)
+            raise _torch.unwrapped(error) from None
+        return gm.forward
+
+    model = _torch.uncompiled(model)
+    try:
+        with nullcontext() if getattr(model, "training", False) else torch.no_grad():
+            _torch.trace(record, _call, model, args, kwargs)
+    except SparsifyError:
+        raise errors[0] from None  # without what Dynamo appended to it
+    return Explanation(tuple(plans), tuple(_hints(plans, options or {})))
+
+
+def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
+
+
+def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[str]:
+    plans = [plan for graph in graphs for plan in graph]
+    if not graphs:
+        yield "Dynamo compiled nothing: is the model wrapped in torch.compiler.disable?"
+    if len(graphs) > 1:
+        yield "the model breaks into several graphs; torch.compile(..., fullgraph=True) says where."
+    slow = next((plan for plan in plans if plan.provider == "reference"), None)
+    if slow is not None and options.get("provider") != "reference":
+        yield f"provider reference is slow; {slow.site.name} has it because: {slow.reason}"
+    if "method" not in options and any(graph.sparse for graph in graphs):
+        yield "the method is the default; options={'method': 'tile', 'reference_frames': k} sets the density."
+
+
+def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:
+    """(name, plan) with calls that differ in numbers of their path alone as one: `blocks.{0..39}.attn1`."""
+    groups: dict[Any, dict[tuple[Any, ...], AttentionPlan]] = {}
+    for plan in plans:
+        parts = tuple((int(part),) if part.isdigit() else part for part in plan.site.name.split("."))
+        content = replace(plan, site=replace(plan.site, name="", index=0))
+        template = tuple("" if isinstance(part, tuple) else part for part in parts)
+        groups.setdefault((template, content, plan.layout.reason), {}).setdefault(parts, plan)
+    rows = []
+    for (template, *_), named in groups.items():
+        for place in (i for i, part in enumerate(template) if not part):
+            merged: dict[Any, tuple[tuple[int, ...], AttentionPlan]] = {}
+            for parts, plan in named.items():
+                others = (*parts[:place], "", *parts[place + 1 :])
+                numbers, first = merged.get(others, ((), plan))
+                merged[others] = (*numbers, *parts[place]), first
+            named = {
+                (*others[:place], numbers, *others[place + 1 :]): first
+                for others, (numbers, first) in merged.items()
+            }
+        rows += [(".".join(map(_part_text, parts)), plan) for parts, plan in named.items()]
+    return rows
+
+
+def _part_text(part: str | tuple[int, ...]) -> str:
+    """A path component: itself, or its numbers as `3` or `{0..2,5}`."""
+    if isinstance(part, str):
+        return part
+    runs: list[list[int]] = []
+    for number in sorted(part):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return text if len(part) == 1 else f"{{{text}}}"
+
+
+def grid_text(layout: TokenLayout) -> str:
+    """`226 + 13x30x45 + 10`: the tokens before, the grid, the tokens after."""
+    if layout.grid is None:
+        return "-"
+    before, after = (
+        f"{layout.before} + " if layout.before else "",
+        f" + {layout.after}" if layout.after else "",
+    )
+    return before + "x".join(map(str, layout.grid)) + after
+
+
+def method_text(plan: AttentionPlan, separator: str = " ") -> str:
+    """`tile reference_frames=2`."""
+    settings: Any = plan.settings
+    numbers = [] if settings is None else [f"{f.name}={getattr(settings, f.name)}" for f in fields(settings)]
+    return separator.join([plan.method, *numbers])
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _operations(plan: AttentionPlan) -> int:
+    """Multiply-adds of the call, were it dense."""
+    site = plan.site
+    return site.batch * site.heads * site.q_tokens * site.kv_tokens * (site.head_dim + site.value_dim)
+
+
+def _draw(axes: "Axes", plan: AttentionPlan, names: list[str]) -> None:
+    """One mask; q and k bounds are the edges of its cells."""
+    from matplotlib.colors import ListedColormap
+
+    settings: Any = plan.settings
+    table: BlockTable = settings.table(plan.layout)
+    rows, columns = (bounds[0, 0].tolist() for bounds in (table.q_bounds, table.kv_bounds))
+    kept = table.block_mask()[0, 0].int()
+    video = range(plan.layout.before, plan.layout.tokens - plan.layout.after)
+    for cells, bounds in ((kept, rows), (kept.T, columns)):
+        cells[[start not in video for start in bounds[:-1]]] *= 2
+    colours = ListedColormap(["#eef1f5", "#1f4e79", "#e08a2e"])
+    axes.pcolormesh(
+        columns, rows, kept.clamp(max=2), cmap=colours, vmin=0, vmax=2, edgecolors="white", linewidth=0.4
+    )
+    axes.set(aspect="equal", xlabel="key token", ylabel="query token")
+    axes.invert_yaxis()
+    axes.set_title(
+        "\n".join([*names, f"{method_text(plan)} on {grid_text(plan.layout)}: density {plan.density:.3f}"]),
+        fontsize=9,
+    )
