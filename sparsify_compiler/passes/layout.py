@@ -68,10 +68,12 @@ def read_layout(query: Label, key: Label) -> tuple[SiteKind, TokenLayout]:
         return kind, TokenLayout(tokens=tokens, reason="keys are not the tokens of the queries")
     parts = query[0].parts if len(query) == 1 and isinstance(query[0], Cat) else (query,)
     grids = [_grid_of(part) for part in parts]
-    videos = [i for i, (grid, _) in enumerate(grids) if grid is not None and grid[0] > 1]
-    candidates = videos or [i for i, (grid, _) in enumerate(grids) if grid is not None]
+    clips = [i for i, (grid, _) in enumerate(grids) if grid is not None and grid[0] > 1]
+    candidates = clips or [i for i, (grid, _) in enumerate(grids) if grid is not None]
+    largest = max((length(parts[i]) for i in candidates), default=0)
+    candidates = [i for i in candidates if length(parts[i]) == largest]
     if len(candidates) != 1:
-        reason = "several video grids in one sequence" if candidates else grids[_largest(parts)][1]
+        reason = "several video grids of one size in its sequence" if candidates else grids[_largest(parts)][1]
         return "self", TokenLayout(tokens=tokens, reason=reason)
     at = candidates[0]
     return _placed(parts, at, *grids[at])

@@ -17,6 +17,7 @@ from sparsify_compiler.passes.fx import tensor_of
 
 _MATMUL = (torch.matmul, operator.matmul, torch.bmm)
 _CASTS = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous")
+_REGROUPS = ("view", "reshape", "flatten", "unflatten", torch.flatten, torch.reshape)
 _HIDDEN = torch.finfo(torch.float16).min
 """Scores filled with this or less weigh nothing in any dtype."""
 
@@ -28,31 +29,32 @@ def match_unfused(node: fx.Node) -> dict[str, Any] | None:
         return None
     weights, value, finish = second
     refusal = ""
-    weights = _skip_casts(weights)
+    weights = _skip_views(weights)
     if _is(weights, F.dropout):
         arguments = dict(zip(("input", "p", "training"), weights.args, strict=False)) | dict(weights.kwargs)
         if arguments.get("training", True) and arguments.get("p", 0.5) > 0:
             refusal = "dropout inside attention"
-        weights = _skip_casts(arguments["input"])
+        weights = _skip_views(arguments["input"])
     scores = _softmax_input(weights)
     if scores is None:
         return None
-    scores, mask = _mask(_skip_casts(scores))
+    lead = tuple(tensor_of(weights).shape[:-2])  # type: ignore[union-attr]
+    scores, mask = _mask(_skip_views(scores))
     scores, scale = _scale(scores)
     first = _scores_product(scores)
     if first is None:
         return None
     query, key, factor, added = first
-    if added is not None and mask is not None:
+    if len(lead) not in (1, 2) or (added is not None and mask is not None):
         return None
     return {
-        "query": query,
-        "key": key,
-        "value": value(),
+        "query": _led_by(query, lead),
+        "key": _led_by(key, lead),
+        "value": _led_by(value(), lead),
         "mask": mask if added is None else added,
         "scale": scale * factor,
         "refusal": refusal,
-        "finish": finish,
+        "finish": _finish(node, lead, finish),
     }
 
 
@@ -63,10 +65,33 @@ def _is(node: Any, *targets: Any) -> bool:
     return any(node.target is target or node.target == target for target in targets)
 
 
-def _skip_casts(node: Any) -> Any:
-    while _is(node, *_CASTS):
+def _skip_views(node: Any) -> Any:
+    """Through casts, and through reshapes that regroup the batch dimensions of scores alone."""
+    while _is(node, *_CASTS, *_REGROUPS):
+        if _is(node, *_REGROUPS):
+            after, before = tensor_of(node), tensor_of(node.args[0])
+            if after is None or before is None or after.shape[-2:] != before.shape[-2:]:
+                break
         node = node.args[0]
     return node
+
+
+def _led_by(node: fx.Node, lead: tuple[int, ...]) -> fx.Node:
+    """`node` with batch dimensions `lead` (and its last two), regrouped where it has others."""
+    value = tensor_of(node)
+    if value is None or value.dim() - 2 == len(lead):
+        return node
+    return _after(node, "flatten", 0, 1) if len(lead) == 1 else _after(node, "unflatten", 0, lead)
+
+
+def _finish(node: fx.Node, lead: tuple[int, ...], finish: "_Finish | None") -> "_Finish | None":
+    """Also regroup the output's batch dimensions, where the second product had others than the scores."""
+    out = tensor_of(node)
+    if finish is not None or out is None or out.dim() - 2 == len(lead):
+        return finish
+    if len(lead) == 1:
+        return lambda graph, result: graph.call_method("unflatten", (result, 0, tuple(out.shape[:-2])))
+    return lambda graph, result: graph.call_method("flatten", (result, 0, 1))
 
 
 def _number(value: Any) -> float | None:
@@ -91,7 +116,7 @@ def _mask(node: Any) -> tuple[Any, fx.Node | None]:
             a_tensor, b_tensor = tensor_of(a), tensor_of(b)
             if a_tensor is not None and b_tensor is not None:
                 scores, mask = (a, b) if a_tensor.numel() >= b_tensor.numel() else (b, a)
-                return _skip_casts(scores), mask
+                return _skip_views(scores), mask
     if _is(node, "masked_fill", torch.masked_fill) and len(node.args) == 3:
         scores, hidden, fill = node.args
         if isinstance(hidden, fx.Node) and (number := _number(fill)) is not None and number <= _HIDDEN:
@@ -99,7 +124,7 @@ def _mask(node: Any) -> tuple[Any, fx.Node | None]:
                 seen = node.graph.call_function(torch.logical_not, (hidden,))
             if (value := tensor_of(hidden)) is not None:
                 seen.meta["example_value"] = value  # the same shape and strides, a boolean
-            return _skip_casts(scores), seen
+            return _skip_views(scores), seen
     return node, None
 
 
@@ -108,11 +133,11 @@ def _scale(node: Any) -> tuple[Any, float]:
     if _is(node, operator.mul, torch.mul, "mul", operator.imul):
         for x, factor in (node.args, node.args[::-1]):
             if isinstance(x, fx.Node) and (number := _number(factor)) is not None:
-                return _skip_casts(x), number
+                return _skip_views(x), number
     if _is(node, operator.truediv, torch.div, "div", operator.itruediv) and len(node.args) == 2:
         number = _number(node.args[1])
         if number:
-            return _skip_casts(node.args[0]), 1.0 / number
+            return _skip_views(node.args[0]), 1.0 / number
     return node, 1.0
 
 
@@ -203,7 +228,7 @@ def _transposed(node: fx.Node) -> fx.Node:
     return _after(node, "transpose", -1, -2)
 
 
-def _after(node: fx.Node, method: str, *dims: int) -> fx.Node:
+def _after(node: fx.Node, method: str, *dims: Any) -> fx.Node:
     """A view of `node`, placed right after it, with the fake tensor Dynamo would have recorded."""
     with node.graph.inserting_after(node):
         view = node.graph.call_method(method, (node, *dims))
