@@ -19,10 +19,13 @@ from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 WIDTH = 160
 """Columns of the table as text."""
+
+NARROW = 120
+"""Columns below which the table is cut down."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +59,34 @@ class Explanation:
         Console(file=out, width=WIDTH, color_system=None).print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
-    def __rich__(self) -> "Group":
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """A table; on a narrow console less important columns go and the reasons stand below."""
         from rich import box
-        from rich.console import Group
         from rich.table import Table
 
+        rows = fold(self.plans)
+        narrow = options.max_width < NARROW
+        columns = {
+            heading: cell for heading, cell in _COLUMNS.items() if not (narrow and heading in _WIDE_ONLY)
+        }
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("site", max_width=44, overflow="fold")
-        for name in ("kind", "tokens", "heads x dim", "grid", "method", "provider", "density"):
-            table.add_column(name, no_wrap=True)
-        table.add_column("reason", min_width=24)
-        for name, plan in fold(self.plans):
-            site = plan.site
-            table.add_row(
-                name,
-                site.kind,
-                str(site.q_tokens) + (f" to {site.kv_tokens}" if site.kv_tokens != site.q_tokens else ""),
-                f"{site.heads} x {site.head_dim}",
-                grid_text(plan.layout),
-                method_text(plan, "\n"),
-                plan.provider or "-",
-                f"{plan.density:.3f}",
-                plan.reason,
+        for heading in columns:
+            wraps = heading in ("site", "reason")
+            table.add_column(
+                heading, no_wrap=not wraps, overflow="fold", max_width=44 if heading == "site" else None
             )
+        for name, plan in rows:
+            table.add_row(*(cell(name, plan) for cell in columns.values()))
+        yield table
+        if narrow:
+            yield from (f"{name}: {plan.reason}." for name, plan in rows)
+            yield ""
         sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
-        summary = (
+        yield (
             f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
             f"{self.density:.1%} of the query-key pairs are computed."
         )
-        return Group(table, summary, *(f"Hint: {hint}" for hint in self.hints))
+        yield from (f"Hint: {hint}" for hint in self.hints)
 
     def save_picture(self, path: str | Path) -> Path:
         """Draw the mask of every distinct table, to scale, and save it in the format of the path's ending.
@@ -239,6 +241,25 @@ def method_text(plan: AttentionPlan, separator: str = " ") -> str:
     settings: Any = plan.settings
     numbers = [] if settings is None else [f"{f.name}={getattr(settings, f.name)}" for f in fields(settings)]
     return separator.join([plan.method, *numbers])
+
+
+def _tokens_text(plan: AttentionPlan) -> str:
+    q_tokens, kv_tokens = plan.site.q_tokens, plan.site.kv_tokens
+    return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens} to {kv_tokens}"
+
+
+_COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
+    "site": lambda name, _: name,
+    "kind": lambda _, plan: plan.site.kind,
+    "tokens": lambda _, plan: _tokens_text(plan),
+    "heads x dim": lambda _, plan: f"{plan.site.heads} x {plan.site.head_dim}",
+    "grid": lambda _, plan: grid_text(plan.layout),
+    "method": lambda _, plan: method_text(plan, "\n"),
+    "provider": lambda _, plan: plan.provider or "-",
+    "density": lambda _, plan: f"{plan.density:.3f}",
+    "reason": lambda _, plan: plan.reason,
+}
+_WIDE_ONLY = ("heads x dim", "provider", "reason")
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,8 +4,12 @@ Error bound of a kernel test: the kernel's distance to float64 attention may be 
 plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 SLACK = 2.0
 """Kernels accumulate in another order than eager, so their rounding errors differ, not their size."""
@@ -77,13 +81,58 @@ def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> N
     assert error <= bound, f"error {error:.3e} above the bound {bound:.3e}"
 
 
-def tile_mask(frames: int, reference_frames: int, tokens_per_frame: int, before: int = 0, after: int = 0) -> Tensor:
+def tile_mask(
+    frames: int, reference_frames: int, tokens_per_frame: int, before: int = 0, after: int = 0
+) -> Tensor:
     """[S, S] bool: Efficient-vDiT's mask k : F-k, token pair by token pair from the paper's definition."""
     reference = {-(-i * frames // reference_frames) for i in range(reference_frames)}
-    frame = [None] * before
+    frame: list[int | None] = [None] * before
     frame += [t // tokens_per_frame for t in range(frames * tokens_per_frame)]
     frame += [None] * after
-    rows = []
-    for i in frame:
-        rows.append([i is None or j is None or i == j or i in reference or j in reference for j in frame])
+    rows = [
+        [i is None or j is None or i == j or i in reference or j in reference for j in frame] for i in frame
+    ]
     return torch.tensor(rows, dtype=torch.bool)
+
+
+class TileAttention(TorchFunctionMode):
+    """While active, every attention over the whole sequence is dense SDPA under Efficient-vDiT's mask.
+
+    Holds a model to the mask's definition without the compiler: run it eagerly, `with TileAttention(...)`.
+    Queries are taken frame by frame, so that no mask of S x S is ever there.
+    """
+
+    def __init__(
+        self, frames: int, reference_frames: int, tokens_per_frame: int, *, before: int = 0, after: int = 0
+    ) -> None:
+        super().__init__()
+        sees = tile_mask(frames, reference_frames, 1, before=before > 0, after=after > 0)
+        sizes = [size for size in [before, *[tokens_per_frame] * frames, after] if size]
+        self.sizes, self.rows = sizes, sees.repeat_interleave(torch.tensor(sizes), dim=1)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        tokens = self.rows.shape[1]
+        if not query.shape[-2] == key.shape[-2] == tokens:
+            return scaled_dot_product_attention(query, key, value, attn_mask, **others)
+        assert attn_mask is None or attn_mask.shape[-2] == 1
+        parts = []
+        for rows, kept in zip(query.split(self.sizes, dim=-2), self.rows.to(query.device), strict=True):
+            if attn_mask is None:
+                mask = kept
+            elif attn_mask.dtype == torch.bool:
+                mask = kept & attn_mask
+            else:
+                mask = attn_mask.masked_fill(~kept, -torch.inf)
+            mask = mask.expand(*mask.shape[:-2], rows.shape[-2], tokens)
+            parts.append(scaled_dot_product_attention(rows, key, value, mask, **others))
+        return torch.cat(parts, dim=-2)

@@ -1,0 +1,287 @@
+"""`sparsify demo`: one model, dense and sparse, measured and checked in front of your eyes."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.explanation import Explanation, explain
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.testing.oracles import TileAttention
+
+Step = Callable[[], Tensor]
+"""One denoising step of the model: [1, C, F, H, W]."""
+
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest |sparse - oracle| / |oracle| that passes: some ten times what rounding makes of a few layers."""
+
+SHARPNESS = 4.0
+"""Factor on the queries: random weights alone attend to everything alike, trained ones do not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Size:
+    """Of the demo's model and video."""
+
+    grid: tuple[int, int, int]
+    """Latent (frames, height, width) in tokens."""
+    heads: int
+    head_dim: int
+    layers: int
+    dtype: torch.dtype
+    reference_frames: int = 2
+    rounds: int = 5
+    """Dense and sparse steps that are timed, by turns."""
+
+
+SIZES = {
+    "cpu": Size(grid=(16, 24, 24), heads=4, head_dim=64, layers=2, dtype=torch.float32),
+    "cuda": Size(grid=(21, 30, 52), heads=12, head_dim=128, layers=8, dtype=torch.bfloat16, rounds=15),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What the demo measured."""
+
+    explanation: Explanation
+    seconds: Mapping[str, float]
+    """Of a step, `dense` and `sparse`: medians."""
+    attention_share: float
+    """Part of the dense step spent in attention that the plan makes sparse."""
+    density: float
+    """Share of that attention's query-key pairs that are computed."""
+    error: float
+    """Relative distance to the oracle: the same model, its attention dense under the mask."""
+    bound: float
+    distance: float
+    """Relative distance to the dense model: what sparsity does to these random weights."""
+    picture: Path
+
+    @property
+    def passed(self) -> bool:
+        """The sparse model computes what its plan says."""
+        return self.error <= self.bound
+
+    @property
+    def speedup(self) -> float:
+        """Dense step over sparse step."""
+        return self.seconds["dense"] / self.seconds["sparse"]
+
+
+def run(
+    device: str = "cpu",
+    out: Path = Path("demo_out"),
+    *,
+    size: Size | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Explain, compile, check, time and draw; prints as it goes.
+
+    Args:
+        device: `cpu` or `cuda`.
+        out: folder for the picture of the masks.
+        size: of the model; one that takes about a minute or two if None.
+
+    Raises:
+        SparsifyError: the device is not there, or diffusers or matplotlib is missing.
+    """
+    if device not in SIZES:
+        raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
+    size, console = size or SIZES[device], console or Console()
+    options = {"method": "tile", "reference_frames": size.reference_frames}
+    tokens = math.prod(size.grid)
+    console.print(
+        f"A Wan transformer of {size.layers} layers, {size.heads} heads of {size.head_dim}, random weights, "
+        f"{_name(size.dtype)} on {device}; a video of {'x'.join(map(str, size.grid))} = {tokens:,} tokens."
+    )
+    model, inputs = wan(size, device)
+    with torch.no_grad(), _progress(console) as progress:
+        if device == "cpu":
+            from sparsify_compiler.kernels import cpu
+
+            with _phase(progress, "build the C++ attention kernel"):
+                build = cpu.build_info()
+            progress.console.print(f"CPU kernel: {build.reason} in {build.seconds:.1f} s.")
+        with _phase(progress, "explain"):
+            with torch.device("meta"):  # so that it costs no step
+                twin, twin_inputs = wan(size, "meta")
+            explanation = explain(twin, **twin_inputs, options=options, device=device)
+        progress.console.print(explanation)
+        picture = explanation.save_picture(out / "masks.png")
+
+        def compiled(**how: Any) -> Step:
+            program = torch.compile(model, **how)
+            return lambda: program(**inputs)[0]
+
+        steps = {"dense": compiled(), "sparse": compiled(backend="sparsify", options=options)}
+        outputs = {}
+        for name, step in steps.items():
+            with _phase(progress, f"compile {name} and run a first step"):
+                outputs[name] = step().float().cpu()
+        with _phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
+            oracle = model(**inputs)[0].float().cpu()
+        plan = _sparse(explanation)[0]
+        seconds = _interleaved(
+            {**steps, "attention": dense_attention(plan, device)},
+            rounds=size.rounds,
+            device=device,
+            advance=_advance(progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds),
+        )
+    result = Result(
+        explanation=explanation,
+        seconds=seconds,
+        attention_share=seconds["attention"] * len(_sparse(explanation)) / seconds["dense"],
+        density=plan.density,
+        error=_relative(outputs["sparse"], oracle),
+        bound=BOUND[size.dtype],
+        distance=_relative(outputs["sparse"], outputs["dense"]),
+        picture=picture,
+    )
+    console.print(_summary(result))
+    return result
+
+
+def wan(size: Size, device: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A seeded model of the Wan architecture in eval mode, and the inputs of one step.
+
+    Raises:
+        SparsifyError: diffusers is missing.
+    """
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError as error:
+        raise SparsifyError("the demo needs diffusers: try pip install 'sparsify-compiler[demo]'") from error
+    width = size.heads * size.head_dim
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model: Any = WanTransformer3DModel(
+            num_attention_heads=size.heads,
+            attention_head_dim=size.head_dim,
+            ffn_dim=4 * width,
+            num_layers=size.layers,
+            text_dim=width,
+        )
+        for block in model.blocks:
+            block.attn1.norm_q.weight.mul_(SHARPNESS)
+        frames, height, width_ = size.grid
+        latents = torch.randn(1, 16, frames, 2 * height, 2 * width_)
+        text = torch.randn(1, 64, width)
+    inputs = {
+        "hidden_states": latents.to(device, size.dtype),
+        "encoder_hidden_states": text.to(device, size.dtype),
+        "timestep": torch.full((1,), 500, device=device),
+        "return_dict": False,
+    }
+    # Past diffusers' own `to`, which warns of modules that its checkpoints keep in fp32.
+    return nn.Module.to(model.eval(), device, size.dtype), inputs
+
+
+def dense_attention(plan: AttentionPlan, device: str) -> Step:
+    """SDPA alone on tensors of the shapes and strides of a site: what the dense model spends on it."""
+    site = plan.site
+    query, key, value = (
+        torch.randn(
+            site.batch, tokens, heads, width, device=device, dtype=getattr(torch, site.dtype)
+        ).transpose(1, 2)
+        for tokens, heads, width in (
+            (site.q_tokens, site.heads, site.head_dim),
+            (site.kv_tokens, site.kv_heads, site.head_dim),
+            (site.kv_tokens, site.kv_heads, site.value_dim),
+        )
+    )
+    gqa = site.heads != site.kv_heads
+    return lambda: scaled_dot_product_attention(query, key, value, scale=site.scale, enable_gqa=gqa)
+
+
+def _tile_attention(size: Size) -> TileAttention:
+    frames, height, width = size.grid
+    return TileAttention(frames, size.reference_frames, height * width)
+
+
+def _sparse(explanation: Explanation) -> list[AttentionPlan]:
+    plans = [plan for graph in explanation.graph_plans for plan in graph.sparse]
+    assert plans, "the video self-attention of the demo's model must be found"
+    return plans
+
+
+def _interleaved(
+    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str, advance: Callable[[], None]
+) -> dict[str, float]:
+    """Median seconds of each step; all take turns, so that all see the same noise of the machine."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            step()
+            _synchronise(device)
+            seconds[name].append(time.perf_counter() - start)
+        advance()
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|; NaN where either has one, which is within no bound."""
+    return float((got - expected).norm() / expected.norm())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def _phase(progress: Progress, name: str) -> Iterator[None]:
+    """A bar that pulses until the block is done."""
+    task = progress.add_task(name, total=None)
+    yield
+    progress.update(task, total=1, completed=1)
+
+
+def _advance(progress: Progress, name: str, total: int) -> Callable[[], None]:
+    """A bar of `total` steps, and the function that moves it by one."""
+    task = progress.add_task(name, total=total)
+    return lambda: progress.advance(task)
+
+
+def _summary(result: Result) -> Group:
+    table = Table("", "dense", "sparse", title="One denoising step", title_justify="left")
+    table.add_row(
+        "time of a step", *(f"{result.seconds[name] * 1e3:,.0f} ms" for name in ("dense", "sparse"))
+    )
+    table.add_row("query-key pairs of video attention", "100%", f"{result.density:.1%}")
+    table.add_row("share of that attention in a dense step", f"{result.attention_share:.0%}", "")
+    verdict = "within" if result.passed else "ABOVE"
+    table.add_row("error to the dense-masked oracle", "", f"{result.error:.1e}, {verdict} {result.bound:.0e}")
+    table.add_row("distance to dense (random weights)", "", f"{result.distance:.1e}")
+    sentence = (
+        f"The sparse step is {result.speedup:.2f} times as fast as the dense one, and computes what its "
+        f"masks say; they are drawn in {result.picture}."
+        if result.passed
+        else "The sparse model does NOT compute what its masks say: please report this."
+    )
+    return Group(table, sentence)
