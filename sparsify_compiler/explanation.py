@@ -12,6 +12,7 @@ from torch import fx
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
+from sparsify_compiler.config import split_options
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
@@ -183,7 +184,7 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     slow = next((plan for plan in plans if plan.provider == "reference"), None)
     if slow is not None and options.get("provider") != "reference":
         yield f"provider reference is slow; {slow.site.name} has it because: {slow.reason}"
-    if "method" not in options and any(graph.sparse for graph in graphs):
+    if "method" not in options and not split_options(options)[1] and any(graph.sparse for graph in graphs):
         yield "the method is the default; options={'method': 'tile', 'reference_frames': k} sets the density."
 
 

@@ -1,0 +1,118 @@
+"""A diffusers model and its inputs on the meta device, from the words of a command line."""
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.errors import OptionError, SparsifyError
+
+
+def build(class_name: str, config: str) -> nn.Module:
+    """The model in eval mode, without weights: on the meta device.
+
+    Args:
+        class_name: of diffusers, e.g. `WanTransformer3DModel`.
+        config: a JSON object, or the path of a file that holds one.
+
+    Raises:
+        SparsifyError: diffusers is missing, knows no such model, or cannot make it of this config.
+    """
+    try:
+        import diffusers
+    except ImportError as error:
+        raise SparsifyError(
+            "explaining a diffusers model needs diffusers: try pip install 'sparsify-compiler[diffusers]'"
+        ) from error
+    kind = getattr(diffusers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        models = [name for name in dir(diffusers) if name.endswith("Model")]
+        near = difflib.get_close_matches(class_name, models, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise OptionError(f"diffusers {diffusers.__version__} has no model class {class_name!r}.{hint}")
+    settings = read_config(config)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(settings).eval()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OptionError(f"{class_name} cannot be made of the config: {error}") from error
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A JSON object from a string that starts with `{`, else from the file of that name."""
+    path = Path(text)
+    source = "the config" if text.lstrip().startswith("{") else f"config file {text}"
+    try:
+        config = json.loads(text if source == "the config" else path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise OptionError(f"{source} must hold a JSON object: {error}") from error
+    if not isinstance(config, dict):
+        raise OptionError(f"{source} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def assignments(words: Iterable[str], what: str) -> dict[str, str]:
+    """`name=value` words as a dict."""
+    pairs = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (equals and name and value):
+            raise OptionError(f"{what} must be written name=value, got {word!r}")
+        pairs[name] = value
+    return pairs
+
+
+def parse_input(name: str, text: str) -> Tensor:
+    """A meta tensor from `1x16x21x60x104` or `1x512:int64`; fp32 if no type is given."""
+    shape, _, dtype_name = text.partition(":")
+    dtype = getattr(torch, dtype_name or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise OptionError(f"input {name!r} must have a data type of torch after ':', got {dtype_name!r}")
+    sizes = shape.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise OptionError(f"input {name!r} must have a shape such as 1x16x21x60x104, got {shape!r}")
+    return torch.empty(tuple(map(int, sizes)), dtype=dtype, device="meta")
+
+
+def parse_value(text: str) -> Any:
+    """A JSON value, lists as tuples; what is not JSON is a string, or with commas a tuple."""
+    try:
+        value = json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        return text
+    values = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return values[0] if len(values) == 1 else values
+
+
+def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Run the model on the meta device: what is wrong with the inputs is told best by the model itself.
+
+    Raises:
+        OptionError: an input is missing, not known, or of a shape or type that does not fit.
+    """
+    signature = inspect.signature(model.forward)
+    unknown = [name for name in inputs if name not in signature.parameters]
+    missing = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        and name not in inputs
+    ]
+    if unknown or missing:
+        told = [f"does not take {', '.join(unknown)}"] if unknown else []
+        told += [f"needs {', '.join(missing)}"] if missing else []
+        raise OptionError(
+            f"{type(model).__name__} {' and '.join(told)}; its inputs are {', '.join(signature.parameters)}"
+        )
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise OptionError(f"{type(model).__name__} does not run on these inputs: {cause}") from error

@@ -1,0 +1,105 @@
+"""`sparsify doctor`: what is installed, what runs, and why the rest does not."""
+
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sparsify_compiler import __version__
+from sparsify_compiler.kernels import cpu, providers
+from sparsify_compiler.kernels.ops import block_sparse_attention
+from sparsify_compiler.methods.tile import Tile
+from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.testing.oracles import assert_close_to_float64
+
+PACKAGES = ("torch", "triton", "diffusers", "matplotlib")
+
+
+def run(console: Console | None = None) -> None:
+    """Print the report. Proves each provider by running it."""
+    console = console or Console()
+    table = Table("what", title="sparsify doctor", title_justify="left", highlight=True)
+    table.add_column("state", overflow="fold")
+    for what, state in (*versions(), *devices(), compiler()):
+        table.add_row(what, state)
+    table.add_section()
+    for device in ("cpu", "cuda"):
+        for name in providers.PROVIDERS:
+            table.add_row(f"provider {name} on {device}", proof(name, device))
+    table.add_row("Triton's interpreter", interpreter())
+    console.print(table)
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """(package, version), Python and this package first."""
+    yield "sparsify-compiler", __version__
+    yield "python", platform.python_version()
+    for package in PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"
+
+
+def devices() -> Iterator[tuple[str, str]]:
+    """(device, what it is)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield "cpu", f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        yield (
+            "cuda",
+            f"torch is built for CUDA {built}, but finds no device" if built else "torch is built without it",
+        )
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}",
+            f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}",
+        )
+
+
+def compiler() -> tuple[str, str]:
+    """(`C++ compiler`, how the CPU kernel's build went)."""
+    build = cpu.build_info()
+    if build.library is None:
+        return (
+            "C++ compiler",
+            f"{build.compiler or 'none'}; packed SDPA runs instead: {build.reason}",
+        )
+    return "C++ compiler", f"kernel {build.reason} in {build.seconds:.1f} s: {build.library}"
+
+
+def proof(name: str, device: str) -> str:
+    """`works` if the provider computes a small attention as float64 does; else why not."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no: there is no CUDA device"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    why = providers.load(name).supports(device=device, dtype=dtype, head_dim=64, value_dim=64)
+    if why:
+        return f"no: {why}"
+    layout = TokenLayout(tokens=5 * 6 * 7 + 3, grid=(5, 6, 7), after=3)
+    table = Tile(reference_frames=2).table(layout).to(device)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, layout.tokens, 64, generator=generator).to(device, dtype)
+    # A report has to go on whatever a broken driver or compiler raises; it shows the error.
+    try:
+        out, lse = block_sparse_attention(query, key, value, table, provider=name)
+        assert_close_to_float64(out, lse, query, key, value, table.mask())
+    except Exception as error:
+        return f"BROKEN: {type(error).__name__}: {error}"
+    return f"works (checked against float64 in {str(dtype).removeprefix('torch.')})"
+
+
+def interpreter() -> str:
+    """Whether Triton kernels are interpreted in this process."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"no: triton cannot be imported ({error})"
+    if triton.knobs.runtime.interpret:
+        return "on: Triton kernels run on the CPU, slowly"
+    return "off: set TRITON_INTERPRET=1 before Python starts to try Triton kernels without a GPU"
