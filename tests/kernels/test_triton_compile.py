@@ -124,10 +124,10 @@ def test_with_orders(arch, width, config, tmp_path):
     assert spilled_bytes(kernel, tmp_path) <= 64  # a few registers, set aside round the loop
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY)
-def test_with_a_key_bias(arch):
-    config, _ = configs.HALF[arch, 128]
-    assert_fits_and_overlaps(compile_launch(arch, 128, config, biased=True), arch, config)
+@pytest.mark.parametrize(("arch", "width", "config"), [case for case in HALF if case.id.endswith("long")])
+def test_with_orders_and_a_key_bias(arch, width, config):
+    kernel = compile_launch(arch, width, config, ordered=True, biased=True)
+    assert_fits_and_overlaps(kernel, arch, config)
 
 
 @pytest.mark.parametrize(("arch", "width", "config"), SINGLE)

@@ -42,7 +42,7 @@ def check(q, k, v, table, *, key_bias=None, scale=None) -> tuple[torch.Tensor, t
     return out, lse
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_table(data):
     heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 2), (4, 2)]))

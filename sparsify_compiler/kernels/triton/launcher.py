@@ -87,8 +87,8 @@ def _row_starts(tensor: Tensor) -> Iterator[int]:
 
 
 def _shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of a tensor [B|1, H|1, ...], 0 where a batch or head is shared."""
+    """Strides of a tensor [B|1, H|1, ...], 0 where a batch or head is shared or there is no tensor."""
     if tensor is None:
-        return ()
+        return (0, 0)
     lead = (0 if tensor.shape[dim] == 1 else tensor.stride(dim) for dim in (0, 1))
     return (*lead, *tensor.stride()[2:])
