@@ -28,11 +28,15 @@ class SparsifyConfig:
     """A folder to write each pass's graph and time to."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None and (
-            len(self.grid) != 3
-            or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in self.grid)
-        ):
-            raise GridError(f"grid must be three positive integers (frames, height, width), got {self.grid!r}")
+        if self.grid is not None:
+            sizes = tuple(self.grid) if isinstance(self.grid, (tuple, list)) else ()
+            if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
+                raise GridError(f"grid must be three positive integers (frames, height, width), got {self.grid!r}")
+            object.__setattr__(self, "grid", sizes)
+        if self.dump is not None:
+            if not isinstance(self.dump, (str, Path)):
+                raise OptionError(f"dump must be the path of a folder, got {self.dump!r}")
+            object.__setattr__(self, "dump", Path(self.dump))
 
 
 GENERAL = tuple(f.name for f in fields(SparsifyConfig))

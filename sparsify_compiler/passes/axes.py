@@ -9,6 +9,7 @@ gives a dimension labelled `(f, h, w)`: row-major order is part of the label. A 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -39,7 +40,8 @@ class Atom:
     @property
     def rank(self) -> int:
         """How much this says about where a token lies; the higher rank wins where two labels meet."""
-        whole = self.size == self.source.sizes[self.dim]
+        patches = self.stride > 1 and not self.inner
+        whole = patches or self.size == self.source.sizes[self.dim]
         ranks = {"lost": 5, "conv": 4, "input": 3 if whole else 1, "position": 2, "opaque": 1, "blank": 0}
         return ranks[self.source.kind]
 
@@ -234,37 +236,49 @@ def merge(a: Label, b: Label) -> Label:
     assert length(a) == length(b)
     if (aligned := _aligned(a, b)) is not None:
         return _joined([_merge_factor(x, y) for x, y in aligned])
-    best = {x: max((atom.rank for atom in atoms(x)), default=0) for x in (a, b)}
-    if min(best.values()) >= 2:  # both claim to know where the tokens lie, and they disagree
+    if min(_rank(a), _rank(b)) >= 2:  # both claim to know where the tokens lie, and they disagree
         return fresh(length(a))
-    return a if best[a] >= best[b] else b
+    return a if _rank(a) >= _rank(b) else b
 
 
-def _aligned(a: Label, b: Label) -> list[tuple[Factor, Factor]] | None:
+def _rank(label: Label) -> int:
+    return max((atom.rank for atom in atoms(label)), default=0)
+
+
+class _Piece(NamedTuple):
+    """A factor, and what it says: less than it did, where it had to be cut to meet the other label's."""
+
+    factor: Factor
+    rank: int
+
+
+def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
     """Both labels cut into factors of equal sizes, or None where they do not divide each other."""
-    left, right = _proper(a), _proper(b)
+    left, right = ([_Piece(factor, _rank((factor,))) for factor in _proper(label)] for label in (a, b))
     pairs = []
     while left and right:
         x, y = left.pop(0), right.pop(0)
-        if x.size == y.size:
+        if x.factor.size == y.factor.size:
             pairs.append((x, y))
             continue
-        small, big, rest = (x, y, right) if x.size < y.size else (y, x, left)
-        halves = _split(big, small.size)
+        small, big, rest = (x, y, right) if x.factor.size < y.factor.size else (y, x, left)
+        halves = _split(big.factor, small.factor.size)
         if halves is None:
             return None
-        rest.insert(0, halves[1])
-        pairs.append((x, halves[0]) if small is x else (halves[0], y))
+        rank = big.rank if big.rank >= 4 else min(big.rank, 1)
+        outer, inner = (_Piece(half, rank) for half in halves)
+        rest.insert(0, inner)
+        pairs.append((x, outer) if small is x else (outer, y))
     return pairs
 
 
-def _merge_factor(a: Factor, b: Factor) -> Factor:
-    if isinstance(a, Cat) and isinstance(b, Cat) and [length(p) for p in a.parts] == [length(p) for p in b.parts]:
-        return Cat(tuple(merge(x, y) for x, y in zip(a.parts, b.parts, strict=True)))
-    if isinstance(a, Cat) != isinstance(b, Cat):
-        return a if isinstance(a, Cat) else b
-    rank_a, rank_b = (max((atom.rank for atom in atoms((x,))), default=0) for x in (a, b))
-    return a if rank_a >= rank_b else b
+def _merge_factor(a: _Piece, b: _Piece) -> Factor:
+    x, y = a.factor, b.factor
+    if isinstance(x, Cat) and isinstance(y, Cat) and [length(p) for p in x.parts] == [length(p) for p in y.parts]:
+        return Cat(tuple(merge(p, q) for p, q in zip(x.parts, y.parts, strict=True)))
+    if isinstance(x, Cat) != isinstance(y, Cat):
+        return x if isinstance(x, Cat) else y
+    return x if a.rank >= b.rank else y
 
 
 def substitute(label: Label, atom: Atom, by: Label) -> Label:

@@ -1,0 +1,406 @@
+"""Whole models through the backend: what is planned, what comes out, and what a user is told."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, fx, nn
+
+from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning
+from sparsify_compiler.backend import Program, configure, sparsify
+from sparsify_compiler.errors import warn_once
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.plan import AttentionPlan, GraphPlan
+from sparsify_compiler.testing.dits import Recipe, recipes
+from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
+from sparsify_compiler.testing.oracles import TileAttention
+
+SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
+"""The families named by the project; the others are there to show that nothing was fitted to these."""
+
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+
+Eager = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Recorder:
+    """A backend that hands graphs to `sparsify` with these options and keeps what it returns."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = {"inner_backend": "eager", "reference_frames": 2, "method": "tile"} | options
+        self.programs: list[Program] = []
+
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
+        self.programs.append(sparsify(gm, inputs, options=self.options))
+        return self.programs[-1]
+
+    @property
+    def plans(self) -> list[AttentionPlan]:
+        return [plan for program in self.programs for plan in program.plan]
+
+
+def planned(model: nn.Module, inputs: Inputs, edit: Callable[[fx.GraphModule], None] | None = None) -> list[GraphPlan]:
+    """The plans of every graph of a forward, which itself runs eagerly."""
+    plans: list[GraphPlan] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Eager:
+        seen = copy.deepcopy(gm) if edit else gm
+        if edit:
+            edit(seen)
+        plans.append(pipeline.analyse(seen, configure({})))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(**inputs)
+    return plans
+
+
+def layout_of(plan: AttentionPlan) -> tuple[Grid | None, int, int]:
+    if plan.method == "dense":
+        return None, 0, 0
+    return plan.layout.grid, plan.layout.before, plan.layout.after
+
+
+def expected_layout(site: Expected) -> tuple[Grid | None, int, int]:
+    return (site.grid, site.before, site.after) if site.grid else (None, 0, 0)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).abs().max() / exact.abs().max())
+
+
+def oracle_for(sites: list[Expected], reference_frames: int) -> TileAttention:
+    video = next(site for site in sites if site.grid)
+    frames, height, width = video.grid
+    return TileAttention(frames, reference_frames, height * width, before=video.before, after=video.after)
+
+
+# What is planned
+
+
+WHOLE = (*SIX, "wan_i2v", "hunyuan_video_i2v", "cogvideox_rope", "cogvideox_15", "skyreels_v2", "wan_vace", "ltx2",
+         "wan_animate", "chronoedit", "anyflow", "helios", "consisid", "cosmos", "kandinsky5")  # fmt: skip
+"""Cases in which every attention is planned right; in the others none is planned wrong."""
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", CASES)
+def test_every_family_is_planned_right_or_dense(name: str) -> None:
+    grid = (4, 6, 10) if name in SIX[::2] else GRID
+    model, inputs = CASES[name].build(grid, batch=2)
+    expected = CASES[name].expect(grid, 2)
+    plans = [plan for graph in planned(model, inputs) for plan in graph]
+    right = [expected_layout(site) for site in expected]
+    if name in WHOLE:
+        assert [layout_of(plan) for plan in plans] == right
+        kinds = [(plan.site.kind, site.kind) for plan, site in zip(plans, expected, strict=True) if site.grid]
+        assert all(kind == wanted for kind, wanted in kinds)
+    elif len(plans) == len(right):
+        for plan, layout in zip(plans, right, strict=True):
+            assert layout_of(plan) in (layout, (None, 0, 0)), plan
+    else:  # after a graph break calls share a program or stay outside of every graph: only the set compares
+        assert {layout_of(plan) for plan in plans} <= {*right, (None, 0, 0)}
+    assert all(plan.reason for plan in plans)
+
+
+@given(recipes())
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+def test_random_dits_never_get_a_wrong_grid(recipe: Recipe) -> None:
+    torch._dynamo.reset()
+    model, inputs = recipe.build(0)
+    recorder = Recorder(reference_frames=None)
+    compiled = torch.compile(model, backend=recorder)(**inputs)
+    expected = recipe.expect()
+    assert len(recorder.plans) == len(expected)
+    for plan, site in zip(recorder.plans, expected, strict=True):
+        assert layout_of(plan) in (expected_layout(site), (None, 0, 0)), plan
+    if not recorder.programs[0].plan.sparse and recipe.trap != "dropout":
+        assert torch.equal(compiled, model(**inputs))
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", SIX)
+def test_names_do_not_matter(name: str) -> None:
+    """Every name a graph carries over from the model is replaced: inputs, attributes, modules, values."""
+
+    def anonymous(gm: fx.GraphModule) -> None:
+        for module in modules(gm):
+            for i, node in enumerate(module.graph.nodes):
+                node.name = f"n{i}"
+                for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "tensor_dict", "grapharg"):
+                    node.meta.pop(key, None)
+                if node.op == "placeholder":
+                    node.target, node._dynamo_source = f"n{i}", None
+            module.recompile()
+
+    def content(graphs: list[GraphPlan]) -> list[Any]:
+        return [
+            (plan.site.index, plan.site.kind, plan.layout, plan.layout.reason, plan.settings, plan.density)
+            for graph in graphs
+            for plan in graph
+        ]
+
+    model, inputs = CASES[name].build()
+    known = planned(model, inputs)
+    torch._dynamo.reset()
+    assert content(planned(model, inputs, edit=anonymous)) == content(known)
+
+
+@needs_diffusers
+def test_grid_from_options_where_the_graph_does_not_show_it() -> None:
+    """Blocks compiled one by one see packed tokens and ready rotary tables: no grid, until the user gives it."""
+    model, inputs = CASES["wan"].build()
+    block_inputs: list[Any] = []
+    block: Any = model.blocks[0]
+    block.register_forward_pre_hook(lambda _, args, kwargs: block_inputs.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+        block._forward_pre_hooks.clear()
+        args, kwargs = block_inputs[0]
+        for grid, layout in ((None, (None, 0, 0)), (GRID, (GRID, 0, 0))):
+            torch._dynamo.reset()
+            recorder = Recorder(**({} if grid is None else {"grid": grid}))
+            torch.compile(block, backend=recorder)(*args, **kwargs)
+            assert layout_of(recorder.plans[0]) == layout
+    assert "options={'grid'" in recorder.plans[0].layout.reason or recorder.plans[0].layout.grid == GRID
+
+
+# What comes out
+
+
+@needs_diffusers
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", SIX)
+@torch.no_grad()
+def test_output_equals_the_masked_model(name: str, batch: int) -> None:
+    model, inputs = CASES[name].build(batch=batch)
+    sites = CASES[name].expect(batch=batch)
+    with oracle_for(sites, 2):
+        exact = model(**inputs)[0]
+    recorder = Recorder()
+    out = torch.compile(model, backend=recorder, fullgraph=True)(**inputs)[0]
+    assert relative_error(out, exact) < 1e-5
+    assert relative_error(model(**inputs)[0], exact) > 1e-3  # the mask matters
+    assert len(recorder.programs) == 1
+    assert sum(plan.method == "tile" for plan in recorder.plans) == sum(site.grid is not None for site in sites)
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", SIX)
+@torch.no_grad()
+def test_all_frames_as_reference_equal_eager(name: str) -> None:
+    model, inputs = CASES[name].build()
+    recorder = Recorder(reference_frames=GRID[0])
+    out = torch.compile(model, backend=recorder)(**inputs)[0]
+    assert all(plan.density == 1.0 for plan in recorder.plans)
+    assert any(plan.method == "tile" for plan in recorder.plans)
+    assert relative_error(out, model(**inputs)[0]) < 1e-5
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", SIX)
+@torch.no_grad()
+def test_inductor_equals_the_masked_model(name: str) -> None:
+    model, inputs = CASES[name].build()
+    with oracle_for(CASES[name].expect(), 2):
+        exact = model(**inputs)[0]
+    options = {"method": "tile", "reference_frames": 2}
+    out = torch.compile(model, backend="sparsify", options=options, fullgraph=True)(**inputs)[0]
+    assert relative_error(out, exact) < 2e-5
+
+
+@needs_diffusers
+def test_training_through_gradient_checkpointing() -> None:
+    """The attention sits in the bodies of higher-order operators, and its tables reach it there."""
+    gradients = []
+    for compiled in (False, True):
+        model, inputs = CASES["wan"].build()
+        model.train()
+        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        recorder = Recorder(inner_backend="aot_eager")
+        if compiled:
+            torch.compile(model, backend=recorder)(**inputs)[0].square().mean().backward()
+            assert [plan.method for plan in recorder.plans] == ["tile", "dense"] * 2
+        else:
+            model.disable_gradient_checkpointing()  # type: ignore[operator]
+            with oracle_for(CASES["wan"].expect(), 2):
+                model(**inputs)[0].square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    exact, got = gradients
+    assert got.keys() == exact.keys()
+    for name, gradient in exact.items():
+        assert relative_error(got[name], gradient) < 1e-3 or gradient.abs().max() < 1e-8, name
+
+
+@needs_diffusers
+@torch.no_grad()
+def test_autocast_computes_attention_in_its_type() -> None:
+    model, inputs = CASES["wan"].build()
+    with oracle_for(CASES["wan"].expect(), 2):
+        exact = model(**inputs)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = model(**inputs)[0].float()
+    recorder = Recorder(inner_backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.compile(model, backend=recorder)(**inputs)[0].float()
+    assert recorder.plans[0].site.dtype == "bfloat16"
+    assert relative_error(out, exact) <= 2 * relative_error(eager, exact)
+
+
+@needs_diffusers
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+@torch.no_grad()
+def test_each_resolution_has_its_own_tables(name: str) -> None:
+    """Two grids of one product: Dynamo would share a program with symbolic sizes, a layout must not."""
+    grids: list[Grid] = [(5, 7, 9), (7, 5, 9), (5, 7, 9)]
+    recorder = Recorder(reference_frames=3)
+    model, _ = CASES[name].build()
+    compiled = torch.compile(model, backend=recorder)
+    for grid in grids:
+        _, inputs = CASES[name].build(grid)
+        with oracle_for(CASES[name].expect(grid), 3):
+            exact = model(**inputs)[0]
+        assert relative_error(compiled(**inputs)[0], exact) < 1e-5
+    assert len(recorder.programs) == 2
+    assert [program.plan.plans[0].layout.grid for program in recorder.programs] == grids[:2]
+
+
+# What a user is told
+
+
+class Attend(nn.Module):
+    """A video attention in a few lines: patches by a 3-D convolution, one head layer."""
+
+    def __init__(self, dim: int = 16, kernel: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 2 * dim, (1, kernel, kernel), (1, kernel, kernel))
+        self.qkv = nn.Linear(2 * dim, 6 * dim)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"refernce_frames": 2}, ["option 'refernce_frames'", "Did you mean 'reference_frames'?", "grid"]),
+        ({"method": "tiles"}, ["method 'tiles'", "dense, tile", "Did you mean 'tile'?"]),
+        ({"method": "dense", "reference_frames": 2}, ["'reference_frames' belongs to method 'tile'", "dense"]),
+        ({"reference_frames": 9}, ["reference_frames must be in 1..4", "got 9"]),
+        ({"reference_frames": 0}, ["reference_frames", "at least 1", "got 0"]),
+        ({"reference_frames": 2.5}, ["reference_frames", "integer", "2.5"]),
+        ({"reference_frames": "2"}, ["reference_frames", "integer", "'2'"]),
+        ({"grid": (4, 4, 7)}, ["grid must multiply", "(4, 4, 7) = 112 tokens", "96 tokens", "(4, 4, 6)"]),
+        ({"grid": (4, 24)}, ["grid must be three positive integers", "(4, 24)"]),
+        ({"grid": 96}, ["grid must be three positive integers", "96"]),
+        ({"grid": (4, 0, 6)}, ["grid must be three positive integers", "(4, 0, 6)"]),
+        ({"provider": "cuda"}, ["provider 'cuda'", "auto, cpu, reference, triton"]),
+        ({"provider": "triton"}, ["provider 'triton' cannot run here"]),
+        ({"inner_backend": "induktor"}, ["inner_backend 'induktor'", "Did you mean 'inductor'?"]),
+        ({3: 4}, ["option names must be strings", "got 3"]),
+    ],
+)
+def test_bad_options_reach_the_user_as_themselves(options: dict[Any, Any], words: list[str]) -> None:
+    with pytest.raises(SparsifyError) as error:
+        torch.compile(Attend(), backend="sparsify", options=options)(VIDEO)
+    assert isinstance(error.value, ValueError)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("provider", ["cpu", "triton", "auto"])
+def test_a_dtype_no_provider_takes_is_an_error_or_the_reference(provider: str) -> None:
+    compiled = torch.compile(
+        Attend().double(), backend="sparsify", options={"method": "tile", "provider": provider, "inner_backend": "eager"}
+    )
+    if provider == "auto":
+        assert compiled(VIDEO.double()).dtype == torch.float64
+        return
+    with pytest.raises(SparsifyError, match=f"provider '{provider}' cannot run here"):
+        compiled(VIDEO.double())
+
+
+def _warnings_of(call: Callable[[], Any]) -> list[str]:
+    warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in seen if issubclass(w.category, SparsifyWarning)]
+
+
+def test_nothing_to_rewrite_compiles_and_warns_once() -> None:
+    def run() -> None:
+        for _ in range(2):
+            torch._dynamo.reset()
+            model = nn.Linear(4, 4)
+            x = torch.randn(2, 4)
+            out = torch.compile(model, backend="sparsify", options={"inner_backend": "eager"})(x)
+            assert torch.equal(out, model(x))
+
+    (message,) = _warnings_of(run)
+    assert "no attention to rewrite" in message
+
+
+def test_the_default_says_that_it_is_lossy() -> None:
+    run = partial(torch.compile(Attend(), backend="sparsify", options={"inner_backend": "eager"}), VIDEO)
+    (message,) = _warnings_of(run)
+    assert "lossy" in message
+    assert "reference_frames" in message
+    asked = {"method": "tile", "inner_backend": "eager"}
+    torch._dynamo.reset()
+    assert not _warnings_of(partial(torch.compile(Attend(), backend="sparsify", options=asked), VIDEO))
+
+
+def test_dynamos_graph_is_left_alone() -> None:
+    before: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Program:
+        before.append(str(gm.graph))
+        program = sparsify(gm, inputs, options={"method": "tile", "inner_backend": "eager"})
+        assert str(gm.graph) == before[-1]
+        assert not any("site" in node.meta or "plan" in node.meta for node in gm.graph.nodes)
+        assert program.plan.sparse
+        return program
+
+    torch.compile(Attend(), backend=backend)(VIDEO)
+    assert before
+
+
+def test_dump_writes_the_graph_after_every_pass(tmp_path: Any) -> None:
+    options = {"method": "tile", "inner_backend": "eager", "dump": str(tmp_path)}
+    torch.compile(Attend(), backend="sparsify", options=options)(VIDEO)
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["000_capture.py", "001_infer_layouts.py", "002_plan_sites.py", "003_lower.py"]
+    assert "block_sparse_attention" in (tmp_path / "003_lower.py").read_text()
+    with pytest.raises(OptionError, match="dump"):
+        configure({"dump": 3})
+
+
+@torch.no_grad()
+def test_a_non_finite_key_reaches_the_rows_that_read_it() -> None:
+    """Frame 3 of 4 is no reference frame under k = 1: only frame 0 (the reference) and itself see it."""
+    model = Attend()
+    video = VIDEO.clone()
+    video[:, :, 3] = torch.nan
+    options = {"method": "tile", "reference_frames": 1, "inner_backend": "eager"}
+    out = torch.compile(model, backend="sparsify", options=options)(video)
+    finite = out.isfinite().all(-1).all(1)[0].unflatten(0, (4, 24)).all(-1)
+    assert finite.tolist() == [False, True, True, False]
