@@ -114,6 +114,7 @@ def block_sparse_attention_kernel(
             number = start + tl.arange(0, BLOCK_N)
             is_key = number < keys
             token = number + distance
+            # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
             if start + BLOCK_N >= range_end:
                 if start + BLOCK_N > range_end:
                     passed = first[:, None] <= number[None, :]
