@@ -23,6 +23,7 @@ from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
 
+DTYPES = ["float32", "bfloat16", "float16"]
 DENSE_SCORES_LIMIT = 2**30
 """Bytes of scores up to which SDPA's math backend is tried: it writes them all to memory."""
 
@@ -82,7 +83,7 @@ def random_table(tokens: int, q_size: int, kv_size: int, density: float) -> Bloc
     return BlockTable.from_block_mask(kept, *(torch.full((1, 1, n), tokens // n) for n in (rows, columns)))
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def cases(quick: bool, dtypes: list[str]) -> Iterator[Case]:
     """Tables x dtypes x head dims."""
     tables = {"tile 2:9 of 1000": tile_table(9, 1000, 2), "random 64x64": random_table(8192, 64, 64, 0.1)}
     if not quick:
@@ -95,7 +96,7 @@ def cases(quick: bool) -> Iterator[Case]:
             "random 64x1 0.1": random_table(8192, 64, 1, 0.1),
             "all": tile_table(8, 1024, 8),
         }
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (getattr(torch, name) for name in dtypes):
         for head_dim in (64, 128):
             for name, table in tables.items():
                 tokens = int(table.q_bounds[0, 0, -1])
@@ -186,12 +187,13 @@ def main() -> None:
     parser.add_argument(
         "--flex", action="store_true", help="time FlexAttention too (it compiles for minutes)"
     )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--provider", default="cpu")
     options = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     results = []
-    for case in cases(options.quick):
+    for case in cases(options.quick, options.dtypes):
         result = measure(case, options.repeats, options.flex, options.provider)
         print(result, flush=True)
         results.append(asdict(result))
