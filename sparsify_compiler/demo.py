@@ -44,6 +44,8 @@ class Size:
     reference_frames: int = 2
     rounds: int = 5
     """Dense and sparse steps that are timed, by turns."""
+    backend: str = "inductor"
+    """What compiles the dense model, and the sparse one after its rewriting."""
 
 
 SIZES = {
@@ -103,7 +105,11 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
     size, console = size or SIZES[device], console or Console()
-    options = {"method": "tile", "reference_frames": size.reference_frames}
+    options = {
+        "method": "tile",
+        "reference_frames": size.reference_frames,
+        "inner_backend": size.backend,
+    }
     tokens = math.prod(size.grid)
     console.print(
         f"A Wan transformer of {size.layers} layers, {size.heads} heads of {size.head_dim}, random weights, "
@@ -128,7 +134,10 @@ def run(
             program = torch.compile(model, **how)
             return lambda: program(**inputs)[0]
 
-        steps = {"dense": compiled(), "sparse": compiled(backend="sparsify", options=options)}
+        steps = {
+            "dense": compiled(backend=size.backend),
+            "sparse": compiled(backend="sparsify", options=options),
+        }
         outputs = {}
         for name, step in steps.items():
             with _phase(progress, f"compile {name} and run a first step"):

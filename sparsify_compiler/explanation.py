@@ -1,6 +1,7 @@
 """What the compiler would do with a model, and why: as objects, as a table and as a picture."""
 
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console, ConsoleOptions, RenderResult
 
-WIDTH = 160
+WIDTH = 150
 """Columns of the table as text."""
 
 NARROW = 120
@@ -70,12 +71,9 @@ class Explanation:
         columns = {
             heading: cell for heading, cell in _COLUMNS.items() if not (narrow and heading in _WIDE_ONLY)
         }
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for heading in columns:
-            wraps = heading in ("site", "reason")
-            table.add_column(
-                heading, no_wrap=not wraps, overflow="fold", max_width=44 if heading == "site" else None
-            )
+            table.add_column(heading, no_wrap=heading != "reason")
         for name, plan in rows:
             table.add_row(*(cell(name, plan) for cell in columns.values()))
         yield table
@@ -198,7 +196,7 @@ def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:
         groups.setdefault((template, content, plan.layout.reason), {}).setdefault(parts, plan)
     rows = []
     for (template, *_), named in groups.items():
-        for place in (i for i, part in enumerate(template) if not part):
+        for place in (i for i, part in reversed([*enumerate(template)]) if not part):
             merged: dict[Any, tuple[tuple[int, ...], AttentionPlan]] = {}
             for parts, plan in named.items():
                 others = (*parts[:place], "", *parts[place + 1 :])
@@ -244,13 +242,23 @@ def method_text(plan: AttentionPlan, separator: str = " ") -> str:
     return separator.join([plan.method, *numbers])
 
 
+def _broken_path(path: str, width: int = 24) -> str:
+    """The path on as many lines as it takes to be no wider, broken after dots."""
+    lines = [""]
+    for part in re.findall(r"(?:\{.*?\}|[^.])+\.?", path):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
 def _tokens_text(plan: AttentionPlan) -> str:
     q_tokens, kv_tokens = plan.site.q_tokens, plan.site.kv_tokens
-    return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens} to {kv_tokens}"
+    return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 
 _COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
-    "site": lambda name, _: name,
+    "site": lambda name, _: _broken_path(name),
     "kind": lambda _, plan: plan.site.kind,
     "tokens": lambda _, plan: _tokens_text(plan),
     "heads x dim": lambda _, plan: f"{plan.site.heads} x {plan.site.head_dim}",

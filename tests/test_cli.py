@@ -1,0 +1,147 @@
+"""The command line: what it prints, and that mistakes come as one line."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sparsify_compiler import OptionError, SparsifyError, cli, demo, diffusers_model, doctor
+
+WAN = [
+    "explain",
+    "WanTransformer3DModel",
+    "--device",
+    "cuda",
+    "--config",
+    '{"num_layers": 3, "num_attention_heads": 2}',
+]
+INPUTS = ["hidden_states=1x16x5x14x18", "timestep=1:int64", "encoder_hidden_states=1x11x4096"]
+ARGUMENTS = [*WAN, *(word for text in INPUTS for word in ("--input", text))]
+TINY = demo.Size(
+    grid=(5, 3, 4),
+    heads=2,
+    head_dim=16,
+    layers=2,
+    dtype=torch.float32,
+    reference_frames=1,
+    rounds=2,
+    backend="eager",
+)
+
+
+def run(*words: str):
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
+    pytest.importorskip("diffusers")
+    result = run(*ARGUMENTS, "--option", "reference_frames=2", "--picture", str(tmp_path / "masks.png"))
+    assert result.exit_code == 0, result.exception
+    assert "5x7x9" in result.stdout
+    assert "3 of 6 attention calls sparse" in result.stdout
+    assert "triton" in result.stdout
+    assert (tmp_path / "masks.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["explain", "WanTransformr3DModel"], "Did you mean WanTransformer3DModel"),
+        (["explain", "WanPipeline"], "no model class"),
+        (WAN, "needs hidden_states, timestep, encoder_hidden_states"),
+        ([*ARGUMENTS, "--input", "hidden_stats=1"], "does not take hidden_stats"),
+        ([*ARGUMENTS, "--input", "timestep=1y2"], "must have a shape"),
+        ([*ARGUMENTS, "--input", "timestep=1:float33"], "must have a data type"),
+        ([*ARGUMENTS, "--input", "timestep"], "name=value"),
+        ([*ARGUMENTS, "--input", "hidden_states=1x15x5x14x18"], "does not run on these inputs"),
+        ([*ARGUMENTS, "--config", "{"], "must hold a JSON object"),
+        ([*ARGUMENTS, "--config", "nowhere.json"], "nowhere.json"),
+        ([*ARGUMENTS, "--option", "reference_frame=2"], "Did you mean 'reference_frames'"),
+        ([*ARGUMENTS, "--option", "reference_frames=6"], "1..5"),
+        ([*ARGUMENTS, "--option", "grid=5,7,8"], "multiply"),
+        (["demo", "--device", "tpu"], "device must be one of"),
+    ],
+)
+def test_mistakes_are_told(words, says):
+    pytest.importorskip("diffusers")
+    error = run(*words).exception
+    assert isinstance(error, SparsifyError), repr(error)
+    assert says in str(error)
+
+
+def test_main_prints_an_error_as_one_line():
+    command = [
+        sys.executable,
+        "-c",
+        "from sparsify_compiler.cli import main; main()",
+        "demo",
+        "--device",
+        "tpu",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "sparsify: device must be one of cpu, cuda, got 'tpu'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2", 2),
+        ("5,7,9", (5, 7, 9)),
+        ("[5, 7, 9]", (5, 7, 9)),
+        ("tile", "tile"),
+        ("true", True),
+        ('"2"', "2"),
+    ],
+)
+def test_values(text, value):
+    assert diffusers_model.parse_value(text) == value
+
+
+def test_config_from_a_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"num_layers": 3}')
+    assert diffusers_model.read_config(str(path)) == {"num_layers": 3}
+    path.write_text("[3]")
+    with pytest.raises(OptionError, match="got list"):
+        diffusers_model.read_config(str(path))
+
+
+def test_doctor_proves_the_providers():
+    result = run("doctor")
+    assert result.exit_code == 0, result.exception
+    assert "BROKEN" not in result.stdout
+    assert torch.__version__.split("+")[0] in result.stdout
+    assert doctor.proof("cpu", "cpu") == "works (checked against float64 in float32)"
+    assert doctor.proof("cpu", "cuda").startswith("no: ")
+
+
+def test_doctor_tells_a_broken_provider(monkeypatch):
+    from sparsify_compiler.kernels import cpu
+
+    monkeypatch.setattr(cpu, "forward", lambda *_: (torch.zeros(1, 2, 213, 64), torch.zeros(1, 2, 213)))
+    assert doctor.proof("cpu", "cpu").startswith("BROKEN: AssertionError")
+
+
+def test_demo_measures_checks_and_draws(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("matplotlib")
+    console = Console(width=120, record=True)
+    result = demo.run("cpu", tmp_path, size=TINY, console=console)
+    assert result.passed
+    assert result.density == pytest.approx((3 * 5 - 2) / 25)
+    assert result.distance > 100 * result.bound, "the check must be able to fail"
+    assert result.picture.exists()
+    text = console.export_text()
+    assert "blocks.{0..1}.attn1" in text
+    assert "times as fast" in text
+
+    monkeypatch.setitem(demo.SIZES, "cpu", TINY)
+    monkeypatch.setitem(demo.BOUND, torch.float32, math.nan)
+    failed = run("demo", "--out", str(tmp_path))
+    assert failed.exit_code == 1
+    assert "does NOT compute" in failed.stdout

@@ -1,0 +1,161 @@
+"""`explain`: the plans that compiling would follow, whatever was compiled before; as text and as picture."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import sparsify_compiler
+from sparsify_compiler import GridError, OptionError, ProviderError, SparsifyError
+from sparsify_compiler.explanation import Explanation, fold
+from sparsify_compiler.testing.models import CASES, GRID, TEXT
+
+OPTIONS = {"method": "tile", "reference_frames": 2}
+
+
+@pytest.fixture(scope="module")
+def hunyuan():
+    return CASES["hunyuan_video"].build()
+
+
+@pytest.fixture(scope="module")
+def explained(hunyuan):
+    model, inputs = hunyuan
+    return sparsify_compiler.explain(model, **inputs, options=OPTIONS)
+
+
+class Broken(nn.Module):
+    """An attention on either side of a graph break."""
+
+    def forward(self, x):
+        y = scaled_dot_product_attention(x, x, x)
+        torch._dynamo.graph_break()
+        return scaled_dot_product_attention(y, y, y)
+
+
+def test_plans_carry_what_was_decided(explained):
+    assert explained.graphs == 1
+    sparse = [plan for plan in explained.plans if plan.method == "tile"]
+    assert [plan.site.name for plan in sparse] == [
+        *(f"transformer_blocks.{i}.attn" for i in range(2)),
+        *(f"single_transformer_blocks.{i}.attn" for i in range(2)),
+    ]
+    for plan in sparse:
+        assert (plan.site.kind, plan.layout.grid, plan.layout.after) == ("joint", GRID, TEXT)
+        assert plan.provider == "cpu"
+    tokens = 5 * 63 + TEXT
+    kept = (5 * 5 - 6) * 63**2 + tokens**2 - (5 * 63) ** 2  # all pairs of frames but 6, and all of the text
+    assert sparse[0].density == pytest.approx(kept / tokens**2)
+    refiner = [plan for plan in explained.plans if plan.method == "dense"]
+    assert len(refiner) == 2
+    dense = 2 * TEXT**2
+    assert explained.density == pytest.approx((4 * kept + dense) / (4 * tokens**2 + dense))
+
+
+def test_text_folds_layers_and_gives_the_reasons(explained):
+    text = str(explained)
+    assert "single_transformer_blocks." in text
+    assert "{0..1}.attn" in text
+    assert "reference_frames=2" in text
+    assert f"5x7x9 + {TEXT}" in text
+    assert "its mask depends on the query" in text
+    assert "1 graph, 4 of 6 attention calls sparse" in text
+    assert "Hint" not in text
+
+
+def test_folding_keeps_rows_that_differ_apart(explained):
+    plan = explained.plans[-1]
+    names = [*(f"down.{i}.blocks.{j}.attn1" for i in range(2) for j in (0, 1, 2, 5)), "down.9.blocks.0.attn1"]
+    plans = [replace(plan, site=replace(plan.site, name=name)) for name in names]
+    assert [name for name, _ in fold(plans)] == ["down.{0..1}.blocks.{0..2,5}.attn1", "down.9.blocks.0.attn1"]
+    other = replace(plans[0], density=0.5, site=replace(plans[0].site, name="down.0.blocks.7.attn1"))
+    assert ("down.0.blocks.7.attn1", other) in fold([*plans, other])
+
+
+def test_picture_is_drawn_to_scale(explained, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = explained.save_picture(tmp_path / "new" / "masks.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SparsifyError, match="cannot save"):
+        explained.save_picture(tmp_path / "masks.nonsense")
+    with pytest.raises(SparsifyError, match="no mask to draw"):
+        Explanation(()).save_picture(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"metod": "tile"}, OptionError, "Did you mean 'method'"),
+        ({"reference_frames": 6}, OptionError, "1..5"),
+        ({"grid": (5, 7, 8)}, GridError, "multiply"),
+        ({"provider": "triton"}, ProviderError, "TRITON_INTERPRET"),
+    ],
+)
+def test_errors_reach_the_user_as_themselves(hunyuan, options, error, says):
+    model, inputs = hunyuan
+    with pytest.raises(error, match=says) as raised:
+        sparsify_compiler.explain(model, **inputs, options=options)
+    assert type(raised.value) is error
+    assert "TORCHDYNAMO" not in str(raised.value)
+
+
+def test_many_calls_and_shapes_give_the_same():
+    for tokens in [*range(8, 18), 8]:  # more than Dynamo's limit of recompiles
+        x = torch.randn(1, 2, tokens, 16)
+        (plan,) = sparsify_compiler.explain(lambda x: scaled_dot_product_attention(x, x, x), x).plans
+        assert plan.site.q_tokens == tokens
+
+
+def test_graph_breaks_are_followed_every_time():
+    x = torch.randn(1, 2, 8, 16)
+    for _ in range(10):
+        explained = sparsify_compiler.explain(Broken(), x)
+        assert (explained.graphs, len(explained.plans)) == (2, 2)
+    assert "breaks into several graphs" in str(explained)
+
+
+@pytest.mark.parametrize("after", ["nothing", "the user's compilation"])
+def test_the_users_programs_stay(after):
+    """Compiled before: not compiled again. Compiled afterwards: as if nothing had been."""
+    compiled = 0
+
+    def counting(gm, _):
+        nonlocal compiled
+        compiled += 1
+        return gm.forward
+
+    torch._dynamo.reset()
+    model, x = Broken(), torch.randn(1, 2, 8, 16)
+    program = torch.compile(model, backend=counting)
+    if after != "nothing":
+        program(x)
+        assert compiled == 2
+    for tokens in (8, 9, 10):
+        sparsify_compiler.explain(model, torch.randn(1, 2, tokens, 16))
+        sparsify_compiler.explain(program, torch.randn(1, 2, tokens, 16))
+    program(x)
+    assert compiled == 2
+
+
+def test_a_model_on_meta_is_planned_for_a_device():
+    with torch.device("meta"):
+        model, inputs = CASES["wan"].build()
+    here = sparsify_compiler.explain(model, **inputs, options=OPTIONS)
+    assert "provider reference is slow" in str(here)
+    there = sparsify_compiler.explain(model, **inputs, options=OPTIONS, device="cuda")
+    assert {plan.site.device for plan in there.plans} == {"cuda"}
+    assert {plan.provider for plan in there.plans if plan.method == "tile"} == {"triton"}
+
+
+def test_training_mode_and_functions():
+    x = torch.randn(1, 2, 8, 16, requires_grad=True)
+    assert len(sparsify_compiler.explain(lambda x: scaled_dot_product_attention(x, x, x), x).plans) == 1
+    assert len(sparsify_compiler.explain(Broken().train(), x).plans) == 2
+
+
+def test_nothing_compiled_is_told():
+    explained = sparsify_compiler.explain(torch.compiler.disable(lambda x: x + 1), torch.randn(3))
+    assert explained.graphs == 0
+    assert "Dynamo compiled nothing" in str(explained)
