@@ -43,12 +43,14 @@ def compile_with(
     from torch._dynamo import lookup_backend
 
     if backend != "inductor":
-        return lookup_backend(backend)(gm, example_inputs)
+        return lookup_backend(backend)(gm, list(example_inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode) if mode not in (None, "default") else None
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    assert callable(compiled)
+    return compiled
 
 
 def trace(backend: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:

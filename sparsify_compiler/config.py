@@ -4,7 +4,7 @@ General options are the fields of `SparsifyConfig`; a method's own options are t
 `methods/`. Unknown names and wrong values are told apart by `OptionError`, before anything is compiled.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ class SparsifyConfig:
         if self.grid is not None:
             sizes = tuple(self.grid) if isinstance(self.grid, (tuple, list)) else ()
             if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
-                raise GridError(f"grid must be three positive integers (frames, height, width), got {self.grid!r}")
+                raise GridError(
+                    f"grid must be three positive integers (frames, height, width), got {self.grid!r}"
+                )
             object.__setattr__(self, "grid", sizes)
         if self.dump is not None:
             if not isinstance(self.dump, (str, Path)):
@@ -51,6 +53,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return general, {name: value for name, value in options.items() if name not in GENERAL}
 
 
-def option_names(settings: type[Hashable]) -> tuple[str, ...]:
+def option_names(settings: type[Any]) -> tuple[str, ...]:
     """The options a method's dataclass takes."""
-    return tuple(f.name for f in fields(settings))  # type: ignore[arg-type]
+    return tuple(f.name for f in fields(settings))

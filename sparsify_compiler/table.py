@@ -69,7 +69,8 @@ class BlockTable:
 
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""
-        return BlockTable(**{name: t if t is None else t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in self.tensors().items()}
+        return BlockTable(**moved)
 
     def tensors(self) -> dict[str, Any]:
         """Field name -> tensor (or None), in the order of the attention op's arguments."""

@@ -44,10 +44,13 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        query, key, value = _cast(query, key, value)
     _check(query, key, value, table, key_bias)
     name = providers.choose(
         provider,
-        device=query.device.type,
+        device=device,
         dtype=query.dtype,
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
@@ -161,12 +164,16 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """As autocast treats SDPA: query, key and value in its lower-precision type, fp64 left alone."""
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device)
-    with torch.amp.autocast(device, enabled=False):
-        cast = [t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value)]
+    """The op under autocast: cast, then call it with autocast off."""
+    cast = _cast(query, key, value)
+    with torch.amp.autocast(query.device.type, enabled=False):
         return torch.ops.sparsify.block_sparse_attention(*cast, *rest)
+
+
+def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast treats the inputs of SDPA: in its lower-precision type, fp64 left alone."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 _library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: its end would unregister
@@ -179,6 +186,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bia
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"query, key and value must agree in dtype and device, got query {query.dtype} on {query.device}, "
+                f"{name} {tensor.dtype} on {tensor.device}"
+            )
     batch, heads, q_tokens, head_dim = query.shape
     kv_heads, kv_tokens = key.shape[1:3]
     if key.shape != (batch, kv_heads, kv_tokens, head_dim) or value.shape[:3] != key.shape[:3]:
@@ -211,9 +223,12 @@ def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bia
             raise ValueError(f"table.{name} must end with {expected[name]}, got {shape}")
     if key_bias is not None:
         shape = tuple(key_bias.shape)
-        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] not in (1, heads) or shape[2] != kv_tokens:
-            raise ValueError(
-                f"key_bias must be [1 or {batch}, 1 or {heads}, {kv_tokens}], got {shape}"
-            )
+        if (
+            len(shape) != 3
+            or shape[0] not in (1, batch)
+            or shape[1] not in (1, heads)
+            or shape[2] != kv_tokens
+        ):
+            raise ValueError(f"key_bias must be [1 or {batch}, 1 or {heads}, {kv_tokens}], got {shape}")
         if not key_bias.is_floating_point():
             raise ValueError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")

@@ -38,9 +38,7 @@ def check_name(requested: str) -> str:
     return requested
 
 
-def choose(
-    requested: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int
-) -> Choice:
+def choose(requested: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Choice:
     """The provider to run on tensors like these.
 
     An explicit request never falls back: it raises `ProviderError` with the provider's own reason. `auto`

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sparsify_compiler.kernels.ops import empty_outputs
 from sparsify_compiler.table import BlockTable
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,15 +29,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.block_sparse_attention`."""
     q, k, v, bias = _widen(query, key, value, key_bias)
-    out = q.new_empty(*q.shape[:3], v.shape[-1])
-    lse = q.new_empty(q.shape[:3])
+    out, lse = empty_outputs(query, value)
     for at, rows, columns in query_blocks(table):
         keys = k[at][:, :, columns]
         scores = scale * (q[at][:, :, rows] @ keys.mT) + bias[at][:, :, None, columns]
         row_lse = scores.logsumexp(-1)
-        out[at][:, :, rows] = _weights(scores, row_lse) @ v[at][:, :, columns]
+        out[at][:, :, rows] = (_weights(scores, row_lse) @ v[at][:, :, columns]).to(out.dtype)
         lse[at][:, :, rows] = row_lse
-    return out.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse
+    return out, lse
 
 
 def backward(
@@ -98,9 +98,10 @@ def query_blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tenso
     """
     tensors = [t for t in table.tensors().values() if t is not None]
     for b, h in itertools.product(*(range(max(t.shape[dim] for t in tensors)) for dim in (0, 1))):
-        at = tuple(
-            slice(i, i + 1) if max(t.shape[dim] for t in tensors) > 1 else slice(None)
-            for dim, i in enumerate((b, h))
+        shared = [all(t.shape[dim] == 1 for t in tensors) for dim in (0, 1)]
+        at = (
+            slice(None) if shared[0] else slice(b, b + 1),
+            slice(None) if shared[1] else slice(h, h + 1),
         )
 
         def one(tensor: Tensor, b: int = b, h: int = h) -> Tensor:

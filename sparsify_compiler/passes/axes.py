@@ -274,7 +274,11 @@ def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
 
 def _merge_factor(a: _Piece, b: _Piece) -> Factor:
     x, y = a.factor, b.factor
-    if isinstance(x, Cat) and isinstance(y, Cat) and [length(p) for p in x.parts] == [length(p) for p in y.parts]:
+    if (
+        isinstance(x, Cat)
+        and isinstance(y, Cat)
+        and [length(p) for p in x.parts] == [length(p) for p in y.parts]
+    ):
         return Cat(tuple(merge(p, q) for p, q in zip(x.parts, y.parts, strict=True)))
     if isinstance(x, Cat) != isinstance(y, Cat):
         return x if isinstance(x, Cat) else y

@@ -305,7 +305,9 @@ def _reduce(tracker: AxisTracker, output: Tensor, x: Tensor, *args: Any, **kwarg
         return []
     gone = {dim % x.dim() for dim in ([dims] if isinstance(dims, int) else dims)}
     kept = output.dim() == x.dim()
-    return [() if dim in gone else label for dim, label in enumerate(tracker.of(x)) if kept or dim not in gone]
+    return [
+        () if dim in gone else label for dim, label in enumerate(tracker.of(x)) if kept or dim not in gone
+    ]
 
 
 @rule("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rms_norm")
@@ -322,7 +324,9 @@ def _matmul(tracker: AxisTracker, output: Tensor, a: Tensor, b: Tensor, **_: Any
 
 
 @rule("addmm", "baddbmm")
-def _add_matmul(tracker: AxisTracker, output: Tensor, c: Tensor, a: Tensor, b: Tensor, **_: Any) -> list[Label]:
+def _add_matmul(
+    tracker: AxisTracker, output: Tensor, c: Tensor, a: Tensor, b: Tensor, **_: Any
+) -> list[Label]:
     return _matmul(tracker, output, a, b)
 
 
@@ -332,7 +336,9 @@ def _linear(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any)
 
 
 @rule("embedding")
-def _embedding(tracker: AxisTracker, output: Tensor, weight: Tensor, index: Tensor, *_: Any, **__: Any) -> list[Label]:
+def _embedding(
+    tracker: AxisTracker, output: Tensor, weight: Tensor, index: Tensor, *_: Any, **__: Any
+) -> list[Label]:
     return [*tracker.of(index), fresh(output.shape[-1])]
 
 

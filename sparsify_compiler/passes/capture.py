@@ -128,7 +128,9 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
         mask="none" if call.mask is None else "key",
     )
-    return replace(site, refusal=call.refusal or _shape_refusal(site, k_shape, v_shape) or _mask_refusal(call, site))
+    return replace(
+        site, refusal=call.refusal or _shape_refusal(site, k_shape, v_shape) or _mask_refusal(call, site)
+    )
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -189,5 +191,3 @@ def all_sites(gm: fx.GraphModule) -> list[fx.Node]:
     """Every node that carries a site, captured or refused, in the graph and its bodies, by site index."""
     nodes = [node for module in modules(gm) for node in module.graph.nodes if "site" in node.meta]
     return sorted(nodes, key=lambda node: node.meta["site"].index)
-
-

@@ -101,8 +101,7 @@ def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
 def module_path(node: fx.Node) -> str:
     """The path of the module a node was traced in, e.g. `blocks.0.attn1`; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    path = max(paths, key=len, default="")
+    path = next((path for path, _ in reversed(stack.values())), "")
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
     path = re.sub(r"\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)

@@ -73,7 +73,9 @@ def read_layout(query: Label, key: Label) -> tuple[SiteKind, TokenLayout]:
     largest = max((length(parts[i]) for i in candidates), default=0)
     candidates = [i for i in candidates if length(parts[i]) == largest]
     if len(candidates) != 1:
-        reason = "several video grids of one size in its sequence" if candidates else grids[_largest(parts)][1]
+        reason = (
+            "several video grids of one size in its sequence" if candidates else grids[_largest(parts)][1]
+        )
         return "self", TokenLayout(tokens=tokens, reason=reason)
     at = candidates[0]
     return _placed(parts, at, *grids[at])
@@ -87,11 +89,11 @@ def place_grid(label: Label, grid: Grid) -> tuple[SiteKind, TokenLayout] | None:
     return _placed(parts, at[0], grid, "grid given by options") if len(at) == 1 else None
 
 
-def _placed(parts: tuple[Label, ...], at: int, grid: Grid | None, reason: str) -> tuple[SiteKind, TokenLayout]:
+def _placed(
+    parts: tuple[Label, ...], at: int, grid: Grid | None, reason: str
+) -> tuple[SiteKind, TokenLayout]:
     before, after = (sum(map(length, some)) for some in (parts[:at], parts[at + 1 :]))
-    layout = TokenLayout(
-        tokens=sum(map(length, parts)), grid=grid, before=before, after=after, reason=reason
-    )
+    layout = TokenLayout(tokens=sum(map(length, parts)), grid=grid, before=before, after=after, reason=reason)
     return ("joint" if before or after else "self"), layout
 
 
@@ -101,7 +103,9 @@ def _largest(parts: tuple[Label, ...]) -> int:
 
 def _known(label: Label) -> bool:
     """Whether a label comes from the graph's inputs rather than from an operator we do not know."""
-    return all(isinstance(factor, Cat) or factor.source.kind in ("input", "conv", "position") for factor in label)
+    return all(
+        isinstance(factor, Cat) or factor.source.kind in ("input", "conv", "position") for factor in label
+    )
 
 
 def _grid_of(part: Label) -> tuple[Grid | None, str]:
@@ -121,7 +125,9 @@ def _grid_of(part: Label) -> tuple[Grid | None, str]:
         images = [atom.source.images for atom in axes if atom.source.kind == "conv"]
         if len(images) == 2 and axes[0].source.kind != "conv":
             return _grid_of_images(axes)
-        if not images and not any(atom.inner or atom.source.kind in ("opaque", "lost", "blank") for atom in axes):
+        if not images and not any(
+            atom.inner or atom.source.kind in ("opaque", "lost", "blank") for atom in axes
+        ):
             return _grid_of_axes(axes)
     if sources and any(atom.source.kind == "conv" for atom in axes):
         return None, "its tokens run over part of the video grid, or over it in another order"
@@ -156,7 +162,9 @@ def _grid_of_axes(axes: list[Atom]) -> tuple[Grid | None, str]:
     for (a, i), (b, j) in itertools.combinations(cut_out, 2):
         if a is b and i >= j:
             return None, "its tokens do not lie in (frame, row, column) order"
-    reason = "patches cut out of a graph input" if len(cut_out) == 3 else "a mesh of positions added to the tokens"
+    reason = (
+        "patches cut out of a graph input" if len(cut_out) == 3 else "a mesh of positions added to the tokens"
+    )
     return (axes[0].size, axes[1].size, axes[2].size), reason
 
 
@@ -178,7 +186,9 @@ def _follow(gm: fx.GraphModule) -> dict[fx.Node, tuple[Label, Label]]:
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.no_grad():
-        inputs = [_static(node.meta.get("example_value")) for node in gm.graph.nodes if node.op == "placeholder"]
+        inputs = [
+            _static(node.meta.get("example_value")) for node in gm.graph.nodes if node.op == "placeholder"
+        ]
         for value in inputs:
             if isinstance(value, Tensor):
                 source = Source("input", tuple(value.shape))
@@ -210,7 +220,9 @@ _UNKNOWN = _Unknown()
 class _Follower(fx.Interpreter):
     """Runs a graph under an `AxisTracker`, into the bodies of higher-order operators; never raises."""
 
-    def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, tuple[Label, Label]]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, tuple[Label, Label]]
+    ) -> None:
         super().__init__(gm)
         self.tracker, self.found = tracker, found
 

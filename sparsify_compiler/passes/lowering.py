@@ -74,7 +74,8 @@ def _emit(graph: fx.Graph, node: fx.Node, request: Any) -> None:
     table = _table(plan, device)
     prefix = f"sparsify_{plan.method}_{abs(hash((plan.layout, plan.settings, str(device)))) % 10**8}"
     tensors = [
-        None if tensor is None else request(f"{prefix}_{name}", tensor) for name, tensor in table.tensors().items()
+        None if tensor is None else request(f"{prefix}_{name}", tensor)
+        for name, tensor in table.tensors().items()
     ]
     with graph.inserting_before(node):
         bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
@@ -82,7 +83,9 @@ def _emit(graph: fx.Graph, node: fx.Node, request: Any) -> None:
         both = graph.call_function(op, (query, key, value, *tensors, bias, scale, plan.provider))
         out = graph.call_function(_getitem, (both, 0))
     for new in (both, out):
-        new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "plan", "site") if k in node.meta}
+        new.meta = {
+            k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "plan", "site") if k in node.meta
+        }
     node.replace_all_uses_with(out)
 
 

@@ -1,7 +1,7 @@
 """Decide what is done at every site: a pure function of sites, layouts and config.
 
-    before   attention(q, k, v, m, scale)     meta["site"], meta["layout"]
-    after    the same                         meta["plan"]: AttentionPlan
+before   attention(q, k, v, m, scale)     meta["site"], meta["layout"]
+after    the same                         meta["plan"]: AttentionPlan
 """
 
 from collections.abc import Iterable
@@ -32,9 +32,7 @@ def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None
     return gm
 
 
-def make_plan(
-    sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config: SparsifyConfig
-) -> GraphPlan:
+def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config: SparsifyConfig) -> GraphPlan:
     """The plan of a graph.
 
     Raises:

@@ -6,7 +6,7 @@ from sparsify_compiler.passes.capture import all_sites, attention
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 
-_CARRIES = {
+_CARRIES: dict[str, dict[str, type]] = {
     "capture": {"site": AttentionSite},
     "infer_layouts": {"site": AttentionSite, "layout": TokenLayout},
     "plan_sites": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},

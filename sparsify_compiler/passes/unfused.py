@@ -120,12 +120,15 @@ def _mask(node: Any) -> tuple[Any, fx.Node | None]:
     if _is(node, "masked_fill", torch.masked_fill) and len(node.args) == 3:
         scores, hidden, fill = node.args
         if isinstance(hidden, fx.Node) and (number := _number(fill)) is not None and number <= _HIDDEN:
-            with node.graph.inserting_before(node):
-                seen = node.graph.call_function(torch.logical_not, (hidden,))
-            if (value := tensor_of(hidden)) is not None:
-                seen.meta["example_value"] = value  # the same shape and strides, a boolean
-            return _skip_views(scores), seen
+            return _skip_views(scores), _negated(hidden)
     return node, None
+
+
+def _negated(mask: fx.Node) -> fx.Node:
+    """The boolean mask that is true where `mask` is not."""
+    if _is(mask, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not"):
+        return mask.args[0]  # type: ignore[return-value]
+    return _after(mask, "logical_not")
 
 
 def _scale(node: Any) -> tuple[Any, float]:
@@ -161,7 +164,11 @@ def _scores_product(node: Any) -> tuple[fx.Node, fx.Node, float, fx.Node | None]
     if i not in left:
         left, right, a, b = right, left, b, a
     inner = [letter for letter in left if letter in right and letter not in out]
-    if len(inner) != 1 or sorted(left) != sorted([*batch, i, *inner]) or sorted(right) != sorted([*batch, j, *inner]):
+    if (
+        len(inner) != 1
+        or sorted(left) != sorted([*batch, i, *inner])
+        or sorted(right) != sorted([*batch, j, *inner])
+    ):
         return None
     return _permuted(a, left, [*batch, i, *inner]), _permuted(b, right, [*batch, j, *inner]), 1.0, None
 
@@ -206,7 +213,7 @@ def _einsum(node: Any) -> tuple[list[str], list[str], list[str], fx.Node, fx.Nod
         return None
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
-    return list(left), list(right), list(out), *operands  # type: ignore[return-value]
+    return list(left), list(right), list(out), *operands
 
 
 def _permuted(node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
@@ -229,7 +236,7 @@ def _transposed(node: fx.Node) -> fx.Node:
 
 
 def _after(node: fx.Node, method: str, *dims: Any) -> fx.Node:
-    """A view of `node`, placed right after it, with the fake tensor Dynamo would have recorded."""
+    """A method's result, placed right after it, with the fake tensor Dynamo would have recorded."""
     with node.graph.inserting_after(node):
         view = node.graph.call_method(method, (node, *dims))
     if (value := tensor_of(node)) is not None:

@@ -1,5 +1,7 @@
 """Hypothesis strategies: block tables of every shape, and tensors to run them on."""
 
+import itertools
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +14,7 @@ def sizes(draw: st.DrawFn, tokens: int, most_blocks: int = 6) -> list[int]:
     """Block sizes that add up to `tokens`: empty blocks, one-token blocks and one big block among them."""
     cuts = draw(st.lists(st.integers(0, tokens), max_size=most_blocks - 1))
     bounds = [0, *sorted(cuts), tokens]
-    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(bounds)]
 
 
 @st.composite

@@ -52,7 +52,9 @@ class Recorder:
         return [plan for program in self.programs for plan in program.plan]
 
 
-def planned(model: nn.Module, inputs: Inputs, edit: Callable[[fx.GraphModule], None] | None = None) -> list[GraphPlan]:
+def planned(
+    model: nn.Module, inputs: Inputs, edit: Callable[[fx.GraphModule], None] | None = None
+) -> list[GraphPlan]:
     """The plans of every graph of a forward, which itself runs eagerly."""
     plans: list[GraphPlan] = []
 
@@ -165,7 +167,9 @@ def test_grid_from_options_where_the_graph_does_not_show_it() -> None:
     model, inputs = CASES["wan"].build()
     block_inputs: list[Any] = []
     block: Any = model.blocks[0]
-    block.register_forward_pre_hook(lambda _, args, kwargs: block_inputs.append((args, kwargs)), with_kwargs=True)
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: block_inputs.append((args, kwargs)), with_kwargs=True
+    )
     with torch.no_grad():
         model(**inputs)
         block._forward_pre_hooks.clear()
@@ -195,7 +199,9 @@ def test_output_equals_the_masked_model(name: str, batch: int) -> None:
     assert relative_error(out, exact) < 1e-5
     assert relative_error(model(**inputs)[0], exact) > 1e-3  # the mask matters
     assert len(recorder.programs) == 1
-    assert sum(plan.method == "tile" for plan in recorder.plans) == sum(site.grid is not None for site in sites)
+    assert sum(plan.method == "tile" for plan in recorder.plans) == sum(
+        site.grid is not None for site in sites
+    )
 
 
 @needs_diffusers
@@ -303,7 +309,10 @@ VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     [
         ({"refernce_frames": 2}, ["option 'refernce_frames'", "Did you mean 'reference_frames'?", "grid"]),
         ({"method": "tiles"}, ["method 'tiles'", "dense, tile", "Did you mean 'tile'?"]),
-        ({"method": "dense", "reference_frames": 2}, ["'reference_frames' belongs to method 'tile'", "dense"]),
+        (
+            {"method": "dense", "reference_frames": 2},
+            ["'reference_frames' belongs to method 'tile'", "dense"],
+        ),
         ({"reference_frames": 9}, ["reference_frames must be in 1..4", "got 9"]),
         ({"reference_frames": 0}, ["reference_frames", "at least 1", "got 0"]),
         ({"reference_frames": 2.5}, ["reference_frames", "integer", "2.5"]),
@@ -329,7 +338,9 @@ def test_bad_options_reach_the_user_as_themselves(options: dict[Any, Any], words
 @pytest.mark.parametrize("provider", ["cpu", "triton", "auto"])
 def test_a_dtype_no_provider_takes_is_an_error_or_the_reference(provider: str) -> None:
     compiled = torch.compile(
-        Attend().double(), backend="sparsify", options={"method": "tile", "provider": provider, "inner_backend": "eager"}
+        Attend().double(),
+        backend="sparsify",
+        options={"method": "tile", "provider": provider, "inner_backend": "eager"},
     )
     if provider == "auto":
         assert compiled(VIDEO.double()).dtype == torch.float64
