@@ -200,7 +200,7 @@ def wan(size: Size, device: str) -> tuple[nn.Module, dict[str, Any]]:
     return nn.Module.to(model.eval(), device, size.dtype), inputs
 
 
-def dense_attention(plan: AttentionPlan, device: str) -> Step:
+def dense_attention(plan: AttentionPlan, device: str, mask: Tensor | None = None) -> Step:
     """SDPA alone on tensors of the shapes and strides of a site: what the dense model spends on it."""
     site = plan.site
     query, key, value = (
@@ -214,7 +214,7 @@ def dense_attention(plan: AttentionPlan, device: str) -> Step:
         )
     )
     gqa = site.heads != site.kv_heads
-    return lambda: scaled_dot_product_attention(query, key, value, scale=site.scale, enable_gqa=gqa)
+    return lambda: scaled_dot_product_attention(query, key, value, mask, scale=site.scale, enable_gqa=gqa)
 
 
 def _tile_attention(size: Size) -> TileAttention:
