@@ -76,7 +76,7 @@ class Case:
         return TileAttention(frames, self.reference_frames, height * width, after=after)
 
 
-def wan(case: Case) -> tuple[nn.Module, dict[str, Any]]:
+def wan(case: Case) -> tuple[Any, dict[str, Any]]:
     """Self-attention over the video, text by cross-attention."""
     from diffusers import WanTransformer3DModel
 
@@ -91,7 +91,7 @@ def wan(case: Case) -> tuple[nn.Module, dict[str, Any]]:
     return model, {**latents(case), "encoder_hidden_states": torch.randn(1, TEXT, width)}
 
 
-def hunyuan(case: Case) -> tuple[nn.Module, dict[str, Any]]:
+def hunyuan(case: Case) -> tuple[Any, dict[str, Any]]:
     """Joint attention over video and padded text, in double- and single-stream layers."""
     from diffusers import HunyuanVideoTransformer3DModel
 
@@ -168,8 +168,8 @@ class Result:
             compiling = f"  compile {times} = {self.compile_ratio:.2f}x"
         return (
             f"{self.name:<20} S={self.tokens} L={self.layers} density {self.density:.3f} "
-            f"error {self.error:.0e}  dense {self.dense_s:.2f} s  sparse {self.sparse_s:.2f} s  speedup {self.speedup:.2f}x of "
-            f"{self.allowed:.2f}x = {self.reached:.0%}  attention {self.attention_share:.0%}  "
+            f"error {self.error:.0e}  dense {self.dense_s:.2f} s  sparse {self.sparse_s:.2f} s  "
+            f"speedup {self.speedup:.2f}x of {self.allowed:.2f}x = {self.reached:.0%}  attention {self.attention_share:.0%}  "
             f"efficiency {self.efficiency:.2f}{compiling}"
         )
 
@@ -222,9 +222,8 @@ def padding_mask(case: Case, inputs: dict[str, Any]) -> Tensor | None:
     """[1, 1, 1, S] bool: the mask over the keys that a joint model's attention has."""
     if case.family != "hunyuan":
         return None
-    return nn.functional.pad(inputs["encoder_attention_mask"].bool(), (math.prod(case.grid), 0), value=True)[
-        :, None, None
-    ]
+    text = inputs["encoder_attention_mask"].bool()[:, None, None]
+    return nn.functional.pad(text, (math.prod(case.grid), 0), value=True)
 
 
 def compiled(model: nn.Module, backend: str, case: Case) -> Callable[..., Any]:
