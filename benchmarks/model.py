@@ -169,8 +169,8 @@ class Result:
         return (
             f"{self.name:<20} S={self.tokens} L={self.layers} density {self.density:.3f} "
             f"error {self.error:.0e}  dense {self.dense_s:.2f} s  sparse {self.sparse_s:.2f} s  "
-            f"speedup {self.speedup:.2f}x of {self.allowed:.2f}x = {self.reached:.0%}  attention {self.attention_share:.0%}  "
-            f"efficiency {self.efficiency:.2f}{compiling}"
+            f"speedup {self.speedup:.2f}x of {self.allowed:.2f}x = {self.reached:.0%}  "
+            f"attention {self.attention_share:.0%}  efficiency {self.efficiency:.2f}{compiling}"
         )
 
 
