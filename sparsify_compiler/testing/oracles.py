@@ -39,9 +39,12 @@ def masked_attention(
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None, :]
     scores = scores.masked_fill(~mask, -torch.inf)
+    # Rows that see nothing are set aside, so that their gradient is 0 too and not NaN.
+    blind = (scores == -torch.inf).all(-1)
+    scores = scores.masked_fill(blind[..., None], 0.0)
     lse = scores.logsumexp(-1)
-    weights = torch.where(lse[..., None] == -torch.inf, 0.0, (scores - lse[..., None]).exp())
-    return weights.to(dtype) @ v, lse
+    weights = (scores - lse[..., None]).exp().masked_fill(blind[..., None], 0.0)
+    return weights.to(dtype) @ v, lse.masked_fill(blind, -torch.inf)
 
 
 def assert_close_to_float64(
