@@ -61,9 +61,9 @@ class AxisTracker(TorchDispatchMode):
         return self._labels[tensor]
 
     def put(self, tensor: Tensor, labels: Sequence[Label]) -> None:
-        """Set the labels of a tensor's dimensions; labels that do not describe them become fresh ones."""
-        fit = [length(label) for label in labels] == list(tensor.shape)
-        self._labels[tensor] = list(labels) if fit else [fresh(size) for size in tensor.shape]
+        """Set the labels of a tensor's dimensions."""
+        assert [length(label) for label in labels] == list(tensor.shape), (labels, tensor.shape)
+        self._labels[tensor] = list(labels)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -86,12 +86,11 @@ class AxisTracker(TorchDispatchMode):
         known = RULES.get(name) or (_pointwise if torch.Tag.pointwise in func.tags else None)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         for index, output in enumerate(outputs):
-            if known is None:
-                self.put(output, [self._lost(args, size) for size in output.shape])
-            elif isinstance(result, (list, tuple)):
-                self.put(output, known(self, output, *args, index=index, **kwargs))
-            else:
-                self.put(output, known(self, output, *args, **kwargs))
+            where = {"index": index} if isinstance(result, (list, tuple)) else {}
+            labels = known(self, output, *args, **where, **kwargs) if known else []
+            if [length(label) for label in labels] != list(output.shape):  # no rule, or it cannot say
+                labels = [self._lost(args, size) for size in output.shape]
+            self.put(output, labels)
         return result
 
     def _write(self, target: Tensor, func: Any, args: tuple[Any, ...]) -> None:

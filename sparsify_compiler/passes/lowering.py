@@ -9,7 +9,9 @@ A site whose plan is dense gets the call back that the model had. Tables reach t
 operators as extra operands.
 """
 
-from operator import getitem as _getitem
+from collections.abc import Callable
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -20,79 +22,90 @@ from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.table import BlockTable
 
-_TableKey = tuple[Any, ...]
+_Request = Callable[[str, Tensor], fx.Node]
+"""(name, tensor) -> the node that stands for that constant in the graph at hand."""
 
 
 def lower(gm: fx.GraphModule) -> fx.GraphModule:
     """Replace every `attention` node by what its plan says; see the module's picture."""
-    needed = _lower_module(gm)
-    cached: dict[str, fx.Node] = {}
-    for name, (tensor, placeholder) in needed.items():
+    first = next(iter(gm.graph.nodes))
+
+    def constant(name: str, tensor: Tensor) -> fx.Node:
         gm.register_buffer(name, tensor, persistent=False)
-        with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
-            cached[name] = gm.graph.get_attr(name)
-        placeholder.replace_all_uses_with(cached[name])
-        gm.graph.erase_node(placeholder)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
+        with gm.graph.inserting_before(first):
+            return gm.graph.get_attr(name)
+
+    _lower_module(gm, _Tables(), constant)
     return gm
 
 
-def _lower_module(gm: fx.GraphModule) -> dict[str, tuple[Tensor, fx.Node]]:
-    """Lower one graph and its bodies; returns the tables it needs: name -> (tensor, new placeholder)."""
-    needed: dict[str, tuple[Tensor, fx.Node]] = {}
+class _Tables:
+    """The distinct tables of a graph and its bodies, each built once; named in order of appearance."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[str, BlockTable]] = {}
+
+    def of(self, plan: AttentionPlan, device: torch.device) -> dict[str, Tensor | None]:
+        """Unique name -> tensor, in the order of the op's arguments."""
+        key = plan.layout, plan.settings, device
+        if key not in self._known:
+            # On real tensors, whatever fake or device mode the compiler is in.
+            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+                table = plan.settings.table(plan.layout).to(device)  # type: ignore[attr-defined]
+            self._known[key] = f"sparsify_table{len(self._known)}", table
+        name, table = self._known[key]
+        return {f"{name}_{field}": tensor for field, tensor in table.tensors().items()}
+
+
+def _lower_module(gm: fx.GraphModule, tables: _Tables, constant: _Request) -> list[tuple[str, Tensor]]:
+    """Lower one graph and its bodies, taking tables from `constant`; returns the tables it asked for."""
+    nodes: dict[str, fx.Node] = {}
+    asked: list[tuple[str, Tensor]] = []
 
     def request(name: str, tensor: Tensor) -> fx.Node:
-        if name not in needed:
-            last = [node for node in gm.graph.nodes if node.op == "placeholder"]
-            anchor = last[-1] if last else None
-            context = gm.graph.inserting_after(anchor) if anchor else gm.graph.inserting_before()
-            with context:
-                needed[name] = tensor, gm.graph.placeholder(name)
-        return needed[name][1]
+        if name not in nodes:
+            nodes[name] = constant(name, tensor)
+            asked.append((name, tensor))
+        return nodes[name]
 
     for node in attention_nodes(gm):
         if node.meta["plan"].method == "dense":
             node.meta["result"].replace_all_uses_with(node.meta["original"])
         else:
-            _emit(gm.graph, node, request)
-    done: dict[int, dict[str, tuple[Tensor, fx.Node]]] = {}
+            _emit(gm.graph, node, tables, request)
+    lowered: dict[int, list[tuple[str, Tensor]]] = {}
     for body in list(bodies(gm)):
-        if id(body.module) not in done:
-            done[id(body.module)] = _lower_module(body.module)
-            body.module.graph.eliminate_dead_code()
-            body.module.recompile()
-        operands = [request(name, tensor) for name, (tensor, _) in done[id(body.module)].items()]
-        body.call.args = (*body.call.args, *operands)
-    return needed
+        module = body.module
+        if id(module) not in lowered:
+            lowered[id(module)] = _lower_module(module, tables, partial(_add_placeholder, module.graph))
+        body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return asked
 
 
-def _emit(graph: fx.Graph, node: fx.Node, request: Any) -> None:
+def _add_placeholder(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+    """A new last operand of a body, for a tensor that its caller passes."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
+        return graph.placeholder(name)
+
+
+def _emit(graph: fx.Graph, node: fx.Node, tables: _Tables, request: _Request) -> None:
     plan: AttentionPlan = node.meta["plan"]
     query, key, value, mask, scale = node.args
     device = tensor_of(node).device  # type: ignore[union-attr]
-    table = _table(plan, device)
-    prefix = f"sparsify_{plan.method}_{abs(hash((plan.layout, plan.settings, str(device)))) % 10**8}"
-    tensors = [
-        None if tensor is None else request(f"{prefix}_{name}", tensor)
-        for name, tensor in table.tensors().items()
-    ]
+    table = [None if t is None else request(name, t) for name, t in tables.of(plan, device).items()]
     with graph.inserting_before(node):
         bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
         op = torch.ops.sparsify.block_sparse_attention.default
-        both = graph.call_function(op, (query, key, value, *tensors, bias, scale, plan.provider))
-        out = graph.call_function(_getitem, (both, 0))
+        both = graph.call_function(op, (query, key, value, *table, bias, scale, plan.provider))
+        out = graph.call_function(getitem, (both, 0))
     for new in (both, out):
         new.meta = {
-            k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "plan", "site") if k in node.meta
+            k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "site", "plan") if k in node.meta
         }
     node.replace_all_uses_with(out)
-
-
-def _table(plan: AttentionPlan, device: torch.device) -> BlockTable:
-    # Built on real tensors, whatever fake or device mode the compiler is in.
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-        return plan.settings.table(plan.layout).to(device)  # type: ignore[attr-defined]
 
 
 def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
