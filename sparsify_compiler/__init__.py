@@ -1,6 +1,6 @@
 """sparsify-compiler: block-sparse attention for video diffusion transformers, by torch.compile.
 
-    torch.compile(model, backend="sparsify", options={"method": "tile", "reference_frames": 2})
+torch.compile(model, backend="sparsify", options={"method": "tile", "reference_frames": 2})
 """
 
 from typing import TYPE_CHECKING, Any

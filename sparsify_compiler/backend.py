@@ -1,7 +1,6 @@
 """The front door: `torch.compile(model, backend="sparsify", options={...})`."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -13,20 +12,9 @@ from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.runtime.program import Program
 
 DEFAULT_METHOD = "tile"
-
-
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A compiled graph: what Dynamo calls instead of the model's code."""
-
-    plan: GraphPlan
-    run: Callable[..., Any]
-
-    def __call__(self, *args: Any) -> Any:
-        """Run the compiled graph."""
-        return self.run(*args)
 
 
 def sparsify(

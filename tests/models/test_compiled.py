@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning
-from sparsify_compiler.backend import Program, configure, sparsify
+from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import warn_once
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
+from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.testing.dits import Recipe, recipes
 from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
 from sparsify_compiler.testing.oracles import TileAttention

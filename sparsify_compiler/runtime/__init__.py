@@ -1,0 +1,1 @@
+"""What is left when compilation is over: the programs that Dynamo calls."""
