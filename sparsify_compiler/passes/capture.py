@@ -19,6 +19,10 @@ from sparsify_compiler.passes.fx import module_path, modules, sizes_of, tensor_o
 from sparsify_compiler.passes.unfused import match_unfused
 from sparsify_compiler.plan import AttentionSite
 
+_MODULE = (
+    "inside nn.MultiheadAttention, which Dynamo keeps as one call; write it with scaled_dot_product_attention"
+)
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The one spelling of attention between capture and lowering; never runs.
@@ -70,6 +74,9 @@ def _match(node: fx.Node) -> Call | None:
         return None
     if node.target is F.scaled_dot_product_attention:
         return _sdpa(node, *node.args, **node.kwargs)
+    if node.target is F.multi_head_attention_forward:
+        query, key, value = (node.args[i] for i in range(3))
+        return Call(node, query, key, value, None, None, "sdpa", _MODULE)  # type: ignore[arg-type]
     match = match_unfused(node)
     return None if match is None else Call(node=node, spelling="unfused", **match)
 
@@ -106,7 +113,7 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
     )  # fmt: skip
     tensors = [tensor_of(node) for node in (call.query, call.key, call.value, call.node)]
     if any(t is None for t in tensors):
-        return replace(unknown, refusal="its tensors were not recorded by Dynamo")
+        return replace(unknown, refusal=call.refusal or "its tensors were not recorded by Dynamo")
     q, k, v, out = tensors
     shapes = [sizes_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
     if any(shape is None for shape in shapes):

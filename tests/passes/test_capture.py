@@ -209,6 +209,13 @@ def pooled(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+MODULE = torch.nn.MultiheadAttention(H * D, H, batch_first=True).requires_grad_(False)
+
+
+def by_module(x: Tensor) -> Tensor:
+    return MODULE(x, x, x, need_weights=False)[0]
+
+
 def unfused_with_dropout(x: Tensor) -> Tensor:
     q, k, v = project(x)
     return F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
@@ -236,6 +243,7 @@ def linear_attention(x: Tensor) -> Tensor:
         (cross_of_equal_length, (torch.randn(B, S, H * D),), "cross"),
         (pooled, (), "cross"),
         (unfused_with_dropout, (), "dropout"),
+        (by_module, (), "nn.MultiheadAttention"),
     ],
 )
 def test_what_stays_dense_says_why(function: Any, more: tuple[Any, ...], reason: str, x: Tensor) -> None:
