@@ -6,6 +6,7 @@ gives a dimension labelled `(f, h, w)`: row-major order is part of the label. A 
 `Cat`. Reshapes split and join factors exactly or give up with a fresh label; nothing is ever matched by size.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -235,7 +236,7 @@ def merge(a: Label, b: Label) -> Label:
         return b
     assert length(a) == length(b)
     if (aligned := _aligned(a, b)) is not None:
-        return _joined([_merge_factor(x, y) for x, y in aligned])
+        return _joined([factor for x, y in aligned for factor in _merge_factor(x, y)])
     if min(_rank(a), _rank(b)) >= 2:  # both claim to know where the tokens lie, and they disagree
         return fresh(length(a))
     return a if _rank(a) >= _rank(b) else b
@@ -272,17 +273,25 @@ def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
     return pairs
 
 
-def _merge_factor(a: _Piece, b: _Piece) -> Factor:
+def _merge_factor(a: _Piece, b: _Piece) -> Label:
     x, y = a.factor, b.factor
-    if (
-        isinstance(x, Cat)
-        and isinstance(y, Cat)
-        and [length(p) for p in x.parts] == [length(p) for p in y.parts]
-    ):
-        return Cat(tuple(merge(p, q) for p, q in zip(x.parts, y.parts, strict=True)))
+    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := _common_parts(x, y)):
+        return cat([merge(p, q) for p, q in parts])
     if isinstance(x, Cat) != isinstance(y, Cat):
-        return x if isinstance(x, Cat) else y
-    return x if a.rank >= b.rank else y
+        return (x,) if isinstance(x, Cat) else (y,)
+    return (x,) if a.rank >= b.rank else (y,)
+
+
+def _common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
+    """Both concatenations cut where either one is; None if that would cut through more than one axis."""
+    ends = [list(itertools.accumulate(map(length, factor.parts))) for factor in (x, y)]
+    edges = sorted({0, *ends[0], *ends[1]})
+    for factor, own in zip((x, y), ends, strict=True):
+        for part, end in zip(factor.parts, own, strict=True):
+            if len(part) > 1 and any(end - length(part) < edge < end for edge in edges):
+                return None
+    spans = itertools.pairwise(edges)
+    return [(cut((x,), start, stop), cut((y,), start, stop)) for start, stop in spans]
 
 
 def substitute(label: Label, atom: Atom, by: Label) -> Label:

@@ -159,6 +159,9 @@ def test_the_better_founded_label_wins_a_meeting() -> None:
     assert merge(video, mesh) == merge(mesh, video) == merge(tokens, video) == video
     assert merge(tokens, mesh) == mesh
     assert merge(video, fresh(315, "blank")) == merge(fresh(315, "blank"), video) == video
+    padded = cat([fresh(10), mesh])
+    joined = cat([fresh(7), fresh(3), tokens])
+    assert merge(joined, padded) == cat([joined[0].parts[0], joined[0].parts[1], mesh])  # type: ignore[union-attr]
     other: Label = sum((axis(Source("position", (n,)), 0) for n in (7, 5, 9)), ())
     assert all(atom.source.kind == "opaque" for atom in atoms(merge(mesh, other)))
     assert merge(fresh(315, "lost"), mesh)[0].source.kind == "lost"  # type: ignore[union-attr]
