@@ -51,8 +51,8 @@ def explain(
     options: Annotated[
         list[str] | None, typer.Option("--option", help="key=value of torch.compile's options")
     ] = None,
-    device: Annotated[str, typer.Option(help="device type to plan for")] = "cuda",
-    picture: Annotated[Path | None, typer.Option(help="draw the masks there")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, to plan for")] = "cuda",
+    picture: Annotated[Path | None, typer.Option(help="draw the masks there, e.g. masks.png")] = None,
 ) -> None:
     """What would be done with a diffusers model, and why. Takes neither weights nor memory."""
     from sparsify_compiler import diffusers_model, explanation
@@ -63,9 +63,9 @@ def explain(
         for name, text in diffusers_model.assignments(inputs or (), "--input").items()
     }
     for name, text in diffusers_model.assignments(values or (), "--value").items():
-        arguments[name] = diffusers_model.parse_value(text)
+        arguments[name] = diffusers_model.parse_value(name, text)
     chosen = {
-        name: diffusers_model.parse_value(text)
+        name: diffusers_model.parse_option(text)
         for name, text in diffusers_model.assignments(options or (), "--option").items()
     }
     diffusers_model.try_out(model, arguments)

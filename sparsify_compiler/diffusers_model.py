@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,45 @@ def build(class_name: str, config: str) -> nn.Module:
         raise SparsifyError(
             "explaining a diffusers model needs diffusers: try pip install 'sparsify-compiler[diffusers]'"
         ) from error
-    kind = getattr(diffusers, class_name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+    if class_name == "AutoModel":
+        raise OptionError(
+            "AutoModel is a loader, not a model with a config: name the class that it loads, "
+            "which is _class_name in the checkpoint's config.json"
+        )
+
+    def is_model(name: str) -> bool:
+        kind = getattr(diffusers, name, None)
+        return isinstance(kind, type) and all(
+            issubclass(kind, base) for base in (diffusers.ModelMixin, diffusers.ConfigMixin)
+        )
+
+    if not is_model(class_name):
         models = [name for name in dir(diffusers) if name.endswith("Model")]
-        near = difflib.get_close_matches(class_name, models, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise OptionError(f"diffusers {diffusers.__version__} has no model class {class_name!r}.{hint}")
+        near = filter(is_model, difflib.get_close_matches(class_name, models, n=5))
+        hint = next((f" Did you mean {name}?" for name in near), "")
+        raise OptionError(
+            f"diffusers {diffusers.__version__} has no model class {class_name!r} with a config.{hint}"
+        )
     settings = read_config(config)
+    # A constructor checks little: a wrong config ends in whatever its arithmetic and branches raise.
     try:
-        with torch.device("meta"):
-            return kind.from_config(settings).eval()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptionError(f"{class_name} cannot be made of the config: {error}") from error
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
+            return getattr(diffusers, class_name).from_config(settings).eval()
+    except Exception as error:
+        raise OptionError(
+            f"{class_name} cannot be made of the config: {_cause(error)}. "
+            "Try the config.json of a checkpoint, or fewer settings: those left out have defaults"
+        ) from error
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """A JSON object from a string that starts with `{`, else from the file of that name."""
-    path = Path(text)
-    source = "the config" if text.lstrip().startswith("{") else f"config file {text}"
+    """A JSON object from a string that starts with `{` or `[`, else from the file of that name."""
+    given = text.lstrip().startswith(("{", "["))
+    source = "the config" if given else f"config file {text}"
     try:
-        config = json.loads(text if source == "the config" else path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads(text if given else Path(text).read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
         raise OptionError(f"{source} must hold a JSON object: {error}") from error
     if not isinstance(config, dict):
         raise OptionError(f"{source} must hold a JSON object, got {type(config).__name__}")
@@ -79,7 +98,18 @@ def parse_input(name: str, text: str) -> Tensor:
     return torch.empty(tuple(map(int, sizes)), dtype=dtype, device="meta")
 
 
-def parse_value(text: str) -> Any:
+def parse_value(name: str, text: str) -> Any:
+    """A JSON value, a list as a tuple."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        python = {"True": "true", "False": "false", "None": "null"}
+        meant = python.get(text) or f"'{json.dumps(text)}'"
+        raise OptionError(f"value {name!r} must be JSON, got {text!r}: try {name}={meant}") from error
+    return tuple(value) if isinstance(value, list) else value
+
+
+def parse_option(text: str) -> Any:
     """A JSON value, lists as tuples; what is not JSON is a string, or with commas a tuple."""
     try:
         value = json.loads(f"[{text}]")
@@ -113,6 +143,11 @@ def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     try:
         with torch.no_grad():
             model(**inputs)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise OptionError(f"{type(model).__name__} does not run on these inputs: {cause}") from error
+    except Exception as error:  # as unchecked as the constructor
+        raise OptionError(f"{type(model).__name__} does not run on these inputs: {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what went wrong; its class too, for messages such as `0` or none."""
+    message = next(iter(str(error).strip().splitlines()), "no message")
+    return f"{type(error).__name__}: {message.rstrip('.')}"

@@ -14,7 +14,7 @@ from torch import fx
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
 from sparsify_compiler.config import split_options
-from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.table import BlockTable
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 WIDTH = 150
 """Columns of the table as text."""
+
+DEVICES = ("cpu", "cuda")
+"""Device types that can be planned for without being there."""
 
 NARROW = 120
 """Columns below which the table is cut down."""
@@ -62,7 +65,7 @@ class Explanation:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """A table; on a narrow console less important columns go and the reasons stand below."""
+        """A table; on a narrow console the last columns stand below it, a line for each row."""
         from rich import box
         from rich.table import Table
 
@@ -78,7 +81,9 @@ class Explanation:
             table.add_row(*(cell(name, plan) for cell in columns.values()))
         yield table
         if narrow:
-            yield from (f"{name}: {plan.reason}." for name, plan in rows)
+            for name, plan in rows:
+                provider = f"{plan.provider}, " if plan.provider else ""
+                yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
             yield ""
         sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
         yield (
@@ -93,7 +98,8 @@ class Explanation:
         Rows are queries, columns are keys. Frames are dark where they are computed, other tokens are orange.
 
         Raises:
-            SparsifyError: nothing is sparse, so there is nothing to draw; or matplotlib is missing.
+            SparsifyError: nothing is sparse, so there is nothing to draw; matplotlib is missing; or the
+                path cannot be written to, or has no ending that matplotlib knows.
         """
         tables: dict[tuple[TokenLayout, Any], AttentionPlan] = {}
         names: dict[tuple[TokenLayout, Any], list[str]] = {}
@@ -104,6 +110,11 @@ class Explanation:
         if not tables:
             raise SparsifyError(
                 "there is no mask to draw: every attention stays dense. str() of this says why."
+            )
+        path = Path(path)
+        if path.is_dir():
+            raise SparsifyError(
+                f"cannot save the picture as {path}: it is a folder. Try {path / 'masks.png'}"
             )
         try:
             from matplotlib.figure import Figure
@@ -119,12 +130,19 @@ class Explanation:
             _draw(axes, plan, names[key])
         for axes in list(grid)[len(tables) :]:
             axes.set_axis_off()
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        ending, known = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+        if ending not in known:
+            raise SparsifyError(
+                f"cannot save the picture as {path}: its name must end in one of {', '.join(known)}, "
+                f"got {ending!r}. Try {path.with_suffix('.png')}"
+            )
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path, dpi=150)
-        except ValueError as error:  # of an ending that matplotlib does not know
-            raise SparsifyError(f"cannot save the picture as {path}: {error}") from error
+        except OSError as error:
+            raise SparsifyError(
+                f"cannot save the picture as {path}: {error}. Try a folder that can be written to"
+            ) from error
         return path
 
 
@@ -143,18 +161,26 @@ def explain(
     Args:
         model: a module or function; without gradients unless it is in training mode.
         options: as torch.compile takes them.
-        device: device type to choose providers for (`cpu`, `cuda`); that of the model's tensors if None.
+        device: to choose providers for, `cpu` or `cuda`; that of the model's tensors if None.
 
     Raises:
         SparsifyError: options that cannot be met.
     """
     config = configure(options)
+    device = _device_type(device)
     plans: list[GraphPlan] = []
     errors: list[SparsifyError] = []
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
-            plans.append(pipeline.analyse(gm, config, device=device))
+            try:
+                plans.append(pipeline.analyse(gm, config, device=device))
+            except OSError as error:
+                if config.dump is None:
+                    raise
+                raise OptionError(
+                    f"dump must be a folder that can be written to, got {str(config.dump)!r}: {error}"
+                ) from error
         except SparsifyError as error:
             errors.append(error)
             raise _torch.unwrapped(error) from None
@@ -167,6 +193,14 @@ def explain(
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
     return Explanation(tuple(plans), tuple(_hints(plans, options or {})))
+
+
+def _device_type(device: str | None) -> str | None:
+    """`cuda` of `cuda` and of `cuda:0`."""
+    kind, colon, index = (device or "cpu").partition(":")
+    if kind not in DEVICES or (colon and not index.isdecimal()):
+        raise unknown_choice("device", device, DEVICES)
+    return device and kind
 
 
 def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -252,6 +286,10 @@ def _broken_path(path: str, width: int = 24) -> str:
     return "\n".join(lines)
 
 
+def _heads_text(plan: AttentionPlan) -> str:
+    return f"{plan.site.heads} x {plan.site.head_dim}"
+
+
 def _tokens_text(plan: AttentionPlan) -> str:
     q_tokens, kv_tokens = plan.site.q_tokens, plan.site.kv_tokens
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
@@ -261,7 +299,7 @@ _COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
     "site": lambda name, _: _broken_path(name),
     "kind": lambda _, plan: plan.site.kind,
     "tokens": lambda _, plan: _tokens_text(plan),
-    "heads x dim": lambda _, plan: f"{plan.site.heads} x {plan.site.head_dim}",
+    "heads x dim": lambda _, plan: _heads_text(plan),
     "grid": lambda _, plan: grid_text(plan.layout),
     "method": lambda _, plan: method_text(plan, "\n"),
     "provider": lambda _, plan: plan.provider or "-",

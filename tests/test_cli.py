@@ -52,6 +52,20 @@ def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
     [
         (["explain", "WanTransformr3DModel"], "Did you mean WanTransformer3DModel"),
         (["explain", "WanPipeline"], "no model class"),
+        (["explain", "ModelMixin"], "no model class"),
+        (["explain", "AutoModel"], "is a loader"),
+        ([*WAN, "--config", '{"num_attention_heads": 0}'], "of the config: ZeroDivisionError: "),
+        (
+            ["explain", "LTXVideoTransformer3DModel", "--config", '{"activation_fn": "zzz"}'],
+            "of the config: UnboundLocalError: ",
+        ),
+        ([*WAN, "--config", sys.executable], "must hold a JSON object: 'utf-8'"),
+        ([*WAN, "--config", "[1]"], "the config must hold a JSON object, got list"),
+        ([*ARGUMENTS, "--value", "return_dict=False"], "try return_dict=false"),
+        ([*ARGUMENTS, "--value", "return_dict=no"], """try return_dict='"no"'"""),
+        ([*ARGUMENTS, "--device", "foo"], "unknown device 'foo': must be one of cpu, cuda"),
+        ([*ARGUMENTS, "--option", f"dump={__file__}"], "dump must be a folder"),
+        ([*ARGUMENTS, "--picture", f"{__file__}/masks.png"], "cannot save the picture as"),
         (WAN, "needs hidden_states, timestep, encoder_hidden_states"),
         ([*ARGUMENTS, "--input", "hidden_stats=1"], "does not take hidden_stats"),
         ([*ARGUMENTS, "--input", "timestep=1y2"], "must have a shape"),
@@ -98,8 +112,10 @@ def test_main_prints_an_error_as_one_line():
         ('"2"', "2"),
     ],
 )
-def test_values(text, value):
-    assert diffusers_model.parse_value(text) == value
+def test_option_values(text, value):
+    assert diffusers_model.parse_option(text) == value
+    if text not in ("5,7,9", "tile"):
+        assert diffusers_model.parse_value("name", text) == value
 
 
 def test_config_from_a_file(tmp_path):

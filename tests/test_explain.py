@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -65,6 +66,15 @@ def test_text_folds_layers_and_gives_the_reasons(explained):
     assert "Hint" not in text
 
 
+def test_a_narrow_console_drops_nothing(explained):
+    console = Console(width=80, record=True)
+    console.print(explained)
+    text = " ".join(console.export_text().split())
+    sparse, dense = (next(p for p in explained.plans if p.method == method) for method in ("tile", "dense"))
+    assert f"attn: cpu, {sparse.site.heads} x {sparse.site.head_dim}; {sparse.reason}." in text
+    assert f"attn: {dense.site.heads} x {dense.site.head_dim}; {dense.reason}." in text
+
+
 def test_folding_keeps_rows_that_differ_apart(explained):
     plan = explained.plans[-1]
     names = [*(f"down.{i}.blocks.{j}.attn1" for i in range(2) for j in (0, 1, 2, 5)), "down.9.blocks.0.attn1"]
@@ -78,8 +88,15 @@ def test_picture_is_drawn_to_scale(explained, tmp_path):
     pytest.importorskip("matplotlib")
     path = explained.save_picture(tmp_path / "new" / "masks.png")
     assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SparsifyError, match="cannot save"):
-        explained.save_picture(tmp_path / "masks.nonsense")
+    for bad, says in {
+        "masks.nonsense": "must end in one of",
+        "masks": "must end in one of",
+        "new": "is a folder",
+        "new/masks.png/masks.png": "can be written to",
+    }.items():
+        with pytest.raises(SparsifyError, match=f"cannot save the picture as .*{bad}: .*{says}"):
+            explained.save_picture(tmp_path / bad)
+    assert [file.name for file in tmp_path.iterdir()] == ["new"]
     with pytest.raises(SparsifyError, match="no mask to draw"):
         Explanation(()).save_picture(tmp_path / "none.png")
 
@@ -90,6 +107,7 @@ def test_picture_is_drawn_to_scale(explained, tmp_path):
         ({"metod": "tile"}, OptionError, "Did you mean 'method'"),
         ({"reference_frames": 6}, OptionError, "1..5"),
         ({"grid": (5, 7, 8)}, GridError, "multiply"),
+        ({"dump": __file__}, OptionError, "dump must be a folder"),
         ({"provider": "triton"}, ProviderError, "TRITON_INTERPRET"),
     ],
 )
@@ -144,9 +162,15 @@ def test_a_model_on_meta_is_planned_for_a_device():
         model, inputs = CASES["wan"].build()
     here = sparsify_compiler.explain(model, **inputs, options=OPTIONS)
     assert "provider reference is slow" in str(here)
-    there = sparsify_compiler.explain(model, **inputs, options=OPTIONS, device="cuda")
+    there = sparsify_compiler.explain(model, **inputs, options=OPTIONS, device="cuda:0")
     assert {plan.site.device for plan in there.plans} == {"cuda"}
     assert {plan.provider for plan in there.plans if plan.method == "tile"} == {"triton"}
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:", "cuda:x", "meta"])
+def test_a_device_is_checked(device):
+    with pytest.raises(OptionError, match="must be one of cpu, cuda"):
+        sparsify_compiler.explain(Broken(), torch.randn(1, 2, 8, 16), device=device)
 
 
 def test_training_mode_and_functions():
