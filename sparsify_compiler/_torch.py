@@ -27,12 +27,29 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
     return through
 
 
+def hint(size: Any) -> int | None:
+    """The value a size has in this compilation, without guarding on it; None if it is known only at run time."""
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else None
+
+
+def is_last_program() -> bool:
+    """Whether Dynamo's recompile limit is reached with the program that is being compiled now."""
+    from torch._dynamo import config
+    from torch._guards import CompileContext
+
+    compile_id = CompileContext.current_compile_id()
+    number = None if compile_id is None else compile_id.frame_compile_id
+    return number is not None and number + 1 >= config.recompile_limit
+
+
 def check_backend(name: str) -> None:
     """Raise OptionError unless `name` is a backend that the rewritten graph can be given to."""
     from torch._dynamo import list_backends
 
     known = [backend for backend in list_backends(exclude_tags=()) if backend != "sparsify"]
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise unknown_choice("inner_backend", name, known)
 
 

@@ -41,6 +41,11 @@ def sparsify(
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
     _tell(plan, options or {})
+    if _torch.is_last_program():
+        warn_once(
+            "this is the last program that Dynamo compiles for this model: beyond it, other shapes run uncompiled "
+            "and dense. Raise torch._dynamo.config.recompile_limit, or keep to fewer resolutions."
+        )
     return Program(plan, _torch.compile_with(config.inner_backend, graph, example_inputs, mode))
 
 
@@ -53,9 +58,11 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     Raises:
         OptionError: a name or value that is not known; names the option, the choices and the nearest one.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be a dict such as {{'method': 'tile'}}, got {options!r}")
     general, own = split_options(options or {})
     name = general.pop("method", DEFAULT_METHOD)
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise unknown_choice("method", name, METHODS)
     choices = option_names(METHODS[name])
     for option in own:

@@ -4,6 +4,7 @@ General options are the fields of `SparsifyConfig`; a method's own options are t
 `methods/`. Unknown names and wrong values are told apart by `OptionError`, before anything is compiled.
 """
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,16 +30,26 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         if self.grid is not None:
-            sizes = tuple(self.grid) if isinstance(self.grid, (tuple, list)) else ()
-            if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
-                raise GridError(
-                    f"grid must be three positive integers (frames, height, width), got {self.grid!r}"
-                )
-            object.__setattr__(self, "grid", sizes)
+            object.__setattr__(self, "grid", _grid(self.grid))
         if self.dump is not None:
-            if not isinstance(self.dump, (str, Path)):
+            if not isinstance(self.dump, (str, Path)) or not str(self.dump):
                 raise OptionError(f"dump must be the path of a folder, got {self.dump!r}")
             object.__setattr__(self, "dump", Path(self.dump))
+
+
+def integer(value: object) -> int | None:
+    """`value` as an int if it is a whole number of any integer type, NumPy's too; None else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _grid(value: object) -> tuple[int, int, int]:
+    sizes = [integer(n) for n in value] if isinstance(value, (tuple, list)) else []
+    if len(sizes) != 3 or any(n is None or n < 1 for n in sizes):
+        raise GridError(f"grid must be three positive integers (frames, height, width), got {value!r}")
+    return tuple(sizes)  # type: ignore[return-value]
 
 
 GENERAL = tuple(f.name for f in fields(SparsifyConfig))

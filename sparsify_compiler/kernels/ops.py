@@ -84,11 +84,13 @@ def _op(
         q_order=q_order,
         kv_order=kv_order,
     )
+    _check_dtypes(query, key, value)
     return providers.load(provider).forward(query, key, value, table, key_bias, scale)
 
 
 @_op.register_fake
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    _check_dtypes(query, key, value)
     return empty_outputs(query, value)
 
 
@@ -181,16 +183,22 @@ for _key in ("AutocastCPU", "AutocastCUDA"):
     _library.impl("block_sparse_attention", _autocast, _key)
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
-    """Raise ValueError for shapes, dtypes and devices that do not fit together. Looks at no value."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """A kernel reads memory by the query's type: raise ValueError where another tensor has another one."""
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
                 f"query, key and value must agree in dtype and device, got query {query.dtype} on {query.device}, "
                 f"{name} {tensor.dtype} on {tensor.device}"
             )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
+    """Raise ValueError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+    _check_dtypes(query, key, value)
     batch, heads, q_tokens, head_dim = query.shape
     kv_heads, kv_tokens = key.shape[1:3]
     if key.shape != (batch, kv_heads, kv_tokens, head_dim) or value.shape[:3] != key.shape[:3]:

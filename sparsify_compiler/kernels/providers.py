@@ -33,7 +33,7 @@ def load(name: str) -> ModuleType:
 
 def check_name(requested: str) -> str:
     """`requested` if it is `auto` or a provider's name; OptionError else."""
-    if requested not in ("auto", *PROVIDERS):
+    if not isinstance(requested, str) or requested not in ("auto", *PROVIDERS):
         raise unknown_choice("provider", requested, ("auto", *PROVIDERS))
     return requested
 

@@ -1,7 +1,7 @@
 """Provider `reference`: the definition of the op in plain torch. Any device, differentiable, slow.
 
 For query block i with key blocks L_i:  S = scale * Q_i K[L_i]ᵀ + bias,  lse = log sum exp S,
-out = exp(S - lse) V[L_i].  Keys outside L_i are never touched, so a non-finite key or value reaches exactly
+out = softmax(S) V[L_i].  Keys outside L_i are never touched, so a non-finite key or value reaches exactly
 the rows that read its block. Computes in fp32 (fp64 for fp64 input).
 """
 
@@ -33,9 +33,8 @@ def forward(
     for at, rows, columns in query_blocks(table):
         keys = k[at][:, :, columns]
         scores = scale * (q[at][:, :, rows] @ keys.mT) + bias[at][:, :, None, columns]
-        row_lse = scores.logsumexp(-1)
-        out[at][:, :, rows] = (_weights(scores, row_lse) @ v[at][:, :, columns]).to(out.dtype)
-        lse[at][:, :, rows] = row_lse
+        out[at][:, :, rows] = (_weights(scores) @ v[at][:, :, columns]).to(out.dtype)
+        lse[at][:, :, rows] = scores.logsumexp(-1)
     return out, lse
 
 
@@ -53,7 +52,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, given those of `out` and `lse`.
 
-    With P = exp(S - lse) and delta = rowsum(dO * O) - dlse:  dS = P * (dO Vᵀ - delta),  dQ = scale dS K,
+    With P = softmax(S) and delta = rowsum(dO * O) - dlse:  dS = P * (dO Vᵀ - delta),  dQ = scale dS K,
     dK = scale dSᵀ Q,  dV = Pᵀ dO.
     """
     q, k, v, bias = _widen(query, key, value, key_bias)
@@ -63,7 +62,7 @@ def backward(
     for at, rows, columns in query_blocks(table):
         queries, keys = q[at][:, :, rows], k[at][:, :, columns]
         scores = scale * (queries @ keys.mT) + bias[at][:, :, None, columns]
-        weights = _weights(scores, lse[at][:, :, rows].to(q.dtype))
+        weights = _weights(scores)
         d_rows = do[at][:, :, rows]
         d_scores = weights * (d_rows @ v[at][:, :, columns].mT - delta[at][:, :, rows, None])
         dq[at][:, :, rows] = scale * (d_scores @ keys)
@@ -86,9 +85,11 @@ def _widen(
     return q, k, v, bias.expand(*query.shape[:2], -1)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """exp(scores - lse); where a query reads no visible key, lse is -inf and the weights are 0."""
-    return (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+def _weights(scores: Tensor) -> Tensor:
+    """softmax(scores); all 0 where a query reads no visible key. Not exp(scores - lse): beside a bias of -1e9 the
+    lse has no digits left."""
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def query_blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:

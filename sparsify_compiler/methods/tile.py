@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
@@ -30,9 +31,13 @@ class Tile:
     name: ClassVar[str] = "tile"
 
     def __post_init__(self) -> None:
-        k = self.reference_frames
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise OptionError(f"reference_frames must be an integer of at least 1, got {k!r}")
+        if self.reference_frames is not None:
+            k = integer(self.reference_frames)
+            if k is None or k < 1:
+                raise OptionError(
+                    f"reference_frames must be an integer of at least 1, got {self.reference_frames!r}"
+                )
+            object.__setattr__(self, "reference_frames", k)
 
     def refusal(self, layout: TokenLayout) -> str:
         """The method needs to know which tokens form a frame."""

@@ -19,8 +19,8 @@ class Source:
 
     kind: str
     """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `position`: an arange.
-    `opaque`: unknown. `lost`: video tokens that went through an operator that may have moved them, so that no
-    other label may be believed. `blank`: uninitialised, constant or broadcast: any other label says more."""
+    `lost`: video tokens that may have been moved, so that no other label may be believed. `opaque`: something
+    else that is not known. `blank`: uninitialised, constant or broadcast, so that any other label says more."""
     sizes: tuple[int, ...]
     images: "Label" = ()
     """For a conv over images: the label of its batch dimension, among whose axes the frames may be."""
@@ -37,14 +37,22 @@ class Atom:
     offset: int = 0
     inner: bool = False
     """The axis goes on further out: this is a position within a window of it, not the axis itself."""
+    owner: tuple[Source, int] | None = None
+    """Of a position: the axis of tokens that it was added to, so that the same mesh on other tokens differs."""
 
     @property
     def rank(self) -> int:
         """How much this says about where a token lies; the higher rank wins where two labels meet."""
         patches = self.stride > 1 and not self.inner
         whole = patches or self.size == self.source.sizes[self.dim]
-        ranks = {"lost": 5, "conv": 4, "input": 3 if whole else 1, "position": 2, "opaque": 1, "blank": 0}
+        ranks = {"lost": 6, "conv": 5, "input": 4 if whole else 1, "opaque": 3, "position": 2, "blank": 0}
         return ranks[self.source.kind]
+
+    @property
+    def of_video(self) -> bool:
+        """Whether this is, or was, an axis of a video: of a convolution, or of an input with four axes or more."""
+        kind = self.source.kind
+        return kind in ("conv", "lost") or (kind == "input" and len(self.source.sizes) >= 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +94,13 @@ def atoms(label: Label) -> list[Atom]:
     for factor in label:
         found += [factor] if isinstance(factor, Atom) else [a for part in factor.parts for a in atoms(part)]
     return found
+
+
+def unknown(size: int, *origins: Label) -> Label:
+    """For a dimension made of `origins` in a way that labels cannot tell: `lost` if that was video."""
+    return fresh(
+        size, "lost" if any(atom.of_video for label in origins for atom in atoms(label)) else "opaque"
+    )
 
 
 def is_blank(label: Label) -> bool:
@@ -171,10 +186,10 @@ def _reshape_rest(
     for end in range(position, len(new)):
         done *= new[end]
         if done in old_ends:
-            middle = [fresh(size) for size in new[position : end + 1]]
+            middle = [unknown(size, *labels) for size in new[position : end + 1]]
             i = old_ends[done]
             return middle + reshape(labels[i:], old[i:], new[end + 1 :])
-    return [fresh(size) for size in new[position:]]
+    return [unknown(size, *labels) for size in new[position:]]
 
 
 def cat(labels: Sequence[Label]) -> Label:
@@ -224,7 +239,7 @@ def cut(label: Label, start: int, stop: int) -> Label:
         return cat(pieces)
     outer, run = label[0], length(label[1:])
     if isinstance(outer, Cat) or start % run or stop % run:
-        return fresh(stop - start)
+        return unknown(stop - start, label)
     return (replace(outer, size=(stop - start) // run, offset=outer.offset + start // run), *label[1:])
 
 
@@ -238,7 +253,7 @@ def merge(a: Label, b: Label) -> Label:
     if (aligned := _aligned(a, b)) is not None:
         return _joined([factor for x, y in aligned for factor in _merge_factor(x, y)])
     if min(_rank(a), _rank(b)) >= 2:  # both claim to know where the tokens lie, and they disagree
-        return fresh(length(a))
+        return unknown(length(a), a, b)
     return a if _rank(a) >= _rank(b) else b
 
 
@@ -266,7 +281,8 @@ def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
         halves = _split(big.factor, small.factor.size)
         if halves is None:
             return None
-        rank = big.rank if big.rank >= 4 else min(big.rank, 1)
+        known = isinstance(big.factor, Atom) and big.factor.source.kind in ("input", "position")
+        rank = min(big.rank, 1) if known else big.rank
         outer, inner = (_Piece(half, rank) for half in halves)
         rest.insert(0, inner)
         pairs.append((x, outer) if small is x else (outer, y))
@@ -277,9 +293,14 @@ def _merge_factor(a: _Piece, b: _Piece) -> Label:
     x, y = a.factor, b.factor
     if isinstance(x, Cat) and isinstance(y, Cat) and (parts := _common_parts(x, y)):
         return cat([merge(p, q) for p, q in parts])
-    if isinstance(x, Cat) != isinstance(y, Cat):
-        return (x,) if isinstance(x, Cat) else (y,)
-    return (x,) if a.rank >= b.rank else (y,)
+    if isinstance(x, Cat) or isinstance(y, Cat):
+        return (x,) if isinstance(x, Cat) and (not isinstance(y, Cat) or a.rank >= b.rank) else (y,)
+    best, other = (x, y) if a.rank >= b.rank else (y, x)
+    assert isinstance(best, Atom)
+    assert isinstance(other, Atom)
+    if best.source.kind == "position" and best.owner is None and other.rank > 0:
+        best = replace(best, owner=other.owner or (other.source, other.dim))
+    return (best,)
 
 
 def _common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:

@@ -30,6 +30,7 @@ from sparsify_compiler.passes.axes import (
     reshape,
     share_axis,
     substitute,
+    unknown,
 )
 
 Rule = Callable[..., list[Label]]
@@ -53,6 +54,8 @@ class AxisTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._labels = WeakTensorKeyDictionary()
+        self.positions: dict[int, Source] = {}
+        """Of every length one: a mesh made once for queries and once for keys is the same mesh."""
 
     def of(self, tensor: Tensor) -> list[Label]:
         """The labels of a tensor's dimensions; fresh ones for a tensor not seen before."""
@@ -106,21 +109,30 @@ class AxisTracker(TorchDispatchMode):
             after = _pointwise(self, target, *args)
         storage = target.untyped_storage()._cdata
         views = [t for t in list(self._labels) if t is not target and t.untyped_storage()._cdata == storage]
-        for old, new in zip(before, after, strict=True):
-            if old == new or is_blank(new):
-                continue
-            for view in views:
+        for view in views:
+            labels = self.of(view)
+            for old, new in zip(before, after, strict=True):
+                if old == new or is_blank(new):
+                    continue
                 if is_blank(old) and len(old) == 1 and isinstance(old[0], Atom):
-                    self.put(view, [substitute(label, old[0], new) for label in self.of(view)])
+                    labels = [substitute(label, old[0], new) for label in labels]
                 else:
-                    self.put(view, [fresh(length(la)) if share_axis(la, old) else la for la in self.of(view)])
+                    labels = [unknown(length(la), new) if share_axis(la, old) else la for la in labels]
+            # Where it is blank still, only a part of it was written, in an order that is not known.
+            self.put(view, [unknown(length(la), *after) if la and is_blank(la) else la for la in labels])
         self.put(target, [old if is_blank(new) else new for old, new in zip(before, after, strict=True)])
 
     def _lost(self, args: Any, size: int) -> Label:
         """For an output whose relation to its inputs is not known: `lost` if video tokens went in."""
-        inputs = [label for t in tree_leaves(args) if isinstance(t, Tensor) for label in self.of(t)]
-        video = any(atom.source.kind in ("conv", "lost") for label in inputs for atom in atoms(label))
-        return fresh(size, "lost" if video else "opaque")
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        return unknown(size, *(label for t in tensors for label in self.of(t)))
+
+    def is_table(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a graph input as it came in: a weight or table rather than something computed."""
+        labels = [label for label in self.of(tensor) if label]
+        sources = {atom.source for label in labels for atom in atoms(label)}
+        whole = all(len(label) == 1 and atoms(label)[0].rank == 4 for label in labels)
+        return whole and len(sources) == 1 and next(iter(sources)).kind == "input"
 
 
 def _name(func: Any) -> str:
@@ -222,7 +234,9 @@ def _slice(
     labels = list(tracker.of(x))
     size = x.shape[dim]
     begin, stop, _ = slice(start, end).indices(size)
-    labels[dim] = cut(labels[dim], begin, max(begin, stop)) if step == 1 else fresh(output.shape[dim])
+    labels[dim] = (
+        cut(labels[dim], begin, max(begin, stop)) if step == 1 else unknown(output.shape[dim], labels[dim])
+    )
     return labels
 
 
@@ -287,7 +301,8 @@ def _pad(tracker: AxisTracker, output: Tensor, x: Tensor, pad: list[int], *_: An
 
 @rule("arange")
 def _arange(tracker: AxisTracker, output: Tensor, *_: Any, **__: Any) -> list[Label]:
-    return [axis(Source("position", tuple(output.shape)), 0)]
+    (size,) = output.shape
+    return [axis(tracker.positions.setdefault(size, Source("position", (size,))), 0)]
 
 
 @rule("empty", "zeros", "ones", "full", "empty_like", "zeros_like", "ones_like", "full_like", "new_empty",
@@ -316,10 +331,16 @@ def _norm(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -
 
 @rule("mm", "bmm", "matmul")
 def _matmul(tracker: AxisTracker, output: Tensor, a: Tensor, b: Tensor, **_: Any) -> list[Label]:
+    """Rows of `a` and columns of `b`; what a weight multiplied into them is another axis than the tokens'."""
     if a.dim() < 2 or b.dim() < 2:
         return []
     lead = _broadcast([tracker.of(a)[:-2], tracker.of(b)[:-2]], output.shape[:-2])
-    return [*lead, tracker.of(a)[-2], tracker.of(b)[-1]]
+    rows, columns = tracker.of(a)[-2], tracker.of(b)[-1]
+    if tracker.is_table(a) and not tracker.is_table(b):
+        rows = unknown(a.shape[-2], tracker.of(b)[-2])
+    if tracker.is_table(b):
+        columns = unknown(b.shape[-1], tracker.of(a)[-1])
+    return [*lead, rows, columns]
 
 
 @rule("addmm", "baddbmm")
@@ -331,27 +352,24 @@ def _add_matmul(
 
 @rule("linear")
 def _linear(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -> list[Label]:
-    return [*tracker.of(x)[:-1], fresh(output.shape[-1])]
+    return [*tracker.of(x)[:-1], unknown(output.shape[-1], tracker.of(x)[-1])]
 
 
 @rule("embedding")
 def _embedding(
     tracker: AxisTracker, output: Tensor, weight: Tensor, index: Tensor, *_: Any, **__: Any
 ) -> list[Label]:
+    if not tracker.is_table(weight):
+        return []
     return [*tracker.of(index), fresh(output.shape[-1])]
 
 
 @rule("index")
 def _index(tracker: AxisTracker, output: Tensor, x: Tensor, indices: list[Tensor | None]) -> list[Label]:
-    """Looking up a table by one index: the result runs over what the index runs over."""
-    at = [dim for dim, index in enumerate(indices) if index is not None]
-    labels = list(tracker.of(x))
-    index = indices[at[0]]
-    assert index is not None
-    if len(at) != 1 or any(atom.source.kind in ("conv", "lost") for atom in atoms(labels[at[0]])):
-        return [tracker._lost(x, size) for size in output.shape]
-    labels[at[0] : at[0] + 1] = tracker.of(index)
-    return labels
+    """Looking up the rows of a table: the result runs over what the index runs over."""
+    if not tracker.is_table(x) or x.dim() > 2 or len(indices) != 1 or indices[0] is None:
+        return []
+    return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
 
 
 @rule("convolution")

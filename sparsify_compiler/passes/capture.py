@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify_compiler.passes.fx import module_path, modules, sizes_of, tensor_of
+from sparsify_compiler.passes.fx import insert_after, module_path, modules, sizes_of, tensor_of
 from sparsify_compiler.passes.unfused import match_unfused
 from sparsify_compiler.plan import AttentionSite
 
@@ -46,7 +47,7 @@ class Call:
     scale: float | None
     spelling: str
     refusal: str = ""
-    finish: Callable[[fx.Graph, fx.Node], fx.Node] | None = None
+    finish: Callable[[fx.Node], fx.Node] | None = None
     """Brings [B, H, Sq, Dv] into the layout of `node`, where that differs."""
 
 
@@ -130,7 +131,7 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
         kv_tokens=k_shape[2],
         head_dim=q_shape[3],
         value_dim=v_shape[3],
-        dtype=str(out.dtype).removeprefix("torch."),  # type: ignore[union-attr]
+        dtype=str(_compute_dtype(q, k, v, out)).removeprefix("torch."),  # type: ignore[arg-type]
         device=q.device.type,  # type: ignore[union-attr]
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
         mask="none" if call.mask is None else "key",
@@ -138,6 +139,13 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
     return replace(
         site, refusal=call.refusal or _shape_refusal(site, k_shape, v_shape) or _mask_refusal(call, site)
     )
+
+
+def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> torch.dtype:
+    """The output's, as SDPA and autocast have it; the widest of the inputs' where they differ by hand."""
+    if q.dtype == k.dtype == v.dtype or out.dtype not in (q.dtype, k.dtype, v.dtype):
+        return out.dtype
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -172,21 +180,26 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
 def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
     node, mask = call.node, call.mask
     tensors = [call.query, call.key, call.value]
-    flat = len(tensor_of(call.query).shape) == 3  # type: ignore[union-attr]
+    values = [tensor_of(one) for one in (*tensors, node)]
+    flat = values[0].dim() == 3  # type: ignore[union-attr]
+    mixed = site.spelling == "unfused" and len({value.dtype for value in values}) > 1  # type: ignore[union-attr]
+    if flat:
+        tensors = [insert_after(one, "unsqueeze", 1) for one in tensors]
+        if mask is not None and tensor_of(mask).dim() == 3:  # type: ignore[union-attr]
+            mask = insert_after(mask, "unsqueeze", 1)
+    if mixed:
+        tensors = [insert_after(one, "to", getattr(torch, site.dtype)) for one in tensors]
     with graph.inserting_before(node):
-        if flat:
-            tensors = [graph.call_method("unsqueeze", (t, 1)) for t in tensors]
-            if mask is not None and len(tensor_of(mask).shape) == 3:  # type: ignore[union-attr]
-                mask = graph.call_method("unsqueeze", (mask, 1))
         new = result = graph.call_function(attention, (*tensors, mask, site.scale))
-        if flat:
-            result = graph.call_method("squeeze", (new, 1))
-        if call.finish is not None:
-            result = call.finish(graph, result)
+    if mixed:
+        result = insert_after(result, "to", values[-1].dtype)  # type: ignore[union-attr]
+    if flat:
+        result = insert_after(result, "squeeze", 1)
+    if call.finish is not None:
+        result = call.finish(result)
     node.replace_all_uses_with(result)
-    traced = ("nn_module_stack", "stack_trace", "example_value")
-    new.meta = {key: node.meta[key] for key in traced if key in node.meta}
-    new.meta |= {"site": site, "original": node, "result": result}
+    new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+    new.meta |= {"site": site, "original": node, "result": result, "inserted": True}
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:

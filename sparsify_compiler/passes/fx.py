@@ -3,10 +3,14 @@
 import copy
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+
+from sparsify_compiler import _torch
 
 
 class Body(NamedTuple):
@@ -91,11 +95,27 @@ def tensor_of(node: object) -> Tensor | None:
 
 
 def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The sizes as integers; specialises symbolic ones. None where a size is known only at run time."""
-    try:
-        return tuple(int(size) for size in tensor.shape)
-    except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode:
-        return None
+    """The sizes as integers, not specialised; None where a size is known only at run time."""
+    sizes = [_torch.hint(size) for size in tensor.shape]
+    return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def insert_after(node: fx.Node, function: Any, *arguments: Any) -> fx.Node:
+    """The result of a function or method (by name) on `node`, placed right after it, marked as inserted.
+
+    Its fake tensor is recorded as Dynamo would have, where `node` has one.
+    """
+    method = isinstance(function, str)
+    with node.graph.inserting_after(node):
+        new = node.graph.create_node(
+            "call_method" if method else "call_function", function, (node, *arguments)
+        )
+    new.meta["inserted"] = True
+    if (value := tensor_of(node)) is not None:
+        with getattr(value, "fake_mode", nullcontext()):
+            apply = getattr(value, function) if method else partial(function, value)
+            new.meta["example_value"] = apply(*arguments)
+    return new
 
 
 def module_path(node: fx.Node) -> str:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
-from sparsify_compiler.passes.axes import Atom, Cat, Label, Source, axis, length
+from sparsify_compiler.passes.axes import Atom, Cat, Label, Source, atoms, axis, length, share_axis
 from sparsify_compiler.passes.axis_rules import AxisTracker
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.fx import body_of, modules, sizes_of
@@ -42,7 +43,7 @@ def infer_layouts(gm: fx.GraphModule, *, grid: Grid | None = None) -> fx.GraphMo
     sites = [node for module in modules(gm) for node in attention_nodes(module)]
     if not sites:
         return gm
-    found = _follow(gm)
+    found, inputs = _follow(gm)
     for node in sites:
         site = node.meta["site"]
         labels = found.get(node)
@@ -57,6 +58,9 @@ def infer_layouts(gm: fx.GraphModule, *, grid: Grid | None = None) -> fx.GraphMo
         node.meta["layout"] = layout
     if grid is not None:
         _check_grid(grid, sites)
+    used = [found[node][0] for node in sites if node in found and node.meta["layout"].grid is not None]
+    if used:
+        _specialise(gm, inputs, used)
     return gm
 
 
@@ -78,6 +82,10 @@ def read_layout(query: Label, key: Label) -> tuple[SiteKind, TokenLayout]:
         )
         return "self", TokenLayout(tokens=tokens, reason=reason)
     at = candidates[0]
+    if any(share_axis(parts[at], part) for i, part in enumerate(parts) if i != at):
+        return "self", TokenLayout(
+            tokens=tokens, reason="its video is cut into pieces that lie in another order"
+        )
     return _placed(parts, at, *grids[at])
 
 
@@ -180,28 +188,49 @@ def _check_grid(grid: Grid, sites: list[fx.Node]) -> None:
         )
 
 
-def _follow(gm: fx.GraphModule) -> dict[fx.Node, tuple[Label, Label]]:
-    """The labels of the query's and key's sequence at every captured site the graph reaches."""
+def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: list[Label]) -> None:
+    """Fix the sizes that the layouts rest on, so that Dynamo guards on them: no two grids share a program.
+
+    These are all but the batch of inputs with four dimensions or more (videos, masks), of others the axes that
+    are found among the tokens, and where positions tell the grid every number that is an input. A batch, or the
+    length of a prompt elsewhere in the model, stays free.
+    """
+    by_positions = any(atom.source.kind == "position" for label in used for atom in atoms(label))
+    axes = {pair for label in used for atom in atoms(label) for pair in ((atom.source, atom.dim), atom.owner)}
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt):
+            if by_positions:
+                int(value)
+        elif node in inputs:
+            for dim, size in enumerate(value.shape):
+                if (len(value.shape) >= 4 and dim > 0) or (inputs[node], dim) in axes:
+                    int(size)
+
+
+def _follow(gm: fx.GraphModule) -> tuple[dict[fx.Node, tuple[Label, Label]], dict[fx.Node, Source]]:
+    """(labels of the query's and key's sequence at every captured site the graph reaches, sources of inputs)."""
     found: dict[fx.Node, tuple[Label, Label]] = {}
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.no_grad():
-        inputs = [
-            _static(node.meta.get("example_value")) for node in gm.graph.nodes if node.op == "placeholder"
-        ]
-        for value in inputs:
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        values = [_static(node.meta.get("example_value")) for node in placeholders]
+        sources: dict[fx.Node, Source] = {}
+        for node, value in zip(placeholders, values, strict=True):
             if isinstance(value, Tensor):
-                source = Source("input", tuple(value.shape))
-                tracker.put(value, [axis(source, dim) for dim in range(value.dim())])
-        _Follower(gm, tracker, found).run(*inputs)
+                sources[node] = Source("input", tuple(value.shape))
+                tracker.put(value, [axis(sources[node], dim) for dim in range(value.dim())])
+        _Follower(gm, tracker, found).run(*values)
     torch.set_grad_enabled(grad_enabled)
-    return found
+    return found, sources
 
 
 def _static(value: Any) -> Any:
     """A value Dynamo recorded, on sizes that are plain integers; `_UNKNOWN` where that can't be had."""
     if isinstance(value, torch.SymInt):
-        return int(value)
+        size = _torch.hint(value)
+        return _UNKNOWN if size is None else size
     if isinstance(value, (tuple, list)):
         return type(value)(_static(item) for item in value)
     if not isinstance(value, Tensor):

@@ -22,6 +22,9 @@ from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.table import BlockTable
 
+_LEAST = -1e30
+"""Of a finite bias: added to any score, it is that score's only digits."""
+
 _Request = Callable[[str, Tensor], fx.Node]
 """(name, tensor) -> the node that stands for that constant in the graph at hand."""
 
@@ -69,19 +72,36 @@ def _lower_module(gm: fx.GraphModule, tables: _Tables, constant: _Request) -> li
         return nodes[name]
 
     for node in attention_nodes(gm):
+        original, result = node.meta["original"], node.meta["result"]
         if node.meta["plan"].method == "dense":
-            node.meta["result"].replace_all_uses_with(node.meta["original"])
+            result.replace_all_uses_with(original)
+            _erase_inserted(gm.graph, result)
         else:
             _emit(gm.graph, node, tables, request)
+            gm.graph.erase_node(node)
+            if (
+                node.meta["site"].spelling == "sdpa"
+            ):  # what is left of attention by hand, the inner backend drops
+                gm.graph.erase_node(original)
     lowered: dict[int, list[tuple[str, Tensor]]] = {}
     for body in list(bodies(gm)):
         module = body.module
         if id(module) not in lowered:
             lowered[id(module)] = _lower_module(module, tables, partial(_add_placeholder, module.graph))
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
     return asked
+
+
+def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
+    """Erase what capture inserted for `node` and nobody reads any more.
+
+    Not by dead-code elimination: a Dynamo graph mutates tensors by calls whose value nobody reads.
+    """
+    if node.meta.get("inserted") and not node.users:
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        for source in sources:
+            _erase_inserted(graph, source)
 
 
 def _add_placeholder(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
@@ -94,7 +114,7 @@ def _add_placeholder(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
 def _emit(graph: fx.Graph, node: fx.Node, tables: _Tables, request: _Request) -> None:
     plan: AttentionPlan = node.meta["plan"]
     query, key, value, mask, scale = node.args
-    device = tensor_of(node).device  # type: ignore[union-attr]
+    device = tensor_of(query).device  # type: ignore[union-attr]
     table = [None if t is None else request(name, t) for name, t in tables.of(plan, device).items()]
     with graph.inserting_before(node):
         bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
@@ -118,5 +138,8 @@ def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     for _ in range(dims - 1 if dims >= 2 else 1, 3):
         mask = graph.call_method("unsqueeze", (mask, 0))
     if value.dtype != torch.bool:
-        return mask
+        # Kernels scale the bias, which must not make -inf of the least number: rows that see hidden keys alone
+        # weigh them all the same.
+        finite = graph.call_method("clamp", (mask, _LEAST))
+        return graph.call_function(torch.where, (graph.call_method("isneginf", (mask,)), mask, finite))
     return graph.call_function(torch.where, (mask, 0.0, float("-inf")))

@@ -8,6 +8,7 @@ from functools import partial
 from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.errors import OptionError
 from sparsify_compiler.passes import spec
 from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
@@ -66,7 +67,12 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
 def _dump(gm: fx.GraphModule, name: str, seconds: float, config: SparsifyConfig) -> None:
     """Write the graph after a pass to a new numbered file in `config.dump`."""
     assert config.dump is not None
-    config.dump.mkdir(parents=True, exist_ok=True)
+    try:
+        config.dump.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"dump must be a folder that can be written to, got {str(config.dump)!r}: {error}"
+        ) from None
     number = len(list(config.dump.glob("*.py")))
     text = f"# after {name}, {seconds:.3f} s\n" + "\n".join(
         module.print_readable(print_output=False) for module in modules(gm)

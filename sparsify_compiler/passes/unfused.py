@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify_compiler.passes.fx import tensor_of
+from sparsify_compiler.passes.fx import insert_after, tensor_of
 
 _MATMUL = (torch.matmul, operator.matmul, torch.bmm)
 _CASTS = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous")
+_WRITERS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _REGROUPS = ("view", "reshape", "flatten", "unflatten", torch.flatten, torch.reshape)
-_HIDDEN = torch.finfo(torch.float16).min
-"""Scores filled with this or less weigh nothing in any dtype."""
+_HIDDEN = -1e9
+"""A score filled with this or less weighs nothing beside others, and among its like all weigh the same."""
 
 
 def match_unfused(node: fx.Node) -> dict[str, Any] | None:
@@ -47,10 +48,14 @@ def match_unfused(node: fx.Node) -> dict[str, Any] | None:
     query, key, factor, added = first
     if len(lead) not in (1, 2) or (added is not None and mask is not None):
         return None
+    operands = query, key, value()
+    if not _private(scores, node) or any(map(_written, operands)):
+        return None
+    query, key, values = (_led_by(operand, lead) for operand in operands)
     return {
-        "query": _led_by(query, lead),
-        "key": _led_by(key, lead),
-        "value": _led_by(value(), lead),
+        "query": query,
+        "key": key,
+        "value": values,
         "mask": mask if added is None else added,
         "scale": scale * factor,
         "refusal": refusal,
@@ -65,6 +70,39 @@ def _is(node: Any, *targets: Any) -> bool:
     return any(node.target is target or node.target == target for target in targets)
 
 
+def _plain(node: Any, *targets: Any) -> bool:
+    """As `_is`, and the call has nothing but positional arguments: no `out`, no `alpha`, no rounding mode."""
+    return _is(node, *targets) and not node.kwargs
+
+
+def _private(first: fx.Node, last: fx.Node) -> bool:
+    """Whether nothing but the way from `first` to `last` sees what lies on it, so that nothing can change it."""
+    while first is not last:
+        if len(first.users) != 1:
+            return False
+        first = next(iter(first.users))
+    return True
+
+
+def _written(node: fx.Node) -> bool:
+    """Whether some call writes into this tensor."""
+    return any(
+        (user.args[:1] == (node,) and _in_place(user)) or user.kwargs.get("out") is node
+        for user in node.users
+    )
+
+
+def _in_place(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.target in _WRITERS
+        or (name.endswith("_") and not name.endswith("__"))
+        or bool(node.kwargs.get("inplace"))
+    )
+
+
 def _skip_views(node: Any) -> Any:
     """Through casts, and through reshapes that regroup the batch dimensions of scores alone."""
     while _is(node, *_CASTS, *_REGROUPS):
@@ -76,22 +114,27 @@ def _skip_views(node: Any) -> Any:
     return node
 
 
-def _led_by(node: fx.Node, lead: tuple[int, ...]) -> fx.Node:
+def _led_by(node: fx.Node, lead: tuple[Any, ...]) -> fx.Node:
     """`node` with batch dimensions `lead` (and its last two), regrouped where it has others."""
     value = tensor_of(node)
     if value is None or value.dim() - 2 == len(lead):
         return node
-    return _after(node, "flatten", 0, 1) if len(lead) == 1 else _after(node, "unflatten", 0, lead)
+    return (
+        insert_after(node, "flatten", 0, 1)
+        if len(lead) == 1
+        else insert_after(node, "unflatten", 0, tuple(map(int, lead)))
+    )
 
 
-def _finish(node: fx.Node, lead: tuple[int, ...], finish: "_Finish | None") -> "_Finish | None":
+def _finish(node: fx.Node, lead: tuple[Any, ...], finish: "_Finish | None") -> "_Finish | None":
     """Also regroup the output's batch dimensions, where the second product had others than the scores."""
     out = tensor_of(node)
     if finish is not None or out is None or out.dim() - 2 == len(lead):
         return finish
     if len(lead) == 1:
-        return lambda graph, result: graph.call_method("unflatten", (result, 0, tuple(out.shape[:-2])))
-    return lambda graph, result: graph.call_method("flatten", (result, 0, 1))
+        sizes = tuple(int(size) for size in out.shape[:-2])
+        return lambda result: insert_after(result, "unflatten", 0, sizes)
+    return lambda result: insert_after(result, "flatten", 0, 1)
 
 
 def _number(value: Any) -> float | None:
@@ -110,17 +153,21 @@ def _softmax_input(node: Any) -> fx.Node | None:
 
 def _mask(node: Any) -> tuple[Any, fx.Node | None]:
     """(scores without their mask, the mask: additive, or boolean with True where a key is seen)."""
-    if _is(node, operator.add, torch.add, "add", operator.iadd) and len(node.args) == 2:
+    if _plain(node, operator.add, torch.add, "add", operator.iadd):
         a, b = node.args
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
             a_tensor, b_tensor = tensor_of(a), tensor_of(b)
-            if a_tensor is not None and b_tensor is not None:
+            if a_tensor is not None and b_tensor is not None and a_tensor.is_floating_point():
                 scores, mask = (a, b) if a_tensor.numel() >= b_tensor.numel() else (b, a)
-                return _skip_views(scores), mask
-    if _is(node, "masked_fill", torch.masked_fill) and len(node.args) == 3:
+                if tensor_of(mask).is_floating_point():  # type: ignore[union-attr]
+                    return _skip_views(scores), mask
+    if _plain(node, "masked_fill", torch.masked_fill):
         scores, hidden, fill = node.args
         if isinstance(hidden, fx.Node) and (number := _number(fill)) is not None and number <= _HIDDEN:
-            return _skip_views(scores), _negated(hidden)
+            exact = number == -torch.inf
+            return _skip_views(scores), _negated(hidden) if exact else insert_after(
+                hidden, torch.where, number, 0.0
+            )
     return node, None
 
 
@@ -128,16 +175,16 @@ def _negated(mask: fx.Node) -> fx.Node:
     """The boolean mask that is true where `mask` is not."""
     if _is(mask, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not"):
         return mask.args[0]  # type: ignore[return-value]
-    return _after(mask, "logical_not")
+    return insert_after(mask, "logical_not")
 
 
 def _scale(node: Any) -> tuple[Any, float]:
     """(scores before a multiplication by a number, that number)."""
-    if _is(node, operator.mul, torch.mul, "mul", operator.imul):
+    if _plain(node, operator.mul, torch.mul, "mul", operator.imul):
         for x, factor in (node.args, node.args[::-1]):
             if isinstance(x, fx.Node) and (number := _number(factor)) is not None:
                 return _skip_views(x), number
-    if _is(node, operator.truediv, torch.div, "div", operator.itruediv) and len(node.args) == 2:
+    if _plain(node, operator.truediv, torch.div, "div", operator.itruediv):
         number = _number(node.args[1])
         if number:
             return _skip_views(node.args[0]), 1.0 / number
@@ -146,13 +193,17 @@ def _scale(node: Any) -> tuple[Any, float]:
 
 def _scores_product(node: Any) -> tuple[fx.Node, fx.Node, float, fx.Node | None] | None:
     """(query, key, factor, added mask) of the first product q kᵀ."""
-    if _is(node, torch.baddbmm, "baddbmm") and len(node.args) == 3:
+    if (
+        _is(node, torch.baddbmm, "baddbmm")
+        and len(node.args) == 3
+        and node.kwargs.keys() <= {"beta", "alpha"}
+    ):
         added, query, key_t = node.args
         beta, alpha = _number(node.kwargs.get("beta", 1)), _number(node.kwargs.get("alpha", 1))
         if beta not in (0.0, 1.0) or alpha is None:
             return None
         return query, _transposed(key_t), alpha, added if beta else None
-    if _is(node, *_MATMUL, "matmul", "bmm", "__matmul__") and len(node.args) == 2:
+    if _plain(node, *_MATMUL, "matmul", "bmm", "__matmul__"):
         query, key_t = node.args
         return query, _transposed(key_t), 1.0, None
     if (parsed := _einsum(node)) is None:
@@ -173,12 +224,12 @@ def _scores_product(node: Any) -> tuple[fx.Node, fx.Node, float, fx.Node | None]
     return _permuted(a, left, [*batch, i, *inner]), _permuted(b, right, [*batch, j, *inner]), 1.0, None
 
 
-_Finish = Callable[[fx.Graph, fx.Node], fx.Node]
+_Finish = Callable[[fx.Node], fx.Node]
 
 
 def _product(node: fx.Node) -> tuple[Any, Callable[[], fx.Node], _Finish | None] | None:
     """(weights, how to get the value as [..., Sk, Dv], how to finish the output) of the second product."""
-    if _is(node, *_MATMUL, "matmul", "bmm", "__matmul__") and len(node.args) == 2:
+    if _plain(node, *_MATMUL, "matmul", "bmm", "__matmul__"):
         weights, value = node.args
         if isinstance(weights, fx.Node) and isinstance(value, fx.Node):
             return weights, lambda: value, None
@@ -195,15 +246,15 @@ def _product(node: fx.Node) -> tuple[Any, Callable[[], fx.Node], _Finish | None]
     if sorted(out) != sorted(natural):
         return None
 
-    def finish(graph: fx.Graph, result: fx.Node) -> fx.Node:
-        return graph.call_method("permute", (result, *[natural.index(letter) for letter in out]))
+    def finish(result: fx.Node) -> fx.Node:
+        return insert_after(result, "permute", *[natural.index(letter) for letter in out])
 
     return a, lambda: _permuted(b, right, [*batch, j, *rest]), None if out == natural else finish
 
 
 def _einsum(node: Any) -> tuple[list[str], list[str], list[str], fx.Node, fx.Node] | None:
     """(left, right and output letters, left and right operand) of a two-operand einsum without ellipsis."""
-    if not _is(node, torch.einsum):
+    if not _plain(node, torch.einsum):
         return None
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
@@ -220,7 +271,7 @@ def _permuted(node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
     if have == want:
         return node
     dims = [have.index(letter) for letter in want]
-    return _after(node, "permute", *dims)
+    return insert_after(node, "permute", *dims)
 
 
 def _transposed(node: fx.Node) -> fx.Node:
@@ -232,13 +283,4 @@ def _transposed(node: fx.Node) -> fx.Node:
             last = {value.dim() - 1, value.dim() - 2}
             if {a % value.dim(), b % value.dim()} == last:
                 return x  # type: ignore[return-value]
-    return _after(node, "transpose", -1, -2)
-
-
-def _after(node: fx.Node, method: str, *dims: Any) -> fx.Node:
-    """A method's result, placed right after it, with the fake tensor Dynamo would have recorded."""
-    with node.graph.inserting_after(node):
-        view = node.graph.call_method(method, (node, *dims))
-    if (value := tensor_of(node)) is not None:
-        view.meta["example_value"] = getattr(value, method)(*dims)
-    return view
+    return insert_after(node, "transpose", -1, -2)

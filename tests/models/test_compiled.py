@@ -326,6 +326,11 @@ VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
         ({"provider": "triton"}, ["provider 'triton' cannot run here"]),
         ({"inner_backend": "induktor"}, ["inner_backend 'induktor'", "Did you mean 'inductor'?"]),
         ({3: 4}, ["option names must be strings", "got 3"]),
+        ({"method": ["tile"]}, ["unknown method ['tile']"]),
+        ({"provider": None}, ["unknown provider None"]),
+        ({"inner_backend": 5}, ["unknown inner_backend 5"]),
+        ({"dump": ""}, ["dump must be the path of a folder"]),
+        ({"dump": __file__}, ["dump must be a folder that can be written to"]),
     ],
 )
 def test_bad_options_reach_the_user_as_themselves(options: dict[Any, Any], words: list[str]) -> None:

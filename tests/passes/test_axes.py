@@ -157,11 +157,19 @@ def test_the_better_founded_label_wins_a_meeting() -> None:
     mesh: Label = sum((axis(Source("position", (n,)), 0) for n in (5, 7, 9)), ())
     tokens = axis(Source("input", (2, 315)), 1)
     assert merge(video, mesh) == merge(mesh, video) == merge(tokens, video) == video
-    assert merge(tokens, mesh) == mesh
+    owned = merge(tokens, mesh)
+    assert [atom.source for atom in atoms(owned)] == [atom.source for atom in atoms(mesh)]
+    assert owned != merge(axis(Source("input", (2, 315)), 1), mesh)  # the same mesh on other tokens
     assert merge(video, fresh(315, "blank")) == merge(fresh(315, "blank"), video) == video
     padded = cat([fresh(10), mesh])
     joined = cat([fresh(7), fresh(3), tokens])
-    assert merge(joined, padded) == cat([joined[0].parts[0], joined[0].parts[1], mesh])  # type: ignore[union-attr]
+    assert _parts(merge(joined, padded)) == [*_parts(joined)[:2], owned]
     other: Label = sum((axis(Source("position", (n,)), 0) for n in (7, 5, 9)), ())
     assert all(atom.source.kind == "opaque" for atom in atoms(merge(mesh, other)))
     assert merge(fresh(315, "lost"), mesh)[0].source.kind == "lost"  # type: ignore[union-attr]
+
+
+def _parts(label: Label) -> list[Label]:
+    (factor,) = label
+    assert isinstance(factor, Cat)
+    return list(factor.parts)

@@ -1,0 +1,266 @@
+"""Traps for layout inference: tokens that are moved, whatever moves them, must not get a grid from a mesh of
+positions; sizes that no layout rests on must stay free; what mutates must still mutate."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from sparsify_compiler import SparsifyWarning
+from sparsify_compiler.backend import configure, sparsify
+from sparsify_compiler.errors import warn_once
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.program import Program
+
+GRID = (5, 7, 9)
+TOKENS, WIDTH = 315, 16
+PERM = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
+MATRIX = torch.eye(TOKENS)[PERM]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def planned(function: Callable[..., Tensor], *args: Any) -> list[AttentionPlan]:
+    """The plans for a function, which runs eagerly."""
+    plans: list[AttentionPlan] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        plans.extend(pipeline.analyse(gm, configure({})))
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return plans
+
+
+def mesh() -> Tensor:
+    """[1, S, WIDTH]: row-major positions of the grid."""
+    places = torch.meshgrid(*(torch.arange(n).float() for n in GRID), indexing="ij")
+    return torch.stack(places, -1).flatten(0, 2).repeat(1, 6)[None, :, :WIDTH]
+
+
+def attend(x: Tensor) -> Tensor:
+    """Self-attention whose queries and keys are multiplied by a mesh of positions."""
+    q, k, v = (t[:, None] for t in (x * mesh().cos(), x.sin() * mesh().cos(), x))
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def write_halves(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:, ::2], y[:, 1::2] = x[:, :158], x[:, 158:]
+    return y
+
+
+def write_rolled(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :-3], y[:, -3:] = x[:, 3:], x[:, :3]
+    return y
+
+
+def swap_thirds(x: Tensor) -> Tensor:
+    a, b, c = x.split([100, 115, 100], 1)
+    return torch.cat([c, b, a], 1)
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "roll": lambda x: x.roll(3, 1),
+    "flip": lambda x: x.flip(1),
+    "index": lambda x: x[:, PERM],
+    "gather": lambda x: x.gather(1, PERM[None, :, None].expand_as(x)),
+    "argsort": lambda x: x[:, x[0, :, 0].argsort()],
+    "roll by cat": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    "roll by a frame": lambda x: torch.cat([x[:, 63:], x[:, :63]], 1),
+    "interleave": lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
+    "swap thirds": swap_thirds,
+    "write halves": write_halves,
+    "write rolled": write_rolled,
+    "shuffling reshape": lambda x: x.view(1, 7, 45, WIDTH).transpose(1, 2).reshape(1, TOKENS, WIDTH),
+    "matrix": lambda x: MATRIX @ x,
+    "einsum": lambda x: torch.einsum("st,btc->bsc", MATRIX, x),
+    "linear": lambda x: F.linear(x.mT, MATRIX).mT,
+    "embedding": lambda x: F.embedding(PERM, x[0])[None],
+}
+
+conv = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
+VIDEO = torch.randn(1, 4, 5, 14, 18, generator=torch.Generator().manual_seed(1))
+PACKED = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def embed(video: Tensor) -> Tensor:
+    return conv(video).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("source", ["convolution", "packed"])
+def test_moved_tokens_stay_dense(move: str, source: str) -> None:
+    if source == "packed":
+        (plan,) = planned(lambda x: attend(MOVES[move](x)), PACKED)
+    else:
+        (plan,) = planned(lambda video: attend(MOVES[move](embed(video))), VIDEO)
+    assert plan.layout.grid is None, plan.reason
+
+
+def test_tokens_that_are_not_moved_do_get_their_grid() -> None:
+    for function, x in ((lambda video: attend(embed(video)), VIDEO), (attend, PACKED)):
+        torch._dynamo.reset()
+        (plan,) = planned(function, x)
+        assert plan.layout.grid == GRID
+        assert plan.site.kind == "self"
+
+
+def test_the_same_mesh_on_other_tokens_is_cross_attention() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention((a * mesh())[:, None], (b * mesh())[:, None], b[:, None])
+
+    (plan,) = planned(function, PACKED, PACKED.flip(0).clone())
+    assert plan.method == "dense"
+    assert plan.site.kind != "self"
+
+
+class Mutating(nn.Module):
+    """Writes whose value nobody reads, around an attention or without one."""
+
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+        self.conv, self.relu, self.norm = nn.Conv3d(4, WIDTH, 1), nn.ReLU(inplace=True), nn.BatchNorm3d(WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        self.relu(y)
+        y.mul_(2.0)
+        y[:, :1].clamp_(max=0.5)
+        self.calls.add_(1)
+        torch.add(y, 1.0, out=y)
+        tokens = y.flatten(2).transpose(1, 2)
+        return attend_plain(tokens) if self.attention else tokens
+
+
+def attend_plain(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@torch.no_grad()
+def test_writes_are_kept(attention: bool) -> None:
+    video = torch.randn(1, 4, 3, 4, 5)
+    results = []
+    for backend in (None, "sparsify"):
+        torch.manual_seed(0)
+        model = Mutating(attention).train()
+        options = {"method": "tile", "reference_frames": 3, "inner_backend": "aot_eager"}
+        run = model if backend is None else torch.compile(model, backend=backend, options=options)
+        outputs = [run(video) for _ in range(2)]
+        results.append([*outputs, model.calls, model.norm.running_mean, model.norm.num_batches_tracked])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def changed(scores: Tensor, how: str) -> Tensor:
+    bias = torch.ones(TOKENS)
+    match how:
+        case "masked_fill_":
+            scores.masked_fill_(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+        case "mul_":
+            scores.mul_(3.0)
+        case "setitem":
+            scores[..., 200:] = -torch.inf
+        case "out":
+            torch.mul(scores, 3.0, out=scores)
+        case "alpha":
+            scores = torch.add(scores, bias.cumsum(0), alpha=0.01)
+        case "rounding":
+            scores = torch.div(scores, 0.7, rounding_mode="floor")
+        case "bool":
+            scores = scores + (bias.cumsum(0) > 100)
+    return scores
+
+
+@pytest.mark.parametrize("how", ["masked_fill_", "mul_", "setitem", "out", "alpha", "rounding", "bool"])
+@torch.no_grad()
+def test_scores_changed_on_the_way_are_not_mistaken(how: str) -> None:
+    def function(video: Tensor) -> Tensor:
+        x = embed(video)
+        return changed(x @ x.mT, how).softmax(-1) @ x
+
+    exact = function(VIDEO)
+    options = {"method": "tile", "reference_frames": 5, "inner_backend": "aot_eager"}
+    torch.testing.assert_close(torch.compile(function, backend="sparsify", options=options)(VIDEO), exact)
+
+
+@pytest.mark.parametrize("how", ["floats in, weights back", "floats out", "softmax in float32", "minus 1e9"])
+@torch.no_grad()
+def test_types_mixed_by_hand(how: str) -> None:
+    def function(video: Tensor) -> Tensor:
+        x = embed(video).bfloat16()
+        if how == "floats in, weights back":
+            return (x.float() @ x.float().mT * 0.1).softmax(-1).to(x.dtype) @ x
+        if how == "floats out":
+            return (x @ x.mT * 0.1).float().softmax(-1) @ x.float()
+        if how == "softmax in float32":
+            return F.softmax(x @ x.mT * 0.1, -1, dtype=torch.float32) @ x.float()
+        hidden = torch.ones(TOKENS, dtype=torch.bool)  # every key: eager weighs them all the same
+        return (x.float() @ x.float().mT * 0.1).masked_fill(hidden, -1e9).softmax(-1) @ x.float()
+
+    exact = function(VIDEO)
+    for provider in ("cpu", "reference"):
+        torch._dynamo.reset()
+        options = {
+            "method": "tile",
+            "reference_frames": 5,
+            "inner_backend": "aot_eager",
+            "provider": provider,
+        }
+        programs: list[Program] = []
+
+        def backend(
+            gm: fx.GraphModule, inputs: list[Any], options: Any = options, programs: Any = programs
+        ) -> Any:
+            programs.append(sparsify(gm, inputs, options=options))
+            return programs[-1]
+
+        out = torch.compile(function, backend=backend)(VIDEO)
+        assert [plan.method for plan in programs[0].plan] == ["tile"]
+        assert out.dtype == exact.dtype
+        torch.testing.assert_close(out.float(), exact.float(), rtol=2e-2, atol=2e-2)
+
+
+@torch.no_grad()
+def test_sizes_that_no_layout_rests_on_stay_free() -> None:
+    def function(video: Tensor, text: Tensor) -> Tensor:
+        x = embed(video)
+        q, t = x[:, None], text[:, None]
+        return attend_plain(x) + F.scaled_dot_product_attention(q, t, t)
+
+    compiled_graphs: list[Program] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        options = {"method": "tile", "reference_frames": 5, "inner_backend": "eager"}
+        compiled_graphs.append(sparsify(gm, inputs, options=options))
+        return compiled_graphs[-1]
+
+    compiled = torch.compile(function, backend=backend)
+    for length in range(4, 16):
+        text = torch.randn(1, length, WIDTH)
+        torch.testing.assert_close(compiled(VIDEO, text), function(VIDEO, text))
+    assert len(compiled_graphs) == 2
+
+
+@torch.no_grad()
+def test_the_last_program_is_announced() -> None:
+    warn_once.cache_clear()
+    options = {"method": "tile", "inner_backend": "eager"}
+    compiled = torch.compile(lambda video: attend_plain(embed(video)), backend="sparsify", options=options)
+    videos = [torch.randn(1, 4, frames, 4, 6) for frames in (3, 4)]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled(videos[0])
+        with pytest.warns(SparsifyWarning, match="last program"):
+            compiled(videos[1])
