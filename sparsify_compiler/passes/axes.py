@@ -252,9 +252,13 @@ def merge(a: Label, b: Label) -> Label:
     assert length(a) == length(b)
     if (aligned := _aligned(a, b)) is not None:
         return _joined([factor for x, y in aligned for factor in _merge_factor(x, y)])
-    if min(_rank(a), _rank(b)) >= 2:  # both claim to know where the tokens lie, and they disagree
+    kinds = [{atom.source.kind for atom in atoms(label)} for label in (a, b)]
+    best = max(_rank(a), _rank(b))
+    claims = all(kind & {"conv", "position"} for kind in kinds)
+    pieces = best < 5 and any(isinstance(factor, Cat) for factor in (*a, *b))
+    if claims or pieces:  # they say different things about where the tokens lie
         return unknown(length(a), a, b)
-    return a if _rank(a) >= _rank(b) else b
+    return a if _rank(a) == best else b
 
 
 def _rank(label: Label) -> int:

@@ -128,11 +128,11 @@ class AxisTracker(TorchDispatchMode):
         return unknown(size, *(label for t in tensors for label in self.of(t)))
 
     def is_table(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a graph input as it came in: a weight or table rather than something computed."""
+        """Whether a tensor is a graph input of at most two dimensions, as it came in: a weight or a table."""
         labels = [label for label in self.of(tensor) if label]
         sources = {atom.source for label in labels for atom in atoms(label)}
         whole = all(len(label) == 1 and atoms(label)[0].rank == 4 for label in labels)
-        return whole and len(sources) == 1 and next(iter(sources)).kind == "input"
+        return whole and len(sources) == 1 and all(s.kind == "input" and len(s.sizes) <= 2 for s in sources)
 
 
 def _name(func: Any) -> str:
@@ -367,7 +367,7 @@ def _embedding(
 @rule("index")
 def _index(tracker: AxisTracker, output: Tensor, x: Tensor, indices: list[Tensor | None]) -> list[Label]:
     """Looking up the rows of a table: the result runs over what the index runs over."""
-    if not tracker.is_table(x) or x.dim() > 2 or len(indices) != 1 or indices[0] is None:
+    if not tracker.is_table(x) or len(indices) != 1 or indices[0] is None:
         return []
     return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
 
