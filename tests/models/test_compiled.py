@@ -120,7 +120,7 @@ def test_every_family_is_planned_right_or_dense(name: str) -> None:
 
 
 @given(recipes())
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 def test_random_dits_never_get_a_wrong_grid(recipe: Recipe) -> None:
     torch._dynamo.reset()
     model, inputs = recipe.build(0)
