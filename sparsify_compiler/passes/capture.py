@@ -76,7 +76,8 @@ def _match(node: fx.Node) -> Call | None:
     if node.target is F.scaled_dot_product_attention:
         return _sdpa(node, *node.args, **node.kwargs)
     if node.target is F.multi_head_attention_forward:
-        query, key, value = (node.args[i] for i in range(3))
+        named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
+        query, key, value = (named[name] for name in ("query", "key", "value"))
         return Call(node, query, key, value, None, None, "sdpa", _MODULE)  # type: ignore[arg-type]
     match = match_unfused(node)
     return None if match is None else Call(node=node, spelling="unfused", **match)

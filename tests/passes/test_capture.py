@@ -216,6 +216,27 @@ def by_module(x: Tensor) -> Tensor:
     return MODULE(x, x, x, need_weights=False)[0]
 
 
+def by_module_function_in_keywords(x: Tensor) -> Tensor:
+    q = x.transpose(0, 1)
+    out, _ = F.multi_head_attention_forward(
+        query=q,
+        key=q,
+        value=q,
+        embed_dim_to_check=H * D,
+        num_heads=H,
+        in_proj_weight=MODULE.in_proj_weight,
+        in_proj_bias=MODULE.in_proj_bias,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=MODULE.out_proj.weight,
+        out_proj_bias=MODULE.out_proj.bias,
+        need_weights=False,
+    )
+    return out
+
+
 def unfused_with_dropout(x: Tensor) -> Tensor:
     q, k, v = project(x)
     return F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
@@ -244,6 +265,7 @@ def linear_attention(x: Tensor) -> Tensor:
         (pooled, (), "cross"),
         (unfused_with_dropout, (), "dropout"),
         (by_module, (), "nn.MultiheadAttention"),
+        (by_module_function_in_keywords, (), "nn.MultiheadAttention"),
     ],
 )
 def test_what_stays_dense_says_why(function: Any, more: tuple[Any, ...], reason: str, x: Tensor) -> None:
