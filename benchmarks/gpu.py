@@ -29,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention import random_table, tile_table
 from benchmarks.harness import machine, write_json
-from sparsify_compiler.kernels.ops import block_sparse_attention
+from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.triton import configs
 from sparsify_compiler.kernels.triton.configs import Config
 from sparsify_compiler.table import BlockTable

@@ -276,9 +276,9 @@ def compile_seconds(case: Case, rounds: int) -> dict[str, float]:
 @torch.no_grad()
 def time_compilation(case: Case, backend: str) -> float:
     """First call less second call; what `compile_seconds` runs in its process. The kernel is built before."""
-    from sparsify_compiler.kernels import cpu
+    from sparsify_compiler.kernels.cpu import library
 
-    cpu.build_info()
+    library.build_info()
     model, inputs = case.build()
     program = compiled(model, backend, case)
     seconds = []

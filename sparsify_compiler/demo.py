@@ -118,10 +118,10 @@ def run(
     model, inputs = wan(size, device)
     with torch.no_grad(), _progress(console) as progress:
         if device == "cpu":
-            from sparsify_compiler.kernels import cpu
+            from sparsify_compiler.kernels.cpu import library
 
             with _phase(progress, "build the C++ attention kernel"):
-                build = cpu.build_info()
+                build = library.build_info()
             progress.console.print(f"CPU kernel: {build.reason} in {build.seconds:.1f} s.")
         with _phase(progress, "explain"):
             with torch.device("meta"):  # so that it costs no step

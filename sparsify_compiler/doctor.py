@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from sparsify_compiler import __version__
-from sparsify_compiler.kernels import cpu, providers
-from sparsify_compiler.kernels.ops import block_sparse_attention
+from sparsify_compiler.kernels import providers
+from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import assert_close_to_float64
@@ -64,7 +65,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 def compiler() -> tuple[str, str]:
     """(`C++ compiler`, how the CPU kernel's build went)."""
-    build = cpu.build_info()
+    build = library.build_info()
     if build.library is None:
         return (
             "C++ compiler",
@@ -78,7 +79,7 @@ def proof(name: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no: there is no CUDA device"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    why = providers.load(name).supports(device=device, dtype=dtype, head_dim=64, value_dim=64)
+    why = providers.refusal(name, device=device, dtype=dtype, head_dim=64, value_dim=64)
     if why:
         return f"no: {why}"
     layout = TokenLayout(tokens=5 * 6 * 7 + 3, grid=(5, 6, 7), after=3)

@@ -137,9 +137,9 @@ def test_doctor_proves_the_providers():
 
 
 def test_doctor_tells_a_broken_provider(monkeypatch):
-    from sparsify_compiler.kernels import cpu
+    from sparsify_compiler.kernels.cpu import attention
 
-    monkeypatch.setattr(cpu, "forward", lambda *_: (torch.zeros(1, 2, 213, 64), torch.zeros(1, 2, 213)))
+    monkeypatch.setattr(attention, "forward", lambda *_: (torch.zeros(1, 2, 213, 64), torch.zeros(1, 2, 213)))
     assert doctor.proof("cpu", "cpu").startswith("BROKEN: AssertionError")
 
 

@@ -1,5 +1,5 @@
-"""The attention op and its providers."""
+"""The ops and their providers."""
 
-from sparsify_compiler.kernels.ops import block_sparse_attention
+from sparsify_compiler.kernels.attention import block_sparse_attention
 
 __all__ = ["block_sparse_attention"]

@@ -1,9 +1,9 @@
-"""The providers of the attention op, and the choice among them.
+"""The providers of the ops, and the choice among them.
 
-A provider is a module with two functions:
+A provider is a package with one function and a module for each family of ops:
 
     supports(*, device, dtype, head_dim, value_dim) -> str | None   the reason it cannot run, or None
-    forward(query, key, value, table, key_bias, scale) -> (out, lse)   the op's schema, see ops.py
+    attention   forward(query, key, value, table, key_bias, scale) -> (out, lse), see kernels/attention.py
 """
 
 import importlib
@@ -26,9 +26,15 @@ class Choice:
     reason: str
 
 
-def load(name: str) -> ModuleType:
-    """The provider's module, imported on first use."""
-    return importlib.import_module(f"sparsify_compiler.kernels.{name}")
+def load(provider: str, family: str) -> ModuleType:
+    """A provider's module for a family of ops, imported on first use."""
+    return importlib.import_module(f"sparsify_compiler.kernels.{provider}.{family}")
+
+
+def refusal(provider: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """Why a provider cannot run on tensors like these, or None."""
+    package = importlib.import_module(f"sparsify_compiler.kernels.{provider}")
+    return package.supports(device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim)
 
 
 def check_name(requested: str) -> str:
@@ -46,18 +52,18 @@ def choose(requested: str, *, device: str, dtype: torch.dtype, head_dim: int, va
     """
     check_name(requested)
 
-    def refusal(name: str) -> str | None:
-        return load(name).supports(device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim)
+    def why_not(name: str) -> str | None:
+        return refusal(name, device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim)
 
     if requested != "auto":
-        if why := refusal(requested):
+        if why := why_not(requested):
             raise ProviderError(f"provider {requested!r} cannot run here: {why}. Try provider='auto'.")
         return Choice(requested, "asked for")
-    if why := refusal("reference"):
+    if why := why_not("reference"):
         raise ProviderError(f"no provider can run here: {why}.")
     fastest = _FASTEST.get(device)
     if fastest is None:
         return Choice("reference", f"no fast provider for device {device!r}")
-    if why := refusal(fastest):
+    if why := why_not(fastest):
         return Choice("reference", f"{fastest} cannot: {why}")
     return Choice(fastest, f"fastest on {device}")

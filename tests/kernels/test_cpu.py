@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsify_compiler.kernels import cpu, ops
+from sparsify_compiler.kernels import block_sparse_attention, cpu
+from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.cpu import attention, library
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
-DTYPES = cpu.DTYPES
+DTYPES = library.DTYPES
 HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
 
 
@@ -23,7 +25,7 @@ def poisoned_outputs():
     """Outputs start as NaN, so that what a provider forgets to write is seen."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cpu, "empty_outputs", lambda *args: tuple(t.fill_(torch.nan) for t in ops.empty_outputs(*args))
+            attention, "empty_outputs", lambda *args: tuple(t.fill_(torch.nan) for t in empty_outputs(*args))
         )
         yield
 
@@ -32,9 +34,9 @@ def poisoned_outputs():
 def forward(request):
     """Both ways to compute."""
     if request.param == "packed":
-        return cpu.packed_sdpa
-    assert cpu.build_info().library is not None, cpu.build_info().reason
-    return cpu.forward
+        return attention.packed_sdpa
+    assert library.build_info().library is not None, library.build_info().reason
+    return attention.forward
 
 
 def layout(tensor: Tensor) -> list[int]:
@@ -46,7 +48,7 @@ def check(
     forward, query, key, value, table: BlockTable, bias: Tensor | None = None, scale: float = 0.2
 ) -> None:
     out, lse = forward(query, key, value, table, bias, scale)
-    expected = ops.empty_outputs(query, value)
+    expected = empty_outputs(query, value)
     for got, like in zip((out, lse), expected, strict=True):
         assert (got.dtype, got.shape, layout(got)) == (like.dtype, like.shape, layout(like))
     oracles.assert_close_to_float64(out, lse, query, key, value, table.mask(), key_bias=bias, scale=scale)
@@ -86,13 +88,13 @@ def problems(draw: st.DrawFn):
 @given(problems())
 @settings(max_examples=200)
 def test_kernel_equals_float64_on_any_table(problem):
-    check(cpu.forward, *problem)
+    check(attention.forward, *problem)
 
 
 @given(problems())
 @settings(max_examples=80)
 def test_packed_sdpa_equals_float64_on_any_table(problem):
-    check(cpu.packed_sdpa, *problem)
+    check(attention.packed_sdpa, *problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -180,7 +182,7 @@ def test_result_does_not_depend_on_threads(dtype):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(cpu.forward(query, key, value, table, None, 0.125))
+            results.append(attention.forward(query, key, value, table, None, 0.125))
     finally:
         torch.set_num_threads(threads)
     for out, lse in results[1:]:
@@ -203,7 +205,7 @@ def test_opcheck_with_strided_views(dtype):
 def test_gradient_flows_through_the_kernel():
     query, key, value = (t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 16, 16, torch.float32))
     table = uniform_table(torch.eye(4, dtype=torch.bool), 10, 10)
-    out, _ = ops.block_sparse_attention(query, key, value, table, provider="cpu")
+    out, _ = block_sparse_attention(query, key, value, table, provider="cpu")
     exact, _ = oracles.masked_attention(query, key, value, table.mask())
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     got = torch.autograd.grad((out * weight).sum(), (query, key, value))
@@ -226,13 +228,14 @@ BUILD = """
 import sys, logging, torch
 from pathlib import Path
 torch.hub.set_dir(sys.argv[1] + "/hub")
-from sparsify_compiler.kernels import cpu
-cpu._COMPILERS = sys.argv[2:] or cpu._COMPILERS
-print(cpu.build_info().cached, cpu.build_info().library)
+from sparsify_compiler.kernels.cpu import attention, library
+from sparsify_compiler.table import BlockTable
+library._COMPILERS = sys.argv[2:] or library._COMPILERS
+print(library.build_info().cached, library.build_info().library)
 query = torch.ones(1, 1, 4, 8)
 bounds, one = torch.tensor([[[0, 4]]]).int(), torch.ones(1, 1, 1).int()
-table = cpu.BlockTable(q_bounds=bounds, kv_bounds=bounds, kv_num_blocks=one, kv_indices=0 * one[..., None])
-assert (cpu.forward(query, query, query, table, None, 1.0)[0] == 1).all()
+table = BlockTable(q_bounds=bounds, kv_bounds=bounds, kv_num_blocks=one, kv_indices=0 * one[..., None])
+assert (attention.forward(query, query, query, table, None, 1.0)[0] == 1).all()
 """
 
 
@@ -266,7 +269,7 @@ def test_without_a_compiler_packed_sdpa_runs_and_says_so_once(tmp_path, compiler
 
 
 def test_build_info_is_what_doctor_shows():
-    info = cpu.build_info()
+    info = library.build_info()
     assert info.library is not None
     assert info.library.is_file()
     assert info.compiler is not None

@@ -19,7 +19,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from sparsify_compiler.kernels import ops  # noqa: E402
+from sparsify_compiler.kernels import attention  # noqa: E402
 from sparsify_compiler.kernels.triton import configs, launcher  # noqa: E402
 from sparsify_compiler.kernels.triton.kernel import block_sparse_attention_kernel  # noqa: E402
 from sparsify_compiler.table import BlockTable  # noqa: E402
@@ -69,7 +69,7 @@ def compile_launch(
     )
     bias = torch.empty(2, 1, tokens, device="meta") if biased else None
     q, k, v = tensor(), tensor(), tensor()
-    arguments = launcher.arguments(q, k, v, table, bias, 0.1, *ops.empty_outputs(q, v), config)
+    arguments = launcher.arguments(q, k, v, table, bias, 0.1, *attention.empty_outputs(q, v), config)
     types, constants, hints = {}, {}, {}
 
     def specialise(path: tuple[int, ...], value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsify_compiler.kernels import block_sparse_attention, ops
+from sparsify_compiler.kernels import attention, block_sparse_attention
 from sparsify_compiler.kernels.triton.configs import Config
 from sparsify_compiler.kernels.triton.launcher import launch
 from sparsify_compiler.table import BlockTable
@@ -25,8 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid
 @pytest.fixture(autouse=True)
 def poisoned_outputs(monkeypatch):
     """Outputs start as NaN: an element that the kernel leaves alone shows."""
-    empty = ops.empty_outputs
-    monkeypatch.setattr(ops, "empty_outputs", lambda q, v: tuple(t.fill_(torch.nan) for t in empty(q, v)))
+    empty = attention.empty_outputs
+    monkeypatch.setattr(
+        attention, "empty_outputs", lambda q, v: tuple(t.fill_(torch.nan) for t in empty(q, v))
+    )
 
 
 def table_of(blocks, q_sizes, kv_sizes, **orders) -> BlockTable:
@@ -58,7 +60,7 @@ def test_any_table(data):
         )
         bias = bias.masked_fill(bias > 1, -torch.inf).to(DEVICE)
     out, lse = launch(q, k, v, table, bias, 0.3, config=data.draw(st.sampled_from(TILES)))
-    assert out.stride() == ops.empty_outputs(q, v)[0].stride()
+    assert out.stride() == attention.empty_outputs(q, v)[0].stride()
     assert_close_to_float64(out, lse, q, k, v, table.mask(), key_bias=bias, scale=0.3)
 
 

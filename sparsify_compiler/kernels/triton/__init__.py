@@ -4,9 +4,6 @@ This file imports torch alone; Triton is imported when it is first asked for.
 """
 
 import torch
-from torch import Tensor
-
-from sparsify_compiler.table import BlockTable
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDEST_HEAD = 256
@@ -32,14 +29,3 @@ def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) 
     if max(head_dim, value_dim) > WIDEST_HEAD:
         return f"head dim must be at most {WIDEST_HEAD}, got {max(head_dim, value_dim)}"
     return None
-
-
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See `ops.block_sparse_attention`. Reads nothing back from the device, so CUDA graphs can capture it."""
-    from sparsify_compiler.kernels.triton import configs, launcher
-
-    return launcher.launch(
-        query, key, value, table, key_bias, scale, config=configs.choose(query, key, value, table)
-    )

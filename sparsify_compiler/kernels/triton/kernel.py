@@ -72,8 +72,8 @@ def block_sparse_attention_kernel(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Args: tensors as in `ops.block_sparse_attention`, and the strides of each in elements, 0 where a batch
-    or head is shared. ALIGN: bytes of which every row of query, key, value and out starts at a multiple.
+    """Args: tensors as in `attention.block_sparse_attention`, and the strides of each in elements, 0 where a
+    batch or head is shared. ALIGN: bytes of which every row of query, key, value and out starts at a multiple.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)

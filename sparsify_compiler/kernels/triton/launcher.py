@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels import ops
+from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.triton.configs import Config
 from sparsify_compiler.kernels.triton.kernel import block_sparse_attention_kernel
 from sparsify_compiler.table import BlockTable
@@ -23,8 +23,8 @@ def launch(
     *,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) as in `ops.block_sparse_attention`, computed with the tiles of `config`."""
-    out, lse = ops.empty_outputs(query, value)
+    """(out, lse) as in `attention.block_sparse_attention`, computed with the tiles of `config`."""
+    out, lse = attention.empty_outputs(query, value)
     if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
         query, key, value = query.float(), key.float(), value.float()
     if out.numel():

@@ -85,7 +85,7 @@ def _op(
         kv_order=kv_order,
     )
     _check_dtypes(query, key, value)
-    return providers.load(provider).forward(query, key, value, table, key_bias, scale)
+    return providers.load(provider, "attention").forward(query, key, value, table, key_bias, scale)
 
 
 @_op.register_fake
@@ -128,7 +128,7 @@ def _backward_op(
         q_order=q_order,
         kv_order=kv_order,
     )
-    return providers.load("reference").backward(
+    return providers.load("reference", "attention").backward(
         grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale
     )
 

@@ -1,4 +1,4 @@
-"""Provider `reference`: the definition of the op in plain torch. Any device, differentiable, slow.
+"""The attention op, defined in plain torch.
 
 For query block i with key blocks L_i:  S = scale * Q_i K[L_i]ᵀ + bias,  lse = log sum exp S,
 out = softmax(S) V[L_i].  Keys outside L_i are never touched, so a non-finite key or value reaches exactly
@@ -11,23 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.ops import empty_outputs
+from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.table import BlockTable
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """None: it runs everywhere, on any float type."""
-    if dtype not in DTYPES:
-        return f"dtype must be one of {', '.join(str(d)[6:] for d in DTYPES)}, got {str(dtype)[6:]}"
-    return None
 
 
 def forward(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.block_sparse_attention`."""
+    """See `attention.block_sparse_attention`."""
     q, k, v, bias = _widen(query, key, value, key_bias)
     out, lse = empty_outputs(query, value)
     for at, rows, columns in query_blocks(table):

@@ -1,0 +1,14 @@
+"""Provider `cpu`: C++ kernels built on first use with the machine's compiler, else plain torch calls."""
+
+import torch
+
+from sparsify_compiler.kernels.cpu import library
+
+
+def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
+    """Why the kernel cannot run, or None. Any head dimensions will do."""
+    if device != "cpu":
+        return f"device must be cpu, got {device}"
+    if dtype not in library.DTYPES:
+        return f"dtype must be one of {', '.join(str(d)[6:] for d in library.DTYPES)}, got {str(dtype)[6:]}"
+    return None

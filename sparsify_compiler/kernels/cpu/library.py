@@ -1,0 +1,131 @@
+"""The C++ kernels (`csrc`), built on first use with the machine's compiler, and how tensors are passed to them.
+
+They have a plain C interface and include no header of torch: they build in a few seconds with nothing but a
+C++17 compiler, and a build serves every version of torch. Libraries are kept in torch's cache directory under
+a hash of the sources, the flags and all that the compiler predefines, which names the compiler's version and
+the instructions of this CPU.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""In the order of `enum Dtype` in csrc/problem.h."""
+
+_SOURCES = Path(__file__).parent / "csrc"
+_COMPILERS = ("g++", "clang++", "c++")
+_FLAGS = [
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fno-strict-aliasing"),
+]
+
+logger = logging.getLogger("sparsify_compiler")
+
+
+class View(ctypes.Structure):
+    """`struct View`: strides in elements of batch, head and row."""
+
+    _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
+
+
+def view(tensor: Tensor | None, batch: int, heads: int) -> View:
+    """Of [B|1, H|1, N] or [B|1, H|1, N, D]; what is shared has stride 0."""
+    if tensor is None:
+        return View()
+    lead = (
+        0 if size == 1 else stride for size, stride in zip(tensor.shape[:2], tensor.stride(), strict=False)
+    )
+    return View(tensor.data_ptr(), *lead, tensor.stride(2))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildInfo:
+    """How the kernel was built, or why it was not."""
+
+    compiler: str | None
+    """The compiler's path, or None where there is none."""
+    library: Path | None
+    """The built library, or None where packed SDPA runs in its stead."""
+    cached: bool
+    """True if the library was there already."""
+    seconds: float
+    """What finding or building the library took."""
+    reason: str
+    """In words."""
+
+
+@functools.cache
+def build_info() -> BuildInfo:
+    """Builds the kernel if that was not done yet, logs it, and tells how it went. Never raises."""
+    start = time.perf_counter()
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    library, cached = None, False
+    try:
+        if compiler is None:
+            raise OSError(f"no C++ compiler found (looked for {', '.join(_COMPILERS)})")
+        library, cached = _build(compiler)
+        ctypes.CDLL(str(library))
+        reason = f"{'found' if cached else 'built'} with {compiler}"
+    except (OSError, subprocess.SubprocessError) as error:
+        library = None
+        reason = f"{getattr(error, 'stderr', None) or error}".strip()
+    seconds = time.perf_counter() - start
+    if library is None:
+        logger.warning("the CPU kernel could not be built, packed SDPA runs in its stead: %s", reason)
+    elif not cached:
+        logger.warning("built the CPU attention kernel in %.1f s: %s", seconds, library)
+    return BuildInfo(compiler=compiler, library=library, cached=cached, seconds=seconds, reason=reason)
+
+
+@functools.cache
+def symbol(name: str, problem: type[ctypes.Structure]) -> Callable[..., None] | None:
+    """The C function `name`, which takes a pointer to `problem`; None where nothing could be built."""
+    library = build_info().library
+    if library is None:
+        return None
+    function = getattr(ctypes.CDLL(str(library)), name)
+    function.argtypes, function.restype = [ctypes.POINTER(problem)], None
+    return function
+
+
+def _build(compiler: str) -> tuple[Path, bool]:
+    """(library, whether it was there already). Raises OSError, or CalledProcessError with its stderr."""
+
+    def run(*arguments: str) -> bytes:
+        return subprocess.run([compiler, *_FLAGS, *arguments], capture_output=True, check=True).stdout
+
+    sources = sorted(_SOURCES.iterdir())
+    predefined = run("-dM", "-E", "-x", "c++", os.devnull)
+    parts = [compiler.encode(), " ".join(_FLAGS).encode(), predefined, *(s.read_bytes() for s in sources)]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    library = _cache_dir() / f"attention-{key}.so"
+    if library.exists():
+        return library, True
+    # Built beside its place and moved there at once: of two processes that build, the later one wins.
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        run(*(str(s) for s in sources if s.suffix == ".cpp"), "-o", f"{scratch}/built.so")
+        os.replace(f"{scratch}/built.so", library)
+    return library, False
+
+
+def _cache_dir() -> Path:
+    """Where libraries are kept: beside torch.hub's directory; where that is read-only, for this process."""
+    path = Path(torch.hub.get_dir()).parent / "sparsify_compiler"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))
+    return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))
