@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""In the order of `enum Dtype` in csrc/problem.h."""
+"""In the order of `enum Dtype` in csrc/view.h."""
 
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")

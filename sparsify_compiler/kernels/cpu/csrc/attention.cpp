@@ -21,12 +21,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "vector.h"
+#include "view.h"
+#include "product.h"
 
 namespace {
 
 constexpr int kVecs = kRegisters == 32 ? 4 : 2;
-constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums in a product
 constexpr int kStripQueries = kVecs * kLanes;
 constexpr int kTileStrips = 4;
 constexpr int kTileQueries = kTileStrips * kStripQueries;
@@ -36,19 +36,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 // ---- The problem, as the caller describes it -------------------------------------------------------------
-
-enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
-
-// Elements in memory: strides of batch, head and row, in elements; the last dimension has stride 1.
-struct View {
-  void* data;
-  int64_t batch, head, row;
-
-  template <class T>
-  T* at(int64_t b, int64_t h, int64_t r = 0) const {
-    return static_cast<T*>(data) + b * batch + h * head + r * row;
-  }
-};
 
 struct Problem {
   View query, key, value, out, lse, key_bias;
@@ -126,36 +113,7 @@ std::vector<Tile> plan_tiles(const Problem& p) {
   return tiles;
 }
 
-// ---- The products ----------------------------------------------------------------------------------------
-
-// sums[r][v] += sum over i < words of left[r * row_stride + i * step] * right[i * Vecs + v]
-template <class Math, int Rows, int Vecs>
-ALWAYS_INLINE void multiply(Vec (&sums)[Rows][Vecs], const float* left, int64_t row_stride, int64_t step,
-                     const Vec* right, int64_t words) {
-  for (int64_t i = 0; i < words; ++i, left += step, right += Vecs) {
-    Vec line[Vecs];
-    UNROLL for (int v = 0; v < Vecs; ++v) line[v] = right[v];
-    UNROLL for (int r = 0; r < Rows; ++r) {
-      const float word = left[r * row_stride];
-      UNROLL for (int v = 0; v < Vecs; ++v) sums[r][v] = Math::multiply_add(sums[r][v], word, line[v]);
-    }
-  }
-}
-
-// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at once as there are
-// registers for their sums.
-template <int Vecs, class Body>
-inline void for_row_groups(int64_t rows, Body body) {
-  constexpr int kMost = std::min(12, kSums / Vecs);
-  int64_t first = 0;
-  auto cover = [&](auto count) {
-    for (; rows - first >= count; first += count) body(count, first);
-  };
-  cover(std::integral_constant<int, kMost>{});
-  cover(std::integral_constant<int, 4>{});
-  cover(std::integral_constant<int, 2>{});
-  cover(std::integral_constant<int, 1>{});
-}
+// ---- Softmax and products of a chunk -----------------------------------------------------------------------
 
 // Keys and values of one chunk, packed, and the bias of its keys.
 struct Chunk {
