@@ -44,13 +44,11 @@ def block_sparse_attention(
         ValueError: shapes, dtypes or devices that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        query, key, value = _cast(query, key, value)
-    _check(query, key, value, table, key_bias)
+    query, key, value = cast(query, key, value)
+    check(query, key, value, table, key_bias)
     name = providers.choose(
         provider,
-        device=device,
+        device=query.device.type,
         dtype=query.dtype,
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
@@ -167,15 +165,22 @@ _op.register_autograd(_backward, setup_context=_setup_context)
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """The op under autocast: cast, then call it with autocast off."""
-    cast = _cast(query, key, value)
+    inputs = cast(query, key, value)
     with torch.amp.autocast(query.device.type, enabled=False):
-        return torch.ops.sparsify.block_sparse_attention(*cast, *rest)
+        return torch.ops.sparsify.block_sparse_attention(*inputs, *rest)
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast treats the inputs of SDPA: in its lower-precision type, fp64 left alone."""
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As autocast, where it is on, treats the inputs of SDPA: in its lower-precision type, fp64 left alone."""
+    device = query.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+
+    def lower(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return lower(query), lower(key), lower(value)
 
 
 _library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: its end would unregister
@@ -193,7 +198,7 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
+def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit together. Looks at no value."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:

@@ -33,7 +33,10 @@ def load(provider: str, family: str) -> ModuleType:
 
 def refusal(provider: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
     """Why a provider cannot run on tensors like these, or None."""
-    package = importlib.import_module(f"sparsify_compiler.kernels.{provider}")
+    # Not through importlib, which Dynamo does not trace.
+    from sparsify_compiler.kernels import cpu, reference, triton
+
+    package = {"cpu": cpu, "reference": reference, "triton": triton}[provider]
     return package.supports(device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim)
 
 

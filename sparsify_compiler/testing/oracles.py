@@ -4,12 +4,16 @@ Error bound of a kernel test: the kernel's distance to float64 attention may be 
 plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
 """
 
+import itertools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+
+from sparsify_compiler.table import BlockTable
 
 SLACK = 2.0
 """Kernels accumulate in another order than eager, so their rounding errors differ, not their size."""
@@ -45,6 +49,95 @@ def masked_attention(
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().masked_fill(blind[..., None], 0.0)
     return weights.to(dtype) @ v, lse.masked_fill(blind, -torch.inf)
+
+
+def far_field_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far_field: str,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) in float64 of near keys and approximated blocks, query by query from the formulas; no guard."""
+    q, k, v = query.double(), key.double(), value.double()
+    batch, heads, q_tokens, head_dim = q.shape
+    s = head_dim**-0.5 if scale is None else scale
+    out = q.new_zeros(batch, heads, q_tokens, v.shape[-1])
+    lse = q.new_full((batch, heads, q_tokens), -torch.inf)
+    for b, h in itertools.product(range(batch), range(heads)):
+        kv_head = h * k.shape[1] // heads
+        keys, values = k[b, kv_head], v[b, kv_head]
+        rows, columns, listed = _blocks_of(table, b, h, q_tokens, k.shape[2])
+        bias = [0.0] * k.shape[2]
+        if key_bias is not None:
+            bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
+        columns = [[t for t in block if bias[t] != -math.inf] for block in columns]
+        groups = {
+            j: _moments(keys[block], values[block], [bias[t] for t in block])
+            for j, block in enumerate(columns)
+            if block
+        }
+        for row, near in zip(rows, listed, strict=True):
+            far = [j for j in groups if j not in near]
+            near_tokens = [t for j in near for t in columns[j]]
+
+            def far_scores(x: Tensor, far: list[int] = far, groups: dict[int, Any] = groups) -> Tensor:
+                scores = []
+                for j in far:
+                    log_weight, mean, _, variance, _ = groups[j]
+                    score = s * x.dot(mean) + log_weight
+                    if far_field == "linear":
+                        score = score + s * s / 2 * (x * x).dot(variance)
+                    scores.append(score)
+                return torch.stack(scores)
+
+            slope = torch.zeros(head_dim, v.shape[-1], dtype=torch.float64)
+            if far and row and far_field == "linear":
+                shares = far_scores(q[b, h, row].mean(0)).softmax(0)
+                slope = sum((p * groups[j][4] for p, j in zip(shares, far, strict=True)), slope)
+            for t in row:
+                x = q[b, h, t]
+                scores = [s * x.dot(keys[u]) + bias[u] for u in near_tokens]
+                answers = [values[u] for u in near_tokens]
+                if far_field != "drop" and far:
+                    scores += list(far_scores(x))
+                    answers += [groups[j][2] + s * x @ slope for j in far]
+                if scores:
+                    stacked = torch.stack(scores)
+                    lse[b, h, t] = stacked.logsumexp(0)
+                    out[b, h, t] = stacked.softmax(0) @ torch.stack(answers)
+    return out, lse
+
+
+def _blocks_of(
+    table: BlockTable, b: int, h: int, q_tokens: int, kv_tokens: int
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """(tokens of each query block, tokens of each key block, key blocks of each row) of one batch and head."""
+
+    def one(tensor: Tensor | None, else_: list[int]) -> Any:
+        return else_ if tensor is None else tensor[b % tensor.shape[0], h % tensor.shape[1]].tolist()
+
+    q_order, kv_order = one(table.q_order, list(range(q_tokens))), one(table.kv_order, list(range(kv_tokens)))
+    rows = [q_order[x:y] for x, y in itertools.pairwise(one(table.q_bounds, []))]
+    columns = [kv_order[x:y] for x, y in itertools.pairwise(one(table.kv_bounds, []))]
+    counts = one(table.kv_num_blocks, [])
+    listed = [row[:n] for row, n in zip(one(table.kv_indices, []), counts, strict=True)]
+    return rows, columns, listed
+
+
+def _moments(
+    keys: Tensor, values: Tensor, bias: list[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log weight, key mean, value mean, key variance, covariance) of one block's tokens."""
+    logs = torch.tensor(bias, dtype=torch.float64)
+    w = logs.softmax(0)
+    key_mean, value_mean = w @ keys, w @ values
+    k, v = keys - key_mean, values - value_mean
+    covariance = torch.stack([p * torch.outer(x, y) for p, x, y in zip(w, k, v, strict=True)]).sum(0)
+    return logs.logsumexp(0), key_mean, value_mean, w @ (k * k), covariance
 
 
 def assert_close_to_float64(

@@ -1,0 +1,454 @@
+"""The far field: blocks of keys that a query block does not read answer through their statistics.
+
+A table says which key blocks a query block reads; that is the near field. Every other block j answers as one
+virtual key, so the far field is the attention op once more, over N keys under the complement of the table, and
+the two are merged by their lse. With n_j keys of mean kbar_j, value mean vbar_j, variance var_j per channel and
+covariance C_j of keys and values (weighted by exp(key_bias)), and s the scale:
+
+    mean    score s q.kbar_j + log n_j, value vbar_j. The zeroth order, as in SVG-EAR (arXiv 2603.08982).
+    linear  score s q.kbar_j + s²/2 q².var_j + log n_j, value vbar_j + s C_jᵀ q: exact where the keys of a block
+            are Gaussian with a diagonal covariance. The sum of C_j under the far softmax is taken once for each
+            query block, at its mean query: M_i. PISA (arXiv 2602.01077) has the first order as one matrix for
+            the whole sequence, without the variance, over flat blocks.
+
+Neither is always better than dropping, so a few rows are computed exactly, and a head whose far field raises
+their error does without. Nothing here reads a value back from the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import ProviderError, unknown_choice
+from sparsify_compiler.kernels import attention, providers, statistics
+from sparsify_compiler.table import BlockTable
+
+FAR_FIELDS = ("drop", "mean", "linear")
+
+
+class Report(NamedTuple):
+    """What the sampled rows say of each head: fp32 tensors [B, H] on the device."""
+
+    gate: Tensor
+    """1 where the far field is merged, 0 where it is dropped."""
+    recall: Tensor
+    """Mean share of the true attention mass that the near field holds; NaN where no row is sampled."""
+
+
+def attention_with_far_field(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    *,
+    far_field: str,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+    provider: str = "auto",
+    sampled_rows: int = 16,
+) -> tuple[Tensor, Tensor, Report]:
+    """Attention in which the blocks that a row of `table` does not list are dropped or approximated.
+
+    Args:
+        query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
+        far_field: `drop`, `mean` or `linear`. `linear` runs the op at twice the head dim.
+        sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
+            table. A head whose far field raises their summed squared error drops it. 0: no guard, no recall.
+
+    Returns:
+        out, lse: as in `attention.block_sparse_attention`, near and far field merged.
+        report: gate and recall of each head.
+    """
+    if far_field not in FAR_FIELDS:
+        raise unknown_choice("far_field", far_field, FAR_FIELDS)
+    if sampled_rows < 0:
+        raise ValueError(f"sampled_rows must be 0 or more, got {sampled_rows}")
+    device = query.device.type
+    query, key, value = attention.cast(query, key, value)
+    attention.check(query, key, value, table, key_bias)
+    provider = _choose(provider, far_field, query, value)
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    with torch.autocast(device, enabled=False):
+        near_out, near_lse = attention.block_sparse_attention(
+            query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
+        )
+        sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
+        exact = None
+        recall = near_lse.new_full(near_lse.shape[:2], torch.nan)
+        if sample is not None:
+            with torch.no_grad():
+                exact = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
+                recall = _recall(sample.take(near_lse), exact[1])
+        if far_field == "drop":
+            return near_out, near_lse, Report(torch.zeros_like(recall).float(), recall.float())
+        far_out, far_lse, matrices = key_side(
+            query,
+            key,
+            value,
+            table,
+            linear=far_field == "linear",
+            key_bias=key_bias,
+            scale=scale,
+            provider=provider,
+        )
+        gate = torch.ones_like(recall, dtype=torch.bool)
+        if sample is not None and exact is not None:
+            with torch.no_grad():
+                near_rows = sample.take(near_out), sample.take(near_lse)
+                far_rows = sample.take(far_out), sample.take(far_lse)
+                merged_rows, _ = merge_far_field(
+                    sample.take(query),
+                    *(*near_rows, *far_rows),
+                    matrices,
+                    sample.q_bounds,
+                    None,
+                    scale=scale,
+                    provider=provider,
+                )
+                # An error that is no number is no improvement.
+                gate = _error(merged_rows, exact[0]) <= _error(near_rows[0], exact[0])
+            far_lse = far_lse.masked_fill(~gate[..., None], -torch.inf)
+        out, lse = merge_far_field(
+            query,
+            *(near_out, near_lse, far_out, far_lse),
+            matrices,
+            table.q_bounds,
+            table.q_order,
+            scale=scale,
+            provider=provider,
+        )
+    return out, lse, Report(gate.float(), recall.float())
+
+
+def exact_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    key_bias: Tensor | None,
+    scale: float,
+    *,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Dense attention of a few queries: (out [B, H, R, Dv], lse [B, H, R]).
+
+    Args:
+        rows: [B|1, H|1, R] int, the tokens of `query` to compute.
+    """
+    tokens = torch.arange(2, dtype=torch.int32, device=query.device)
+    one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
+    everything = BlockTable(
+        q_bounds=(tokens * rows.shape[-1])[None, None],
+        kv_bounds=(tokens * key.shape[2])[None, None],
+        kv_num_blocks=one,
+        kv_indices=torch.zeros_like(one)[..., None],
+    )
+    return attention.block_sparse_attention(
+        _take(query, rows), key, value, everything, key_bias=key_bias, scale=scale, provider=provider
+    )
+
+
+def key_side(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    *,
+    linear: bool,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The far field alone: (out [B, H, Sq, Dv], lse [B, H, Sq], M [B, H, Nq, D, Dv] or None).
+
+    `out` lacks the term s q M of `linear`, which `merge_far_field` adds.
+    """
+    far = complement(table)
+    log_weight, key_mean, value_mean, key_variance, covariance = statistics.block_statistics(
+        key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
+    )
+    # The bias is no function of keys and values, but a result of an op that is.
+    log_weight = log_weight.detach().repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
+    virtual_query, virtual_key, matrices = query, key_mean, None
+    if linear:
+        virtual_query = torch.cat([query, query * (query * (scale / 2))], dim=-1)
+        virtual_key = torch.cat([key_mean, key_variance], dim=-1)
+        mean_query = statistics.block_means(query, table.q_bounds, table.q_order, provider=provider)
+        mean_query = torch.cat([mean_query, mean_query * (mean_query * (scale / 2))], dim=-1)
+        shares = _far_shares(mean_query, virtual_key, log_weight, far, scale)
+        matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
+    out, lse = attention.block_sparse_attention(
+        virtual_query,
+        _narrow(virtual_key, query.dtype),
+        _narrow(value_mean, query.dtype),
+        far,
+        key_bias=log_weight,
+        scale=scale,
+        provider=provider,
+    )
+    return out, lse, matrices
+
+
+def complement(table: BlockTable) -> BlockTable:
+    """The table over virtual keys, one for each key block, in which a row lists what it does not in `table`."""
+    skipped = ~table.block_mask()
+    blocks = skipped.shape[-1]
+    columns = torch.arange(blocks + 1, dtype=torch.int32, device=skipped.device)
+    # Each skipped block moves to the place that counting gives it, the others to one that is cut off.
+    place = torch.where(skipped, skipped.cumsum(-1) - 1, blocks)
+    indices = torch.zeros(*skipped.shape[:-1], blocks + 1, dtype=torch.int32, device=skipped.device)
+    indices = indices.scatter(-1, place, columns[:-1].expand_as(place))
+    return replace(
+        table,
+        kv_bounds=columns[None, None],
+        kv_num_blocks=skipped.sum(-1, dtype=torch.int32),
+        kv_indices=indices[..., : max(blocks, 1)],
+        kv_order=None,
+    )
+
+
+def merge_far_field(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    *,
+    scale: float,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(e^near_lse near_out + e^far_lse (far_out + scale query M)) / (e^near_lse + e^far_lse), and log of the sum.
+
+    A row whose far_lse is -inf is the near row bit for bit, whatever far_out and M hold.
+
+    Args:
+        query: [B, H, Sq, D]; read where there are matrices.
+        near_out, far_out: [B, H, Sq, Dv] in the dtype of `query`.
+        near_lse, far_lse: [B, H, Sq] fp32 (fp64 for fp64 input).
+        matrices: [B, H, Nq, D, Dv] in the dtype of lse, M of each query block, or None.
+        q_bounds, q_order: the query blocks, as in `BlockTable`.
+
+    Returns:
+        out: as `near_out`, laid out in memory as [B, Sq, H, Dv].
+        lse: [B, H, Sq].
+    """
+    name = providers.choose(
+        provider,
+        device=query.device.type,
+        dtype=query.dtype,
+        head_dim=query.shape[-1],
+        value_dim=near_out.shape[-1],
+    ).name
+    return torch.ops.sparsify.merge_far_field(
+        query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale, name
+    )
+
+
+@torch.library.custom_op("sparsify::merge_far_field", mutates_args=())
+def _merge_op(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices)
+    return providers.load(provider, "far_field").merge(
+        query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale
+    )
+
+
+@_merge_op.register_fake
+def _merge_fake(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices)
+    return attention.empty_outputs(query, near_out)
+
+
+@torch.library.custom_op("sparsify::merge_far_field_backward", mutates_args=())
+def _merge_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return providers.load("reference", "far_field").merge_backward(
+        grad_out,
+        grad_lse,
+        *(out, lse, query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale),
+    )
+
+
+@_merge_backward_op.register_fake
+def _merge_backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = (query, near_out, near_lse, far_out, far_lse)
+    query, near_out, near_lse, far_out, far_lse = (t.new_empty(t.shape) for t in inputs)
+    matrices = lse.new_empty((0,) if matrices is None else matrices.shape)
+    return query, near_out, near_lse, far_out, far_lse, matrices
+
+
+def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _provider = inputs
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    *grads, grad_matrices = torch.ops.sparsify.merge_far_field_backward(
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale
+    )
+    has_matrices = ctx.saved_tensors[7] is not None
+    return (*grads, grad_matrices if has_matrices else None, *[None] * 4)
+
+
+_merge_op.register_autograd(_merge_backward, setup_context=_merge_setup)
+
+
+def _check_merge(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+) -> None:
+    """A kernel reads memory by the query's type: raise ValueError where a shape or type does not fit."""
+    wide = statistics.wide(query.dtype)
+    lead, head_dim, value_dim = query.shape[:3], query.shape[3], near_out.shape[-1]
+    expected = [
+        ("near_out", near_out, (*lead, value_dim), query.dtype),
+        ("near_lse", near_lse, tuple(lead), wide),
+        ("far_out", far_out, (*lead, value_dim), query.dtype),
+        ("far_lse", far_lse, tuple(lead), wide),
+    ]
+    if matrices is not None:
+        shape = (*query.shape[:2], matrices.shape[2], head_dim, value_dim)
+        expected.append(("matrices", matrices, shape, wide))
+    for name, tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} must be {dtype} {shape} on {query.device}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """A few queries of each head, in rising position, and where the query blocks begin among them."""
+
+    rows: Tensor
+    """[B|1, H|1, R] int64, tokens."""
+    q_bounds: Tensor
+    """[B|1, H|1, Nq+1] int32."""
+
+    @classmethod
+    def of(cls, query: Tensor, table: BlockTable, count: int) -> "_Sample | None":
+        """Positions in the middle of `count` equal parts of the sequence."""
+        if count == 0:
+            return None
+        tokens = query.shape[2]
+        positions = (torch.arange(count, device=query.device) * 2 + 1) * tokens // (2 * count)
+        rows = positions[None, None] if table.q_order is None else table.q_order[:, :, positions].long()
+        before = positions[:, None] < table.q_bounds[:, :, None, :]
+        return cls(rows, before.sum(2, dtype=torch.int32))
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """These rows of [B, H, Sq] or [B, H, Sq, D]."""
+        return _take(tensor, self.rows)
+
+
+def _take(tensor: Tensor, rows: Tensor) -> Tensor:
+    rows = rows.long().expand(*tensor.shape[:2], -1)
+    if tensor.dim() == 3:
+        return tensor.gather(2, rows)
+    return tensor.gather(2, rows[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+
+
+def _recall(near_lse: Tensor, exact_lse: Tensor) -> Tensor:
+    """[B, H]; a row that sees no key at all misses none."""
+    kept = (near_lse - exact_lse.masked_fill(exact_lse == -torch.inf, 0.0)).exp()
+    return kept.masked_fill(exact_lse == -torch.inf, 1.0).mean(-1)
+
+
+def _error(rows: Tensor, exact: Tensor) -> Tensor:
+    """[B, H] summed squared error."""
+    return (
+        (rows.to(statistics.wide(rows.dtype)) - exact.to(statistics.wide(rows.dtype))).square().sum((-1, -2))
+    )
+
+
+def _far_shares(query: Tensor, key: Tensor, log_weight: Tensor, far: BlockTable, scale: float) -> Tensor:
+    """[B, H, Nq, N]: softmax of queries [B, H, Nq, E] over virtual keys [B, G, N, E]; 0 where listed."""
+    scores = scale * _per_query_block(query, key.mT) + log_weight[:, :, None]
+    scores = scores.masked_fill(~far.block_mask(), -torch.inf)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
+    """[B, H, Nq, X] @ [B, G, X, Y] -> [B, H, Nq, Y], each head of the right shared by H / G of the left."""
+    heads, groups = left.shape[1], right.shape[1]
+    if heads == groups:
+        return left @ right
+    shared = left.unflatten(1, (groups, heads // groups)).flatten(2, 3) @ right
+    return shared.unflatten(2, (heads // groups, -1)).flatten(1, 2)
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, within its range."""
+    most = torch.finfo(dtype).max
+    return tensor.clamp(-most, most).to(dtype)
+
+
+def _choose(provider: str, far_field: str, query: Tensor, value: Tensor) -> str:
+    """The provider's name, if it can run what `far_field` needs."""
+    device, dtype, head_dim, value_dim = query.device.type, query.dtype, query.shape[-1], value.shape[-1]
+    name = providers.choose(provider, device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim).name
+    if far_field != "linear":
+        return name
+    why = providers.refusal(name, device=device, dtype=dtype, head_dim=2 * head_dim, value_dim=value_dim)
+    if why:
+        raise ProviderError(
+            f"far_field='linear' runs attention at twice the head dim of {head_dim}, and provider {name!r} "
+            f"cannot: {why}. Try far_field='mean'."
+        )
+    return name

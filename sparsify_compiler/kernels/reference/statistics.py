@@ -1,0 +1,125 @@
+"""The statistics of blocks, defined in plain torch. Two passes over a block: means first, then what is centred."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, wide
+
+
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+    """See `statistics.block_means`."""
+    means = empty_means(tokens, bounds).zero_()
+    for at, block, members in blocks(bounds, order, tokens.shape[2]):
+        if members.numel():
+            means[at][:, :, block] = tokens[at][:, :, members].to(means.dtype).mean(2)
+    return means
+
+
+def block_means_backward(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+    """Gradient of `tokens`: every token has its share of its block's."""
+    out = torch.zeros(tokens.shape, dtype=grad.dtype, device=grad.device)
+    for at, block, members in blocks(bounds, order, tokens.shape[2]):
+        out[at][:, :, members] = grad[at][:, :, block, None] / max(members.numel(), 1)
+    return out.to(tokens.dtype)
+
+
+def block_statistics(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+) -> Statistics:
+    """See `statistics.block_statistics`."""
+    found = empty_statistics(key, value, bounds, order, key_bias, covariance)
+    log_weight, key_mean, value_mean, key_variance, cross = found
+    k, v, bias = _widen(key, value, key_bias, log_weight.shape[1])
+    for at, block, members in blocks(bounds, order, key.shape[2]):
+        weights, log_weight[at][:, :, block] = _weights(bias[at][:, :, members])
+        keys, values = (_visible(t[at][:, :, members], weights) for t in (k, v))
+        key_mean[at][:, :, block] = mean = (weights * keys).sum(2)
+        value_mean[at][:, :, block] = (weights * values).sum(2)
+        if covariance:
+            centred = keys - mean[:, :, None]
+            key_variance[at][:, :, block] = (weights * centred.square()).sum(2)
+            cross[at][:, :, block] = (weights * centred).mT @ (
+                values - (weights * values).sum(2, keepdim=True)
+            )
+    return found
+
+
+def block_statistics_backward(
+    grad_key_mean: Tensor,
+    grad_value_mean: Tensor,
+    grad_key_variance: Tensor,
+    grad_covariance: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of key and value. That of a mean inside a centred moment is 0, for what is centred adds up to 0:
+
+    dk = w (dE[k] + 2 (k - E k) dvar + dC (v - E v)),  dv = w (dE[v] + dCᵀ (k - E k)).
+    """
+    k, v, bias = _widen(key, value, key_bias, grad_key_mean.shape[1])
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for at, block, members in blocks(bounds, order, key.shape[2]):
+        weights, _ = _weights(bias[at][:, :, members])
+        keys, values = (_visible(t[at][:, :, members], weights) for t in (k, v))
+        d_key = grad_key_mean[at][:, :, block, None].expand_as(keys)
+        d_value = grad_value_mean[at][:, :, block, None].expand_as(values)
+        if grad_covariance.numel():
+            keys, values = (t - (weights * t).sum(2, keepdim=True) for t in (keys, values))
+            d_cross = grad_covariance[at][:, :, block]
+            d_key = d_key + 2 * keys * grad_key_variance[at][:, :, block, None] + values @ d_cross.mT
+            d_value = d_value + keys @ d_cross
+        dk[at][:, :, members], dv[at][:, :, members] = weights * d_key, weights * d_value
+    if (group := dk.shape[1] // key.shape[1]) > 1:
+        dk, dv = (d.unflatten(1, (-1, group)).sum(2) for d in (dk, dv))
+    return dk.to(key.dtype), dv.to(value.dtype)
+
+
+def blocks(
+    bounds: Tensor, order: Tensor | None, tokens: int
+) -> Iterator[tuple[tuple[slice, slice], int, Tensor]]:
+    """((batches, heads), block, its tokens as int64 indices) of every block.
+
+    Batches and heads that share their blocks come as one slice.
+    """
+    given = [bounds] if order is None else [bounds, order]
+    for b, h in itertools.product(*(range(max(t.shape[dim] for t in given)) for dim in (0, 1))):
+        shared = [all(t.shape[dim] == 1 for t in given) for dim in (0, 1)]
+        at = slice(None) if shared[0] else slice(b, b + 1), slice(None) if shared[1] else slice(h, h + 1)
+
+        def one(tensor: Tensor, b: int = b, h: int = h) -> Tensor:
+            return tensor[b % tensor.shape[0], h % tensor.shape[1]]
+
+        permuted = torch.arange(tokens, device=bounds.device) if order is None else one(order).long()
+        for block, (begin, end) in enumerate(itertools.pairwise(one(bounds).tolist())):
+            yield at, block, permuted[begin:end]
+
+
+def _widen(key: Tensor, value: Tensor, key_bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of statistics, with as many heads; bias as [B, G, S]."""
+    dtype, batch = wide(key.dtype), key.shape[0]
+    k, v = (t.to(dtype).repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
+    bias = k.new_zeros(1, 1, key.shape[2]) if key_bias is None else key_bias.to(dtype)
+    return k, v, bias.expand(batch, heads, -1)
+
+
+def _weights(bias: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, G, n] -> (weights [B, G, n, 1] of sum 1, or 0 where all are hidden, log of their sum before)."""
+    blind = (bias == -torch.inf).all(-1, keepdim=True)
+    weights = bias.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return weights[..., None], bias.logsumexp(-1)
+
+
+def _visible(tokens: Tensor, weights: Tensor) -> Tensor:
+    """Tokens that weigh nothing as 0, for they may hold anything."""
+    return tokens.masked_fill(weights == 0, 0.0)

@@ -1,0 +1,257 @@
+"""Ops on the blocks of a table: `sparsify::block_means` and `sparsify::block_statistics`.
+
+What a far field (`kernels/far_field.py`) knows of a block of keys that nobody reads. This file imports torch
+alone; a provider's module `statistics` is imported when an op first runs on it. Statistics are fp32 (fp64 for
+fp64 input) under autocast too.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import providers
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""(log_weight, key_mean, value_mean, key_variance, covariance), see `block_statistics`."""
+
+
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provider: str = "auto") -> Tensor:
+    """The mean token of each block.
+
+    Args:
+        tokens: [B, H, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
+        bounds: [B|1, H|1, N+1] int32, as `BlockTable.q_bounds`.
+        order: [B|1, H|1, S] int32, as `BlockTable.q_order`, or None.
+        provider: as in `attention.block_sparse_attention`.
+
+    Returns:
+        [B, H, N, D] fp32 (fp64 for fp64 input); 0 for an empty block.
+    """
+    _check_tokens("tokens", tokens)
+    _check_blocks(tokens, tokens.shape[1], bounds, order)
+    return torch.ops.sparsify.block_means(tokens, bounds, order, _choose(provider, tokens, tokens))
+
+
+def block_statistics(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    *,
+    covariance: bool,
+    provider: str = "auto",
+) -> Statistics:
+    """Weight, means and centred second moments of the keys and values of each block.
+
+    A key weighs w = exp(its bias), 1 without a bias; E is the mean over a block under w. A key that weighs
+    nothing does not count, finite or not.
+
+    Args:
+        key: [B, Hkv, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
+        value: [B, Hkv, S, Dv].
+        bounds: [B|1, H|1, N+1] int32, as `BlockTable.kv_bounds`; H is a multiple of Hkv.
+        order: [B|1, H|1, S] int32, as `BlockTable.kv_order`, or None.
+        key_bias: [B|1, H|1, S] float, as for `attention.block_sparse_attention`, or None. No gradient flows to it.
+        covariance: whether second moments are wanted; without, the last two results are empty.
+        provider: as in `attention.block_sparse_attention`.
+
+    Returns:
+        All fp32 (fp64 for fp64 input), for G heads: those of bounds, order and key_bias, or Hkv where these are
+        shared. Head g reads key head g * Hkv // G.
+
+        log_weight: [B, G, N], log of the sum of w; -inf, and 0 in all others, where no key weighs anything.
+        key_mean: [B, G, N, D], E k.
+        value_mean: [B, G, N, Dv], E v.
+        key_variance: [B, G, N, D], E (k - E k)².
+        covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ.
+    """
+    for name, tensor in (("key", key), ("value", value)):
+        _check_tokens(name, tensor)
+    if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or key.device != value.device:
+        raise ValueError(
+            "key [B, Hkv, S, D] and value [B, Hkv, S, Dv] must agree in all but the last dimension, in dtype and "
+            f"in device, got key {tuple(key.shape)} {key.dtype} on {key.device}, "
+            f"value {tuple(value.shape)} {value.dtype} on {value.device}"
+        )
+    heads = _heads(key, bounds, order, key_bias)
+    _check_blocks(key, heads, bounds, order)
+    if key_bias is not None:
+        _check_lead("key_bias", key_bias, key, heads, key.shape[2])
+        if not key_bias.is_floating_point():
+            raise ValueError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise ValueError(f"heads of a table must be a multiple of key heads, got {heads} and {key.shape[1]}")
+    return torch.ops.sparsify.block_statistics(
+        key, value, bounds, order, key_bias, covariance, _choose(provider, key, value)
+    )
+
+
+@torch.library.custom_op("sparsify::block_means", mutates_args=())
+def _means_op(tokens: Tensor, bounds: Tensor, order: Tensor | None, provider: str) -> Tensor:
+    return providers.load(provider, "statistics").block_means(tokens, bounds, order)
+
+
+@_means_op.register_fake
+def empty_means(tokens: Tensor, bounds: Tensor, *_: Any) -> Tensor:
+    """Uninitialised result of `block_means`."""
+    shape = (*tokens.shape[:2], bounds.shape[-1] - 1, tokens.shape[-1])
+    return tokens.new_empty(shape, dtype=wide(tokens.dtype))
+
+
+@torch.library.custom_op("sparsify::block_statistics", mutates_args=())
+def _statistics_op(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    module = providers.load(provider, "statistics")
+    return module.block_statistics(key, value, bounds, order, key_bias, covariance)
+
+
+@_statistics_op.register_fake
+def empty_statistics(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+    *_: Any,
+) -> Statistics:
+    """Uninitialised results of `block_statistics`: every provider returns exactly this layout."""
+    lead = key.shape[0], _heads(key, bounds, order, key_bias), bounds.shape[-1] - 1
+    head_dim, value_dim = key.shape[-1], value.shape[-1]
+
+    def empty(*shape: int) -> Tensor:
+        return key.new_empty(shape, dtype=wide(key.dtype))
+
+    return (
+        empty(*lead),
+        empty(*lead, head_dim),
+        empty(*lead, value_dim),
+        empty(*lead, head_dim) if covariance else empty(0),
+        empty(*lead, head_dim, value_dim) if covariance else empty(0),
+    )
+
+
+@torch.library.custom_op("sparsify::block_means_backward", mutates_args=())
+def _means_backward_op(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+    return providers.load("reference", "statistics").block_means_backward(grad, tokens, bounds, order)
+
+
+@_means_backward_op.register_fake
+def _means_backward_fake(grad: Tensor, tokens: Tensor, *_: Any) -> Tensor:
+    return tokens.new_empty(tokens.shape)
+
+
+def _means_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _means_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return torch.ops.sparsify.block_means_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+_means_op.register_autograd(_means_backward, setup_context=_means_setup)
+
+
+@torch.library.custom_op("sparsify::block_statistics_backward", mutates_args=())
+def _statistics_backward_op(
+    grad_key_mean: Tensor,
+    grad_value_mean: Tensor,
+    grad_key_variance: Tensor,
+    grad_covariance: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return providers.load("reference", "statistics").block_statistics_backward(
+        grad_key_mean,
+        grad_value_mean,
+        grad_key_variance,
+        grad_covariance,
+        key,
+        value,
+        bounds,
+        order,
+        key_bias,
+    )
+
+
+@_statistics_backward_op.register_fake
+def _statistics_backward_fake(
+    g0: Tensor, g1: Tensor, g2: Tensor, g3: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor]:
+    return key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _statistics_setup(ctx: Any, inputs: Sequence[Any], output: Statistics) -> None:
+    if ctx.needs_input_grad[4]:
+        raise ValueError("key_bias must not need a gradient: detach it, or leave this attention dense")
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _statistics_backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Any, ...]:
+    # log_weight depends on the bias alone, so its gradient ends here.
+    found = torch.ops.sparsify.block_statistics_backward(*grads, *ctx.saved_tensors)
+    return (*found, *[None] * 5)
+
+
+_statistics_op.register_autograd(_statistics_backward, setup_context=_statistics_setup)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads(key: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None) -> int:
+    """Heads whose blocks or weights differ; those of `key` where all are shared."""
+    for tensor in (bounds, order, key_bias):
+        if tensor is not None and tensor.shape[1] != 1:
+            return tensor.shape[1]
+    return key.shape[1]
+
+
+def _choose(provider: str, tokens: Tensor, others: Tensor) -> str:
+    return providers.choose(
+        provider,
+        device=tokens.device.type,
+        dtype=tokens.dtype,
+        head_dim=tokens.shape[-1],
+        value_dim=others.shape[-1],
+    ).name
+
+
+def _check_tokens(name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+
+
+def _check_blocks(tokens: Tensor, heads: int, bounds: Tensor, order: Tensor | None) -> None:
+    _check_lead("bounds", bounds, tokens, heads)
+    if order is not None:
+        _check_lead("order", order, tokens, heads, tokens.shape[2])
+    for name, tensor in (("bounds", bounds), ("order", order)):
+        if tensor is not None and tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+
+
+def _check_lead(name: str, tensor: Tensor, tokens: Tensor, heads: int, last: int | None = None) -> None:
+    """Raise ValueError unless a tensor is [B|1, H|1, last] on the device of the tokens."""
+    shape, batch = tuple(tensor.shape), tokens.shape[0]
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads)
+    if not fits or (last is not None and shape[2] != last):
+        end = "blocks + 1" if last is None else last
+        raise ValueError(f"{name} must be [1 or {batch}, 1 or {heads}, {end}], got {shape}")
+    if tensor.device != tokens.device:
+        raise ValueError(f"{name} must be on {tokens.device}, got {tensor.device}")
