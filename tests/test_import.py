@@ -12,6 +12,7 @@ import sparsify_compiler
 ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
     {"__init__", "cli", "demo", "doctor", "diffusers_model", "explanation", "training", "export"},
+    {"evaluation"},
     {"backend"},
     {"passes"},
     {"runtime"},

@@ -1,0 +1,144 @@
+"""The model: its configuration, how prompts and pixels reach it, and where its weights are."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.evaluation.world import MOST_OBJECTS
+
+WEIGHTS = Path(__file__).with_name("weights.safetensors")
+TEXT_DIM = 64
+TEXT_TOKENS = MOST_OBJECTS + 1
+CONFIG: Mapping[str, Any] = {
+    "patch_size": (1, 4, 4),
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "num_layers": 6,
+    "ffn_dim": 768,
+    "in_channels": 3,
+    "out_channels": 3,
+    "text_dim": TEXT_DIM,
+    "freq_dim": 256,
+    "rope_max_seq_len": 64,
+}
+"""Of `WanTransformer3DModel`: 24 frames of 32 x 48 pixels are 24 x 8 x 12 = 2,304 tokens."""
+MEAN, STD = 0.40, 0.25
+"""Of the world's pixels: what the model sees has mean 0 and deviation 1."""
+
+
+class WeightsError(SparsifyError):
+    """The weights of the evaluation model are missing, damaged or of another model."""
+
+
+def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
+    """An untrained `WanTransformer3DModel`, the same for every call. It starts with an output of zero."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = WanTransformer3DModel(**config)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+    return model
+
+
+def to_model(videos: Tensor) -> Tensor:
+    """RGB from 0 to 1 as the model sees it; same shape."""
+    return (videos - MEAN) / STD
+
+
+def to_pixels(samples: Tensor) -> Tensor:
+    """What the model made as RGB from 0 to 1; same shape."""
+    return (samples * STD + MEAN).clamp(0, 1)
+
+
+def encode(prompts: Sequence[str]) -> Tensor:
+    """Embeddings of prompts: float32 [prompts, TEXT_TOKENS, TEXT_DIM].
+
+    Each phrase is a token: the sum of its words' vectors and of its place's. The background's phrase, the last,
+    takes the last place; the places between it and the objects say that there is nothing.
+    """
+    embeddings = []
+    for prompt in prompts:
+        *objects, background = prompt.split("; ")
+        phrases = [*objects, *["nothing"] * (TEXT_TOKENS - 1 - len(objects)), background]
+        if len(phrases) != TEXT_TOKENS:
+            raise ValueError(f"expected at most {MOST_OBJECTS} objects and a background, got {prompt!r}")
+        embeddings.append(
+            torch.stack(
+                [
+                    sum((word_vector(word) for word in phrase.split()), word_vector(f"place {place}"))
+                    for place, phrase in enumerate(phrases)
+                ]
+            )
+        )
+    return torch.stack(embeddings)
+
+
+def unconditional(count: int) -> Tensor:
+    """The embedding of no prompt: [count, TEXT_TOKENS, TEXT_DIM]."""
+    return torch.zeros(count, TEXT_TOKENS, TEXT_DIM)
+
+
+@cache
+def word_vector(word: str) -> Tensor:
+    """A word as a Gaussian vector of deviation 1/2 drawn from its hash: float32 [TEXT_DIM]."""
+    rng = np.random.default_rng(list(hashlib.sha256(word.encode()).digest()))
+    return torch.from_numpy(rng.normal(scale=0.5, size=TEXT_DIM).astype(np.float32))
+
+
+def save(model: nn.Module, path: Path, *, step: int) -> None:
+    """Writes the weights in bfloat16, and the number of training steps, at once or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().to(torch.bfloat16).contiguous() for name, value in model.named_parameters()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    partial.replace(path)
+
+
+def load(path: Path = WEIGHTS) -> nn.Module:
+    """The trained model in evaluation mode, in float32 (its file holds bfloat16)."""
+    weights, _ = read(path)
+    model = build()
+    expected = {name: value.shape for name, value in model.named_parameters()}
+    got = {name: value.shape for name, value in weights.items()}
+    if expected != got:
+        odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
+        raise WeightsError(
+            f"{path} holds another model: {len(odd)} of its tensors differ in name or shape, {odd[0]!r} first. "
+            "Take the file that came with this version of the package."
+        )
+    model.load_state_dict(weights, strict=False)
+    return model.eval()
+
+
+def trained_steps(path: Path = WEIGHTS) -> int:
+    """How many steps of training the weights have seen."""
+    return int(read(path)[1]["step"])
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file of weights."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise WeightsError(
+            f"no weights at {path}: they come with the package, so install it again, or train them with "
+            "`python -m sparsify_compiler.evaluation.train --out DIR`."
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata()
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged ({error}): install the package again.") from error

@@ -1,0 +1,60 @@
+"""Videos from the model: Euler steps along the flow, with classifier-free guidance.
+
+The convention is Wan's: x_t = (1 - t) video + t noise for t from 0 to 1, the model is told 1000 t and answers
+the velocity, noise - video.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.evaluation.model import encode, to_pixels, unconditional
+from sparsify_compiler.evaluation.world import FRAMES, HEIGHT, WIDTH
+
+Velocity = Callable[..., tuple[Tensor, ...]]
+"""Called as the transformer is: (hidden_states, timestep, encoder_hidden_states, return_dict=False)."""
+
+STEPS, GUIDANCE, SHIFT = 30, 3.0, 3.0
+
+
+def times(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
+    """The schedule, from 1 to 0: float32 [steps + 1]. A shift above 1 spends more steps near the noise."""
+    even = torch.linspace(1, 0, steps + 1)
+    return shift * even / (1 + (shift - 1) * even)
+
+
+def noise(seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
+    """Where samples start, each from its own seed: float32 [seeds, 3, frames, HEIGHT, WIDTH]."""
+    size = (3, frames, HEIGHT, WIDTH)
+    return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def sample(
+    model: Velocity,
+    prompts: Sequence[str],
+    start: Tensor,
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    shift: float = SHIFT,
+) -> Tensor:
+    """Videos of the prompts: float32 of the shape of `start`, RGB from 0 to 1.
+
+    With guidance 1 the model is asked once a step; otherwise the prompts and the empty prompt go in one batch.
+    """
+    guided = guidance != 1
+    text = encode(prompts)
+    if guided:
+        text = torch.cat([text, unconditional(len(text))])
+    video, schedule = start, times(steps, shift).tolist()
+    for now, after in pairwise(schedule):
+        hidden = torch.cat([video, video]) if guided else video
+        (velocity,) = model(hidden, torch.full((len(hidden),), 1000 * now), text, return_dict=False)
+        if guided:
+            with_prompt, without = velocity.float().chunk(2)
+            velocity = without + guidance * (with_prompt - without)
+        video = video + (after - now) * velocity.float()
+    return to_pixels(video)

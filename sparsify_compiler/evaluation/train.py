@@ -1,0 +1,115 @@
+"""`python -m sparsify_compiler.evaluation.train --out DIR`: trains the evaluation model, or goes on with it."""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, trained_steps
+from sparsify_compiler.evaluation.pictures import strip
+from sparsify_compiler.evaluation.sampling import noise, sample
+from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, validation
+
+SAMPLES = 6
+"""Videos in a sample picture; the prompts are those of the first held-out videos."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
+    options = parser().parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(stages=stages(options.stages))
+    checkpoint = options.out / "checkpoint.pt"
+    if options.shipped and not checkpoint.exists():
+        trainer = Trainer(load(), recipe, step=trained_steps())
+    else:
+        trainer = Trainer(build(), recipe)
+    if checkpoint.exists():
+        trainer.restore(checkpoint)
+        print(f"goes on from step {trainer.step} of {checkpoint}", flush=True)
+    run(
+        trainer,
+        options.out,
+        minutes=options.minutes,
+        save_every=options.save_every,
+        look_every=options.look_every,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    result = argparse.ArgumentParser(description=__doc__)
+    result.add_argument(
+        "--out", type=Path, required=True, help="folder of the run; a run found there goes on"
+    )
+    result.add_argument(
+        "--stages",
+        default="4x16x1500,8x8x800,24x4x1",
+        help="FRAMESxBATCHxSTEPS,...; the last one does not end",
+    )
+    result.add_argument(
+        "--shipped", action="store_true", help=f"start from {WEIGHTS.name} with fresh optimizers"
+    )
+    result.add_argument("--minutes", type=float, default=60.0, help="of the clock, after which to stop")
+    result.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
+    result.add_argument(
+        "--look-every", type=float, default=12.0, help="minutes between validations and pictures"
+    )
+    return result
+
+
+def stages(text: str) -> tuple[Stage, ...]:
+    """`4x16x1500,24x4x1` as stages."""
+    split = ([int(number) for number in stage.split("x")] for stage in text.split(","))
+    return tuple(Stage(frames=frames, batch=batch, steps=steps) for frames, batch, steps in split)
+
+
+def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_every: float) -> None:
+    """Trains for some minutes, and saves and looks at the model at the end and in between."""
+    begin = saved = looked = time.monotonic()
+    while (now := time.monotonic()) < begin + 60 * minutes:
+        error = trainer.advance()
+        record = {
+            "step": trainer.step,
+            "frames": trainer.recipe.stage(trainer.step - 1).frames,
+            "loss": round(error, 5),
+            "seconds": round(time.monotonic() - now, 2),
+        }
+        log(out, record)
+        if now > saved + 60 * save_every:
+            trainer.save(out / "checkpoint.pt")
+            saved = now
+        if now > looked + 60 * look_every:
+            look(trainer, out)
+            looked = time.monotonic()
+    trainer.save(out / "checkpoint.pt")
+    look(trainer, out)
+
+
+def look(trainer: Trainer, out: Path) -> None:
+    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's length."""
+    frames = trainer.recipe.stage(trainer.step).frames
+    with trainer.averaged():
+        save(trainer.model, out / "weights.safetensors", step=trainer.step)
+        log(out, {"step": trainer.step, "frames": frames, "validation": validation(trainer.compiled, frames)})
+        prompts = [world.scene(world.HELD_OUT, number).prompt for number in range(SAMPLES)]
+        with torch.autocast("cpu", torch.bfloat16):
+            videos = sample(trainer.compiled, prompts, noise(range(SAMPLES), frames))
+    strip(videos).save(out / f"samples_{trainer.step:06d}.png")
+
+
+def log(out: Path, record: Mapping[str, object]) -> None:
+    """Appends a line to `log.jsonl`, and prints it."""
+    line = json.dumps(record)
+    with (out / "log.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

@@ -1,0 +1,90 @@
+"""Prompts reach the model as vectors, and weights come from a file or say why not."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify_compiler.evaluation import model, world
+
+PROMPT = "large red plain disc still; navy grid drifting up"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    model.save(model.build(), path, step=17)
+    return path
+
+
+def test_words_have_vectors_of_their_own_that_do_not_depend_on_the_run():
+    red = model.word_vector("red")
+    assert red.shape == (model.TEXT_DIM,)
+    assert red[:3].tolist() == pytest.approx([0.5592731, 0.5779721, -0.3545656], abs=1e-6)
+    assert not torch.equal(red, model.word_vector("blue"))
+
+
+def test_each_phrase_is_a_token_in_its_place():
+    text = model.encode([PROMPT, PROMPT.replace("red", "blue"), PROMPT.replace("up", "down")])
+    assert text.shape == (3, model.TEXT_TOKENS, model.TEXT_DIM)
+    assert [torch.equal(text[0, place], text[1, place]) for place in range(4)] == [False, True, True, True]
+    assert [torch.equal(text[0, place], text[2, place]) for place in range(4)] == [True, True, True, False]
+    torch.testing.assert_close(
+        text[1, 0] - text[0, 0], model.word_vector("blue") - model.word_vector("red"), atol=1e-5, rtol=0
+    )
+    assert not model.unconditional(3).any()
+
+
+def test_the_order_of_things_is_part_of_the_prompt():
+    front, back = model.encode(
+        ["small red plain disc still; small blue plain ring still; navy grid still",
+         "small blue plain ring still; small red plain disc still; navy grid still"]
+    )  # fmt: skip
+    assert not torch.equal(front[0], back[1])
+
+
+def test_a_prompt_of_too_many_things_is_refused():
+    with pytest.raises(ValueError, match="at most 3 objects"):
+        model.encode(["a; b; c; d; background"])
+
+
+def test_pixels_come_back():
+    video = torch.rand(1, 3, 2, 4, 4)
+    torch.testing.assert_close(model.to_pixels(model.to_model(video)), video)
+    seen = model.to_model(world.videos([world.scene(0, index) for index in range(100)], 2))
+    assert abs(seen.mean()) < 0.1
+    assert abs(seen.std() - 1) < 0.1
+
+
+def test_building_is_repeatable_and_leaves_the_random_state_alone():
+    state = torch.random.get_rng_state()
+    one, two = model.build().state_dict(), model.build().state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_weights_come_back_rounded_to_bfloat16(saved):
+    got, built = model.load(saved), model.build()
+    assert model.trained_steps(saved) == 17
+    assert not got.training
+    for name, value in built.named_parameters():
+        assert torch.equal(got.get_parameter(name), value.bfloat16().float()), name
+
+
+def test_missing_weights_say_where_they_come_from(tmp_path):
+    with pytest.raises(model.WeightsError, match=r"no weights at .*evaluation\.train"):
+        model.load(tmp_path / "none.safetensors")
+
+
+def test_a_damaged_file_says_so(saved, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(saved.read_bytes()[:100_000])
+    with pytest.raises(model.WeightsError, match="damaged"):
+        model.load(path)
+
+
+def test_weights_of_another_model_name_what_differs(saved, tmp_path):
+    tensors = load_file(saved)
+    tensors["proj_out.bias"] = tensors["proj_out.bias"][:5].contiguous()
+    save_file(tensors, tmp_path / "other.safetensors", metadata={"step": "1"})
+    with pytest.raises(model.WeightsError, match=r"1 of its tensors.*'proj_out.bias'"):
+        model.load(tmp_path / "other.safetensors")
