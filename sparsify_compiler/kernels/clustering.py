@@ -1,0 +1,294 @@
+"""The ops that select blocks by semantic clusters, after Sparse VideoGen2 (arXiv 2505.18875).
+
+    sparsify::kmeans          tokens -> a cluster for each, from a cold or a warm start
+    sparsify::sort_by_label   clusters -> an order in which the tokens of a cluster are neighbours
+    sparsify::top_p_blocks    centroids -> the key clusters that each query cluster reads
+
+All three are decisions, not differentiable functions: inputs are detached, and autocast changes nothing. This
+file imports torch alone; a provider's kernels are imported when an op first runs on it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import providers
+
+
+def kmeans(
+    points: Tensor,
+    centroids: Tensor,
+    start: Tensor,
+    warm: Tensor,
+    *,
+    first: int,
+    later: int,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's k-means by squared Euclidean distance, for each batch and head on its own.
+
+    An iteration assigns every point to the nearest centroid (of two as near, the one of lower index), then
+    moves each centroid to the mean of its points; one without points stays where it is.
+
+    Args:
+        points: [B, H, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
+        centroids: [B, H, C, D] fp32, what an earlier call returned. Read only by a warm start.
+        start: [C] int64, the tokens (each in 0..S-1) whose points are the centroids of a cold start.
+        warm: 0-d bool on the CPU, whatever the device of the points. A tensor, so that one compiled program
+            serves cold and warm starts; on the CPU, so that reading it waits for no GPU.
+        first: iterations of a cold start, at least 1.
+        later: iterations of a warm start, at least 1.
+        provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
+
+    Returns:
+        centroids: [B, H, C, D] fp32 after the last iteration.
+        labels: [B, H, S] int32, the clusters of the last assignment: a centroid is the mean of the points that
+            carry its label. A point that is not finite still has a label in 0..C-1.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        ProviderError: the provider asked for cannot run on these tensors.
+    """
+    name = _choose(provider, points)
+    return torch.ops.sparsify.kmeans(
+        points.detach(), centroids.detach(), start, warm, int(first), int(later), name
+    )
+
+
+def sort_by_label(labels: Tensor, clusters: int, *, provider: str = "auto") -> tuple[Tensor, Tensor]:
+    """The tokens of each batch and head by rising label, tokens of one label by rising position.
+
+    Args:
+        labels: [B, H, S] int32, each in 0..clusters-1, any strides.
+        clusters: how many labels there are, at least 1.
+        provider: as for `kmeans`.
+
+    Returns:
+        order: [B, H, S] int32, the token at each position.
+        bounds: [B, H, clusters + 1] int32: cluster c lies at positions bounds[c] : bounds[c + 1].
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        ProviderError: the provider asked for cannot run on these tensors.
+    """
+    return torch.ops.sparsify.sort_by_label(labels, int(clusters), _choose(provider, labels))
+
+
+def top_p_blocks(
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    kv_sizes: Tensor,
+    *,
+    scale: float,
+    top_p: float,
+    min_blocks: int,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The fewest key clusters that hold the share `top_p` of each query cluster's estimated attention.
+
+    With n_j the size of key cluster j, query cluster i puts on it the estimated share
+
+        P_ij = n_j exp(scale q_i . k_j) / sum over l of n_l exp(scale q_i . k_l)
+
+    Clusters are kept in the order of falling P (of two alike, the one of lower index first) until their sum
+    reaches `top_p`; the one that reaches it is kept. A row with a NaN in it keeps every cluster.
+
+    Args:
+        q_centroids: [B, H, Nq, D] fp32.
+        kv_centroids: [B, Hkv, Nk, D] fp32, H a multiple of Hkv; query head h reads key head h * Hkv // H.
+        kv_sizes: [B|1, Hkv|1, Nk] int32, tokens in each key cluster; P is 0 where there are none.
+        scale: factor on the scores, as in the attention itself.
+        top_p: share to keep, from 0 up. From 1 up all clusters are kept, empty ones too.
+        min_blocks: clusters to keep at least, in the same order; all where there are no more.
+        provider: as for `kmeans`.
+
+    Returns:
+        kv_num_blocks: [B, H, Nq] int32, how many clusters are kept.
+        kv_indices: [B, H, Nq, Nk] int32: the kept clusters by rising index, then the others by rising index.
+        kept: [B, H, Nq] fp32, the sum of P over the kept clusters; 1 where all are kept.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        ProviderError: the provider asked for cannot run on these tensors.
+    """
+    return torch.ops.sparsify.top_p_blocks(
+        q_centroids.detach(),
+        kv_centroids.detach(),
+        kv_sizes,
+        float(scale),
+        float(top_p),
+        int(min_blocks),
+        _choose(provider, q_centroids),
+    )
+
+
+def _choose(provider: str, tensor: Tensor) -> str:
+    """The name of the provider to run. Sizes and labels are integers, which every provider reads."""
+    dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
+    width = tensor.shape[-1] if tensor.dim() == 4 else 1
+    return providers.choose(
+        provider, device=tensor.device.type, dtype=dtype, head_dim=width, value_dim=width
+    ).name
+
+
+@torch.library.custom_op("sparsify::kmeans", mutates_args=())
+def _kmeans(
+    points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int, provider: str
+) -> tuple[Tensor, Tensor]:
+    _check_kmeans(points, centroids, start, warm, first, later)
+    with torch.autocast(points.device.type, enabled=False):
+        return providers.load(provider, "clustering").kmeans(points, centroids, start, warm, first, later)
+
+
+@_kmeans.register_fake
+def _kmeans_fake(
+    points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int, _: Any
+) -> tuple[Tensor, Tensor]:
+    _check_kmeans(points, centroids, start, warm, first, later)
+    return empty_kmeans(points, centroids)
+
+
+def empty_kmeans(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised (centroids, labels): every provider returns exactly this layout."""
+    return centroids.new_empty(centroids.shape), points.new_empty(points.shape[:3], dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsify::sort_by_label", mutates_args=())
+def _sort_by_label(labels: Tensor, clusters: int, provider: str) -> tuple[Tensor, Tensor]:
+    _check_sort(labels, clusters)
+    return providers.load(provider, "clustering").sort_by_label(labels, clusters)
+
+
+@_sort_by_label.register_fake
+def _sort_by_label_fake(labels: Tensor, clusters: int, _: Any) -> tuple[Tensor, Tensor]:
+    _check_sort(labels, clusters)
+    return empty_sort(labels, clusters)
+
+
+def empty_sort(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised (order, bounds)."""
+    return labels.new_empty(labels.shape), labels.new_empty(*labels.shape[:2], clusters + 1)
+
+
+@torch.library.custom_op("sparsify::top_p_blocks", mutates_args=())
+def _top_p_blocks(
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    kv_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_blocks: int,
+    provider: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_top_p(q_centroids, kv_centroids, kv_sizes, top_p, min_blocks)
+    with torch.autocast(q_centroids.device.type, enabled=False):
+        return providers.load(provider, "clustering").top_p_blocks(
+            q_centroids, kv_centroids, kv_sizes, scale, top_p, floor(kv_centroids, top_p, min_blocks)
+        )
+
+
+@_top_p_blocks.register_fake
+def _top_p_blocks_fake(
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    kv_sizes: Tensor,
+    scale: float,
+    top_p: float,
+    min_blocks: int,
+    _: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_top_p(q_centroids, kv_centroids, kv_sizes, top_p, min_blocks)
+    return empty_top_p(q_centroids, kv_centroids)
+
+
+def empty_top_p(q_centroids: Tensor, kv_centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised (kv_num_blocks, kv_indices, kept)."""
+    lead = q_centroids.shape[:3]
+    return (
+        q_centroids.new_empty(lead, dtype=torch.int32),
+        q_centroids.new_empty(*lead, kv_centroids.shape[2], dtype=torch.int32),
+        q_centroids.new_empty(lead),
+    )
+
+
+def floor(kv_centroids: Tensor, top_p: float, min_blocks: int) -> int:
+    """Clusters that a row keeps whatever its scores: all from top_p = 1 up, where a sum may round to 1 early."""
+    clusters = kv_centroids.shape[2]
+    return clusters if top_p >= 1 else min(min_blocks, clusters)
+
+
+def _check_kmeans(
+    points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
+) -> None:
+    """Raise ValueError for arguments that do not fit together. Looks at no value."""
+    if points.dim() != 4 or not points.is_floating_point():
+        raise ValueError(f"points must be a float tensor [B, H, S, D], got {_described(points)}")
+    batch, heads, tokens, head_dim = points.shape
+    if tokens == 0:
+        raise ValueError(f"points must hold at least one token, got shape {tuple(points.shape)}")
+    fits = centroids.dim() == 4 and centroids.shape == (batch, heads, centroids.shape[2], head_dim)
+    if not fits or centroids.dtype != torch.float32:
+        raise ValueError(
+            f"centroids must be float32 [{batch}, {heads}, C, {head_dim}] beside points {tuple(points.shape)}, "
+            f"got {_described(centroids)}"
+        )
+    clusters = centroids.shape[2]
+    if clusters == 0:
+        raise ValueError(f"centroids must hold at least one cluster, got shape {tuple(centroids.shape)}")
+    if start.shape != (clusters,) or start.dtype != torch.int64:
+        raise ValueError(
+            f"start must be int64 [{clusters}], a token for each centroid, got {_described(start)}"
+        )
+    _check_devices(points=points, centroids=centroids, start=start)
+    if warm.dim() != 0 or warm.dtype != torch.bool or warm.device.type != "cpu":
+        raise ValueError(
+            f"warm must be a 0-d bool tensor on the CPU, got {_described(warm)} on {warm.device}"
+        )
+    if first < 1 or later < 1:
+        raise ValueError(f"first and later must be at least 1 iteration, got {first} and {later}")
+
+
+def _check_sort(labels: Tensor, clusters: int) -> None:
+    if labels.dim() != 3 or labels.dtype != torch.int32:
+        raise ValueError(f"labels must be int32 [B, H, S], got {_described(labels)}")
+    if clusters < 1:
+        raise ValueError(f"clusters must be at least 1, got {clusters}")
+
+
+def _check_top_p(
+    q_centroids: Tensor, kv_centroids: Tensor, kv_sizes: Tensor, top_p: float, min_blocks: int
+) -> None:
+    for name, tensor in (("q_centroids", q_centroids), ("kv_centroids", kv_centroids)):
+        if tensor.dim() != 4 or tensor.dtype != torch.float32:
+            raise ValueError(f"{name} must be float32 [B, H, N, D], got {_described(tensor)}")
+    batch, heads, _, head_dim = q_centroids.shape
+    kv_heads, clusters = kv_centroids.shape[1:3]
+    if kv_centroids.shape != (batch, kv_heads, clusters, head_dim) or clusters == 0:
+        raise ValueError(
+            f"kv_centroids must be [{batch}, Hkv, Nk, {head_dim}] beside q_centroids {tuple(q_centroids.shape)}, "
+            f"with at least one cluster, got {_described(kv_centroids)}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+    shape = tuple(kv_sizes.shape)
+    fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, kv_heads) and shape[2] == clusters
+    if not fits or kv_sizes.dtype != torch.int32:
+        raise ValueError(
+            f"kv_sizes must be int32 [1 or {batch}, 1 or {kv_heads}, {clusters}], got {_described(kv_sizes)}"
+        )
+    _check_devices(q_centroids=q_centroids, kv_centroids=kv_centroids, kv_sizes=kv_sizes)
+    if not top_p >= 0:
+        raise ValueError(f"top_p must be a share of at least 0, got {top_p}")
+    if min_blocks < 0:
+        raise ValueError(f"min_blocks must be at least 0, got {min_blocks}")
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"these tensors must be on one device, got {places}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"

@@ -1,0 +1,586 @@
+"""The clustering ops on every provider, against brute force in float64.
+
+The Triton provider needs a GPU, or the interpreter: `test_triton_in_the_interpreter` runs this file again in
+a process that has it.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError, ProviderError
+from sparsify_compiler.kernels import clustering, providers
+from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
+from sparsify_compiler.kernels.cpu import clustering as cpu
+from sparsify_compiler.kernels.cpu import library
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
+PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EXAMPLES = 15 if HAS_TRITON and not HAS_GPU else 40
+
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Of a squared distance, beside the largest: a provider may round centroids to the type of the points."""
+
+any_example = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
+
+
+@pytest.fixture(params=PROVIDERS)
+def provider(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch):
+    """Outputs start as NaN or an index far out of range, so that what a provider leaves alone is seen."""
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
+
+    def poisoned(empty):
+        return lambda *arguments: tuple(poison(t) for t in empty(*arguments))
+
+    for name in ("empty_kmeans", "empty_sort", "empty_top_p"):
+        empty = getattr(clustering, name)
+        for provider in PROVIDERS:
+            module = providers.load(provider, "clustering")
+            monkeypatch.setattr(module, name, poisoned(empty), raising=False)
+
+
+def device_of(provider: str) -> str:
+    return "cuda" if provider == "triton" and HAS_GPU else "cpu"
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def points_like_keys(
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    blobs: int = 8,
+    offset: float = 0.0,
+    provider: str = "reference",
+) -> Tensor:
+    """[B, H, S, D] around a few centres, as a slice along S of a tensor [B, S', H, D] with NaN outside of it."""
+    random = generator(seed)
+    centres = 2 * torch.randn(batch, blobs, heads, dim, generator=random)
+    blob = torch.randint(blobs, (tokens,), generator=random)
+    inside = centres[:, blob] + 0.5 * torch.randn(batch, tokens, heads, dim, generator=random)
+    inside = inside + offset * torch.randn(heads, dim, generator=random)
+    whole = torch.full((batch, tokens + 5, heads, dim), torch.nan)
+    whole[:, 3:-2] = inside
+    return whole.to(device_of(provider), dtype).transpose(1, 2)[:, :, 3:-2]
+
+
+def state_like(points: Tensor, clusters: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(centroids, start): centroids near points, as an earlier call would have returned, and tokens."""
+    start = torch.randint(points.shape[2], (clusters,), generator=generator(seed))
+    noise = 0.3 * torch.randn(*points.shape[:2], clusters, points.shape[3], generator=generator(seed + 1))
+    centroids = points[:, :, start.to(points.device)].float() + noise.to(points.device)
+    return centroids, start.to(points.device)
+
+
+def run(provider: str, points: Tensor, centroids: Tensor, start: Tensor, warm: bool, first=1, later=1):
+    return kmeans(points, centroids, start, torch.tensor(warm), first=first, later=later, provider=provider)
+
+
+def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    """[B, H, S, C] float64, from differences."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(points.double(), centroids.double(), compute_mode=exact).square()
+
+
+def inertia(points: Tensor, centroids: Tensor) -> float:
+    return squared_distances(points, centroids).amin(-1).sum().item()
+
+
+def assert_nearest(points: Tensor, centroids: Tensor, labels: Tensor) -> None:
+    """No other centroid is nearer than rounding may hide."""
+    assert labels.dtype == torch.int32
+    assert labels.shape == points.shape[:3]
+    assert ((labels >= 0) & (labels < centroids.shape[2])).all()
+    distances = squared_distances(points, centroids)
+    chosen = distances.gather(-1, labels.long()[..., None])[..., 0]
+    spread = (centroids.double() - centroids.double().mean(2, keepdim=True)).square().sum(-1).max()
+    offset = points.double().norm(dim=-1).max() * spread.sqrt()  # what the fp32 sums of products reach
+    allowed = ROUNDING[points.dtype] * (distances.max() + spread) + 1e-6 * offset
+    assert ((chosen - distances.amin(-1)) <= allowed).all()
+
+
+def assert_means(points: Tensor, labels: Tensor, before: Tensor, after: Tensor) -> None:
+    """Every centroid is the mean of its points; one without points has not moved."""
+    assert (after.dtype, after.shape) == (torch.float32, before.shape)
+    is_own = labels[:, :, None] == torch.arange(before.shape[2], device=labels.device)[:, None]
+    sizes = is_own.sum(-1, keepdim=True)
+    means = is_own.double() @ points.double() / sizes
+    is_empty = (sizes == 0).expand_as(before)
+    assert ((after - means).abs()[~is_empty] <= 2e-6 * points.double().abs().max()).all()
+    assert torch.equal(after[is_empty], before[is_empty])
+
+
+@st.composite
+def problems(draw: st.DrawFn, provider: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(points, centroids, start) of shapes that divide by nothing."""
+    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    tokens = draw(st.sampled_from([1, 2, 15, 64, 97, 130, 300]))
+    dim = draw(st.sampled_from([1, 5, 16, 48, 64, 80, 128]))
+    clusters = draw(st.sampled_from([1, 2, 3, 17, 48, 65, 130]))
+    points = points_like_keys(
+        *(batch, heads, tokens, dim, draw(st.sampled_from(DTYPES))),
+        seed=draw(st.integers(0, 99)),
+        blobs=draw(st.sampled_from([1, 4, 40])),
+        offset=draw(st.sampled_from([0.0, 10.0])),
+        provider=provider,
+    )
+    return points, *state_like(points, clusters)
+
+
+@any_example
+@given(data=st.data())
+def test_an_iteration_assigns_to_the_nearest_and_then_takes_means(provider, data):
+    points, centroids, start = data.draw(problems(provider))
+    after, labels = run(provider, points, centroids, start, warm=True)
+    assert_nearest(points, centroids, labels)
+    assert_means(points, labels, centroids, after)
+
+
+@any_example
+@given(data=st.data())
+def test_starts_and_iterations(provider, data):
+    """A cold start is a warm one from the points of `start`; n and then m iterations are n + m; none is worse."""
+    points, centroids, start = data.draw(problems(provider))
+    unread = torch.full_like(centroids, torch.nan)
+    at_start = points[:, :, start].float()
+    one, labels = run(provider, points, unread, start, warm=False, first=1, later=7)
+    same, same_labels = run(provider, points, at_start, start, warm=True, first=7, later=1)
+    assert torch.equal(one, same)
+    assert torch.equal(labels, same_labels)
+    three, labels = run(provider, points, unread, start, warm=False, first=3)
+    two_more, later_labels = run(provider, points, one, start, warm=True, later=2)
+    assert torch.equal(three, two_more)
+    assert torch.equal(labels, later_labels)
+    start_of_last, _ = run(provider, points, unread, start, warm=False, first=2)
+    assert_means(points, labels, start_of_last, three)
+    slack = 1e-9 + ROUNDING[points.dtype] * squared_distances(points, at_start).amax(-1).sum().item()
+    assert inertia(points, three) <= inertia(points, one) + slack <= inertia(points, at_start) + 2 * slack
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0.0, 40.0])
+def test_separate_blobs_are_told_apart_however_far_from_zero(provider, dtype, offset):
+    """Keys often share a large vector, beside which their differences are rounding errors of a product."""
+    points = points_like_keys(2, 2, 200, 64, dtype, offset=offset, blobs=6, provider=provider)
+    exact = points.double()
+    start = torch.zeros(6, dtype=torch.long)  # a point of every blob, by farthest point
+    for c in range(1, 6):
+        distance = (exact[0, 0][:, None] - exact[0, 0][start[:c]]).square().sum(-1).amin(-1)
+        start[c] = distance.argmax()
+    start = start.to(points.device)
+    unread = torch.full((2, 2, 6, 64), torch.nan, device=points.device)
+    centroids, labels = run(provider, points, unread, start, warm=False, first=3)
+    assert torch.equal(labels, squared_distances(points, centroids).argmin(-1).int())
+    assert (labels == labels[:1, :1]).all()
+    assert len(labels.unique()) == 6
+
+
+def test_equal_distances_go_to_the_lowest_index(provider):
+    """More clusters than distinct points: all copies of a centroid but the first stay empty."""
+    device = device_of(provider)
+    grid = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]], device=device)
+    points = grid.repeat(30, 8)[None, None]
+    start = torch.arange(75, device=device).flip(0)
+    centroids, labels = run(provider, points, torch.zeros(1, 1, 75, 16, device=device), start, warm=False)
+    assert torch.equal(labels[0, 0], torch.tensor([2, 1, 0], dtype=torch.int32, device=device).repeat(30))
+    assert torch.equal(centroids, points[:, :, start])
+    halfway = torch.tensor([-1.0, 1.0, 1.0, -1.0], device=device)[:, None].expand(4, 16)[None, None]
+    _, labels = run(provider, torch.zeros(1, 1, 3, 16, device=device), halfway, start[:4] * 0, warm=True)
+    assert not labels.any()
+
+
+def test_points_that_are_not_finite_keep_to_themselves(provider):
+    points = points_like_keys(1, 2, 150, 16, blobs=3, provider=provider)
+    centroids, start = state_like(points, 70)
+    points[0, 0, 70, 3], points[0, 0, 90, 5] = torch.nan, torch.inf
+    after, labels = run(provider, points, centroids, start, warm=True, later=2)
+    assert ((labels >= 0) & (labels < 70)).all()
+    assert after[0, 1].isfinite().all()
+    assert (~after[0, 0].isfinite()).any(-1).sum() <= 2
+    poisoned = torch.full_like(centroids, torch.nan)
+    _, labels = run(provider, points, poisoned, start, warm=True, later=2)
+    assert not labels.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_of_any_kind(provider, dtype):
+    points = points_like_keys(2, 2, 70, 48, dtype, provider=provider)
+    centroids, start = state_like(points, 20)
+    expected = run(provider, points, centroids, start, warm=True)
+    scattered = points.mT.contiguous().mT
+    spaced = torch.stack([centroids, centroids * torch.nan], -1)[..., 0]
+    for got in (
+        run(provider, scattered, centroids, start, warm=True),
+        run(provider, points.contiguous(), spaced, start, warm=True),
+    ):
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+    shared, _ = run(provider, points[:1, :1].expand_as(points), centroids, start, warm=True)
+    alone, _ = run(provider, points[:1, :1], centroids[:1, :1], start, warm=True)
+    assert torch.equal(shared[:1, :1], alone)
+
+
+def test_float64_points_on_the_reference():
+    points = points_like_keys(1, 2, 60, 16).double()
+    centroids, start = state_like(points, 9)
+    after, labels = run("reference", points, centroids, start, warm=True)
+    assert torch.equal(labels, squared_distances(points, centroids).argmin(-1).int())
+    assert_means(points, labels, centroids, after)
+
+
+@any_example
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(0, 700), st.integers(1, 200), st.integers(0, 99))
+def test_order_is_a_stable_sort(provider, batch, heads, tokens, clusters, seed):
+    labels = torch.randint(clusters, (batch, tokens, heads), generator=generator(seed), dtype=torch.int32)
+    labels = labels.to(device_of(provider)).transpose(1, 2)
+    order, bounds = sort_by_label(labels, clusters, provider=provider)
+    assert (order.dtype, order.shape) == (torch.int32, (batch, heads, tokens))
+    assert (bounds.dtype, bounds.shape) == (torch.int32, (batch, heads, clusters + 1))
+    for b in range(batch):
+        for h in range(heads):
+            of_token = labels[b, h].tolist()
+            assert order[b, h].tolist() == sorted(range(tokens), key=lambda t: (of_token[t], t))
+            expected = [sum(label < c for label in of_token) for c in range(clusters + 1)]
+            assert bounds[b, h].tolist() == expected
+
+
+def estimated_shares(q: Tensor, k: Tensor, sizes: Tensor, scale: float) -> Tensor:
+    """[B, H, Nq, Nk] float64: P from its definition."""
+    batch, heads, rows, _ = q.shape
+    shares = torch.zeros(batch, heads, rows, k.shape[2], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            of = h * k.shape[1] // heads
+            n = sizes[b % sizes.shape[0], of % sizes.shape[1]].double().cpu()
+            scores = scale * (q[b, h].double() @ k[b, of].double().T).cpu()
+            masses = n * (scores - scores.amax(-1, keepdim=True)).exp()
+            shares[b, h] = masses / masses.sum(-1, keepdim=True)
+    return shares
+
+
+def assert_selected(selected: Any, shares: Tensor, top_p: float, min_blocks: int) -> None:
+    """The fewest clusters in the order of falling share, but for what rounding may hide."""
+    counts, indices, kept = (t.cpu() for t in selected)
+    *lead, clusters = shares.shape
+    assert (counts.dtype, list(counts.shape)) == (torch.int32, lead)
+    assert (indices.dtype, indices.shape) == (torch.int32, shares.shape)
+    assert (kept.dtype, list(kept.shape)) == (torch.float32, lead)
+    floor, close = min(min_blocks, clusters), 1e-5
+    rows = zip(
+        counts.flatten().tolist(), indices.flatten(0, 2).tolist(), kept.flatten().tolist(), strict=True
+    )
+    for (count, row, mass), share in zip(rows, shares.flatten(0, 2).tolist(), strict=True):
+        inside, outside = row[:count], row[count:]
+        assert inside == sorted(inside)
+        assert outside == sorted(outside)
+        assert sorted(row) == list(range(clusters))
+        assert count >= floor
+        assert mass == pytest.approx(math.fsum(share[j] for j in inside), abs=close)
+        assert mass >= min(top_p, 1) - close
+        if top_p >= 1:
+            assert count == clusters
+            assert mass == 1
+        elif inside:
+            least = min(share[j] for j in inside)
+            assert all(share[j] <= least + close for j in outside)
+            assert count == floor or mass - least < top_p + close
+
+
+@st.composite
+def selections(draw: st.DrawFn, provider: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(q_centroids, kv_centroids, kv_sizes), empty clusters among them."""
+    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    rows, clusters = draw(st.sampled_from([1, 5, 70])), draw(st.sampled_from([1, 2, 16, 33, 100]))
+    dim, random = draw(st.sampled_from([4, 16, 80])), generator(draw(st.integers(0, 99)))
+    lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, kv_heads]))
+    sizes = torch.randint(draw(st.sampled_from([2, 50])), (*lead, clusters), generator=random)
+    sizes[..., -1] = 3
+    tensors = (
+        draw(st.sampled_from([0.1, 1.0, 3.0]))
+        * torch.randn(batch, kv_heads * group, rows, dim, generator=random),
+        torch.randn(batch, kv_heads, clusters, dim, generator=random),
+        sizes.int(),
+    )
+    q, k, sizes = (t.to(device_of(provider)) for t in tensors)
+    return q, k, sizes
+
+
+@any_example
+@given(data=st.data(), min_blocks=st.sampled_from([0, 1, 4, 1000]))
+def test_selection_keeps_the_fewest_that_hold_the_share(provider, data, min_blocks):
+    q, k, sizes = data.draw(selections(provider))
+    shares, before = estimated_shares(q, k, sizes, 0.3), None
+    for top_p in (0.0, 0.3, 0.9, 0.999, 1.0):
+        selected = top_p_blocks(q, k, sizes, scale=0.3, top_p=top_p, min_blocks=min_blocks, provider=provider)
+        assert_selected(selected, shares, top_p, min_blocks)
+        assert before is None or (selected[0] >= before).all(), "a larger share may not keep less"
+        before = selected[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "top_p", "min_blocks", "expected"),
+    [
+        ([1, 1, 2, 4], 0.5, 0, [3]),
+        ([1, 1, 2, 4], 0.51, 0, [2, 3]),
+        ([1, 1, 2, 4], 0.8, 0, [0, 2, 3]),
+        ([1, 1, 2, 4], 0.875, 0, [0, 2, 3]),
+        ([1, 1, 2, 4], 0.876, 0, [0, 1, 2, 3]),
+        ([1, 1, 2, 4], 0.1, 3, [0, 2, 3]),
+        ([4, 4, 4, 4], 0.5, 0, [0, 1]),
+        ([4, 4, 4, 4], 0.5, 3, [0, 1, 2]),
+        ([4, 0, 0, 4], 0.999, 0, [0, 3]),
+        ([4, 0, 0, 4], 0.5, 3, [0, 1, 3]),
+        ([4, 0, 0, 4], 1.0, 0, [0, 1, 2, 3]),
+        ([4, 0, 0, 4], 0.0, 0, []),
+        ([0, 0, 0, 0], 0.5, 1, [0, 1, 2, 3]),
+    ],
+)
+def test_ties_and_empty_clusters(provider, sizes, top_p, min_blocks, expected):
+    """Scores are all alike, so shares are sizes; every figure is a dyadic fraction."""
+    q, k = torch.zeros(1, 1, 3, 16), torch.ones(1, 1, 4, 16)
+    tensors = (t.to(device_of(provider)) for t in (q, k, torch.tensor(sizes, dtype=torch.int32)[None, None]))
+    counts, indices, kept = top_p_blocks(
+        *tensors, scale=1.0, top_p=top_p, min_blocks=min_blocks, provider=provider
+    )
+    assert counts.flatten().tolist() == [len(expected)] * 3
+    others = [j for j in range(4) if j not in expected]
+    assert indices.flatten(0, 2).tolist() == [expected + others] * 3
+    share = 1 if not others else sum(sizes[j] for j in expected) / sum(sizes)
+    assert kept.flatten().tolist() == [share] * 3
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_that_are_not_finite_keep_everything_and_the_others_are_as_before(provider, poison):
+    random, device = generator(0), device_of(provider)
+    q, k = torch.randn(1, 2, 20, 16, generator=random), torch.randn(1, 2, 40, 16, generator=random)
+    q, k, sizes = (t.to(device) for t in (q, k, torch.ones(1, 1, 40, dtype=torch.int32)))
+    chosen = {"scale": 0.5, "top_p": 0.6, "min_blocks": 1, "provider": provider}
+    clean = top_p_blocks(q, k, sizes, **chosen)
+    q[0, 1, 7, 0] = poison
+    counts, indices, kept = top_p_blocks(q, k, sizes, **chosen)
+    assert counts[0, 1, 7] == 40
+    assert indices[0, 1, 7].tolist() == list(range(40))
+    assert kept[0, 1, 7] == 1
+    others = torch.ones(1, 2, 20, dtype=torch.bool)
+    others[0, 1, 7] = False
+    for got, was in zip((counts, indices, kept), clean, strict=True):
+        assert torch.equal(got[others], was[others])
+    k[0, 0, 3] = poison  # inf - inf, too: most rows see NaN
+    counts, indices, _ = top_p_blocks(q, k, sizes, **chosen)
+    assert ((counts >= 1) & (counts <= 40)).all()
+    assert torch.equal(indices.sort(-1).values, torch.arange(40, device=device).int().expand_as(indices))
+
+
+def test_scores_far_apart_do_not_overflow(provider):
+    device = device_of(provider)
+    q = torch.tensor([[[[300.0], [-300.0]]]], device=device)
+    k = torch.tensor([[[[-300.0], [300.0], [299.0]]]], device=device)
+    sizes = torch.ones(1, 1, 3, dtype=torch.int32, device=device)
+    counts, indices, kept = top_p_blocks(q, k, sizes, scale=1.0, top_p=0.9, min_blocks=1, provider=provider)
+    assert counts.tolist() == [[[1, 1]]]
+    assert indices[..., 0].tolist() == [[[1, 0]]]
+    assert kept.tolist() == [[[1.0, 1.0]]]
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_threads(provider, dtype):
+    points = points_like_keys(2, 3, 1500, 48, dtype)
+    centroids, start = state_like(points, 50)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count)
+            means, labels = run(provider, points, centroids, start, warm=False, first=3)
+            order, bounds = sort_by_label(labels, 50, provider=provider)
+            sizes = bounds.diff(dim=-1)
+            selected = top_p_blocks(
+                means, means, sizes, scale=0.1, top_p=0.7, min_blocks=1, provider=provider
+            )
+            results.append((means, labels, order, bounds, *selected))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(got, was) for got, was in zip(result, results[0], strict=True))
+
+
+def test_two_runs_give_the_same_bits(provider):
+    points = points_like_keys(1, 2, 300, 64, torch.bfloat16, provider=provider)
+    centroids, start = state_like(points, 30)
+    once, again = (run(provider, points, centroids, start, warm=False, first=3) for _ in range(2))
+    assert torch.equal(once[0], again[0])
+    assert torch.equal(once[1], again[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck_with_strided_views(provider, dtype):
+    points = points_like_keys(2, 4, 63, 48, dtype, provider=provider)
+    centroids, start = state_like(points, 9)
+    ops = torch.ops.sparsify
+    for warm in (True, False):
+        arguments = (points, centroids.mT.contiguous().mT, start, torch.tensor(warm), 1, 1, provider)
+        torch.library.opcheck(ops.kmeans.default, arguments)
+    labels = torch.zeros(2, 63, 4, dtype=torch.int32, device=points.device).transpose(1, 2)
+    torch.library.opcheck(ops.sort_by_label.default, (labels, 9, provider))
+    sizes = torch.ones(1, 1, 18, dtype=torch.int32, device=points.device)[..., ::2]
+    arguments = (centroids.flip(1), centroids[:, :2], sizes, 0.3, 0.5, 1, provider)
+    torch.library.opcheck(ops.top_p_blocks.default, arguments)
+
+
+def test_autocast_and_autograd_change_nothing(provider):
+    device = device_of(provider)
+    points = points_like_keys(1, 2, 90, 32, offset=3.0, provider=provider)
+    centroids, start = state_like(points, 12)
+    sizes = torch.ones(1, 1, 12, dtype=torch.int32, device=device)
+
+    def everything() -> tuple[Tensor, ...]:
+        means, labels = run(provider, points, centroids, start, warm=True, later=2)
+        chosen = {"scale": 0.2, "top_p": 0.7, "min_blocks": 1, "provider": provider}
+        return means, labels, *top_p_blocks(means, centroids, sizes, **chosen)
+
+    plain = everything()
+    points, centroids = points.requires_grad_(), centroids.requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        results = everything()
+    for got, was in zip(results, plain, strict=True):
+        assert torch.equal(got, was)
+        assert not got.requires_grad
+
+
+def test_one_program_serves_cold_and_warm_starts(provider):
+    points = points_like_keys(1, 2, 60, 16, provider=provider)
+    centroids, start = state_like(points, 7)
+    program = torch.compile(
+        lambda warm: torch.ops.sparsify.kmeans(points, centroids, start, warm, 2, 1, provider),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    for warm in (False, True):
+        with torch.compiler.set_stance("default" if not warm else "fail_on_recompile"):
+            got = program(torch.tensor(warm))
+        expected = run(provider, points, centroids, start, warm, first=2, later=1)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+def test_without_a_compiler_the_definition_runs(monkeypatch):
+    monkeypatch.setattr(library, "symbol", lambda *_: None)
+    points = points_like_keys(1, 2, 60, 16)
+    centroids, start = state_like(points, 7)
+    for module in (cpu, providers.load("reference", "clustering")):
+        means, labels = module.kmeans(points, centroids, start, torch.tensor(True), 1, 2)
+        _, bounds = module.sort_by_label(labels, 7)
+        counts, *_ = module.top_p_blocks(means, means, bounds.diff(dim=-1), 0.2, 0.5, 1)
+        assert counts.shape == (1, 2, 7)
+
+
+POINTS = torch.zeros(2, 4, 6, 8)
+CENTROIDS = torch.zeros(2, 4, 3, 8)
+START = torch.zeros(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"points": POINTS[0]},
+            ValueError,
+            r"points must be a float tensor \[B, H, S, D\], got float32 \[4, 6",
+        ),
+        ({"points": POINTS[:, :, :0]}, ValueError, "at least one token"),
+        ({"points": POINTS.int()}, ValueError, "points must be a float tensor"),
+        ({"points": POINTS.double(), "provider": "cpu"}, ProviderError, "dtype"),
+        ({"centroids": CENTROIDS[:, :, 0]}, ValueError, r"centroids must be float32 \[2, 4, C, 8\]"),
+        ({"centroids": CENTROIDS[:1]}, ValueError, "centroids must be"),
+        ({"centroids": CENTROIDS[:, :2]}, ValueError, "centroids must be"),
+        ({"centroids": CENTROIDS.half()}, ValueError, r"got float16 \[2, 4, 3, 8\]"),
+        ({"centroids": CENTROIDS[:, :, :0], "start": START[:0]}, ValueError, "at least one cluster"),
+        ({"start": START[:2]}, ValueError, r"start must be int64 \[3\].*got int64 \[2\]"),
+        ({"start": START.int()}, ValueError, "got int32"),
+        ({"start": START.to("meta")}, ValueError, "start on meta"),
+        ({"warm": torch.tensor([True])}, ValueError, "warm must be a 0-d bool tensor on the CPU"),
+        ({"warm": torch.tensor(1)}, ValueError, "got int64"),
+        ({"warm": torch.tensor(True, device="meta")}, ValueError, "on meta"),
+        ({"first": 0}, ValueError, "at least 1 iteration, got 0 and 1"),
+        ({"later": -1}, ValueError, "at least 1 iteration, got 1 and -1"),
+        ({"provider": "gpu"}, OptionError, "provider 'gpu'"),
+    ],
+)
+def test_kmeans_refuses(change: dict[str, Any], error: Any, words: str) -> None:
+    arguments: dict[str, Any] = {
+        **{"points": POINTS, "centroids": CENTROIDS, "start": START, "warm": torch.tensor(True)},
+        **{"first": 1, "later": 1, "provider": "reference"},
+    } | change
+    with pytest.raises(error, match=words):
+        kmeans(**arguments)
+
+
+def test_sort_refuses():
+    with pytest.raises(ValueError, match=r"labels must be int32 \[B, H, S\], got int64 \[1, 1, 4\]"):
+        sort_by_label(torch.zeros(1, 1, 4, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match=r"got int32 \[4\]"):
+        sort_by_label(torch.zeros(4, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match="clusters must be at least 1, got 0"):
+        sort_by_label(torch.zeros(1, 1, 4, dtype=torch.int32), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q_centroids": CENTROIDS.half()}, "q_centroids must be float32"),
+        ({"kv_centroids": CENTROIDS[0]}, "kv_centroids must be float32"),
+        ({"kv_centroids": CENTROIDS[:1]}, "kv_centroids must be"),
+        ({"kv_centroids": CENTROIDS[..., :4]}, "kv_centroids must be"),
+        ({"kv_centroids": CENTROIDS[:, :, :0]}, "at least one cluster"),
+        ({"q_centroids": CENTROIDS[:, :3]}, "multiple of key heads, got 3 and 4"),
+        ({"kv_sizes": torch.ones(2, 4, 3)}, r"kv_sizes must be int32 .* got float32"),
+        ({"kv_sizes": torch.ones(2, 3, 3, dtype=torch.int32)}, r"\[1 or 2, 1 or 4, 3\]"),
+        ({"kv_sizes": torch.ones(3, dtype=torch.int32)}, "kv_sizes must be"),
+        ({"kv_sizes": torch.ones(1, 1, 3, dtype=torch.int32, device="meta")}, "kv_sizes on meta"),
+        ({"top_p": -0.1}, "top_p must be a share of at least 0, got -0.1"),
+        ({"top_p": math.nan}, "got nan"),
+        ({"min_blocks": -1}, "min_blocks must be at least 0, got -1"),
+    ],
+)
+def test_top_p_refuses(change: dict[str, Any], words: str) -> None:
+    arguments: dict[str, Any] = {
+        **{"q_centroids": CENTROIDS, "kv_centroids": CENTROIDS},
+        **{"kv_sizes": torch.ones(1, 1, 3, dtype=torch.int32), "scale": 1.0, "top_p": 0.9, "min_blocks": 1},
+    } | change
+    with pytest.raises(ValueError, match=words):
+        top_p_blocks(**arguments, provider="reference")
+
+
+@pytest.mark.skipif(HAS_TRITON, reason="its cases run in this process")
+def test_triton_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
