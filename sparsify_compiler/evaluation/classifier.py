@@ -61,7 +61,7 @@ def questions(scenes: Sequence[Scene], *, absent: bool = False) -> list[Question
 class Classifier(nn.Module):
     """Convolutions on the torus over RGB and the likeness to the colour asked for; a linear head an attribute."""
 
-    def __init__(self, width: int = 24) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         sizes = [
             (4, width, 5, (1, 2, 2)),
@@ -122,7 +122,7 @@ def loss(classifier: Classifier, videos: Tensor, asked: Sequence[Question]) -> T
     return total
 
 
-def train(steps: int = 600, batch: int = 12, rate: float = 3e-3) -> Classifier:
+def train(steps: int = 800, batch: int = 8, rate: float = 3e-3) -> Classifier:
     """A classifier trained on the stream of videos kept for it; the same at every call on one machine."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.CLASSIFIER)

@@ -1,0 +1,50 @@
+"""How sparse the attention of a model is by itself: the share of keys that carry most of its weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+
+class Listen(TorchFunctionMode):
+    """Inside, `hear(query, key)` is called at every self-attention, before it is computed as ever."""
+
+    def __init__(self, hear: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+            if given["query"].shape == given["key"].shape:
+                self.hear(given["query"], given["key"])
+        return func(*args, **kwargs)
+
+
+def critical_share(query: Tensor, key: Tensor, theta: float = 0.9, rows: int = 128) -> Tensor:
+    """The least share of the keys that carries `theta` of a query's attention, on average: float32 [heads].
+
+    Args:
+        query: [batch, heads, tokens, head_dim], as `scaled_dot_product_attention` gets it.
+        key: likewise.
+        rows: queries looked at, evenly spaced over the tokens.
+    """
+    tokens = key.shape[-2]
+    chosen = torch.linspace(0, tokens - 1, min(rows, tokens)).long()
+    scores = query[..., chosen, :].float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+    heaviest = scores.softmax(dim=-1).sort(dim=-1, descending=True).values
+    needed = (heaviest.cumsum(dim=-1) < theta).sum(dim=-1) + 1
+    return (needed / tokens).mean(dim=(0, 2))
+
+
+@torch.no_grad()
+def critical_shares(call: Callable[[], object], theta: float = 0.9) -> Tensor:
+    """The critical share of every self-attention that a call runs, uncompiled: float32 [attentions, heads]."""
+    shares: list[Tensor] = []
+    with Listen(lambda query, key: shares.append(critical_share(query, key, theta))):
+        call()
+    return torch.stack(shares)
