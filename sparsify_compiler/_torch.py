@@ -11,7 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -32,6 +32,26 @@ def hint(size: Any) -> int | None:
     if isinstance(size, int):
         return size
     return size.node.hint if size.node.has_hint() else None
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = "" if source is None else source.name
+    return name() if callable(name) else name
+
+
+def is_model_tensor(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
+    return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
+
+
+def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
+    """A tensor to compile for, of the kind that the other example inputs are: fake where these are."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(list(example_inputs))
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
 
 
 def is_last_program() -> bool:

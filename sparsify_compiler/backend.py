@@ -1,18 +1,22 @@
 """The front door: `torch.compile(model, backend="sparsify", options={...})`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from sparsify_compiler import _torch
 from sparsify_compiler.config import GENERAL, SparsifyConfig, option_names, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.inputs import find_inputs
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import GraphPlan
-from sparsify_compiler.runtime.program import Program
+from sparsify_compiler.runtime.program import Phase, Program
 
 DEFAULT_METHOD = "tile"
 
@@ -37,16 +41,48 @@ def sparsify(
     """
     try:
         config = configure(options)
-        graph, plan = pipeline.rewrite(gm, config)
+        program = _program(gm, example_inputs, config, mode)
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
-    _tell(plan, options or {})
+    _tell(program.plan, options or {})
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: beyond it, other shapes run uncompiled "
             "and dense. Raise torch._dynamo.config.recompile_limit, or keep to fewer resolutions."
         )
-    return Program(plan, _torch.compile_with(config.inner_backend, graph, example_inputs, mode))
+    return program
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SparsifyConfig, mode: str | None
+) -> Program:
+    analysed = pipeline.analyse(gm, config)
+    plan = graph_plan(analysed)
+    # In training time steps are drawn at random, and what runs forward may run again.
+    trains = torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+    )
+    graphs = {"sparse": pipeline.rewrite(analysed, config, remembers=not trains)}
+    held = graphs["sparse"].meta["held"]
+
+    def compile_phase(phase: Phase) -> Callable[..., Any]:
+        graph = graphs.get(phase) or pipeline.rewrite(analysed, config, phase)
+        warm = [torch.tensor(False)] if held.warm else []
+        extra = [*warm, *(torch.zeros(shape, device=device) for _, shape, device in held.specs)]
+        inputs = [*example_inputs, *(_torch.example_like(example_inputs, tensor) for tensor in extra)]
+        return _torch.compile_with(config.inner_backend, graph, inputs, mode)
+
+    program = Program(
+        plan=plan,
+        inputs=find_inputs(gm),
+        held=held,
+        compile=compile_phase,
+        clocked=not trains and (bool(held.specs) or plan.dense_steps > 0),
+    )
+    program.phase("sparse")
+    if program.clocked and plan.dense_steps > 0:
+        program.phase("dense")
+    return program
 
 
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
@@ -71,6 +107,8 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
             if others:
                 raise OptionError(f"option {option!r} belongs to method {others[0]!r}, got method={name!r}")
             raise unknown_choice("option", option, (*GENERAL, *choices))
+    if general.get("far_field") not in (None, *FAR_FIELDS):
+        raise unknown_choice("far_field", general["far_field"], FAR_FIELDS)
     providers.check_name(general.get("provider", "auto"))
     _torch.check_backend(general.get("inner_backend", "inductor"))
     return SparsifyConfig(method=METHODS[name](**own), **general)

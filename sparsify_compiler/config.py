@@ -4,9 +4,11 @@ General options are the fields of `SparsifyConfig`; a method's own options are t
 `methods/`. Unknown names and wrong values are told apart by `OptionError`, before anything is compiled.
 """
 
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ class SparsifyConfig:
     """(frames, height, width) of the video tokens, in place of what the graph says."""
     provider: str = "auto"
     """Implementation of the attention op: `reference`, `cpu`, `triton`, or `auto` for the device's fastest."""
+    far_field: str | None = None
+    """What becomes of the keys that a query block does not read: `drop`, `mean`, `linear`; the method's if None."""
+    dense_steps: int | float | None = None
+    """First steps of a generation that stay dense: an integer, or a share in [0.0, 1.0]; the method's if None."""
+    dense_layers: int | float | None = None
+    """First attentions of a graph that stay dense, likewise."""
+    measure_recall: float = 0.0
+    """Share of the queries on which the true attention mass kept is measured, for `stats`."""
     inner_backend: str = "inductor"
     """The backend the rewritten graph goes to: `inductor`, or `eager` / `aot_eager` for debugging."""
     dump: Path | None = None
@@ -31,6 +41,11 @@ class SparsifyConfig:
     def __post_init__(self) -> None:
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
+        for name in ("dense_steps", "dense_layers"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _count_or_share(name, value))
+        if share(self.measure_recall) is None:
+            raise OptionError(f"measure_recall must be a share in [0, 1], got {self.measure_recall!r}")
         if self.dump is not None:
             if not isinstance(self.dump, (str, Path)) or not str(self.dump):
                 raise OptionError(f"dump must be the path of a folder, got {self.dump!r}")
@@ -43,6 +58,22 @@ def integer(value: object) -> int | None:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def share(value: object) -> float | None:
+    """`value` as a float if it is a real number in [0, 1]; None else."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    return number if 0 <= number <= 1 else None
+
+
+def _count_or_share(name: str, value: object) -> int | float:
+    """An integer is a number, anything else a share; 1.0 is the whole."""
+    count = integer(value)
+    if count is not None and count >= 0:
+        return count
+    if count is None and (part := share(value)) is not None:
+        return part
+    raise OptionError(f"{name} must be an integer of at least 0 or a share in [0.0, 1.0], got {value!r}")
 
 
 def _grid(value: object) -> tuple[int, int, int]:

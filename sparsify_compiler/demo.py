@@ -145,6 +145,7 @@ def run(
         with _phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
             oracle = model(**inputs)[0].float().cpu()
         plan = _sparse(explanation)[0]
+        assert plan.density is not None, "the demo's method is static"
         seconds = _interleaved(
             {**steps, "attention": dense_attention(plan, device)},
             rounds=size.rounds,

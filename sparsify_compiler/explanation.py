@@ -16,6 +16,7 @@ from sparsify_compiler.backend import configure
 from sparsify_compiler.config import split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -53,9 +54,12 @@ class Explanation:
 
     @property
     def density(self) -> float:
-        """Share of all attention's arithmetic that is left: densities weighted by each call's operations."""
+        """Share of all attention's arithmetic that is left: densities weighted by each call's operations.
+
+        Calls whose density is known only when they run count as dense.
+        """
         total = sum(map(_operations, self.plans))
-        return sum(plan.density * _operations(plan) for plan in self.plans) / total if total else 1.0
+        return sum((plan.density or 1.0) * _operations(plan) for plan in self.plans) / total if total else 1.0
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -174,7 +178,7 @@ def explain(
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
             try:
-                plans.append(pipeline.analyse(gm, config, device=device))
+                plans.append(graph_plan(pipeline.analyse(gm, config, device=device)))
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -286,6 +290,11 @@ def _broken_path(path: str, width: int = 24) -> str:
     return "\n".join(lines)
 
 
+def density_text(plan: AttentionPlan) -> str:
+    """The density, or that every call decides it."""
+    return "by call" if plan.density is None else f"{plan.density:.3f}"
+
+
 def _heads_text(plan: AttentionPlan) -> str:
     return f"{plan.site.heads} x {plan.site.head_dim}"
 
@@ -303,7 +312,7 @@ _COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
     "grid": lambda _, plan: grid_text(plan.layout),
     "method": lambda _, plan: method_text(plan, "\n"),
     "provider": lambda _, plan: plan.provider or "-",
-    "density": lambda _, plan: f"{plan.density:.3f}",
+    "density": lambda _, plan: density_text(plan),
     "reason": lambda _, plan: plan.reason,
 }
 _WIDE_ONLY = ("heads x dim", "provider", "reason")
@@ -337,6 +346,6 @@ def _draw(axes: "Axes", plan: AttentionPlan, names: list[str]) -> None:
     axes.set(aspect="equal", xlabel="key token", ylabel="query token")
     axes.invert_yaxis()
     axes.set_title(
-        "\n".join([*names, f"{method_text(plan)} on {grid_text(plan.layout)}: density {plan.density:.3f}"]),
+        "\n".join([*names, f"{method_text(plan)} on {grid_text(plan.layout)}: density {density_text(plan)}"]),
         fontsize=9,
     )

@@ -67,6 +67,11 @@ class TokenLayout:
             raise ValueError(f"the parts of the layout must add up to {self.tokens} tokens, got {self}")
 
     @property
+    def video_tokens(self) -> int:
+        """Tokens of the sequence that are the video's."""
+        return self.tokens - self.before - self.after
+
+    @property
     def frames(self) -> int:
         """Frames of the grid."""
         assert self.grid is not None
@@ -91,8 +96,10 @@ class AttentionPlan:
     """The method's numbers, every default filled in for this layout; None for `dense`."""
     provider: str = ""
     """Implementation of the attention op; empty for `dense`, which stays the model's own call."""
-    density: float = 1.0
-    """Share of the query-key token pairs that are computed."""
+    far_field: str = "drop"
+    """What becomes of the keys that a query block does not read: see `kernels/far_field.py`."""
+    density: float | None = 1.0
+    """Share of the query-key token pairs that are computed; None where every call decides."""
     reason: str
     """Why this method, or why dense; and why this provider."""
 
@@ -102,6 +109,12 @@ class GraphPlan:
     """The plans of all attention calls of one graph, in graph order."""
 
     plans: tuple[AttentionPlan, ...] = ()
+    dense_steps: int | float = 0
+    """Steps of a generation, from its first, that run dense: a number, or a share below 1."""
+
+    def dense_count(self, steps: int) -> int:
+        """How many of a generation's steps run dense; a share is rounded to the nearest step."""
+        return count_of(self.dense_steps, steps)
 
     def __iter__(self) -> Iterator[AttentionPlan]:
         return iter(self.plans)
@@ -113,3 +126,8 @@ class GraphPlan:
     def sparse(self) -> tuple[AttentionPlan, ...]:
         """The plans that rewrite their site."""
         return tuple(plan for plan in self.plans if plan.method != "dense")
+
+
+def count_of(number_or_share: int | float, total: int) -> int:
+    """An integer as it is, a float as a share of `total`, rounded to the nearest."""
+    return number_or_share if isinstance(number_or_share, int) else round(number_or_share * total)

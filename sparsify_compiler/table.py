@@ -101,11 +101,20 @@ class BlockTable:
 
     def density(self) -> float:
         """Share of the token pairs that are kept: the mean of `mask()`, found without building it."""
-        q_sizes = self.q_bounds.diff(dim=-1).double()
-        kv_sizes = self.kv_bounds.diff(dim=-1).double()
-        kept = (self.block_mask().double() @ kv_sizes.unsqueeze(-1)).squeeze(-1)
-        pairs = q_sizes.sum(-1) * kv_sizes.sum(-1)
-        return float(((kept * q_sizes).sum(-1) / pairs).mean())
+        return float(self.densities().mean())
+
+    def densities(self) -> Tensor:
+        """[B|1, H|1] fp64: the density of each batch and head. Reads nothing back from the device."""
+        q_sizes, kv_sizes = (bounds.diff(dim=-1).double() for bounds in (self.q_bounds, self.kv_bounds))
+        lead = torch.broadcast_shapes(
+            *(t.shape[:2] for t in (q_sizes, kv_sizes, self.kv_indices, self.kv_num_blocks))
+        )
+        columns = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
+        used = (columns < self.kv_num_blocks.unsqueeze(-1)).expand(*lead, -1, -1)
+        index = torch.where(used, self.kv_indices, 0).long()
+        listed = kv_sizes.unsqueeze(-2).expand(*lead, index.shape[-2], -1).gather(-1, index)
+        kept = (listed * used).sum(-1)
+        return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
     def _block_of_token(self, side: str) -> Tensor:
         """[B|1, H|1, S] int64: the block each token lies in."""

@@ -1,35 +1,65 @@
 """The methods: how a site decides what each query block reads.
 
-A method is a frozen dataclass in a file of its own. Its fields are its options; the rest is three functions:
-
-    fit(layout) -> Method     the same settings with every default filled in for this layout; raises OptionError
-    refusal(layout) -> str    why this layout must stay dense, or ""
-    table(layout) -> BlockTable     on the CPU
-
-To add a method, write the file and name it here.
+A method is a frozen dataclass in a file of its own. Its fields are its options; the rest is a few functions of a
+token layout, and for a dynamic method of the tokens too. To add one, write the file and name it here.
 """
 
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
+from torch import Tensor
+
+from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dense import Dense
+from sparsify_compiler.methods.selection import Memory, Selection, Tokens
+from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
-from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
 
 class Method(Protocol):
-    """What planning and lowering ask of a method."""
+    """What planning asks of every method."""
 
     name: ClassVar[str]
+    dense_steps: ClassVar[int | float]
+    """Default of the option: steps of a generation that stay dense, a number or a share."""
+    dense_layers: ClassVar[int | float]
+    """Default of the option: sites of a model that stay dense, a number or a share."""
+    far_field: ClassVar[str]
+    """Default of the option."""
 
     def refusal(self, layout: TokenLayout) -> str:
         """Why sites of this layout must stay dense; empty if they need not."""
 
     def fit(self, layout: TokenLayout) -> Self:
-        """The same method with every default filled in for this layout."""
+        """The same method with every default filled in for this layout; raises OptionError."""
+
+
+@runtime_checkable
+class StaticMethod(Method, Protocol):
+    """A method that looks at the layout alone."""
 
     def table(self, layout: TokenLayout) -> BlockTable:
         """Which keys each query block reads; on the CPU, shared by batches and heads."""
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Tile)}
+@runtime_checkable
+class DynamicMethod(Method, Protocol):
+    """A method that looks at the queries and keys of every call. Its functions are traced into the graph."""
+
+    def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
+        """Tensors that every call needs, on the CPU; `observe` and `select` get them by name on the device."""
+
+    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the fp32 tensors that a site keeps from call to call."""
+
+    def observe(self, tokens: Tokens, memory: Memory, **constants: Any) -> tuple[Tensor, ...]:
+        """The new memory after a step that runs dense."""
+
+    def select(
+        self, tokens: Tokens, memory: Memory, **constants: Any
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads, and the new memory."""
+
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes)}

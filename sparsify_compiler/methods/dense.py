@@ -12,6 +12,9 @@ class Dense:
     """No options."""
 
     name: ClassVar[str] = "dense"
+    dense_steps: ClassVar[int] = 0
+    dense_layers: ClassVar[int] = 0
+    far_field: ClassVar[str] = "drop"
 
     def refusal(self, layout: TokenLayout) -> str:
         """Always: nothing is rewritten."""

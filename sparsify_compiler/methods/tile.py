@@ -29,6 +29,9 @@ class Tile:
     """k, how many frames every frame sees and is seen by: 1 to the frames of the video; half of them if None."""
 
     name: ClassVar[str] = "tile"
+    dense_steps: ClassVar[int] = 0
+    dense_layers: ClassVar[int] = 0
+    far_field: ClassVar[str] = "drop"
 
     def __post_init__(self) -> None:
         if self.reference_frames is not None:

@@ -75,9 +75,15 @@ def modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graph and bodies can be rewritten while Dynamo keeps its own; tensors are shared."""
+    """A copy whose graph and bodies can be rewritten while the first stays; tensors are shared."""
     twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twin.meta.update(gm.meta)
+    twins = dict(zip(gm.graph.nodes, twin.graph.nodes, strict=True))
+    for node in twin.graph.nodes:
+        node.meta = {
+            key: twins.get(value, value) if isinstance(value, fx.Node) else value
+            for key, value in node.meta.items()
+        }
     for body in list(bodies(twin)):
         setattr(twin, body.attribute, copy_graph(body.module))
     return twin

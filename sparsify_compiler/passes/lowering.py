@@ -1,12 +1,19 @@
 """Turn plans into ops.
 
-    before   attention(q, k, v, m, scale)                  meta["plan"]
-    after    table = get_attr(...)                         int32 constants of the graph, one set for each
-             bias = where(m, 0, -inf)                      distinct table
-             out, lse = block_sparse_attention(q, k, v, *table, bias, scale, provider)
+    before   out = attention(q, k, v, m, scale)            meta["plan"]
 
-A site whose plan is dense gets the call back that the model had. Tables reach the bodies of higher-order
-operators as extra operands.
+    sparse   constants = get_attr(...)                     tables and the like, one set for each distinct plan
+    phase    bias = where(m, 0, -inf)
+             out, lse = block_sparse_attention(q, k, v, *constants, bias, scale, provider)
+        or   out = SparseSite(q, k, v, bias, *constants, warm, *memory, report)
+
+    dense    out = scaled_dot_product_attention(q, k, v, ...)         the call that the model had
+    phase    out = Observer(out, q, k, *constants, warm, *memory)     where a method learns from dense steps
+
+A site whose plan is dense gets the call back that the model had. What sites remember comes in as new inputs of
+the graph, after all others, which they write to; `meta["held"]` describes them. Constants reach the bodies of
+higher-order operators as extra operands; a site there remembers nothing, since a body may run again (in
+backward), and then must find what it found the first time.
 """
 
 from collections.abc import Callable
@@ -17,10 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify_compiler.methods import DynamicMethod, StaticMethod
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.plan import AttentionPlan
-from sparsify_compiler.table import BlockTable
+from sparsify_compiler.runtime.program import Held, Phase
+from sparsify_compiler.runtime.site import REPORT, Observer, SparseSite, shapes_of
 
 _LEAST = -1e30
 """Of a finite bias: added to any score, it is that score's only digits."""
@@ -29,8 +38,16 @@ _Request = Callable[[str, Tensor], fx.Node]
 """(name, tensor) -> the node that stands for that constant in the graph at hand."""
 
 
-def lower(gm: fx.GraphModule) -> fx.GraphModule:
-    """Replace every `attention` node by what its plan says; see the module's picture."""
+def lower(
+    gm: fx.GraphModule, *, phase: Phase = "sparse", remembers: bool = True, measure_recall: float = 0.0
+) -> fx.GraphModule:
+    """Replace every `attention` node by what its plan says; see the module's picture.
+
+    Args:
+        phase: `dense` puts every call back.
+        remembers: whether dynamic sites keep anything from call to call.
+        measure_recall: share of the queries to measure the true attention mass kept on.
+    """
     first = next(iter(gm.graph.nodes))
 
     def constant(name: str, tensor: Tensor) -> fx.Node:
@@ -38,30 +55,69 @@ def lower(gm: fx.GraphModule) -> fx.GraphModule:
         with gm.graph.inserting_before(first):
             return gm.graph.get_attr(name)
 
-    _lower_module(gm, _Tables(), constant)
+    memory = _Memory(gm) if remembers else None
+    _lower_module(gm, _Lowering(phase, measure_recall), constant, memory)
+    gm.meta["held"] = memory.held() if memory is not None else Held()
     return gm
 
 
-class _Tables:
-    """The distinct tables of a graph and its bodies, each built once; named in order of appearance."""
+class _Lowering:
+    """What all modules of one lowering share: how to lower, and the distinct constants, each built once."""
 
-    def __init__(self) -> None:
-        self._known: dict[Any, tuple[str, BlockTable]] = {}
+    def __init__(self, phase: Phase, measure_recall: float) -> None:
+        self.phase, self.measure_recall = phase, measure_recall
+        self._known: dict[Any, tuple[str, dict[str, Tensor | None]]] = {}
 
-    def of(self, plan: AttentionPlan, device: torch.device) -> dict[str, Tensor | None]:
-        """Unique name -> tensor, in the order of the op's arguments."""
-        key = plan.layout, plan.settings, device
+    def constants(self, plan: AttentionPlan, device: torch.device) -> dict[str, tuple[str, Tensor | None]]:
+        """Field -> (name that is unique in the graph, tensor), in the order of the method's fields."""
+        method, layout = plan.settings, plan.layout
+        key = layout, method, device
         if key not in self._known:
             # On real tensors, whatever fake or device mode the compiler is in.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-                table = plan.settings.table(plan.layout).to(device)  # type: ignore[attr-defined]
-            self._known[key] = f"sparsify_table{len(self._known)}", table
-        name, table = self._known[key]
-        return {f"{name}_{field}": tensor for field, tensor in table.tensors().items()}
+                built = (
+                    method.table(layout).tensors()
+                    if isinstance(method, StaticMethod)
+                    else method.constants(layout)  # type: ignore[attr-defined]
+                )
+                moved = {field: None if t is None else t.to(device) for field, t in built.items()}
+            self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
+        name, tensors = self._known[key]
+        return {field: (f"{name}_{field}", tensor) for field, tensor in tensors.items()}
 
 
-def _lower_module(gm: fx.GraphModule, tables: _Tables, constant: _Request) -> list[tuple[str, Tensor]]:
-    """Lower one graph and its bodies, taking tables from `constant`; returns the tables it asked for."""
+class _Memory:
+    """The inputs of a graph through which its sites remember."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._graph = gm.graph
+        self._warm: fx.Node | None = None
+        self._specs: list[tuple[str, tuple[int, ...], torch.device]] = []
+        self._reports: dict[str, int] = {}
+        self._nodes: list[fx.Node] = []
+
+    def of(self, plan: AttentionPlan, device: torch.device) -> list[fx.Node | None]:
+        """(warm, *memory, report) of a site, as inputs of the graph."""
+        shapes = shapes_of(plan)
+        if shapes and self._warm is None:
+            self._warm = _add_placeholder(self._graph, "sparsify_warm", before=self._nodes)
+        site = plan.site
+        tensors = {**shapes, "report": (len(REPORT), site.batch, site.heads)}
+        self._reports[site.name] = len(self._specs) + len(shapes)
+        for name, shape in tensors.items():
+            self._specs.append((f"{site.name}.{name}", shape, device))
+            self._nodes.append(_add_placeholder(self._graph, f"sparsify_{name}{site.index}"))
+        return [self._warm if shapes else None, *self._nodes[-len(tensors) :]]
+
+    def held(self) -> Held:
+        """What `Program` has to pass."""
+        return Held(specs=tuple(self._specs), reports=self._reports, warm=self._warm is not None)
+
+
+def _lower_module(
+    gm: fx.GraphModule, lowering: _Lowering, constant: _Request, memory: _Memory | None
+) -> list[tuple[str, Tensor]]:
+    """Lower one graph and its bodies, taking constants from `constant`; returns those it asked for."""
     nodes: dict[str, fx.Node] = {}
     asked: list[tuple[str, Tensor]] = []
 
@@ -72,24 +128,34 @@ def _lower_module(gm: fx.GraphModule, tables: _Tables, constant: _Request) -> li
         return nodes[name]
 
     for node in attention_nodes(gm):
-        original, result = node.meta["original"], node.meta["result"]
-        if node.meta["plan"].method == "dense":
-            result.replace_all_uses_with(original)
+        original, result, plan = node.meta["original"], node.meta["result"], node.meta["plan"]
+        if plan.method == "dense" or lowering.phase == "dense":
+            out = original
+            if plan.method != "dense" and isinstance(plan.settings, DynamicMethod) and memory is not None:
+                out = _emit_observer(gm, node, lowering, request, memory)
+            result.replace_all_uses_with(out)
             _erase_inserted(gm.graph, result)
         else:
-            _emit(gm.graph, node, tables, request)
+            emit = _emit_op if _is_static(plan) else partial(_emit_site, gm, memory=memory)
+            out = emit(node, lowering, request)
+            node.replace_all_uses_with(out)
             gm.graph.erase_node(node)
-            if (
-                node.meta["site"].spelling == "sdpa"
-            ):  # what is left of attention by hand, the inner backend drops
+            if plan.site.spelling == "sdpa":  # what is left of attention by hand, the inner backend drops
                 gm.graph.erase_node(original)
     lowered: dict[int, list[tuple[str, Tensor]]] = {}
     for body in list(bodies(gm)):
         module = body.module
         if id(module) not in lowered:
-            lowered[id(module)] = _lower_module(module, tables, partial(_add_placeholder, module.graph))
+            lowered[id(module)] = _lower_module(
+                module, lowering, partial(_add_placeholder_for, module.graph), None
+            )
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked
+
+
+def _is_static(plan: AttentionPlan) -> bool:
+    """Whether a site is a table and one op: nothing is decided at run time, nothing approximated."""
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop"
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
@@ -104,28 +170,102 @@ def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
             _erase_inserted(graph, source)
 
 
-def _add_placeholder(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
-    """A new last operand of a body, for a tensor that its caller passes."""
+def _add_placeholder(graph: fx.Graph, name: str, *, before: list[fx.Node] | None = None) -> fx.Node:
+    """A new last input of a graph, or one before others."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before():
-        return graph.placeholder(name)
+    if before:
+        place = graph.inserting_before(before[0])
+    else:
+        place = graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before()
+    with place:
+        node = graph.placeholder(name)
+    node._dynamo_source = None
+    return node
 
 
-def _emit(graph: fx.Graph, node: fx.Node, tables: _Tables, request: _Request) -> None:
+def _add_placeholder_for(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+    """A new last operand of a body, for a tensor that its caller passes."""
+    return _add_placeholder(graph, name)
+
+
+def _inputs(graph: fx.Graph, node: fx.Node, lowering: _Lowering, request: _Request) -> tuple[Any, ...]:
+    """(query, key, value, bias, [constants by field]) of an `attention` node."""
+    query, key, value, mask, _ = node.args
+    constants = lowering.constants(node.meta["plan"], tensor_of(query).device)  # type: ignore[union-attr]
+    operands = {field: None if t is None else request(name, t) for field, (name, t) in constants.items()}
+    bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
+    return query, key, value, bias, operands
+
+
+def _emit_op(node: fx.Node, lowering: _Lowering, request: _Request) -> fx.Node:
     plan: AttentionPlan = node.meta["plan"]
-    query, key, value, mask, scale = node.args
-    device = tensor_of(query).device  # type: ignore[union-attr]
-    table = [None if t is None else request(name, t) for name, t in tables.of(plan, device).items()]
+    graph = node.graph
     with graph.inserting_before(node):
-        bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
+        query, key, value, bias, table = _inputs(graph, node, lowering, request)
         op = torch.ops.sparsify.block_sparse_attention.default
-        both = graph.call_function(op, (query, key, value, *table, bias, scale, plan.provider))
+        both = graph.call_function(
+            op, (query, key, value, *table.values(), bias, plan.site.scale, plan.provider)
+        )
         out = graph.call_function(getitem, (both, 0))
-    for new in (both, out):
-        new.meta = {
+    _describe(node, both, out)
+    return out
+
+
+def _emit_site(
+    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, *, memory: _Memory | None
+) -> fx.Node:
+    plan: AttentionPlan = node.meta["plan"]
+    with gm.graph.inserting_before(node):
+        query, key, value, bias, constants = _inputs(gm.graph, node, lowering, request)
+    held = _held_by(node, memory)
+    rows = round(lowering.measure_recall * plan.site.q_tokens) if held else 0
+    name = f"sparsify_site{plan.site.index}"
+    gm.add_submodule(name, SparseSite(plan, tuple(constants), bool(held), rows))
+    with gm.graph.inserting_before(node):
+        out = gm.graph.call_module(name, (query, key, value, bias, *constants.values(), *held))
+    _describe(node, out)
+    return out
+
+
+def _emit_observer(
+    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, memory: _Memory
+) -> fx.Node:
+    """The output of the model's own call, after the site has seen its query and key."""
+    plan: AttentionPlan = node.meta["plan"]
+    original = node.meta["original"]
+    held = _held_by(node, memory)
+    if not shapes_of(plan):
+        return original
+    query, key, *_ = node.args
+    with gm.graph.inserting_before(node):
+        *_, constants = _inputs(gm.graph, node, lowering, request)
+    name = f"sparsify_site{plan.site.index}"
+    gm.add_submodule(name, Observer(SparseSite(plan, tuple(constants), True, 0)))
+    with gm.graph.inserting_after(original):
+        out = gm.graph.call_module(name)
+    original.replace_all_uses_with(out)
+    out.args = (original, query, key, *constants.values(), *held)
+    _describe(node, out)
+    return out
+
+
+def _held_by(node: fx.Node, memory: _Memory | None) -> list[fx.Node | None]:
+    """The inputs through which a site remembers; none for a site that does not."""
+    plan = node.meta["plan"]
+    if memory is None or not isinstance(plan.settings, DynamicMethod):
+        return []
+    query = tensor_of(node.args[0])
+    assert query is not None
+    int(query.shape[0])  # memory has a batch: guard on it
+    return memory.of(plan, query.device)
+
+
+def _describe(node: fx.Node, *new: fx.Node) -> None:
+    """Carry over where a call stands in the model, and what is done there."""
+    for one in new:
+        one.meta = {
             k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "site", "plan") if k in node.meta
         }
-    node.replace_all_uses_with(out)
 
 
 def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:

@@ -14,8 +14,8 @@ from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
-from sparsify_compiler.passes.planning import graph_plan, plan_sites
-from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.passes.planning import plan_sites
+from sparsify_compiler.runtime.program import Phase
 
 log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -30,21 +30,25 @@ def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     ]
 
 
-def rewriting(config: SparsifyConfig) -> list[Pass]:
-    """The passes that carry the decision out."""
-    return [lower]
+def rewriting(config: SparsifyConfig, phase: Phase, remembers: bool) -> list[Pass]:
+    """The passes that carry the decision out, for one phase."""
+    return [partial(lower, phase=phase, remembers=remembers, measure_recall=config.measure_recall)]
 
 
-def rewrite(gm: fx.GraphModule, config: SparsifyConfig) -> tuple[fx.GraphModule, GraphPlan]:
-    """A rewritten copy of a Dynamo graph, and the plan it follows. `gm` itself is not touched."""
-    gm = run(copy_graph(gm), analysis(config), config)
-    plan = graph_plan(gm)
-    return run(gm, rewriting(config), config), plan
+def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
+    """A copy of a Dynamo graph that carries its plan: `graph_plan` reads it. `gm` itself is not touched.
+
+    Args:
+        device: device type to plan for, in place of the graph's own.
+    """
+    return run(copy_graph(gm), analysis(config, device), config)
 
 
-def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> GraphPlan:
-    """The plan for a Dynamo graph, which is not touched; for another device type than its own if given."""
-    return graph_plan(run(copy_graph(gm), analysis(config, device), config))
+def rewrite(
+    analysed: fx.GraphModule, config: SparsifyConfig, phase: Phase = "sparse", *, remembers: bool = True
+) -> fx.GraphModule:
+    """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
+    return run(copy_graph(analysed), rewriting(config, phase, remembers), config)
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:

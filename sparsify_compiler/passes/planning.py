@@ -1,19 +1,21 @@
 """Decide what is done at every site: a pure function of sites, layouts and config.
 
 before   attention(q, k, v, m, scale)     meta["site"], meta["layout"]
-after    the same                         meta["plan"]: AttentionPlan
+after    the same                         meta["plan"]: AttentionPlan; the graph's: GraphPlan
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes.capture import all_sites
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout, count_of
 
 
 def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
@@ -27,7 +29,8 @@ def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None
         for node in nodes:
             node.meta["site"] = replace(node.meta["site"], device=device)
     pairs = [(node.meta["site"], node.meta.get("layout")) for node in nodes]
-    for node, plan in zip(nodes, make_plan(pairs, config), strict=True):
+    gm.meta["plan"] = make_plan(pairs, config)
+    for node, plan in zip(nodes, gm.meta["plan"], strict=True):
         node.meta["plan"] = plan
     return gm
 
@@ -39,11 +42,16 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         OptionError: a setting that does not fit the layout, such as more reference frames than frames.
         ProviderError: the provider asked for cannot run a site that is to be sparse.
     """
-    densities: dict[object, float] = {}
+    pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
+    reasons = [_refusal(site, layout, config) for site, layout in pairs]
+    first = count_of(_or_default(config.dense_layers, config.method.dense_layers), reasons.count(""))
+    densities: dict[object, float | None] = {}
     plans = []
-    for site, layout in sites:
-        layout = layout or TokenLayout(tokens=site.q_tokens)
-        if why := _refusal(site, layout, config):
+    for (site, layout), why in zip(pairs, reasons, strict=True):
+        if not why and first > 0:
+            first -= 1
+            why = "among the first layers, which stay dense (dense_layers)"
+        if why:
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=why))
             continue
         method = config.method.fit(layout)
@@ -55,7 +63,8 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
             value_dim=site.value_dim,
         )
         if (layout, method) not in densities:
-            densities[layout, method] = method.table(layout).density()
+            static = isinstance(method, StaticMethod)
+            densities[layout, method] = method.table(layout).density() if static else None
         plans.append(
             AttentionPlan(
                 site=site,
@@ -63,11 +72,18 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 method=method.name,
                 settings=method,
                 provider=provider.name,
+                far_field=_or_default(config.far_field, method.far_field),
                 density=densities[layout, method],
                 reason=f"{layout.reason}; {provider.name}: {provider.reason}",
             )
         )
-    return GraphPlan(plans=tuple(plans))
+    dense_steps = _or_default(config.dense_steps, config.method.dense_steps)
+    sparse = any(plan.method != "dense" for plan in plans)
+    return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
+
+
+def _or_default(asked: Any, default: Any) -> Any:
+    return default if asked is None else asked
 
 
 def _refusal(site: AttentionSite, layout: TokenLayout, config: SparsifyConfig) -> str:
@@ -82,5 +98,5 @@ def _refusal(site: AttentionSite, layout: TokenLayout, config: SparsifyConfig) -
 
 
 def graph_plan(gm: fx.GraphModule) -> GraphPlan:
-    """The plans attached to a graph, in site order."""
-    return GraphPlan(plans=tuple(node.meta["plan"] for node in all_sites(gm)))
+    """The plan attached to a graph, with its sites in order."""
+    return gm.meta["plan"]

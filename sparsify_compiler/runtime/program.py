@@ -1,19 +1,109 @@
 """The compiled form of one graph."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.runtime.clock import Prints
+from sparsify_compiler.runtime.state import Spec, state_of
+
+Phase = Literal["dense", "sparse"]
+Run = Callable[..., Any]
+
+_COLD, _WARM = torch.tensor(False), torch.tensor(True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Which inputs of a graph tell what call this is, by their places."""
+
+    owner: int | None
+    """A Parameter of the model, to which its state belongs."""
+    time: int | None
+    """The time step."""
+    others: tuple[int, ...]
+    """All other tensors that are not the model's own: latents, conditioning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """The extra inputs of a graph, through which its sites remember."""
+
+    specs: tuple[Spec, ...] = ()
+    reports: dict[str, int] = field(default_factory=dict)
+    """Site -> place of its report among the tensors."""
+    warm: bool = False
+    """Whether the first extra input is the flag that says if the tensors hold anything."""
+
+
+@dataclass(slots=True, eq=False)
 class Program:
-    """What Dynamo calls instead of the model's code: a compiled graph, and the plan it follows."""
+    """What Dynamo calls instead of the model's code: the compiled phases of a graph, and the plan they follow."""
 
     plan: GraphPlan
-    run: Callable[..., Any]
+    inputs: Inputs
+    held: Held
+    compile: Callable[[Phase], Run]
+    """Compiles a phase; it is called when the phase is first needed."""
+    clocked: bool
+    """Whether anything depends on what call this is."""
+    _phases: dict[Phase, Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Run the compiled graph on the inputs of Dynamo's graph."""
-        return self.run(*args)
+        """Run on the inputs of Dynamo's graph."""
+        if not self.clocked:
+            return self.phase("sparse")(*args)
+        state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
+        reads = self.inputs.time is not None and state.clock.reads()
+        tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, ())))
+        if tick.new_video:
+            state.new_video()
+        dense = self.plan.dense_count(tick.steps)
+        phase: Phase = "dense" if tick.step is not None and tick.step < dense else "sparse"
+        if not self.held.specs:
+            return self.phase(phase)(*args)
+        stream = state.stream(self.held.specs, tick.stream)
+        warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
+        result = self.phase(phase)(*args, *warm, *stream.tensors)
+        stream.calls += 1
+        reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
+        state.record(tick, phase, reports if phase == "sparse" else {})
+        return result
+
+    def phase(self, name: Phase) -> Run:
+        """The compiled graph of a phase."""
+        if name not in self._phases:
+            self._phases[name] = self.compile(name)
+        return self._phases[name]
+
+
+def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
+    """The time step, the largest where there are several, and two numbers for every other input.
+
+    All are read from a device at once: one synchronisation.
+    """
+    assert inputs.time is not None
+    numbers = [
+        args[inputs.time].detach().double().amax(),
+        *(n for i in inputs.others for n in _print(args[i])),
+    ]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, number in enumerate(numbers):
+        by_device.setdefault(number.device, []).append(place)
+    values = [0.0] * len(numbers)
+    for places in by_device.values():
+        read = torch.stack([numbers[place] for place in places]).nan_to_num().tolist()
+        for place, value in zip(places, read, strict=True):
+            values[place] = value
+    return values[0], tuple(zip(values[1::2], values[2::2], strict=True))
+
+
+def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares: equal for equal tensors, hardly ever else."""
+    flat = tensor.detach().flatten()
+    flat = flat.float() if not flat.is_complex() else torch.view_as_real(flat).flatten().float()
+    return flat.sum(dtype=torch.float64), flat.square().sum(dtype=torch.float64)

@@ -17,6 +17,7 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import warn_once
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.testing.dits import Recipe, recipes
@@ -63,7 +64,7 @@ def planned(
         seen = copy.deepcopy(gm) if edit else gm
         if edit:
             edit(seen)
-        plans.append(pipeline.analyse(seen, configure({})))
+        plans.append(graph_plan(pipeline.analyse(seen, configure({}))))
         return gm.forward
 
     with torch.no_grad():

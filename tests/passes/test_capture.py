@@ -13,6 +13,7 @@ from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.capture import attention, capture
 from sparsify_compiler.passes.fx import copy_graph, module_path
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.testing.oracles import masked_attention, tile_mask
 from sparsify_compiler.testing.strategies import qkv
@@ -33,9 +34,10 @@ def compiled(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, Graph
     plans: list[GraphPlan] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        graph, plan = pipeline.rewrite(gm, configure(OPTIONS | {"inner_backend": "eager"}))
-        plans.append(plan)
-        return graph.forward
+        config = configure(OPTIONS | {"inner_backend": "eager"})
+        analysed = pipeline.analyse(gm, config)
+        plans.append(graph_plan(analysed))
+        return pipeline.rewrite(analysed, config).forward
 
     out = torch.compile(function, backend=backend, fullgraph=True)(*args)
     (plan,) = plans
@@ -303,7 +305,8 @@ def test_a_dense_plan_puts_the_models_own_call_back(x: Tensor) -> None:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         twin = capture(copy_graph(gm))
         assert [n.target for n in twin.graph.nodes].count(attention) == 1
-        graph, _ = pipeline.rewrite(gm, configure({"method": "dense"}))
+        config = configure({"method": "dense"})
+        graph = pipeline.rewrite(pipeline.analyse(gm, config), config)
         graphs.append(graph)
         assert [n.target for n in graph.graph.nodes] == [n.target for n in gm.graph.nodes]
         return graph.forward

@@ -13,6 +13,7 @@ from sparsify_compiler import SparsifyWarning
 from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import warn_once
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.program import Program
 
@@ -32,7 +33,7 @@ def planned(function: Callable[..., Tensor], *args: Any) -> list[AttentionPlan]:
     plans: list[AttentionPlan] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        plans.extend(pipeline.analyse(gm, configure({})))
+        plans.extend(graph_plan(pipeline.analyse(gm, configure({}))))
         return gm.forward
 
     with torch.no_grad():

@@ -1,0 +1,127 @@
+"""Method `cubes`: the video cut into 3-D cubes, each of which reads the cubes that matter to it now.
+
+Neighbours in space and time attend alike, so a cube of the grid can do what a cluster does in SVG2 (arXiv
+2505.18875), without k-means: the order of the tokens is fixed, blocks are of one size but for the tails at the
+grid's edges, and only the choice is made anew in every call. With mean query q_i and mean key k_j of cubes,
+
+    P_ij = |K_j| exp(s q_i . k_j) / sum over j' of |K_j'| exp(s q_i . k_j')
+
+and a query cube reads the key cubes with the largest P until their sum passes `top_p`, never fewer than
+`min_kv_ratio` of them. Tokens outside the grid (text, references) see everything and are seen by everything.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.clustering import top_p_blocks
+from sparsify_compiler.kernels.statistics import block_means
+from sparsify_compiler.methods.selection import (
+    Blocks,
+    Memory,
+    Selection,
+    Tokens,
+    check_count,
+    check_share,
+    floor_blocks,
+    table_amid,
+)
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+Cube = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cubes:
+    """Options of the method."""
+
+    top_p: float = 0.9
+    """Estimated attention mass that every query cube keeps at least, in (0, 1]; 1 keeps everything."""
+    min_kv_ratio: float = 0.1
+    """Share of the key cubes that every query cube keeps at least, in [0, 1]."""
+    cube: Cube = (4, 4, 4)
+    """(frames, rows, columns) of a block of keys; cut off at the edges of the grid."""
+    query_cube: Cube = (4, 8, 8)
+    """(frames, rows, columns) of a block of queries."""
+
+    name: ClassVar[str] = "cubes"
+    dense_steps: ClassVar[float] = 0.2
+    dense_layers: ClassVar[float] = 0.03
+    far_field: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "top_p", check_share("top_p", self.top_p, zero=False))
+        object.__setattr__(self, "min_kv_ratio", check_share("min_kv_ratio", self.min_kv_ratio, zero=True))
+        for name in ("cube", "query_cube"):
+            sizes = getattr(self, name)
+            if not isinstance(sizes, (tuple, list)) or len(sizes) != 3:
+                raise OptionError(f"{name} must be three integers (frames, rows, columns), got {sizes!r}")
+            object.__setattr__(self, name, tuple(check_count(name, size) for size in sizes))
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """The method needs to know where the tokens lie in the video."""
+        return layout.reason if layout.grid is None else ""
+
+    def fit(self, layout: TokenLayout) -> Self:
+        """Itself: cubes larger than the grid are cut off."""
+        return self
+
+    def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
+        """Orders and bounds of both sides, [1, 1, V] and [1, 1, N+1] int32."""
+        assert layout.grid is not None
+        query, key = (cut(layout.grid, cube) for cube in (self.query_cube, self.cube))
+        return {
+            "q_order": query.order,
+            "q_bounds": query.bounds,
+            "kv_order": key.order,
+            "kv_bounds": key.bounds,
+        }
+
+    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+        """Nothing is remembered."""
+        return {}
+
+    def observe(self, tokens: Tokens, memory: Memory, **constants: Tensor) -> tuple[Tensor, ...]:
+        """Nothing is learnt from dense steps."""
+        return ()
+
+    def select(
+        self,
+        tokens: Tokens,
+        memory: Memory,
+        q_order: Tensor,
+        q_bounds: Tensor,
+        kv_order: Tensor,
+        kv_bounds: Tensor,
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads."""
+        query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
+        q_means, kv_means = (
+            block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)
+            for points, blocks in zip(tokens.video(), (query, key), strict=True)
+        )
+        counts, indices, kept = top_p_blocks(
+            q_means,
+            kv_means,
+            kv_bounds.diff(dim=-1),
+            scale=tokens.scale,
+            top_p=self.top_p,
+            min_blocks=floor_blocks(self.min_kv_ratio, kv_means.shape[2]),
+            provider=tokens.provider,
+        )
+        return Selection(table_amid(tokens.layout, query, key, counts, indices, q_means.shape[1]), kept), ()
+
+
+def cut(grid: Cube, cube: Cube) -> Blocks:
+    """The tokens of a row-major grid, cube by cube; cubes and the tokens in each lie row-major too."""
+    places = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
+    counts = [-(-size // edge) for size, edge in zip(grid, cube, strict=True)]
+    t, y, x = (place.flatten() // edge for place, edge in zip(places, cube, strict=True))
+    number = (t * counts[1] + y) * counts[2] + x
+    order = number.argsort(stable=True)
+    sizes = number.bincount(minlength=counts[0] * counts[1] * counts[2])
+    bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return Blocks(order[None, None].int(), bounds[None, None].int())

@@ -1,0 +1,130 @@
+"""What dynamic methods share: the options of top-p selection, and tables over video tokens amid others."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsify_compiler.config import integer, share
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.table import BlockTable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What a dynamic method looks at: the inputs of an attention call, detached."""
+
+    query: Tensor
+    """[B, H, S, D], any strides."""
+    key: Tensor
+    """[B, Hkv, S, D]."""
+    layout: TokenLayout
+    scale: float
+    provider: str
+
+    def video(self) -> tuple[Tensor, Tensor]:
+        """The query and key of the video tokens alone."""
+        start, stop = self.layout.before, self.layout.tokens - self.layout.after
+        return self.query[:, :, start:stop], self.key[:, :, start:stop]
+
+
+class Memory(NamedTuple):
+    """What a method remembers of the calls before."""
+
+    warm: Tensor
+    """0-d bool on the CPU: whether `tensors` hold anything yet."""
+    tensors: tuple[Tensor, ...]
+    """fp32, of the shapes that the method's `memory` gives."""
+
+
+class Selection(NamedTuple):
+    """What a dynamic method decides in one call."""
+
+    table: BlockTable
+    kept: Tensor
+    """[B, H, Nq] fp32: the attention mass that the method estimates each block of video queries to keep."""
+
+
+class Blocks(NamedTuple):
+    """The video tokens of one side in blocks, each of int32."""
+
+    order: Tensor
+    """[B|1, H|1, V], tokens of the video counted from 0."""
+    bounds: Tensor
+    """[B|1, H|1, N+1]."""
+
+    def among(self, layout: TokenLayout, heads: int) -> "Blocks":
+        """In the whole sequence: the tokens before and after the video are a block of their own each.
+
+        Args:
+            heads: to repeat the heads for, where key heads serve several query heads.
+        """
+        order, bounds = self
+        if order.shape[1] > 1:
+            order, bounds = (t.repeat_interleave(heads // t.shape[1], 1) for t in self)
+        before, after, tokens = layout.before, layout.after, layout.tokens
+
+        def run(first: int, last: int) -> Tensor:
+            return torch.arange(first, last, dtype=torch.int32, device=order.device).expand(
+                *order.shape[:2], -1
+            )
+
+        order = torch.cat([run(0, before), order + before, run(tokens - after, tokens)], -1)
+        bounds = pad(bounds + before, (1 if before else 0, 0), value=0)
+        return Blocks(order, pad(bounds, (0, 1 if after else 0), value=tokens))
+
+
+def table_amid(
+    layout: TokenLayout, query: Blocks, key: Blocks, counts: Tensor, indices: Tensor, heads: int
+) -> BlockTable:
+    """The table in which video reads the listed blocks of video, and other tokens see and are seen by everything.
+
+    Args:
+        counts: [B, H, Nq] int32, blocks that each block of video queries reads.
+        indices: [B, H, Nq, Nk] int32, which; a permutation of all, those read first.
+    """
+    before, after = int(layout.before > 0), int(layout.after > 0)
+    columns = indices.shape[-1] + before + after
+    if before or after:
+        others = [0] * before + [columns - 1] * after
+        first = [torch.full_like(indices[..., :1], other) for other in others]
+        indices = torch.cat([*first, indices + before], -1)
+        every = torch.arange(columns, dtype=torch.int32, device=indices.device)
+        every = every.expand(*indices.shape[:2], 1, -1)
+        indices = torch.cat([*[every] * before, indices, *[every] * after], 2)
+        counts = pad(counts + before + after, (before, after), value=columns)
+    q_order, q_bounds = query.among(layout, heads)
+    kv_order, kv_bounds = key.among(layout, heads)
+    return BlockTable(
+        q_order=q_order,
+        q_bounds=q_bounds,
+        kv_order=kv_order,
+        kv_bounds=kv_bounds,
+        kv_num_blocks=counts,
+        kv_indices=indices,
+    )
+
+
+def check_share(name: str, value: object, *, zero: bool) -> float:
+    """`value` as a float in (0, 1], or in [0, 1] where zero is allowed; OptionError else."""
+    number = share(value)
+    if number is None or (number == 0 and not zero):
+        raise OptionError(f"{name} must be a number in {'[' if zero else '('}0, 1], got {value!r}")
+    return number
+
+
+def check_count(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int of at least `least`; OptionError else."""
+    count = integer(value)
+    if count is None or count < least:
+        raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return count
+
+
+def floor_blocks(min_kv_ratio: float, blocks: int) -> int:
+    """The fewest blocks that a row may keep: `min_kv_ratio * blocks`, rounded up; at least one."""
+    return max(1, math.ceil(min_kv_ratio * blocks - 1e-9))

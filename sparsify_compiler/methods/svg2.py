@@ -1,0 +1,162 @@
+"""Method `svg2`: semantic permutation, Sparse VideoGen2 (arXiv 2505.18875).
+
+Per head, after QK-norm and RoPE, the queries and (separately) the keys of the video are clustered by k-means.
+With cluster means q_i, k_j and |K_j| keys in key cluster j, a query cluster estimates its attention as
+
+    P_ij = |K_j| exp(s q_i . k_j) / sum over j' of |K_j'| exp(s q_i . k_j')
+
+and reads the key clusters with the largest P, until their sum passes `top_p`, never fewer than `min_kv_ratio` of
+them. Clusters are warm: a call goes on from the centroids of the call before, in a few iterations.
+Tokens outside the grid (text, references) are one more block each, see everything and are seen by everything.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
+from sparsify_compiler.methods.selection import (
+    Blocks,
+    Memory,
+    Selection,
+    Tokens,
+    check_count,
+    check_share,
+    floor_blocks,
+    table_amid,
+)
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+RELEASED = ((0, 0, 0), (32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
+"""(video tokens, query clusters, key clusters): none, then as released for Wan 480p and 720p, HunyuanVideo 720p."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Svg2:
+    """Options of the method."""
+
+    top_p: float = 0.9
+    """Estimated attention mass that every query cluster keeps at least, in (0, 1]; 1 keeps everything."""
+    min_kv_ratio: float = 0.1
+    """Share of the key clusters that every query cluster keeps at least, in [0, 1]."""
+    q_clusters: int | None = None
+    """Clusters of queries; `clusters_for` the tokens if None."""
+    kv_clusters: int | None = None
+    """Clusters of keys; `clusters_for` the tokens if None."""
+    kmeans_iters: tuple[int, int] = (50, 2)
+    """Iterations of k-means in the first call of a video and in later ones."""
+    seed: int = 0
+    """Of the tokens that clusters start from."""
+
+    name: ClassVar[str] = "svg2"
+    dense_steps: ClassVar[float] = 0.2
+    dense_layers: ClassVar[float] = 0.03
+    far_field: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        checked = {
+            "top_p": check_share("top_p", self.top_p, zero=False),
+            "min_kv_ratio": check_share("min_kv_ratio", self.min_kv_ratio, zero=True),
+            "seed": check_count("seed", self.seed, 0),
+            "kmeans_iters": self._iterations(),
+        }
+        for name in ("q_clusters", "kv_clusters"):
+            if (value := getattr(self, name)) is not None:
+                checked[name] = check_count(name, value)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def _iterations(self) -> tuple[int, int]:
+        pair = self.kmeans_iters
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise OptionError(f"kmeans_iters must be two integers (first, later), got {pair!r}")
+        return check_count("kmeans_iters[0]", pair[0]), check_count("kmeans_iters[1]", pair[1])
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """The method needs to know which tokens are the video's."""
+        return layout.reason if layout.grid is None else ""
+
+    def fit(self, layout: TokenLayout) -> "Svg2":
+        """With the numbers of clusters filled in."""
+        tokens = layout.video_tokens
+        counts = dict(zip(("q_clusters", "kv_clusters"), clusters_for(tokens), strict=True))
+        for name in counts:
+            if (asked := getattr(self, name)) is not None:
+                if asked > tokens:
+                    raise OptionError(f"{name} must be at most the {tokens} tokens of the video, got {asked}")
+                counts[name] = asked
+        return replace(self, q_clusters=counts["q_clusters"], kv_clusters=counts["kv_clusters"])
+
+    def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
+        """The tokens that clusters start from: [clusters] int64, drawn without repetition."""
+        assert self.q_clusters is not None
+        assert self.kv_clusters is not None
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(layout.video_tokens, generator=generator)
+        return {"q_start": drawn[: self.q_clusters], "kv_start": drawn[: self.kv_clusters]}
+
+    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+        """The centroids: [B, H, q_clusters, D] and [B, Hkv, kv_clusters, D]."""
+        assert self.q_clusters is not None
+        assert self.kv_clusters is not None
+        return {
+            "q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim),
+            "kv_centroids": (site.batch, site.kv_heads, self.kv_clusters, site.head_dim),
+        }
+
+    def observe(
+        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Cluster, so that the first sparse step finds warm centroids; returns the new memory."""
+        (q_centroids, _), (kv_centroids, _) = self._cluster(tokens, memory, q_start, kv_start)
+        return q_centroids, kv_centroids
+
+    def select(
+        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads, and the new memory."""
+        clusters = self._cluster(tokens, memory, q_start, kv_start)
+        (q_centroids, _), (kv_centroids, _) = clusters
+        query, key = (
+            Blocks(*sort_by_label(labels, centroids.shape[2], provider=tokens.provider))
+            for centroids, labels in clusters
+        )
+        counts, indices, kept = top_p_blocks(
+            q_centroids,
+            kv_centroids,
+            key.bounds.diff(dim=-1),
+            scale=tokens.scale,
+            top_p=self.top_p,
+            min_blocks=floor_blocks(self.min_kv_ratio, kv_centroids.shape[2]),
+            provider=tokens.provider,
+        )
+        table = table_amid(tokens.layout, query, key, counts, indices, q_centroids.shape[1])
+        return Selection(table, kept), (q_centroids, kv_centroids)
+
+    def _cluster(
+        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(centroids, labels) of the queries and of the keys."""
+        first, later = self.kmeans_iters
+        return [
+            kmeans(points, centroids, start, memory.warm, first=first, later=later, provider=tokens.provider)
+            for points, centroids, start in zip(
+                tokens.video(), memory.tensors, (q_start, kv_start), strict=True
+            )
+        ]
+
+
+def clusters_for(tokens: int) -> tuple[int, int]:
+    """(query clusters, key clusters) for a video of so many tokens: a straight line through `RELEASED`, and on.
+
+    Below 480p that is one query cluster for every 164 tokens and one key cluster for every 33; beyond 720p
+    query clusters go on growing and key clusters do not, as in the released settings.
+    """
+    low, high = next((pair for pair in pairwise(RELEASED) if tokens <= pair[1][0]), RELEASED[-2:])
+    along = (tokens - low[0]) / (high[0] - low[0])
+    q_clusters, kv_clusters = (round(a + along * (b - a)) for a, b in zip(low[1:], high[1:], strict=True))
+    return max(1, q_clusters), max(1, kv_clusters)

@@ -1,0 +1,189 @@
+"""The step clock: which step of a generation a call of the model is, and which stream it belongs to.
+
+Nothing here touches a tensor: a clock sees the time step and a few numbers for each of the other inputs, and
+counts. What it works out:
+
+- *step*: how many times the time step has changed since the video began, up or down. A solver of second order,
+  which asks twice at one time step, stays in its step.
+- *new video*: the time step went against the direction of the schedule. Direction is learnt anew each video.
+- *stream*: calls at one time step whose other inputs differ are streams (conditional, unconditional). An input
+  that changed for every stream when the time step did (the latents) tells no streams apart.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import OptionError
+
+USUAL_STEPS = 50
+"""Steps of a generation of which nothing is known."""
+
+MOST_STREAMS = 4
+"""Streams of one model; a further one means that a new video began without a change of the time step."""
+
+Prints = tuple[tuple[float, ...], ...]
+"""For each input but the time step, numbers that are equal where the input is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What the clock says of one call."""
+
+    step: int | None
+    """From 0; None where the calls do not tell: no time step among the inputs, no open `generation`."""
+    steps: int
+    """Steps of the whole generation: what `generation` says, else those of the last video, else 50."""
+    stream: int = 0
+    """From 0, in the order in which the video's first step called them."""
+    new_video: bool = False
+    """Whether what was learnt from earlier calls is of another video."""
+
+
+@dataclass(slots=True)
+class StepClock:
+    """One for each model; `tick` is called at every forward."""
+
+    _steps: int = USUAL_STEPS
+    _generation: "Generation | None" = None
+    _before: int = 0
+    """Steps that other models of the generation had done when this one was first called in it."""
+    _calls: int = 0
+    """Since the generation or the process began."""
+    _step: int = 0
+    _time: float | None = None
+    _direction: int = 0
+    """Of the time steps of this video: 1 rising, -1 falling, 0 not known yet."""
+    _streams: list[Prints] = field(default_factory=list)
+    """The last prints of each."""
+    _varying: set[int] = field(default_factory=set)
+    """Inputs that change with the steps."""
+
+    def reads(self) -> bool:
+        """Whether the next `tick` needs the inputs' values."""
+        generation = _open.get()
+        return generation is None or generation.streams is None
+
+    def tick(self, time: float | None, prints: Prints) -> Tick:
+        """Count a call.
+
+        Args:
+            time: the time step; None where the graph has none, or where `reads` says that it is not needed.
+            prints: the other inputs; empty if time is None.
+        """
+        generation = _open.get()
+        new_video = generation is not self._generation
+        if new_video:
+            self._begin(generation)
+        self._calls += 1
+        if time is not None:
+            new_video = self._advance(time, prints) or new_video
+            stream = self._recognise(prints, moved=time != self._time)
+            self._time = time
+            self._streams[stream : stream + 1] = [prints]
+        elif generation is not None:
+            self._step, stream = divmod(self._calls - 1, generation.streams or 1)
+        else:
+            return Tick(None, self._steps, 0, new_video)
+        return Tick(self._before + self._step, self._steps, stream, new_video)
+
+    def _begin(self, generation: "Generation | None") -> None:
+        """A `generation` was opened or closed."""
+        self._generation, self._before, self._calls = generation, 0, 0
+        self._start_video()
+        if generation is not None:
+            self._steps = generation.steps
+            done = max((clock._before + clock._step + 1 for clock in generation.clocks), default=0)
+            self._before = done if done > 1 else 0
+            generation.clocks.append(self)
+
+    def _start_video(self) -> None:
+        self._step, self._time, self._direction = 0, None, 0
+        self._streams.clear()
+
+    def _advance(self, time: float, prints: Prints) -> bool:
+        """Move to the step of a time step; whether a new video begins with it."""
+        if self._time is None:
+            return False
+        if time == self._time:
+            ended = len(self._streams) == MOST_STREAMS and self._is_foreign(prints)
+        else:
+            direction = 1 if time > self._time else -1
+            ended = self._direction == -direction
+            if not ended:
+                self._direction = direction
+                self._step += 1
+                self._learn(prints)
+        if ended:
+            if self._generation is None and self._step > 0:
+                self._steps = self._step + 1
+            self._start_video()
+        return ended
+
+    def _learn(self, prints: Prints) -> None:
+        """The time step changed: what changed for every stream goes with the steps, not with a stream."""
+        for i, value in enumerate(prints):
+            if all(value != stream[i] for stream in self._streams):
+                self._varying.add(i)
+        apart: dict[Prints, Prints] = {}
+        for stream in self._streams:
+            apart.setdefault(self._conditioning(stream), stream)
+        self._streams = list(apart.values())
+
+    def _conditioning(self, prints: Prints) -> Prints:
+        return tuple(value for i, value in enumerate(prints) if i not in self._varying)
+
+    def _is_foreign(self, prints: Prints) -> bool:
+        """Whether a call is of no stream known so far."""
+        return all(self._conditioning(stream) != self._conditioning(prints) for stream in self._streams)
+
+    def _recognise(self, prints: Prints, *, moved: bool) -> int:
+        """The stream of a call; `moved`: the time step has just changed, so that no stream begins."""
+        if not self._is_foreign(prints):
+            own = self._conditioning(prints)
+            return next(i for i, stream in enumerate(self._streams) if self._conditioning(stream) == own)
+        if not moved or not self._streams:
+            return len(self._streams)
+        # An input changed with the step that tells streams apart: the stream that is most like it.
+        alike = [sum(a == b for a, b in zip(prints, stream, strict=True)) for stream in self._streams]
+        return alike.index(max(alike))
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """What a user says of the calls to come."""
+
+    steps: int
+    streams: int | None
+    clocks: list[StepClock] = field(default_factory=list)
+
+
+_open: ContextVar[Generation | None] = ContextVar("generation", default=None)
+
+
+@contextmanager
+def generation(steps: int, streams: int | None = None) -> Iterator[None]:
+    """Say that one video is generated in the block, so that no step has to be guessed.
+
+    Args:
+        steps: denoising steps, of which `dense_steps` may be a share.
+        streams: calls of the model in each step, which then come in turn: 1, or 2 for guidance in two calls.
+            Given, nothing is read from the device, and steps are counted: a solver of second order makes two.
+            None: time steps and streams are read off the inputs, one synchronisation a forward on a GPU.
+
+    Models that take turns within a generation (experts for high and low noise) go on counting where the one
+    before stopped.
+
+    Raises:
+        OptionError: a number below 1.
+    """
+    for name, value in (("steps", steps), ("streams", streams)):
+        if (value is not None or name == "steps") and (integer(value) or 0) < 1:
+            raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
+    token = _open.set(Generation(steps, streams))
+    try:
+        yield
+    finally:
+        _open.reset(token)
