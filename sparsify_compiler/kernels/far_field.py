@@ -11,8 +11,13 @@ covariance C_j of keys and values (weighted by exp(key_bias)), and s the scale:
             query block, at its mean query: M_i. PISA (arXiv 2602.01077) has the first order as one matrix for
             the whole sequence, without the variance, over flat blocks.
 
-Neither is always better than dropping, so a few rows are computed exactly, and a head whose far field raises
-their error does without. Nothing here reads a value back from the device.
+An expansion is good where its terms are small, and where attention is sharp they grow without end: far fields
+then err ten times as much as dropping, in rows too few for a sample to see. So both terms of `linear` are bounded
+by what a block holds. Its variance shrinks until the second order is at most 1/2 for a query of mean square
+size; s q M_i moves no channel further than the standard deviation of the values it stands for.
+
+Neither form is always better than dropping, so a few rows are computed exactly, and a head whose far field
+raises their error does without. Nothing here reads a value back from the device.
 """
 
 import math
@@ -85,7 +90,7 @@ def attention_with_far_field(
                 recall = _recall(sample.take(near_lse), exact[1])
         if far_field == "drop":
             return near_out, near_lse, Report(torch.zeros_like(recall).float(), recall.float())
-        far_out, far_lse, matrices = key_side(
+        far_out, far_lse, matrices, limits = key_side(
             query,
             key,
             value,
@@ -104,6 +109,7 @@ def attention_with_far_field(
                     sample.take(query),
                     *(*near_rows, *far_rows),
                     matrices,
+                    limits,
                     sample.q_bounds,
                     None,
                     scale=scale,
@@ -116,6 +122,7 @@ def attention_with_far_field(
             query,
             *(near_out, near_lse, far_out, far_lse),
             matrices,
+            limits,
             table.q_bounds,
             table.q_order,
             scale=scale,
@@ -162,25 +169,29 @@ def key_side(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The far field alone: (out [B, H, Sq, Dv], lse [B, H, Sq], M [B, H, Nq, D, Dv] or None).
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The far field alone: (out [B, H, Sq, Dv], lse [B, H, Sq], M [B, H, Nq, D, Dv], its limits [B, H, Nq, Dv]).
 
-    `out` lacks the term s q M of `linear`, which `merge_far_field` adds.
+    `out` lacks the term s q M of `linear`, which `merge_far_field` adds; `mean` has neither M nor limits.
     """
     far = complement(table)
-    log_weight, key_mean, value_mean, key_variance, covariance = statistics.block_statistics(
+    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
         key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
     )
     # The bias is no function of keys and values, but a result of an op that is.
     log_weight = log_weight.detach().repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
-    virtual_query, virtual_key, matrices = query, key_mean, None
+    virtual_query, virtual_key, matrices, limits = query, key_mean, None, None
     if linear:
-        virtual_query = torch.cat([query, query * (query * (scale / 2))], dim=-1)
-        virtual_key = torch.cat([key_mean, key_variance], dim=-1)
+        virtual_query = _with_squares(query, scale)
+        mean_square = virtual_query[..., query.shape[-1] :].mean(2, keepdim=True, dtype=key_mean.dtype)
+        mean_square = mean_square.unflatten(1, (key_mean.shape[1], -1)).mean(2)
+        second_order = scale * (mean_square * key_variance).sum(-1, keepdim=True)
+        virtual_key = torch.cat([key_mean, key_variance * (0.5 / second_order.clamp(min=0.5))], dim=-1)
         mean_query = statistics.block_means(query, table.q_bounds, table.q_order, provider=provider)
-        mean_query = torch.cat([mean_query, mean_query * (mean_query * (scale / 2))], dim=-1)
-        shares = _far_shares(mean_query, virtual_key, log_weight, far, scale)
+        shares = _far_shares(_with_squares(mean_query, scale), virtual_key, log_weight, far, scale)
         matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
+        # Not 0, where a square root has no gradient.
+        limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     out, lse = attention.block_sparse_attention(
         virtual_query,
         _narrow(virtual_key, query.dtype),
@@ -190,7 +201,7 @@ def key_side(
         scale=scale,
         provider=provider,
     )
-    return out, lse, matrices
+    return out, lse, matrices, limits
 
 
 def complement(table: BlockTable) -> BlockTable:
@@ -218,13 +229,15 @@ def merge_far_field(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
     q_bounds: Tensor,
     q_order: Tensor | None,
     *,
     scale: float,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(e^near_lse near_out + e^far_lse (far_out + scale query M)) / (e^near_lse + e^far_lse), and log of the sum.
+    """(e^near_lse near_out + e^far_lse far) / (e^near_lse + e^far_lse), and the log of that sum, where
+    far = far_out + scale query M, the latter kept within +-limits.
 
     A row whose far_lse is -inf is the near row bit for bit, whatever far_out and M hold.
 
@@ -233,6 +246,7 @@ def merge_far_field(
         near_out, far_out: [B, H, Sq, Dv] in the dtype of `query`.
         near_lse, far_lse: [B, H, Sq] fp32 (fp64 for fp64 input).
         matrices: [B, H, Nq, D, Dv] in the dtype of lse, M of each query block, or None.
+        limits: [B, H, Nq, Dv] in the dtype of lse, not negative; None where there are no matrices.
         q_bounds, q_order: the query blocks, as in `BlockTable`.
 
     Returns:
@@ -247,7 +261,7 @@ def merge_far_field(
         value_dim=near_out.shape[-1],
     ).name
     return torch.ops.sparsify.merge_far_field(
-        query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale, name
+        query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale, name
     )
 
 
@@ -259,14 +273,15 @@ def _merge_op(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
     q_bounds: Tensor,
     q_order: Tensor | None,
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices)
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits)
     return providers.load(provider, "far_field").merge(
-        query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale
+        query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale
     )
 
 
@@ -278,9 +293,10 @@ def _merge_fake(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices)
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits)
     return attention.empty_outputs(query, near_out)
 
 
@@ -296,14 +312,15 @@ def _merge_backward_op(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
     q_bounds: Tensor,
     q_order: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return providers.load("reference", "far_field").merge_backward(
         grad_out,
         grad_lse,
-        *(out, lse, query, near_out, near_lse, far_out, far_lse, matrices, q_bounds, q_order, scale),
+        *(out, lse, query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale),
     )
 
 
@@ -319,12 +336,13 @@ def _merge_backward_fake(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (query, near_out, near_lse, far_out, far_lse)
     query, near_out, near_lse, far_out, far_lse = (t.new_empty(t.shape) for t in inputs)
-    matrices = lse.new_empty((0,) if matrices is None else matrices.shape)
-    return query, near_out, near_lse, far_out, far_lse, matrices
+    matrices, limits = (lse.new_empty((0,) if t is None else t.shape) for t in (matrices, limits))
+    return query, near_out, near_lse, far_out, far_lse, matrices, limits
 
 
 def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -333,11 +351,12 @@ def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor])
 
 
 def _merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    *grads, grad_matrices = torch.ops.sparsify.merge_far_field_backward(
+    *grads, grad_matrices, grad_limits = torch.ops.sparsify.merge_far_field_backward(
         grad_out, grad_lse, *ctx.saved_tensors, ctx.scale
     )
-    has_matrices = ctx.saved_tensors[7] is not None
-    return (*grads, grad_matrices if has_matrices else None, *[None] * 4)
+    if ctx.saved_tensors[7] is None:
+        grad_matrices = grad_limits = None
+    return (*grads, grad_matrices, grad_limits, *[None] * 4)
 
 
 _merge_op.register_autograd(_merge_backward, setup_context=_merge_setup)
@@ -350,19 +369,23 @@ def _check_merge(
     far_out: Tensor,
     far_lse: Tensor,
     matrices: Tensor | None,
+    limits: Tensor | None,
 ) -> None:
     """A kernel reads memory by the query's type: raise ValueError where a shape or type does not fit."""
     wide = statistics.wide(query.dtype)
-    lead, head_dim, value_dim = query.shape[:3], query.shape[3], near_out.shape[-1]
+    lead, head_dim, value_dim = tuple(query.shape[:3]), query.shape[3], near_out.shape[-1]
     expected = [
         ("near_out", near_out, (*lead, value_dim), query.dtype),
-        ("near_lse", near_lse, tuple(lead), wide),
+        ("near_lse", near_lse, lead, wide),
         ("far_out", far_out, (*lead, value_dim), query.dtype),
-        ("far_lse", far_lse, tuple(lead), wide),
+        ("far_lse", far_lse, lead, wide),
     ]
-    if matrices is not None:
-        shape = (*query.shape[:2], matrices.shape[2], head_dim, value_dim)
-        expected.append(("matrices", matrices, shape, wide))
+    if (matrices is None) != (limits is None):
+        raise ValueError("matrices and limits come together, got one without the other")
+    if matrices is not None and limits is not None:
+        lead = (*query.shape[:2], matrices.shape[2])
+        expected.append(("matrices", matrices, (*lead, head_dim, value_dim), wide))
+        expected.append(("limits", limits, (*lead, value_dim), wide))
     for name, tensor, shape, dtype in expected:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != query.device:
             raise ValueError(
@@ -431,6 +454,11 @@ def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     shared = left.unflatten(1, (groups, heads // groups)).flatten(2, 3) @ right
     return shared.unflatten(2, (heads // groups, -1)).flatten(1, 2)
+
+
+def _with_squares(query: Tensor, scale: float) -> Tensor:
+    """[q, s/2 q²]: its product with [kbar, var], times s, is the score of a virtual key."""
+    return torch.cat([query, query * (query * (scale / 2))], dim=-1)
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

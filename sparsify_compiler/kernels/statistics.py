@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sparsify_compiler.kernels import providers
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""(log_weight, key_mean, value_mean, key_variance, covariance), see `block_statistics`."""
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""(log_weight, key_mean, value_mean, key_variance, value_variance, covariance), see `block_statistics`."""
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provider: str = "auto") -> Tensor:
@@ -55,7 +55,7 @@ def block_statistics(
         bounds: [B|1, H|1, N+1] int32, as `BlockTable.kv_bounds`; H is a multiple of Hkv.
         order: [B|1, H|1, S] int32, as `BlockTable.kv_order`, or None.
         key_bias: [B|1, H|1, S] float, as for `attention.block_sparse_attention`, or None. No gradient flows to it.
-        covariance: whether second moments are wanted; without, the last two results are empty.
+        covariance: whether second moments are wanted; without, the last three results are empty.
         provider: as in `attention.block_sparse_attention`.
 
     Returns:
@@ -66,6 +66,7 @@ def block_statistics(
         key_mean: [B, G, N, D], E k.
         value_mean: [B, G, N, Dv], E v.
         key_variance: [B, G, N, D], E (k - E k)².
+        value_variance: [B, G, N, Dv], E (v - E v)².
         covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ.
     """
     for name, tensor in (("key", key), ("value", value)):
@@ -110,7 +111,7 @@ def _statistics_op(
     key_bias: Tensor | None,
     covariance: bool,
     provider: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     module = providers.load(provider, "statistics")
     return module.block_statistics(key, value, bounds, order, key_bias, covariance)
 
@@ -137,6 +138,7 @@ def empty_statistics(
         empty(*lead, head_dim),
         empty(*lead, value_dim),
         empty(*lead, head_dim) if covariance else empty(0),
+        empty(*lead, value_dim) if covariance else empty(0),
         empty(*lead, head_dim, value_dim) if covariance else empty(0),
     )
 
@@ -167,6 +169,7 @@ def _statistics_backward_op(
     grad_key_mean: Tensor,
     grad_value_mean: Tensor,
     grad_key_variance: Tensor,
+    grad_value_variance: Tensor,
     grad_covariance: Tensor,
     key: Tensor,
     value: Tensor,
@@ -178,6 +181,7 @@ def _statistics_backward_op(
         grad_key_mean,
         grad_value_mean,
         grad_key_variance,
+        grad_value_variance,
         grad_covariance,
         key,
         value,
@@ -188,9 +192,8 @@ def _statistics_backward_op(
 
 
 @_statistics_backward_op.register_fake
-def _statistics_backward_fake(
-    g0: Tensor, g1: Tensor, g2: Tensor, g3: Tensor, key: Tensor, value: Tensor, *_: Any
-) -> tuple[Tensor, Tensor]:
+def _statistics_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    key, value = arguments[5:7]
     return key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -67,7 +67,11 @@ def far_field_attention(
     s = head_dim**-0.5 if scale is None else scale
     out = q.new_zeros(batch, heads, q_tokens, v.shape[-1])
     lse = q.new_full((batch, heads, q_tokens), -torch.inf)
+    private = any(t is not None and t.shape[1] > 1 for t in (table.kv_bounds, table.kv_order, key_bias))
     for b, h in itertools.product(range(batch), range(heads)):
+        sharing = 1 if private else heads // k.shape[1]
+        first = h // sharing * sharing
+        square = (q[b, first : first + sharing] ** 2).mean((0, 1))
         kv_head = h * k.shape[1] // heads
         keys, values = k[b, kv_head], v[b, kv_head]
         rows, columns, listed = _blocks_of(table, b, h, q_tokens, k.shape[2])
@@ -84,27 +88,35 @@ def far_field_attention(
             far = [j for j in groups if j not in near]
             near_tokens = [t for j in near for t in columns[j]]
 
-            def far_scores(x: Tensor, far: list[int] = far, groups: dict[int, Any] = groups) -> Tensor:
+            def far_scores(
+                x: Tensor, far: list[int] = far, groups: dict[int, Any] = groups, square: Tensor = square
+            ) -> Tensor:
                 scores = []
                 for j in far:
-                    log_weight, mean, _, variance, _ = groups[j]
+                    log_weight, mean, _, variance, _, _ = groups[j]
                     score = s * x.dot(mean) + log_weight
                     if far_field == "linear":
-                        score = score + s * s / 2 * (x * x).dot(variance)
+                        typical = s * s / 2 * square.dot(variance)
+                        score = score + s * s / 2 * (x * x).dot(variance) * min(
+                            1.0, 0.5 / max(typical, 1e-30)
+                        )
                     scores.append(score)
                 return torch.stack(scores)
 
             slope = torch.zeros(head_dim, v.shape[-1], dtype=torch.float64)
+            limit = torch.zeros(v.shape[-1], dtype=torch.float64)
             if far and row and far_field == "linear":
                 shares = far_scores(q[b, h, row].mean(0)).softmax(0)
-                slope = sum((p * groups[j][4] for p, j in zip(shares, far, strict=True)), slope)
+                slope = sum((p * groups[j][5] for p, j in zip(shares, far, strict=True)), slope)
+                limit = sum((p * groups[j][4] for p, j in zip(shares, far, strict=True)), limit)
             for t in row:
                 x = q[b, h, t]
                 scores = [s * x.dot(keys[u]) + bias[u] for u in near_tokens]
                 answers = [values[u] for u in near_tokens]
                 if far_field != "drop" and far:
                     scores += list(far_scores(x))
-                    answers += [groups[j][2] + s * x @ slope for j in far]
+                    shift = (s * x @ slope).clamp(-limit.sqrt(), limit.sqrt())
+                    answers += [groups[j][2] + shift for j in far]
                 if scores:
                     stacked = torch.stack(scores)
                     lse[b, h, t] = stacked.logsumexp(0)
@@ -130,14 +142,14 @@ def _blocks_of(
 
 def _moments(
     keys: Tensor, values: Tensor, bias: list[float]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(log weight, key mean, value mean, key variance, covariance) of one block's tokens."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(log weight, key mean, value mean, key variance, value variance, covariance) of one block's tokens."""
     logs = torch.tensor(bias, dtype=torch.float64)
     w = logs.softmax(0)
     key_mean, value_mean = w @ keys, w @ values
     k, v = keys - key_mean, values - value_mean
     covariance = torch.stack([p * torch.outer(x, y) for p, x, y in zip(w, k, v, strict=True)]).sum(0)
-    return logs.logsumexp(0), key_mean, value_mean, w @ (k * k), covariance
+    return logs.logsumexp(0), key_mean, value_mean, w @ (k * k), w @ (v * v), covariance
 
 
 def assert_close_to_float64(

@@ -36,19 +36,18 @@ def block_statistics(
 ) -> Statistics:
     """See `statistics.block_statistics`."""
     found = empty_statistics(key, value, bounds, order, key_bias, covariance)
-    log_weight, key_mean, value_mean, key_variance, cross = found
+    log_weight, key_mean, value_mean, key_variance, value_variance, cross = found
     k, v, bias = _widen(key, value, key_bias, log_weight.shape[1])
     for at, block, members in blocks(bounds, order, key.shape[2]):
         weights, log_weight[at][:, :, block] = _weights(bias[at][:, :, members])
         keys, values = (_visible(t[at][:, :, members], weights) for t in (k, v))
-        key_mean[at][:, :, block] = mean = (weights * keys).sum(2)
-        value_mean[at][:, :, block] = (weights * values).sum(2)
+        mean_key, mean_value = ((weights * t).sum(2, keepdim=True) for t in (keys, values))
+        key_mean[at][:, :, block], value_mean[at][:, :, block] = mean_key[:, :, 0], mean_value[:, :, 0]
         if covariance:
-            centred = keys - mean[:, :, None]
-            key_variance[at][:, :, block] = (weights * centred.square()).sum(2)
-            cross[at][:, :, block] = (weights * centred).mT @ (
-                values - (weights * values).sum(2, keepdim=True)
-            )
+            keys, values = keys - mean_key, values - mean_value
+            key_variance[at][:, :, block] = (weights * keys.square()).sum(2)
+            value_variance[at][:, :, block] = (weights * values.square()).sum(2)
+            cross[at][:, :, block] = (weights * keys).mT @ values
     return found
 
 
@@ -56,6 +55,7 @@ def block_statistics_backward(
     grad_key_mean: Tensor,
     grad_value_mean: Tensor,
     grad_key_variance: Tensor,
+    grad_value_variance: Tensor,
     grad_covariance: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,7 +65,7 @@ def block_statistics_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of key and value. That of a mean inside a centred moment is 0, for what is centred adds up to 0:
 
-    dk = w (dE[k] + 2 (k - E k) dvar + dC (v - E v)),  dv = w (dE[v] + dCᵀ (k - E k)).
+    dk = w (dE[k] + 2 (k - E k) dvar[k] + dC (v - E v)),  dv = w (dE[v] + 2 (v - E v) dvar[v] + dCᵀ (k - E k)).
     """
     k, v, bias = _widen(key, value, key_bias, grad_key_mean.shape[1])
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
@@ -78,7 +78,7 @@ def block_statistics_backward(
             keys, values = (t - (weights * t).sum(2, keepdim=True) for t in (keys, values))
             d_cross = grad_covariance[at][:, :, block]
             d_key = d_key + 2 * keys * grad_key_variance[at][:, :, block, None] + values @ d_cross.mT
-            d_value = d_value + keys @ d_cross
+            d_value = d_value + 2 * values * grad_value_variance[at][:, :, block, None] + keys @ d_cross
         dk[at][:, :, members], dv[at][:, :, members] = weights * d_key, weights * d_value
     if (group := dk.shape[1] // key.shape[1]) > 1:
         dk, dv = (d.unflatten(1, (-1, group)).sum(2) for d in (dk, dv))

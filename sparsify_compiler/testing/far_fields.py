@@ -1,0 +1,86 @@
+"""Attention problems on which far fields are compared, and the near blocks that a method would choose for them."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.table import BlockTable
+
+Problem = tuple[Tensor, Tensor, Tensor]
+
+
+def planted_clusters(
+    tokens: int, heads: int, head_dim: int, *, seed: int = 0, sharpness: float = 1.0
+) -> Problem:
+    """(query, key, value) [1, H, S, D]: tokens lie about centres, as those of a video's objects do.
+
+    A query looks like the keys of its own cluster, clusters are neighbours in the sequence and of uneven
+    size, and values follow keys in part: by a linear map, the cluster's own value and noise.
+    """
+    g = torch.Generator().manual_seed(seed)
+    clusters = max(tokens // 48, 2)
+    cuts = torch.rand(heads, clusters, generator=g).add(0.5).cumsum(-1)
+    cuts = (cuts / cuts[:, -1:] * tokens).round().long().clamp(max=tokens)
+    positions = torch.arange(tokens).expand(heads, -1).contiguous()
+    label = torch.searchsorted(cuts, positions, right=True).clamp(max=clusters - 1)
+    centres = torch.randn(heads, clusters, head_dim, generator=g)
+    own = centres.gather(1, label[..., None].expand(-1, -1, head_dim))
+    # Within a cluster keys vary along a few directions more than along the others.
+    spread = 0.25 + torch.rand(heads, 1, head_dim, generator=g)
+    query = own + 0.5 * torch.randn(heads, tokens, head_dim, generator=g)
+    inner = spread * torch.randn(heads, tokens, head_dim, generator=g)
+    key = own + 0.7 * inner
+    follows = torch.randn(heads, head_dim, head_dim, generator=g) / math.sqrt(head_dim)
+    own_value = torch.randn(heads, clusters, head_dim, generator=g).gather(
+        1, label[..., None].expand(-1, -1, head_dim)
+    )
+    value = own_value + (key @ follows) + 0.3 * torch.randn(heads, tokens, head_dim, generator=g)
+    return (sharpness * query)[None], key[None], value[None]
+
+
+def diffuse(tokens: int, heads: int, head_dim: int, *, seed: int = 0) -> Problem:
+    """Every query spreads over all keys: weak, smooth scores, as at high noise."""
+    g = torch.Generator().manual_seed(seed)
+    # Smooth along the sequence: random walks that forget over some tens of tokens.
+    steps = torch.randn(3, heads, tokens + 256, head_dim, generator=g)
+    kernel = torch.exp(-torch.arange(256) / 32.0)
+    kernel = kernel / kernel.square().sum().sqrt()
+    smooth = torch.nn.functional.conv1d(steps.mT.reshape(-1, 1, tokens + 256), kernel[None, None])
+    query, key, value = smooth[..., :tokens].reshape(3, heads, head_dim, tokens).mT
+    rough = torch.randn(heads, tokens, head_dim, generator=g)
+    mixing = torch.randn(heads, head_dim, head_dim, generator=g) / math.sqrt(head_dim)
+    key = 0.6 * key + 0.3 * rough
+    return 0.7 * query[None], key[None], (value + key @ mixing)[None]
+
+
+def very_sharp(tokens: int, heads: int, head_dim: int, *, seed: int = 0) -> Problem:
+    """Planted clusters with queries five times as long: a few keys hold all of the mass."""
+    return planted_clusters(tokens, heads, head_dim, seed=seed, sharpness=5.0)
+
+
+GENERATORS: dict[str, Callable[..., Problem]] = {
+    "planted clusters": planted_clusters,
+    "diffuse": diffuse,
+    "very sharp": very_sharp,
+}
+
+
+def nearest_blocks(query: Tensor, key: Tensor, q_size: int, kv_size: int, density: float) -> BlockTable:
+    """Flat blocks; each query block reads that share of the key blocks, best products of block means first."""
+    means = [t.unflatten(2, (-1, n)).float().mean(3) for t, n in ((query, q_size), (key, kv_size))]
+    scores = means[0] @ means[1].mT
+    kept = max(1, round(density * scores.shape[-1]))
+    best = scores.topk(kept, dim=-1).indices
+    blocks = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+    q_sizes, kv_sizes = (
+        torch.full((1, 1, n), size) for n, size in zip(scores.shape[2:], (q_size, kv_size), strict=True)
+    )
+    return BlockTable.from_block_mask(blocks, q_sizes, kv_sizes)
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    """Mean over heads of ||out - exact|| / ||exact||."""
+    difference = (out.double() - exact.double()).flatten(2).norm(dim=-1)
+    return float((difference / exact.double().flatten(2).norm(dim=-1)).mean())
