@@ -1,5 +1,71 @@
-"""Near and far field merged."""
+"""Near and far field merged: the C++ kernel `csrc/far_field.cpp`, or the reference where it could not be built."""
 
-from sparsify_compiler.kernels.reference.far_field import merge
+import ctypes
 
-__all__ = ["merge"]
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.reference import far_field as reference
+
+
+def merge(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `far_field.merge_far_field`."""
+    kernel = library.symbol("sparsify_merge_far_field", _Problem)
+    if kernel is None:
+        return reference.merge(
+            query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale
+        )
+    out, lse = empty_outputs(query, near_out)
+    batch, heads, _, head_dim = query.shape
+    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    tensors = [
+        query if query.stride(-1) == 1 else query.contiguous(),
+        near_out if near_out.stride(-1) == 1 else near_out.contiguous(),
+        near_lse,
+        far_out if far_out.stride(-1) == 1 else far_out.contiguous(),
+        far_lse,
+        matrices if matrices is None else matrices.contiguous().flatten(3),
+        limits if limits is None else limits.contiguous(),
+        q_bounds.contiguous(),
+        q_order if q_order is None else q_order.contiguous(),
+        out,
+        lse,
+    ]
+    kernel(
+        ctypes.byref(
+            _Problem(
+                *(library.view(t, batch, heads) for t in tensors),
+                *(batch, heads, q_bounds.shape[-1] - 1, head_dim, near_out.shape[-1]),
+                scale,
+                library.DTYPES.index(query.dtype),
+                torch.get_num_threads(),
+            )
+        )
+    )
+    return out, lse
+
+
+class _Problem(ctypes.Structure):
+    """`struct Problem`."""
+
+    _fields_ = (
+        *((name, library.View) for name in ("query", "near_out", "near_lse", "far_out", "far_lse")),
+        *((name, library.View) for name in ("matrices", "limits", "q_bounds", "q_order", "out", "lse")),
+        *((n, ctypes.c_int64) for n in ("batch", "heads", "q_blocks", "head_dim", "value_dim")),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )

@@ -1,5 +1,86 @@
-"""The statistics of blocks."""
+"""The statistics of blocks: the C++ kernel `csrc/statistics.cpp`, or the reference where it could not be built."""
 
-from sparsify_compiler.kernels.reference.statistics import block_means, block_statistics
+import ctypes
 
-__all__ = ["block_means", "block_statistics"]
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.reference import statistics as reference
+from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
+
+
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+    """See `statistics.block_means`: the keys' mean where there are no values."""
+    kernel = library.symbol("sparsify_block_statistics", _Problem)
+    if kernel is None:
+        return reference.block_means(tokens, bounds, order)
+    means = empty_means(tokens, bounds)
+    _launch(tokens, None, bounds, order, None, (None, means, None, None, None, None), tokens.shape[1])
+    return means
+
+
+def block_statistics(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+) -> Statistics:
+    """See `statistics.block_statistics`."""
+    kernel = library.symbol("sparsify_block_statistics", _Problem)
+    if kernel is None:
+        return reference.block_statistics(key, value, bounds, order, key_bias, covariance)
+    found = empty_statistics(key, value, bounds, order, key_bias, covariance)
+    log_weight, key_mean, value_mean, key_variance, value_variance, cross = found
+    moments = (key_variance, value_variance, cross.flatten(3)) if covariance else (None, None, None)
+    results = (log_weight, key_mean, value_mean, *moments)
+    _launch(key, value, bounds, order, key_bias, results, log_weight.shape[1])
+    return found
+
+
+def _launch(
+    key: Tensor,
+    value: Tensor | None,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    results: tuple[Tensor | None, ...],
+    heads: int,
+) -> None:
+    kernel = library.symbol("sparsify_block_statistics", _Problem)
+    assert kernel is not None
+    batch, kv_heads = key.shape[:2]
+    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    tensors = [
+        *(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (key, value)),
+        bounds.contiguous(),
+        order if order is None else order.contiguous(),
+        key_bias if key_bias is None else key_bias.float().contiguous(),
+        *results,
+    ]
+    kernel(
+        ctypes.byref(
+            _Problem(
+                *(library.view(t, batch, heads) for t in tensors),
+                *(batch, heads, kv_heads, bounds.shape[-1] - 1),
+                *(key.shape[-1], 0 if value is None else value.shape[-1]),
+                library.DTYPES.index(key.dtype),
+                torch.get_num_threads(),
+            )
+        )
+    )
+
+
+class _Problem(ctypes.Structure):
+    """`struct Problem`."""
+
+    _fields_ = (
+        *((name, library.View) for name in ("key", "value", "bounds", "order", "key_bias")),
+        *((name, library.View) for name in ("log_weight", "key_mean", "value_mean")),
+        *((name, library.View) for name in ("key_variance", "value_variance", "covariance")),
+        *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "blocks", "head_dim", "value_dim")),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )

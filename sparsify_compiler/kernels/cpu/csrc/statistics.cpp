@@ -1,0 +1,202 @@
+// Statistics of the blocks of a table: see kernels/statistics.py for what each is.
+//
+// Threads take blocks. A block is gone through in chunks of tokens, widened to fp32, once for the means and once
+// more for what is centred about them, so that nothing cancels. The covariance of a chunk is a product of its
+// keys, each times its weight, and its values, whose channels are vector lanes.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "view.h"
+#include "product.h"
+
+namespace {
+
+constexpr int kChunkTokens = 64;
+constexpr int kStripVecs = 2;  // vectors of value channels that a product covers at once
+constexpr int kStripChannels = kStripVecs * kLanes;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What is not asked for has no data; without values, value_dim is 0.
+struct Problem {
+  View key, value, bounds, order, key_bias;
+  View log_weight, key_mean, value_mean, key_variance, value_variance, covariance;
+  int64_t batch, heads, kv_heads, blocks, head_dim, value_dim;
+  int32_t dtype, threads;
+};
+
+template <class T>
+class Worker {
+ public:
+  explicit Worker(const Problem& problem)
+      : p_(problem),
+        strips_((p_.value_dim + kStripChannels - 1) / kStripChannels),
+        keys_(new float[kChunkTokens * p_.head_dim]),
+        values_(new float[kChunkTokens * p_.value_dim]),
+        weighted_(new float[kChunkTokens * p_.head_dim]),
+        lines_(new Vec[kChunkTokens * kStripVecs]),
+        covariance_(new Vec[strips_ * p_.head_dim * kStripVecs]) {}
+
+  void run(int64_t b, int64_t h, int64_t block) {
+    const int32_t* bounds = p_.bounds.at<int32_t>(b, h);
+    const int64_t first = bounds[block], last = bounds[block + 1];
+    order_ = p_.order.data ? p_.order.at<int32_t>(b, h) : nullptr;
+    bias_ = p_.key_bias.data ? p_.key_bias.at<float>(b, h) : nullptr;
+    const int64_t head = h * p_.kv_heads / p_.heads;
+    key_ = p_.key.at<const T>(b, head);
+    value_ = p_.value_dim ? p_.value.at<const T>(b, head) : nullptr;
+
+    float* key_mean = p_.key_mean.at<float>(b, h, block);
+    float* value_mean = p_.value_dim ? p_.value_mean.at<float>(b, h, block) : nullptr;
+    std::fill_n(key_mean, p_.head_dim, 0.0f);
+    if (value_mean) std::fill_n(value_mean, p_.value_dim, 0.0f);
+
+    top_ = last > first ? 0.0f : -kInfinity;
+    if (bias_) {
+      top_ = -kInfinity;
+      for (int64_t i = first; i < last; ++i) top_ = std::max(top_, bias_[token(i)]);
+    }
+    double total = 0.0;
+    for_each_chunk(first, last, [&](int count) {
+      float sum = 0.0f;
+      for (int i = 0; i < count; ++i) sum += weights_[i];
+      total += sum;
+      add_to(key_mean, keys_.get(), count, p_.head_dim);
+      if (value_mean) add_to(value_mean, values_.get(), count, p_.value_dim);
+    });
+    if (p_.log_weight.data) *p_.log_weight.at<float>(b, h, block) = top_ + float(std::log(total));
+    inverse_ = total > 0.0 ? float(1.0 / total) : 0.0f;
+    for (int64_t d = 0; d < p_.head_dim; ++d) key_mean[d] *= inverse_;
+    if (!value_mean) return;
+    for (int64_t d = 0; d < p_.value_dim; ++d) value_mean[d] *= inverse_;
+    if (p_.covariance.data) second_moments(b, h, block, first, last, key_mean, value_mean);
+  }
+
+ private:
+  int64_t token(int64_t position) const { return order_ ? order_[position] : position; }
+
+  // sum over i < count of weight[i] * rows[i], added to `out`.
+  void add_to(float* out, const float* rows, int count, int64_t dim) const {
+    for (int i = 0; i < count; ++i, rows += dim) {
+      const float weight = weights_[i];
+      for (int64_t d = 0; d < dim; ++d) out[d] += weight * rows[d];
+    }
+  }
+
+  // Calls body(count) for every chunk with its tokens in keys_ and values_ and their weights, of which the largest
+  // of the block is 1, in weights_. Tokens of no weight are left out: they may hold anything.
+  template <class Body>
+  void for_each_chunk(int64_t first, int64_t last, Body body) {
+    if (top_ == -kInfinity) return;
+    int count = 0;
+    for (int64_t position = first; position < last; ++position) {
+      const int64_t t = token(position);
+      const float weight = bias_ ? std::exp(bias_[t] - top_) : 1.0f;
+      if (weight == 0.0f) continue;
+      weights_[count] = weight;
+      widen(key_ + t * p_.key.row, keys_.get() + count * p_.head_dim, p_.head_dim);
+      if (value_) widen(value_ + t * p_.value.row, values_.get() + count * p_.value_dim, p_.value_dim);
+      if (++count == kChunkTokens) body(count), count = 0;
+    }
+    if (count) body(count);
+  }
+
+  static void widen(const T* row, float* out, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = to_float(row[d]);
+  }
+
+  void second_moments(int64_t b, int64_t h, int64_t block, int64_t first, int64_t last, const float* key_mean,
+                      const float* value_mean) {
+    float* key_variance = p_.key_variance.at<float>(b, h, block);
+    float* value_variance = p_.value_variance.at<float>(b, h, block);
+    std::fill_n(key_variance, p_.head_dim, 0.0f);
+    std::fill_n(value_variance, p_.value_dim, 0.0f);
+    std::fill_n(covariance_.get(), strips_ * p_.head_dim * kStripVecs, Vec{});
+    for_each_chunk(first, last, [&](int count) {
+      for (int i = 0; i < count; ++i) {
+        const float weight = weights_[i] * inverse_;
+        centre(keys_.get() + i * p_.head_dim, key_mean, weight, p_.head_dim, key_variance);
+        centre(values_.get() + i * p_.value_dim, value_mean, weight, p_.value_dim, value_variance);
+        const float* key = keys_.get() + i * p_.head_dim;
+        float* weighted = weighted_.get() + i * p_.head_dim;
+        for (int64_t d = 0; d < p_.head_dim; ++d) weighted[d] = weight * key[d];
+      }
+      for (int64_t strip = 0; strip < strips_; ++strip) add_product(strip, count);
+    });
+    float* out = p_.covariance.at<float>(b, h, block);
+    for (int64_t strip = 0; strip < strips_; ++strip) {
+      const int64_t channel = strip * kStripChannels;
+      const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - channel);
+      const float* rows = reinterpret_cast<const float*>(covariance_.get() + strip * p_.head_dim * kStripVecs);
+      for (int64_t d = 0; d < p_.head_dim; ++d) {
+        std::copy_n(rows + d * kStripChannels, width, out + d * p_.value_dim + channel);
+      }
+    }
+  }
+
+  static void centre(float* row, const float* mean, float weight, int64_t dim, float* variance) {
+    for (int64_t d = 0; d < dim; ++d) {
+      row[d] -= mean[d];
+      variance[d] += weight * row[d] * row[d];
+    }
+  }
+
+  // Adds the product of the chunk's weighted keys and a strip of its values to the covariance.
+  void add_product(int64_t strip, int count) {
+    const int64_t channel = strip * kStripChannels;
+    const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - channel);
+    for (int i = 0; i < count; ++i) {
+      float* line = reinterpret_cast<float*>(lines_.get() + i * kStripVecs);
+      std::copy_n(values_.get() + i * p_.value_dim + channel, width, line);
+      std::fill(line + width, line + kStripChannels, 0.0f);
+    }
+    for_row_groups<kStripVecs>(p_.head_dim, [&](auto rows, int64_t first) {
+      constexpr int Rows = rows;
+      Vec* out = covariance_.get() + (strip * p_.head_dim + first) * kStripVecs;
+      Vec sums[Rows][kStripVecs];
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int v = 0; v < kStripVecs; ++v) sums[r][v] = out[r * kStripVecs + v];
+      }
+      multiply<Fp32, Rows, kStripVecs>(sums, weighted_.get() + first, 1, p_.head_dim, lines_.get(), count);
+      UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int v = 0; v < kStripVecs; ++v) out[r * kStripVecs + v] = sums[r][v];
+      }
+    });
+  }
+
+  const Problem& p_;
+  const int64_t strips_;
+  const int32_t* order_;
+  const float* bias_;
+  const T *key_, *value_;
+  float top_, inverse_;
+  float weights_[kChunkTokens];
+  std::unique_ptr<float[]> keys_, values_, weighted_;
+  std::unique_ptr<Vec[]> lines_, covariance_;
+};
+
+template <class T>
+void run(const Problem& problem) {
+  const int64_t count = problem.batch * problem.heads * problem.blocks;
+#pragma omp parallel num_threads(problem.threads)
+  {
+    Worker<T> worker(problem);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t head = i / problem.blocks;
+      worker.run(head / problem.heads, head % problem.heads, i % problem.blocks);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void sparsify_block_statistics(const Problem* problem) {
+  switch (problem->dtype) {
+    case kFloat32: return run<float>(*problem);
+    case kFloat16: return run<Half>(*problem);
+    case kBFloat16: return run<BFloat16>(*problem);
+  }
+}
