@@ -37,6 +37,32 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+float largest_lane(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  float largest = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = std::max(largest, x[lane]);
+  return largest;
+#endif
+}
+
+uint32_t smallest_lane(UintVec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_epu32((__m512i)x);
+#else
+  uint32_t smallest = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) smallest = std::min(smallest, x[lane]);
+  return smallest;
+#endif
+}
+
+UintVec lane_numbers() {
+  UintVec numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
 // ---- The order of tokens by label ------------------------------------------------------------------------
 
 struct Sort {
@@ -179,19 +205,8 @@ class Assigner {
 
   // The best of a point's lanes; of two as good the lower centroid, the first of all if no score is a number.
   int32_t nearest(int64_t point) const {
-    const float top = lane_max(best_[point]);
-    uint32_t at = std::numeric_limits<uint32_t>::max();
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const uint32_t centroid = best_vec_[point][lane] * kLanes + lane;
-      at = std::min(at, best_[point][lane] == top ? centroid : std::numeric_limits<uint32_t>::max());
-    }
-    return at;
-  }
-
-  static float lane_max(Vec x) {
-    float top = -kInfinity;
-    for (int lane = 0; lane < kLanes; ++lane) top = std::max(top, x[lane]);
-    return top;
+    const UintVec centroids = best_vec_[point] * kLanes + lane_numbers();
+    return smallest_lane(best_[point] == largest_lane(best_[point]) ? centroids : ~UintVec{});
   }
 
   const KMeans& p_;
