@@ -6,15 +6,16 @@ the two are merged by their lse. With n_j keys of mean kbar_j, value mean vbar_j
 covariance C_j of keys and values (weighted by exp(key_bias)), and s the scale:
 
     mean    score s q.kbar_j + log n_j, value vbar_j. The zeroth order, as in SVG-EAR (arXiv 2603.08982).
-    linear  score s q.kbar_j + s²/2 q².var_j + log n_j, value vbar_j + s C_jᵀ q: exact where the keys of a block
-            are Gaussian with a diagonal covariance. The sum of C_j under the far softmax is taken once for each
-            query block, at its mean query: M_i. PISA (arXiv 2602.01077) has the first order as one matrix for
-            the whole sequence, without the variance, over flat blocks.
+    linear  score s q.kbar_j + log n_j + v_j, value vbar_j + s C_jᵀ q. Were the keys of a block Gaussian, with a
+            diagonal covariance, the value would be exact, and the score with v_j = s²/2 q².var_j. The sum of C_j
+            under the far softmax is taken once for each query block, at its mean query: M_i. PISA (arXiv
+            2602.01077) has the first order as one matrix for the whole sequence, over flat blocks.
 
-An expansion is good where its terms are small, and where attention is sharp they grow without end: far fields
-then err ten times as much as dropping, in rows too few for a sample to see. So both terms of `linear` are bounded
-by what a block holds. Its variance shrinks until the second order is at most 1/2 for a query of mean square
-size; s q M_i moves no channel further than the standard deviation of the values it stands for.
+An expansion is good where its terms are small, and where attention is sharp they grow without end: the far field
+then errs ten times as much as dropping, in rows too few for a sample to see. So both terms of `linear` are
+bounded: s q M_i moves no channel further than the standard deviation of the values it stands for, and v_j is at
+most 1/2. With q² averaged over the queries of a head, v_j is a bias; each query's own q² errs as much, and would
+double the head dim.
 
 Neither form is always better than dropping, so a few rows are computed exactly, and a head whose far field
 raises their error does without. Nothing here reads a value back from the device.
@@ -28,11 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import ProviderError, unknown_choice
+from sparsify_compiler.errors import unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
+
+MOST_SECOND_ORDER = 0.5
+"""Of a score: beyond it the third order is no smaller."""
 
 
 class Report(NamedTuple):
@@ -60,7 +64,7 @@ def attention_with_far_field(
 
     Args:
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
-        far_field: `drop`, `mean` or `linear`. `linear` runs the op at twice the head dim.
+        far_field: `drop`, `mean` or `linear`.
         sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
             table. A head whose far field raises their summed squared error drops it. 0: no guard, no recall.
 
@@ -75,7 +79,9 @@ def attention_with_far_field(
     device = query.device.type
     query, key, value = attention.cast(query, key, value)
     attention.check(query, key, value, table, key_bias)
-    provider = _choose(provider, far_field, query, value)
+    provider = providers.choose(
+        provider, device=device, dtype=query.dtype, head_dim=query.shape[-1], value_dim=value.shape[-1]
+    ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with torch.autocast(device, enabled=False):
         near_out, near_lse = attention.block_sparse_attention(
@@ -172,32 +178,31 @@ def key_side(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The far field alone: (out [B, H, Sq, Dv], lse [B, H, Sq], M [B, H, Nq, D, Dv], its limits [B, H, Nq, Dv]).
 
-    `out` lacks the term s q M of `linear`, which `merge_far_field` adds; `mean` has neither M nor limits.
+    `out` lacks the term s q M of `linear`, which `merge_far_field` adds; `mean` has neither M nor limits. No
+    gradient flows through the second order of the scores.
     """
     far = complement(table)
     log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
         key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
     )
-    # The bias is no function of keys and values, but a result of an op that is.
-    log_weight = log_weight.detach().repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
-    virtual_query, virtual_key, matrices, limits = query, key_mean, None, None
+    bias = log_weight.repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
+    matrices = limits = None
     if linear:
-        virtual_query = _with_squares(query, scale)
-        mean_square = virtual_query[..., query.shape[-1] :].mean(2, keepdim=True, dtype=key_mean.dtype)
-        mean_square = mean_square.unflatten(1, (key_mean.shape[1], -1)).mean(2)
-        second_order = scale * (mean_square * key_variance).sum(-1, keepdim=True)
-        virtual_key = torch.cat([key_mean, key_variance * (0.5 / second_order.clamp(min=0.5))], dim=-1)
+        mean_square = torch.linalg.vector_norm(query, dim=2, keepdim=True, dtype=bias.dtype).square()
+        mean_square = mean_square / max(query.shape[2], 1)
+        second_order = scale**2 / 2 * _per_query_block(mean_square, key_variance.mT)[:, :, 0]
+        bias = (bias + second_order.clamp(max=MOST_SECOND_ORDER)).detach()
         mean_query = statistics.block_means(query, table.q_bounds, table.q_order, provider=provider)
-        shares = _far_shares(_with_squares(mean_query, scale), virtual_key, log_weight, far, scale)
+        shares = _far_shares(mean_query, key_mean, bias, far, scale)
         matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     out, lse = attention.block_sparse_attention(
-        virtual_query,
-        _narrow(virtual_key, query.dtype),
+        query,
+        _narrow(key_mean, query.dtype),
         _narrow(value_mean, query.dtype),
         far,
-        key_bias=log_weight,
+        key_bias=bias.detach(),
         scale=scale,
         provider=provider,
     )
@@ -439,9 +444,9 @@ def _error(rows: Tensor, exact: Tensor) -> Tensor:
     )
 
 
-def _far_shares(query: Tensor, key: Tensor, log_weight: Tensor, far: BlockTable, scale: float) -> Tensor:
-    """[B, H, Nq, N]: softmax of queries [B, H, Nq, E] over virtual keys [B, G, N, E]; 0 where listed."""
-    scores = scale * _per_query_block(query, key.mT) + log_weight[:, :, None]
+def _far_shares(query: Tensor, key: Tensor, bias: Tensor, far: BlockTable, scale: float) -> Tensor:
+    """[B, H, Nq, N]: softmax of queries [B, H, Nq, D] over virtual keys [B, G, N, D]; 0 where listed."""
+    scores = scale * _per_query_block(query, key.mT) + bias[:, :, None]
     scores = scores.masked_fill(~far.block_mask(), -torch.inf)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
@@ -456,27 +461,7 @@ def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
     return shared.unflatten(2, (heads // groups, -1)).flatten(1, 2)
 
 
-def _with_squares(query: Tensor, scale: float) -> Tensor:
-    """[q, s/2 q²]: its product with [kbar, var], times s, is the score of a virtual key."""
-    return torch.cat([query, query * (query * (scale / 2))], dim=-1)
-
-
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another dtype, within its range."""
     most = torch.finfo(dtype).max
     return tensor.clamp(-most, most).to(dtype)
-
-
-def _choose(provider: str, far_field: str, query: Tensor, value: Tensor) -> str:
-    """The provider's name, if it can run what `far_field` needs."""
-    device, dtype, head_dim, value_dim = query.device.type, query.dtype, query.shape[-1], value.shape[-1]
-    name = providers.choose(provider, device=device, dtype=dtype, head_dim=head_dim, value_dim=value_dim).name
-    if far_field != "linear":
-        return name
-    why = providers.refusal(name, device=device, dtype=dtype, head_dim=2 * head_dim, value_dim=value_dim)
-    if why:
-        raise ProviderError(
-            f"far_field='linear' runs attention at twice the head dim of {head_dim}, and provider {name!r} "
-            f"cannot: {why}. Try far_field='mean'."
-        )
-    return name

@@ -67,11 +67,8 @@ def far_field_attention(
     s = head_dim**-0.5 if scale is None else scale
     out = q.new_zeros(batch, heads, q_tokens, v.shape[-1])
     lse = q.new_full((batch, heads, q_tokens), -torch.inf)
-    private = any(t is not None and t.shape[1] > 1 for t in (table.kv_bounds, table.kv_order, key_bias))
     for b, h in itertools.product(range(batch), range(heads)):
-        sharing = 1 if private else heads // k.shape[1]
-        first = h // sharing * sharing
-        square = (q[b, first : first + sharing] ** 2).mean((0, 1))
+        square = (q[b, h] ** 2).mean(0)
         kv_head = h * k.shape[1] // heads
         keys, values = k[b, kv_head], v[b, kv_head]
         rows, columns, listed = _blocks_of(table, b, h, q_tokens, k.shape[2])
@@ -96,10 +93,7 @@ def far_field_attention(
                     log_weight, mean, _, variance, _, _ = groups[j]
                     score = s * x.dot(mean) + log_weight
                     if far_field == "linear":
-                        typical = s * s / 2 * square.dot(variance)
-                        score = score + s * s / 2 * (x * x).dot(variance) * min(
-                            1.0, 0.5 / max(typical, 1e-30)
-                        )
+                        score = score + (s * s / 2 * square.dot(variance)).clamp(max=0.5).detach()
                     scores.append(score)
                 return torch.stack(scores)
 
