@@ -163,7 +163,7 @@ def background(pattern: str, y: Array, x: Array) -> Array:
     if pattern == "grid":
         return np.clip(2.0 - np.minimum(abs(around(y, PATTERN_PERIOD)), abs(around(x, PATTERN_PERIOD))), 0, 1)
     if pattern == "waves":
-        return np.clip(0.5 + 0.8 * np.sin(turn * (x + y)), 0, 1)
+        return np.clip(0.5 + 0.8 * np.sin(turn * (y + 3 * np.sin(turn * x))), 0, 1)
     return np.clip(0.5 + 2.5 * np.sin(turn * x) * np.sin(turn * y), 0, 1)
 
 
