@@ -188,11 +188,13 @@ def key_side(
     bias = log_weight.repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
     matrices = limits = None
     if linear:
-        mean_square = torch.linalg.vector_norm(query, dim=2, keepdim=True, dtype=bias.dtype).square()
-        mean_square = mean_square / max(query.shape[2], 1)
+        mean_query, mean_square = statistics.block_means(
+            query, table.q_bounds, table.q_order, provider=provider
+        )
+        sizes = table.q_bounds.diff(dim=-1).unsqueeze(-2).to(mean_square.dtype)
+        mean_square = sizes @ mean_square / max(query.shape[2], 1)
         second_order = scale**2 / 2 * _per_query_block(mean_square, key_variance.mT)[:, :, 0]
         bias = (bias + second_order.clamp(max=MOST_SECOND_ORDER)).detach()
-        mean_query = statistics.block_means(query, table.q_bounds, table.q_order, provider=provider)
         shares = _far_shares(mean_query, key_mean, bias, far, scale)
         matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.

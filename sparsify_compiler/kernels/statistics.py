@@ -17,8 +17,10 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """(log_weight, key_mean, value_mean, key_variance, value_variance, covariance), see `block_statistics`."""
 
 
-def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provider: str = "auto") -> Tensor:
-    """The mean token of each block.
+def block_means(
+    tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provider: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The mean of each block, and the mean of its squares.
 
     Args:
         tokens: [B, H, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
@@ -27,7 +29,8 @@ def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provide
         provider: as in `attention.block_sparse_attention`.
 
     Returns:
-        [B, H, N, D] fp32 (fp64 for fp64 input); 0 for an empty block.
+        mean: [B, H, N, D] fp32 (fp64 for fp64 input), the mean token; 0 for an empty block.
+        mean_square: [B, H, N, D], alike of the squares. No gradient flows through it.
     """
     _check_tokens("tokens", tokens)
     _check_blocks(tokens, tokens.shape[1], bounds, order)
@@ -91,15 +94,17 @@ def block_statistics(
 
 
 @torch.library.custom_op("sparsify::block_means", mutates_args=())
-def _means_op(tokens: Tensor, bounds: Tensor, order: Tensor | None, provider: str) -> Tensor:
+def _means_op(tokens: Tensor, bounds: Tensor, order: Tensor | None, provider: str) -> tuple[Tensor, Tensor]:
     return providers.load(provider, "statistics").block_means(tokens, bounds, order)
 
 
 @_means_op.register_fake
-def empty_means(tokens: Tensor, bounds: Tensor, *_: Any) -> Tensor:
-    """Uninitialised result of `block_means`."""
+def empty_means(tokens: Tensor, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Uninitialised results of `block_means`."""
     shape = (*tokens.shape[:2], bounds.shape[-1] - 1, tokens.shape[-1])
-    return tokens.new_empty(shape, dtype=wide(tokens.dtype))
+    return tokens.new_empty(shape, dtype=wide(tokens.dtype)), tokens.new_empty(
+        shape, dtype=wide(tokens.dtype)
+    )
 
 
 @torch.library.custom_op("sparsify::block_statistics", mutates_args=())
@@ -153,11 +158,12 @@ def _means_backward_fake(grad: Tensor, tokens: Tensor, *_: Any) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
-def _means_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+def _means_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:3])
 
 
-def _means_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _means_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     return torch.ops.sparsify.block_means_backward(grad, *ctx.saved_tensors), None, None, None
 
 

@@ -10,14 +10,15 @@ from sparsify_compiler.kernels.reference import statistics as reference
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
 
 
-def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `statistics.block_means`: the keys' mean where there are no values."""
     kernel = library.symbol("sparsify_block_statistics", _Problem)
     if kernel is None:
         return reference.block_means(tokens, bounds, order)
-    means = empty_means(tokens, bounds)
-    _launch(tokens, None, bounds, order, None, (None, means, None, None, None, None), tokens.shape[1])
-    return means
+    mean, mean_square = empty_means(tokens, bounds)
+    results = (None, mean, mean_square, None, None, None, None)
+    _launch(tokens, None, bounds, order, None, results, tokens.shape[1])
+    return mean, mean_square
 
 
 def block_statistics(
@@ -35,7 +36,7 @@ def block_statistics(
     found = empty_statistics(key, value, bounds, order, key_bias, covariance)
     log_weight, key_mean, value_mean, key_variance, value_variance, cross = found
     moments = (key_variance, value_variance, cross.flatten(3)) if covariance else (None, None, None)
-    results = (log_weight, key_mean, value_mean, *moments)
+    results = (log_weight, key_mean, None, value_mean, *moments)
     _launch(key, value, bounds, order, key_bias, results, log_weight.shape[1])
     return found
 
@@ -78,7 +79,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = (
         *((name, library.View) for name in ("key", "value", "bounds", "order", "key_bias")),
-        *((name, library.View) for name in ("log_weight", "key_mean", "value_mean")),
+        *((name, library.View) for name in ("log_weight", "key_mean", "key_mean_square", "value_mean")),
         *((name, library.View) for name in ("key_variance", "value_variance", "covariance")),
         *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "blocks", "head_dim", "value_dim")),
         ("dtype", ctypes.c_int32),

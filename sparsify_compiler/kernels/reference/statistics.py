@@ -9,13 +9,14 @@ from torch import Tensor
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, wide
 
 
-def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `statistics.block_means`."""
-    means = empty_means(tokens, bounds).zero_()
+    mean, mean_square = (t.zero_() for t in empty_means(tokens, bounds))
     for at, block, members in blocks(bounds, order, tokens.shape[2]):
         if members.numel():
-            means[at][:, :, block] = tokens[at][:, :, members].to(means.dtype).mean(2)
-    return means
+            rows = tokens[at][:, :, members].to(mean.dtype)
+            mean[at][:, :, block], mean_square[at][:, :, block] = rows.mean(2), rows.square().mean(2)
+    return mean, mean_square
 
 
 def block_means_backward(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:

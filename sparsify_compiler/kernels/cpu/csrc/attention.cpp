@@ -31,7 +31,6 @@ constexpr int kStripQueries = kVecs * kLanes;
 constexpr int kTileStrips = 4;
 constexpr int kTileQueries = kTileStrips * kStripQueries;
 constexpr int kChunkKeys = 144;
-constexpr int kRowsAhead = 8;  // rows between the one asked for and the one read
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
@@ -217,20 +216,6 @@ void attend_any(Strip& strip, const Chunk& chunk, float scale, Vec* scores) {
 }
 
 // ---- One thread ------------------------------------------------------------------------------------------
-
-// Calls body(i) for every row, and asks for the memory of a later one meanwhile: the rows of a head may lie a
-// page apart, where no hardware looks ahead.
-template <class RowOf, class Body>
-inline void for_each_row(int64_t count, int64_t dim, RowOf row_of, Body body) {
-  constexpr int kCacheLine = 64;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kRowsAhead < count) {
-      const auto* later = row_of(i + kRowsAhead);
-      for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(*later)) __builtin_prefetch(later + d);
-    }
-    body(i);
-  }
-}
 
 // Runs tiles one after another on scratch memory of its own.
 template <class Math, class T>

@@ -61,21 +61,29 @@ class Worker {
     auto token = [&](int64_t position) -> int64_t { return order ? order[position] : position; };
     const int count = tile.last - tile.first;
     if (p_.matrices.data) {
-      for (int i = 0; i < count; ++i) {
-        const T* row = p_.query.at<const T>(tile.batch, tile.head, token(tile.first + i));
-        float* out = queries_.get() + i * p_.head_dim;
+      auto row_of = [&](int64_t i) { return p_.query.at<const T>(tile.batch, tile.head, token(tile.first + i)); };
+      for_each_row(count, p_.head_dim, row_of, [&](int64_t i) {
+        const T* __restrict row = row_of(i);
+        float* __restrict out = queries_.get() + i * p_.head_dim;
         for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = p_.scale * to_float(row[d]);
-      }
+      });
       compute_terms(tile, count);
     }
-    for (int i = 0; i < count; ++i) merge_row(tile, token(tile.first + i), i);
+    auto near_of = [&](int64_t i) { return p_.near_out.at<const T>(tile.batch, tile.head, token(tile.first + i)); };
+    for_each_row(count, p_.value_dim, near_of, [&](int64_t i) {
+      if (i + kRowsAhead < count) {
+        const int64_t later = token(tile.first + i + kRowsAhead);
+        prefetch_row(p_.far_out.at<const T>(tile.batch, tile.head, later), p_.value_dim);
+        prefetch_row(p_.out.at<T>(tile.batch, tile.head, later), p_.value_dim);
+      }
+      merge_row(tile, token(tile.first + i), i);
+    });
   }
 
  private:
-  // terms_[i] = scale * query M within the limits, for each query of the tile.
+  // terms_[i] = scale * query M, for each query of the tile.
   void compute_terms(const Tile& tile, int count) {
     const float* matrix = p_.matrices.at<float>(tile.batch, tile.head, tile.block);
-    const float* limits = p_.limits.at<float>(tile.batch, tile.head, tile.block);
     for (int64_t channel = 0; channel < p_.value_dim; channel += kStripChannels) {
       const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - channel);
       for (int64_t d = 0; d < p_.head_dim; ++d) {
@@ -95,21 +103,14 @@ class Worker {
         }
       });
     }
-    float* terms = reinterpret_cast<float*>(terms_.get());
-    for (int i = 0; i < count; ++i, terms += width_) {
-      for (int64_t d = 0; d < p_.value_dim; ++d) {
-        const float low = terms[d] < -limits[d] ? -limits[d] : terms[d];
-        terms[d] = low > limits[d] ? limits[d] : low;
-      }
-    }
   }
 
   void merge_row(const Tile& tile, int64_t token, int index) {
-    const T* near = p_.near_out.at<const T>(tile.batch, tile.head, token);
-    const T* far = p_.far_out.at<const T>(tile.batch, tile.head, token);
+    const T* __restrict near = p_.near_out.at<const T>(tile.batch, tile.head, token);
+    const T* __restrict far = p_.far_out.at<const T>(tile.batch, tile.head, token);
     const float near_lse = *p_.near_lse.at<float>(tile.batch, tile.head, token);
     const float far_lse = *p_.far_lse.at<float>(tile.batch, tile.head, token);
-    T* out = p_.out.at<T>(tile.batch, tile.head, token);
+    T* __restrict out = p_.out.at<T>(tile.batch, tile.head, token);
     float* lse = p_.lse.at<float>(tile.batch, tile.head, token);
     if (far_lse == -kInfinity) {
       std::copy_n(near, p_.value_dim, out);
@@ -121,9 +122,12 @@ class Worker {
     const float total = near_weight + far_weight;
     const float near_share = near_weight / total, far_share = far_weight / total;
     if (p_.matrices.data) {
-      const float* term = reinterpret_cast<const float*>(terms_.get()) + index * width_;
+      const float* __restrict terms = reinterpret_cast<const float*>(terms_.get()) + index * width_;
+      const float* __restrict limits = p_.limits.at<float>(tile.batch, tile.head, tile.block);
       for (int64_t d = 0; d < p_.value_dim; ++d) {
-        out[d] = from_float<T>(near_share * to_float(near[d]) + far_share * (to_float(far[d]) + term[d]));
+        const float high = terms[d] > limits[d] ? limits[d] : terms[d];
+        const float term = high < -limits[d] ? -limits[d] : high;
+        out[d] = from_float<T>(near_share * to_float(near[d]) + far_share * (to_float(far[d]) + term));
       }
     } else {
       for (int64_t d = 0; d < p_.value_dim; ++d) {

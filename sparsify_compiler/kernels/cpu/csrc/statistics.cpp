@@ -22,7 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // What is not asked for has no data; without values, value_dim is 0.
 struct Problem {
   View key, value, bounds, order, key_bias;
-  View log_weight, key_mean, value_mean, key_variance, value_variance, covariance;
+  View log_weight, key_mean, key_mean_square, value_mean, key_variance, value_variance, covariance;
   int64_t batch, heads, kv_heads, blocks, head_dim, value_dim;
   int32_t dtype, threads;
 };
@@ -50,7 +50,9 @@ class Worker {
 
     float* key_mean = p_.key_mean.at<float>(b, h, block);
     float* value_mean = p_.value_dim ? p_.value_mean.at<float>(b, h, block) : nullptr;
+    float* mean_square = p_.key_mean_square.data ? p_.key_mean_square.at<float>(b, h, block) : nullptr;
     std::fill_n(key_mean, p_.head_dim, 0.0f);
+    if (mean_square) std::fill_n(mean_square, p_.head_dim, 0.0f);
     if (value_mean) std::fill_n(value_mean, p_.value_dim, 0.0f);
 
     top_ = last > first ? 0.0f : -kInfinity;
@@ -64,11 +66,13 @@ class Worker {
       for (int i = 0; i < count; ++i) sum += weights_[i];
       total += sum;
       add_to(key_mean, keys_.get(), count, p_.head_dim);
+      if (mean_square) add_squares(mean_square, keys_.get(), count);
       if (value_mean) add_to(value_mean, values_.get(), count, p_.value_dim);
     });
     if (p_.log_weight.data) *p_.log_weight.at<float>(b, h, block) = top_ + float(std::log(total));
     inverse_ = total > 0.0 ? float(1.0 / total) : 0.0f;
     for (int64_t d = 0; d < p_.head_dim; ++d) key_mean[d] *= inverse_;
+    for (int64_t d = 0; mean_square && d < p_.head_dim; ++d) mean_square[d] *= inverse_;
     if (!value_mean) return;
     for (int64_t d = 0; d < p_.value_dim; ++d) value_mean[d] *= inverse_;
     if (p_.covariance.data) second_moments(b, h, block, first, last, key_mean, value_mean);
@@ -78,10 +82,16 @@ class Worker {
   int64_t token(int64_t position) const { return order_ ? order_[position] : position; }
 
   // sum over i < count of weight[i] * rows[i], added to `out`.
-  void add_to(float* out, const float* rows, int count, int64_t dim) const {
+  void add_to(float* __restrict out, const float* __restrict rows, int count, int64_t dim) const {
     for (int i = 0; i < count; ++i, rows += dim) {
       const float weight = weights_[i];
       for (int64_t d = 0; d < dim; ++d) out[d] += weight * rows[d];
+    }
+  }
+
+  void add_squares(float* __restrict out, const float* __restrict rows, int count) const {
+    for (int i = 0; i < count; ++i, rows += p_.head_dim) {
+      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] += weights_[i] * rows[d] * rows[d];
     }
   }
 
@@ -91,19 +101,23 @@ class Worker {
   void for_each_chunk(int64_t first, int64_t last, Body body) {
     if (top_ == -kInfinity) return;
     int count = 0;
-    for (int64_t position = first; position < last; ++position) {
-      const int64_t t = token(position);
+    auto row_of = [&](int64_t i) { return key_ + token(first + i) * p_.key.row; };
+    for_each_row(last - first, p_.head_dim, row_of, [&](int64_t i) {
+      const int64_t t = token(first + i);
       const float weight = bias_ ? std::exp(bias_[t] - top_) : 1.0f;
-      if (weight == 0.0f) continue;
+      if (weight == 0.0f) return;
       weights_[count] = weight;
       widen(key_ + t * p_.key.row, keys_.get() + count * p_.head_dim, p_.head_dim);
+      if (value_ && i + kRowsAhead < last - first) {
+        prefetch_row(value_ + token(first + i + kRowsAhead) * p_.value.row, p_.value_dim);
+      }
       if (value_) widen(value_ + t * p_.value.row, values_.get() + count * p_.value_dim, p_.value_dim);
       if (++count == kChunkTokens) body(count), count = 0;
-    }
+    });
     if (count) body(count);
   }
 
-  static void widen(const T* row, float* out, int64_t dim) {
+  static void widen(const T* __restrict row, float* __restrict out, int64_t dim) {
     for (int64_t d = 0; d < dim; ++d) out[d] = to_float(row[d]);
   }
 
@@ -136,7 +150,8 @@ class Worker {
     }
   }
 
-  static void centre(float* row, const float* mean, float weight, int64_t dim, float* variance) {
+  static void centre(float* __restrict row, const float* __restrict mean, float weight, int64_t dim,
+                     float* __restrict variance) {
     for (int64_t d = 0; d < dim; ++d) {
       row[d] -= mean[d];
       variance[d] += weight * row[d] * row[d];

@@ -16,3 +16,21 @@ struct View {
     return static_cast<T*>(data) + b * batch + h * head + r * row;
   }
 };
+
+constexpr int kRowsAhead = 8;  // rows between the one asked for and the one read
+
+template <class T>
+inline void prefetch_row(const T* row, int64_t dim) {
+  constexpr int kCacheLine = 64;
+  for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(T)) __builtin_prefetch(row + d);
+}
+
+// Calls body(i) for every row, and asks for the memory of a later one meanwhile: the rows of a head may lie a
+// page apart, where no hardware looks ahead.
+template <class RowOf, class Body>
+inline void for_each_row(int64_t count, int64_t dim, RowOf row_of, Body body) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kRowsAhead < count) prefetch_row(row_of(i + kRowsAhead), dim);
+    body(i);
+  }
+}
