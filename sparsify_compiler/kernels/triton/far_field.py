@@ -1,5 +1,82 @@
-"""Near and far field merged."""
+"""Near and far field merged: the launch of its kernel in `far_field_kernels.py`."""
 
-from sparsify_compiler.kernels.reference.far_field import merge
+from torch import Tensor
 
-__all__ = ["merge"]
+from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.triton import far_field_kernels as kernels
+from sparsify_compiler.kernels.triton.launcher import shared_strides
+from sparsify_compiler.kernels.triton.statistics import VALUE_TILE, Launch, alignment, precision
+
+BLOCK = 64
+"""Queries that a program computes."""
+
+
+def merge(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `far_field.merge_far_field`."""
+    out, lse = empty_outputs(query, near_out)
+    merge_launch(
+        *(query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale),
+        *(out, lse),
+    )()
+    return out, lse
+
+
+def merge_launch(
+    query: Tensor,
+    near_out: Tensor,
+    near_lse: Tensor,
+    far_out: Tensor,
+    far_lse: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> Launch:
+    """Fills `out` and `lse`."""
+    q_bounds, q_order = q_bounds.contiguous(), q_order if q_order is None else q_order.contiguous()
+    batch, heads, tokens, head_dim = query.shape
+    blocks = q_bounds.shape[-1] - 1
+    tensors = {
+        "query": query,
+        "near_out": near_out,
+        "near_lse": near_lse,
+        "far_out": far_out,
+        "far_lse": far_lse,
+        "out": out,
+        "lse": lse,
+    }
+    arguments = {
+        **tensors,
+        "matrices": matrices if matrices is None else matrices.contiguous(),
+        "limits": limits if limits is None else limits.contiguous(),
+        "q_bounds": q_bounds,
+        "q_order": q_order,
+        **{f"{name}_strides": t.stride() for name, t in tensors.items()},
+        "q_bounds_strides": shared_strides(q_bounds),
+        "q_order_strides": shared_strides(q_order),
+        "q_blocks": blocks,
+        "scale": scale,
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": near_out.shape[-1],
+        "VALUE_TILE": VALUE_TILE,
+        "BLOCK": BLOCK,
+        "ALIGN": alignment(query),
+        "PRECISION": precision(query.dtype),
+    }
+    # No q_bounds of these shapes have more tiles; those they have not end at once.
+    tiles = (tokens // BLOCK + blocks if tokens else 0) * -(-near_out.shape[-1] // VALUE_TILE)
+    return Launch(kernels.merge_kernel, (tiles, heads, batch), arguments, num_warps=8)

@@ -67,7 +67,7 @@ def arguments(
         **tensors,
         **index,
         **{f"{name}_strides": t.stride() for name, t in tensors.items()},
-        **{f"{name}_strides": _shared_strides(t) for name, t in index.items()},
+        **{f"{name}_strides": shared_strides(t) for name, t in index.items()},
         "q_blocks": table.kv_num_blocks.shape[-1],
         "queries_per_key_head": query.shape[1] // key.shape[1],
         "scale": scale,
@@ -76,17 +76,17 @@ def arguments(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "CHUNK": config.chunk,
-        "ALIGN": math.gcd(16, *(n for t in (query, key, value, out) for n in _row_starts(t))),
+        "ALIGN": math.gcd(16, *(n for t in (query, key, value, out) for n in row_starts(t))),
     }
 
 
-def _row_starts(tensor: Tensor) -> Iterator[int]:
+def row_starts(tensor: Tensor) -> Iterator[int]:
     """Bytes of which sums and multiples are the addresses of a tensor's rows."""
     yield tensor.data_ptr()
     yield from (stride * tensor.element_size() for stride in tensor.stride()[:-1])
 
 
-def _shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
+def shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
     """Strides of a tensor [B|1, H|1, ...], 0 where a batch or head is shared or there is no tensor."""
     if tensor is None:
         return (0, 0)

@@ -1,5 +1,129 @@
-"""The statistics of blocks."""
+"""The statistics of blocks: launches of the kernels in `far_field_kernels.py`. Nothing is read back."""
 
-from sparsify_compiler.kernels.reference.statistics import block_means, block_statistics
+import math
+from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["block_means", "block_statistics"]
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
+from sparsify_compiler.kernels.triton import far_field_kernels as kernels
+from sparsify_compiler.kernels.triton.launcher import row_starts, shared_strides
+
+BLOCK = 32
+"""Tokens that a program computes at one time."""
+VALUE_TILE = 64
+"""Channels of the values that one program computes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel with all that it is launched with."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int = 2
+
+    def __call__(self) -> None:
+        if all(self.grid):
+            device = next(t for t in self.arguments.values() if isinstance(t, Tensor))
+            with torch.cuda.device_of(device):
+                self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `statistics.block_means`."""
+    mean, mean_square = empty_means(tokens, bounds)
+    means_launch(tokens, bounds, order, mean, mean_square)()
+    return mean, mean_square
+
+
+def means_launch(
+    tokens: Tensor, bounds: Tensor, order: Tensor | None, mean: Tensor, mean_square: Tensor
+) -> Launch:
+    """Fills `mean` and `mean_square`."""
+    bounds, order = bounds.contiguous(), order if order is None else order.contiguous()
+    arguments = {
+        "tokens": tokens,
+        "mean": mean,
+        "mean_square": mean_square,
+        "bounds": bounds,
+        "order": order,
+        "tokens_strides": tokens.stride(),
+        "mean_strides": mean.stride(),
+        "bounds_strides": shared_strides(bounds),
+        "order_strides": shared_strides(order),
+        "DIM": tokens.shape[-1],
+        "BLOCK": BLOCK,
+        "ALIGN": alignment(tokens),
+    }
+    return Launch(kernels.block_means_kernel, (mean.shape[2], *mean.shape[1::-1]), arguments, num_warps=4)
+
+
+def block_statistics(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+) -> Statistics:
+    """See `statistics.block_statistics`."""
+    found = empty_statistics(key, value, bounds, order, key_bias, covariance)
+    statistics_launch(key, value, bounds, order, key_bias, found)()
+    return found
+
+
+def statistics_launch(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    found: Statistics,
+) -> Launch:
+    """Fills `found`; the second moments only where there is room for them."""
+    bounds, order = bounds.contiguous(), order if order is None else order.contiguous()
+    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = found
+    batch, heads, blocks = log_weight.shape
+    arguments = {
+        "key": key,
+        "value": value,
+        "bounds": bounds,
+        "order": order,
+        "key_bias": key_bias,
+        "log_weight": log_weight,
+        "key_mean": key_mean,
+        "value_mean": value_mean,
+        "key_variance": key_variance,
+        "value_variance": value_variance,
+        "covariance": covariance if covariance.dim() > 1 else None,
+        "key_strides": key.stride(),
+        "value_strides": value.stride(),
+        "bounds_strides": shared_strides(bounds),
+        "order_strides": shared_strides(order),
+        "key_bias_strides": shared_strides(key_bias),
+        "blocks": blocks,
+        "heads_per_key_head": heads // key.shape[1],
+        "HEAD_DIM": key.shape[-1],
+        "VALUE_DIM": value.shape[-1],
+        "VALUE_TILE": VALUE_TILE,
+        "BLOCK": BLOCK,
+        "ALIGN": alignment(key),
+        "PRECISION": precision(key.dtype),
+    }
+    tiles = -(-value.shape[-1] // VALUE_TILE)
+    return Launch(kernels.block_statistics_kernel, (blocks * tiles, heads, batch), arguments, num_warps=8)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products of fp32 numbers that stem from tensors of this type."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def alignment(*tensors: Tensor) -> int:
+    """Bytes of which every row of the tensors starts at a multiple."""
+    return math.gcd(16, *(n for t in tensors for n in row_starts(t)))

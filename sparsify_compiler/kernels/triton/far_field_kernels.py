@@ -1,0 +1,275 @@
+"""The Triton kernels of the far field: means and statistics of blocks, and the merge of near and far.
+
+Statistics: one program computes one block of tokens and VALUE_TILE channels of its values, BLOCK tokens at a
+time, once for the means and once more for what is centred about them. Merge: one program computes the same
+channels of BLOCK queries of one query block, whose matrix they share; tiles are numbered as in `kernel.py`.
+
+Products of half precision are taken in TF32, whose eleven bits are no fewer, and sums in fp32; those of fp32 in
+full.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from sparsify_compiler.kernels.triton.kernel import _at, _block_of_tile, _finite, _load_rows, _padded
+
+
+@triton.jit
+def block_means_kernel(
+    tokens,
+    mean,
+    mean_square,
+    bounds,
+    order,
+    tokens_strides,
+    mean_strides,
+    bounds_strides,
+    order_strides,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Grid: (blocks, heads, batches). `mean_strides` are those of both results."""
+    block = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    bounds = _at(bounds, bounds_strides, batch, head) + block
+    begin, end = tl.load(bounds), tl.load(bounds + 1)
+    tokens = _at(tokens, tokens_strides, batch, head)
+    if order is not None:
+        order = _at(order, order_strides, batch, head)
+    total = tl.zeros([_padded(DIM)], tl.float32)
+    total_square = tl.zeros([_padded(DIM)], tl.float32)
+    for start in range(begin, end, BLOCK):
+        token, is_token = _tokens(start, end, order, BLOCK)
+        rows = _load_rows(tokens, token, is_token, tokens_strides, DIM, ALIGN).to(tl.float32)
+        total += tl.sum(rows, axis=0)
+        total_square += tl.sum(rows * rows, axis=0)
+    count = tl.maximum(end - begin, 1).to(tl.float32)
+    at = mean_strides[0] * batch + mean_strides[1] * head + mean_strides[2] * block
+    _store(mean + at, total / count, DIM)
+    _store(mean_square + at, total_square / count, DIM)
+
+
+@triton.jit
+def block_statistics_kernel(
+    key,
+    value,
+    bounds,
+    order,
+    key_bias,
+    log_weight,
+    key_mean,
+    value_mean,
+    key_variance,
+    value_variance,
+    covariance,
+    key_strides,
+    value_strides,
+    bounds_strides,
+    order_strides,
+    key_bias_strides,
+    blocks,
+    heads_per_key_head,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (blocks * value tiles, heads, batches). Results are contiguous; no covariance: no second moments."""
+    tiles: tl.constexpr = (VALUE_DIM + VALUE_TILE - 1) // VALUE_TILE
+    block = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    bounds = _at(bounds, bounds_strides, batch, head) + block
+    begin, end = tl.load(bounds), tl.load(bounds + 1)
+    key = _at(key, key_strides, batch, head // heads_per_key_head)
+    value = _at(value, value_strides, batch, head // heads_per_key_head)
+    if order is not None:
+        order = _at(order, order_strides, batch, head)
+
+    top = tl.where(end > begin, 0.0, float("-inf"))
+    if key_bias is not None:
+        key_bias = _at(key_bias, key_bias_strides, batch, head)
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        for start in range(begin, end, BLOCK):
+            token, is_token = _tokens(start, end, order, BLOCK)
+            highest = tl.maximum(highest, _load_bias(key_bias, token, is_token, key_bias_strides))
+        top = tl.max(highest)
+
+    columns = tile * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    is_column = columns < VALUE_DIM
+    total = tl.zeros([BLOCK], tl.float32)
+    mean_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)
+    mean_v = tl.zeros([VALUE_TILE], tl.float32)
+    for start in range(begin, end, BLOCK):
+        token, is_token = _tokens(start, end, order, BLOCK)
+        weight = _weights(key_bias, token, is_token, key_bias_strides, top)
+        # What weighs nothing may hold anything.
+        k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)
+        v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)
+        total += weight
+        mean_k += tl.sum(weight[:, None] * k, axis=0)
+        mean_v += tl.sum(weight[:, None] * v, axis=0)
+    sum_of_weights = tl.sum(total)
+    inverse = tl.where(sum_of_weights > 0.0, 1.0 / sum_of_weights, 0.0)
+    mean_k = mean_k * inverse
+    mean_v = mean_v * inverse
+
+    at = (batch * tl.num_programs(1) + head) * blocks + block
+    tl.store(value_mean + at * VALUE_DIM + columns, mean_v, mask=is_column)
+    if tile == 0:
+        tl.store(log_weight + at, _finite(top) + tl.log(sum_of_weights))
+        _store(key_mean + at * HEAD_DIM, mean_k, HEAD_DIM)
+
+    if covariance is not None:
+        variance_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)
+        variance_v = tl.zeros([VALUE_TILE], tl.float32)
+        moment = tl.zeros([_padded(HEAD_DIM), VALUE_TILE], tl.float32)
+        for start in range(begin, end, BLOCK):
+            token, is_token = _tokens(start, end, order, BLOCK)
+            weight = _weights(key_bias, token, is_token, key_bias_strides, top)
+            k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)
+            v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)
+            weight = weight * inverse
+            # Lanes of no weight are not 0 any more, but add nothing.
+            k = k - mean_k[None, :]
+            v = v - mean_v[None, :]
+            weighted_v = weight[:, None] * v
+            variance_k += tl.sum(weight[:, None] * k * k, axis=0)
+            variance_v += tl.sum(weighted_v * v, axis=0)
+            moment = tl.dot(k.T, weighted_v, moment, input_precision=PRECISION)
+        tl.store(value_variance + at * VALUE_DIM + columns, variance_v, mask=is_column)
+        rows = tl.arange(0, _padded(HEAD_DIM))
+        elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
+        tl.store(covariance + elements, moment, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :])
+        if tile == 0:
+            _store(key_variance + at * HEAD_DIM, variance_k, HEAD_DIM)
+
+
+@triton.jit
+def merge_kernel(
+    query,
+    near_out,
+    near_lse,
+    far_out,
+    far_lse,
+    matrices,
+    limits,
+    out,
+    lse,
+    q_bounds,
+    q_order,
+    query_strides,
+    near_out_strides,
+    near_lse_strides,
+    far_out_strides,
+    far_lse_strides,
+    out_strides,
+    lse_strides,
+    q_bounds_strides,
+    q_order_strides,
+    q_blocks,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Grid: (query tiles * value tiles, heads, batches). Matrices and limits are contiguous."""
+    tiles: tl.constexpr = (VALUE_DIM + VALUE_TILE - 1) // VALUE_TILE
+    query_tile = tl.program_id(0) // tiles
+    value_tile = tl.program_id(0) % tiles
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    q_bounds = _at(q_bounds, q_bounds_strides, batch, head)
+    block = _block_of_tile(query_tile, q_bounds, q_blocks, BLOCK)
+    begin, end = tl.load(q_bounds + block), tl.load(q_bounds + block + 1)
+    first_row = begin + (query_tile - begin // BLOCK - block) * BLOCK
+    if first_row >= end:
+        return
+    if q_order is not None:
+        q_order = _at(q_order, q_order_strides, batch, head)
+    token, is_query = _tokens(first_row, end, q_order, BLOCK)
+    columns = value_tile * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    is_column = columns < VALUE_DIM
+
+    near = _at(near_lse, near_lse_strides, batch, head) + token * near_lse_strides[2]
+    far = _at(far_lse, far_lse_strides, batch, head) + token * far_lse_strides[2]
+    near = tl.load(near, mask=is_query, other=0.0)
+    far = tl.load(far, mask=is_query, other=0.0)
+    is_alone = far == float("-inf")
+    top = tl.maximum(near, far, propagate_nan=tl.PropagateNan.ALL)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    near_weight = tl.exp(near - base)
+    far_weight = tl.exp(far - base)
+    total = near_weight + far_weight
+
+    near_out = _at(near_out, near_out_strides, batch, head)
+    far_out = _at(far_out, far_out_strides, batch, head)
+    near_rows = _load_columns(near_out, token, is_query, near_out_strides, columns, is_column)
+    far_rows = _load_columns(far_out, token, is_query, far_out_strides, columns, is_column)
+    if matrices is not None:
+        query = _at(query, query_strides, batch, head)
+        q = _load_rows(query, token, is_query, query_strides, HEAD_DIM, ALIGN).to(tl.float32)
+        at = (batch * tl.num_programs(1) + head) * q_blocks + block
+        rows = tl.arange(0, _padded(HEAD_DIM))
+        elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
+        matrix = tl.load(matrices + elements, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :], other=0.0)
+        limit = tl.load(limits + at * VALUE_DIM + columns, mask=is_column, other=0.0)[None, :]
+        term = tl.dot(q, matrix, input_precision=PRECISION) * scale
+        term = tl.where(term > limit, limit, term)
+        far_rows += tl.where(term < -limit, -limit, term)
+    merged = near_rows * (near_weight / total)[:, None] + far_rows * (far_weight / total)[:, None]
+    merged = tl.where(is_alone[:, None], near_rows, merged)
+
+    out = _at(out, out_strides, batch, head)
+    elements = out + token.to(tl.int64)[:, None] * out_strides[2] + columns[None, :] * out_strides[3]
+    tl.store(elements, merged.to(out.dtype.element_ty), mask=is_query[:, None] & is_column[None, :])
+    if value_tile == 0:
+        merged_lse = tl.where(is_alone, near, top + tl.log(total))
+        tl.store(_at(lse, lse_strides, batch, head) + token * lse_strides[2], merged_lse, mask=is_query)
+
+
+@triton.jit
+def _tokens(start, end, order, BLOCK: tl.constexpr):
+    """(tokens at the positions from `start` on, which of them lie before `end`)."""
+    token = start + tl.arange(0, BLOCK)
+    is_token = token < end
+    if order is not None:
+        token = tl.load(order + token, mask=is_token, other=0)
+    return token, is_token
+
+
+@triton.jit
+def _load_bias(key_bias, token, is_token, strides):
+    bias = tl.load(key_bias + token.to(tl.int64) * strides[2], mask=is_token, other=float("-inf"))
+    return bias.to(tl.float32)
+
+
+@triton.jit
+def _weights(key_bias, token, is_token, strides, top):
+    """exp(bias - top), 0 beyond the block."""
+    if key_bias is not None:
+        return tl.exp(_load_bias(key_bias, token, is_token, strides) - _finite(top))
+    return tl.where(is_token, 1.0, 0.0)
+
+
+@triton.jit
+def _load_columns(pointer, token, keep, strides, columns, is_column):
+    """[tokens, columns] of a matrix in fp32; 0 where not kept."""
+    elements = pointer + token.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+    return tl.load(elements, mask=keep[:, None] & is_column[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, row, DIM: tl.constexpr):
+    column = tl.arange(0, _padded(DIM))
+    tl.store(pointer + column, row, mask=column < DIM)
