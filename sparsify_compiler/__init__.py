@@ -3,6 +3,7 @@
 torch.compile(model, backend="sparsify", options={"method": "tile", "reference_frames": 2})
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparsify_compiler.errors import GridError, OptionError, ProviderError, SparsifyError, SparsifyWarning
@@ -11,6 +12,8 @@ from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
+    from sparsify_compiler.measured import RunStats, stats
+    from sparsify_compiler.runtime.clock import generation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,17 +25,27 @@ __all__ = [
     "GridError",
     "OptionError",
     "ProviderError",
+    "RunStats",
     "SparsifyError",
     "SparsifyWarning",
     "TokenLayout",
     "explain",
+    "generation",
+    "stats",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """`explain` and `Explanation` on first use: they need Dynamo, whose import takes seconds."""
-    if name in ("explain", "Explanation"):
-        from sparsify_compiler import explanation
+_LAZY = {
+    "Explanation": "explanation",
+    "RunStats": "measured",
+    "explain": "explanation",
+    "generation": "runtime.clock",
+    "stats": "measured",
+}
 
-        return getattr(explanation, name)
+
+def __getattr__(name: str) -> Any:
+    """What needs Dynamo or a kernel's module, on first use: `import sparsify_compiler` takes no time."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"sparsify_compiler.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

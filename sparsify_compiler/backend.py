@@ -77,10 +77,10 @@ def _program(
         inputs=find_inputs(gm),
         held=held,
         compile=compile_phase,
-        clocked=not trains and (bool(held.specs) or plan.dense_steps > 0),
+        remembers=not trains and bool(plan.sparse),
     )
     program.phase("sparse")
-    if program.clocked and plan.dense_steps > 0:
+    if program.remembers and plan.dense_steps > 0:
         program.phase("dense")
     return program
 

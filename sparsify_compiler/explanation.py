@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from sparsify_compiler import _torch
+from sparsify_compiler import _torch, pictures
 from sparsify_compiler.backend import configure
 from sparsify_compiler.config import split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
+from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
@@ -102,52 +103,29 @@ class Explanation:
         Rows are queries, columns are keys. Frames are dark where they are computed, other tokens are orange.
 
         Raises:
-            SparsifyError: nothing is sparse, so there is nothing to draw; matplotlib is missing; or the
+            SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is missing; or the
                 path cannot be written to, or has no ending that matplotlib knows.
         """
         tables: dict[tuple[TokenLayout, Any], AttentionPlan] = {}
         names: dict[tuple[TokenLayout, Any], list[str]] = {}
         for name, plan in fold(self.plans):
-            if plan.method != "dense":
+            if isinstance(plan.settings, StaticMethod):
                 tables.setdefault((plan.layout, plan.settings), plan)
                 names.setdefault((plan.layout, plan.settings), []).append(name)
         if not tables:
             raise SparsifyError(
-                "there is no mask to draw: every attention stays dense. str() of this says why."
+                "there is no mask to draw: no attention has a table that is known before it runs. str() of "
+                "this says why; sparsify_compiler.stats(model) draws what was read in a run."
             )
-        path = Path(path)
-        if path.is_dir():
-            raise SparsifyError(
-                f"cannot save the picture as {path}: it is a folder. Try {path / 'masks.png'}"
-            )
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise SparsifyError(
-                "the picture needs matplotlib: try pip install 'sparsify-compiler[demo]'"
-            ) from error
         columns = min(len(tables), 3)
         rows = -(-len(tables) // columns)
-        figure = Figure(figsize=(5.2 * columns, 5.6 * rows), layout="constrained")
+        figure = pictures.figure(5.2 * columns, 5.6 * rows)
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (key, plan) in zip(grid, tables.items(), strict=False):
             _draw(axes, plan, names[key])
         for axes in list(grid)[len(tables) :]:
             axes.set_axis_off()
-        ending, known = path.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
-        if ending not in known:
-            raise SparsifyError(
-                f"cannot save the picture as {path}: its name must end in one of {', '.join(known)}, "
-                f"got {ending!r}. Try {path.with_suffix('.png')}"
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=150)
-        except OSError as error:
-            raise SparsifyError(
-                f"cannot save the picture as {path}: {error}. Try a folder that can be written to"
-            ) from error
-        return path
+        return pictures.save(figure, path)
 
 
 def explain(

@@ -100,7 +100,7 @@ class Cubes:
         """What this call reads."""
         query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
         q_means, kv_means = (
-            block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)
+            block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)[0]
             for points, blocks in zip(tokens.video(), (query, key), strict=True)
         )
         counts, indices, kept = top_p_blocks(

@@ -2,7 +2,7 @@
 
 import re
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.passes.fx import tensor_of
@@ -26,7 +26,7 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
             continue
         if not _torch.is_model_tensor(node):
             given.append(i)
-        elif owner is None:
+        elif owner is None and isinstance(node.meta["example_value"], nn.Parameter):
             owner = i
     named = [i for i in given if _TIME.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
     numbers = [i for i in given if tensor_of(placeholders[i]).dim() <= 1]  # type: ignore[union-attr]

@@ -49,30 +49,33 @@ class Program:
     held: Held
     compile: Callable[[Phase], Run]
     """Compiles a phase; it is called when the phase is first needed."""
-    clocked: bool
-    """Whether anything depends on what call this is."""
+    remembers: bool
+    """Whether anything is kept from call to call; not where gradients are needed."""
     _phases: dict[Phase, Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph."""
-        if not self.clocked:
+        if not self.remembers:
             return self.phase("sparse")(*args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
-        reads = self.inputs.time is not None and state.clock.reads()
+        reads = self._clocked and self.inputs.time is not None and state.clock.reads()
         tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, ())))
         if tick.new_video:
             state.new_video()
         dense = self.plan.dense_count(tick.steps)
         phase: Phase = "dense" if tick.step is not None and tick.step < dense else "sparse"
-        if not self.held.specs:
-            return self.phase(phase)(*args)
         stream = state.stream(self.held.specs, tick.stream)
         warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
         result = self.phase(phase)(*args, *warm, *stream.tensors)
         stream.calls += 1
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
-        state.record(tick, phase, reports if phase == "sparse" else {})
+        state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
         return result
+
+    @property
+    def _clocked(self) -> bool:
+        """Whether anything depends on what call this is."""
+        return bool(self.held.specs) or self.plan.dense_steps > 0
 
     def phase(self, name: Phase) -> Run:
         """The compiled graph of a phase."""

@@ -6,12 +6,13 @@ model has several. It is found by a Parameter that the program is called with, a
 
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.clock import StepClock, Tick
 
 REMEMBERED = 1000
@@ -34,10 +35,11 @@ class Stream:
 class Record:
     """One call of a program."""
 
+    plan: GraphPlan
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,13 +64,20 @@ class ModelState:
         self._streams.clear()
         self.history.clear()
 
-    def record(self, tick: Tick, phase: str, reports: Mapping[str, Tensor]) -> None:
+    def record(self, plan: GraphPlan, tick: Tick, phase: str, reports: Mapping[str, Tensor]) -> None:
         """Keep what the sites report of a call."""
-        self.history.append(Record(tick, phase, {site: report.clone() for site, report in reports.items()}))
+        self.history.append(
+            Record(plan, tick, phase, {site: report.clone() for site, report in reports.items()})
+        )
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
 """id of the object -> (reference that removes the entry, state). Tensors compare by value: no WeakKeyDictionary."""
+
+
+def states_of(owners: Iterable[object]) -> list[ModelState]:
+    """The states that exist of these owners; makes none."""
+    return [_models[id(owner)][1] for owner in owners if id(owner) in _models]
 
 
 def state_of(owner: object) -> ModelState:

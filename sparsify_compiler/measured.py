@@ -1,0 +1,176 @@
+"""What a run did: densities, mass kept, and where the far field was on, by site, head and step."""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler import _torch, pictures
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.runtime.site import REPORT
+from sparsify_compiler.runtime.state import Record, states_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Measurement:
+    """One attention call that ran sparse. Tensors are [B, H] fp32 on the CPU."""
+
+    site: str
+    method: str
+    call: int
+    """Of the model since the video began, from 0."""
+    step: int | None
+    """Of the generation, from 0; None where the calls do not tell."""
+    stream: int
+    """0, or the number of the conditional or unconditional stream."""
+    density: Tensor
+    """Share of the query-key pairs computed."""
+    kept: Tensor
+    """Attention mass that the method estimates to have kept, mean over its query blocks; NaN for a static one."""
+    recall: Tensor
+    """Attention mass truly kept, mean over sampled queries; NaN where none was sampled."""
+    far_field: Tensor
+    """1 where the far field was on, 0 where it was dropped."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunStats:
+    """What the attention of a model did since the last video began."""
+
+    measurements: tuple[Measurement, ...]
+    dense_calls: int
+    """Calls of the model that ran in the dense phase."""
+
+    @property
+    def density(self) -> float:
+        """Mean density of what ran sparse; NaN if nothing did."""
+        return self._mean("density")
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """A row for each site, means over calls, batches and heads."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("site", "method", "calls", "density", "lowest head", "highest head", *REPORT[1:]):
+            table.add_column(heading.replace("_", " "))
+        for site, some in self._by_site().items():
+            heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
+            means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
+            cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
+            table.add_row(site, some[0].method, str(len(some)), *cells)
+        yield table
+        calls = len({one.call for one in self.measurements})
+        density = _text(self.density)
+        yield f"{self.dense_calls} dense and {calls} sparse calls; mean density of the sparse ones {density}."
+
+    def save_picture(self, path: str | Path) -> Path:
+        """Draw the density of every site at every sparse call, as a heat map.
+
+        Raises:
+            SparsifyError: nothing ran sparse; matplotlib is missing; the path cannot be written to.
+        """
+        sites = self._by_site()
+        if not sites:
+            raise SparsifyError("there is nothing to draw: nothing ran sparse since the last video began")
+        calls = sorted({one.call for one in self.measurements})
+        image = torch.full((len(sites), len(calls)), math.nan)
+        for row, some in enumerate(sites.values()):
+            for one in some:
+                image[row, calls.index(one.call)] = one.density.mean()
+        figure = pictures.figure(min(16.0, 3 + 0.3 * len(calls)), min(16.0, 1.6 + 0.28 * len(sites)))
+        axes = figure.subplots()
+        drawn = axes.imshow(image.numpy(), vmin=0, aspect="auto", interpolation="nearest")
+        labels = {one.call: f"{one.step if one.step is not None else one.call}" for one in self.measurements}
+        every = -(-len(calls) // 25)
+        axes.set_xticks(range(0, len(calls), every), [labels[call] for call in calls[::every]])
+        axes.set_yticks(range(len(sites)), list(sites), fontsize=7)
+        axes.set(xlabel="step", title="share of the query-key pairs computed")
+        figure.colorbar(drawn, ax=axes)
+        return pictures.save(figure, path)
+
+    def _by_site(self) -> dict[str, list[Measurement]]:
+        sites: dict[str, list[Measurement]] = {}
+        for one in self.measurements:
+            sites.setdefault(one.site, []).append(one)
+        return sites
+
+    def _mean(self, field: str) -> float:
+        values = [getattr(one, field).mean() for one in self.measurements]
+        return float(torch.stack(values).mean()) if values else math.nan
+
+
+def stats(model: Callable[..., Any]) -> RunStats:
+    """What happened in the calls of a compiled model since the last video began.
+
+    Args:
+        model: what torch.compile was given, or what it gave back; parts of it may have been compiled one by one.
+
+    Raises:
+        SparsifyError: the model is no module, or no call of it was recorded.
+    """
+    module = _torch.uncompiled(model)
+    if not isinstance(module, nn.Module):
+        raise SparsifyError(
+            f"stats needs a module whose parameters it can look up, got {type(module).__name__}"
+        )
+    states = states_of(module.parameters())
+    records = [record for state in states for record in state.history]
+    if not records:
+        raise SparsifyError(
+            "no call of this model was recorded: run it first, compiled with backend='sparsify' and without "
+            "gradients; sparsify_compiler.explain(model, ...) shows whether anything in it would be sparse"
+        )
+    sparse = (
+        measurement
+        for state in states
+        for call, record in enumerate(state.history)
+        if record.phase == "sparse"
+        for measurement in _measurements(call, record)
+    )
+    return RunStats(tuple(sparse), sum(record.phase == "dense" for record in records))
+
+
+def _measurements(call: int, record: Record) -> list[Measurement]:
+    """Of every site that is sparse by the plan of the program that was called."""
+    found = []
+    for plan in record.plan.sparse:
+        shape = (plan.site.batch, plan.site.heads)
+        if plan.site.name in record.reports:
+            rows = record.reports[plan.site.name].cpu()
+        elif plan.density is not None:
+            nan = math.nan
+            rows = torch.tensor([plan.density, nan, nan, nan])[:, None, None].expand(-1, *shape)
+        else:  # in the body of a higher-order operator, which reports nothing
+            continue
+        reported = dict(zip(REPORT, rows, strict=True))
+        found.append(
+            Measurement(
+                site=plan.site.name,
+                method=plan.method,
+                call=call,
+                step=record.tick.step,
+                stream=record.tick.stream,
+                **reported,
+            )
+        )
+    return found
+
+
+def _text(number: float) -> str:
+    return "-" if math.isnan(number) else f"{number:.3f}"

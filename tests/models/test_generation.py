@@ -1,0 +1,395 @@
+"""Dynamic methods over whole generations: phases, streams, videos, and at every step what the tables say."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+import sparsify_compiler
+from sparsify_compiler import OptionError, SparsifyError
+from sparsify_compiler.runtime import site as runtime_site
+from sparsify_compiler.runtime.state import states_of
+from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing.models import CASES, GRID, Inputs
+from sparsify_compiler.testing.oracles import masked_attention
+
+SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
+SVG2 = {"method": "svg2", "q_clusters": 6, "kv_clusters": 12, "kmeans_iters": (4, 2), "top_p": 0.5}
+CUBES = {"method": "cubes", "cube": (2, 3, 4), "query_cube": (3, 4, 4), "top_p": 0.5}
+USUAL = {"inner_backend": "eager", "far_field": "drop", "dense_steps": 2, "dense_layers": 0}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+class Tables(list[BlockTable]):
+    """The tables that the sites of the last call used, in order."""
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Tables:
+    used = Tables()
+    attend = runtime_site.attention_with_far_field
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
+        used.append(table)
+        return attend(query, key, value, table, **others)
+
+    monkeypatch.setattr(runtime_site, "attention_with_far_field", spy)
+    return used
+
+
+class UnderMasks(TorchFunctionMode):
+    """Eager attention, dense under the masks of these tables wherever a table has as many tokens."""
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__()
+        self.masks = iter([table.mask() for table in tables])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self.attend(*args, **kwargs)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *_: Any,
+        **others: Any,
+    ) -> Tensor:
+        tokens = GRID[0] * GRID[1] * GRID[2]
+        if query.shape[-2] != key.shape[-2] or query.shape[-2] < tokens:
+            return scaled_dot_product_attention(query, key, value, attn_mask, *_, **others)
+        bias = None
+        if attn_mask is not None:
+            bias = (
+                torch.zeros(()).masked_fill(~attn_mask, -torch.inf)
+                if attn_mask.dtype == torch.bool
+                else attn_mask
+            )
+            bias = bias[..., 0, :].expand(query.shape[0], -1, -1)
+        return masked_attention(query, key, value, next(self.masks), key_bias=bias, dtype=torch.float32)[0]
+
+
+def first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).abs().max() / exact.abs().max())
+
+
+def conditioning(inputs: Inputs) -> str:
+    return next(name for name in inputs if name.startswith("encoder_hidden_states"))
+
+
+Loop = Callable[[Inputs, int], Iterator[tuple[int, int, Inputs]]]
+
+
+def batched(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
+    """(step, stream, inputs): guidance in one call of both streams, falling time steps."""
+    for step in range(steps):
+        latents = inputs["hidden_states"] + 0.1 * step
+        time = torch.full_like(inputs["timestep"], 900 - 80 * step)
+        yield step, 0, inputs | {"hidden_states": latents, "timestep": time}
+
+
+def two_calls(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
+    """Guidance in two calls a step."""
+    text = conditioning(inputs)
+    for step, _, now in batched(inputs, steps):
+        yield step, 0, now
+        yield step, 1, now | {text: 0.5 * now[text]}
+
+
+def second_order(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
+    """A solver that asks twice at every time step but the first."""
+    for step, _, now in batched(inputs, steps):
+        yield step, 0, now
+        if step:
+            yield step, 0, now | {"hidden_states": now["hidden_states"] + 0.05}
+
+
+def rising(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
+    """A schedule that rises, as in inversion."""
+    for step, _, now in batched(inputs, steps):
+        yield step, 0, now | {"timestep": 1000 - now["timestep"]}
+
+
+def generate(
+    compiled: nn.Module, model: nn.Module, loop: Loop, inputs: Inputs, tables: Tables, steps: int = 10
+) -> None:
+    """Run a loop and hold every call to what it must be: dense, then what its tables say."""
+    for step, stream, now in loop(inputs, steps):
+        tables.clear()
+        with torch.no_grad():
+            got = first(compiled(**now))
+            if step < USUAL["dense_steps"]:
+                assert not tables
+                assert torch.equal(got, first(model(**now)))
+            else:
+                assert tables
+                with UnderMasks(tables):
+                    exact = first(model(**now))
+                assert relative_error(got, exact) < 1e-5
+        record = sparsify_compiler.runtime.state.states_of(model.parameters())[0].history[-1]
+        assert (record.tick.step, record.tick.stream) == (step, stream)
+
+
+@contextmanager
+def at_most_compilations(count: int) -> Iterator[None]:
+    """Dynamo compiles no more than `count` frames in the block."""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    yield
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= count
+
+
+@pytest.mark.parametrize(
+    ("name", "loop", "method"),
+    [
+        *((name, loop, SVG2) for name in SIX for loop in (batched, two_calls)),
+        *((name, two_calls, CUBES) for name in ("wan", "hunyuan_video", "cogvideox")),
+    ],
+    ids=lambda value: (
+        getattr(value, "__name__", None) or value if not isinstance(value, dict) else value["method"]
+    ),
+)
+def test_a_generation_is_dense_then_sparse(name: str, loop: Loop, method: dict, tables: Tables) -> None:
+    model, inputs = CASES[name].build(GRID, batch=2 if loop is batched else 1)
+    compiled = torch.compile(model, backend="sparsify", fullgraph=True, options=USUAL | method)
+    with at_most_compilations(1):
+        generate(compiled, model, loop, inputs, tables)
+    stats = sparsify_compiler.stats(compiled)
+    assert stats.dense_calls == 2 * (1 if loop is batched else 2)
+    assert {one.step for one in stats.measurements} == set(range(2, 10))
+    assert 0.05 < stats.density < 0.9
+    for one in stats.measurements:
+        assert bool((one.kept >= 0.5 - 1e-5).all())
+
+
+@pytest.mark.parametrize("loop", [second_order, rising])
+def test_other_schedules(loop: Loop, tables: Tables) -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    generate(torch.compile(model, backend="sparsify", options=USUAL | SVG2), model, loop, inputs, tables)
+
+
+def test_time_steps_for_each_token(tables: Tables) -> None:
+    """The first frame given, at time step 0, as image-to-video has it: the largest counts."""
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
+    tokens = GRID[0] * GRID[1] * GRID[2]
+
+    def per_token(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
+        for step, stream, now in batched(inputs, steps):
+            times = now["timestep"].float()[:, None].repeat(1, tokens)
+            times[:, : GRID[1] * GRID[2]] = 0
+            yield step, stream, now | {"timestep": times}
+
+    generate(compiled, model, per_token, inputs, tables, steps=4)
+
+
+def centroids(model: nn.Module) -> list[Tensor]:
+    (state,) = states_of(model.parameters())
+    return [tensor.nan_to_num() for stream in state._streams.values() for tensor in stream.tensors]
+
+
+def test_a_second_video_starts_cold_and_gives_what_the_first_gave(tables: Tables) -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
+    runs = []
+    for text_scale in (1.0, 0.3, 1.0):
+        scaled = inputs | {conditioning(inputs): text_scale * inputs[conditioning(inputs)]}
+        generate(compiled, model, two_calls, scaled, tables, steps=5)
+        runs.append([tensor.clone() for tensor in centroids(model)])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+
+
+def test_streams_do_not_mix() -> None:
+    """A stream's state is that of a generation in which it is alone."""
+    states = []
+    for streams in ((0,), (1,), (0, 1)):
+        torch._dynamo.reset()
+        model, inputs = CASES["wan"].build(GRID, batch=1)
+        compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
+        with torch.no_grad():
+            for _, stream, now in two_calls(inputs, 5):
+                if stream in streams:
+                    compiled(**now)
+        states.append(centroids(model))
+    alone = [*states[0], *states[1]]
+    assert all(torch.equal(a, b) for a, b in zip(states[2], alone, strict=True))
+
+
+def test_two_models_of_one_class_share_programs_and_no_state(tables: Tables) -> None:
+    made = [CASES["wan"].build(GRID, batch=1, seed=seed) for seed in (0, 1)]
+    compiled = [torch.compile(model, backend="sparsify", options=USUAL | SVG2) for model, _ in made]
+    loops = [list(batched(inputs, 5)) for _, inputs in made]
+    with torch.no_grad():
+        for step in range(5):
+            for fast, loop in zip(compiled, loops, strict=True):
+                fast(**loop[step][2])
+    together = [centroids(model) for model, _ in made]
+    for (model, inputs), expected in zip(made, together, strict=True):
+        torch._dynamo.reset()
+        generate(
+            torch.compile(model, backend="sparsify", options=USUAL | SVG2), model, batched, inputs, tables, 5
+        )
+        assert all(torch.equal(a, b) for a, b in zip(centroids(model), expected, strict=True))
+
+
+def test_training_then_generating() -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2 | {"inner_backend": "aot_eager"})
+    model.train()
+    for _, _, now in batched(inputs, 2):
+        first(compiled(**now)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert not states_of(model.parameters()), "training neither counts steps nor remembers"
+    model.eval()
+    with torch.no_grad():
+        for _, _, now in batched(inputs, 4):
+            compiled(**now)
+    assert sparsify_compiler.stats(compiled).dense_calls == 2
+
+
+def test_blocks_compiled_one_by_one(tables: Tables) -> None:
+    """Each block has a state of its own; steps and streams come from `generation`."""
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    twin, _ = CASES["wan"].build(GRID, batch=1)
+    for block in model.blocks:
+        block.compile(backend="sparsify", options=USUAL | SVG2 | {"grid": GRID})
+    with torch.no_grad(), sparsify_compiler.generation(steps=5, streams=2):
+        for step, stream, now in two_calls(inputs, 5):
+            tables.clear()
+            got = first(model(**now))
+            assert len(tables) == (0 if step < 2 else len(model.blocks))
+            with UnderMasks(tables) if tables else nullcontext():
+                exact = first(twin(**now))
+            assert relative_error(got, exact) < 1e-5
+            for block in model.blocks:
+                (state,) = states_of(block.parameters())
+                assert (state.history[-1].tick.step, state.history[-1].tick.stream) == (step, stream)
+
+
+def test_without_a_time_step_it_is_sparse_from_the_first_call(tables: Tables) -> None:
+    model, _ = CASES["wan"].build(GRID, batch=1)
+    block = model.blocks[0]
+    hidden = torch.randn(1, 315, block.norm1.normalized_shape[0])
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn1 = block.attn1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn1(x, None, None, None)
+
+    compiled = torch.compile(Alone(), backend="sparsify", options=USUAL | SVG2 | {"grid": GRID})
+    with torch.no_grad():
+        compiled(hidden)
+    assert tables
+    assert sparsify_compiler.stats(compiled).measurements[0].step is None
+
+
+def test_a_share_of_dense_steps_is_of_the_generation() -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | CUBES | {"dense_steps": 0.5})
+    with torch.no_grad(), sparsify_compiler.generation(steps=6):
+        for _, _, now in batched(inputs, 6):
+            compiled(**now)
+    assert sparsify_compiler.stats(compiled).dense_calls == 3
+
+
+def test_dense_layers_stay_dense() -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    plans = sparsify_compiler.explain(model, **inputs, options=USUAL | CUBES | {"dense_layers": 1}).plans
+    attn1 = [plan for plan in plans if plan.site.kind == "self"]
+    assert [plan.method for plan in attn1] == ["dense", "cubes"]
+    assert "dense_layers" in attn1[0].reason
+
+
+def test_another_batch_starts_anew() -> None:
+    """The state of one batch is no state of another: a documented reset, not silent garbage."""
+    model, inputs = CASES["wan"].build(GRID, batch=2)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2 | {"dense_steps": 0})
+    with torch.no_grad():
+        compiled(**inputs)
+        half = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        compiled(**half)
+    (state,) = states_of(model.parameters())
+    assert sorted(stream.calls for stream in state._streams.values()) == [1, 1]
+
+
+def test_state_goes_with_the_model() -> None:
+    import gc
+
+    from sparsify_compiler.runtime import state
+
+    gc.collect()
+    before = len(state._models)
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | CUBES)
+    with torch.no_grad():
+        compiled(**inputs)
+    assert len(state._models) == before + 1
+    del model, compiled
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(state._models) == before
+
+
+def test_stats_of_a_model_that_did_not_run_says_so() -> None:
+    with pytest.raises(SparsifyError, match="no call of this model was recorded"):
+        sparsify_compiler.stats(nn.Linear(2, 2))
+    with pytest.raises(SparsifyError, match="needs a module"):
+        sparsify_compiler.stats(torch.sin)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_p": 0}, r"top_p must be a number in \(0, 1\], got 0"),
+        ({"top_p": 1.01}, r"top_p must be a number in \(0, 1\]"),
+        ({"top_p": "0.9"}, r"top_p must be a number"),
+        ({"top_p": float("nan")}, r"top_p must be a number"),
+        ({"min_kv_ratio": -0.1}, r"min_kv_ratio must be a number in \[0, 1\]"),
+        ({"q_clusters": 0}, "q_clusters must be an integer of at least 1"),
+        ({"q_clusters": 316}, "q_clusters must be at most the 315 tokens of the video, got 316"),
+        ({"kv_clusters": 1000}, "kv_clusters must be at most the 315 tokens"),
+        ({"kmeans_iters": 3}, r"kmeans_iters must be two integers \(first, later\)"),
+        ({"kmeans_iters": (0, 2)}, r"kmeans_iters\[0\] must be an integer of at least 1"),
+        ({"dense_steps": -1}, "dense_steps must be an integer of at least 0 or a share"),
+        ({"dense_steps": 1.5}, "dense_steps must be an integer of at least 0 or a share"),
+        ({"dense_layers": "all"}, "dense_layers must be an integer of at least 0 or a share"),
+        ({"far_field": "quadratic"}, "unknown far_field 'quadratic'"),
+        ({"measure_recall": 2}, r"measure_recall must be a share in \[0, 1\]"),
+        ({"cube": (4, 4)}, "option 'cube' belongs to method 'cubes'"),
+        ({"method": "cubes", "cube": (4, 4)}, r"cube must be three integers"),
+        ({"method": "cubes", "query_cube": (4, 0, 4)}, "query_cube must be an integer of at least 1"),
+        ({"seed": -1}, "seed must be an integer of at least 0"),
+    ],
+)
+def test_bad_options_say_what_they_must_be(options: dict, says: str) -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    method = {"method": "svg2"} if options.get("method") != "cubes" else {}
+    compiled = torch.compile(model, backend="sparsify", options={"inner_backend": "eager"} | method | options)
+    with torch.no_grad(), pytest.raises(OptionError, match=says):
+        compiled(**inputs)
