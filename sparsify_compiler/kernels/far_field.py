@@ -17,8 +17,8 @@ bounded: s q M_i moves no channel further than the standard deviation of the val
 most 1/2. With q² averaged over the queries of a head, v_j is a bias; each query's own q² errs as much, and would
 double the head dim.
 
-Neither form is always better than dropping, so a few rows are computed exactly, and a head whose far field
-raises their error does without. Nothing here reads a value back from the device.
+Neither form is always better than dropping, nor the first order than the zeroth, so a few rows are computed
+exactly, and a head does without what raises their error. Nothing here reads a value back from the device.
 """
 
 import math
@@ -66,7 +66,8 @@ def attention_with_far_field(
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
         sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
-            table. A head whose far field raises their summed squared error drops it. 0: no guard, no recall.
+            table. A head does without the first order of `linear`, or without a far field, where that raises
+            their summed squared error. 0: no guard, no recall.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, near and far field merged.
@@ -110,19 +111,16 @@ def attention_with_far_field(
         if sample is not None and exact is not None:
             with torch.no_grad():
                 near_rows = sample.take(near_out), sample.take(near_lse)
-                far_rows = sample.take(far_out), sample.take(far_lse)
-                merged_rows, _ = merge_far_field(
-                    sample.take(query),
-                    *(*near_rows, *far_rows),
-                    matrices,
-                    limits,
-                    sample.q_bounds,
-                    None,
-                    scale=scale,
-                    provider=provider,
-                )
+                rows = *near_rows, sample.take(far_out), sample.take(far_lse)
+                error = sample.error(query, rows, None, None, exact[0], scale, provider)
+                if limits is not None:
+                    whole = sample.error(query, rows, matrices, limits, exact[0], scale, provider)
+                    helps = whole <= error
+                    error = torch.where(helps, whole, error)
                 # An error that is no number is no improvement.
-                gate = _error(merged_rows, exact[0]) <= _error(near_rows[0], exact[0])
+                gate = error <= _error(near_rows[0], exact[0])
+            if limits is not None:
+                limits = limits * helps[..., None, None]
             far_lse = far_lse.masked_fill(~gate[..., None], -torch.inf)
         out, lse = merge_far_field(
             query,
@@ -424,6 +422,22 @@ class _Sample:
     def take(self, tensor: Tensor) -> Tensor:
         """These rows of [B, H, Sq] or [B, H, Sq, D]."""
         return _take(tensor, self.rows)
+
+    def error(
+        self,
+        query: Tensor,
+        rows: tuple[Tensor, Tensor, Tensor, Tensor],
+        matrices: Tensor | None,
+        limits: Tensor | None,
+        exact: Tensor,
+        scale: float,
+        provider: str,
+    ) -> Tensor:
+        """[B, H] summed squared error of these rows of near out, near lse, far out and far lse, merged."""
+        merged, _ = merge_far_field(
+            *(self.take(query), *rows, matrices, limits, self.q_bounds, None), scale=scale, provider=provider
+        )
+        return _error(merged, exact)
 
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
