@@ -21,7 +21,7 @@ sizes do not matter, only the last tile of a chunk is partly empty.
 Within a chunk, key number f lies at position f + sum of jump[c] over the listed blocks c with first[c] <= f,
 where first[c] is the number of block c's first key and jump[c] the distance from the end of the block listed
 before it. A tile with no jump inside (n0, n2, n3, n4: neighbours merge of themselves) is a plain range. Else
-(n1) each lane sums its own jumps, a BLOCK_N x CHUNK comparison, small beside the two products of the tile.
+(n1) each lane finds its block, by counting the blocks that begin at it and before it.
 
 Softmax is online and in base 2: log2(e) is folded into the scale and the bias. Lanes beyond the chunk have
 key and value 0 and bias -inf, so no score needs a mask of its own.
@@ -81,15 +81,11 @@ def block_sparse_attention_kernel(
 
     q_bounds = _at(q_bounds, q_bounds_strides, batch, head)
     block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
-    begin = tl.load(q_bounds + block)
-    end = tl.load(q_bounds + block + 1)
-    first_row = begin + (tile - begin // BLOCK_M - block) * BLOCK_M
-    if first_row >= end:
-        return
-    q_token = first_row + tl.arange(0, BLOCK_M)
-    is_query = q_token < end
     if q_order is not None:
-        q_token = tl.load(_at(q_order, q_order_strides, batch, head) + q_token, mask=is_query, other=0)
+        q_order = _at(q_order, q_order_strides, batch, head)
+    q_token, is_query, is_used = _queries(tile, block, q_bounds, q_order, BLOCK_M)
+    if not is_used:
+        return
 
     query = _at(query, query_strides, batch, head)
     key = _at(key, key_strides, batch, head // queries_per_key_head)
@@ -108,7 +104,7 @@ def block_sparse_attention_kernel(
     acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)
 
     for chunk in range(0, listed_blocks, CHUNK):
-        first, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
+        first, distances, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
         distance, range_end = _range_at(0, first, jump)
         for start in range(0, keys, BLOCK_N):
             number = start + tl.arange(0, BLOCK_N)
@@ -117,18 +113,17 @@ def block_sparse_attention_kernel(
             # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
             if start + BLOCK_N >= range_end:
                 if start + BLOCK_N > range_end:
-                    passed = first[:, None] <= number[None, :]
-                    token = number + tl.sum(tl.where(passed, jump[:, None], 0), axis=0)
+                    token = number + tl.gather(distances, _blocks_of(start, first, BLOCK_N), axis=0)
                 distance, range_end = _range_at(start + BLOCK_N, first, jump)
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
 
-            bias = tl.where(is_key, 0.0, float("-inf"))
+            bias = tl.zeros([BLOCK_N], tl.float32)
             if key_bias is not None:
-                bias = tl.load(
-                    key_bias + token.to(tl.int64) * key_bias_strides[2], mask=is_key, other=float("-inf")
-                )
+                bias = tl.load(key_bias + token.to(tl.int64) * key_bias_strides[2], mask=is_key, other=0.0)
                 bias = bias.to(tl.float32) * LOG2_E
+            # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
+            bias = tl.where(tl.arange(0, BLOCK_N) < keys - start, bias, float("-inf"))
 
             k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
             scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
@@ -142,6 +137,8 @@ def block_sparse_attention_kernel(
             row_max = new_max
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    # Found again rather than kept through the loop, whose every register is in use.
+    q_token, is_query, _ = _queries(tile, block, q_bounds, q_order, BLOCK_M)
     out = _at(out, out_strides, batch, head)
     elements, mask = _rows(out, q_token, is_query, out_strides, VALUE_DIM, ALIGN)
     tl.store(elements, acc.to(out.dtype.element_ty), mask=mask)
@@ -170,8 +167,27 @@ def _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _queries(tile, block, q_bounds, q_order, BLOCK_M: tl.constexpr):
+    """(tokens of a tile, which of them are queries of its block, whether any is).
+
+    The volatile loads keep the compiler from making one of two calls.
+    """
+    begin = tl.load(q_bounds + block, volatile=True)
+    end = tl.load(q_bounds + block + 1)
+    first_row = begin + (tile - begin // BLOCK_M - block) * BLOCK_M
+    token = first_row + tl.arange(0, BLOCK_M)
+    is_query = token < end
+    if q_order is not None:
+        token = tl.load(q_order + token, mask=is_query, other=0, volatile=True)
+    return token, is_query, first_row < end
+
+
+@triton.jit
 def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.constexpr):
-    """(first, jump, keys) of the listed blocks chunk : chunk + CHUNK; keys is how many they hold in all."""
+    """(first, distances, jump, keys) of the listed blocks chunk : chunk + CHUNK.
+
+    distances: position - number in each block. keys: how many they hold in all.
+    """
     entry = chunk + tl.arange(0, CHUNK)
     is_listed = entry < listed_blocks
     block = tl.load(kv_indices + entry, mask=is_listed, other=0)
@@ -180,7 +196,16 @@ def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.const
     size = tl.load(kv_bounds + block + 1, mask=is_listed, other=0) - begin
     # Before the chunk's first block there is none; bound 0, which is 0, then stands for its end.
     jump = begin - tl.load(kv_bounds + before + 1, mask=is_listed, other=0)
-    return tl.cumsum(size, axis=0) - size, jump, tl.sum(size)
+    first = tl.cumsum(size, axis=0) - size
+    return first, begin - first, jump, tl.sum(size)
+
+
+@triton.jit
+def _blocks_of(start, first, BLOCK_N: tl.constexpr):
+    """Which listed block each of the key numbers start : start + BLOCK_N lies in."""
+    lane = first - start
+    begun = tl.histogram(lane, BLOCK_N, mask=(lane >= 0) & (lane < BLOCK_N))
+    return tl.sum((lane < 0).to(tl.int32)) + tl.cumsum(begun, axis=0) - 1
 
 
 @triton.jit
