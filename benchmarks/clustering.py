@@ -52,7 +52,8 @@ class Result:
         c = self.case
         return (
             f"{c.dtype:<8} H={c.heads} S={c.tokens:<5} D={c.head_dim:<3} "
-            f"clusters {c.q_clusters:>3}x{c.kv_clusters:<4} dense {self.dense_ms:7.1f} ms  k-means {self.kmeans_ms:6.1f} ms  sort {self.sort_ms:4.1f} ms  "
+            f"clusters {c.q_clusters:>3}x{c.kv_clusters:<4} "
+            f"dense {self.dense_ms:7.1f} ms  k-means {self.kmeans_ms:6.1f} ms  sort {self.sort_ms:4.1f} ms  "
             f"select {self.select_ms:4.1f} ms  total {self.total_ms:6.1f} ms = {100 * self.share:4.1f}%"
         )
 

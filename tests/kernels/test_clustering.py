@@ -26,12 +26,15 @@ HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
 PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EXAMPLES = 15 if HAS_TRITON and not HAS_GPU else 40
+IS_SLOW = HAS_TRITON and not HAS_GPU
+"""The interpreter takes milliseconds for a program: shapes are smaller there, and examples fewer."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of a squared distance, beside the largest: a provider may round centroids to the type of the points."""
 
-any_example = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
+any_example = settings(
+    max_examples=5 if IS_SLOW else 25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 
 
@@ -137,10 +140,10 @@ def assert_means(points: Tensor, labels: Tensor, before: Tensor, after: Tensor) 
 @st.composite
 def problems(draw: st.DrawFn, provider: str) -> tuple[Tensor, Tensor, Tensor]:
     """(points, centroids, start) of shapes that divide by nothing."""
-    batch, heads = draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    tokens = draw(st.sampled_from([1, 2, 15, 64, 97, 130, 300]))
+    batch, heads = draw(st.sampled_from([(1, 1), (2, 1), (1, 2)] if IS_SLOW else [(1, 1), (2, 3)]))
+    tokens = draw(st.sampled_from([1, 2, 15, 64, 97, 130, *([] if IS_SLOW else [300])]))
     dim = draw(st.sampled_from([1, 5, 16, 48, 64, 80, 128]))
-    clusters = draw(st.sampled_from([1, 2, 3, 17, 48, 65, 130]))
+    clusters = draw(st.sampled_from([1, 3, 17, *([33] if IS_SLOW else [48, 65, 130])]))
     points = points_like_keys(
         *(batch, heads, tokens, dim, draw(st.sampled_from(DTYPES))),
         seed=draw(st.integers(0, 99)),
@@ -229,7 +232,7 @@ def test_points_that_are_not_finite_keep_to_themselves(provider):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_of_any_kind(provider, dtype):
     points = points_like_keys(2, 2, 70, 48, dtype, provider=provider)
-    centroids, start = state_like(points, 20)
+    centroids, start = state_like(points, 5)
     expected = run(provider, points, centroids, start, warm=True)
     scattered = points.mT.contiguous().mT
     spaced = torch.stack([centroids, centroids * torch.nan], -1)[..., 0]
@@ -253,7 +256,7 @@ def test_float64_points_on_the_reference():
 
 
 @any_example
-@given(st.integers(1, 2), st.integers(1, 3), st.integers(0, 700), st.integers(1, 200), st.integers(0, 99))
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(0, 1200), st.integers(1, 200), st.integers(0, 99))
 def test_order_is_a_stable_sort(provider, batch, heads, tokens, clusters, seed):
     labels = torch.randint(clusters, (batch, tokens, heads), generator=generator(seed), dtype=torch.int32)
     labels = labels.to(device_of(provider)).transpose(1, 2)
@@ -314,7 +317,10 @@ def assert_selected(selected: Any, shares: Tensor, top_p: float, min_blocks: int
 def selections(draw: st.DrawFn, provider: str) -> tuple[Tensor, Tensor, Tensor]:
     """(q_centroids, kv_centroids, kv_sizes), empty clusters among them."""
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
-    rows, clusters = draw(st.sampled_from([1, 5, 70])), draw(st.sampled_from([1, 2, 16, 33, 100]))
+    rows, clusters = (
+        draw(st.sampled_from([1, 3] if IS_SLOW else [1, 5, 70])),
+        draw(st.sampled_from([1, 2, 16, 33, 100])),
+    )
     dim, random = draw(st.sampled_from([4, 16, 80])), generator(draw(st.integers(0, 99)))
     lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, kv_heads]))
     sizes = torch.randint(draw(st.sampled_from([2, 50])), (*lead, clusters), generator=random)
@@ -376,17 +382,17 @@ def test_ties_and_empty_clusters(provider, sizes, top_p, min_blocks, expected):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_rows_that_are_not_finite_keep_everything_and_the_others_are_as_before(provider, poison):
     random, device = generator(0), device_of(provider)
-    q, k = torch.randn(1, 2, 20, 16, generator=random), torch.randn(1, 2, 40, 16, generator=random)
+    q, k = torch.randn(1, 2, 2, 16, generator=random), torch.randn(1, 2, 40, 16, generator=random)
     q, k, sizes = (t.to(device) for t in (q, k, torch.ones(1, 1, 40, dtype=torch.int32)))
     chosen = {"scale": 0.5, "top_p": 0.6, "min_blocks": 1, "provider": provider}
     clean = top_p_blocks(q, k, sizes, **chosen)
-    q[0, 1, 7, 0] = poison
+    q[0, 1, 1, 0] = poison
     counts, indices, kept = top_p_blocks(q, k, sizes, **chosen)
-    assert counts[0, 1, 7] == 40
-    assert indices[0, 1, 7].tolist() == list(range(40))
-    assert kept[0, 1, 7] == 1
-    others = torch.ones(1, 2, 20, dtype=torch.bool)
-    others[0, 1, 7] = False
+    assert counts[0, 1, 1] == 40
+    assert indices[0, 1, 1].tolist() == list(range(40))
+    assert kept[0, 1, 1] == 1
+    others = torch.ones(1, 2, 2, dtype=torch.bool)
+    others[0, 1, 1] = False
     for got, was in zip((counts, indices, kept), clean, strict=True):
         assert torch.equal(got[others], was[others])
     k[0, 0, 3] = poison  # inf - inf, too: most rows see NaN
@@ -429,25 +435,24 @@ def test_result_does_not_depend_on_threads(provider, dtype):
 
 
 def test_two_runs_give_the_same_bits(provider):
-    points = points_like_keys(1, 2, 300, 64, torch.bfloat16, provider=provider)
-    centroids, start = state_like(points, 30)
+    points = points_like_keys(1, 2, 150, 64, torch.bfloat16, provider=provider)
+    centroids, start = state_like(points, 15)
     once, again = (run(provider, points, centroids, start, warm=False, first=3) for _ in range(2))
     assert torch.equal(once[0], again[0])
     assert torch.equal(once[1], again[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_with_strided_views(provider, dtype):
-    points = points_like_keys(2, 4, 63, 48, dtype, provider=provider)
-    centroids, start = state_like(points, 9)
+def test_opcheck_with_strided_views(provider):
+    points = points_like_keys(2, 2, 40, 24, torch.bfloat16, provider=provider)
+    centroids, start = state_like(points, 3)
     ops = torch.ops.sparsify
     for warm in (True, False):
         arguments = (points, centroids.mT.contiguous().mT, start, torch.tensor(warm), 1, 1, provider)
         torch.library.opcheck(ops.kmeans.default, arguments)
-    labels = torch.zeros(2, 63, 4, dtype=torch.int32, device=points.device).transpose(1, 2)
-    torch.library.opcheck(ops.sort_by_label.default, (labels, 9, provider))
-    sizes = torch.ones(1, 1, 18, dtype=torch.int32, device=points.device)[..., ::2]
-    arguments = (centroids.flip(1), centroids[:, :2], sizes, 0.3, 0.5, 1, provider)
+    labels = torch.zeros(2, 40, 2, dtype=torch.int32, device=points.device).transpose(1, 2)
+    torch.library.opcheck(ops.sort_by_label.default, (labels, 3, provider))
+    sizes = torch.ones(1, 1, 6, dtype=torch.int32, device=points.device)[..., ::2]
+    arguments = (centroids[:, :, :1].flip(1), centroids[:, :1], sizes, 0.3, 0.5, 1, provider)
     torch.library.opcheck(ops.top_p_blocks.default, arguments)
 
 

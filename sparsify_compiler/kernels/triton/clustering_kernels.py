@@ -1,0 +1,269 @@
+"""The Triton kernels of clustering.
+
+No float is added by an atomic and no kernel waits for the host: results are the same bits on every run. The
+grids of all are (programs of one head, heads, batches).
+
+    an iteration of k-means    nearest -> rank -> place -> means
+    sort by label                         rank -> place
+    top-p selection            scores -> select
+
+Sorting cuts the tokens into tiles. `rank` numbers the tokens of each label within a tile and counts them; sums
+of the counts, taken between the two kernels, say where each tile's tokens of a label begin; `place` puts them
+there.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows, _padded
+
+
+@triton.jit
+def nearest_kernel(
+    points,
+    centroids,
+    bias,
+    labels,
+    points_strides,
+    centroids_strides,
+    bias_strides,
+    labels_strides,
+    tokens,
+    clusters,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """labels[token] = the centroid with the largest points[token] . centroid + bias.
+
+    Each lane of a tile keeps its own best over all tiles of centroids, so lanes of a row meet once.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = token < tokens
+    points = _at(points, points_strides, batch, head)
+    centroids = _at(centroids, centroids_strides, batch, head)
+    bias = _at(bias, bias_strides, batch, head)
+
+    x = _load_rows(points, token, is_token, points_strides, HEAD_DIM, ALIGN)
+    lane = tl.arange(0, BLOCK_N)
+    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+    best_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for first in range(0, clusters, BLOCK_N):
+        is_cluster = first + lane < clusters
+        c = _load_rows(centroids, first + lane, is_cluster, centroids_strides, HEAD_DIM, ALIGN)
+        offset = tl.load(bias + first + lane, mask=is_cluster, other=float("-inf"))
+        scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]
+        is_better = scores > best  # never true of NaN
+        best = tl.where(is_better, scores, best)
+        best_first = tl.where(is_better, first, best_first)
+    is_top = best == tl.max(best, axis=1)[:, None]
+    label = tl.min(tl.where(is_top, best_first + lane[None, :], 2147483647), axis=1)
+    labels = _at(labels, labels_strides, batch, head)
+    tl.store(labels + token.to(tl.int64) * labels_strides[2], label, mask=is_token)
+
+
+@triton.jit
+def rank_kernel(
+    labels,
+    ranks,
+    counts,
+    labels_strides,
+    ranks_strides,
+    counts_strides,
+    tokens,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """ranks[token] = how many tokens before it in its tile carry its label; counts[label, tile] = how many do in
+    all, written by the last of them. The counts of labels that a tile has not are left alone."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    labels = _at(labels, labels_strides, batch, head)
+    token = tile * TILE + tl.arange(0, TILE)
+    is_token = token < tokens
+    label = tl.load(labels + token.to(tl.int64) * labels_strides[2], mask=is_token, other=-1)
+    before = tl.zeros([TILE], tl.int32)
+    count = tl.zeros([TILE], tl.int32)
+    for first in range(0, TILE, CHUNK):
+        other = tile * TILE + first + tl.arange(0, CHUNK)
+        other_label = tl.load(labels + other.to(tl.int64) * labels_strides[2], mask=other < tokens, other=-2)
+        is_same = label[:, None] == other_label[None, :]
+        is_before = is_same & (other[None, :] < token[:, None])
+        before += tl.sum(is_before.to(tl.int32), axis=1)
+        count += tl.sum(is_same.to(tl.int32), axis=1)
+    tl.store(_at(ranks, ranks_strides, batch, head) + token, before, mask=is_token)
+    counts = _at(counts, counts_strides, batch, head) + label.to(tl.int64) * counts_strides[2] + tile
+    tl.store(counts, count, mask=is_token & (before + 1 == count))
+
+
+@triton.jit
+def place_kernel(
+    labels,
+    ranks,
+    passed,
+    bounds,
+    order,
+    labels_strides,
+    ranks_strides,
+    passed_strides,
+    bounds_strides,
+    order_strides,
+    tokens,
+    TILE: tl.constexpr,
+):
+    """order[place of the token] = token. `passed`: tokens of a label in a tile and the tiles before it."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    token = tile * TILE + tl.arange(0, TILE)
+    is_token = token < tokens
+    labels = _at(labels, labels_strides, batch, head)
+    label = tl.load(labels + token.to(tl.int64) * labels_strides[2], mask=is_token, other=0).to(tl.int64)
+    passed = _at(passed, passed_strides, batch, head) + label * passed_strides[2] + tile - 1
+    place = tl.load(_at(bounds, bounds_strides, batch, head) + label, mask=is_token, other=0)
+    place += tl.load(passed, mask=is_token & (tile > 0), other=0)
+    place += tl.load(_at(ranks, ranks_strides, batch, head) + token, mask=is_token, other=0)
+    tl.store(_at(order, order_strides, batch, head) + place, token, mask=is_token)
+
+
+@triton.jit
+def means_kernel(
+    points,
+    order,
+    bounds,
+    centroids,
+    points_strides,
+    order_strides,
+    bounds_strides,
+    centroids_strides,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """One program moves one centroid to the mean of its points, if it has any."""
+    cluster = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    points = _at(points, points_strides, batch, head)
+    order = _at(order, order_strides, batch, head)
+    bounds = _at(bounds, bounds_strides, batch, head) + cluster
+    begin = tl.load(bounds)
+    end = tl.load(bounds + 1)
+    if begin < end:
+        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)
+        for first in range(begin, end, BLOCK):
+            position = first + tl.arange(0, BLOCK)
+            is_member = position < end
+            token = tl.load(order + position, mask=is_member, other=0)
+            sums += _load_rows(points, token, is_member, points_strides, HEAD_DIM, ALIGN).to(tl.float32)
+        column = tl.arange(0, _padded(HEAD_DIM))
+        centroid = _at(centroids, centroids_strides, batch, head) + cluster * centroids_strides[2]
+        tl.store(centroid + column, tl.sum(sums, axis=0) / (end - begin), mask=column < HEAD_DIM)
+
+
+@triton.jit
+def scores_kernel(
+    q_centroids,
+    kv_centroids,
+    scores,
+    q_centroids_strides,
+    kv_centroids_strides,
+    scores_strides,
+    rows,
+    clusters,
+    queries_per_key_head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """scores[row, cluster] = q_centroids[row] . kv_centroids[cluster], a tile for each program."""
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    across = tl.cdiv(clusters, BLOCK_N)
+    row = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    cluster = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_centroids = _at(q_centroids, q_centroids_strides, batch, head)
+    kv_centroids = _at(kv_centroids, kv_centroids_strides, batch, head // queries_per_key_head)
+    q = _load_rows(q_centroids, row, row < rows, q_centroids_strides, HEAD_DIM, ALIGN)
+    k = _load_rows(kv_centroids, cluster, cluster < clusters, kv_centroids_strides, HEAD_DIM, ALIGN)
+    scores = _at(scores, scores_strides, batch, head) + row.to(tl.int64)[:, None] * scores_strides[2]
+    is_score = (row < rows)[:, None] & (cluster < clusters)[None, :]
+    tl.store(scores + cluster[None, :], tl.dot(q, k.T, input_precision="ieee"), mask=is_score)
+
+
+@triton.jit
+def select_kernel(
+    scores,
+    kv_sizes,
+    kv_num_blocks,
+    kv_indices,
+    kept,
+    scores_strides,
+    kv_sizes_strides,
+    kv_num_blocks_strides,
+    kv_indices_strides,
+    kept_strides,
+    clusters,
+    queries_per_key_head,
+    scale,
+    top_p,
+    floor,
+    WIDTH: tl.constexpr,
+):
+    """One program chooses the clusters of one row, without sorting them.
+
+    The bits of floats from 0 up rise with them, so bisection finds the largest bits such that the weights from
+    there up hold the share, and are `floor` at least. Of those exactly there, the first few are kept.
+    """
+    row = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    is_cluster = column < clusters
+    kv_sizes = _at(kv_sizes, kv_sizes_strides, batch, head // queries_per_key_head)
+    size = tl.load(kv_sizes + column * kv_sizes_strides[2], mask=is_cluster, other=0)
+    scores = _at(scores, scores_strides, batch, head) + row.to(tl.int64) * scores_strides[2]
+    score = tl.load(scores + column, mask=is_cluster, other=float("-inf")) * (scale * LOG2_E)
+    score = tl.where(size == 0, float("-inf"), score)
+    # Where no score is above -inf, the weights are NaN.
+    weight = tl.where(is_cluster, size * tl.exp2(score - tl.max(score)), 0.0)
+    total = tl.sum(weight)
+    target = top_p * total
+    bits = tl.where(is_cluster, weight.to(tl.int32, bitcast=True), -1)
+
+    low = 0
+    high = tl.max(bits) + 1
+    while low < high:
+        middle = low + (high - low + 1) // 2
+        is_above = bits >= middle
+        enough = tl.sum(tl.where(is_above, weight, 0.0)) >= target
+        if enough & (tl.sum(is_above.to(tl.int32)) >= floor):
+            low = middle
+        else:
+            high = middle - 1
+
+    is_above = bits > low
+    is_tied = bits == low
+    tied_weight = tl.max(tl.where(is_tied, weight, 0.0))
+    missing = target - tl.sum(tl.where(is_above, weight, 0.0))
+    wanted = tl.where(missing > 0.0, tl.ceil(missing / tl.where(tied_weight > 0.0, tied_weight, 1.0)), 0.0)
+    wanted = tl.maximum(wanted.to(tl.int32), floor - tl.sum(is_above.to(tl.int32)))
+    is_first = is_tied & (tl.cumsum(is_tied.to(tl.int32), axis=0) <= wanted)
+    keeps_all = (floor >= clusters) | ~(total > 0.0)
+    is_kept = is_cluster & (is_above | is_first | keeps_all)
+
+    count = tl.sum(is_kept.to(tl.int32))
+    kept_before = tl.cumsum(is_kept.to(tl.int32), axis=0) - is_kept.to(tl.int32)
+    place = tl.where(is_kept, kept_before, count + column - kept_before)
+    kv_indices = _at(kv_indices, kv_indices_strides, batch, head) + row.to(tl.int64) * kv_indices_strides[2]
+    tl.store(kv_indices + place, column, mask=is_cluster)
+    tl.store(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + row, count)
+    share = tl.sum(tl.where(is_kept, weight, 0.0)) / total
+    tl.store(_at(kept, kept_strides, batch, head) + row, tl.where(count == clusters, 1.0, share))
