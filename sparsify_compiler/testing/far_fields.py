@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.table import BlockTable
 
 Problem = tuple[Tensor, Tensor, Tensor]
@@ -84,3 +85,37 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     """Mean over heads of ||out - exact|| / ||exact||."""
     difference = (out.double() - exact.double()).flatten(2).norm(dim=-1)
     return float((difference / exact.double().flatten(2).norm(dim=-1)).mean())
+
+
+def query_side(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the far field alone, expanded at the mean query qbar of each query block instead of by key.
+
+    Over the skipped blocks, under the softmax at qbar: log Z, mean output o, mean key mu, covariance C of keys and
+    values, within blocks and between them. Then lse = log Z + s mu.(q - qbar) and out = o + s Cᵀ (q - qbar). Its
+    lse is a tangent below a convex function, so it never overweighs; it costs one key and one matrix a block.
+    """
+    scale = query.shape[-1] ** -0.5
+    log_weight, k, v, _, _, within = block_statistics(
+        key, value, table.kv_bounds, table.kv_order, None, covariance=True
+    )
+    group = query.shape[1] // k.shape[1]
+    log_weight, k, v, within = (t.repeat_interleave(group, 1) for t in (log_weight, k, v, within))
+    mean_query, _ = block_means(query, table.q_bounds, table.q_order)
+    scores = (scale * mean_query @ k.mT + log_weight[:, :, None]).masked_fill(table.block_mask(), -torch.inf)
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    log_z = scores.logsumexp(-1)
+    shares = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    mu, o = shares @ k, shares @ v
+    centre, middle = k.mean(2, keepdim=True), v.mean(2, keepdim=True)
+    moments = within + (k - centre)[..., :, None] * (v - middle)[..., None, :]
+    c = torch.einsum("bhij,bhjde->bhide", shares, moments)
+    c = c - (mu - centre)[..., :, None] * (o - middle)[..., None, :]
+    block = table._block_of_token("q").expand(*query.shape[:2], -1)
+
+    def of_token(tensor: Tensor) -> Tensor:
+        index = block.reshape(*block.shape, *[1] * (tensor.dim() - 3)).expand(-1, -1, -1, *tensor.shape[3:])
+        return tensor.gather(2, index)
+
+    step = scale * (query.to(mu.dtype) - of_token(mean_query))
+    lse = of_token(log_z) + (step * of_token(mu)).sum(-1)
+    return of_token(o) + (step[..., None, :] @ of_token(c))[..., 0, :], lse

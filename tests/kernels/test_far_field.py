@@ -1,0 +1,391 @@
+"""The far field over any table, against its formulas token by token, and what it promises."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from far_field_providers import DTYPES, EXAMPLES, INTERPRETED, PROVIDERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsify_compiler import BlockTable
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels.far_field import (
+    FAR_FIELDS,
+    attention_with_far_field,
+    complement,
+    exact_rows,
+    key_side,
+    merge_far_field,
+)
+from sparsify_compiler.kernels.providers import load
+from sparsify_compiler.testing import far_fields, oracles
+from sparsify_compiler.testing.strategies import qkv, tables
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""Of outputs near 1, half precision rounding the virtual keys as it does keys."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_outputs():
+    """Outputs start as NaN, so that what a provider forgets to write is seen."""
+    empty = attention.empty_outputs
+    with pytest.MonkeyPatch.context() as patch:
+        for provider in PROVIDERS:
+            patch.setattr(
+                load(provider, "far_field"),
+                "empty_outputs",
+                lambda *args: tuple(t.fill_(torch.nan) for t in empty(*args)),
+            )
+        yield
+
+
+def uniform_table(blocks: Tensor, q_size: int, kv_size: int, **orders: Tensor) -> BlockTable:
+    """A table from a boolean mask [Nq, Nk] of equal blocks."""
+    rows, columns = blocks.shape
+    sizes = torch.full((1, 1, rows), q_size), torch.full((1, 1, columns), kv_size)
+    return BlockTable.from_block_mask(blocks[None, None], *sizes, **orders)
+
+
+def some_table(seed: int = 0) -> BlockTable:
+    """40 permuted queries in 4 blocks, 40 permuted keys in 8, half of the pairs kept."""
+    g = torch.Generator().manual_seed(seed)
+    orders = {f"{s}_order": torch.randperm(40, generator=g).int()[None, None] for s in ("q", "kv")}
+    return uniform_table(torch.rand(4, 8, generator=g) < 0.5, 10, 5, **orders)
+
+
+@st.composite
+def problems(draw: st.DrawFn):
+    """(query, key, value, table, bias): any shapes, any table, keys hidden or not."""
+    batch = draw(st.integers(1, 2))
+    heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2), (3, 1)]))
+    q_tokens, kv_tokens = draw(st.sampled_from([(17, 17), (20, 9), (1, 30), (13, 1)]))
+    head_dim, value_dim = draw(st.sampled_from([(16, 16), (6, 5), (1, 20)]))
+    dtype = draw(st.sampled_from(DTYPES))
+    table = draw(tables(batch=batch, heads=heads, q_tokens=q_tokens, kv_tokens=kv_tokens))
+    tensors = qkv(batch, heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, dtype)
+    bias = None
+    if draw(st.booleans()):
+        lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+        bias = torch.randn(*lead, kv_tokens, generator=torch.Generator().manual_seed(1))
+        bias = bias.masked_fill(bias > draw(st.sampled_from([-9.0, 0.7])), -torch.inf)
+    return *tensors, table, bias
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@given(problem=problems(), far_field=st.sampled_from(FAR_FIELDS))
+@settings(max_examples=EXAMPLES)
+def test_equals_the_formulas(provider, problem, far_field):
+    query, key, value, table, bias = problem
+    exact = oracles.far_field_attention(query, key, value, table, far_field, key_bias=bias)
+    got = attention_with_far_field(
+        query, key, value, table, far_field=far_field, key_bias=bias, provider=provider, sampled_rows=0
+    )
+    tolerance = TOLERANCE[query.dtype]
+    for one, like in zip(got[:2], exact, strict=True):
+        torch.testing.assert_close(one.double(), like, rtol=tolerance, atol=tolerance)
+    assert got[0].transpose(1, 2).is_contiguous()
+    assert got[2].recall.isnan().all()
+
+
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+@given(data=st.data())
+@settings(max_examples=EXAMPLES)
+def test_reference_is_the_formulas_in_float64(far_field, data):
+    table = data.draw(tables(batch=2, heads=2, q_tokens=15, kv_tokens=20))
+    tensors = qkv(2, 2, 1, 15, 20, 4, 3, torch.float64)
+    exact = oracles.far_field_attention(*tensors, table, far_field)
+    got = attention_with_far_field(*tensors, table, far_field=far_field, provider="reference", sampled_rows=0)
+    for one, like in zip(got[:2], exact, strict=True):
+        torch.testing.assert_close(one, like, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_with_nothing_skipped_it_is_dense(provider, dtype, far_field):
+    tensors = qkv(2, 4, 2, 40, 40, 16, 24, dtype)
+    table = uniform_table(torch.ones(4, 8, dtype=torch.bool), 10, 5)
+    out, lse, report = attention_with_far_field(*tensors, table, far_field=far_field, provider=provider)
+    oracles.assert_close_to_float64(out, lse, *tensors, torch.ones(40, 40, dtype=torch.bool))
+    near = attention.block_sparse_attention(*tensors, table, provider=provider)
+    assert torch.equal(out, near[0])
+    assert torch.equal(lse, near[1])
+    torch.testing.assert_close(report.recall, torch.ones(2, 4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_exact_where_the_keys_of_a_block_coincide(provider, far_field):
+    query, key, value = qkv(1, 2, 2, 40, 40, 16, 16, torch.float32)
+    table = some_table()
+    order = table.kv_order[0, 0].long()
+    key[:, :, order] = (
+        key[:, :, order].unflatten(2, (8, 5))[:, :, :, :1].expand(-1, -1, -1, 5, -1).flatten(2, 3)
+    )
+    got = attention_with_far_field(query, key, value, table, far_field=far_field, provider=provider)
+    mask = torch.ones(40, 40, dtype=torch.bool)
+    exact = oracles.masked_attention(query, key, value, mask)
+    for one, like in zip(got[:2], exact, strict=True):
+        torch.testing.assert_close(one.double(), like, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@given(data=st.data(), size=st.sampled_from([0.3, 1.0, 4.0]))
+@settings(max_examples=EXAMPLES)
+def test_a_mean_never_overweighs_the_far_field(provider, data, size):
+    """Jensen: the mean of exponentials is at least the exponential of the mean."""
+    query, key, value = (size * t for t in qkv(1, 2, 2, 30, 30, 8, 8, torch.float32))
+    table = data.draw(tables(batch=1, heads=2, q_tokens=30, kv_tokens=30))
+    _, lse, _ = attention_with_far_field(
+        query, key, value, table, far_field="mean", provider=provider, sampled_rows=0
+    )
+    _, exact = oracles.masked_attention(query, key, value, torch.ones(30, 30, dtype=torch.bool))
+    assert (lse <= exact + 1e-4 * (1 + exact.abs())).all()
+
+
+@given(data=st.data(), size=st.sampled_from([0.3, 1.0, 4.0]))
+@settings(max_examples=EXAMPLES)
+def test_the_query_side_never_overweighs_the_far_field(data, size):
+    query, key, value = (size * t for t in qkv(1, 2, 2, 30, 30, 8, 8, torch.float64))
+    table = data.draw(tables(batch=1, heads=2, q_tokens=30, kv_tokens=30))
+    _, lse = far_fields.query_side(query, key, value, table)
+    _, exact = oracles.masked_attention(query, key, value, ~table.mask())
+    assert (lse <= exact + 1e-9 * (1 + exact.abs().nan_to_num(posinf=0))).all()
+
+
+def test_the_query_side_is_exact_where_the_queries_of_a_block_coincide():
+    """Given exact statistics: key blocks of one token."""
+    query, key, value = qkv(1, 2, 2, 40, 40, 16, 16, torch.float64)
+    query = query[:, :, ::10].repeat_interleave(10, 2)
+    table = uniform_table(torch.rand(4, 40, generator=torch.Generator().manual_seed(0)) < 0.5, 10, 1)
+    got = far_fields.query_side(query, key, value, table)
+    exact = oracles.masked_attention(query, key, value, ~table.mask())
+    for one, like in zip(got, exact, strict=True):
+        torch.testing.assert_close(one, like, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_the_guard_sees_that_dropping_is_better(provider, far_field):
+    """A near key of value 0, skipped keys at 1 and -1 with values 1 and -e²: to drop them is exact for query 1."""
+    query, key = torch.ones(1, 1, 1, 1), torch.tensor([0.0, 1.0, -1.0]).reshape(1, 1, 3, 1)
+    value = torch.tensor([0.0, 1.0, -(torch.e**2)]).reshape(1, 1, 3, 1)
+    table = BlockTable.from_block_mask(
+        torch.tensor([[[[True, False]]]]), torch.tensor([[[1]]]), torch.tensor([[[1, 2]]])
+    )
+    options: dict[str, Any] = {"far_field": far_field, "scale": 1.0, "provider": provider}
+    out, lse, report = attention_with_far_field(query, key, value, table, **options)
+    near = attention.block_sparse_attention(query, key, value, table, scale=1.0, provider=provider)
+    assert report.gate.item() == 0
+    assert torch.equal(out, near[0])
+    assert torch.equal(lse, near[1])
+    torch.testing.assert_close(report.recall.item(), 1 / (1 + torch.e + 1 / torch.e), rtol=1e-5, atol=0)
+    unguarded, _, report = attention_with_far_field(query, key, value, table, **options, sampled_rows=0)
+    assert report.gate.item() == 1
+    assert unguarded.abs().item() > 0.2
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_guard_decides_for_each_head(provider):
+    query, key, value = qkv(2, 3, 3, 40, 40, 8, 8, torch.float32)
+    value[1, 1] *= torch.nan  # whose error is no number
+    _, _, report = attention_with_far_field(
+        query, key, value, some_table(), far_field="linear", provider=provider
+    )
+    assert report.gate.tolist() == [[1, 1, 1], [1, 0, 1]]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_exact_rows_are_rows_of_dense_attention(provider):
+    query, key, value = qkv(2, 4, 2, 30, 25, 16, 24, torch.float32)
+    bias = torch.randn(2, 4, 25, generator=torch.Generator().manual_seed(0))
+    dense, dense_lse = oracles.masked_attention(
+        query, key, value, torch.ones(30, 25, dtype=torch.bool), key_bias=bias, scale=0.3
+    )
+    rows = torch.randint(30, (2, 4, 7), generator=torch.Generator().manual_seed(0))
+    out, lse = exact_rows(query, key, value, rows, bias, 0.3, provider=provider)
+    torch.testing.assert_close(lse.double(), dense_lse.gather(2, rows), rtol=1e-5, atol=1e-5)
+    index = rows[..., None].expand(-1, -1, -1, 24)
+    torch.testing.assert_close(out.double(), dense.gather(2, index), rtol=1e-5, atol=1e-5)
+
+
+@given(st.data())
+@settings(max_examples=EXAMPLES)
+def test_the_complement_lists_what_the_table_does_not(data):
+    table = data.draw(tables(batch=2, heads=2, q_tokens=20, kv_tokens=20))
+    far = complement(table)
+    assert torch.equal(far.block_mask(), ~table.block_mask())
+    counted = far.kv_num_blocks
+    assert (counted == far.block_mask().sum(-1)).all()
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge(provider, dtype):
+    """Rows with near, far, both and neither; far rows that nobody reads hold NaN."""
+    query, near, far = qkv(2, 3, 3, 41, 41, 24, 24, dtype)
+    bounds, order = torch.tensor([[[0, 9, 9, 41]]]).int(), torch.randperm(41).int()[None, None]
+    matrices, limits = torch.randn(2, 3, 3, 24, 24), torch.rand(2, 3, 3, 24)
+    near_lse, far_lse = torch.randn(2, 2, 3, 41)
+    near_lse[:, :, ::3], far_lse[:, :, ::2] = -torch.inf, -torch.inf
+    near[:, :, ::3] = 0
+    far[:, :, ::2] = torch.nan
+    got = merge_far_field(
+        query, near, near_lse, far, far_lse, matrices, limits, bounds, order, scale=0.3, provider=provider
+    )
+    block = torch.zeros(41, dtype=torch.long)
+    block[order[0, 0, 9:].long()] = 2
+    term = 0.3 * (query.double()[..., None, :] @ matrices.double()[:, :, block])[..., 0, :]
+    term = term.clamp(-limits.double()[:, :, block], limits.double()[:, :, block])
+    weight = (far_lse - torch.logaddexp(near_lse, far_lse)).double().exp()[..., None]
+    both = (1 - weight) * near.double() + weight * (far.double() + term)
+    alone = (far_lse == -torch.inf)[..., None]
+    tolerance = TOLERANCE[dtype] / 4
+    expected = torch.where(alone, near.double(), both)
+    torch.testing.assert_close(got[0].double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1], torch.logaddexp(near_lse, far_lse))
+    assert torch.equal(got[0][alone[..., 0]], near[alone[..., 0]])
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_with_strided_views(provider, grad):
+    query, near, far = (t.requires_grad_(grad) for t in qkv(2, 3, 3, 40, 40, 24, 24, torch.float32))
+    table = some_table()
+    near_lse, far_lse = torch.randn(2, 2, 3, 40).requires_grad_(grad)
+    matrices = torch.randn(2, 3, 4, 24, 24).mT.requires_grad_(grad)
+    limits = torch.rand(2, 3, 4, 24).requires_grad_(grad)
+    for pair in ((matrices, limits), (None, None)):
+        torch.library.opcheck(
+            torch.ops.sparsify.merge_far_field.default,
+            (query, near, near_lse, far, far_lse, *pair, table.q_bounds, table.q_order, 0.3, provider),
+        )
+
+
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_gradients_are_those_of_the_formulas(far_field):
+    table = some_table()
+    tensors = [t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 4, 3, torch.float64)]
+    gradients = []
+    for out, lse, *_ in (
+        attention_with_far_field(*tensors, table, far_field=far_field, provider="reference", sampled_rows=0),
+        oracles.far_field_attention(*tensors, table, far_field),
+    ):
+        loss = (out * torch.linspace(-1, 1, 3)).sum() + lse.sin().sum()
+        gradients.append(torch.autograd.grad(loss, tensors))
+    for got, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_deterministic(provider, far_field):
+    tensors = qkv(1, 2, 2, 40, 40, 16, 16, torch.float32)
+    first, second = (
+        attention_with_far_field(*tensors, some_table(), far_field=far_field, provider=provider)
+        for _ in range(2)
+    )
+    for one, other in zip((*first[:2], *first[2]), (*second[:2], *second[2]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="traced alike for every provider")
+@pytest.mark.parametrize("far_field", FAR_FIELDS)
+def test_compiles_without_a_break(far_field):
+    tensors = qkv(1, 2, 1, 40, 40, 16, 16, torch.float32)
+    table = some_table()
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        out, lse, report = attention_with_far_field(query, key, value, table, far_field=far_field)
+        return out, lse, *report
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for got, like in zip(compiled(*tensors), run(*tensors), strict=True):
+        assert torch.equal(got, like)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_autocast_leaves_statistics_alone(provider):
+    tensors = qkv(1, 2, 2, 40, 40, 16, 16, torch.float32)
+    low = [t.bfloat16() for t in tensors]
+    like = attention_with_far_field(*low, some_table(), far_field="linear", provider=provider)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = attention_with_far_field(*tensors, some_table(), far_field="linear", provider=provider)
+    assert got[0].dtype == torch.bfloat16
+    assert torch.equal(got[0], like[0])
+    assert torch.equal(got[1], like[1])
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(("q_tokens", "kv_tokens"), [(0, 10), (10, 0)])
+def test_no_tokens(provider, q_tokens, kv_tokens):
+    tensors = qkv(1, 1, 1, q_tokens, kv_tokens, 16, 16, torch.float32)
+    table = uniform_table(torch.zeros(1, 1, dtype=torch.bool), q_tokens, kv_tokens)
+    out, lse, _ = attention_with_far_field(*tensors, table, far_field="linear", provider=provider)
+    assert not out.any()
+    assert (lse == -torch.inf).all()
+
+
+def test_only_linear_has_matrices():
+    """Those of a query head each, from statistics of a key head each."""
+    tensors = qkv(1, 4, 2, 40, 40, 16, 24, torch.float32)
+    options: dict[str, Any] = {"key_bias": None, "scale": 0.25, "provider": "reference"}
+    *_, matrices, limits = key_side(*tensors, some_table(), linear=True, **options)
+    assert (matrices.shape, limits.shape) == ((1, 4, 4, 16, 24), (1, 4, 4, 24))
+    assert key_side(*tensors, some_table(), linear=False, **options)[2:] == (None, None)
+
+
+def test_arguments_that_do_not_fit():
+    tensors = qkv(1, 2, 2, 40, 40, 16, 16, torch.float32)
+    with pytest.raises(OptionError, match="unknown far_field 'means'"):
+        attention_with_far_field(*tensors, some_table(), far_field="means")
+    with pytest.raises(ValueError, match="sampled_rows must be 0 or more, got -1"):
+        attention_with_far_field(*tensors, some_table(), far_field="mean", sampled_rows=-1)
+    with pytest.raises(ValueError, match="key must be"):
+        attention_with_far_field(tensors[0], tensors[1][..., :8], tensors[2], some_table(), far_field="mean")
+    out, lse = attention.block_sparse_attention(*tensors, some_table())
+    with pytest.raises(ValueError, match=r"far_lse must be torch\.float32"):
+        merge_far_field(
+            tensors[0], out, lse, out, lse.double(), None, None, some_table().q_bounds, None, scale=1
+        )
+    with pytest.raises(ValueError, match="come together"):
+        merge_far_field(tensors[0], out, lse, out, lse, None, lse, some_table().q_bounds, None, scale=1)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a thousand tokens are many for an interpreter")
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("name", far_fields.GENERATORS)
+def test_error_of_the_far_fields(name, density):
+    """Linear at most half of dropping but where attention is very sharp; guarded, none above dropping anywhere."""
+    query, key, value = far_fields.GENERATORS[name](1024, 4, 64)
+    table = far_fields.nearest_blocks(query, key, 32, 16, density)
+    exact, _ = oracles.masked_attention(query, key, value, torch.ones(1024, 1024, dtype=torch.bool))
+    error = {
+        far_field: far_fields.relative_error(
+            attention_with_far_field(query, key, value, table, far_field=far_field)[0], exact
+        )
+        for far_field in FAR_FIELDS
+    }
+    assert error["mean"] <= error["drop"]
+    assert error["linear"] <= (1.0 if name == "very sharp" else 0.5) * error["drop"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs it")
+def test_triton_in_its_interpreter() -> None:
+    cases = [str(Path(__file__).with_name(name)) for name in ("test_far_field.py", "test_statistics.py")]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *cases, "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
