@@ -141,9 +141,9 @@ def assert_means(points: Tensor, labels: Tensor, before: Tensor, after: Tensor) 
 def problems(draw: st.DrawFn, provider: str) -> tuple[Tensor, Tensor, Tensor]:
     """(points, centroids, start) of shapes that divide by nothing."""
     batch, heads = draw(st.sampled_from([(1, 1), (2, 1), (1, 2)] if IS_SLOW else [(1, 1), (2, 3)]))
-    tokens = draw(st.sampled_from([1, 2, 15, 64, 97, 130, *([] if IS_SLOW else [300])]))
+    tokens = draw(st.sampled_from([1, 2, 15, 64, 97, *([] if IS_SLOW else [130, 300])]))
     dim = draw(st.sampled_from([1, 5, 16, 48, 64, 80, 128]))
-    clusters = draw(st.sampled_from([1, 3, 17, *([33] if IS_SLOW else [48, 65, 130])]))
+    clusters = draw(st.sampled_from([1, 3, 17, *([] if IS_SLOW else [48, 65, 130])]))
     points = points_like_keys(
         *(batch, heads, tokens, dim, draw(st.sampled_from(DTYPES))),
         seed=draw(st.integers(0, 99)),
@@ -178,7 +178,7 @@ def test_starts_and_iterations(provider, data):
     two_more, later_labels = run(provider, points, one, start, warm=True, later=2)
     assert torch.equal(three, two_more)
     assert torch.equal(labels, later_labels)
-    start_of_last, _ = run(provider, points, unread, start, warm=False, first=2)
+    start_of_last, _ = run(provider, points, one, start, warm=True)
     assert_means(points, labels, start_of_last, three)
     slack = 1e-9 + ROUNDING[points.dtype] * squared_distances(points, at_start).amax(-1).sum().item()
     assert inertia(points, three) <= inertia(points, one) + slack <= inertia(points, at_start) + 2 * slack
@@ -188,7 +188,7 @@ def test_starts_and_iterations(provider, data):
 @pytest.mark.parametrize("offset", [0.0, 40.0])
 def test_separate_blobs_are_told_apart_however_far_from_zero(provider, dtype, offset):
     """Keys often share a large vector, beside which their differences are rounding errors of a product."""
-    points = points_like_keys(2, 2, 200, 64, dtype, offset=offset, blobs=6, provider=provider)
+    points = points_like_keys(2, 2, 100, 64, dtype, offset=offset, blobs=6, provider=provider)
     exact = points.double()
     start = torch.zeros(6, dtype=torch.long)  # a point of every blob, by farthest point
     for c in range(1, 6):
