@@ -5,10 +5,7 @@ from torch import Tensor
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import shared_strides
-from sparsify_compiler.kernels.triton.statistics import VALUE_TILE, Launch, alignment, precision
-
-BLOCK = 64
-"""Queries that a program computes."""
+from sparsify_compiler.kernels.triton.statistics import Launch, alignment, precision, value_tile
 
 
 def merge(
@@ -49,6 +46,8 @@ def merge_launch(
     """Fills `out` and `lse`."""
     q_bounds, q_order = q_bounds.contiguous(), q_order if q_order is None else q_order.contiguous()
     batch, heads, tokens, head_dim = query.shape
+    # As many queries as channels: their product stays square.
+    block = columns = value_tile(head_dim)
     blocks = q_bounds.shape[-1] - 1
     tensors = {
         "query": query,
@@ -72,11 +71,11 @@ def merge_launch(
         "scale": scale,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": near_out.shape[-1],
-        "VALUE_TILE": VALUE_TILE,
-        "BLOCK": BLOCK,
+        "VALUE_TILE": columns,
+        "BLOCK": block,
         "ALIGN": alignment(query),
         "PRECISION": precision(query.dtype),
     }
     # No q_bounds of these shapes have more tiles; those they have not end at once.
-    tiles = (tokens // BLOCK + blocks if tokens else 0) * -(-near_out.shape[-1] // VALUE_TILE)
+    tiles = (tokens // block + blocks if tokens else 0) * -(-near_out.shape[-1] // columns)
     return Launch(kernels.merge_kernel, (tiles, heads, batch), arguments, num_warps=8)

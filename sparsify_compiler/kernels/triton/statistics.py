@@ -13,8 +13,6 @@ from sparsify_compiler.kernels.triton.launcher import row_starts, shared_strides
 
 BLOCK = 32
 """Tokens that a program computes at one time."""
-VALUE_TILE = 64
-"""Channels of the values that one program computes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +108,18 @@ def statistics_launch(
         "heads_per_key_head": heads // key.shape[1],
         "HEAD_DIM": key.shape[-1],
         "VALUE_DIM": value.shape[-1],
-        "VALUE_TILE": VALUE_TILE,
+        "VALUE_TILE": value_tile(key.shape[-1]),
         "BLOCK": BLOCK,
         "ALIGN": alignment(key),
         "PRECISION": precision(key.dtype),
     }
-    tiles = -(-value.shape[-1] // VALUE_TILE)
+    tiles = -(-value.shape[-1] // value_tile(key.shape[-1]))
     return Launch(kernels.block_statistics_kernel, (blocks * tiles, heads, batch), arguments, num_warps=8)
+
+
+def value_tile(head_dim: int) -> int:
+    """Channels of the values that one program computes, few enough beside so many of the keys."""
+    return 64 if head_dim <= 128 else 32
 
 
 def precision(dtype: torch.dtype) -> str:
