@@ -62,14 +62,11 @@ def _program(
     trains = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
-    graphs = {"sparse": pipeline.rewrite(analysed, config, remembers=not trains)}
-    held = graphs["sparse"].meta["held"]
+    sparse = pipeline.rewrite(analysed, config, remembers=not trains)
+    held = sparse.meta["held"]
 
-    def compile_phase(phase: Phase) -> Callable[..., Any]:
-        graph = graphs.get(phase) or pipeline.rewrite(analysed, config, phase)
-        warm = [torch.tensor(False)] if held.warm else []
-        extra = [*warm, *(torch.zeros(shape, device=device) for _, shape, device in held.specs)]
-        inputs = [*example_inputs, *(_torch.example_like(example_inputs, tensor) for tensor in extra)]
+    def compile_phase(phase: Phase, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = sparse if phase == "sparse" else pipeline.rewrite(analysed, config, phase)
         return _torch.compile_with(config.inner_backend, graph, inputs, mode)
 
     program = Program(
@@ -79,17 +76,17 @@ def _program(
         compile=compile_phase,
         remembers=not trains and bool(plan.sparse),
     )
-    program.phase("sparse")
-    if program.remembers and plan.dense_steps > 0:
-        program.phase("dense")
+    # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
+    if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
+        extra = (_torch.example_like(example_inputs, tensor) for tensor in held.blank())
+        program.prepare([*example_inputs, *extra])
     return program
 
 
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     """Check the options of torch.compile and turn them into a config.
 
-    Keys: `method` (`tile`, `dense`), `grid`, `provider`, `inner_backend`, `dump`, and the options of the
-    method, e.g. `reference_frames`.
+    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`.
 
     Raises:
         OptionError: a name or value that is not known; names the option, the choices and the nearest one.

@@ -220,7 +220,7 @@ def _emit_site(
     held = _held_by(node, memory)
     rows = round(lowering.measure_recall * plan.site.q_tokens) if held else 0
     name = f"sparsify_site{plan.site.index}"
-    gm.add_submodule(name, SparseSite(plan, tuple(constants), bool(held), rows))
+    gm.add_submodule(name, SparseSite(plan, tuple(constants), remembers=bool(held), sampled_rows=rows))
     with gm.graph.inserting_before(node):
         out = gm.graph.call_module(name, (query, key, value, bias, *constants.values(), *held))
     _describe(node, out)
@@ -240,7 +240,7 @@ def _emit_observer(
     with gm.graph.inserting_before(node):
         *_, constants = _inputs(gm.graph, node, lowering, request)
     name = f"sparsify_site{plan.site.index}"
-    gm.add_submodule(name, Observer(SparseSite(plan, tuple(constants), True, 0)))
+    gm.add_submodule(name, Observer(plan, tuple(constants)))
     with gm.graph.inserting_after(original):
         out = gm.graph.call_module(name)
     original.replace_all_uses_with(out)

@@ -39,6 +39,11 @@ class Held:
     warm: bool = False
     """Whether the first extra input is the flag that says if the tensors hold anything."""
 
+    def blank(self) -> list[Tensor]:
+        """Extra inputs of a first call."""
+        tensors = [torch.zeros(shape, device=device) for _, shape, device in self.specs]
+        return [_COLD, *tensors] if self.warm else tensors
+
 
 @dataclass(slots=True, eq=False)
 class Program:
@@ -47,16 +52,16 @@ class Program:
     plan: GraphPlan
     inputs: Inputs
     held: Held
-    compile: Callable[[Phase], Run]
-    """Compiles a phase; it is called when the phase is first needed."""
+    compile: Callable[[Phase, Sequence[Any]], Run]
+    """Compiles a phase for inputs like these."""
     remembers: bool
     """Whether anything is kept from call to call; not where gradients are needed."""
     _phases: dict[Phase, Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the inputs of Dynamo's graph."""
+        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed."""
         if not self.remembers:
-            return self.phase("sparse")(*args)
+            return self._run("sparse", args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
         reads = self._clocked and self.inputs.time is not None and state.clock.reads()
         tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, ())))
@@ -66,22 +71,28 @@ class Program:
         phase: Phase = "dense" if tick.step is not None and tick.step < dense else "sparse"
         stream = state.stream(self.held.specs, tick.stream)
         warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
-        result = self.phase(phase)(*args, *warm, *stream.tensors)
+        result = self._run(phase, [*args, *warm, *stream.tensors])
         stream.calls += 1
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
         state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
         return result
+
+    def prepare(self, inputs: Sequence[Any]) -> None:
+        """Compile every phase that may be needed."""
+        phases: tuple[Phase, ...] = (
+            ("sparse", "dense") if self.remembers and self.plan.dense_steps else ("sparse",)
+        )
+        self._phases = {phase: self.compile(phase, inputs) for phase in phases}
 
     @property
     def _clocked(self) -> bool:
         """Whether anything depends on what call this is."""
         return bool(self.held.specs) or self.plan.dense_steps > 0
 
-    def phase(self, name: Phase) -> Run:
-        """The compiled graph of a phase."""
-        if name not in self._phases:
-            self._phases[name] = self.compile(name)
-        return self._phases[name]
+    def _run(self, phase: Phase, inputs: Sequence[Any]) -> Any:
+        if phase not in self._phases:
+            self._phases[phase] = self.compile(phase, inputs)
+        return self._phases[phase](*inputs)
 
 
 def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:

@@ -1,11 +1,17 @@
-"""What a rewritten attention call computes; traced into the graph, so that only the ops in it are opaque."""
+"""What a rewritten attention call computes, and how it gets into the graph.
 
-from collections.abc import Mapping
+Where gradients are needed the call is traced, op by op. Else it is one opaque op, `sparsify::site`: the many small
+operations round the kernels cost little to run and much to compile.
+"""
+
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.selection import Memory, Tokens
@@ -25,7 +31,7 @@ class SparseSite(nn.Module):
     """One attention call, as its plan has it."""
 
     def __init__(
-        self, plan: AttentionPlan, constants: tuple[str, ...], remembers: bool, sampled_rows: int
+        self, plan: AttentionPlan, constants: tuple[str, ...], *, remembers: bool, sampled_rows: int = 0
     ) -> None:
         """Args:
         constants: names of the method's constant tensors, in the order in which `forward` gets them.
@@ -33,12 +39,8 @@ class SparseSite(nn.Module):
         sampled_rows: rows of each head to measure the recall on.
         """
         super().__init__()
-        self.plan, self.constants, self.remembers, self.sampled_rows = (
-            plan,
-            constants,
-            remembers,
-            sampled_rows,
-        )
+        self.remembers = remembers
+        self._work = _Work(plan, constants, sampled_rows)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
@@ -50,16 +52,65 @@ class SparseSite(nn.Module):
             tensors: the method's constants; then, if calls share a memory, `warm` (None where nothing but a report
                 is kept), the memory's tensors and the report [4, B, H], which are written to.
         """
+        query, key, value = attention.cast(query, key, value)
+        count = len(self._work.constants) if self.remembers else len(tensors)
+        *inputs, report = tensors if self.remembers else (*tensors, None)
+        with torch.autocast(query.device.type, enabled=False):
+            out, reported, *learnt = self._work.attend(query, key, value, key_bias, inputs)
+        if report is not None:
+            _remember((*inputs[count + 1 :], report), (*learnt, reported))
+        return out
+
+
+class Observer(nn.Module):
+    """A dense attention call that its site looks at."""
+
+    def __init__(self, plan: AttentionPlan, constants: tuple[str, ...]) -> None:
+        super().__init__()
+        self._work = _Work(plan, constants, 0)
+
+    def forward(self, out: Tensor, query: Tensor, key: Tensor, *tensors: Tensor | None) -> Tensor:
+        """`out`, the call's output, as it is; the tensors are those of `SparseSite`."""
+        query, key, _ = attention.cast(query, key, key)
+        *inputs, _report = tensors
+        with torch.autocast(query.device.type, enabled=False):
+            learnt = self._work.observe(query, key, inputs)
+        _remember(inputs[len(self._work.constants) + 1 :], learnt)
+        return out
+
+
+class _Work:
+    """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike."""
+
+    def __init__(self, plan: AttentionPlan, constants: tuple[str, ...], sampled_rows: int) -> None:
+        self.plan, self.constants, self.sampled_rows = plan, constants, sampled_rows
+        text = repr((plan.settings, plan.layout, plan.far_field, plan.site.scale, plan.provider, constants))
+        self.name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
+        _works[self.name] = self
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+    ) -> list[Tensor]:
+        """[out, report, *learnt], as an op of its own where nobody asks for gradients."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            return self.trace(query, key, value, key_bias, inputs)
+        return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name)
+
+    def observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+        """What the method learns from a dense call."""
+        return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name)
+
+    def trace(
+        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+    ) -> list[Tensor]:
+        """[out, report, *learnt], op by op."""
         plan, method = self.plan, self.plan.settings
-        constants, memory, report = self._sort(tensors)
-        kept = None
+        constants, memory = self._sort(query, inputs)
+        kept = query.new_full((1, 1, 1), torch.nan)
+        learnt: tuple[Tensor, ...] = ()
         if isinstance(method, DynamicMethod):
-            with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-                tokens = self._tokens(query, key)
-                selection, learnt = method.select(tokens, memory or self._blank(tokens), **constants)
-                table, kept = selection
-                if memory is not None:
-                    _remember(memory, learnt)
+            with torch.no_grad():
+                (table, kept), learnt = method.select(self._tokens(query, key), memory, **constants)
         else:
             table = BlockTable(**constants)
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
@@ -74,20 +125,15 @@ class SparseSite(nn.Module):
             provider=plan.provider,
             sampled_rows=max(guarded, self.sampled_rows),
         )
-        if report is not None and kept is not None:
-            with torch.no_grad():
-                rows = (table.densities(), kept.mean(-1), sampled.recall, sampled.gate)
-                report.copy_(torch.stack([row.float().expand(report.shape[1:]) for row in rows]))
-        return out
+        with torch.no_grad():
+            rows = (table.densities(), kept.mean(-1), sampled.recall, sampled.gate)
+            report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
+        return [out, report, *learnt]
 
-    def observe(self, query: Tensor, key: Tensor, *tensors: Tensor | None) -> None:
-        """Remember what a dense call shows."""
-        method = self.plan.settings
-        assert isinstance(method, DynamicMethod)
-        constants, memory, _ = self._sort(tensors)
-        assert memory is not None
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            _remember(memory, method.observe(self._tokens(query, key), memory, **constants))
+    def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+        """`observe`, op by op."""
+        constants, memory = self._sort(query, inputs)
+        return list(self.plan.settings.observe(self._tokens(query, key), memory, **constants))  # type: ignore[attr-defined]
 
     def _tokens(self, query: Tensor, key: Tensor) -> Tokens:
         plan = self.plan
@@ -99,49 +145,50 @@ class SparseSite(nn.Module):
             provider=plan.provider,
         )
 
-    def _sort(
-        self, tensors: tuple[Tensor | None, ...]
-    ) -> tuple[dict[str, Any], Memory | None, Tensor | None]:
-        """(constants by name, memory, report)."""
+    def _sort(self, query: Tensor, inputs: list[Tensor | None]) -> tuple[dict[str, Any], Memory]:
+        """(constants by name, memory); a blank memory where no call came before."""
         count = len(self.constants)
-        constants = dict(zip(self.constants, tensors[:count], strict=True))
-        if not self.remembers:
-            return constants, None, None
-        warm, *held, report = tensors[count:]
-        blank = torch.zeros((), dtype=torch.bool, device="cpu")
-        return (
-            constants,
-            Memory(blank if warm is None else warm, tuple(t for t in held if t is not None)),
-            report,
-        )
-
-    def _blank(self, tokens: Tokens) -> Memory:
-        """The memory of a call that none came before."""
-        shapes = shapes_of(self.plan)
-        zeros = (torch.zeros(shape, device=tokens.query.device) for shape in shapes.values())
-        return Memory(torch.zeros((), dtype=torch.bool, device="cpu"), tuple(zeros))
+        constants = dict(zip(self.constants, inputs[:count], strict=True))
+        warm, *held = inputs[count:] or [None]
+        if warm is None:
+            warm = torch.zeros((), dtype=torch.bool, device="cpu")
+            site = replace(self.plan.site, batch=query.shape[0])
+            shapes = shapes_of(replace(self.plan, site=site)).values()
+            held = [torch.zeros(shape, device=query.device) for shape in shapes]
+        return constants, Memory(warm, tuple(t for t in held if t is not None))
 
 
-class Observer(nn.Module):
-    """A dense attention call that its site looks at."""
-
-    def __init__(self, site: SparseSite) -> None:
-        super().__init__()
-        self.site = site
-
-    def forward(self, out: Tensor, query: Tensor, key: Tensor, *tensors: Tensor | None) -> Tensor:
-        """`out`, the call's output, as it is; see `SparseSite.observe`."""
-        self.site.observe(query, key, *tensors)
-        return out
+_works: dict[str, _Work] = {}
+"""By name: an op takes no object."""
 
 
-def shapes_of(plan: AttentionPlan) -> Mapping[str, tuple[int, ...]]:
+@torch.library.custom_op("sparsify::site", mutates_args=())
+def _site(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    inputs: list[Tensor | None],
+    work: str,
+) -> list[Tensor]:
+    return _works[work].trace(query, key, value, key_bias, inputs)
+
+
+@torch.library.custom_op("sparsify::observe_site", mutates_args=())
+def _observe_site(query: Tensor, key: Tensor, inputs: list[Tensor | None], work: str) -> list[Tensor]:
+    return _works[work].trace_observe(query, key, inputs)
+
+
+_site.register_fake(lambda *args: _works[args[-1]].trace(*args[:-1]))
+_observe_site.register_fake(lambda *args: _works[args[-1]].trace_observe(*args[:-1]))
+
+
+def shapes_of(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
     """Name -> shape of what a site remembers."""
     method = plan.settings
-    assert isinstance(method, DynamicMethod)
-    return method.memory(plan.site, plan.layout)
+    return method.memory(plan.site, plan.layout) if isinstance(method, DynamicMethod) else {}
 
 
-def _remember(memory: Memory, learnt: tuple[Tensor, ...]) -> None:
-    for held, new in zip(memory.tensors, learnt, strict=True):
-        held.copy_(new)
+def _remember(held: Any, learnt: Any) -> None:
+    for old, new in zip(held, learnt, strict=True):
+        old.copy_(new)

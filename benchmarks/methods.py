@@ -1,0 +1,303 @@
+"""`python -m benchmarks.methods`: what the methods keep of the attention at equal density, and what they cost.
+
+    keep    share of the true attention mass that is read, at equal density, by every method and by flat blocks of
+            64 tokens, on a planted video and on others that are given; the mean over heads
+    cost    one warm sparse call of a site, selection and far field included, beside dense SDPA in the same run:
+            efficiency is speed-up times density, 1 for a kernel that works at SDPA's rate and selects for nothing
+    memory  what such a call allocates beyond its inputs and output
+
+Every call that is timed is first held to float64 attention under the mask of its own table.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.harness import interleaved_medians, machine, write_json
+from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.methods import DynamicMethod
+from sparsify_compiler.methods.cubes import Cubes
+from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.methods.svg2 import Svg2
+from sparsify_compiler.methods.tile import Tile
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
+from sparsify_compiler.runtime.site import REPORT, SparseSite
+from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing.far_fields import nearest_blocks
+from sparsify_compiler.testing.oracles import assert_close_to_float64
+
+Grid = tuple[int, int, int]
+DENSITIES = (0.1, 0.2, 0.3, 0.4)
+FAR_FIELDS = ("drop", "mean", "linear")
+
+
+def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(query, key, value) [1, H, S, D]: things of a few kinds move over a background; like attends to like.
+
+    A token shows one of 24 things (the one whose moving centre is nearest), a thing is of one of 8 kinds; query
+    and key are the sum of what stands for the kind, the thing and the place, and noise.
+    """
+    g = torch.Generator().manual_seed(seed)
+    frames, height, width = grid
+    things, kinds = 24, 8
+    start, speed = torch.rand(things, 2, generator=g), 0.5 * (torch.rand(things, 2, generator=g) - 0.5)
+    time = torch.linspace(0, 1, frames)[:, None, None]
+    centres = (start + time * speed).remainder(1.0) * torch.tensor([height, width])
+    place = torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+    thing = torch.cdist(place.expand(frames, -1, -1), centres).argmin(-1).flatten()
+    kind = torch.randint(kinds, (things,), generator=g)[thing]
+    waves = torch.randn(3, head_dim, generator=g)
+    t, y, x = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(n) / 8 for n in grid), indexing="ij"))
+    where = torch.stack([t, y, x], -1) @ waves
+
+    def tokens(strength: float) -> Tensor:
+        parts = [
+            torch.randn(heads, kinds, head_dim, generator=g)[:, kind],
+            torch.randn(heads, things, head_dim, generator=g)[:, thing],
+            where.sin().expand(heads, -1, -1),
+        ]
+        mixed = sum(parts) + 0.7 * torch.randn(heads, len(thing), head_dim, generator=g)
+        return strength * mixed[None]  # type: ignore[no-any-return]
+
+    shared = torch.Generator().set_state(g.get_state())
+    query = tokens(1.0)
+    g.set_state(shared.get_state())  # the same kinds and things stand for the same; only the noise may differ
+    key = tokens(1.0) + 0.5 * torch.randn(1, heads, len(thing), head_dim, generator=g)
+    return query, key, torch.randn(1, heads, len(thing), head_dim, generator=g)
+
+
+def mass_kept(query: Tensor, key: Tensor, table: BlockTable) -> float:
+    """Mean share of the attention mass on the pairs that a table keeps."""
+    scores = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+    return float((scores * table.mask()).sum(-1).mean())
+
+
+def site_of(query: Tensor) -> AttentionSite:
+    batch, heads, tokens, width = query.shape
+    return AttentionSite(
+        name="site", index=0, batch=batch, heads=heads, kv_heads=heads, q_tokens=tokens, kv_tokens=tokens,
+        head_dim=width, value_dim=width, dtype=str(query.dtype)[6:], device="cpu", scale=width**-0.5,
+    )  # fmt: skip
+
+
+def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
+    """The table of a cold call."""
+    method = method.fit(layout)
+    if not isinstance(method, DynamicMethod):
+        return method.table(layout)
+    zeros = (torch.zeros(shape) for shape in method.memory(site_of(query), layout).values())
+    tokens = Tokens(query=query, key=key, layout=layout, scale=query.shape[-1] ** -0.5, provider="cpu")
+    selection, _ = method.select(
+        tokens, Memory(torch.tensor(False), tuple(zeros)), **method.constants(layout)
+    )
+    return selection.table
+
+
+def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:
+    """The table of about this density, by bisection: `make(top_p, min_kv_ratio)` with top_p rising to 0.99, then
+    the floor."""
+    low, high = 0.0, 2.0
+    table = make(0.99, 0.0)
+    for _ in range(10):
+        middle = (low + high) / 2
+        table = make(min(max(middle, 1e-6), 0.99), max(middle - 1, 0.0))
+        low, high = (middle, high) if table.density() < density else (low, middle)
+    return table
+
+
+def keep_cases(name: str, grid: Grid, query: Tensor, key: Tensor) -> Iterator[dict[str, Any]]:
+    """At every density: what each method keeps."""
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+
+    def dynamic(kind: Callable[..., Any], top_p: float, floor: float) -> BlockTable:
+        return table_of(kind(top_p=top_p, min_kv_ratio=floor), query, key, layout)
+
+    for density in DENSITIES:
+        reference = [Tile(reference_frames=k) for k in range(1, grid[0] + 1)]
+        tile = min(reference, key=lambda one: abs(one.table(layout).density() - density))
+        rows = {
+            "tile": tile.table(layout),
+            "flat blocks of 64": nearest_blocks(query, key, 64, 64, density),
+            "cubes": at_density(partial(dynamic, Cubes), density),
+            "svg2": at_density(partial(dynamic, Svg2), density),
+        }
+        yield {
+            "kind": "keep",
+            "problem": name,
+            "asked_density": density,
+            "methods": {
+                method: {"density": round(table.density(), 4), "kept": round(mass_kept(query, key, table), 4)}
+                for method, table in rows.items()
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One warm site on fixed tensors."""
+
+    method: Any
+    far_field: str
+    layout: TokenLayout
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def call(self) -> Callable[[], Tensor]:
+        """A warm call; the memory is that of one call before."""
+        method = self.method.fit(self.layout)
+        site = site_of(self.query)
+        plan = AttentionPlan(
+            site=site,
+            layout=self.layout,
+            method=method.name,
+            settings=method,
+            provider="cpu",
+            far_field=self.far_field,
+            reason="",
+        )
+        constants = method.constants(self.layout)
+        memory = [torch.zeros(shape) for shape in method.memory(site, self.layout).values()]
+        report = torch.zeros(len(REPORT), site.batch, site.heads)
+        module = SparseSite(plan, tuple(constants), remembers=True, sampled_rows=0)
+
+        def run(warm: bool = True) -> Tensor:
+            return module(
+                self.query,
+                self.key,
+                self.value,
+                None,
+                *constants.values(),
+                torch.tensor(warm),
+                *memory,
+                report,
+            )
+
+        run(warm=False)
+        return run
+
+
+@torch.no_grad()
+def cost_case(
+    name: str, method: Any, grid: Grid, heads: int, dtype: torch.dtype, repeats: int
+) -> dict[str, Any]:
+    """A site with every far field, beside dense SDPA."""
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+    query, key, value = (t.to(dtype) for t in planted_video(grid, heads, 64))
+    table = table_of(method, query, key, layout)
+    out, lse = block_sparse_attention(query, key, value, table)
+    some = slice(0, 1)
+    shared = BlockTable(**{name: None if t is None else t[:, some] for name, t in table.tensors().items()})
+    if layout.tokens <= 8192:
+        assert_close_to_float64(
+            out[:, some], lse[:, some], query[:, some], key[:, some], value[:, some], shared.mask()
+        )
+    calls: dict[str, Callable[[], object]] = {
+        far: Site(method, far, layout, query, key, value).call() for far in FAR_FIELDS
+    }
+
+    def dense() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value)
+
+    def near() -> object:
+        return block_sparse_attention(query, key, value, table)
+
+    seconds = interleaved_medians({"dense": dense, "near": near, **calls}, repeats)
+    density = table.density()
+    return {
+        "kind": "cost",
+        "method": name,
+        "grid": grid,
+        "heads": heads,
+        "dtype": str(dtype)[6:],
+        "density": round(density, 4),
+        "blocks": [table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1],
+        "ms": {step: round(1e3 * value, 1) for step, value in seconds.items()},
+        "selection_share": round((seconds["drop"] - seconds["near"]) / seconds["dense"], 4),
+        "far_field_share": {
+            far: round((seconds[far] - seconds["drop"]) / seconds["dense"], 4) for far in FAR_FIELDS[1:]
+        },
+        "efficiency": {far: round(seconds["dense"] / seconds[far] * density, 3) for far in FAR_FIELDS},
+    }
+
+
+@torch.no_grad()
+def memory_case(name: str, method: Any, grid: Grid, heads: int) -> dict[str, Any]:
+    """Peak of what one call allocates beyond inputs and output, as a multiple of q, k and v together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+    query, key, value = planted_video(grid, heads, 64)
+    call = Site(method, "linear", layout, query, key, value).call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = call()
+    held = peak = 0
+    for event in sorted(
+        (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    inputs = sum(t.nbytes for t in (query, key, value))
+    return {
+        "kind": "memory",
+        "method": name,
+        "grid": grid,
+        "heads": heads,
+        "peak_beyond_output_over_qkv": round((peak - out.nbytes) / inputs, 3),
+    }
+
+
+def methods(density: float) -> dict[str, Any]:
+    """The dynamic methods with exactly this share of the key blocks."""
+    share = {"top_p": 1e-6, "min_kv_ratio": density}
+    return {"svg2": Svg2(**share), "cubes": Cubes(**share)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["keep", "cost", "memory"])
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods-cpu.json"))
+    arguments = parser.parse_args()
+    print(machine())
+    cases: list[dict[str, Any]] = []
+
+    def add(case: dict[str, Any]) -> None:
+        cases.append(case)
+        print(case, flush=True)
+
+    if arguments.only in (None, "keep"):
+        grid = (8, 16, 24)
+        query, key, _ = planted_video(grid, 2, 64)
+        for case in keep_cases("planted video", grid, query, key):
+            add(case)
+    if arguments.only in (None, "cost"):
+        for grid in ((8, 32, 32), (16, 32, 32)):
+            for density in (0.1, 0.25, 0.4):
+                for name, method in methods(density).items():
+                    add(
+                        cost_case(
+                            name, method, grid, 8 if grid[0] == 8 else 4, torch.float32, arguments.repeats
+                        )
+                    )
+    if arguments.only in (None, "memory"):
+        for name, method in methods(0.2).items():
+            add(memory_case(name, method, (16, 32, 32), 8))
+    write_json(arguments.json, cases)
+
+
+if __name__ == "__main__":
+    main()
