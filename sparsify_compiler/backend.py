@@ -18,7 +18,7 @@ from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.program import Phase, Program
 
-DEFAULT_METHOD = "tile"
+DEFAULT_METHOD = "svg2"
 
 
 def sparsify(
@@ -102,8 +102,12 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
         if option not in choices:
             others = [other for other, kind in METHODS.items() if option in option_names(kind)]
             if others:
-                raise OptionError(f"option {option!r} belongs to method {others[0]!r}, got method={name!r}")
-            raise unknown_choice("option", option, (*GENERAL, *choices))
+                raise OptionError(
+                    f"option {option!r} belongs to method {others[0]!r}, got method={name!r}: "
+                    f"try {{'method': {others[0]!r}, {option!r}: ...}}"
+                )
+            every = {own for kind in METHODS.values() for own in option_names(kind)}
+            raise unknown_choice("option", option, (*GENERAL, *every))
     if general.get("far_field") not in (None, *FAR_FIELDS):
         raise unknown_choice("far_field", general["far_field"], FAR_FIELDS)
     providers.check_name(general.get("provider", "auto"))
@@ -119,9 +123,8 @@ def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:
                 "sparsify found no attention to rewrite in a graph: it is compiled as it is. "
                 "sparsify_compiler.explain(model, ...) shows why."
             )
-    elif "method" not in options:
+    elif not {"method", "preset"} & set(options):
         warn_once(
-            "sparsify rewrites attention to be sparse, which is lossy. The default is method='tile' with half "
-            "of the frames as reference frames; choose with options={'method': 'tile', 'reference_frames': k} "
-            "(fewer is faster, more is closer to dense), or {'method': 'dense'} for none."
+            "sparsify rewrites attention to be sparse, which is lossy. The default is method='svg2' with a linear "
+            "far field; options={'top_p': p} reads more (up to 1) or less, {'method': 'dense'} is none of it."
         )

@@ -86,7 +86,13 @@ def _grid(value: object) -> tuple[int, int, int]:
 GENERAL = ("preset", *(f.name for f in fields(SparsifyConfig)))
 """Names of the options that belong to no method."""
 
-_SVG2 = {"method": "svg2", "far_field": "drop", "kmeans_iters": (50, 2), "dense_steps": 0.2, "dense_layers": 0.03}
+_SVG2 = {
+    "method": "svg2",
+    "far_field": "drop",
+    "kmeans_iters": (50, 2),
+    "dense_steps": 0.2,
+    "dense_layers": 0.03,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "svg2": {**_SVG2, "top_p": 0.9, "min_kv_ratio": 0.1},
     "svg2-turbo": {**_SVG2, "top_p": 0.7, "min_kv_ratio": 0.05},

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation, explain
+from sparsify_compiler.measured import stats
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.testing.oracles import TileAttention
 
@@ -59,28 +60,30 @@ class Result:
     """What the demo measured."""
 
     explanation: Explanation
+    """Of `tile`, whose masks are known beforehand."""
     seconds: Mapping[str, float]
-    """Of a step, `dense` and `sparse`: medians."""
+    """Of a step, `dense`, `svg2` and `tile`: medians."""
     attention_share: float
-    """Part of the dense step spent in attention that the plan makes sparse."""
-    density: float
-    """Share of that attention's query-key pairs that are computed."""
+    """Part of the dense step spent in attention that the plans make sparse."""
+    density: Mapping[str, float]
+    """Share of that attention's query-key pairs that are computed, by method."""
+    recall: float
+    """Share of the true attention mass that svg2 keeps, on sampled queries."""
     error: float
-    """Relative distance to the oracle: the same model, its attention dense under the mask."""
+    """Relative distance of `tile` to the oracle: the same model, its attention dense under the mask."""
     bound: float
-    distance: float
-    """Relative distance to the dense model: what sparsity does to these random weights."""
+    distance: Mapping[str, float]
+    """Relative distance to the dense model, by method: what sparsity does to these random weights."""
     picture: Path
 
     @property
     def passed(self) -> bool:
-        """The sparse model computes what its plan says."""
+        """The model computes what its plan says."""
         return self.error <= self.bound
 
-    @property
-    def speedup(self) -> float:
+    def speedup(self, method: str) -> float:
         """Dense step over sparse step."""
-        return self.seconds["dense"] / self.seconds["sparse"]
+        return self.seconds["dense"] / self.seconds[method]
 
 
 def run(
@@ -105,9 +108,15 @@ def run(
     if device == "cuda" and not torch.cuda.is_available():
         raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
     size, console = size or SIZES[device], console or Console()
-    options = {
+    tile: dict[str, Any] = {
         "method": "tile",
         "reference_frames": size.reference_frames,
+        "inner_backend": size.backend,
+    }
+    svg2: dict[str, Any] = {
+        "method": "svg2",
+        "dense_steps": 0,
+        "measure_recall": 0.01,
         "inner_backend": size.backend,
     }
     tokens = math.prod(size.grid)
@@ -126,17 +135,19 @@ def run(
         with _phase(progress, "explain"):
             with torch.device("meta"):  # so that it costs no step
                 twin, twin_inputs = wan(size, "meta")
-            explanation = explain(twin, **twin_inputs, options=options, device=device)
+            explanation = explain(twin, **twin_inputs, options=tile, device=device)
         progress.console.print(explanation)
         picture = explanation.save_picture(out / "masks.png")
 
-        def compiled(**how: Any) -> Step:
-            program = torch.compile(model, **how)
+        def step_of(program: Callable[..., Any]) -> Step:
             return lambda: program(**inputs)[0]
 
+        by_svg2 = torch.compile(model, backend="sparsify", options=svg2)
+        by_tile = torch.compile(model, backend="sparsify", options=tile)
         steps = {
-            "dense": compiled(backend=size.backend),
-            "sparse": compiled(backend="sparsify", options=options),
+            "dense": step_of(torch.compile(model, backend=size.backend)),
+            "svg2": step_of(by_svg2),
+            "tile": step_of(by_tile),
         }
         outputs = {}
         for name, step in steps.items():
@@ -145,21 +156,24 @@ def run(
         with _phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
             oracle = model(**inputs)[0].float().cpu()
         plan = _sparse(explanation)[0]
-        assert plan.density is not None, "the demo's method is static"
+        assert plan.density is not None, "the masks of tile are known beforehand"
         seconds = _interleaved(
             {**steps, "attention": dense_attention(plan, device)},
             rounds=size.rounds,
             device=device,
             advance=_advance(progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds),
         )
+        measured = stats(model)
+        progress.console.print(measured)
     result = Result(
         explanation=explanation,
         seconds=seconds,
         attention_share=seconds["attention"] * len(_sparse(explanation)) / seconds["dense"],
-        density=plan.density,
-        error=_relative(outputs["sparse"], oracle),
+        density={"svg2": measured.of("svg2").density, "tile": plan.density},
+        recall=measured.recall,
+        error=_relative(outputs["tile"], oracle),
         bound=BOUND[size.dtype],
-        distance=_relative(outputs["sparse"], outputs["dense"]),
+        distance={name: _relative(outputs[name], outputs["dense"]) for name in ("svg2", "tile")},
         picture=picture,
     )
     console.print(_summary(result))
@@ -279,18 +293,25 @@ def _advance(progress: Progress, name: str, total: int) -> Callable[[], None]:
 
 
 def _summary(result: Result) -> Group:
-    table = Table("", "dense", "sparse", title="One denoising step", title_justify="left")
+    methods = ("svg2", "tile")
+    table = Table("", "dense", *methods, title="One denoising step", title_justify="left")
+    times = (f"{result.seconds[name] * 1e3:,.0f} ms" for name in ("dense", *methods))
+    table.add_row("time of a step", *times)
     table.add_row(
-        "time of a step", *(f"{result.seconds[name] * 1e3:,.0f} ms" for name in ("dense", "sparse"))
+        "query-key pairs of video attention", "100%", *(f"{result.density[name]:.1%}" for name in methods)
     )
-    table.add_row("query-key pairs of video attention", "100%", f"{result.density:.1%}")
-    table.add_row("share of that attention in a dense step", f"{result.attention_share:.0%}", "")
+    table.add_row("attention mass kept", "100%", f"{result.recall:.1%}", "")
+    table.add_row("share of that attention in a dense step", f"{result.attention_share:.0%}", "", "")
     verdict = "within" if result.passed else "ABOVE"
-    table.add_row("error to the dense-masked oracle", "", f"{result.error:.1e}, {verdict} {result.bound:.0e}")
-    table.add_row("distance to dense (random weights)", "", f"{result.distance:.1e}")
+    table.add_row(
+        "error to the dense-masked oracle", "", "", f"{result.error:.1e}, {verdict} {result.bound:.0e}"
+    )
+    distances = (f"{result.distance[name]:.1e}" for name in methods)
+    table.add_row("distance to dense (random weights)", "", *distances)
     sentence = (
-        f"The sparse step is {result.speedup:.2f} times as fast as the dense one, and computes what its "
-        f"masks say; they are drawn in {result.picture}."
+        f"A step is {result.speedup('svg2'):.2f} times as fast by svg2, the default, and "
+        f"{result.speedup('tile'):.2f} times by tile, which computes what its masks say; they are drawn in "
+        f"{result.picture}."
         if result.passed
         else "The sparse model does NOT compute what its masks say: please report this."
     )

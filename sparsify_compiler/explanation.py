@@ -103,8 +103,8 @@ class Explanation:
         Rows are queries, columns are keys. Frames are dark where they are computed, other tokens are orange.
 
         Raises:
-            SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is missing; or the
-                path cannot be written to, or has no ending that matplotlib knows.
+            SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is
+                missing; or the path cannot be written to, or has no ending that matplotlib knows.
         """
         tables: dict[tuple[TokenLayout, Any], AttentionPlan] = {}
         names: dict[tuple[TokenLayout, Any], list[str]] = {}
@@ -198,8 +198,9 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     slow = next((plan for plan in plans if plan.provider == "reference"), None)
     if slow is not None and options.get("provider") != "reference":
         yield f"provider reference is slow; {slow.site.name} has it because: {slow.reason}"
-    if "method" not in options and not split_options(options)[1] and any(graph.sparse for graph in graphs):
-        yield "the method is the default; options={'method': 'tile', 'reference_frames': k} sets the density."
+    general, own = split_options(options)
+    if "method" not in general and not own and any(graph.sparse for graph in graphs):
+        yield "the method is the default; options={'top_p': p} reads more (up to 1) or less."
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,15 @@ class RunStats:
     def density(self) -> float:
         """Mean density of what ran sparse; NaN if nothing did."""
         return self._mean("density")
+
+    @property
+    def recall(self) -> float:
+        """Mean attention mass truly kept, of what was sampled; NaN where nothing was."""
+        return self._mean("recall")
+
+    def of(self, method: str) -> "RunStats":
+        """Those of one method alone, where programs of several ran."""
+        return replace(self, measurements=tuple(one for one in self.measurements if one.method == method))
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -112,7 +121,7 @@ class RunStats:
 
     def _mean(self, field: str) -> float:
         values = [getattr(one, field).mean() for one in self.measurements]
-        return float(torch.stack(values).mean()) if values else math.nan
+        return float(torch.stack(values).nanmean()) if values else math.nan
 
 
 def stats(model: Callable[..., Any]) -> RunStats:

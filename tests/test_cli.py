@@ -21,6 +21,7 @@ WAN = [
 ]
 INPUTS = ["hidden_states=1x16x5x14x18", "timestep=1:int64", "encoder_hidden_states=1x11x4096"]
 ARGUMENTS = [*WAN, *(word for text in INPUTS for word in ("--input", text))]
+TILE = [*ARGUMENTS, "--option", "method=tile"]
 TINY = demo.Size(
     grid=(5, 3, 4),
     heads=2,
@@ -39,7 +40,7 @@ def run(*words: str):
 
 def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
     pytest.importorskip("diffusers")
-    result = run(*ARGUMENTS, "--option", "reference_frames=2", "--picture", str(tmp_path / "masks.png"))
+    result = run(*TILE, "--option", "reference_frames=2", "--picture", str(tmp_path / "masks.png"))
     assert result.exit_code == 0, result.exception
     assert "5x7x9" in result.stdout
     assert "3 of 6 attention calls sparse" in result.stdout
@@ -65,7 +66,7 @@ def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
         ([*ARGUMENTS, "--value", "return_dict=no"], """try return_dict='"no"'"""),
         ([*ARGUMENTS, "--device", "foo"], "unknown device 'foo': must be one of cpu, cuda"),
         ([*ARGUMENTS, "--option", f"dump={__file__}"], "dump must be a folder"),
-        ([*ARGUMENTS, "--picture", f"{__file__}/masks.png"], "cannot save the picture as"),
+        ([*TILE, "--picture", f"{__file__}/masks.png"], "cannot save the picture as"),
         (WAN, "needs hidden_states, timestep, encoder_hidden_states"),
         ([*ARGUMENTS, "--input", "hidden_stats=1"], "does not take hidden_stats"),
         ([*ARGUMENTS, "--input", "timestep=1y2"], "must have a shape"),
@@ -75,7 +76,7 @@ def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
         ([*ARGUMENTS, "--config", "{"], "must hold a JSON object"),
         ([*ARGUMENTS, "--config", "nowhere.json"], "nowhere.json"),
         ([*ARGUMENTS, "--option", "reference_frame=2"], "Did you mean 'reference_frames'"),
-        ([*ARGUMENTS, "--option", "reference_frames=6"], "1..5"),
+        ([*TILE, "--option", "reference_frames=6"], "1..5"),
         ([*ARGUMENTS, "--option", "grid=5,7,8"], "multiply"),
         (["demo", "--device", "tpu"], "device must be one of"),
     ],
@@ -149,8 +150,10 @@ def test_demo_measures_checks_and_draws(tmp_path, monkeypatch):
     console = Console(width=120, record=True)
     result = demo.run("cpu", tmp_path, size=TINY, console=console)
     assert result.passed
-    assert result.density == pytest.approx((3 * 5 - 2) / 25)
-    assert result.distance > 100 * result.bound, "the check must be able to fail"
+    assert result.density["tile"] == pytest.approx((3 * 5 - 2) / 25)
+    assert 0.1 <= result.density["svg2"] < 1
+    assert 0 < result.recall <= 1
+    assert result.distance["tile"] > 100 * result.bound, "the check must be able to fail"
     assert result.picture.exists()
     text = console.export_text()
     assert "blocks.{0..1}.attn1" in text

@@ -105,7 +105,7 @@ def test_picture_is_drawn_to_scale(explained, tmp_path):
     ("options", "error", "says"),
     [
         ({"metod": "tile"}, OptionError, "Did you mean 'method'"),
-        ({"reference_frames": 6}, OptionError, "1..5"),
+        ({"method": "tile", "reference_frames": 6}, OptionError, "1..5"),
         ({"grid": (5, 7, 8)}, GridError, "multiply"),
         ({"dump": __file__}, OptionError, "dump must be a folder"),
         ({"provider": "triton"}, ProviderError, "TRITON_INTERPRET"),

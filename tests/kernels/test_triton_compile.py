@@ -111,9 +111,14 @@ def spilled_bytes(kernel: Any, directory: Path) -> int:
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-@pytest.mark.parametrize("ordered", [False, True], ids=["", "ordered"])
+@pytest.mark.parametrize(
+    ("ordered", "biased", "dtype"),
+    [
+        *((ordered, biased, torch.bfloat16) for ordered in (False, True) for biased in (False, True)),
+        (True, True, torch.float16),
+    ],
+    ids=["plain", "biased", "ordered", "ordered-biased", "ordered-biased-fp16"],
+)
 @pytest.mark.parametrize(("arch", "width", "config"), HALF)
 def test_half_precision(arch, width, config, ordered, biased, dtype, tmp_path):
     kernel = compile_launch(arch, width, config, dtype, ordered=ordered, biased=biased)

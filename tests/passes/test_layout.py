@@ -33,7 +33,7 @@ def planned(function: Callable[..., Tensor], *args: Any) -> list[AttentionPlan]:
     plans: list[AttentionPlan] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        plans.extend(graph_plan(pipeline.analyse(gm, configure({}))))
+        plans.extend(graph_plan(pipeline.analyse(gm, configure({"method": "tile"}))))
         return gm.forward
 
     with torch.no_grad():
