@@ -112,7 +112,9 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
         raise unknown_choice("far_field", general["far_field"], FAR_FIELDS)
     providers.check_name(general.get("provider", "auto"))
     _torch.check_backend(general.get("inner_backend", "inductor"))
-    return SparsifyConfig(method=METHODS[name](**own), **general)
+    kind = METHODS[name]
+    defaults = kind.if_dropped if general.get("far_field", kind.far_field) == "drop" else {}
+    return SparsifyConfig(method=kind(**{**defaults, **own}), **general)
 
 
 def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:

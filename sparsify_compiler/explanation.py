@@ -19,6 +19,7 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
+from sparsify_compiler.runtime.clock import USUAL_STEPS
 from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
@@ -91,9 +92,10 @@ class Explanation:
                 yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
             yield ""
         sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
+        most = "at most " if any(plan.density is None for plan in self.plans) else ""
         yield (
             f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
-            f"{self.density:.1%} of the query-key pairs are computed."
+            f"{most}{self.density:.1%} of the query-key pairs are computed."
         )
         yield from (f"Hint: {hint}" for hint in self.hints)
 
@@ -198,6 +200,14 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     slow = next((plan for plan in plans if plan.provider == "reference"), None)
     if slow is not None and options.get("provider") != "reference":
         yield f"provider reference is slow; {slow.site.name} has it because: {slow.reason}"
+    shares = {graph.dense_steps for graph in graphs if isinstance(graph.dense_steps, float) and graph.sparse}
+    for share in shares - {0.0}:
+        yield (
+            f"the first {share:.0%} of a generation's steps run dense: of those that sparsify_compiler.generation("
+            f"steps=...) says, else of the last video's, else of {USUAL_STEPS}."
+        )
+    if any(plan.density is None for plan in plans):
+        yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
     general, own = split_options(options)
     if "method" not in general and not own and any(graph.sparse for graph in graphs):
         yield "the method is the default; options={'top_p': p} reads more (up to 1) or less."

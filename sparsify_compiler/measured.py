@@ -114,9 +114,11 @@ class RunStats:
         return pictures.save(figure, path)
 
     def _by_site(self) -> dict[str, list[Measurement]]:
+        """By site; and by method, where programs of several ran."""
+        several = len({one.method for one in self.measurements}) > 1
         sites: dict[str, list[Measurement]] = {}
         for one in self.measurements:
-            sites.setdefault(one.site, []).append(one)
+            sites.setdefault(f"{one.site} ({one.method})" if several else one.site, []).append(one)
         return sites
 
     def _mean(self, field: str) -> float:

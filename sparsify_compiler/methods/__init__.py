@@ -27,6 +27,8 @@ class Method(Protocol):
     """Default of the option: sites of a model that stay dense, a number or a share."""
     far_field: ClassVar[str]
     """Default of the option."""
+    if_dropped: ClassVar[dict[str, float]]
+    """Other defaults, for where what is not read is dropped."""
 
     def refusal(self, layout: TokenLayout) -> str:
         """Why sites of this layout must stay dense; empty if they need not."""

@@ -38,8 +38,9 @@ Cube = tuple[int, int, int]
 class Cubes:
     """Options of the method."""
 
-    top_p: float = 0.9
-    """Estimated attention mass that every query cube keeps at least, in (0, 1]; 1 keeps everything."""
+    top_p: float = 0.5
+    """Estimated attention mass that every query cube keeps at least, in (0, 1]; 1 keeps everything. 0.9 where
+    what is not read is dropped."""
     min_kv_ratio: float = 0.1
     """Share of the key cubes that every query cube keeps at least, in [0, 1]."""
     cube: Cube = (4, 4, 4)
@@ -51,6 +52,7 @@ class Cubes:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "linear"
+    if_dropped: ClassVar[dict[str, float]] = {"top_p": 0.9}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top_p", check_share("top_p", self.top_p, zero=False))

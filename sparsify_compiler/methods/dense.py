@@ -15,6 +15,7 @@ class Dense:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
+    if_dropped: ClassVar[dict[str, float]] = {}
 
     def refusal(self, layout: TokenLayout) -> str:
         """Always: nothing is rewritten."""

@@ -39,8 +39,9 @@ RELEASED = ((0, 0, 0), (32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 
 class Svg2:
     """Options of the method."""
 
-    top_p: float = 0.9
-    """Estimated attention mass that every query cluster keeps at least, in (0, 1]; 1 keeps everything."""
+    top_p: float = 0.5
+    """Estimated attention mass that every query cluster keeps at least, in (0, 1]; 1 keeps everything. 0.9, as
+    released, where what is not read is dropped: a far field makes up for more than the rest is worth."""
     min_kv_ratio: float = 0.1
     """Share of the key clusters that every query cluster keeps at least, in [0, 1]."""
     q_clusters: int | None = None
@@ -56,6 +57,7 @@ class Svg2:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "linear"
+    if_dropped: ClassVar[dict[str, float]] = {"top_p": 0.9}
 
     def __post_init__(self) -> None:
         checked = {

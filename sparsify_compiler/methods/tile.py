@@ -32,6 +32,7 @@ class Tile:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
+    if_dropped: ClassVar[dict[str, float]] = {}
 
     def __post_init__(self) -> None:
         if self.reference_frames is not None:
