@@ -216,7 +216,7 @@ def truth(asked: Sequence[Question]) -> Answers:
     }
 
 
-def train(steps: int = 300, batch: int = 16, rate: float = 2e-3) -> Classifier:
+def train(steps: int = 150, batch: int = 16, rate: float = 2e-3) -> Classifier:
     """A classifier trained on the stream of videos kept for it; the same at every call on one machine."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.CLASSIFIER)

@@ -14,7 +14,7 @@ from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import noise, sample
 from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, validation
 
-SAMPLES = 6
+SAMPLES = 4
 """Videos in a sample picture; the prompts are those of the first held-out videos."""
 
 
@@ -91,14 +91,17 @@ def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_
 
 
 def look(trainer: Trainer, out: Path) -> None:
-    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's length."""
+    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's length.
+
+    The model runs uncompiled: compiling it for this would take longer than it saves.
+    """
     frames = trainer.recipe.stage(trainer.step).frames
     with trainer.averaged():
         save(trainer.model, out / "weights.safetensors", step=trainer.step)
-        log(out, {"step": trainer.step, "frames": frames, "validation": validation(trainer.compiled, frames)})
+        log(out, {"step": trainer.step, "frames": frames, "validation": validation(trainer.model, frames)})
         prompts = [world.scene(world.HELD_OUT, number).prompt for number in range(SAMPLES)]
         with torch.autocast("cpu", torch.bfloat16):
-            videos = sample(trainer.compiled, prompts, noise(range(SAMPLES), frames))
+            videos = sample(trainer.model, prompts, noise(range(SAMPLES), frames))
     strip(videos).save(out / f"samples_{trainer.step:06d}.png")
 
 

@@ -52,7 +52,7 @@ class Recipe:
     """Norm of the gradient of AdamW's parameters (Muon's updates do not depend on it)."""
     dropout: float = 0.12
     """Share of videos whose prompt is withheld, for guidance."""
-    shift: float = 2.0
+    shift: float = 3.0
     """Of the noise levels drawn: above 1, more of them are near pure noise."""
     power: float = 16.0
     """The averaged weights are of about the last 1 / power of all steps, whenever one looks."""
@@ -126,10 +126,10 @@ def validation(model: Velocity, frames: int, count: int = 8) -> dict[float, floa
 class Trainer:
     """A model, the average of its weights over the last steps, and its optimizers."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, *, step: int = 0, backend: str = "inductor") -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, *, step: int = 0, compiled: bool = True) -> None:
         """Starts with fresh optimizers at `step`, and with the model's weights as their average."""
         self.model, self.recipe = model, recipe
-        self.compiled: Velocity = torch.compile(model, backend=backend, dynamic=False)
+        self.compiled: Velocity = torch.compile(model, dynamic=False) if compiled else model
         self.step = self.start = step
         self.average = {name: value.detach().clone() for name, value in model.named_parameters()}
         inside = [
