@@ -11,10 +11,11 @@ Every call that is timed is first held to float64 attention under the mask of it
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import interleaved_medians, machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.selection import Memory, Tokens
@@ -37,7 +39,6 @@ from sparsify_compiler.testing.oracles import assert_close_to_float64
 
 Grid = tuple[int, int, int]
 DENSITIES = (0.1, 0.2, 0.3, 0.4)
-FAR_FIELDS = ("drop", "mean", "linear")
 
 
 def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +74,33 @@ def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tu
     g.set_state(shared.get_state())  # the same kinds and things stand for the same; only the noise may differ
     key = tokens(1.0) + 0.5 * torch.randn(1, heads, len(thing), head_dim, generator=g)
     return query, key, torch.randn(1, heads, len(thing), head_dim, generator=g)
+
+
+@torch.no_grad()
+def recorded(level: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(query, key, value) of every layer of the trained evaluation model, on a held-out video at a noise level."""
+    from sparsify_compiler.evaluation import model as trained
+    from sparsify_compiler.evaluation.sparsity import Listen
+    from sparsify_compiler.evaluation.world import VALIDATION, scene, videos
+
+    model, shown = trained.load(), [scene(VALIDATION, 0)]
+    clean = trained.to_model(videos(shown))
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    heard: list[tuple[Tensor, Tensor, Tensor]] = []
+    with Listen(lambda *tensors: heard.append(tuple(t.float() for t in tensors))):  # type: ignore[arg-type]
+        model(
+            (1 - level) * clean + level * noise,
+            torch.full((1,), 1000 * level),
+            trained.encode([one.prompt for one in shown]),
+        )
+    return heard
+
+
+def relative_error(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, far_field: str) -> float:
+    """Of the attention's output."""
+    dense = scaled_dot_product_attention(query, key, value)
+    out, _, _ = attention_with_far_field(query, key, value, table, far_field=far_field, provider="cpu")
+    return float((out - dense).norm() / dense.norm())
 
 
 def mass_kept(query: Tensor, key: Tensor, table: BlockTable) -> float:
@@ -114,29 +142,44 @@ def at_density(make: Callable[[float, float], BlockTable], density: float) -> Bl
     return table
 
 
-def keep_cases(name: str, grid: Grid, query: Tensor, key: Tensor) -> Iterator[dict[str, Any]]:
-    """At every density: what each method keeps."""
+def keep_cases(
+    name: str, grid: Grid, problems: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Iterator[dict[str, Any]]:
+    """At every density: what each method keeps, and how far each far field is from dense; means over problems."""
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
-
-    def dynamic(kind: Callable[..., Any], top_p: float, floor: float) -> BlockTable:
-        return table_of(kind(top_p=top_p, min_kv_ratio=floor), query, key, layout)
 
     for density in DENSITIES:
         reference = [Tile(reference_frames=k) for k in range(1, grid[0] + 1)]
         tile = min(reference, key=lambda one: abs(one.table(layout).density() - density))
-        rows = {
-            "tile": tile.table(layout),
-            "flat blocks of 64": nearest_blocks(query, key, 64, 64, density),
-            "cubes": at_density(partial(dynamic, Cubes), density),
-            "svg2": at_density(partial(dynamic, Svg2), density),
-        }
+        rows: dict[str, list[dict[str, float]]] = {}
+        for query, key, value in problems:
+
+            def dynamic(
+                kind: Callable[..., Any], top_p: float, floor: float, query: Tensor = query, key: Tensor = key
+            ) -> BlockTable:
+                return table_of(kind(top_p=top_p, min_kv_ratio=floor), query, key, layout)
+
+            tables = {
+                "tile": tile.table(layout),
+                "flat blocks of 64": nearest_blocks(query, key, 64, 64, density),
+                "cubes": at_density(partial(dynamic, Cubes), density),
+                "small cubes": at_density(
+                    partial(dynamic, partial(Cubes, cube=(4, 2, 2), query_cube=(4, 2, 4))), density
+                ),
+                "svg2": at_density(partial(dynamic, Svg2), density),
+            }
+            for method, table in tables.items():
+                errors = {far: relative_error(query, key, value, table, far) for far in FAR_FIELDS}
+                rows.setdefault(method, []).append(
+                    {"density": table.density(), "kept": mass_kept(query, key, table), **errors}
+                )
         yield {
             "kind": "keep",
             "problem": name,
             "asked_density": density,
             "methods": {
-                method: {"density": round(table.density(), 4), "kept": round(mass_kept(query, key, table), 4)}
-                for method, table in rows.items()
+                method: {field: round(mean(row[field] for row in some), 4) for field in some[0]}
+                for method, some in rows.items()
             },
         }
 
@@ -281,8 +324,10 @@ def main() -> None:
 
     if arguments.only in (None, "keep"):
         grid = (8, 16, 24)
-        query, key, _ = planted_video(grid, 2, 64)
-        for case in keep_cases("planted video", grid, query, key):
+        for case in keep_cases("planted video", grid, [planted_video(grid, 2, 64)]):
+            add(case)
+        trained = [problem for level in (0.5, 0.9) for problem in recorded(level)]
+        for case in keep_cases("trained model", (24, 8, 12), trained):
             add(case)
     if arguments.only in (None, "cost"):
         for grid in ((8, 32, 32), (16, 32, 32)):

@@ -52,10 +52,17 @@ def explain(
         list[str] | None, typer.Option("--option", help="key=value of torch.compile's options")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, to plan for")] = "cuda",
-    picture: Annotated[Path | None, typer.Option(help="draw the masks there, e.g. masks.png")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="draw the masks there, or with --run the densities, e.g. masks.png")
+    ] = None,
+    run: Annotated[
+        int,
+        typer.Option(help="steps of a generation to run on the CPU, with random weights and inputs", min=0),
+    ] = 0,
 ) -> None:
-    """What would be done with a diffusers model, and why. Takes neither weights nor memory."""
+    """What would be done with a diffusers model, and why. Takes neither weights nor memory, but for --run."""
     from sparsify_compiler import diffusers_model, explanation
+    from sparsify_compiler.measured import RunStats
 
     model = diffusers_model.build(class_name, config)
     arguments = {
@@ -71,8 +78,12 @@ def explain(
     diffusers_model.try_out(model, arguments)
     explained = explanation.explain(model, **arguments, options=chosen, device=device)
     Console().print(explained)
+    drawn: explanation.Explanation | RunStats = explained
+    if run:
+        drawn = diffusers_model.generate(class_name, config, arguments, chosen, steps=run)
+        Console().print(drawn)
     if picture is not None:
-        Console().print(f"The masks are drawn in {explained.save_picture(picture)}.")
+        Console().print(f"Drawn in {drawn.save_picture(picture)}.")
 
 
 def main() -> None:

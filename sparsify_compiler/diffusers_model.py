@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.runtime.clock import generation
 
 
-def build(class_name: str, config: str) -> nn.Module:
-    """The model in eval mode, without weights: on the meta device.
+def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
+    """The model in eval mode; on the meta device it has no weights, elsewhere random ones.
 
     Args:
         class_name: of diffusers, e.g. `WanTransformer3DModel`.
@@ -52,7 +54,7 @@ def build(class_name: str, config: str) -> nn.Module:
     settings = read_config(config)
     # A constructor checks little: a wrong config ends in whatever its arithmetic and branches raise.
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with torch.device(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
             return getattr(diffusers, class_name).from_config(settings).eval()
     except Exception as error:
@@ -145,6 +147,43 @@ def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
             model(**inputs)
     except Exception as error:  # as unchecked as the constructor
         raise OptionError(f"{type(model).__name__} does not run on these inputs: {_cause(error)}") from error
+
+
+def generate(
+    class_name: str, config: str, inputs: Mapping[str, Any], options: Mapping[str, Any], *, steps: int
+) -> RunStats:
+    """What the attention of the model reads in a generation on the CPU, with random weights and seeded inputs.
+
+    Random weights attend more evenly than trained ones: densities are those of a worse case.
+
+    Args:
+        inputs: of `forward`; tensors give shape and type alone. Those named timestep fall from 1000 on.
+        options: of torch.compile; compiled by the eager backend, and with the recall measured, unless they say so.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build(class_name, config, "cpu")
+        given = {name: _random_like(value) for name, value in inputs.items()}
+    usual: dict[str, Any] = {"inner_backend": "eager", "measure_recall": 0.01}
+    compiled: Any = torch.compile(model, backend="sparsify", options={**usual, **options})
+    with torch.no_grad(), generation(steps, streams=1):
+        for step in range(steps):
+            time = 1000 * (steps - step) // steps
+            now = {
+                name: torch.full_like(value, time) if name.startswith("timestep") else value
+                for name, value in given.items()
+            }
+            compiled(**now)
+    return stats(compiled)
+
+
+def _random_like(value: Any) -> Any:
+    """Noise of the shape and type of a float tensor, ones for any other; what is no tensor as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return torch.randn(value.shape).to(value.dtype)
+    return torch.ones(value.shape, dtype=value.dtype)
 
 
 def _cause(error: Exception) -> str:

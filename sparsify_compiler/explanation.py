@@ -266,7 +266,8 @@ def method_text(plan: AttentionPlan, separator: str = " ") -> str:
     """`tile reference_frames=2`."""
     settings: Any = plan.settings
     numbers = [] if settings is None else [f"{f.name}={getattr(settings, f.name)}" for f in fields(settings)]
-    return separator.join([plan.method, *numbers])
+    far = [f"far_field={plan.far_field}"] if plan.far_field != "drop" else []
+    return separator.join([plan.method, *numbers, *far])
 
 
 def _broken_path(path: str, width: int = 24) -> str:

@@ -48,6 +48,22 @@ def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
     assert (tmp_path / "masks.png").exists()
 
 
+def test_explain_runs_a_small_model(tmp_path):
+    pytest.importorskip("diffusers")
+    small = (
+        '{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "ffn_dim": 32, "text_dim": 8}'
+    )
+    inputs = ["hidden_states=1x16x5x14x18", "timestep=1:int64", "encoder_hidden_states=1x11x8"]
+    words = [word for text in inputs for word in ("--input", text)]
+    result = run(
+        *(*WAN[:2], "--device", "cpu", "--config", small, *words),
+        *("--run", "3", "--option", "dense_steps=1", "--picture", str(tmp_path / "density.png")),
+    )
+    assert result.exit_code == 0, result.exception
+    assert "1 dense and 2 sparse calls" in result.stdout
+    assert (tmp_path / "density.png").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

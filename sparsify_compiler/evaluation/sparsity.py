@@ -10,18 +10,18 @@ from torch.overrides import TorchFunctionMode
 
 
 class Listen(TorchFunctionMode):
-    """Inside, `hear(query, key)` is called at every self-attention, before it is computed as ever."""
+    """Inside, `hear(query, key, value)` is called at every self-attention, before it is computed as ever."""
 
-    def __init__(self, hear: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, hear: Callable[[Tensor, Tensor, Tensor], object]) -> None:
         super().__init__()
         self.hear = hear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is scaled_dot_product_attention:
-            given = dict(zip(("query", "key"), args, strict=False)) | kwargs
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
             if given["query"].shape == given["key"].shape:
-                self.hear(given["query"], given["key"])
+                self.hear(*(given[name] for name in ("query", "key", "value")))
         return func(*args, **kwargs)
 
 
@@ -45,6 +45,6 @@ def critical_share(query: Tensor, key: Tensor, theta: float = 0.9, rows: int = 1
 def critical_shares(call: Callable[[], object], theta: float = 0.9) -> Tensor:
     """The critical share of every self-attention that a call runs, uncompiled: float32 [attentions, heads]."""
     shares: list[Tensor] = []
-    with Listen(lambda query, key: shares.append(critical_share(query, key, theta))):
+    with Listen(lambda query, key, _: shares.append(critical_share(query, key, theta))):
         call()
     return torch.stack(shares)
