@@ -70,7 +70,7 @@ def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tu
         return strength * mixed[None]  # type: ignore[no-any-return]
 
     shared = torch.Generator().set_state(g.get_state())
-    query = tokens(1.0)
+    query = tokens(0.4)
     g.set_state(shared.get_state())  # the same kinds and things stand for the same; only the noise may differ
     key = tokens(1.0) + 0.5 * torch.randn(1, heads, len(thing), head_dim, generator=g)
     return query, key, torch.randn(1, heads, len(thing), head_dim, generator=g)
