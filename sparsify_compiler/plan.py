@@ -110,11 +110,13 @@ class GraphPlan:
 
     plans: tuple[AttentionPlan, ...] = ()
     dense_steps: int | float = 0
-    """Steps of a generation, from its first, that run dense: a number, or a share below 1."""
+    """Steps of a generation, from its first, that run dense: a number, or a share."""
 
-    def dense_count(self, steps: int) -> int:
-        """How many of a generation's steps run dense; a share is rounded to the nearest step."""
-        return count_of(self.dense_steps, steps)
+    def runs_dense(self, step: int | None, steps: int) -> bool:
+        """Whether a step of a generation does; `steps` may be a guess, which the share 1.0 does not rely on."""
+        if isinstance(self.dense_steps, float) and self.dense_steps >= 1:
+            return True
+        return step is not None and step < count_of(self.dense_steps, steps)
 
     def __iter__(self) -> Iterator[AttentionPlan]:
         return iter(self.plans)

@@ -31,7 +31,7 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
     named = [i for i in given if _TIME.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
     numbers = [i for i in given if tensor_of(placeholders[i]).dim() <= 1]  # type: ignore[union-attr]
     time = named[0] if named else numbers[0] if len(numbers) == 1 else None
-    return Inputs(owner=owner, time=time, others=tuple(i for i in given if i != time))
+    return Inputs(owner=owner, time=time, others={placeholders[i].name: i for i in given if i != time})
 
 
 def _last_name(source: str) -> str:

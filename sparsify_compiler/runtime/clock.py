@@ -10,7 +10,7 @@ counts. What it works out:
   that changed for every stream when the time step did (the latents) tells no streams apart.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -24,8 +24,10 @@ USUAL_STEPS = 50
 MOST_STREAMS = 4
 """Streams of one model; a further one means that a new video began without a change of the time step."""
 
-Prints = tuple[tuple[float, ...], ...]
-"""For each input but the time step, numbers that are equal where the input is."""
+Print = tuple[float, ...]
+Prints = Mapping[str, Print]
+"""For each input but the time step, by name, numbers that are equal where the input is. Calls of one model may
+have different inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class StepClock:
     """Of the time steps of this video: 1 rising, -1 falling, 0 not known yet."""
     _streams: list[Prints] = field(default_factory=list)
     """The last prints of each."""
-    _varying: set[int] = field(default_factory=set)
+    _varying: set[str] = field(default_factory=set)
     """Inputs that change with the steps."""
 
     def reads(self) -> bool:
@@ -124,16 +126,17 @@ class StepClock:
 
     def _learn(self, prints: Prints) -> None:
         """The time step changed: what changed for every stream goes with the steps, not with a stream."""
-        for i, value in enumerate(prints):
-            if all(value != stream[i] for stream in self._streams):
-                self._varying.add(i)
-        apart: dict[Prints, Prints] = {}
+        for name, value in prints.items():
+            before = [stream[name] for stream in self._streams if name in stream]
+            if before and value not in before:
+                self._varying.add(name)
+        apart: dict[frozenset[tuple[str, Print]], Prints] = {}
         for stream in self._streams:
             apart.setdefault(self._conditioning(stream), stream)
         self._streams = list(apart.values())
 
-    def _conditioning(self, prints: Prints) -> Prints:
-        return tuple(value for i, value in enumerate(prints) if i not in self._varying)
+    def _conditioning(self, prints: Prints) -> frozenset[tuple[str, Print]]:
+        return frozenset((name, () if name in self._varying else value) for name, value in prints.items())
 
     def _is_foreign(self, prints: Prints) -> bool:
         """Whether a call is of no stream known so far."""
@@ -147,7 +150,7 @@ class StepClock:
         if not moved or not self._streams:
             return len(self._streams)
         # An input changed with the step that tells streams apart: the stream that is most like it.
-        alike = [sum(a == b for a, b in zip(prints, stream, strict=True)) for stream in self._streams]
+        alike = [len(prints.items() & stream.items()) for stream in self._streams]
         return alike.index(max(alike))
 
 

@@ -25,8 +25,8 @@ class Inputs:
     """A Parameter of the model, to which its state belongs."""
     time: int | None
     """The time step."""
-    others: tuple[int, ...]
-    """All other tensors that are not the model's own: latents, conditioning."""
+    others: dict[str, int]
+    """All other tensors that are not the model's own, by name: latents, conditioning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Held:
         return [_COLD, *tensors] if self.warm else tensors
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
     """What Dynamo calls instead of the model's code: the compiled phases of a graph, and the plan they follow."""
 
@@ -64,11 +64,10 @@ class Program:
             return self._run("sparse", args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
         reads = self._clocked and self.inputs.time is not None and state.clock.reads()
-        tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, ())))
+        tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, {})))
         if tick.new_video:
             state.new_video()
-        dense = self.plan.dense_count(tick.steps)
-        phase: Phase = "dense" if tick.step is not None and tick.step < dense else "sparse"
+        phase: Phase = "dense" if self.plan.runs_dense(tick.step, tick.steps) else "sparse"
         stream = state.stream(self.held.specs, tick.stream)
         warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
         result = self._run(phase, [*args, *warm, *stream.tensors])
@@ -103,7 +102,7 @@ def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
     assert inputs.time is not None
     numbers = [
         args[inputs.time].detach().double().amax(),
-        *(n for i in inputs.others for n in _print(args[i])),
+        *(n for i in inputs.others.values() for n in _print(args[i])),
     ]
     by_device: dict[torch.device, list[int]] = {}
     for place, number in enumerate(numbers):
@@ -113,7 +112,7 @@ def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
         read = torch.stack([numbers[place] for place in places]).nan_to_num().tolist()
         for place, value in zip(places, read, strict=True):
             values[place] = value
-    return values[0], tuple(zip(values[1::2], values[2::2], strict=True))
+    return values[0], dict(zip(inputs.others, zip(values[1::2], values[2::2], strict=True), strict=True))
 
 
 def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:

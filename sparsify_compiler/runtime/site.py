@@ -84,7 +84,9 @@ class _Work:
 
     def __init__(self, plan: AttentionPlan, constants: tuple[str, ...], sampled_rows: int) -> None:
         self.plan, self.constants, self.sampled_rows = plan, constants, sampled_rows
-        text = repr((plan.settings, plan.layout, plan.far_field, plan.site.scale, plan.provider, constants))
+        site = plan.site
+        shape = site.heads, site.kv_heads, site.head_dim, site.scale
+        text = repr((plan.settings, plan.layout, plan.far_field, shape, plan.provider, constants))
         self.name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
         _works[self.name] = self
 

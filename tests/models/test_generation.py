@@ -318,6 +318,76 @@ def test_a_share_of_dense_steps_is_of_the_generation() -> None:
     assert sparsify_compiler.stats(compiled).dense_calls == 3
 
 
+def test_a_share_of_one_is_every_step_however_many() -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | CUBES | {"dense_steps": 1.0})
+    with torch.no_grad():
+        for steps in (2, 4):
+            for _, _, now in batched(inputs, steps):
+                compiled(**now)
+    stats = sparsify_compiler.stats(compiled)
+    assert (stats.dense_calls, stats.measurements) == (4, ())
+
+
+def test_streams_with_different_inputs() -> None:
+    """The unconditional call has no image, so it runs a program of its own."""
+    model, inputs = CASES["wan_i2v"].build(GRID, batch=1)
+    compiled = torch.compile(model, backend="sparsify", options=USUAL | CUBES)
+    image = "encoder_hidden_states_image"
+    with torch.no_grad():
+        for step, _, now in batched(inputs, 4):
+            for stream, own in enumerate(({image: now[image] + step}, {image: None})):
+                compiled(**now | own)
+                (state,) = states_of(model.parameters())
+                assert (state.history[-1].tick.step, state.history[-1].tick.stream) == (step, stream)
+
+
+class Attention(nn.Module):
+    """One attention without a norm or a position: heads and the like at will."""
+
+    def __init__(self, heads: int, kv_heads: int) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(16, 8 * n) for n in (heads, kv_heads, kv_heads))
+        self.to_out = nn.Linear(8 * heads, 16)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        query, key, value = (
+            make(x).unflatten(-1, (-1, 8)).transpose(1, 2) for make in (self.to_q, self.to_k, self.to_v)
+        )
+        out = scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        return x + timestep[:, None, None] * self.to_out(out.transpose(1, 2).flatten(2))
+
+
+EXACT = USUAL | SVG2 | {"grid": (2, 4, 5), "top_p": 1.0, "dense_steps": 1}
+
+
+def test_a_model_without_parameters_of_its_own_is_clocked_too() -> None:
+    model = Attention(2, 2)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+    def function(x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.func.functional_call(model, weights, (x, timestep))
+
+    compiled = torch.compile(function, backend="sparsify", options=EXACT)
+    with torch.no_grad():
+        for time in (3.0, 2.0, 1.0):
+            x, timestep = torch.randn(1, 40, 16), torch.tensor([time])
+            assert torch.allclose(compiled(x, timestep), model(x, timestep), atol=1e-5)
+
+
+def test_models_that_differ_in_heads_alone_in_training() -> None:
+    """With its projections frozen, an attention is one op that remembers nothing."""
+    models = [Attention(heads, kv_heads) for heads, kv_heads in ((2, 2), (4, 4), (4, 2))]
+    for model in models:
+        for frozen in (model.to_q, model.to_k, model.to_v):
+            frozen.requires_grad_(False)
+    compiled = [torch.compile(model, backend="sparsify", options=EXACT) for model in models]
+    x, timestep = torch.randn(1, 40, 16), torch.ones(1)
+    for _ in range(2):
+        for fast, model in zip(compiled, models, strict=True):
+            assert torch.allclose(fast(x, timestep), model(x, timestep), atol=1e-5)
+
+
 def test_dense_layers_stay_dense() -> None:
     model, inputs = CASES["wan"].build(GRID, batch=1)
     plans = sparsify_compiler.explain(model, **inputs, options=USUAL | CUBES | {"dense_layers": 1}).plans
