@@ -27,6 +27,7 @@ from sparsify_compiler.methods.selection import (
     check_count,
     check_share,
     floor_blocks,
+    key_counts,
     table_amid,
 )
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -108,7 +109,7 @@ class Cubes:
         counts, indices, kept = top_p_blocks(
             q_means,
             kv_means,
-            kv_bounds.diff(dim=-1),
+            key_counts(tokens, key),
             scale=tokens.scale,
             top_p=self.top_p,
             min_blocks=floor_blocks(self.min_kv_ratio, kv_means.shape[2]),

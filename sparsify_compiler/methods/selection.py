@@ -25,6 +25,8 @@ class Tokens:
     layout: TokenLayout
     scale: float
     provider: str
+    key_bias: Tensor | None = None
+    """[B|1, H|1, S] added to the scaled scores; -inf hides a key."""
 
     def video(self) -> tuple[Tensor, Tensor]:
         """The query and key of the video tokens alone."""
@@ -107,6 +109,21 @@ def table_amid(
         kv_num_blocks=counts,
         kv_indices=indices,
     )
+
+
+def key_counts(tokens: Tokens, keys: Blocks) -> Tensor:
+    """[B|1, Hkv|1, Nk] int32: the keys in each block, each as much of one as its bias lets it weigh."""
+    if tokens.key_bias is None:
+        return keys.bounds.diff(dim=-1)
+    layout = tokens.layout
+    bias = tokens.key_bias[..., layout.before : layout.tokens - layout.after].float()
+    weight = (bias - bias.amax(-1, keepdim=True)).exp().nan_to_num()
+    if weight.shape[1] > 1:  # a bias for each query head
+        weight = weight.unflatten(1, (tokens.key.shape[1], -1)).amax(2)
+    lead = torch.broadcast_shapes(weight.shape[:2], keys.order.shape[:2])
+    order, bounds = (t.long().expand(*lead, -1) for t in keys)
+    sums = pad(weight.expand(*lead, -1).gather(-1, order).cumsum(-1, dtype=torch.float64), (1, 0))
+    return sums.gather(-1, bounds).diff(dim=-1).round().int()
 
 
 def check_share(name: str, value: object, *, zero: bool) -> float:

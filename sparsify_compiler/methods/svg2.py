@@ -27,12 +27,13 @@ from sparsify_compiler.methods.selection import (
     check_count,
     check_share,
     floor_blocks,
+    key_counts,
     table_amid,
 )
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
-RELEASED = ((0, 0, 0), (32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
-"""(video tokens, query clusters, key clusters): none, then as released for Wan 480p and 720p, HunyuanVideo 720p."""
+RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
+"""(video tokens, query clusters, key clusters), as released for Wan 480p and 720p and for HunyuanVideo 720p."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +131,7 @@ class Svg2:
         counts, indices, kept = top_p_blocks(
             q_centroids,
             kv_centroids,
-            key.bounds.diff(dim=-1),
+            key_counts(tokens, key),
             scale=tokens.scale,
             top_p=self.top_p,
             min_blocks=floor_blocks(self.min_kv_ratio, kv_centroids.shape[2]),
@@ -153,12 +154,16 @@ class Svg2:
 
 
 def clusters_for(tokens: int) -> tuple[int, int]:
-    """(query clusters, key clusters) for a video of so many tokens: a straight line through `RELEASED`, and on.
+    """(query clusters, key clusters) for a video of so many tokens.
 
-    Below 480p that is one query cluster for every 164 tokens and one key cluster for every 33; beyond 720p
-    query clusters go on growing and key clusters do not, as in the released settings.
+    Straight lines through `RELEASED`, and on. Below it the numbers fall more slowly than the tokens, as their square
+    root and as its power of 3/4: small videos want smaller clusters.
     """
+    least, q_least, kv_least = RELEASED[0]
+    if tokens < least:
+        share = tokens / least
+        return max(1, round(q_least * share**0.5)), max(1, round(kv_least * share**0.75))
     low, high = next((pair for pair in pairwise(RELEASED) if tokens <= pair[1][0]), RELEASED[-2:])
     along = (tokens - low[0]) / (high[0] - low[0])
     q_clusters, kv_clusters = (round(a + along * (b - a)) for a, b in zip(low[1:], high[1:], strict=True))
-    return max(1, q_clusters), max(1, kv_clusters)
+    return q_clusters, kv_clusters

@@ -112,7 +112,7 @@ class _Work:
         learnt: tuple[Tensor, ...] = ()
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept), learnt = method.select(self._tokens(query, key), memory, **constants)
+                (table, kept), learnt = method.select(self._tokens(query, key, key_bias), memory, **constants)
         else:
             table = BlockTable(**constants)
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
@@ -135,9 +135,9 @@ class _Work:
     def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`observe`, op by op."""
         constants, memory = self._sort(query, inputs)
-        return list(self.plan.settings.observe(self._tokens(query, key), memory, **constants))  # type: ignore[attr-defined]
+        return list(self.plan.settings.observe(self._tokens(query, key, None), memory, **constants))  # type: ignore[attr-defined]
 
-    def _tokens(self, query: Tensor, key: Tensor) -> Tokens:
+    def _tokens(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tokens:
         plan = self.plan
         return Tokens(
             query=query.detach(),
@@ -145,6 +145,7 @@ class _Work:
             layout=plan.layout,
             scale=plan.site.scale,
             provider=plan.provider,
+            key_bias=None if key_bias is None else key_bias.detach(),
         )
 
     def _sort(self, query: Tensor, inputs: list[Tensor | None]) -> tuple[dict[str, Any], Memory]:

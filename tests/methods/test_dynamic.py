@@ -36,13 +36,14 @@ def select(
     layout: TokenLayout,
     provider: str,
     learnt: tuple[Tensor, ...] | None = None,
+    key_bias: Tensor | None = None,
 ) -> tuple[Selection, tuple[Tensor, ...]]:
     """One call of a method, warm if `learnt` is given."""
     method = method.fit(layout)
     shapes = method.memory(site_of(query, key), layout).values()
     memory = Memory(torch.tensor(learnt is not None), learnt or tuple(torch.zeros(shape) for shape in shapes))
     scale = query.shape[-1] ** -0.5
-    tokens = Tokens(query=query, key=key, layout=layout, scale=scale, provider=provider)
+    tokens = Tokens(query=query, key=key, layout=layout, scale=scale, provider=provider, key_bias=key_bias)
     return method.select(tokens, memory, **method.constants(layout))
 
 
@@ -204,6 +205,30 @@ def test_svg2_reads_what_its_clusters_say(provider, layout, heads, clusters, top
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("hidden", [-math.inf, -10_000.0])
+@pytest.mark.parametrize(("heads", "biased"), [((2, 2), 1), ((4, 2), 4)])
+@pytest.mark.parametrize(
+    "method",
+    [Svg2(q_clusters=4, kv_clusters=12, top_p=0.5), Cubes(cube=(1, 5, 5), query_cube=(2, 5, 5), top_p=0.5)],
+    ids=["svg2", "cubes"],
+)
+def test_hidden_keys_are_not_chosen(provider, method, heads, biased, hidden):
+    """Padding that every query is drawn to, were it not hidden, as at the edge of a padded video."""
+    layout = TokenLayout(tokens=206, grid=(4, 5, 10), before=6)
+    query, key, _ = qkv(2, *heads, 206, 206, 16, 16, torch.float32)
+    query, padding = query + 1.0, slice(156, None)
+    key[:, :, padding] = 2.5
+    bias = torch.zeros(2, biased, 206)
+    bias[..., padding] = hidden
+    (table, kept), _ = select(method, query, key, layout, provider, key_bias=bias)
+    scores = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT) / 4 + bias[:, :, None]
+    video = slice(layout.before, None)
+    mass = scores[:, :, video, video].softmax(-1).masked_fill(~table.mask()[:, :, video, video], 0.0).sum(-1)
+    assert mass.mean() > 0.4
+    assert bool((kept >= 0.5 - 1e-5).all())
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(
     "method",
     [Svg2(q_clusters=5, kv_clusters=9, top_p=1.0), Cubes(cube=(2, 2, 3), top_p=1.0)],
@@ -244,7 +269,7 @@ def test_cut_puts_every_token_into_its_cube_once():
 
 
 def test_cluster_counts_pass_through_the_released_settings():
-    for tokens, q_clusters, kv_clusters in RELEASED[1:]:
+    for tokens, q_clusters, kv_clusters in RELEASED:
         assert clusters_for(tokens) == (q_clusters, kv_clusters)
     counts = [clusters_for(tokens) for tokens in range(1, 200_000, 997)]
     assert counts == sorted(counts), "never fewer clusters for more tokens"
