@@ -141,7 +141,7 @@ def stats(model: Callable[..., Any]) -> RunStats:
             f"stats needs a module whose parameters it can look up, got {type(module).__name__}"
         )
     states = states_of(module.parameters())
-    records = [record for state in states for record in state.history]
+    records = [(call, record) for state in states for call, record in enumerate(state.history)]
     if not records:
         raise SparsifyError(
             "no call of this model was recorded: run it first, compiled with backend='sparsify' and without "
@@ -149,12 +149,11 @@ def stats(model: Callable[..., Any]) -> RunStats:
         )
     sparse = (
         measurement
-        for state in states
-        for call, record in enumerate(state.history)
+        for call, record in records
         if record.phase == "sparse"
         for measurement in _measurements(call, record)
     )
-    return RunStats(tuple(sparse), sum(record.phase == "dense" for record in records))
+    return RunStats(tuple(sparse), len({call for call, record in records if record.phase == "dense"}))
 
 
 def _measurements(call: int, record: Record) -> list[Measurement]:

@@ -287,6 +287,8 @@ def test_blocks_compiled_one_by_one(tables: Tables) -> None:
             for block in model.blocks:
                 (state,) = states_of(block.parameters())
                 assert (state.history[-1].tick.step, state.history[-1].tick.stream) == (step, stream)
+    stats = sparsify_compiler.stats(model)
+    assert (stats.dense_calls, len({one.call for one in stats.measurements})) == (4, 6)
 
 
 def test_without_a_time_step_it_is_sparse_from_the_first_call(tables: Tables) -> None:
