@@ -1,7 +1,9 @@
 """Provider `cpu` against float64 dense attention under `table.mask()`, kernel and packed SDPA alike."""
 
+import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from sparsify_compiler.testing.strategies import qkv, tables
 
 DTYPES = library.DTYPES
 HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,12 +33,29 @@ def poisoned_outputs():
         yield
 
 
-@pytest.fixture(params=["kernel", "packed"])
-def forward(request):
-    """Both ways to compute."""
+@pytest.fixture(scope="module")
+def kernel_without_amx():
+    """The kernel as built for a CPU that lacks AMX."""
+    if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
+        pytest.skip("every build is without AMX on this CPU")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "_FLAGS", [*library._FLAGS, "-mno-amx-tile"])
+        built, _ = library._build(library.build_info().compiler)
+    assert built != library.build_info().library
+    kernel = ctypes.CDLL(str(built)).sparsify_attention
+    kernel.argtypes, kernel.restype = [ctypes.POINTER(attention._Problem)], None
+    return kernel
+
+
+@pytest.fixture(params=["kernel", "kernel without AMX", "packed"])
+def forward(request, monkeypatch):
+    """All ways to compute."""
     if request.param == "packed":
         return attention.packed_sdpa
     assert library.build_info().library is not None, library.build_info().reason
+    if request.param == "kernel without AMX":
+        kernel = request.getfixturevalue("kernel_without_amx")
+        monkeypatch.setattr(library, "symbol", lambda *_: kernel)
     return attention.forward
 
 
