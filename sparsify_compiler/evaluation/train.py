@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--stages",
-        default="4x16x1500,8x8x800,24x4x1",
+        default="4x16x1300,24x4x1",
         help="FRAMESxBATCHxSTEPS,...; the last one does not end",
     )
     result.add_argument(

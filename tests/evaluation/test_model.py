@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify_compiler.evaluation import model, world
+from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, batch, loss
 
 PROMPT = "large red plain disc still; navy grid drifting up"
 
@@ -88,3 +89,21 @@ def test_weights_of_another_model_name_what_differs(saved, tmp_path):
     save_file(tensors, tmp_path / "other.safetensors", metadata={"step": "1"})
     with pytest.raises(model.WeightsError, match=r"1 of its tensors.*'proj_out.bias'"):
         model.load(tmp_path / "other.safetensors")
+
+
+def test_the_shipped_weights_are_small_trained_and_can_be_trained_on():
+    assert model.WEIGHTS.stat().st_size <= 12_000_000
+    shipped = model.load()
+    steps = model.trained_steps()
+    assert f"{steps:,} steps" in model.WEIGHTS.with_name("MODEL_CARD.md").read_text()
+    recipe = Recipe(stages=(Stage(frames=4, batch=4, steps=1),), dropout=0)
+    assert (
+        Trainer(shipped, recipe, step=steps, compiled=False).advance()
+        < 0.6
+        < 1
+        < untrained_loss(recipe, steps)
+    )
+
+
+def untrained_loss(recipe, step):
+    return loss(model.build(), batch(recipe, step)).mean().item()
