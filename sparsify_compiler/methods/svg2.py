@@ -156,8 +156,8 @@ class Svg2:
 def clusters_for(tokens: int) -> tuple[int, int]:
     """(query clusters, key clusters) for a video of so many tokens.
 
-    Straight lines through `RELEASED`, and on. Below it the numbers fall more slowly than the tokens, as their square
-    root and as its power of 3/4: small videos want smaller clusters.
+    Straight lines through `RELEASED`, and on. Below it the numbers fall more slowly than the tokens, by the powers
+    1/2 and 3/4: small videos want smaller clusters.
     """
     least, q_least, kv_least = RELEASED[0]
     if tokens < least:
