@@ -131,13 +131,13 @@ def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> Bl
 
 
 def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:
-    """The table of about this density, by bisection: `make(top_p, min_kv_ratio)` with top_p rising to 0.99, then
-    the floor."""
+    """The table of about this density, by bisection: `make(top_p, min_kv_ratio)` with half of the density as the
+    floor, about as released, and top_p rising to 0.99; then the floor rises too."""
     low, high = 0.0, 2.0
-    table = make(0.99, 0.0)
+    table = make(0.99, density / 2)
     for _ in range(10):
         middle = (low + high) / 2
-        table = make(min(max(middle, 1e-6), 0.99), max(middle - 1, 0.0))
+        table = make(min(max(middle, 1e-6), 0.99), max(middle - 1, density / 2))
         low, high = (middle, high) if table.density() < density else (low, middle)
     return table
 
