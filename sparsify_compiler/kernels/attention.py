@@ -117,6 +117,7 @@ def _backward_op(
     kv_order: Tensor | None,
     key_bias: Tensor | None,
     scale: float,
+    provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     table = BlockTable(
         q_bounds=q_bounds,
@@ -126,7 +127,7 @@ def _backward_op(
         q_order=q_order,
         kv_order=kv_order,
     )
-    return providers.load("reference", "attention").backward(
+    return providers.load(provider, "attention").backward(
         grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale
     )
 
@@ -146,16 +147,15 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, _provider = inputs
+    *tensors, ctx.scale, ctx.provider = inputs
     if ctx.needs_input_grad[9]:
         raise ValueError("key_bias must not need a gradient: detach it, or leave this attention dense")
     ctx.save_for_backward(*output, *tensors)
-    ctx.scale = scale
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
     grads = torch.ops.sparsify.block_sparse_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.provider
     )
     return (*grads, *[None] * 9)
 

@@ -4,6 +4,7 @@ A provider is a package with one function and a module for each family of ops:
 
     supports(*, device, dtype, head_dim, value_dim) -> str | None   the reason it cannot run, or None
     attention   forward(query, key, value, table, key_bias, scale) -> (out, lse), see kernels/attention.py
+                backward(grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale) -> (dQ, dK, dV)
 """
 
 import importlib

@@ -101,7 +101,7 @@ def test_opcheck(provider: str, grad: bool) -> None:
     out, lse = torch.ops.sparsify.block_sparse_attention(*arguments)
     assert out.transpose(1, 2).is_contiguous()
     detached = [t.detach() for t in (torch.ones_like(out), torch.ones_like(lse), out, lse, *inputs)]
-    backward = (*detached, *table.tensors().values(), bias, 0.25)
+    backward = (*detached, *table.tensors().values(), bias, 0.25, provider)
     torch.library.opcheck(torch.ops.sparsify.block_sparse_attention_backward.default, backward)
 
 

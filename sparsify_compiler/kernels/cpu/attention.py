@@ -9,7 +9,10 @@ from torch.nn.functional import pad
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.reference import attention as reference
+from sparsify_compiler.kernels.reference.attention import backward
 from sparsify_compiler.table import BlockTable
+
+__all__ = ["backward", "forward"]
 
 
 def forward(

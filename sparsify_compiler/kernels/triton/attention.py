@@ -2,8 +2,11 @@
 
 from torch import Tensor
 
+from sparsify_compiler.kernels.reference.attention import backward
 from sparsify_compiler.kernels.triton import configs, launcher
 from sparsify_compiler.table import BlockTable
+
+__all__ = ["backward", "forward"]
 
 
 def forward(
