@@ -56,12 +56,11 @@ def choose(
 
 
 def tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """(groups, keys, warps, stages). fp32 is multiplied in full, without tensor cores, so in smaller tiles.
-
-    With half of the keys in a tile than there is room for, two programs share a multiprocessor's registers.
+    """(groups, keys, warps, stages), the largest that leave registers for two programs on a multiprocessor, as
+    one alone would wait for its loads. fp32 is multiplied in full, without tensor cores, so in smaller tiles.
     """
     if query.device.type == "cpu":
         return 16, 32, 4, 1  # small, so that small tests have many
     if query.dtype == torch.float32:
-        return 32, 32 if query.shape[3] <= 128 else 16, 8, 2
+        return 32, 16, 4, 2
     return 64, 32, 8, 3
