@@ -91,8 +91,8 @@ class ModelState:
             held = self.learned[spec.name]
             if held.shape != spec.initial.shape or held.device != spec.device:
                 raise SparsifyError(
-                    f"what was learnt is of another model: {spec.name} must be {tuple(spec.initial.shape)} on "
-                    f"{spec.device}, got {tuple(held.shape)} on {held.device}"
+                    f"what was learnt is of another model, or with other options: {spec.name} must be "
+                    f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}"
                 )
         return [self.learned[spec.name] for spec in specs]
 

@@ -168,6 +168,8 @@ class DSVTrainer:
                 raise SparsifyError(f"{name} must be above 0, got {number!r}")
         if len(profile_every) != 2 or min(profile_every) < 1:
             raise SparsifyError(f"profile_every must be two numbers of steps, got {profile_every!r}")
+        if break_even is not None and not 0 <= break_even <= 1:
+            raise SparsifyError(f"break_even must be a share in [0, 1], got {break_even!r}")
         self.learning_rate, self.late_rate, self.threshold = learning_rate, late_rate, threshold
         self.profile_every, self.early_steps = profile_every, early_steps
         self.break_even = break_even
