@@ -97,7 +97,7 @@ def draw(records: list[dict[str, float]], path: Path) -> Path:
         for name in names:
             points = [(step, record[name]) for step, record in enumerate(records) if name in record]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name)
+                axes.plot(*zip(*points, strict=True), ".-", label=name)
         axes.set(xlabel="step")
         if names[0] in ("loss", "predictor", "seconds"):
             axes.set_yscale("log")
