@@ -182,16 +182,51 @@ def assert_gradients_close_to_float64(
 ) -> None:
     """Gradients of query, key and value equal those of float64 attention as closely as autograd's do in the
     inputs' dtype. A row that sees no key has none."""
+    sizes = _sizes_of_gradients(
+        grad_out.double(), grad_lse.double(), query, key, value, mask, key_bias=key_bias, scale=scale
+    )
     expected = []
     for dtype in (torch.float64, query.dtype):
         q, k, v = (t.detach().to(dtype).requires_grad_() for t in (query, key, value))
         outputs = masked_attention(q, k, v, mask, key_bias=key_bias, scale=scale, dtype=dtype)
         expected.append(torch.autograd.grad(outputs, (q, k, v), (grad_out.to(dtype), grad_lse.to(dtype))))
-    for got, exact, eager in zip(gradients, *expected, strict=True):
-        _assert_within(got, exact, eager, FLOOR[query.dtype])
+    for got, exact, eager, size in zip(gradients, *expected, sizes, strict=True):
+        _assert_within(got, exact, eager, FLOOR[query.dtype], size)
 
 
-def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> None:
+def _sizes_of_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None,
+    scale: float | None,
+) -> list[float]:
+    """The largest sum of magnitudes that a gradient of query, key or value is a sum of: to these rounding is
+    relative, not to what is left when they cancel, as weights x grad_out . value and weights x delta do."""
+    q, k, v = query.detach().double(), key.detach().double(), value.detach().double()
+    given = {"key_bias": key_bias, "scale": scale}
+    out, _ = masked_attention(q, k, v, mask, **given)
+    weights, _ = masked_attention(q, k, torch.eye(k.shape[2]).expand(*k.shape[:3], -1), mask, **given)
+    group = q.shape[1] // k.shape[1]
+    delta = (grad_out * out).sum(-1, keepdim=True) - grad_lse[..., None]
+    terms = weights * ((grad_out @ v.repeat_interleave(group, 1).mT).abs() + delta.abs())
+    terms *= q.shape[-1] ** -0.5 if scale is None else scale
+    sums = (
+        terms @ k.repeat_interleave(group, 1).abs(),
+        (terms.mT @ q.abs()).unflatten(1, (-1, group)).sum(2),
+        (weights.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2),
+    )
+    return [s.max().item() for s in sums]
+
+
+def _assert_within(
+    got: Tensor, exact: Tensor, eager: Tensor, floor: float, size: float | None = None
+) -> None:
+    """`floor` is relative to `size`, or to the largest element of `exact`."""
     assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(got.isfinite(), finite), "finite where it must not be, or the reverse"
@@ -202,7 +237,8 @@ def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> N
         return
     error = (got64 - exact)[finite].abs().max().item()
     allowed = (eager.double() - exact)[finite].abs()
-    bound = SLACK * allowed[allowed.isfinite()].max().item() + floor * (1 + exact[finite].abs().max().item())
+    size = exact[finite].abs().max().item() if size is None else size
+    bound = SLACK * allowed[allowed.isfinite()].max().item() + floor * (1 + size)
     assert error <= bound, f"error {error:.3e} above the bound {bound:.3e}"
 
 
