@@ -4,6 +4,7 @@ Error bound of a kernel test: the kernel's distance to float64 attention may be 
 plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
 """
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -208,9 +209,9 @@ def _sizes_of_gradients(
     """The largest sum of magnitudes that a gradient of query, key or value is a sum of: to these rounding is
     relative, not to what is left when they cancel, as weights x grad_out . value and weights x delta do."""
     q, k, v = query.detach().double(), key.detach().double(), value.detach().double()
-    given = {"key_bias": key_bias, "scale": scale}
-    out, _ = masked_attention(q, k, v, mask, **given)
-    weights, _ = masked_attention(q, k, torch.eye(k.shape[2]).expand(*k.shape[:3], -1), mask, **given)
+    attention = functools.partial(masked_attention, mask=mask, key_bias=key_bias, scale=scale)
+    out, _ = attention(q, k, v)
+    weights, _ = attention(q, k, torch.eye(k.shape[2], device=k.device).expand(*k.shape[:3], -1))
     group = q.shape[1] // k.shape[1]
     delta = (grad_out * out).sum(-1, keepdim=True) - grad_lse[..., None]
     terms = weights * ((grad_out @ v.repeat_interleave(group, 1).mT).abs() + delta.abs())
