@@ -168,6 +168,29 @@ def assert_close_to_float64(
         _assert_within(lse, exact_lse, eager_lse, floor)
 
 
+def assert_gradients_close_to_float64(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> None:
+    """Gradients of query, key and value equal those of float64 attention as closely as autograd's do in the
+    inputs' dtype. A row that sees no key has none."""
+    expected = []
+    for dtype in (torch.float64, query.dtype):
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in (query, key, value))
+        outputs = masked_attention(q, k, v, mask, key_bias=key_bias, scale=scale, dtype=dtype)
+        expected.append(torch.autograd.grad(outputs, (q, k, v), (grad_out.to(dtype), grad_lse.to(dtype))))
+    for got, exact, eager in zip(gradients, *expected, strict=True):
+        _assert_within(got, exact, eager, FLOOR[query.dtype])
+
+
 def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> None:
     assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import shared_strides
-from sparsify_compiler.kernels.triton.statistics import Launch, alignment, precision, value_tile
+from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
+from sparsify_compiler.kernels.triton.statistics import precision, value_tile
 
 
 def merge(
