@@ -31,11 +31,12 @@ from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.selection import Memory, Tokens
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.site import REPORT, SparseSite
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.far_fields import nearest_blocks
 from sparsify_compiler.testing.oracles import assert_close_to_float64
+from sparsify_compiler.testing.strategies import site_of
 
 Grid = tuple[int, int, int]
 DENSITIES = (0.1, 0.2, 0.3, 0.4)
@@ -109,17 +110,9 @@ def mass_kept(query: Tensor, key: Tensor, table: BlockTable) -> float:
     return float((scores * table.mask()).sum(-1).mean())
 
 
-def site_of(query: Tensor) -> AttentionSite:
-    batch, heads, tokens, width = query.shape
-    return AttentionSite(
-        name="site", index=0, batch=batch, heads=heads, kv_heads=heads, q_tokens=tokens, kv_tokens=tokens,
-        head_dim=width, value_dim=width, dtype=str(query.dtype)[6:], device="cpu", scale=width**-0.5,
-    )  # fmt: skip
-
-
 def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
     """The table of a cold call."""
-    method = method.fit(layout)
+    method = method.fit(site_of(query), layout)
     if not isinstance(method, DynamicMethod):
         return method.table(layout)
     zeros = (torch.zeros(shape) for shape in method.memory(site_of(query), layout).values())
@@ -197,7 +190,7 @@ class Site:
 
     def call(self) -> Callable[[], Tensor]:
         """A warm call; the memory is that of one call before."""
-        method = self.method.fit(self.layout)
+        method = self.method.fit(site_of(self.query), self.layout)
         site = site_of(self.query)
         plan = AttentionPlan(
             site=site,
@@ -211,7 +204,7 @@ class Site:
         constants = method.constants(self.layout)
         memory = [torch.zeros(shape) for shape in method.memory(site, self.layout).values()]
         report = torch.zeros(len(REPORT), site.batch, site.heads)
-        module = SparseSite(plan, tuple(constants), remembers=True, sampled_rows=0)
+        module = SparseSite(plan, tuple(constants), remembers=True)
 
         def run(warm: bool = True) -> Tensor:
             return module(

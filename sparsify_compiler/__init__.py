@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.runtime.clock import generation
+    from sparsify_compiler.training.dsv import DSVTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionPlan",
     "AttentionSite",
     "BlockTable",
+    "DSVTrainer",
     "Explanation",
     "GraphPlan",
     "GridError",
@@ -36,6 +38,7 @@ __all__ = [
 
 
 _LAZY = {
+    "DSVTrainer": "training.dsv",
     "Explanation": "explanation",
     "RunStats": "measured",
     "explain": "explanation",

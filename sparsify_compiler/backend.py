@@ -10,13 +10,12 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import GENERAL, SparsifyConfig, option_names, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.inputs import find_inputs
-from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
-from sparsify_compiler.runtime.program import Phase, Program
+from sparsify_compiler.runtime.program import Choices, Phase, Program
 
 DEFAULT_METHOD = "svg2"
 
@@ -65,8 +64,11 @@ def _program(
     sparse = pipeline.rewrite(analysed, config, remembers=not trains)
     held = sparse.meta["held"]
 
-    def compile_phase(phase: Phase, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = sparse if phase == "sparse" else pipeline.rewrite(analysed, config, phase)
+    def compile_phase(phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if phase == "sparse" and not choices:
+            graph = sparse
+        else:
+            graph = pipeline.rewrite(analysed, config, phase, remembers=not trains, choices=choices)
         return _torch.compile_with(config.inner_backend, graph, inputs, mode)
 
     program = Program(
@@ -75,6 +77,7 @@ def _program(
         held=held,
         compile=compile_phase,
         remembers=not trains and bool(plan.sparse),
+        learning_sites=tuple(one for one in plan.sparse if learns(one)),
     )
     # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
     if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
@@ -108,8 +111,8 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
                 )
             every = {own for kind in METHODS.values() for own in option_names(kind)}
             raise unknown_choice("option", option, (*GENERAL, *every))
-    if general.get("far_field") not in (None, *FAR_FIELDS):
-        raise unknown_choice("far_field", general["far_field"], FAR_FIELDS)
+    if general.get("far_field") not in (None, *METHODS[name].far_fields):
+        raise unknown_choice("far_field", general["far_field"], METHODS[name].far_fields)
     providers.check_name(general.get("provider", "auto"))
     _torch.check_backend(general.get("inner_backend", "inductor"))
     kind = METHODS[name]

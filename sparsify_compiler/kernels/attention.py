@@ -59,6 +59,10 @@ def block_sparse_attention(
     )
 
 
+AUTOCAST = ("cpu", "cuda")
+"""Devices whose autocast is looked at."""
+
+
 @torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
 def _op(
     query: Tensor,
@@ -173,7 +177,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
 def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As autocast, where it is on, treats the inputs of SDPA: in its lower-precision type, fp64 left alone."""
     device = query.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
 
@@ -184,8 +188,8 @@ def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 _library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: its end would unregister
-for _key in ("AutocastCPU", "AutocastCUDA"):
-    _library.impl("block_sparse_attention", _autocast, _key)
+for _device in AUTOCAST:
+    _library.impl("block_sparse_attention", _autocast, f"Autocast{_device.upper()}")
 
 
 def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dense import Dense
+from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.selection import Memory, Selection, Tokens
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
@@ -27,14 +28,16 @@ class Method(Protocol):
     """Default of the option: sites of a model that stay dense, a number or a share."""
     far_field: ClassVar[str]
     """Default of the option."""
+    far_fields: ClassVar[tuple[str, ...]]
+    """What the option may be."""
     if_dropped: ClassVar[dict[str, float]]
     """Other defaults, for where what is not read is dropped."""
 
     def refusal(self, layout: TokenLayout) -> str:
         """Why sites of this layout must stay dense; empty if they need not."""
 
-    def fit(self, layout: TokenLayout) -> Self:
-        """The same method with every default filled in for this layout; raises OptionError."""
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
+        """The same method with every default filled in for this site; raises OptionError."""
 
 
 @runtime_checkable
@@ -64,4 +67,26 @@ class DynamicMethod(Method, Protocol):
         """What this call reads, and the new memory."""
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes)}
+@runtime_checkable
+class LearningMethod(DynamicMethod, Protocol):
+    """A dynamic method that also needs tensors which training writes. All its functions get them by name."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether they are still to be learnt; else `learned` has them, and nothing below is called."""
+
+    def settle(self, choice: Any) -> Self:
+        """The method with what training chose for a site; None before it chose."""
+
+    def learned(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
+        """Name -> first value, on the CPU, of the tensors that `select` reads."""
+
+    def observed(self, site: AttentionSite) -> dict[str, Tensor]:
+        """Name -> first value, on the CPU, of the tensors that `learn` writes."""
+
+    def learn(self, tokens: Tokens, *, signal: Tensor, **tensors: Any) -> tuple[Tensor, ...]:
+        """New values of those, after a call in training. Runs as one opaque op, so it may read `signal`: int64 on
+        the CPU, what the trainer says of the call."""
+
+
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes, Dsv)}

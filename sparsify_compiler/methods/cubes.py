@@ -13,26 +13,23 @@ and a query cube reads the key cubes with the largest P until their sum passes `
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import top_p_blocks
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.statistics import block_means
+from sparsify_compiler.methods.grid import Cube, check_cube, cut
 from sparsify_compiler.methods.selection import (
     Blocks,
     Memory,
     Selection,
     Tokens,
-    check_count,
     check_share,
     floor_blocks,
     key_counts,
     table_amid,
 )
 from sparsify_compiler.plan import AttentionSite, TokenLayout
-
-Cube = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,22 +50,20 @@ class Cubes:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "linear"
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     if_dropped: ClassVar[dict[str, float]] = {"top_p": 0.9}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "top_p", check_share("top_p", self.top_p, zero=False))
         object.__setattr__(self, "min_kv_ratio", check_share("min_kv_ratio", self.min_kv_ratio, zero=True))
         for name in ("cube", "query_cube"):
-            sizes = getattr(self, name)
-            if not isinstance(sizes, (tuple, list)) or len(sizes) != 3:
-                raise OptionError(f"{name} must be three integers (frames, rows, columns), got {sizes!r}")
-            object.__setattr__(self, name, tuple(check_count(name, size) for size in sizes))
+            object.__setattr__(self, name, check_cube(name, getattr(self, name)))
 
     def refusal(self, layout: TokenLayout) -> str:
         """The method needs to know where the tokens lie in the video."""
         return layout.reason if layout.grid is None else ""
 
-    def fit(self, layout: TokenLayout) -> Self:
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
         """Itself: cubes larger than the grid are cut off."""
         return self
 
@@ -116,15 +111,3 @@ class Cubes:
             provider=tokens.provider,
         )
         return Selection(table_amid(tokens.layout, query, key, counts, indices, q_means.shape[1]), kept), ()
-
-
-def cut(grid: Cube, cube: Cube) -> Blocks:
-    """The tokens of a row-major grid, cube by cube; cubes and the tokens in each lie row-major too."""
-    places = torch.meshgrid(*(torch.arange(size) for size in grid), indexing="ij")
-    counts = [-(-size // edge) for size, edge in zip(grid, cube, strict=True)]
-    t, y, x = (place.flatten() // edge for place, edge in zip(places, cube, strict=True))
-    number = (t * counts[1] + y) * counts[2] + x
-    order = number.argsort(stable=True)
-    sizes = number.bincount(minlength=counts[0] * counts[1] * counts[2])
-    bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    return Blocks(order[None, None].int(), bounds[None, None].int())

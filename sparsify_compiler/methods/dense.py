@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
 
@@ -15,13 +16,14 @@ class Dense:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     if_dropped: ClassVar[dict[str, float]] = {}
 
     def refusal(self, layout: TokenLayout) -> str:
         """Always: nothing is rewritten."""
         return "method='dense'"
 
-    def fit(self, layout: TokenLayout) -> Self:
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
         """Itself: there is nothing to fill in."""
         return self
 

@@ -49,6 +49,8 @@ class Selection(NamedTuple):
     table: BlockTable
     kept: Tensor
     """[B, H, Nq] fp32: the attention mass that the method estimates each block of video queries to keep."""
+    whole: bool = True
+    """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
 
 
 class Blocks(NamedTuple):

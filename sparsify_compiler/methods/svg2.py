@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.selection import (
     Blocks,
     Memory,
@@ -58,6 +59,7 @@ class Svg2:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "linear"
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     if_dropped: ClassVar[dict[str, float]] = {"top_p": 0.9}
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Svg2:
         """The method needs to know which tokens are the video's."""
         return layout.reason if layout.grid is None else ""
 
-    def fit(self, layout: TokenLayout) -> "Svg2":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Svg2":
         """With the numbers of clusters filled in."""
         tokens = layout.video_tokens
         counts = dict(zip(("q_clusters", "kv_clusters"), clusters_for(tokens), strict=True))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
 
@@ -32,6 +33,7 @@ class Tile:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     if_dropped: ClassVar[dict[str, float]] = {}
 
     def __post_init__(self) -> None:
@@ -47,7 +49,7 @@ class Tile:
         """The method needs to know which tokens form a frame."""
         return layout.reason if layout.grid is None else ""
 
-    def fit(self, layout: TokenLayout) -> "Tile":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Tile":
         """With `reference_frames` as a number."""
         if self.reference_frames is None:
             return replace(self, reference_frames=max(1, layout.frames // 2))

@@ -16,7 +16,8 @@ higher-order operators as extra operands; a site there remembers nothing, since 
 backward), and then must find what it found the first time.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -24,53 +25,88 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from sparsify_compiler.methods import DynamicMethod, StaticMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, tensor_of
+from sparsify_compiler.passes.planning import learns
 from sparsify_compiler.plan import AttentionPlan
-from sparsify_compiler.runtime.program import Held, Phase
-from sparsify_compiler.runtime.site import REPORT, Observer, SparseSite, shapes_of
+from sparsify_compiler.runtime.program import Choices, Held, Phase
+from sparsify_compiler.runtime.site import REPORT, Observer, SparseSite, settled, shapes_of
+from sparsify_compiler.runtime.state import Learned
 
 _LEAST = -1e30
 """Of a finite bias: added to any score, it is that score's only digits."""
 
-_Request = Callable[[str, Tensor], fx.Node]
-"""(name, tensor) -> the node that stands for that constant in the graph at hand."""
+_Request = Callable[[str, Tensor | Learned], fx.Node]
+"""(name, what it is) -> the node that stands for a constant or learned tensor in the graph at hand."""
 
 
 def lower(
-    gm: fx.GraphModule, *, phase: Phase = "sparse", remembers: bool = True, measure_recall: float = 0.0
+    gm: fx.GraphModule,
+    *,
+    phase: Phase = "sparse",
+    remembers: bool = True,
+    choices: Choices = (),
+    measure_recall: float = 0.0,
 ) -> fx.GraphModule:
     """Replace every `attention` node by what its plan says; see the module's picture.
 
     Args:
         phase: `dense` puts every call back.
-        remembers: whether dynamic sites keep anything from call to call.
+        remembers: whether dynamic sites keep anything from call to call; if not, the graph is one of training, and
+            methods that learn do so.
+        choices: what training chose for sites whose method learns.
         measure_recall: share of the queries to measure the true attention mass kept on.
     """
     first = next(iter(gm.graph.nodes))
+    memory = _Memory(gm)
 
-    def constant(name: str, tensor: Tensor) -> fx.Node:
-        gm.register_buffer(name, tensor, persistent=False)
+    def operand(name: str, source: Tensor | Learned) -> fx.Node:
+        if isinstance(source, Learned):
+            return memory.learned(name, source)
+        gm.register_buffer(name, source, persistent=False)
         with gm.graph.inserting_before(first):
             return gm.graph.get_attr(name)
 
-    memory = _Memory(gm) if remembers else None
-    _lower_module(gm, _Lowering(phase, measure_recall), constant, memory)
-    gm.meta["held"] = memory.held() if memory is not None else Held()
+    lowering = _Lowering(phase, measure_recall, dict(choices), trains=not remembers)
+    _lower_module(gm, lowering, operand, memory if remembers else None)
+    gm.meta["held"] = memory.held()
     return gm
 
 
 class _Lowering:
     """What all modules of one lowering share: how to lower, and the distinct constants, each built once."""
 
-    def __init__(self, phase: Phase, measure_recall: float) -> None:
-        self.phase, self.measure_recall = phase, measure_recall
+    def __init__(
+        self, phase: Phase, measure_recall: float, choices: Mapping[str, Any], *, trains: bool
+    ) -> None:
+        self.phase, self.measure_recall, self.trains = phase, measure_recall, trains
+        self.choices = choices
         self._known: dict[Any, tuple[str, dict[str, Tensor | None]]] = {}
+
+    def learned(
+        self, plan: AttentionPlan, device: torch.device
+    ) -> tuple[dict[str, Learned], dict[str, Learned]]:
+        """(what `select` reads, what `learn` writes and the signal), by name; nothing where nothing is learned."""
+        method, site = plan.settings, plan.site
+        if not isinstance(method, LearningMethod):
+            return {}, {}
+        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+            read = method.learned(site, plan.layout)
+            written = method.observed(site) if self.trains and method.learns else {}
+            signal = torch.zeros(3, dtype=torch.int64)
+
+        def named(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Learned]:
+            return {name: Learned(f"{site.name}.{name}", tensor, device) for name, tensor in tensors.items()}
+
+        if not written:
+            return named(read, device), {}
+        shared = Learned("signal", signal, torch.device("cpu"))
+        return named(read, device), {**named(written, device), "signal": shared}
 
     def constants(self, plan: AttentionPlan, device: torch.device) -> dict[str, tuple[str, Tensor | None]]:
         """Field -> (name that is unique in the graph, tensor), in the order of the method's fields."""
-        method, layout = plan.settings, plan.layout
+        method, layout = settled(plan, self.choices.get(plan.site.name)), plan.layout
         key = layout, method, device
         if key not in self._known:
             # On real tensors, whatever fake or device mode the compiler is in.
@@ -95,6 +131,13 @@ class _Memory:
         self._specs: list[tuple[str, tuple[int, ...], torch.device]] = []
         self._reports: dict[str, int] = {}
         self._nodes: list[fx.Node] = []
+        self._learned: list[Learned] = []
+
+    def learned(self, name: str, source: Learned) -> fx.Node:
+        """An input for a learned tensor, before all those through which sites remember."""
+        self._learned.append(source)
+        others = [self._warm] if self._warm is not None else self._nodes
+        return _add_placeholder(self._graph, name, before=others)
 
     def of(self, plan: AttentionPlan, device: torch.device) -> list[fx.Node | None]:
         """(warm, *memory, report) of a site, as inputs of the graph."""
@@ -111,27 +154,32 @@ class _Memory:
 
     def held(self) -> Held:
         """What `Program` has to pass."""
-        return Held(specs=tuple(self._specs), reports=self._reports, warm=self._warm is not None)
+        return Held(
+            specs=tuple(self._specs),
+            reports=self._reports,
+            warm=self._warm is not None,
+            learned=tuple(self._learned),
+        )
 
 
 def _lower_module(
-    gm: fx.GraphModule, lowering: _Lowering, constant: _Request, memory: _Memory | None
-) -> list[tuple[str, Tensor]]:
-    """Lower one graph and its bodies, taking constants from `constant`; returns those it asked for."""
+    gm: fx.GraphModule, lowering: _Lowering, operand: _Request, memory: _Memory | None
+) -> list[tuple[str, Tensor | Learned]]:
+    """Lower one graph and its bodies, taking constants from `operand`; returns those it asked for."""
     nodes: dict[str, fx.Node] = {}
-    asked: list[tuple[str, Tensor]] = []
+    asked: list[tuple[str, Tensor | Learned]] = []
 
-    def request(name: str, tensor: Tensor) -> fx.Node:
+    def request(name: str, source: Tensor | Learned) -> fx.Node:
         if name not in nodes:
-            nodes[name] = constant(name, tensor)
-            asked.append((name, tensor))
+            nodes[name] = operand(name, source)
+            asked.append((name, source))
         return nodes[name]
 
     for node in attention_nodes(gm):
         original, result, plan = node.meta["original"], node.meta["result"], node.meta["plan"]
         if plan.method == "dense" or lowering.phase == "dense":
             out = original
-            if plan.method != "dense" and isinstance(plan.settings, DynamicMethod) and memory is not None:
+            if plan.method != "dense" and (memory is not None or learns(plan)):
                 out = _emit_observer(gm, node, lowering, request, memory)
             result.replace_all_uses_with(out)
             _erase_inserted(gm.graph, result)
@@ -142,7 +190,7 @@ def _lower_module(
             gm.graph.erase_node(node)
             if plan.site.spelling == "sdpa":  # what is left of attention by hand, the inner backend drops
                 gm.graph.erase_node(original)
-    lowered: dict[int, list[tuple[str, Tensor]]] = {}
+    lowered: dict[int, list[tuple[str, Tensor | Learned]]] = {}
     for body in list(bodies(gm)):
         module = body.module
         if id(module) not in lowered:
@@ -183,25 +231,34 @@ def _add_placeholder(graph: fx.Graph, name: str, *, before: list[fx.Node] | None
     return node
 
 
-def _add_placeholder_for(graph: fx.Graph, name: str, tensor: Tensor) -> fx.Node:
+def _add_placeholder_for(graph: fx.Graph, name: str, source: Tensor | Learned) -> fx.Node:
     """A new last operand of a body, for a tensor that its caller passes."""
     return _add_placeholder(graph, name)
 
 
 def _inputs(graph: fx.Graph, node: fx.Node, lowering: _Lowering, request: _Request) -> tuple[Any, ...]:
-    """(query, key, value, bias, [constants by field]) of an `attention` node."""
+    """(query, key, value, bias, {operand by name}, {observed by name}) of an `attention` node."""
     query, key, value, mask, _ = node.args
-    constants = lowering.constants(node.meta["plan"], tensor_of(query).device)  # type: ignore[union-attr]
+    plan, device = node.meta["plan"], tensor_of(query).device  # type: ignore[union-attr]
+    constants = lowering.constants(plan, device)
     operands = {field: None if t is None else request(name, t) for field, (name, t) in constants.items()}
+    read, observed = (
+        {field: request(f"sparsify_{field}_{_identifier(one.name)}", one) for field, one in learned.items()}
+        for learned in lowering.learned(plan, device)
+    )
     bias = None if mask is None else _key_bias(graph, mask)  # type: ignore[arg-type]
-    return query, key, value, bias, operands
+    return query, key, value, bias, {**operands, **read}, observed
+
+
+def _identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
 
 
 def _emit_op(node: fx.Node, lowering: _Lowering, request: _Request) -> fx.Node:
     plan: AttentionPlan = node.meta["plan"]
     graph = node.graph
     with graph.inserting_before(node):
-        query, key, value, bias, table = _inputs(graph, node, lowering, request)
+        query, key, value, bias, table, _ = _inputs(graph, node, lowering, request)
         op = torch.ops.sparsify.block_sparse_attention.default
         both = graph.call_function(
             op, (query, key, value, *table.values(), bias, plan.site.scale, plan.provider)
@@ -216,35 +273,45 @@ def _emit_site(
 ) -> fx.Node:
     plan: AttentionPlan = node.meta["plan"]
     with gm.graph.inserting_before(node):
-        query, key, value, bias, constants = _inputs(gm.graph, node, lowering, request)
+        query, key, value, bias, operands, observed = _inputs(gm.graph, node, lowering, request)
     held = _held_by(node, memory)
     rows = round(lowering.measure_recall * plan.site.q_tokens) if held else 0
     name = f"sparsify_site{plan.site.index}"
-    gm.add_submodule(name, SparseSite(plan, tuple(constants), remembers=bool(held), sampled_rows=rows))
+    site = SparseSite(
+        plan,
+        tuple(operands),
+        remembers=bool(held),
+        observed=tuple(observed),
+        choice=lowering.choices.get(plan.site.name),
+        sampled_rows=rows,
+    )
+    gm.add_submodule(name, site)
     with gm.graph.inserting_before(node):
-        out = gm.graph.call_module(name, (query, key, value, bias, *constants.values(), *held))
+        tensors = (*operands.values(), *observed.values(), *held)
+        out = gm.graph.call_module(name, (query, key, value, bias, *tensors))
     _describe(node, out)
     return out
 
 
 def _emit_observer(
-    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, memory: _Memory
+    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, memory: _Memory | None
 ) -> fx.Node:
     """The output of the model's own call, after the site has seen its query and key."""
     plan: AttentionPlan = node.meta["plan"]
     original = node.meta["original"]
     held = _held_by(node, memory)
-    if not shapes_of(plan):
+    if not shapes_of(plan) and not isinstance(plan.settings, LearningMethod):
         return original
-    query, key, *_ = node.args
     with gm.graph.inserting_before(node):
-        *_, constants = _inputs(gm.graph, node, lowering, request)
+        query, key, _, bias, operands, observed = _inputs(gm.graph, node, lowering, request)
+    if not shapes_of(plan) and not observed:
+        return original
     name = f"sparsify_site{plan.site.index}"
-    gm.add_submodule(name, Observer(plan, tuple(constants)))
+    gm.add_submodule(name, Observer(plan, tuple(operands), observed=tuple(observed)))
     with gm.graph.inserting_after(original):
         out = gm.graph.call_module(name)
     original.replace_all_uses_with(out)
-    out.args = (original, query, key, *constants.values(), *held)
+    out.args = (original, query, key, bias, *operands.values(), *observed.values(), *held)
     _describe(node, out)
     return out
 

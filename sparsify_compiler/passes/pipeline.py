@@ -15,7 +15,7 @@ from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import plan_sites
-from sparsify_compiler.runtime.program import Phase
+from sparsify_compiler.runtime.program import Choices, Phase
 
 log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -30,9 +30,10 @@ def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     ]
 
 
-def rewriting(config: SparsifyConfig, phase: Phase, remembers: bool) -> list[Pass]:
+def rewriting(config: SparsifyConfig, phase: Phase, remembers: bool, choices: Choices) -> list[Pass]:
     """The passes that carry the decision out, for one phase."""
-    return [partial(lower, phase=phase, remembers=remembers, measure_recall=config.measure_recall)]
+    recall = config.measure_recall
+    return [partial(lower, phase=phase, remembers=remembers, choices=choices, measure_recall=recall)]
 
 
 def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
@@ -45,10 +46,15 @@ def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = 
 
 
 def rewrite(
-    analysed: fx.GraphModule, config: SparsifyConfig, phase: Phase = "sparse", *, remembers: bool = True
+    analysed: fx.GraphModule,
+    config: SparsifyConfig,
+    phase: Phase = "sparse",
+    *,
+    remembers: bool = True,
+    choices: Choices = (),
 ) -> fx.GraphModule:
     """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
-    return run(copy_graph(analysed), rewriting(config, phase, remembers), config)
+    return run(copy_graph(analysed), rewriting(config, phase, remembers, choices), config)
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.methods import LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout, count_of
 
@@ -54,7 +54,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         if why:
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=why))
             continue
-        method = config.method.fit(layout)
+        method = config.method.fit(site, layout)
         provider = providers.choose(
             config.provider,
             device=site.device,
@@ -95,6 +95,11 @@ def _refusal(site: AttentionSite, layout: TokenLayout, config: SparsifyConfig) -
     if site.kind == "unknown":
         return layout.reason
     return config.method.refusal(layout)
+
+
+def learns(plan: AttentionPlan) -> bool:
+    """Whether what a site reads is still to be learnt."""
+    return isinstance(plan.settings, LearningMethod) and plan.settings.learns
 
 
 def graph_plan(gm: fx.GraphModule) -> GraphPlan:

@@ -1,17 +1,20 @@
 """The compiled form of one graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.errors import warn_once
+from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import Prints
-from sparsify_compiler.runtime.state import Spec, state_of
+from sparsify_compiler.runtime.state import Learned, ModelState, Spec, state_of
 
 Phase = Literal["dense", "sparse"]
+Choices = tuple[tuple[str, Hashable], ...]
+"""(site, what its method's `settle` takes), for sites whose method learns."""
 Run = Callable[..., Any]
 
 _COLD, _WARM = torch.tensor(False), torch.tensor(True)
@@ -37,12 +40,15 @@ class Held:
     reports: dict[str, int] = field(default_factory=dict)
     """Site -> place of its report among the tensors."""
     warm: bool = False
-    """Whether the first extra input is the flag that says if the tensors hold anything."""
+    """Whether the first extra input after those learned is the flag that says if the tensors hold anything."""
+    learned: tuple[Learned, ...] = ()
+    """Tensors that a trainer writes: the first extra inputs."""
 
     def blank(self) -> list[Tensor]:
         """Extra inputs of a first call."""
+        learned = [one.initial.to(one.device) for one in self.learned]
         tensors = [torch.zeros(shape, device=device) for _, shape, device in self.specs]
-        return [_COLD, *tensors] if self.warm else tensors
+        return [*learned, _COLD, *tensors] if self.warm else [*learned, *tensors]
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -52,25 +58,34 @@ class Program:
     plan: GraphPlan
     inputs: Inputs
     held: Held
-    compile: Callable[[Phase, Sequence[Any]], Run]
+    compile: Callable[[Phase, Choices, Sequence[Any]], Run]
     """Compiles a phase for inputs like these."""
     remembers: bool
     """Whether anything is kept from call to call; not where gradients are needed."""
-    _phases: dict[Phase, Run] = field(default_factory=dict)
+    learning_sites: tuple[AttentionPlan, ...] = ()
+    """The plans of sites that are still to learn what they read."""
+    _phases: dict[tuple[Phase, Choices], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed."""
-        if not self.remembers:
-            return self._run("sparse", args)
+        if not self.remembers and not self.held.learned:
+            return self._run("sparse", (), args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
+        if self.learning_sites:
+            state.enter(self.learning_sites, 0 if self.inputs.owner is None else id(args[self.inputs.owner]))
+        phase, choices = self._learnt(state)
+        learned = state.learned_tensors(self.held.learned)
+        if not self.remembers:
+            return self._run(phase, choices, [*args, *learned])
         reads = self._clocked and self.inputs.time is not None and state.clock.reads()
         tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, {})))
         if tick.new_video:
             state.new_video()
-        phase: Phase = "dense" if self.plan.runs_dense(tick.step, tick.steps) else "sparse"
+        if self.plan.runs_dense(tick.step, tick.steps):
+            phase = "dense"
         stream = state.stream(self.held.specs, tick.stream)
         warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
-        result = self._run(phase, [*args, *warm, *stream.tensors])
+        result = self._run(phase, choices, [*args, *learned, *warm, *stream.tensors])
         stream.calls += 1
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
         state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
@@ -81,17 +96,36 @@ class Program:
         phases: tuple[Phase, ...] = (
             ("sparse", "dense") if self.remembers and self.plan.dense_steps else ("sparse",)
         )
-        self._phases = {phase: self.compile(phase, inputs) for phase in phases}
+        if self.learning_sites:  # what is sparse depends on what will be learnt
+            phases = ("dense",)
+        for phase in phases:
+            self._phases[phase, ()] = self.compile(phase, (), inputs)
 
     @property
     def _clocked(self) -> bool:
         """Whether anything depends on what call this is."""
         return bool(self.held.specs) or self.plan.dense_steps > 0
 
-    def _run(self, phase: Phase, inputs: Sequence[Any]) -> Any:
-        if phase not in self._phases:
-            self._phases[phase] = self.compile(phase, inputs)
-        return self._phases[phase](*inputs)
+    def _learnt(self, state: ModelState) -> tuple[Phase, Choices]:
+        """Which phase what was learnt so far allows, and the choices made for it."""
+        if not self.learning_sites:
+            return "sparse", ()
+        if state.learning is None:
+            warn_once(
+                "method='dsv' runs dense until it has learnt what to read: train with "
+                "sparsify_compiler.DSVTrainer, or give options={'predictor': a file that it wrote}"
+            )
+            return "dense", ()
+        if not state.learning.sparse:
+            return "dense", ()
+        choices = state.learning.choices
+        names = (plan.site.name for plan in self.learning_sites)
+        return "sparse", tuple((name, choices[name]) for name in names if name in choices)
+
+    def _run(self, phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Any:
+        if (phase, choices) not in self._phases:
+            self._phases[phase, choices] = self.compile(phase, choices, inputs)
+        return self._phases[phase, choices](*inputs)
 
 
 def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:

@@ -5,6 +5,7 @@ operations round the kernels cost little to run and much to compile.
 """
 
 import hashlib
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.kernels import attention
-from sparsify_compiler.kernels.far_field import attention_with_far_field
-from sparsify_compiler.methods import DynamicMethod
+from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
+from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Memory, Tokens
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.table import BlockTable
@@ -31,64 +32,96 @@ class SparseSite(nn.Module):
     """One attention call, as its plan has it."""
 
     def __init__(
-        self, plan: AttentionPlan, constants: tuple[str, ...], *, remembers: bool, sampled_rows: int = 0
+        self,
+        plan: AttentionPlan,
+        operands: tuple[str, ...],
+        *,
+        remembers: bool,
+        observed: tuple[str, ...] = (),
+        choice: Any = None,
+        sampled_rows: int = 0,
     ) -> None:
         """Args:
-        constants: names of the method's constant tensors, in the order in which `forward` gets them.
+        operands: names of the method's constant and learned tensors, in the order in which `forward` gets them.
         remembers: whether the calls share a memory; else every call starts anew and reports nothing.
+        observed: names of what the method learns from this call, `signal` last; none where it does not learn.
+        choice: what training chose for the site, of a method that learns.
         sampled_rows: rows of each head to measure the recall on.
         """
         super().__init__()
         self.remembers = remembers
-        self._work = _Work(plan, constants, sampled_rows)
+        self._work = _Work(plan, operands, observed, choice, sampled_rows)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        """Select, attend, remember.
+        """Select, attend, remember, learn.
 
         Args:
             query, key, value, key_bias: as in `kernels.attention.block_sparse_attention`.
-            tensors: the method's constants; then, if calls share a memory, `warm` (None where nothing but a report
-                is kept), the memory's tensors and the report [4, B, H], which are written to.
+            tensors: the operands; what is observed; then, if calls share a memory, `warm` (None where nothing but a
+                report is kept), the memory's tensors and the report [4, B, H], which are written to.
         """
         query, key, value = attention.cast(query, key, value)
-        count = len(self._work.constants) if self.remembers else len(tensors)
-        *inputs, report = tensors if self.remembers else (*tensors, None)
+        operands, observed, held = self._work.split(tensors)
         with torch.autocast(query.device.type, enabled=False):
-            out, reported, *learnt = self._work.attend(query, key, value, key_bias, inputs)
-        if report is not None:
-            _remember((*inputs[count + 1 :], report), (*learnt, reported))
+            out, reported, *learnt = self._work.attend(query, key, value, key_bias, [*operands, *held[:-1]])
+            if observed:
+                self._work.learn(query, key, key_bias, operands, observed)
+        if self.remembers:
+            _remember(held[1:], (*learnt, reported))
         return out
 
 
 class Observer(nn.Module):
     """A dense attention call that its site looks at."""
 
-    def __init__(self, plan: AttentionPlan, constants: tuple[str, ...]) -> None:
+    def __init__(
+        self, plan: AttentionPlan, operands: tuple[str, ...], *, observed: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
-        self._work = _Work(plan, constants, 0)
+        self._work = _Work(plan, operands, observed, None, 0)
 
-    def forward(self, out: Tensor, query: Tensor, key: Tensor, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        self, out: Tensor, query: Tensor, key: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
         """`out`, the call's output, as it is; the tensors are those of `SparseSite`."""
         query, key, _ = attention.cast(query, key, key)
-        *inputs, _report = tensors
+        operands, observed, held = self._work.split(tensors)
         with torch.autocast(query.device.type, enabled=False):
-            learnt = self._work.observe(query, key, inputs)
-        _remember(inputs[len(self._work.constants) + 1 :], learnt)
+            if observed:
+                self._work.learn(query, key, key_bias, operands, observed)
+            else:
+                _remember(held[1:-1], self._work.observe(query, key, [*operands, *held[:-1]]))
         return out
 
 
 class _Work:
     """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike."""
 
-    def __init__(self, plan: AttentionPlan, constants: tuple[str, ...], sampled_rows: int) -> None:
-        self.plan, self.constants, self.sampled_rows = plan, constants, sampled_rows
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        operands: tuple[str, ...],
+        observed: tuple[str, ...],
+        choice: Any,
+        sampled_rows: int,
+    ) -> None:
+        self.plan, self.operands, self.observed, self.sampled_rows = plan, operands, observed, sampled_rows
+        self.method = settled(plan, choice)
         site = plan.site
         shape = site.heads, site.kv_heads, site.head_dim, site.scale
-        text = repr((plan.settings, plan.layout, plan.far_field, shape, plan.provider, constants))
+        method = plan.settings, self.method
+        text = repr((method, plan.layout, plan.far_field, shape, plan.provider, operands, observed))
         self.name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
         _works[self.name] = self
+
+    def split(
+        self, tensors: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+        """(operands, what is observed, what is held from call to call)."""
+        first, second = len(self.operands), len(self.operands) + len(self.observed)
+        return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
@@ -99,25 +132,44 @@ class _Work:
         return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name)
 
     def observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
-        """What the method learns from a dense call."""
+        """What the method remembers of a dense call."""
         return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name)
+
+    def learn(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_bias: Tensor | None,
+        operands: list[Tensor | None],
+        observed: list[Tensor | None],
+    ) -> None:
+        """Write what the method learns from a call of training."""
+        bias = None if key_bias is None else key_bias.detach()
+        learnt = torch.ops.sparsify.learn_site(
+            query.detach(), key.detach(), bias, [*operands, *observed], self.name
+        )
+        _remember(observed[:-1], learnt)
 
     def trace(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
         """[out, report, *learnt], op by op."""
-        plan, method = self.plan, self.plan.settings
-        constants, memory = self._sort(query, inputs)
+        plan, method = self.plan, self.method
+        operands, memory = self._sort(query, inputs)
         kept = query.new_full((1, 1, 1), torch.nan)
         learnt: tuple[Tensor, ...] = ()
+        whole = True
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept), learnt = method.select(self._tokens(query, key, key_bias), memory, **constants)
+                (table, kept, whole), learnt = method.select(
+                    self._tokens(query, key, key_bias), memory, **operands
+                )
         else:
-            table = BlockTable(**constants)
+            table = BlockTable(**operands)
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
+        last = plan.layout.tokens - plan.layout.after
         out, _, sampled = attention_with_far_field(
-            query,
+            query if whole else query[:, :, plan.layout.before : last],
             key,
             value,
             table,
@@ -127,15 +179,41 @@ class _Work:
             provider=plan.provider,
             sampled_rows=max(guarded, self.sampled_rows),
         )
+        if not whole and plan.layout.tokens > plan.layout.video_tokens:
+            out = self._with_others(out, query, key, value, key_bias)
         with torch.no_grad():
             rows = (table.densities(), kept.mean(-1), sampled.recall, sampled.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
         return [out, report, *learnt]
 
+    def _with_others(
+        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+    ) -> Tensor:
+        """`out` of the video's tokens between that of the others, who read everything."""
+        layout = self.plan.layout
+        places = torch.arange(layout.tokens, device=query.device)
+        others = torch.cat([places[: layout.before], places[layout.tokens - layout.after :]])
+        read, _ = exact_rows(
+            query, key, value, others[None, None], key_bias, self.plan.site.scale, provider=self.plan.provider
+        )
+        return torch.cat([read[:, :, : layout.before], out, read[:, :, layout.before :]], 2)
+
     def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`observe`, op by op."""
-        constants, memory = self._sort(query, inputs)
-        return list(self.plan.settings.observe(self._tokens(query, key, None), memory, **constants))  # type: ignore[attr-defined]
+        operands, memory = self._sort(query, inputs)
+        return list(self.plan.settings.observe(self._tokens(query, key, None), memory, **operands))  # type: ignore[attr-defined]
+
+    def trace_learn(
+        self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+    ) -> list[Tensor]:
+        """`learn`, op by op."""
+        named = dict(zip((*self.operands, *self.observed), inputs, strict=True))
+        return list(self.plan.settings.learn(self._tokens(query, key, key_bias), **named))  # type: ignore[attr-defined]
+
+    def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
+        """Uninitialised results of `trace_learn`: new values of all that is observed but the signal."""
+        written = inputs[len(self.operands) : -1]
+        return [t.new_empty(t.shape) for t in written if t is not None]
 
     def _tokens(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tokens:
         plan = self.plan
@@ -149,16 +227,16 @@ class _Work:
         )
 
     def _sort(self, query: Tensor, inputs: list[Tensor | None]) -> tuple[dict[str, Any], Memory]:
-        """(constants by name, memory); a blank memory where no call came before."""
-        count = len(self.constants)
-        constants = dict(zip(self.constants, inputs[:count], strict=True))
+        """(operands by name, memory); a blank memory where no call came before."""
+        count = len(self.operands)
+        operands = dict(zip(self.operands, inputs[:count], strict=True))
         warm, *held = inputs[count:] or [None]
         if warm is None:
             warm = torch.zeros((), dtype=torch.bool, device="cpu")
             site = replace(self.plan.site, batch=query.shape[0])
             shapes = shapes_of(replace(self.plan, site=site)).values()
             held = [torch.zeros(shape, device=query.device) for shape in shapes]
-        return constants, Memory(warm, tuple(t for t in held if t is not None))
+        return operands, Memory(warm, tuple(t for t in held if t is not None))
 
 
 _works: dict[str, _Work] = {}
@@ -182,8 +260,22 @@ def _observe_site(query: Tensor, key: Tensor, inputs: list[Tensor | None], work:
     return _works[work].trace_observe(query, key, inputs)
 
 
+@torch.library.custom_op("sparsify::learn_site", mutates_args=())
+def _learn_site(
+    query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None], work: str
+) -> list[Tensor]:
+    return _works[work].trace_learn(query, key, key_bias, inputs)
+
+
 _site.register_fake(lambda *args: _works[args[-1]].trace(*args[:-1]))
 _observe_site.register_fake(lambda *args: _works[args[-1]].trace_observe(*args[:-1]))
+_learn_site.register_fake(lambda *args: _works[args[-1]].fake_learn(args[-2]))
+
+
+def settled(plan: AttentionPlan, choice: Any) -> Hashable:
+    """The method of a site, with what training chose."""
+    method = plan.settings
+    return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
 
 
 def shapes_of(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sparsify_compiler.plan import AttentionSite
 from sparsify_compiler.table import BlockTable
 
 
@@ -75,3 +76,22 @@ def qkv(
         torch.randn(batch, *shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes
     )
     return q, k, v
+
+
+def site_of(query: Tensor, key: Tensor | None = None, name: str = "here") -> AttentionSite:
+    """The site of a self-attention with these inputs; as many key heads as query heads without a key."""
+    batch, heads, tokens, width = query.shape
+    return AttentionSite(
+        name=name,
+        index=0,
+        batch=batch,
+        heads=heads,
+        kv_heads=heads if key is None else key.shape[1],
+        q_tokens=tokens,
+        kv_tokens=tokens,
+        head_dim=width,
+        value_dim=width,
+        dtype=str(query.dtype)[6:],
+        device=query.device.type,
+        scale=width**-0.5,
+    )

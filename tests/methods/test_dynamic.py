@@ -11,22 +11,15 @@ from torch import Tensor
 from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.methods import DynamicMethod
-from sparsify_compiler.methods.cubes import Cubes, cut
+from sparsify_compiler.methods.cubes import Cubes
+from sparsify_compiler.methods.grid import cut
 from sparsify_compiler.methods.selection import Memory, Selection, Tokens
 from sparsify_compiler.methods.svg2 import RELEASED, Svg2, clusters_for
-from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import masked_attention
-from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.testing.strategies import qkv, site_of
 
 PROVIDERS = ("reference", "cpu")
-
-
-def site_of(query: Tensor, key: Tensor) -> AttentionSite:
-    batch, heads, tokens, width = query.shape
-    return AttentionSite(
-        name="here", index=0, batch=batch, heads=heads, kv_heads=key.shape[1], q_tokens=tokens, kv_tokens=tokens,
-        head_dim=width, value_dim=width, dtype="float32", device="cpu", scale=width**-0.5,
-    )  # fmt: skip
 
 
 def select(
@@ -39,7 +32,7 @@ def select(
     key_bias: Tensor | None = None,
 ) -> tuple[Selection, tuple[Tensor, ...]]:
     """One call of a method, warm if `learnt` is given."""
-    method = method.fit(layout)
+    method = method.fit(site_of(query, key), layout)
     shapes = method.memory(site_of(query, key), layout).values()
     memory = Memory(torch.tensor(learnt is not None), learnt or tuple(torch.zeros(shape) for shape in shapes))
     scale = query.shape[-1] ** -0.5
@@ -127,7 +120,7 @@ def means(tokens: Tensor, labels: Tensor, count: int) -> Tensor:
 def test_cubes_are_what_they_say(provider, layout, heads, cube, query_cube, top_p, ratio, seed):
     query, key, _ = qkv(2, *heads, layout.tokens, layout.tokens, 16, 16, torch.float32, seed=seed)
     method = Cubes(cube=cube, query_cube=query_cube, top_p=top_p, min_kv_ratio=ratio)
-    (table, _), _ = select(method, query, key, layout, provider)
+    (table, *_), _ = select(method, query, key, layout, provider)
     mask = table.mask().expand(2, heads[0], -1, -1)
     _, height, width = layout.grid
     places = [(t // (height * width), t // width % height, t % width) for t in range(math.prod(layout.grid))]
@@ -172,7 +165,7 @@ def test_svg2_reads_what_its_clusters_say(provider, layout, heads, clusters, top
     method = Svg2(
         q_clusters=clusters[0], kv_clusters=clusters[1], top_p=top_p, min_kv_ratio=ratio, kmeans_iters=(3, 1)
     )
-    (table, kept_mass), (q_centroids, kv_centroids) = select(method, query, key, layout, provider)
+    (table, kept_mass, _), (q_centroids, kv_centroids) = select(method, query, key, layout, provider)
     assert bool((kept_mass >= top_p - 1e-5).all())
     mask = table.mask()
     video = slice(layout.before, layout.tokens - layout.after)
@@ -220,7 +213,7 @@ def test_hidden_keys_are_not_chosen(provider, method, heads, biased, hidden):
     key[:, :, padding] = 2.5
     bias = torch.zeros(2, biased, 206)
     bias[..., padding] = hidden
-    (table, kept), _ = select(method, query, key, layout, provider, key_bias=bias)
+    (table, kept, _), _ = select(method, query, key, layout, provider, key_bias=bias)
     scores = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT) / 4 + bias[:, :, None]
     video = slice(layout.before, None)
     mass = scores[:, :, video, video].softmax(-1).masked_fill(~table.mask()[:, :, video, video], 0.0).sum(-1)
@@ -237,7 +230,7 @@ def test_hidden_keys_are_not_chosen(provider, method, heads, biased, hidden):
 def test_top_p_of_one_is_dense(provider, method):
     layout = TokenLayout(tokens=70, grid=(2, 5, 6), before=4, after=6)
     query, key, value = qkv(2, 4, 2, 70, 70, 48, 48, torch.float32)
-    (table, _), _ = select(method, query, key, layout, provider)
+    (table, *_), _ = select(method, query, key, layout, provider)
     out, _ = block_sparse_attention(query, key, value, table, provider=provider)
     exact, _ = masked_attention(query, key, value, torch.ones(70, 70, dtype=torch.bool))
     assert torch.allclose(out.double(), exact, atol=1e-5)
@@ -279,4 +272,4 @@ def test_cluster_counts_pass_through_the_released_settings():
 def test_more_clusters_than_tokens_are_refused():
     layout = TokenLayout(tokens=20, grid=(1, 4, 5))
     with pytest.raises(OptionError, match="q_clusters must be at most the 20 tokens of the video, got 21"):
-        Svg2(q_clusters=21).fit(layout)
+        Svg2(q_clusters=21).fit(site_of(torch.empty(1, 1, 20, 8)), layout)

@@ -10,7 +10,10 @@ from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.methods.tile import Tile, frame_mask, reference_set, tile_sparsity
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import assert_close_to_float64, masked_attention, tile_mask
-from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.testing.strategies import qkv, site_of
+
+SITE = site_of(torch.empty(1, 1, 4, 8))
+"""The attention tile looks at the layout alone."""
 
 
 @st.composite
@@ -25,7 +28,7 @@ def layouts(draw: st.DrawFn) -> tuple[TokenLayout, int]:
 @given(layouts())
 def test_the_table_stands_for_the_papers_mask(drawn: tuple[TokenLayout, int]) -> None:
     layout, k = drawn
-    table = Tile(reference_frames=k).fit(layout).table(layout)
+    table = Tile(reference_frames=k).fit(SITE, layout).table(layout)
     exact = tile_mask(layout.frames, k, layout.tokens_per_frame, layout.before, layout.after)
     assert torch.equal(table.mask()[0, 0], exact)
     assert table.density() == pytest.approx(exact.double().mean().item())
@@ -93,10 +96,10 @@ def test_sparsity_in_blocks_by_brute_force(
 
 def test_settings_are_filled_in_and_checked() -> None:
     layout = TokenLayout(tokens=70, grid=(7, 2, 5))
-    assert Tile().fit(layout).reference_frames == 3
-    assert Tile().fit(TokenLayout(tokens=4, grid=(1, 2, 2))).reference_frames == 1
+    assert Tile().fit(SITE, layout).reference_frames == 3
+    assert Tile().fit(SITE, TokenLayout(tokens=4, grid=(1, 2, 2))).reference_frames == 1
     with pytest.raises(OptionError, match=r"1\.\.7.*got 8"):
-        Tile(reference_frames=8).fit(layout)
+        Tile(reference_frames=8).fit(SITE, layout)
     with pytest.raises(OptionError, match="got True"):
         Tile(reference_frames=True)
     with pytest.raises(OptionError, match="block_size must be at least 1, got 0"):

@@ -99,13 +99,16 @@ def query_blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tenso
         def one(tensor: Tensor, b: int = b, h: int = h) -> Tensor:
             return tensor[b % tensor.shape[0], h % tensor.shape[1]]
 
-        q_bounds, kv_bounds = one(table.q_bounds).tolist(), one(table.kv_bounds).tolist()
+        q_bounds, kv_bounds = one(table.q_bounds).tolist(), one(table.kv_bounds).long()
         q_order, kv_order = (
-            torch.arange(bounds[-1], device=table.q_bounds.device) if order is None else one(order).long()
-            for order, bounds in ((table.q_order, q_bounds), (table.kv_order, kv_bounds))
+            torch.arange(last, device=kv_bounds.device) if order is None else one(order).long()
+            for order, last in ((table.q_order, q_bounds[-1]), (table.kv_order, int(kv_bounds[-1])))
         )
-        for i, (row, count) in enumerate(
-            zip(one(table.kv_indices).tolist(), one(table.kv_num_blocks).tolist(), strict=True)
-        ):
-            spans = [kv_order[kv_bounds[j] : kv_bounds[j + 1]] for j in row[:count]]
-            yield at, q_order[q_bounds[i] : q_bounds[i + 1]], torch.cat([kv_order[:0], *spans])
+        counts, rows = one(table.kv_num_blocks).tolist(), one(table.kv_indices).long()
+        for i, count in enumerate(counts):
+            first, last = (kv_bounds[rows[i, :count] + side] for side in (0, 1))
+            sizes = last - first
+            ends = sizes.cumsum(0)
+            positions = torch.repeat_interleave(first - ends + sizes, sizes)
+            positions = positions + torch.arange(positions.numel(), device=positions.device)
+            yield at, q_order[q_bounds[i] : q_bounds[i + 1]], kv_order[positions]

@@ -1,10 +1,12 @@
 """Near and far field merged: the launch of its kernel in `far_field_kernels.py`."""
 
+import torch
+import triton
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
+from sparsify_compiler.kernels.triton.launcher import Launch, shared_strides
 from sparsify_compiler.kernels.triton.statistics import precision, value_tile
 
 
@@ -46,8 +48,9 @@ def merge_launch(
     """Fills `out` and `lse`."""
     q_bounds, q_order = q_bounds.contiguous(), q_order if q_order is None else q_order.contiguous()
     batch, heads, tokens, head_dim = query.shape
-    # As many queries as channels: their product stays square.
-    block = columns = value_tile(head_dim)
+    columns = value_tile(head_dim)
+    # As many queries as channels: their product stays square. In fp32 it has no room in registers.
+    block = 32 if query.dtype == torch.float32 else columns
     blocks = q_bounds.shape[-1] - 1
     tensors = {
         "query": query,
@@ -73,7 +76,8 @@ def merge_launch(
         "VALUE_DIM": near_out.shape[-1],
         "VALUE_TILE": columns,
         "BLOCK": block,
-        "ALIGN": alignment(query),
+        # fp32 is multiplied without tensor cores, from registers: few of its channels fit at a time.
+        "CHUNK": 16 if query.dtype == torch.float32 else max(16, triton.next_power_of_2(head_dim)),
         "PRECISION": precision(query.dtype),
     }
     # No q_bounds of these shapes have more tiles; those they have not end at once.

@@ -180,10 +180,11 @@ def merge_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (query tiles * value tiles, heads, batches). Matrices and limits are contiguous."""
+    """Grid: (query tiles * value tiles, heads, batches). Matrices and limits are contiguous; CHUNK of their rows
+    are multiplied at a time."""
     tiles: tl.constexpr = (VALUE_DIM + VALUE_TILE - 1) // VALUE_TILE
     query_tile = tl.program_id(0) // tiles
     value_tile = tl.program_id(0) % tiles
@@ -218,13 +219,17 @@ def merge_kernel(
     far_rows = _load_columns(far_out, token, is_query, far_out_strides, columns, is_column)
     if matrices is not None:
         query = _at(query, query_strides, batch, head)
-        q = _load_rows(query, token, is_query, query_strides, HEAD_DIM, ALIGN).to(tl.float32)
         at = (batch * tl.num_programs(1) + head) * q_blocks + block
-        rows = tl.arange(0, _padded(HEAD_DIM))
-        elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
-        matrix = tl.load(matrices + elements, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :], other=0.0)
         limit = tl.load(limits + at * VALUE_DIM + columns, mask=is_column, other=0.0)[None, :]
-        term = tl.dot(q, matrix, input_precision=PRECISION) * scale
+        term = tl.zeros([BLOCK, VALUE_TILE], tl.float32)
+        for first in range(0, HEAD_DIM, CHUNK):
+            rows = first + tl.arange(0, CHUNK)
+            is_row = rows < HEAD_DIM
+            q = _load_columns(query, token, is_query, query_strides, rows, is_row)
+            elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
+            matrix = tl.load(matrices + elements, mask=is_row[:, None] & is_column[None, :], other=0.0)
+            term = tl.dot(q, matrix, term, input_precision=PRECISION)
+        term *= scale
         term = tl.where(term > limit, limit, term)
         far_rows += tl.where(term < -limit, -limit, term)
     merged = near_rows * (near_weight / total)[:, None] + far_rows * (far_weight / total)[:, None]

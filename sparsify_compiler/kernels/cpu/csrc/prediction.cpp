@@ -1,0 +1,215 @@
+// The choice of single keys by predicted scores: see kernels/prediction.py for what is chosen.
+//
+// Threads take tiles of query groups of one head. The scores of a tile are products with keys as vector lanes,
+//
+//     score[group][key] = scale * sum over r of query[group][r] * keys[r][key] + bias[key]
+//
+// and stay in cache while each row is searched: bisection over the integers that rise with floats finds the
+// largest threshold that enough scores reach, by counting. A last pass lists the keys by rising index. Nothing
+// is sorted, and no result depends on the number of threads.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "view.h"
+#include "product.h"
+
+namespace {
+
+constexpr int kVecs = kRegisters == 32 ? 4 : 2;
+constexpr int kStripLanes = kVecs * kLanes;
+constexpr int kTileGroups = 24;  // of which kSums / kVecs = 6 at a time have their sums in registers
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();
+
+using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
+
+struct TopK {
+  View query, key, budget, key_bias, kv_num_blocks, kv_indices;  // key_bias: without data where there is none
+  int64_t batch, heads, kv_heads, groups, tokens, rank, width;
+  float scale;
+  int32_t dtype, threads;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The integers of this order of floats: x < y where image(x) < image(y), and both zeros are 0.
+int32_t image(float x) {
+  const int32_t bits = bit_cast<int32_t>(x);
+  return bits < 0 ? INT32_MIN - bits : bits;
+}
+
+float of_image(int32_t i) { return bit_cast<float>(i < 0 ? INT32_MIN - i : i); }
+
+IntVec lane_numbers() {
+  IntVec numbers;
+  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
+  return numbers;
+}
+
+// Writes the numbers whose lane is chosen (all bits set, not none) side by side, and tells how many they are.
+// `to` has room for all lanes.
+int64_t append(int32_t* to, IntVec numbers, IntVec chosen) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen);
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, (__m512i)numbers));
+  return __builtin_popcount(mask);
+#else
+  int64_t count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[count] = numbers[lane];
+    count -= chosen[lane];
+  }
+  return count;
+#endif
+}
+
+// Chooses for one tile of groups at a time, on scratch memory of its own.
+template <class T>
+class Chooser {
+ public:
+  explicit Chooser(const TopK& problem)
+      : p_(problem),
+        most_(std::min(p_.width, p_.tokens)),
+        strips_(ceil_div(p_.tokens, kStripLanes)),
+        vecs_(strips_ * kVecs),
+        queries_(new float[kTileGroups * p_.rank]),
+        keys_(new Vec[p_.rank * kVecs]),
+        scores_(new Vec[kTileGroups * vecs_]),
+        chosen_(new int32_t[most_ + kLanes]) {}
+
+  void run(int64_t b, int64_t h, int64_t first) {
+    const int64_t count = std::min<int64_t>(kTileGroups, p_.groups - first);
+    const int64_t wanted = std::clamp<int64_t>(*p_.budget.at<const int32_t>(b, h), 0, most_);
+    if (wanted > 0) compute_scores(b, h, first, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t found = wanted > 0 ? choose(&scores_[i * vecs_], wanted) : 0;
+      int32_t* indices = p_.kv_indices.at<int32_t>(b, h, first + i);
+      std::copy_n(chosen_.get(), found, indices);
+      std::fill_n(indices + found, p_.width - found, 0);
+      *p_.kv_num_blocks.at<int32_t>(b, h, first + i) = found;
+    }
+  }
+
+ private:
+  void compute_scores(int64_t b, int64_t h, int64_t first, int64_t count) {
+    const int64_t kv_head = h * p_.kv_heads / p_.heads;
+    const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(b, h) : nullptr;
+    for (int64_t i = 0; i < count; ++i) {
+      Fp32::pack_row(p_.query.at<const T>(b, h, first + i), p_.rank, &queries_[i * p_.rank]);
+    }
+    for (int64_t strip = 0; strip < strips_; ++strip) {
+      const int64_t begin = strip * kStripLanes, keys = std::min<int64_t>(kStripLanes, p_.tokens - begin);
+      load_keys(p_.key.at<const T>(b, kv_head, begin), keys);
+      Vec biases[kVecs];
+      float* lanes = reinterpret_cast<float*>(biases);
+      std::fill_n(lanes, kStripLanes, -kInfinity);  // a lane without a key is hidden
+      if (bias) std::copy_n(bias + begin, keys, lanes);
+      else std::fill_n(lanes, keys, 0.0f);
+      for_row_groups<kVecs>(count, [&](auto rows, int64_t row) {
+        constexpr int Rows = rows;
+        Vec sums[Rows][kVecs] = {};
+        multiply<Fp32, Rows, kVecs>(sums, &queries_[row * p_.rank], p_.rank, 1, keys_.get(), p_.rank);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+          UNROLL for (int v = 0; v < kVecs; ++v) {
+            const Vec score = sums[r][v] * p_.scale + biases[v];
+            const Vec number = score == score ? score : splat(kLowest);
+            scores_[(row + r) * vecs_ + strip * kVecs + v] =
+                biases[v] == -kInfinity ? splat(-kInfinity) : number;
+          }
+        }
+      });
+    }
+  }
+
+  // Rows of keys -> lanes of keys_. What lanes without a key hold is hidden whatever it is.
+  void load_keys(const T* rows, int64_t count) {
+    const auto row_of = [&](int64_t i) { return rows + i * p_.key.row; };
+    for_each_row(count, p_.rank, row_of, [&](int64_t i) {
+      float* column = reinterpret_cast<float*>(keys_.get()) + i;
+      const T* row = row_of(i);
+      for (int64_t r = 0; r < p_.rank; ++r) column[r * kStripLanes] = to_float(row[r]);
+    });
+  }
+
+  int64_t count(const Vec* scores, float threshold) const {
+    IntVec counts[kVecs] = {};
+    for (int64_t i = 0; i < vecs_; i += kVecs) {
+      UNROLL for (int v = 0; v < kVecs; ++v) counts[v] -= scores[i + v] >= threshold;
+    }
+    int64_t sum = 0;
+    for (int lane = 0; lane < kStripLanes; ++lane) sum += counts[lane / kLanes][lane % kLanes];
+    return sum;
+  }
+
+  // Lists the keys of one row in chosen_, and tells how many they are.
+  int64_t choose(const Vec* scores, int64_t wanted) {
+    // `reached` scores are at `low` or above, at least as many as wanted; `beyond` are at `high` or above, fewer.
+    int64_t low = image(kLowest), high = int64_t(image(kInfinity)) + 1;
+    int64_t reached = count(scores, kLowest), beyond = 0;
+    while (reached > wanted && high - low > 1) {
+      const int64_t middle = (low + high) >> 1, found = count(scores, of_image(middle));
+      if (found >= wanted) {
+        low = middle, reached = found;
+      } else {
+        high = middle, beyond = found;
+      }
+    }
+    const float threshold = of_image(low);
+    const int64_t last = reached > wanted ? tie(scores, threshold, wanted - beyond) : p_.tokens;
+    return list(scores, threshold, last);
+  }
+
+  // The key at which the score `threshold` comes for the n-th time.
+  int64_t tie(const Vec* scores, float threshold, int64_t n) const {
+    const float* score = reinterpret_cast<const float*>(scores);
+    int64_t key = -1;
+    while (n > 0) n -= score[++key] == threshold;
+    return key;
+  }
+
+  // Keys whose score is above the threshold, or at it and their index at most `last`.
+  int64_t list(const Vec* scores, float threshold, int64_t last) {
+    int64_t found = 0;
+    IntVec keys = lane_numbers();
+    for (int64_t i = 0; i < vecs_; ++i, keys += kLanes) {
+      const IntVec is_chosen =
+          (scores[i] > threshold) | ((scores[i] == threshold) & (keys <= int32_t(last)));
+      found += append(&chosen_[found], keys, is_chosen);
+    }
+    return found;
+  }
+
+  const TopK& p_;
+  const int64_t most_, strips_, vecs_;
+  std::unique_ptr<float[]> queries_;
+  std::unique_ptr<Vec[]> keys_, scores_;
+  std::unique_ptr<int32_t[]> chosen_;
+};
+
+template <class T>
+void run_top_k(const TopK& p) {
+  const int64_t tiles = ceil_div(p.groups, kTileGroups);
+#pragma omp parallel num_threads(p.threads)
+  {
+    Chooser<T> chooser(p);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < p.batch * p.heads * tiles; ++i) {
+      const int64_t head = i / tiles;
+      chooser.run(head / p.heads, head % p.heads, i % tiles * kTileGroups);
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void sparsify_top_k_keys(const TopK* problem) {
+  switch (problem->dtype) {
+    case kFloat32: return run_top_k<float>(*problem);
+    case kFloat16: return run_top_k<Half>(*problem);
+    case kBFloat16: return run_top_k<BFloat16>(*problem);
+  }
+}

@@ -1,0 +1,56 @@
+"""Prediction: the C++ kernel of `csrc/prediction.cpp`, or the definition where it could not be built."""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.prediction import empty_top_k
+from sparsify_compiler.kernels.reference import prediction as reference
+
+
+def top_k_keys(
+    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `prediction.top_k_keys`."""
+    kernel = library.symbol("sparsify_top_k_keys", _TopK)
+    if kernel is None:
+        return reference.top_k_keys(query, key, budget, key_bias, width, scale)
+    outputs = empty_top_k(query, width)
+    batch, heads, groups, rank = query.shape
+    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    tensors = [
+        *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key)),
+        budget[:, :, None],
+        key_bias if key_bias is None else key_bias.float().contiguous(),
+        *outputs,
+    ]
+    kernel(
+        ctypes.byref(
+            _TopK(
+                *(library.view(t, batch, heads) for t in tensors),
+                *(batch, heads, key.shape[1], groups, key.shape[2], rank, width),
+                scale,
+                library.DTYPES.index(query.dtype),
+                torch.get_num_threads(),
+            )
+        )
+    )
+    return outputs
+
+
+class _TopK(ctypes.Structure):
+    """`struct TopK`."""
+
+    _fields_ = (
+        *((name, library.View) for name in ("query", "key", "budget", "key_bias")),
+        *((name, library.View) for name in ("kv_num_blocks", "kv_indices")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "heads", "kv_heads", "groups", "tokens", "rank", "width")
+        ),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )

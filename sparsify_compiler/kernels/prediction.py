@@ -1,0 +1,142 @@
+"""The op that selects single keys by predicted scores, after DSV (arXiv 2502.07590).
+
+    sparsify::top_k_keys    low-rank queries and keys -> the keys that each query group reads
+
+It is a decision, not a differentiable function: inputs are detached, and autocast changes nothing. This file
+imports torch alone; a provider's kernels are imported when the op first runs on it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import providers
+
+
+def top_k_keys(
+    query: Tensor,
+    key: Tensor,
+    budget: Tensor,
+    *,
+    width: int,
+    scale: float = 1.0,
+    key_bias: Tensor | None = None,
+    provider: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The `budget` keys with the highest predicted score, for each query group.
+
+    The score of key j for group g is
+
+        scale query_g . key_j + key_bias_j
+
+    -inf wherever the bias is, and the lowest finite number where it is NaN. A key at -inf is never chosen; of
+    equal scores (-0 equals 0) the key of lower index goes first. Scores of G x S pairs are never held at once.
+
+    Scores are fp32 (reference: fp64 for fp64). Providers sum the R products in orders of their own, so their
+    scores, and the choice among keys whose scores differ by no more, may differ in the last bits; where every
+    sum is exact, as of small integers, they choose the same keys.
+
+    Args:
+        query: [B, H, G, R] fp32, fp16, bf16 (reference: also fp64), any strides: one query for each group.
+        key: [B, Hkv, S, R] of the same dtype, H a multiple of Hkv; query head h reads key head h * Hkv // H.
+        budget: [B|1, H|1] int32 on the device of the query, where it stays: keys to choose for each group of a
+            head. Below 0 it counts as 0, above min(width, S) as that.
+        width: W, room in a row of the result, at least 1; by convention a power of two.
+        scale: factor on the products.
+        key_bias: [B|1, H|1, S] float, or None.
+        provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
+
+    Returns:
+        kv_num_blocks: [B, H, G] int32, how many keys are chosen: `budget`, or all above -inf if they are fewer.
+        kv_indices: [B, H, G, W] int32, the chosen keys by rising index, then zeros.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        ProviderError: the provider asked for cannot run on these tensors.
+    """
+    return torch.ops.sparsify.top_k_keys(
+        query.detach(),
+        key.detach(),
+        budget,
+        key_bias if key_bias is None else key_bias.detach(),
+        int(width),
+        float(scale),
+        _choose(provider, query),
+    )
+
+
+def _choose(provider: str, query: Tensor) -> str:
+    """The name of the provider to run; of tensors that no provider takes, the op itself says what is wrong."""
+    dtype = query.dtype if query.is_floating_point() else torch.float32
+    rank = query.shape[-1] if query.dim() == 4 else 1
+    return providers.choose(
+        provider, device=query.device.type, dtype=dtype, head_dim=rank, value_dim=rank
+    ).name
+
+
+@torch.library.custom_op("sparsify::top_k_keys", mutates_args=())
+def _top_k_keys(
+    query: Tensor,
+    key: Tensor,
+    budget: Tensor,
+    key_bias: Tensor | None,
+    width: int,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, budget, key_bias, width)
+    with torch.autocast(query.device.type, enabled=False):
+        return providers.load(provider, "prediction").top_k_keys(query, key, budget, key_bias, width, scale)
+
+
+@_top_k_keys.register_fake
+def _top_k_keys_fake(
+    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, budget, key_bias, width)
+    return empty_top_k(query, width)
+
+
+def empty_top_k(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised (kv_num_blocks, kv_indices): every provider returns exactly this layout."""
+    lead = query.shape[:3]
+    return query.new_empty(lead, dtype=torch.int32), query.new_empty(*lead, width, dtype=torch.int32)
+
+
+def _check(query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int) -> None:
+    """Raise ValueError for arguments that do not fit together. Looks at no value."""
+    if query.dim() != 4 or not query.is_floating_point() or query.shape[3] == 0:
+        raise ValueError(f"query must be a float tensor [B, H, G, R] with R >= 1, got {_described(query)}")
+    batch, heads, _, rank = query.shape
+    fits = key.dim() == 4 and key.shape == (batch, *key.shape[1:3], rank) and key.shape[2] > 0
+    if not fits or key.dtype != query.dtype:
+        raise ValueError(
+            f"key must be {str(query.dtype)[6:]} [{batch}, Hkv, S, {rank}] beside query {tuple(query.shape)}, "
+            f"with at least one token, got {_described(key)}"
+        )
+    kv_heads, tokens = key.shape[1:3]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+    fits = budget.dim() == 2 and budget.shape[0] in (1, batch) and budget.shape[1] in (1, heads)
+    if not fits or budget.dtype != torch.int32:
+        raise ValueError(f"budget must be int32 [1 or {batch}, 1 or {heads}], got {_described(budget)}")
+    tensors = {"query": query, "key": key, "budget": budget}
+    if key_bias is not None:
+        shape = tuple(key_bias.shape)
+        fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == tokens
+        if not fits or not key_bias.is_floating_point():
+            raise ValueError(
+                f"key_bias must be a float tensor [1 or {batch}, 1 or {heads}, {tokens}] or None, "
+                f"got {_described(key_bias)}"
+            )
+        tensors["key_bias"] = key_bias
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"these tensors must be on one device, got {places}")
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype)[6:]} {list(tensor.shape)}"

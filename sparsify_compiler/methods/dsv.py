@@ -1,0 +1,284 @@
+"""Method `dsv`: dynamic sparsity that is learnt while the model trains, DSV (arXiv 2502.07590, ASPLOS '26).
+
+The queries of a small cube of the video attend alike, so they share one choice of keys, made by the query in their
+middle. Which keys it will attend to is foretold by a low-rank predictor (`predictor.py`), and the K keys with the
+largest predicted scores are read, key by key: blocks of one token. K differs by head, so that each keeps `mass` of
+its attention on average.
+
+Training has two stages (`training/dsv.py`): dense while the predictor learns from what it sees, then sparse where
+that pays. Tokens outside the grid (text, references) see everything and are seen by everything.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.config import integer, share
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.methods import predictor
+from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
+from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_share
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.table import BlockTable
+
+GROUPS: tuple[Cube, ...] = ((2, 4, 4), (2, 2, 2), (1, 2, 2), (1, 1, 1))
+"""Cubes of queries to choose among, largest first; each divides the one before."""
+
+LOSS_ROWS = 64
+"""One query in so many is learnt from; at most four times as many queries in all."""
+
+OBSERVED = ("learnt", "loss", "profiled", "critical")
+"""Rows of what a site observes, for each head: sums, and over how many calls; then `needed`, `overlap` and `kept`
+of each candidate group."""
+
+
+class Choice(NamedTuple):
+    """What training settles for a site."""
+
+    group: Cube
+    most: float
+    """Of the shares of its sparse heads, the largest, rounded up to a power of two: programs differ by it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dsv:
+    """Options of the method."""
+
+    rank: int = 16
+    """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact)."""
+    mass: float = 0.9
+    """Attention mass that the keys of a head are to keep on average, in (0, 1]."""
+    query_group: Cube | None = None
+    """(frames, rows, columns) of queries that share a choice; if None, `GROUPS` are tried for overlap."""
+    kv_budget: int | float | None = None
+    """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`."""
+    predictor: Path | None = None
+    """A file that training wrote, for inference."""
+
+    name: ClassVar[str] = "dsv"
+    dense_steps: ClassVar[int] = 0
+    dense_layers: ClassVar[int] = 0
+    far_field: ClassVar[str] = "drop"
+    far_fields: ClassVar[tuple[str, ...]] = ("drop",)
+    if_dropped: ClassVar[dict[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", check_count("rank", self.rank))
+        object.__setattr__(self, "mass", check_share("mass", self.mass, zero=False))
+        if self.query_group is not None:
+            object.__setattr__(self, "query_group", check_cube("query_group", self.query_group))
+        if (budget := self.kv_budget) is not None:
+            whole = integer(budget)
+            number = share(budget) if whole is None else whole
+            if number is None or number <= 0:
+                raise OptionError(
+                    f"kv_budget must be an integer of at least 1 or a share in (0.0, 1.0], got {budget!r}"
+                )
+            object.__setattr__(self, "kv_budget", number)
+        if self.predictor is not None:
+            if not isinstance(self.predictor, (str, Path)):
+                raise OptionError(f"predictor must be the path of a file, got {self.predictor!r}")
+            object.__setattr__(self, "predictor", Path(self.predictor))
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """The method needs to know where the tokens lie in the video."""
+        return layout.reason if layout.grid is None else ""
+
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Dsv":
+        """With what the predictor's file says, where there is one."""
+        if isinstance(self.kv_budget, int) and self.kv_budget > layout.video_tokens:
+            raise OptionError(
+                f"kv_budget must be at most the {layout.video_tokens} tokens of the video, got {self.kv_budget}"
+            )
+        if self.predictor is None:
+            if self.rank > site.head_dim:
+                raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {self.rank}")
+            return self
+        trained = predictor.load_predictor(self.predictor, site)
+        sparse = trained.shares[trained.shares < 1]
+        most = float(sparse.max()) if sparse.numel() else 0.0
+        return replace(
+            self,
+            rank=trained.weights.shape[-1],
+            query_group=self.query_group or trained.group,
+            kv_budget=self.kv_budget or most_share(most),
+        )
+
+    @property
+    def learns(self) -> bool:
+        """Whether what it reads is still to be learnt."""
+        return self.predictor is None
+
+    @property
+    def groups(self) -> tuple[Cube, ...]:
+        """The cubes of queries to choose among."""
+        return GROUPS if self.query_group is None else (self.query_group,)
+
+    def settle(self, choice: Choice | None) -> "Dsv":
+        """With what training chose for a site."""
+        if choice is None:
+            return replace(self, query_group=self.groups[0])
+        return replace(self, query_group=choice.group, kv_budget=choice.most)
+
+    def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
+        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; their proxies, [N] int64."""
+        assert layout.grid is not None
+        group = self.groups[0]
+        order, bounds = cut(layout.grid, group)
+        first = order[0, 0].long()[bounds[0, 0, :-1].long()]
+        return {
+            "q_order": order,
+            "q_bounds": bounds,
+            "proxies": middle_of_token(layout.grid, group)[first],
+        }
+
+    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+        """Nothing is forgotten with a video."""
+        return {}
+
+    def learned(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
+        """What training changes, and what it starts from."""
+        if self.predictor is not None:
+            trained = predictor.load_predictor(self.predictor, site)
+            weights, shares = trained.weights, trained.shares
+        else:
+            weights = predictor.initial_weights(site.heads + site.kv_heads, site.head_dim, self.rank)
+            shares = torch.ones(site.heads)
+        return {"weights": weights, "shares": shares}
+
+    def observed(self, site: AttentionSite) -> dict[str, Tensor]:
+        """What `learn` writes, before anything was seen."""
+        rows = len(OBSERVED) + 3 * len(self.groups)
+        return {
+            "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
+            "observed": torch.zeros(rows, site.heads),
+        }
+
+    def observe(self, tokens: Tokens, memory: Memory, **tensors: Tensor) -> tuple[Tensor, ...]:
+        """Nothing is remembered of a dense step."""
+        return ()
+
+    def learn(
+        self,
+        tokens: Tokens,
+        weights: Tensor,
+        shares: Tensor,
+        gradients: Tensor,
+        observed: Tensor,
+        signal: Tensor,
+        **constants: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the predictor and observations, with those of this call added.
+
+        Args:
+            signal: [3] int64 on the CPU: whether to learn, whether to profile, and a number that changes.
+        """
+        learns, profiles, turn = signal.tolist()
+        gradients, observed = gradients.clone(), observed.clone()
+        layout = tokens.layout
+        if learns:
+            query, key = tokens.video()
+            stride = max(LOSS_ROWS, -(-layout.video_tokens // (4 * LOSS_ROWS)))
+            rows = query[:, :, turn % min(stride, layout.video_tokens) :: stride]
+            loss, step = predictor.loss_and_gradients(rows.float(), key.float(), weights)
+            gradients += step
+            observed[0] += 1
+            observed[1] += loss
+        if profiles:
+            one = turn % tokens.query.shape[0]
+            bias = (
+                None if tokens.key_bias is None else tokens.key_bias[one % tokens.key_bias.shape[0]].float()
+            )
+            seen = predictor.profile(
+                tokens.query[one].float(),
+                tokens.key[one].float(),
+                bias,
+                weights,
+                shares,
+                layout,
+                self.groups,
+                mass=self.mass,
+                scale=tokens.scale,
+                turn=turn,
+            )
+            observed[2] += 1
+            observed[3] += seen.critical
+            observed[4:] += torch.cat([seen.needed, seen.overlap, seen.kept])
+        return gradients, observed
+
+    def select(
+        self,
+        tokens: Tokens,
+        memory: Memory,
+        q_order: Tensor,
+        q_bounds: Tensor,
+        proxies: Tensor,
+        weights: Tensor,
+        shares: Tensor,
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads. A head whose share is 1 reads everything, as one block."""
+        layout = tokens.layout
+        query, key = tokens.video()
+        heads, video = query.shape[1], layout.video_tokens
+        w_query, w_key = weights.split([heads, key.shape[1]])
+        is_dense = shares >= 1
+        budget = (shares * video).round().int().clamp(min=1).masked_fill(is_dense, 0)
+        bias = tokens.key_bias
+        counts, indices = top_k_keys(
+            query[:, :, proxies].float() @ w_query,
+            key.float() @ w_key,
+            budget[None],
+            width=self.width(video),
+            scale=tokens.scale,
+            key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
+            provider=tokens.provider,
+        )
+        table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
+        kept = tokens.query.new_full((1, 1, 1), torch.nan)
+        return Selection(table, kept, whole=False), ()
+
+    def width(self, video: int) -> int:
+        """Keys that a row of the table has room for, a power of two where the video allows."""
+        budget = self.kv_budget or 1
+        most = budget if isinstance(budget, int) else math.ceil(budget * video - 1e-6)
+        return 1 << (max(1, most) - 1).bit_length()
+
+
+def most_share(most: float) -> float:
+    """A share rounded up to a power of two."""
+    return 2.0 ** math.ceil(math.log2(most)) if most > 0 else 2.0**-20
+
+
+def single_key_table(
+    layout: TokenLayout, q_order: Tensor, q_bounds: Tensor, counts: Tensor, indices: Tensor, is_dense: Tensor
+) -> BlockTable:
+    """The table in which groups of video queries read single video keys, and the tokens before and after it.
+
+    Args:
+        counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
+        is_dense: [H] bool, heads that read everything: for them the first block is the whole sequence, all others
+            are empty, and it is the only one listed.
+    """
+    before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
+    last = tokens - layout.after
+    edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
+    bounds = torch.nn.functional.pad(edges, (before, 0), value=0)
+    bounds = torch.nn.functional.pad(bounds, (0, after), value=tokens)
+    whole = torch.full_like(bounds, tokens)
+    whole[0] = 0
+    others = [torch.full_like(indices[..., :1], 0)] * before
+    others += [torch.full_like(indices[..., :1], bounds.shape[0] - 2)] * after
+    listed = torch.cat([*others, indices + before], -1)
+    dense = is_dense[None, :, None]
+    return BlockTable(
+        q_bounds=q_bounds,
+        q_order=q_order,
+        kv_bounds=torch.where(dense, whole, bounds),
+        kv_num_blocks=torch.where(dense, 1, counts + before + after),
+        kv_indices=torch.where(dense[..., None], 0, listed),
+    )

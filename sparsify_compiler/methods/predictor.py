@@ -1,0 +1,216 @@
+"""The low-rank predictor of DSV (arXiv 2502.07590): which keys a query will attend to, from 16 numbers of each.
+
+Per head, with W_q, W_k of shape [D, r], the scores q kᵀ are foretold as (q W_q) (k W_k)ᵀ. The paper projects the
+input of the block; here it is the query and key after their norm and RoPE, per head: fewer numbers, no change to
+the model, and with r = D and identities the prediction is exact.
+
+Learning looks at detached tensors alone and gives its gradients in closed form, so a model's own gradients are the
+same bits with and without it.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.methods.grid import Cube, cube_of_token, middle_of_token
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+COSINE, NORM = 0.95, 0.05
+"""Weights of the two parts of the loss."""
+ROWS = 128
+"""Queries of each head that a profile looks at, at most; it takes the sorts of as many rows of scores."""
+FORMAT = "sparsify-dsv-1"
+
+
+def initial_weights(heads: int, head_dim: int, rank: int) -> Tensor:
+    """[heads, D, r] fp32: one projection for all, so that products are kept on average; the identity at r = D."""
+    if rank == head_dim:
+        return torch.eye(head_dim).repeat(heads, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(head_dim, rank, generator=generator, dtype=torch.float64))
+    return (basis * math.sqrt(head_dim / rank)).float().repeat(heads, 1, 1)
+
+
+def loss_and_gradients(query: Tensor, key: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the predicted rows of scores are from the true ones, and what to change.
+
+    For a row t of true scores and its prediction p: 0.95 (1 - cos(p, t)) + 0.05 (|p| / |t| - 1)².
+
+    Args:
+        query: [B, H, R, D] fp32, sampled queries.
+        key: [B, Hkv, S, D] fp32.
+        weights: [H + Hkv, D, r] fp32, W_q of every query head, then W_k of every key head.
+
+    Returns:
+        loss: [H], mean over batches and rows.
+        gradients: as `weights`, of the sum of `loss`.
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    w_query, w_key = weights.split([heads, kv_heads])
+    low_query, low_key = query @ w_query, key @ w_key
+    wide_key, wide_low_key = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, low_key))
+    true, predicted = query @ wide_key.mT, low_query @ wide_low_key.mT
+    tiny = torch.finfo(true.dtype).tiny
+    true_norm, norm = (t.norm(dim=-1, keepdim=True).clamp(min=tiny) for t in (true, predicted))
+    cosine = (true * predicted).sum(-1, keepdim=True) / (true_norm * norm)
+    excess = norm / true_norm - 1
+    rows = query.shape[0] * query.shape[2]
+    loss = (COSINE * (1 - cosine) + NORM * excess.square()).sum((0, 2, 3)) / rows
+    d_predicted = COSINE * (cosine * predicted / norm - true / true_norm) / norm
+    d_predicted = (d_predicted + 2 * NORM * excess * predicted / (norm * true_norm)) / rows
+    d_low_key = (d_predicted.mT @ low_query).unflatten(1, (kv_heads, -1)).sum(2)
+    gradients = query.mT @ (d_predicted @ wide_low_key), key.mT @ d_low_key
+    return loss, torch.cat([gradient.sum(0) for gradient in gradients])
+
+
+class Profile(NamedTuple):
+    """What sampled queries say of each head: fp32 [H]; and of each candidate group: [groups, H]."""
+
+    critical: Tensor
+    """Mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
+    needed: Tensor
+    """Share of the video's keys with which groups keep `mass` on average, chosen by their proxy's prediction."""
+    overlap: Tensor
+    """Mean share of the proxy's critical keys that are critical for a member of its group."""
+    kept: Tensor
+    """Mean attention mass that groups keep with the shares in use."""
+
+
+def profile(
+    query: Tensor,
+    key: Tensor,
+    key_bias: Tensor | None,
+    weights: Tensor,
+    shares: Tensor,
+    layout: TokenLayout,
+    groups: tuple[Cube, ...],
+    *,
+    mass: float,
+    scale: float,
+    turn: int,
+) -> Profile:
+    """Compare what is predicted with what is true, for some whole groups of queries.
+
+    Args:
+        query, key: [H, S, D] and [Hkv, S, D] fp32, of one batch.
+        key_bias: [H|1, S] fp32, added to the scaled scores, or None.
+        weights: as in `loss_and_gradients`.
+        shares: [H] fp32, of the video's keys, that every group reads now.
+        groups: cubes of queries, each of which divides the first.
+        turn: which groups are looked at: another number, others.
+    """
+    heads, video = query.shape[0], slice(layout.before, layout.tokens - layout.after)
+    tokens = sampled_tokens(layout, groups[0], turn).to(query.device)
+    assert layout.grid is not None
+    proxies = [middle_of_token(layout.grid, group).to(query.device)[tokens] for group in groups]
+    places = [torch.searchsorted(tokens, proxy) for proxy in proxies]
+    found = []
+    for head in range(heads):
+        kv_head = head * key.shape[0] // heads
+        rows = query[head, video][tokens]
+        scores = scale * (rows @ key[kv_head].T)
+        predicted = scale * (rows @ weights[head]) @ (key[kv_head, video] @ weights[heads + kv_head]).T
+        if key_bias is not None:
+            bias = key_bias[head % key_bias.shape[0]]
+            scores, predicted = scores + bias, predicted + bias[video]
+        found.append(_profile_head(scores, predicted, places, video, shares[head], mass))
+    return Profile(*(torch.stack(parts, -1) for parts in zip(*found, strict=True)))
+
+
+def _profile_head(
+    scores: Tensor, predicted: Tensor, places: list[Tensor], video: slice, share: Tensor, mass: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(critical, needed [groups], overlap [groups], kept) from rows of scores [R, S] and predictions [R, V]."""
+    weights = scores.softmax(-1)
+    falling = weights.sort(-1, descending=True).values.cumsum(-1)
+    critical = ((falling < mass).sum(-1) + 1).clamp(max=scores.shape[-1]).float().mean() / scores.shape[-1]
+    of_video = weights[:, video]
+    other_mass = 1 - of_video.sum(-1, keepdim=True)
+    count = of_video.shape[-1]
+    top = (critical * count).ceil().long().clamp(1, count)
+    is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
+    order = predicted.argsort(dim=-1, descending=True, stable=True)
+    needed, overlap, kept = [], [], []
+    for place in places:
+        held = (other_mass + of_video.gather(-1, order[place]).cumsum(-1)).mean(0)
+        needed.append(((held < mass).sum() + 1).clamp(max=count) / count)
+        overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
+        kept.append(held[(share * count).round().long().clamp(1, count) - 1])
+    return critical, torch.stack(needed), torch.stack(overlap), torch.stack(kept)
+
+
+def sampled_tokens(layout: TokenLayout, group: Cube, turn: int) -> Tensor:
+    """[R] int64, rising: the video tokens of evenly spread cubes, 1/16 of all and at most `ROWS`, but one cube."""
+    assert layout.grid is not None
+    number = cube_of_token(layout.grid, group)
+    cubes = int(number.max()) + 1
+    wanted = min(ROWS, layout.video_tokens // 16) // math.prod(group)
+    step = cubes / max(1, wanted)
+    chosen = ((torch.arange(max(1, wanted)) * step).long() + turn) % cubes
+    return torch.isin(number, chosen).nonzero()[:, 0]
+
+
+# ---- The file that a trained predictor is kept in --------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a file says of one site."""
+
+    weights: Tensor
+    """[H + Hkv, D, r] fp32"""
+    shares: Tensor
+    """[H] fp32, of the video's keys, that each head reads; 1 and more: the head is dense."""
+    group: Cube
+
+
+def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
+    """Write safetensors; the groups are in its metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, trained in sites.items():
+        tensors[f"{name}.weights"] = trained.weights.detach().cpu().contiguous()
+        tensors[f"{name}.shares"] = trained.shares.detach().cpu().contiguous()
+    groups = {name: trained.group for name, trained in sites.items()}
+    save_file(tensors, path, metadata={"format": FORMAT, "groups": json.dumps(groups)})
+
+
+def load_predictor(path: Path, site: AttentionSite) -> Trained:
+    """What a file says of a site.
+
+    Raises:
+        OptionError: no such file, not a predictor, or one of another model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise OptionError(
+                    f"predictor must be a file that DSVTrainer.save_predictor wrote, got {path}"
+                )
+            groups = json.loads(metadata["groups"])
+            if site.name not in groups:
+                raise OptionError(
+                    f"predictor {path} knows no attention {site.name!r} but {', '.join(groups)}: it is of another "
+                    "model, or of one that was compiled as a whole"
+                )
+            weights, shares = (file.get_tensor(f"{site.name}.{part}") for part in ("weights", "shares"))
+    except (OSError, SafetensorError) as error:
+        raise OptionError(f"predictor must be a safetensors file, got {path}: {error}") from None
+    if weights.shape[:2] != (site.heads + site.kv_heads, site.head_dim) or shares.shape != (site.heads,):
+        raise OptionError(
+            f"predictor {path} is of another model: for {site.name} it has weights {list(weights.shape)}, must "
+            f"have [{site.heads} + {site.kv_heads} heads, {site.head_dim}, rank]"
+        )
+    first, second, third = groups[site.name]
+    return Trained(weights=weights, shares=shares, group=(first, second, third))

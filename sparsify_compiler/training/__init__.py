@@ -1,0 +1,1 @@
+"""Training: dynamic sparsity in two stages."""

@@ -1,0 +1,109 @@
+"""Below which share of the keys sparse attention pays on this machine: measured once for a shape, then remembered.
+
+Timed are forward and backward, of dense SDPA and of what method `dsv` runs at two densities with its selection, on
+random tokens. Between and beyond the two the cost is taken to grow by the density in a straight line.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.methods.dsv import single_key_table
+from sparsify_compiler.methods.grid import Cube, cut
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+DENSITIES = (1 / 16, 1 / 4)
+HEADS = 2
+"""Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
+REPEATS = 3
+
+
+def break_even(site: AttentionSite, layout: TokenLayout, group: Cube, rank: int, provider: str) -> float:
+    """The share of the video's keys, in [0, 1], below which a group of queries is faster to read them alone.
+
+    The first call for a shape takes a few dense attentions' time.
+    """
+    return _measure(
+        layout.grid or (1, 1, layout.video_tokens),
+        group,
+        rank,
+        min(site.heads, HEADS),
+        site.head_dim,
+        site.dtype,
+        site.device,
+        provider,
+        torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def _measure(
+    grid: Cube,
+    group: Cube,
+    rank: int,
+    heads: int,
+    head_dim: int,
+    dtype: str,
+    device: str,
+    provider: str,
+    threads: int,
+) -> float:
+    generator = torch.Generator().manual_seed(0)
+    tokens = math.prod(grid)
+    shape = (1, heads, tokens, head_dim)
+    inputs = [
+        torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)).requires_grad_()
+        for _ in range(3)
+    ]
+    query, key, value = inputs
+    layout = TokenLayout(tokens=tokens, grid=grid)
+    order, bounds = (t.to(device) for t in cut(grid, group))
+    weights = torch.randn(head_dim, rank, generator=generator).to(device)
+    first = order[0, 0, bounds[0, 0, :-1].long()].long()
+
+    def sparse(density: float) -> Tensor:
+        keys = max(1, round(density * tokens))
+        with torch.no_grad():
+            budget = torch.full((1, heads), keys, dtype=torch.int32, device=device)
+            counts, indices = top_k_keys(
+                query[:, :, first].float() @ weights,
+                key.float() @ weights,
+                budget,
+                width=1 << (keys - 1).bit_length(),
+                provider=provider,
+            )
+            is_dense = torch.zeros(heads, dtype=torch.bool, device=device)
+            table = single_key_table(layout, order, bounds, counts, indices, is_dense)
+        return attention.block_sparse_attention(query, key, value, table, provider=provider)[0]
+
+    dense_time = _time(lambda: scaled_dot_product_attention(query, key, value), inputs)
+    low, high = (_time(functools.partial(sparse, density), inputs) for density in DENSITIES)
+    slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), 1e-9)
+    return min(1.0, max(0.0, DENSITIES[0] + (dense_time - low) / slope))
+
+
+def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
+    """Median seconds of forward and backward."""
+    seconds = []
+    with torch.enable_grad():
+        for _ in range(REPEATS + 1):
+            _synchronise(inputs[0])
+            begin = time.perf_counter()
+            out = forward()
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            _synchronise(inputs[0])
+            seconds.append(time.perf_counter() - begin)
+    return median(seconds[1:])
+
+
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,355 @@
+"""Training with method `dsv`: two stages, after DSV (arXiv 2502.07590).
+
+    model = torch.compile(transformer, backend="sparsify", options={"method": "dsv"})
+    dsv = DSVTrainer(model)
+    for batch in data:
+        loss(model, batch).backward()
+        optimizer.step(); optimizer.zero_grad()
+        dsv.step()
+
+In stage 1 attention is dense, and a low-rank predictor learns at every site from the queries and keys that pass.
+Once its mean loss is below `threshold`, stage 2 begins: every head reads the keys that it is foretold to need, if
+their share lies below the break-even that is measured on this machine, and goes on being profiled, so that it may
+turn dense again. The predictor goes on learning at a lower rate.
+
+Everything is decided by means over all ranks, so all ranks decide alike.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler import _torch
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
+from sparsify_compiler.methods.grid import Cube
+from sparsify_compiler.methods.predictor import Trained, save_predictor
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.state import Learning, share_state
+from sparsify_compiler.training.break_even import break_even
+
+FORMAT = "sparsify-dsv-training-1"
+ENOUGH_OVERLAP = 0.8
+"""Share of the proxy's critical keys that must be critical for its group."""
+KEEP = 0.9
+"""Of a profile, when a new one comes."""
+PARTS = ("weights", "shares", "gradients", "observed")
+"""Learned tensors of a site."""
+
+
+@dataclass(slots=True)
+class Profile:
+    """What is known of a site: running means on the CPU, of heads [H] or, of candidate groups, [groups, H]."""
+
+    critical: Tensor
+    """Share of the keys that hold `mass` of a query's attention."""
+    needed: Tensor
+    """Share of the video's keys with which groups keep `mass`, chosen by prediction."""
+    overlap: Tensor
+    """Share of the proxy's critical keys that are critical for its group."""
+    kept: Tensor
+    """Attention mass kept with the shares in use."""
+
+    def update(self, new: "Profile") -> None:
+        """Move a tenth of the way; `kept` is of the shares in use now, so it is replaced."""
+        for name in ("critical", "needed", "overlap"):
+            setattr(self, name, torch.lerp(getattr(new, name), getattr(self, name), KEEP))
+        self.kept = new.kept
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How training stands after a profile."""
+
+    step: int
+    stage: Literal[1, 2]
+    loss: float
+    """Of the predictor, mean over sites, heads and the steps since the profile before."""
+    critical: float
+    """Mean share of the keys that hold `mass` of the attention; DSV's sparsity is 1 less this."""
+    share: float
+    """Mean share of the video's keys that are read; 1 for a dense head."""
+    kept: float
+    """Mean attention mass that is kept by reading them."""
+    sparse_heads: float
+    """Share of the heads that are sparse."""
+
+
+@dataclass(slots=True, eq=False)
+class _Site:
+    """A site that learns: its plan, its tensors in the state of the model, and what is known of it."""
+
+    plan: AttentionPlan
+    weights: Tensor
+    shares: Tensor
+    gradients: Tensor
+    observed: Tensor
+    profile: Profile | None = None
+    choice: Choice | None = None
+
+    @property
+    def method(self) -> Dsv:
+        """Its options, unsettled."""
+        assert isinstance(self.plan.settings, Dsv)
+        return self.plan.settings
+
+    def take_profile(self, observed: Tensor) -> None:
+        """Take in what was observed since the last time, [rows, H] on the CPU."""
+        count = observed[2].clamp(min=1)
+        groups = len(self.method.groups)
+        needed, overlap, kept = (observed[len(OBSERVED) :] / count).split(groups)
+        new = Profile(observed[3] / count, needed, overlap, kept)
+        if self.profile is None:
+            self.profile = new
+        else:
+            self.profile.update(new)
+
+    def choose(self, even: Callable[[Cube], float]) -> None:
+        """Settle group and shares by the profile; `even` gives the break-even share of a group.
+
+        Groups only get smaller: a change of group is a new program.
+        """
+        assert self.profile is not None
+        method, video = self.method, self.plan.layout.video_tokens
+        candidates = list(method.groups)
+        first = 0 if self.choice is None else candidates.index(self.choice.group)
+        overlaps = self.profile.overlap.mean(-1).tolist()
+        enough = (i for i in range(first, len(candidates)) if overlaps[i] >= ENOUGH_OVERLAP)
+        place = next(enough, len(candidates) - 1)
+        if method.kv_budget is None:
+            needed = self.profile.needed[place]
+            shares = torch.where(needed < even(candidates[place]), needed, torch.ones_like(needed))
+        else:
+            budget = method.kv_budget
+            share = budget / video if isinstance(budget, int) else budget
+            shares = torch.full_like(self.profile.needed[place], share)
+        sparse = shares[shares < 1]
+        most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
+        self.shares.copy_(shares)
+        self.choice = Choice(candidates[place], most)
+
+
+class DSVTrainer:
+    """Takes care of predictors, profiles and stages while a plain PyTorch loop trains the model."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        *,
+        learning_rate: float = 1e-3,
+        late_rate: float = 0.1,
+        threshold: float = 0.01,
+        profile_every: tuple[int, int] = (25, 100),
+        early_steps: int = 1000,
+        break_even: float | None = None,
+    ) -> None:
+        """Args:
+            model: what torch.compile was given, or what it gave back.
+            learning_rate: of the predictor's AdamW; the paper takes the model's own.
+            late_rate: factor on it in stage 2.
+            threshold: mean loss of the predictor at which stage 2 begins.
+            profile_every: steps between profiles, in the first `early_steps` and later.
+            break_even: share of the keys below which a head turns sparse; measured on this machine if None.
+
+        Raises:
+            SparsifyError: the model is no module; numbers that make no sense.
+        """
+        module = _torch.uncompiled(model)
+        if not isinstance(module, nn.Module):
+            raise SparsifyError(f"DSVTrainer needs a module, got {type(module).__name__}")
+        numbers = {"learning_rate": learning_rate, "late_rate": late_rate, "threshold": threshold}
+        for name, number in numbers.items():
+            if not number > 0:
+                raise SparsifyError(f"{name} must be above 0, got {number!r}")
+        if len(profile_every) != 2 or min(profile_every) < 1:
+            raise SparsifyError(f"profile_every must be two numbers of steps, got {profile_every!r}")
+        if break_even is not None and not 0 <= break_even <= 1:
+            raise SparsifyError(f"break_even must be a share in [0, 1], got {break_even!r}")
+        self.learning_rate, self.late_rate, self.threshold = learning_rate, late_rate, threshold
+        self.profile_every, self.early_steps = profile_every, early_steps
+        self.break_even = break_even
+        self.steps = 0
+        self.progress: Progress | None = None
+        """Of the last profile."""
+        self._state = share_state(module.parameters())
+        self._learning = self._state.learning = Learning()
+        self._sites: dict[str, _Site] = {}
+        self._optimizer: torch.optim.AdamW | None = None
+        self._loaded: Mapping[str, Any] | None = None
+
+    @property
+    def stage(self) -> Literal[1, 2]:
+        """1: dense, the predictor learns. 2: sparse."""
+        return 2 if self._learning.sparse else 1
+
+    def step(self) -> Progress | None:
+        """Call after every step of the optimizer. Returns how training stands, where this step was profiled.
+
+        Raises:
+            SparsifyError: no attention of the model learns, or what was loaded is of another model.
+        """
+        self._find_sites()
+        signal = self._state.learned["signal"]
+        learnt, profiled, _ = signal.tolist()
+        if learnt:
+            self._learn()
+        self.steps += 1
+        self.progress = self._look() if profiled else self.progress
+        signal.copy_(torch.tensor([1, self._is_profiled(self.steps), self.steps]))
+        return self.progress if profiled else None
+
+    def save_predictor(self, path: str | Path) -> None:
+        """Write what `options={"method": "dsv", "predictor": path}` needs for inference, as safetensors.
+
+        Raises:
+            SparsifyError: stage 2 has not begun.
+        """
+        trained = {
+            name: Trained(weights=site.weights, shares=site.shares, group=site.choice.group)
+            for name, site in self._sites.items()
+            if site.choice is not None
+        }
+        if self.stage == 1 or not trained:
+            raise SparsifyError("there is no predictor to save before stage 2: every head is dense so far")
+        save_predictor(Path(path), trained)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything from which training goes on exactly, as `torch.save` takes it."""
+        return {
+            "format": FORMAT,
+            "world_size": _world_size(),
+            "steps": self.steps,
+            "sparse": self._learning.sparse,
+            "learned": {name: tensor.clone() for name, tensor in self._state.learned.items()},
+            "profiles": {name: site.profile and asdict(site.profile) for name, site in self._sites.items()},
+            "choices": {name: tuple(site.choice) for name, site in self._sites.items() if site.choice},
+            "optimizer": self._optimizer and self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, before the first call of the model or after.
+
+        Raises:
+            SparsifyError: not such a state, or of another number of ranks. That it is of another model may show
+                only when the model is called, or at the next `step`.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise SparsifyError("state must be what DSVTrainer.state_dict returned, got something else")
+        if state["world_size"] != _world_size():
+            raise SparsifyError(
+                f"the state is of {state['world_size']} ranks, this run has {_world_size()}: resume on as many"
+            )
+        self.steps, self._learning.sparse = state["steps"], state["sparse"]
+        self._learning.choices = {name: Choice(*choice) for name, choice in state["choices"].items()}
+        self._state.learned = {name: tensor.clone() for name, tensor in state["learned"].items()}
+        self._sites, self._optimizer, self._loaded = {}, None, state
+
+    def _find_sites(self) -> None:
+        """Take notice of the sites that programs have called."""
+        plans = {name: plan for name, (plan, _) in self._state.sites.items()}
+        if not plans:
+            raise SparsifyError(
+                "no attention of this model learns yet: call the model in training mode, compiled with "
+                "backend='sparsify' and options={'method': 'dsv'}, before DSVTrainer.step(); "
+                "sparsify_compiler.explain(model, ...) says why a site stays dense"
+            )
+        loaded = self._loaded
+        if loaded is not None and set(loaded["profiles"]) != set(plans):
+            raise SparsifyError(
+                f"the state is of another model: it has {len(loaded['profiles'])} sites "
+                f"({', '.join(loaded['profiles'])}), this model has {len(plans)} ({', '.join(plans)})"
+            )
+        for name, plan in plans.items():
+            if name in self._sites:
+                self._sites[name].plan = plan
+                continue
+            parts = {part: self._state.learned[f"{name}.{part}"] for part in PARTS}
+            site = _Site(plan, **parts, choice=self._learning.choices.get(name))  # type: ignore[arg-type]
+            if loaded is not None and loaded["profiles"][name] is not None:
+                site.profile = Profile(**loaded["profiles"][name])
+            self._sites[name] = site
+            self._optimizer = None
+        if self._optimizer is None:
+            weights = [site.weights for site in self._sites.values()]
+            self._optimizer = torch.optim.AdamW(weights, lr=self.learning_rate, weight_decay=0.0)
+            if loaded is not None and loaded["optimizer"] is not None:
+                self._optimizer.load_state_dict(loaded["optimizer"])
+        self._loaded = None
+
+    def _learn(self) -> None:
+        """A step of the predictors."""
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * (self.late_rate if self._learning.sparse else 1.0)
+        for site in self._sites.values():
+            site.weights.grad = _mean(site.gradients)
+        self._optimizer.step()
+        for site in self._sites.values():
+            site.weights.grad = None
+            site.gradients.zero_()
+
+    def _look(self) -> Progress:
+        """Read what was observed since the last time, and decide by it."""
+        losses = []
+        for site in self._sites.values():
+            observed = _mean(site.observed).cpu()
+            losses.append((observed[1] / observed[0].clamp(min=1)).mean())
+            site.take_profile(observed)
+            site.observed.zero_()
+        loss = float(torch.stack(losses).mean())
+        if self._learning.sparse or loss < self.threshold:
+            for name, site in self._sites.items():
+                site.choose(partial(self._even, site))
+                assert site.choice is not None
+                self._learning.choices[name] = site.choice
+            self._learning.sparse = True
+        return self._report(loss)
+
+    def _report(self, loss: float) -> Progress:
+        profiles = [site.profile for site in self._sites.values() if site.profile is not None]
+        shares = torch.cat([site.shares.cpu() for site in self._sites.values()])
+        kept = []
+        for site in self._sites.values():
+            place = 0 if site.choice is None else site.method.groups.index(site.choice.group)
+            assert site.profile is not None
+            kept.append(torch.where(site.shares.cpu() < 1, site.profile.kept[place], 1.0))
+        return Progress(
+            step=self.steps,
+            stage=self.stage,
+            loss=loss,
+            critical=float(torch.cat([profile.critical for profile in profiles]).mean()),
+            share=float(shares.mean()),
+            kept=float(torch.cat(kept).mean()),
+            sparse_heads=float((shares < 1).float().mean()),
+        )
+
+    def _is_profiled(self, step: int) -> bool:
+        early, late = self.profile_every
+        return step % (early if step < self.early_steps else late) == 0
+
+    def _even(self, site: _Site, group: Cube) -> float:
+        """The break-even of a group, the same on all ranks."""
+        if self.break_even is not None:
+            return self.break_even
+        plan = site.plan
+        measured = break_even(plan.site, plan.layout, group, site.method.rank, plan.provider)
+        return float(_mean(torch.tensor(measured)))
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    """The mean over all ranks."""
+    if _world_size() == 1:
+        return tensor.clone()
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / _world_size()
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -1,0 +1,330 @@
+"""Two-stage training: what the model computes, when it turns sparse, that it resumes exactly, that ranks agree."""
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler
+from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
+from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
+from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.state import state_of
+from sparsify_compiler.testing.models import CASES, GRID, Inputs
+from sparsify_compiler.testing.strategies import site_of
+from sparsify_compiler.training.dsv import Profile, _Site
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
+]
+OPTIONS = {"method": "dsv", "rank": 8, "inner_backend": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    """And one thread: two of a busy machine's wait for each other in every one of these many small operations."""
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def made(family: str = "wan", batch: int = 1) -> tuple[nn.Module, Inputs]:
+    torch.manual_seed(0)
+    model, inputs = CASES[family].make(GRID, batch)
+    return model.train(), inputs
+
+
+def step(model: Callable[..., Any], inputs: Inputs) -> Tensor:
+    """The loss of a call, after its backward pass."""
+    out = model(**inputs, return_dict=False)[0]
+    loss = out.square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_learning_leaves_the_models_gradients_alone_bit_for_bit(inner: str) -> None:
+    model, inputs = made()
+    dense = torch.compile(model, backend="sparsify", options={"method": "dense", "inner_backend": inner})
+    step(dense, inputs)
+    expected = gradients(model)
+    assert expected
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": inner})
+    dsv = DSVTrainer(fast)
+    for _ in range(2):  # the second call learns
+        step(fast, inputs)
+        found = gradients(model)
+        dsv.step()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_predictor_learns_and_stage_2_begins_by_its_loss():
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS, fullgraph=True)
+    dsv = DSVTrainer(fast, learning_rate=3e-3, threshold=1e-9, profile_every=(4, 4), break_even=1.0)
+    losses: list[float] = []
+    for _ in range(80):
+        step(fast, inputs)
+        model.zero_grad()
+        if (progress := dsv.step()) is None:
+            continue
+        losses.append(progress.loss)
+        assert (progress.stage == 2) == (progress.loss < dsv.threshold)
+        if progress.stage == 2:
+            break
+        dsv.threshold = 0.8 * losses[0]
+    assert dsv.stage == 2, f"its loss never fell by a fifth: {losses}"
+    assert progress is not None
+    assert progress.sparse_heads > 0
+    shares = [state_of(next(model.parameters())).learned[f"blocks.{i}.attn1.shares"] for i in range(2)]
+    assert ((torch.cat(shares) > 0) & (torch.cat(shares) <= 1)).all()
+
+
+def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(tmp_path: Path) -> None:
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
+    for _ in range(4):
+        step(fast, inputs)
+        dsv.step()
+    assert dsv.stage == 2
+    trained = fast(**inputs, return_dict=False)[0].detach()
+    with torch.no_grad():
+        evaluated = fast(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(evaluated, trained, atol=1e-5, rtol=0)
+    path = tmp_path / "predictor.safetensors"
+    dsv.save_predictor(path)
+    other = CASES["wan"].make(GRID, 1)[0]
+    other.load_state_dict(model.state_dict())
+    options = {"method": "dsv", "predictor": str(path), "inner_backend": "eager"}
+    loaded = torch.compile(other.eval(), backend="sparsify", options=options)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs, return_dict=False)[0], trained, atol=1e-5, rtol=0)
+    density = sparsify_compiler.stats(other).density
+    assert 0 < density < 1
+    eager = other(**inputs, return_dict=False)[0]
+    assert (eager - trained).abs().max() > 1e-4, "sparse is not dense"
+
+
+@pytest.mark.parametrize("family", ["hunyuan_video", "cogvideox", "allegro"])
+def test_joint_attention_and_masks(family: str) -> None:
+    """Text before, text and padding after, hidden keys: at K = all it is eager; below, gradients are finite."""
+    model, inputs = made(family, batch=2)
+    with torch.no_grad():
+        eager = model(**inputs, return_dict=False)[0]
+    whole = torch.compile(
+        model, backend="sparsify", options=OPTIONS | {"kv_budget": 315, "query_group": (2, 2, 2)}
+    )
+    dsv = DSVTrainer(whole, threshold=10.0, profile_every=(1, 1), break_even=1.0)
+    for _ in range(3):
+        step(whole, inputs)
+        model.zero_grad()
+        dsv.step()
+    assert dsv.stage == 2
+    torch.testing.assert_close(whole(**inputs, return_dict=False)[0], eager, atol=2e-5, rtol=0)
+    model, inputs = made(family, batch=2)
+    fewer = torch.compile(model, backend="sparsify", options=OPTIONS | {"kv_budget": 40})
+    dsv = DSVTrainer(fewer, threshold=10.0, profile_every=(1, 1), break_even=1.0)
+    for _ in range(3):
+        step(fewer, inputs)
+        found = gradients(model)
+        dsv.step()
+    assert all(grad.isfinite().all() for grad in found.values())
+    assert (fewer(**inputs, return_dict=False)[0] - eager).abs().max() > 1e-4
+
+
+def run(steps: int, resume: dict[str, Any] | None = None) -> tuple[list[float], dict[str, Any]]:
+    """Losses of a training, and what it needs to go on; through the switch of stages at its second profile."""
+    torch._dynamo.reset()
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(3, 3), break_even=1.0, learning_rate=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if resume is not None:
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        dsv.load_state_dict(resume["dsv"])
+    losses = []
+    for _ in range(steps):
+        losses.append(float(step(fast, inputs)))
+        optimizer.step()
+        optimizer.zero_grad()
+        dsv.step()
+    parts = {"model": model, "optimizer": optimizer, "dsv": dsv}
+    return losses, {name: part.state_dict() for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+def test_resumes_exactly(cut: int, tmp_path: Path) -> None:
+    """Before and after the switch of stages, through a file."""
+    straight, end = run(9)
+    first, state = run(cut)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    rest, again = run(9 - cut, torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    assert first + rest == straight
+    assert end["dsv"]["sparse"]
+    for name, tensor in end["dsv"]["learned"].items():
+        assert torch.equal(tensor, again["dsv"]["learned"][name]), name
+
+
+def test_states_of_others_are_refused():
+    _, state = run(4)
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast)
+    with pytest.raises(SparsifyError, match=r"state must be what DSVTrainer\.state_dict returned"):
+        dsv.load_state_dict({"weights": 3})
+    with pytest.raises(SparsifyError, match="the state is of 4 ranks, this run has 1"):
+        dsv.load_state_dict(state["dsv"] | {"world_size": 4})
+    profiles = dict(list(state["dsv"]["profiles"].items())[:1])
+    dsv.load_state_dict(state["dsv"] | {"profiles": profiles})
+    step(fast, inputs)
+    with pytest.raises(
+        SparsifyError, match=r"the state is of another model: it has 1 sites .* this model has 2"
+    ):
+        dsv.step()
+    learned = {name: tensor[..., :1] for name, tensor in state["dsv"]["learned"].items()}
+    dsv.load_state_dict(state["dsv"] | {"learned": learned})
+    with pytest.raises(SparsifyError, match="what was learnt is of another model, or with other options"):
+        step(fast, inputs)
+
+
+def test_wrong_use_is_told():
+    model, inputs = made()
+    with pytest.raises(SparsifyError, match="DSVTrainer needs a module"):
+        DSVTrainer(lambda x: x)
+    for wrong in ({"threshold": 0}, {"learning_rate": -1.0}, {"profile_every": (0, 5)}, {"break_even": 2.0}):
+        with pytest.raises(SparsifyError, match=next(iter(wrong))):
+            DSVTrainer(model, **wrong)
+    dsv = DSVTrainer(model)
+    with pytest.raises(SparsifyError, match="no attention of this model learns yet"):
+        dsv.step()
+    with pytest.raises(SparsifyError, match="no predictor to save before stage 2"):
+        dsv.save_predictor("nowhere.safetensors")
+    for options, message in (
+        ({"rank": 17}, "rank must be at most the head dim 16, got 17"),
+        ({"kv_budget": 316}, "kv_budget must be at most the 315 tokens"),
+        ({"far_field": "linear"}, "unknown far_field 'linear': must be one of drop"),
+        ({"predictor": "nowhere"}, "predictor must be a safetensors file"),
+    ):
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="sparsify", options=OPTIONS | options)
+        with pytest.raises(OptionError, match=message):
+            fast(**inputs)
+
+
+def test_without_a_trainer_it_stays_dense():
+    model, inputs = made()
+    fast = torch.compile(model.eval(), backend="sparsify", options=OPTIONS)
+    with torch.no_grad():
+        assert torch.equal(fast(**inputs, return_dict=False)[0], model(**inputs, return_dict=False)[0])
+
+
+def a_site(shares: int = 2, **options: Any) -> _Site:
+    layout = TokenLayout(tokens=400, grid=(4, 10, 10))
+    site = site_of(torch.empty(1, shares, 400, 16))
+    plan = AttentionPlan(
+        site=site, layout=layout, method="dsv", settings=Dsv(**options), provider="cpu", reason=""
+    )
+    empty = torch.zeros(0)
+    return _Site(plan, empty, torch.ones(shares), empty, empty)
+
+
+def a_profile(needed: list[float], overlaps: list[float]) -> Profile:
+    return Profile(
+        torch.tensor(needed),
+        torch.tensor(needed).expand(len(overlaps), -1),
+        torch.tensor(overlaps)[:, None].expand(-1, len(needed)),
+        torch.ones(len(overlaps), len(needed)),
+    )
+
+
+def test_heads_turn_sparse_below_the_break_even_and_back():
+    site = a_site()
+    site.profile = a_profile([0.1, 0.5], [0.9, 0.9, 0.9, 1.0])
+    site.choose(lambda group: 0.4)
+    assert site.choice == Choice(GROUPS[0], 0.125)
+    torch.testing.assert_close(site.shares, torch.tensor([0.1, 1.0]))
+    site.profile = a_profile([0.45, 0.3], [0.9, 0.9, 0.9, 1.0])
+    site.choose(lambda group: 0.4)
+    assert site.choice == Choice(GROUPS[0], 0.5)
+    torch.testing.assert_close(site.shares, torch.tensor([1.0, 0.3]))
+
+
+def test_groups_shrink_until_they_overlap_and_do_not_grow():
+    site = a_site()
+    site.profile = a_profile([0.1, 0.1], [0.5, 0.81, 0.9, 1.0])
+    site.choose(lambda group: 1.0)
+    assert site.choice is not None
+    assert site.choice.group == GROUPS[1]
+    site.profile = a_profile([0.1, 0.1], [0.95, 0.7, 0.75, 1.0])
+    site.choose(lambda group: 1.0)
+    assert site.choice.group == GROUPS[3]
+    site.profile = a_profile([0.1, 0.1], [0.95, 0.95, 0.95, 1.0])
+    site.choose(lambda group: 1.0)
+    assert site.choice.group == GROUPS[3]
+
+
+def test_a_profile_moves_a_tenth_of_the_way():
+    profile = a_profile([0.5], [0.6])
+    profile.update(a_profile([0.1], [0.9]))
+    assert float(profile.critical) == pytest.approx(0.46)
+    assert float(profile.overlap) == pytest.approx(0.63)
+
+
+def test_a_fixed_budget_is_read_whatever_the_profile_says():
+    site = a_site(kv_budget=100)
+    site.profile = a_profile([0.9, 0.01], [0.9, 0.9, 0.9, 1.0])
+    site.choose(lambda group: 0.0)
+    assert site.shares.tolist() == [0.25, 0.25]
+
+
+def _train_on_a_rank(rank: int, port: int, out: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    model, inputs = made()
+    torch.manual_seed(rank)
+    inputs = {name: torch.randn_like(x) if x.is_floating_point() else x for name, x in inputs.items()}
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2))
+    for _ in range(5):
+        step(fast, inputs)
+        model.zero_grad()
+        dsv.step()
+    torch.save(dsv.state_dict(), f"{out}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_decide_alike(tmp_path: Path) -> None:
+    """Different data and a measured break-even; predictors, shares, groups and stage are the same bits."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        _train_on_a_rank, (port, str(tmp_path)), nprocs=2, start_method="spawn"
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["sparse"]
+    assert second["sparse"]
+    assert first["choices"] == second["choices"]
+    for name, tensor in first["learned"].items():
+        if name.endswith(("weights", "shares")):
+            assert torch.equal(tensor, second["learned"][name]), name
