@@ -11,10 +11,12 @@ from torch import Tensor
 from triton_cases import DEVICE, table_of
 
 from sparsify_compiler.kernels import block_sparse_attention
+from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.reference import attention as reference
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.backward import backward
+from sparsify_compiler.kernels.triton.backward import backward, readers
 from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
+from sparsify_compiler.kernels.triton.launcher import Launch
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.oracles import assert_gradients_close_to_float64
 from sparsify_compiler.testing.strategies import qkv, tables
@@ -72,7 +74,7 @@ def single_tokens(keys: int) -> BlockTable:
     return table_of(blocks.tolist(), [10, 0, 35, 5], [1] * keys, kv_order=order)
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_table(data):
     heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 2), (2, 1)]))
@@ -89,6 +91,22 @@ def test_any_table(data):
     tiles = st.sampled_from([SMALL, Config(16, 32, 16, 4, 2), Config(64, 16, 64, 4, 2)])
     keys, group = data.draw(st.one_of(st.none(), tiles)), data.draw(st.sampled_from([1, configs.WORD]))
     check(q, k, v, table, BackwardConfig(data.draw(tiles), keys, group), bias=bias)
+
+
+@WAYS
+def test_a_table_for_each_head(way):
+    """Grouped query heads, orders on both sides, other blocks and lists for every batch and head, a bias for each
+    batch; some rows read no block and some blocks are empty."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [torch.tensor([7, 0, 13, 1]), torch.tensor([20, 3, 0, 1, 2])]
+    sizes = [torch.stack([t.roll(i) for i in range(4)]).unflatten(0, (2, 2)) for t in sizes]
+    orders = [torch.rand(2, 2, n, generator=generator).argsort(-1).int() for n in (21, 26)]
+    blocks = torch.rand(2, 2, 4, 5, generator=generator) < 0.5
+    blocks[0, 1], blocks[1, 0, 2] = True, False
+    table = BlockTable.from_block_mask(blocks, *sizes, q_order=orders[0], kv_order=orders[1]).to(DEVICE)
+    bias = torch.randn(2, 1, 26, generator=generator)
+    bias[0, :, :5] = -torch.inf
+    check(*qkv(2, 2, 1, 21, 26, 16, 24, torch.float32, device=DEVICE), table, way, bias=bias.to(DEVICE))
 
 
 @WAYS
@@ -118,6 +136,21 @@ def test_key_blocks_of_one_token(way):
     for gradient in (dk, dv):
         assert not gradient.masked_select(~is_read).any()
         assert gradient.masked_select(is_read).all()
+
+
+def test_the_transpose_of_a_table():
+    """More listed blocks than are looked at at a time, what lies beyond a row's count, a row for each head."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(1, 2, 3, 300, generator=generator) < torch.tensor([0.9, 0.1, 0.5])[:, None]
+    sizes = torch.full((1, 2, 3), 5), torch.ones(1, 2, 300, dtype=torch.long)
+    table = BlockTable.from_block_mask(blocks, *sizes).to(DEVICE)
+    beyond = torch.arange(table.kv_indices.shape[-1], device=DEVICE) >= table.kv_num_blocks[..., None]
+    table.kv_indices[beyond] = 299
+    words = readers(table)
+    block = torch.arange(300, device=DEVICE)
+    found = words[:, :, block // configs.WORD] >> (block % configs.WORD)[:, None] & 1
+    assert torch.equal(found.mT.bool().cpu(), blocks)
+    assert not (words[:, :, -1] >> 300 % configs.WORD).any()
 
 
 @WAYS
@@ -198,9 +231,20 @@ def test_no_tokens(q_tokens, kv_tokens, way):
 
 @pytest.mark.parametrize("way", [BY_BLOCK, GROUPED], ids=["by block", "grouped"])
 def test_without_atomics_every_run_gives_the_same_bits(way):
-    tensors, table = qkv(1, 2, 1, 50, 20, 16, 16, torch.bfloat16, device=DEVICE), single_tokens(20)
+    tensors, table = qkv(1, 2, 1, 50, 8, 16, 16, torch.bfloat16, device=DEVICE), single_tokens(8)
     runs = [gradients(*tensors, table, None, 0.3, way)[1] for _ in range(3 if DEVICE == "cuda" else 2)]
     assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
+
+
+@WAYS
+def test_nothing_is_read_back_from_the_device(way, monkeypatch):
+    """Tensors on meta have no values to read."""
+    monkeypatch.setattr(Launch, "__call__", lambda self: None)
+    q, k, v = (t.to("meta") for t in qkv(1, 2, 1, 50, 40, 16, 24, torch.bfloat16))
+    out, lse = empty_outputs(q, v)
+    found = backward(out, lse, out, lse, q, k, v, single_tokens(40).to("meta"), None, 0.3, way)
+    for gradient, tensor in zip(found, (q, k, v), strict=True):
+        assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype)
 
 
 @pytest.mark.parametrize(
