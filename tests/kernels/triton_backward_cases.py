@@ -99,14 +99,14 @@ def test_a_table_for_each_head(way):
     batch; some rows read no block and some blocks are empty."""
     generator = torch.Generator().manual_seed(0)
     sizes = [torch.tensor([7, 0, 13, 1]), torch.tensor([20, 3, 0, 1, 2])]
-    sizes = [torch.stack([t.roll(i) for i in range(4)]).unflatten(0, (2, 2)) for t in sizes]
-    orders = [torch.rand(2, 2, n, generator=generator).argsort(-1).int() for n in (21, 26)]
-    blocks = torch.rand(2, 2, 4, 5, generator=generator) < 0.5
+    sizes = [torch.stack([t.roll(i) for i in range(8)]).unflatten(0, (2, 4)) for t in sizes]
+    orders = [torch.rand(2, 4, n, generator=generator).argsort(-1).int() for n in (21, 26)]
+    blocks = torch.rand(2, 4, 4, 5, generator=generator) < 0.5
     blocks[0, 1], blocks[1, 0, 2] = True, False
     table = BlockTable.from_block_mask(blocks, *sizes, q_order=orders[0], kv_order=orders[1]).to(DEVICE)
     bias = torch.randn(2, 1, 26, generator=generator)
     bias[0, :, :5] = -torch.inf
-    check(*qkv(2, 2, 1, 21, 26, 16, 24, torch.float32, device=DEVICE), table, way, bias=bias.to(DEVICE))
+    check(*qkv(2, 4, 2, 21, 26, 16, 24, torch.float32, device=DEVICE), table, way, bias=bias.to(DEVICE))
 
 
 @WAYS

@@ -79,20 +79,21 @@ SINGLE = {
 INTERPRETED = Config(32, 32, 16, 4, 1)
 
 # (compute capability, widest head dim): tiles of `queries_kernel` for long blocks and for short ones, tiles of
-# `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, but for
-# 24 bytes at 256 on 8.0, and 16 where ptxas takes 128 registers to run twice on a multiprocessor.
+# `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, with
+# orders and a key bias or without, but for 8 bytes without at (80, 64) and (80, 128) in Triton 3.6.
 _LONG, _SHORT = Config(128, 64, 32, 8, 2), Config(64, 32, 256, 8, 2)
 _LONG_KEYS, _SHORT_KEYS = Config(64, 64, 32, 8, 2), Config(32, 64, 256, 8, 2)
 _WIDE, _SHORT_WIDE = Config(32, 32, 32, 8, 2), Config(32, 32, 256, 8, 2)
 BACKWARD_HALF = {
     (80, 64): ((Config(128, 32, 32, 8, 2), _SHORT), (Config(32, 128, 32, 8, 2), _SHORT_KEYS)),
     (90, 64): ((_LONG, _SHORT), (Config(64, 128, 32, 8, 2), _SHORT_KEYS)),
-    (100, 64): ((_LONG, _SHORT), (Config(64, 128, 32, 8, 2), _SHORT_KEYS)),
+    (100, 64): ((_LONG, Config(64, 32, 256, 4, 2)), (Config(64, 128, 32, 8, 2), _SHORT_KEYS)),
     **{(arch, 128): ((_LONG, _SHORT), (_LONG_KEYS, _SHORT_KEYS)) for arch in (80, 90, 100)},
     **{(arch, 256): ((_WIDE, _SHORT_WIDE), (_WIDE, _SHORT_WIDE)) for arch in (80, 90, 100)},
 }
 
-# Widest head dim: tiles of both kernels for blocks of any size. fp32.
+# Widest head dim: tiles of both kernels for blocks of any size. fp32. At most 24 bytes are spilled: at 256 on 8.0,
+# and with atomics at 64 on 9.0.
 BACKWARD_SINGLE = {
     64: Config(32, 32, 128, 4, 2),
     128: Config(16, 32, 128, 8, 2),
