@@ -23,11 +23,12 @@ from sparsify_compiler.table import BlockTable
 
 BATCH, HEADS, TOKENS = 2, 8, 32768
 
+# Short blocks are cut up at 64 as at 128 but on 10.0, and take half the registers.
 HALF = [
     pytest.param(way, arch, width, torch.bfloat16, id=f"{way}-sm_{arch}-D{width}")
     for arch, width in BACKWARD_HALF
     for way in ("queries", "scattered", "by block", "grouped")
-    if width < 256
+    if width == 128 or (width == 64 and (arch == 100 or way in ("queries", "by block")))
 ]
 OTHERS = [
     *(

@@ -74,7 +74,7 @@ def single_tokens(keys: int) -> BlockTable:
     return table_of(blocks.tolist(), [10, 0, 35, 5], [1] * keys, kv_order=order)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_table(data):
     heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 2), (2, 1)]))
