@@ -147,6 +147,11 @@ def _backward_fake(
     value: Tensor,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(query, key, value)
+
+
+def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of the op, contiguous: every provider returns exactly this layout."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 

@@ -36,9 +36,22 @@ def masked_attention(
 
     A row that sees no key comes out as 0 with lse -inf. `mask` broadcasts to [B, H, Sq, Sk].
     """
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    weights, lse = _masked_weights(query, key, mask, key_bias=key_bias, scale=scale, dtype=dtype)
+    return weights @ value.to(dtype).repeat_interleave(query.shape[1] // value.shape[1], 1), lse
+
+
+def _masked_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """(weights [B,H,Sq,Sk], lse [B,H,Sq]) of `masked_attention`."""
+    q, k = query.to(dtype), key.to(dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None, :]
@@ -48,7 +61,7 @@ def masked_attention(
     scores = scores.masked_fill(blind[..., None], 0.0)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().masked_fill(blind[..., None], 0.0)
-    return weights.to(dtype) @ v, lse.masked_fill(blind, -torch.inf)
+    return weights.to(dtype), lse.masked_fill(blind, -torch.inf)
 
 
 def far_field_attention(
@@ -182,16 +195,50 @@ def assert_gradients_close_to_float64(
 ) -> None:
     """Gradients of query, key and value equal those of float64 attention as closely as autograd's do in the
     inputs' dtype. A row that sees no key has none."""
+    sizes = _sizes_of_gradients(
+        grad_out.double(), grad_lse.double(), query, key, value, mask, key_bias=key_bias, scale=scale
+    )
     expected = []
     for dtype in (torch.float64, query.dtype):
         q, k, v = (t.detach().to(dtype).requires_grad_() for t in (query, key, value))
         outputs = masked_attention(q, k, v, mask, key_bias=key_bias, scale=scale, dtype=dtype)
         expected.append(torch.autograd.grad(outputs, (q, k, v), (grad_out.to(dtype), grad_lse.to(dtype))))
-    for got, exact, eager in zip(gradients, *expected, strict=True):
-        _assert_within(got, exact, eager, FLOOR[query.dtype])
+    for got, exact, eager, size in zip(gradients, *expected, sizes, strict=True):
+        _assert_within(got, exact, eager, FLOOR[query.dtype], size)
 
 
-def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> None:
+def _sizes_of_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None,
+    scale: float | None,
+) -> list[float]:
+    """The largest sum of magnitudes that a gradient of query, key or value is a sum of: to these rounding is
+    relative, not to what is left when they cancel, as weights x grad_out . value and weights x delta do."""
+    q, k, v = query.detach().double(), key.detach().double(), value.detach().double()
+    group = q.shape[1] // k.shape[1]
+    v = v.repeat_interleave(group, 1)
+    weights, _ = _masked_weights(q, k, mask, key_bias=key_bias, scale=scale)
+    delta = (grad_out * (weights @ v)).sum(-1, keepdim=True) - grad_lse[..., None]
+    terms = weights * ((grad_out @ v.mT).abs() + delta.abs())
+    terms *= q.shape[-1] ** -0.5 if scale is None else scale
+    sums = (
+        terms @ k.repeat_interleave(group, 1).abs(),
+        (terms.mT @ q.abs()).unflatten(1, (-1, group)).sum(2),
+        (weights.mT @ grad_out.abs()).unflatten(1, (-1, group)).sum(2),
+    )
+    return [s.max().item() for s in sums]
+
+
+def _assert_within(
+    got: Tensor, exact: Tensor, eager: Tensor, floor: float, size: float | None = None
+) -> None:
+    """`floor` is relative to `size`, or to the largest element of `exact`."""
     assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(got.isfinite(), finite), "finite where it must not be, or the reverse"
@@ -202,7 +249,8 @@ def _assert_within(got: Tensor, exact: Tensor, eager: Tensor, floor: float) -> N
         return
     error = (got64 - exact)[finite].abs().max().item()
     allowed = (eager.double() - exact)[finite].abs()
-    bound = SLACK * allowed[allowed.isfinite()].max().item() + floor * (1 + exact[finite].abs().max().item())
+    size = exact[finite].abs().max().item() if size is None else size
+    bound = SLACK * allowed[allowed.isfinite()].max().item() + floor * (1 + size)
     assert error <= bound, f"error {error:.3e} above the bound {bound:.3e}"
 
 

@@ -1,26 +1,20 @@
 """Provider `cpu` against float64 dense attention under `table.mask()`, kernel and packed SDPA alike."""
 
-import ctypes
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cpu_problems import DTYPES, HEAD_DIMS, full_table, problems, symbol_without_amx, uniform_table
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsify_compiler.kernels import block_sparse_attention, cpu
+from sparsify_compiler.kernels import cpu
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.cpu import attention, library
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
-from sparsify_compiler.testing.strategies import qkv, tables
-
-DTYPES = library.DTYPES
-HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
-CPUINFO = Path("/proc/cpuinfo")
+from sparsify_compiler.testing.strategies import qkv
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,20 +27,6 @@ def poisoned_outputs():
         yield
 
 
-@pytest.fixture(scope="module")
-def kernel_without_amx():
-    """The kernel as built for a CPU that lacks AMX."""
-    if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
-        pytest.skip("every build is without AMX on this CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "_FLAGS", [*library._FLAGS, "-mno-amx-tile"])
-        built, _ = library._build(library.build_info().compiler)
-    assert built != library.build_info().library
-    kernel = ctypes.CDLL(str(built)).sparsify_attention
-    kernel.argtypes, kernel.restype = [ctypes.POINTER(attention._Problem)], None
-    return kernel
-
-
 @pytest.fixture(params=["kernel", "kernel without AMX", "packed"])
 def forward(request, monkeypatch):
     """All ways to compute."""
@@ -54,8 +34,7 @@ def forward(request, monkeypatch):
         return attention.packed_sdpa
     assert library.build_info().library is not None, library.build_info().reason
     if request.param == "kernel without AMX":
-        kernel = request.getfixturevalue("kernel_without_amx")
-        monkeypatch.setattr(library, "symbol", lambda *_: kernel)
+        monkeypatch.setattr(library, "symbol", symbol_without_amx)
     return attention.forward
 
 
@@ -72,37 +51,6 @@ def check(
     for got, like in zip((out, lse), expected, strict=True):
         assert (got.dtype, got.shape, layout(got)) == (like.dtype, like.shape, layout(like))
     oracles.assert_close_to_float64(out, lse, query, key, value, table.mask(), key_bias=bias, scale=scale)
-
-
-def uniform_table(blocks: Tensor, q_size: int, kv_size: int, **orders: Tensor) -> BlockTable:
-    """A shared table from a boolean mask [Nq, Nk] of equal blocks."""
-    rows, columns = blocks.shape
-    sizes = torch.full((1, 1, rows), q_size), torch.full((1, 1, columns), kv_size)
-    return BlockTable.from_block_mask(blocks[None, None], *sizes, **orders)
-
-
-def full_table(q_tokens: int, kv_tokens: int) -> BlockTable:
-    return uniform_table(torch.ones(1, 1, dtype=torch.bool), q_tokens, kv_tokens)
-
-
-@st.composite
-def problems(draw: st.DrawFn):
-    """(query, key, value, table, bias) of any dtype, shapes that divide by nothing, any table."""
-    batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
-    q_tokens, kv_tokens = (draw(st.sampled_from([1, 7, 63, 100, 300])) for _ in range(2))
-    head_dim, value_dim = (draw(st.sampled_from([1, 5, *HEAD_DIMS])) for _ in range(2))
-    heads, dtype, seed = kv_heads * group, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
-    tensors = qkv(batch, heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, dtype, seed=seed)
-    table = draw(tables(batch=batch, heads=heads, q_tokens=q_tokens, kv_tokens=kv_tokens))
-    bias = None
-    if draw(st.booleans()):
-        generator = torch.Generator().manual_seed(seed)
-        lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
-        bias = torch.randn(*lead, kv_tokens, generator=generator)
-        bias[
-            torch.rand(bias.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
-        ] = -torch.inf
-    return *tensors, table, bias
 
 
 @given(problems())
@@ -222,17 +170,6 @@ def test_opcheck_with_strided_views(dtype):
         )
 
 
-def test_gradient_flows_through_the_kernel():
-    query, key, value = (t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 16, 16, torch.float32))
-    table = uniform_table(torch.eye(4, dtype=torch.bool), 10, 10)
-    out, _ = block_sparse_attention(query, key, value, table, provider="cpu")
-    exact, _ = oracles.masked_attention(query, key, value, table.mask())
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
-    got = torch.autograd.grad((out * weight).sum(), (query, key, value))
-    expected = torch.autograd.grad((exact * weight).sum(), (query, key, value))
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_supports_names_what_it_cannot_do():
     def ask(**changes):
         return cpu.supports(
@@ -246,7 +183,6 @@ def test_supports_names_what_it_cannot_do():
 
 BUILD = """
 import sys, logging, torch
-from pathlib import Path
 torch.hub.set_dir(sys.argv[1] + "/hub")
 from sparsify_compiler.kernels.cpu import attention, library
 from sparsify_compiler.table import BlockTable

@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.attention import empty_gradients, empty_outputs
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.reference import attention as reference
-from sparsify_compiler.kernels.reference.attention import backward
 from sparsify_compiler.table import BlockTable
-
-__all__ = ["backward", "forward"]
 
 
 def forward(
@@ -23,27 +20,70 @@ def forward(
     if kernel is None:
         return packed_sdpa(query, key, value, table, key_bias, scale)
     out, lse = empty_outputs(query, value)
+    problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
+    kernel(ctypes.byref(problem))
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.attention.backward`, which runs where there is no kernel: products of packed keys, too.
+
+    With the same number of threads, the same bits. Beside the gradients the kernel takes up to two sums of those of
+    a key head, in fp32, for each thread.
+    """
+    kernel = library.symbol("sparsify_attention_backward", _BackwardProblem)
+    if kernel is None:
+        return reference.backward(grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale)
+    gradients = empty_gradients(query, key, value)
+    problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
+    grad_out = _rows(grad_out)
+    views = (library.view(t, *query.shape[:2]) for t in (grad_out, grad_lse, *gradients))
+    kernel(ctypes.byref(_BackwardProblem(problem, *views, key.shape[2])))
+    return gradients
+
+
+def _describe(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    table: BlockTable,
+    scale: float,
+) -> tuple["_Problem", list[Tensor | None]]:
+    """The problem, and what must live as long as it does: some tensors had to be copied."""
     batch, heads, _, head_dim = query.shape
-    # The list keeps what `contiguous` may have copied alive until the kernel has run.
     tensors = [
-        *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)),
-        out,
+        *(_rows(t) for t in (query, key, value, out)),
         lse,
         key_bias if key_bias is None else key_bias.float().contiguous(),
         *(t if t is None else t.contiguous() for t in table.tensors().values()),
     ]
-    kernel(
-        ctypes.byref(
-            _Problem(
-                *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, key.shape[1], table.kv_indices.shape[-2], head_dim, value.shape[-1]),
-                scale,
-                library.DTYPES.index(query.dtype),
-                torch.get_num_threads(),
-            )
-        )
+    problem = _Problem(
+        *(library.view(t, batch, heads) for t in tensors),
+        *(batch, heads, key.shape[1], table.kv_indices.shape[-2], head_dim, value.shape[-1]),
+        scale,
+        library.DTYPES.index(query.dtype),
+        torch.get_num_threads(),
     )
-    return out, lse
+    return problem, tensors
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, with rows that are dense in memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def packed_sdpa(
@@ -87,4 +127,14 @@ class _Problem(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+    )
+
+
+class _BackwardProblem(ctypes.Structure):
+    """`struct BackwardProblem`."""
+
+    _fields_ = (
+        ("forward", _Problem),
+        *((n, library.View) for n in ("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value")),
+        ("kv_tokens", ctypes.c_int64),
     )

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,8 +116,10 @@ def _build(compiler: str) -> tuple[Path, bool]:
     if library.exists():
         return library, True
     # Built beside its place and moved there at once: of two processes that build, the later one wins.
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        run(*(str(s) for s in sources if s.suffix == ".cpp"), "-o", f"{scratch}/built.so")
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
+        objects = {f"{scratch}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
+        list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
+        run(*objects, "-o", f"{scratch}/built.so")
         os.replace(f"{scratch}/built.so", library)
     return library, False
 

@@ -78,43 +78,60 @@ ALWAYS_INLINE void unrolled(Body body) {
   }
 }
 
-// sums[r][v] (+)= sum over i < words of left[r][i] * right[i][v], for Rows x Columns tiles of sums; a line of
-// `sums` and of `right` has Vecs vectors.
-template <int Rows, int Columns, int Vecs, bool Add>
-ALWAYS_INLINE void multiply(Vec* sums, const float* left, int64_t left_stride, const Vec* right,
-                            int64_t words) {
-  constexpr int kLeft = 4, kRight = 6;  // the first registers of each; those of the sums come before
-  constexpr int64_t kLineBytes = Vecs * sizeof(Vec);
-  const int64_t left_bytes = left_stride * sizeof(float);
+// The first registers of both factors; those of Rows x Columns tiles of sums come before.
+constexpr int kLeft = 4, kRight = 6;
+
+template <int Rows, int Columns>
+ALWAYS_INLINE void zero_sums() {
+  unrolled<Rows * Columns>([](auto i) { zero<i>(); });
+}
+// A line of `sums` has Vecs vectors.
+template <int Rows, int Columns, int Vecs>
+ALWAYS_INLINE void load_sums(const Vec* sums) {
   unrolled<Rows * Columns>([&](auto i) {
-    if constexpr (Add) {
-      load<i>(sums + i / Columns * kRows * Vecs + i % Columns, kLineBytes);
-    } else {
-      zero<i>();
-    }
+    load<i>(sums + i / Columns * kRows * Vecs + i % Columns, Vecs * sizeof(Vec));
   });
-  for (int64_t word = 0; word < words; word += kWords) {
-    unrolled<Rows>([&](auto r) { load<kLeft + r>(left + r * kRows * left_stride + word, left_bytes); });
-    unrolled<Columns>([&](auto v) {
-      load<kRight + v>(right + word * Vecs + v, kLineBytes);
-      unrolled<Rows>([&](auto r) { multiply_add<r * Columns + v, kLeft + r, kRight + v>(); });
-    });
-  }
+}
+template <int Rows, int Columns, int Vecs>
+ALWAYS_INLINE void store_sums(Vec* sums) {
   unrolled<Rows * Columns>([&](auto i) {
-    store<i>(sums + i / Columns * kRows * Vecs + i % Columns, kLineBytes);
+    store<i>(sums + i / Columns * kRows * Vecs + i % Columns, Vecs * sizeof(Vec));
   });
 }
 
-// The same for all vectors of the lines.
+// Adds the sum over i < words of left[r][i] * right[i][v] to the sums; a line of `right` has Vecs vectors.
+template <int Rows, int Columns, int Vecs>
+ALWAYS_INLINE void add_products(const float* left, int64_t left_stride, const Vec* right, int64_t words) {
+  const int64_t left_bytes = left_stride * sizeof(float);
+  for (int64_t word = 0; word < words; word += kWords) {
+    unrolled<Rows>([&](auto r) { load<kLeft + r>(left + r * kRows * left_stride + word, left_bytes); });
+    unrolled<Columns>([&](auto v) {
+      load<kRight + v>(right + word * Vecs + v, Vecs * sizeof(Vec));
+      unrolled<Rows>([&](auto r) { multiply_add<r * Columns + v, kLeft + r, kRight + v>(); });
+    });
+  }
+}
+
+// Calls body(constant number of columns, first) until Vecs vectors are covered, two at once.
+template <int Vecs, class Body>
+ALWAYS_INLINE void for_columns(Body body) {
+  unrolled<Vecs / 2>([&](auto i) { body(std::integral_constant<int, 2>{}, 2 * i); });
+  if constexpr (Vecs % 2) body(std::integral_constant<int, 1>{}, Vecs - 1);
+}
+
+// sums[r][v] (+)= sum over i < words of left[r][i] * right[i][v], for Rows tiles of rows and all vectors of the lines.
 template <int Rows, int Vecs, bool Add>
 ALWAYS_INLINE void multiply(Vec* sums, const float* left, int64_t left_stride, const Vec* right,
                             int64_t words) {
-  unrolled<Vecs / 2>([&](auto i) {
-    multiply<Rows, 2, Vecs, Add>(sums + 2 * i, left, left_stride, right + 2 * i, words);
+  for_columns<Vecs>([&](auto columns, int v) {
+    if constexpr (Add) {
+      load_sums<Rows, columns, Vecs>(sums + v);
+    } else {
+      zero_sums<Rows, columns>();
+    }
+    add_products<Rows, columns, Vecs>(left, left_stride, right + v, words);
+    store_sums<Rows, columns, Vecs>(sums + v);
   });
-  if constexpr (Vecs % 2) {
-    multiply<Rows, 1, Vecs, Add>(sums + Vecs - 1, left, left_stride, right + Vecs - 1, words);
-  }
 }
 
 // Calls body(constant number of tiles, first row) until `rows` rows are covered.

@@ -178,5 +178,8 @@ struct Bf16Pairs {
     const UintVec sides = lane | (lane + 16) << 16;
     return (Vec)_mm512_permutexvar_epi16((__m512i)sides, halves);
   }
+
+  // Both vectors rounded to bf16, neighbouring lanes side by side.
+  static Vec pair(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 };
 #endif
