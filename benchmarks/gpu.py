@@ -1,16 +1,18 @@
-"""`python -m benchmarks.gpu --out DIR`: the Triton kernel on an NVIDIA GPU, in under 8 minutes.
+"""`python -m benchmarks.gpu --out DIR`: the Triton kernels on an NVIDIA GPU, in under 10 minutes.
 
 1. check: every configuration shipped for this GPU, every head dim, and tables drawn at random, against
-   float64 attention. Nothing is timed if one fails.
-2. speed: video-sized tables in bf16 beside dense SDPA (the faster of cuDNN and flash), FlexAttention where
+   float64 attention and its gradients. Nothing is timed if one fails.
+2. training: forward and backward on 65,536 tokens, blocks and single keys, with and without atomics.
+3. speed: video-sized tables in bf16 beside dense SDPA (the faster of cuDNN and flash), FlexAttention where
    the table's blocks are multiples of 128 tokens, and FlashInfer's variable block sparse if it is installed.
    Density is the mean of the mask, efficiency = speedup over dense x density.
-3. sweep: other tile sizes than the shipped ones.
+4. sweep: other tile sizes than the shipped ones.
 
 Writes gpu.json and gpu.md after every line, so that what was measured stays if the machine is taken away.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -31,18 +33,20 @@ from benchmarks.attention import random_table, tile_table
 from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.configs import Config
+from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
-CHECK_UNTIL, SPEED_UNTIL, SWEEP_UNTIL = 120, 330, 440
+CHECK_UNTIL, TRAINING_UNTIL, SPEED_UNTIL, SWEEP_UNTIL = 160, 240, 440, 550
 """Seconds after the start at which a section begins nothing new. One line takes at most some 20."""
 
 FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 SWEPT = ("tile 4:21 of 1560", "random 64x64 0.25", "clusters 100x500")
 HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
 FLEX_BLOCK = 128
+BACKWARD_FLOPS = 2.5
+"""Those of a backward pass over those of the forward pass: five products over two."""
 DEVICE = "cuda"
 
 
@@ -61,6 +65,23 @@ def cluster_table(tokens: int, q_clusters: int, kv_clusters: int, density: float
     kept = torch.rand(1, 1, q_clusters, kv_clusters, generator=generator) < density
     return BlockTable.from_block_mask(
         kept, sizes(q_clusters), sizes(kv_clusters), q_order=order(), kv_order=order()
+    )
+
+
+def single_key_table(tokens: int, group: int, density: float, device: str = DEVICE) -> BlockTable:
+    """Each group of queries reads that share of the keys, drawn one by one: DSV's granularity."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows, count = tokens // group, round(density * tokens)
+    drawn = (
+        torch.rand(1, 1, rows, tokens, generator=generator, device=device).topk(count).indices.sort().values
+    )
+    indices = torch.zeros(1, 1, rows, 1 << (count - 1).bit_length(), dtype=torch.int32, device=device)
+    indices[..., :count] = drawn
+    return BlockTable(
+        q_bounds=torch.arange(0, tokens + 1, group, dtype=torch.int32, device=device)[None, None],
+        kv_bounds=torch.arange(tokens + 1, dtype=torch.int32, device=device)[None, None],
+        kv_num_blocks=torch.full((1, 1, rows), count, dtype=torch.int32, device=device),
+        kv_indices=indices,
     )
 
 
@@ -99,10 +120,35 @@ def assert_sampled_rows(
 ) -> None:
     """Raise unless the kernel, with these tiles or the shipped ones, equals float64 on 64 of the queries."""
     out, lse = attention(query, key, value, table, config)
-    rows = torch.randint(query.shape[2], (64,), device=query.device)
-    q_block = block_of_token(table.q_bounds, table.q_order)[rows]
-    mask = table.block_mask()[:, :, q_block][..., block_of_token(table.kv_bounds, table.kv_order)]
+    rows, mask = sampled_rows(table, query.shape[2])
     oracles.assert_close_to_float64(out[:, :, rows], lse[:, :, rows], query[:, :, rows], key, value, mask)
+
+
+def sampled_rows(table: BlockTable, tokens: int) -> tuple[Tensor, Tensor]:
+    """(64 different queries, their rows of the mask), of a table that all batches and heads share."""
+    rows = torch.randperm(tokens, device=table.q_bounds.device)[:64]
+    q_block = block_of_token(table.q_bounds, table.q_order)[rows]
+    return rows, table.block_mask()[:, :, q_block][..., block_of_token(table.kv_bounds, table.kv_order)]
+
+
+def assert_sampled_gradients(
+    query: Tensor, key: Tensor, value: Tensor, table: BlockTable, config: BackwardConfig | None = None
+) -> None:
+    """Raise unless the backward pass, with these tiles or the shipped ones, equals float64's where 64 of the
+    queries alone have a gradient, so that a dense oracle needs no others."""
+    from sparsify_compiler.kernels.triton.backward import backward
+
+    scale = query.shape[-1] ** -0.5
+    out, lse = attention(query, key, value, table)
+    rows, mask = sampled_rows(table, query.shape[2])
+    # So large that those of keys, of which a row reads many, are not small beside what rounding is allowed.
+    given = [torch.randn_like(t[:, :, rows]) * (key.shape[2] / 8) for t in (out, lse)]
+    whole = [torch.zeros_like(t).index_copy_(2, rows, g) for t, g in zip((out, lse), given, strict=True)]
+    d_query, d_key, d_value = backward(*whole, out, lse, query, key, value, table, None, scale, config)
+    found = d_query[:, :, rows], d_key, d_value
+    oracles.assert_gradients_close_to_float64(found, *given, query[:, :, rows], key, value, mask)
+    d_query[:, :, rows] = 0
+    assert not d_query.any(), "a query without a gradient got one"
 
 
 def attention(
@@ -111,9 +157,9 @@ def attention(
     """The op as users call it, or the kernel alone with tiles of our choice."""
     if config is None:
         return block_sparse_attention(query, key, value, table, provider="triton")
-    from sparsify_compiler.kernels.triton.launcher import launch
+    from sparsify_compiler.kernels.triton.attention import forward
 
-    return launch(query, key, value, table, None, query.shape[-1] ** -0.5, config=config)
+    return forward(query, key, value, table, None, query.shape[-1] ** -0.5, config)
 
 
 def check(deadline: float) -> Iterator[dict[str, Any]]:
@@ -135,6 +181,12 @@ def check(deadline: float) -> Iterator[dict[str, Any]]:
             *qkv(1, 2, 1, 1000, 3000, head_dim, head_dim, dtype, device=DEVICE), cut(table, 1000)
         )
         yield {"check": f"D={head_dim} {dtype}"}
+    for width, config, dtype in backward_ways(generation):
+        with torch.inference_mode(False):
+            assert_sampled_gradients(
+                *qkv(2, 4, 2, 3000, 3000, width, width, dtype, device=DEVICE), table, config
+            )
+        yield {"check": f"{config} D={width} {dtype}"}
     drawn = 0
 
     @settings(
@@ -160,6 +212,20 @@ def check(deadline: float) -> Iterator[dict[str, Any]]:
     yield {"check": f"{drawn} tables drawn at random"}
 
 
+def backward_ways(generation: int) -> Iterator[tuple[int, BackwardConfig, torch.dtype]]:
+    """(head dim, tiles, dtype) of every way of the backward pass that is shipped for a GPU."""
+    rows = [
+        (width, pairs, torch.bfloat16)
+        for (g, width), pairs in configs.BACKWARD_HALF.items()
+        if g == generation
+    ]
+    rows += [(width, ((c, c), (c, c)), torch.float32) for width, c in configs.BACKWARD_SINGLE.items()]
+    for width, (queries, keys), dtype in rows:
+        yield width, BackwardConfig(queries[0], keys[0]), dtype
+        yield width, BackwardConfig(queries[1], keys[1], configs.WORD), dtype
+        yield width, BackwardConfig(queries[1], None), dtype
+
+
 def cut(table: BlockTable, tokens: int) -> BlockTable:
     """The table with no query order and its query blocks cut off after `tokens`."""
     fields = table.tensors() | {"q_order": None, "q_bounds": table.q_bounds.clamp(max=tokens)}
@@ -173,16 +239,63 @@ def milliseconds(function: Callable[..., object], *args: Any, **options: Any) ->
     return float(do_bench(lambda: function(*args, **options), warmup=50, rep=250, return_mode="median"))
 
 
-def dense(query: Tensor, key: Tensor, value: Tensor) -> dict[str, float]:
-    """SDPA's run time under each backend that takes these tensors."""
+def dense(*tensors: Tensor, run: Callable[..., object] = scaled_dot_product_attention) -> dict[str, float]:
+    """The run time of what calls SDPA, under each backend that takes these tensors."""
     times = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         with sdpa_kernel(backend):
             try:
-                times[name] = milliseconds(scaled_dot_product_attention, query, key, value)
+                times[name] = milliseconds(run, *tensors)
             except RuntimeError as error:
                 print(f"{name} SDPA does not run: {error}")
     return times
+
+
+def training(deadline: float) -> Iterator[dict[str, Any]]:
+    """Section 2, one record for each table: forward and backward, with the atomics that it takes, and without."""
+    tokens = 65536
+    blocks = functools.partial(random_table, tokens, 128, 128, 0.08)
+    keys = functools.partial(single_key_table, tokens, 32, 0.08)
+    for name, make, deterministic in (
+        ("random 128x128 0.08", blocks, False),
+        ("random 32x1 0.08", keys, False),
+        ("random 32x1 0.08 without atomics", keys, True),
+    ):
+        if time.monotonic() > deadline:
+            return
+        yield {"case": f"training, {name}"} | trained(make, tokens, deterministic)
+
+
+@torch.inference_mode(False)
+def trained(make: Callable[[], BlockTable], tokens: int, deterministic: bool) -> dict[str, Any]:
+    """`figures` of a forward and a backward pass, ours checked first."""
+    query, key, value = qkv(1, 4, 4, tokens, tokens, 128, 128, torch.bfloat16, device=DEVICE)
+    table, grad = make().to(DEVICE), torch.randn_like(query)
+    with determinism(deterministic):
+        config = configs.choose_backward(query, key, value, table)
+    assert_sampled_gradients(query, key, value, table, config)
+    inputs = *(t.requires_grad_() for t in (query, key, value)), grad
+    with determinism(deterministic):
+        times = {"ours": milliseconds(passes, lambda q, k, v: attention(q, k, v, table)[0], *inputs)}
+    times |= dense(*inputs, run=functools.partial(passes, scaled_dot_product_attention))
+    return figures(query.shape, table.density(), times, 1 + BACKWARD_FLOPS)
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """torch's deterministic mode."""
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def passes(
+    function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    return torch.autograd.grad(function(query, key, value), (query, key, value), grad)
 
 
 def flex_mask(table: BlockTable) -> BlockMask | None:
@@ -227,7 +340,7 @@ def flashinfer_run(query: Tensor, key: Tensor, value: Tensor, table: BlockTable)
 
 
 def speed(deadline: float) -> Iterator[dict[str, Any]]:
-    """Section 2, one record a case."""
+    """Section 3, one record a case."""
     flex = torch.compile(flex_attention, dynamic=False)
     dense_times: dict[torch.Size, dict[str, float]] = {}
     for head_dim, (name, table) in product((128, 64), cases().items()):
@@ -247,7 +360,7 @@ def speed(deadline: float) -> Iterator[dict[str, Any]]:
 
 
 def sweep(deadline: float) -> Iterator[dict[str, Any]]:
-    """Section 3, one record for each case and head dim: the run time under each choice of tiles."""
+    """Section 4, one record for each case and head dim: the run time under each choice of tiles."""
     from triton.runtime.errors import OutOfResources
 
     tried = list(product((128, 64), (64, 128), (32, 64, 256), (8, 4), (3, 2, 4)))
@@ -268,10 +381,12 @@ def sweep(deadline: float) -> Iterator[dict[str, Any]]:
         yield {"case": name, "head_dim": head_dim, "ms": {config: times[config] for config in fastest}}
 
 
-def figures(shape: torch.Size, density: float, times: dict[str, float]) -> dict[str, Any]:
-    """What follows from the milliseconds of each contestant."""
+def figures(
+    shape: torch.Size, density: float, times: dict[str, float], forwards: float = 1.0
+) -> dict[str, Any]:
+    """What follows from the milliseconds of each contestant for the work of so many forward passes."""
     _, heads, tokens, head_dim = shape
-    flops = 4 * tokens**2 * head_dim * heads
+    flops = forwards * 4 * tokens**2 * head_dim * heads
     baseline = min(times.get("cudnn", float("inf")), times.get("flash", float("inf")))
     speedup = baseline / times["ours"]
     return {
@@ -288,7 +403,7 @@ def figures(shape: torch.Size, density: float, times: dict[str, float]) -> dict[
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """Sections 2 and 3 as tables."""
+    """Sections 2 to 4 as tables."""
     contestants = ("ours", "cudnn", "flash", "flex", "flashinfer")
     header = (
         "case",
@@ -326,7 +441,13 @@ def main() -> None:
     if not FLASHINFER:
         print("FlashInfer is not installed")
     records: list[dict[str, Any]] = []
-    for section, until in ((check, CHECK_UNTIL), (speed, SPEED_UNTIL), (sweep, SWEEP_UNTIL)):
+    sections = {
+        check: CHECK_UNTIL,
+        training: TRAINING_UNTIL,
+        speed: SPEED_UNTIL,
+        sweep: SWEEP_UNTIL,
+    }
+    for section, until in sections.items():
         for line in section(start + until):
             records.append(line)
             print(f"{time.monotonic() - start:4.0f} s  {line}", flush=True)

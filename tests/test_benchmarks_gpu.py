@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparsify_compiler.kernels.reference import attention as reference
+from sparsify_compiler.kernels.triton import backward
 from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing.strategies import qkv
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,3 +62,61 @@ def test_report(gpu):
 def test_every_case_has_a_table_and_is_swept_by_its_name(gpu):
     assert all(isinstance(table, BlockTable) for table in gpu.cases().values())
     assert set(gpu.SWEPT) <= set(gpu.cases())
+
+
+def test_single_keys_at_the_density_asked_for(gpu):
+    table = gpu.single_key_table(100, 20, 0.13, "cpu")
+    assert table.kv_indices.shape == (1, 1, 5, 16)
+    assert torch.equal(table.mask()[0, 0].sum(-1), torch.full((100,), 13))
+
+
+@pytest.fixture
+def gpu_of_references(gpu, monkeypatch):
+    """The module, with the reference in place of the kernels and a clock that stands still."""
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(
+        gpu,
+        "attention",
+        lambda q, k, v, table, *_: gpu.block_sparse_attention(q, k, v, table, provider="reference"),
+    )
+    monkeypatch.setattr(backward, "backward", lambda *arguments: reference.backward(*arguments[:-1]))
+    monkeypatch.setattr(gpu, "milliseconds", lambda function, *args: function(*args) and 1.0)
+    return gpu
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_training_is_checked_and_timed(gpu_of_references, deterministic):
+    gpu = gpu_of_references
+    line = gpu.trained(lambda: gpu.single_key_table(128, 32, 0.25, "cpu"), 128, deterministic)
+    assert (line["tokens"], line["heads"], line["head_dim"], line["density"]) == (128, 4, 128, 0.25)
+    assert set(line["ms"]) == {"ours", "flash"}
+    assert line["tflops"] == pytest.approx(3.5 * 0.25 * 4 * 128**2 * 128 * 4 / 1e9)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_wrong_gradients_are_seen(gpu_of_references, monkeypatch, wrong):
+    gpu = gpu_of_references
+    table = gpu.cluster_table(100, 4, 7, 0.5)
+    inputs = qkv(1, 2, 2, 100, 100, 16, 16, torch.float32)
+    gpu.assert_sampled_gradients(*inputs, table)
+
+    def broken(*arguments):
+        gradients = reference.backward(*arguments[:-1])
+        gradients[wrong].add_(1e-3)
+        return gradients
+
+    monkeypatch.setattr(backward, "backward", broken)
+    with pytest.raises(AssertionError):
+        gpu.assert_sampled_gradients(*inputs, table)
+
+
+def test_every_way_of_the_backward_pass_is_checked(gpu):
+    ways = list(gpu.backward_ways(90))
+    assert {(config.keys is None, config.group) for _, config, _ in ways} == {
+        (True, 1),
+        (False, 1),
+        (False, 64),
+    }
+    assert {(width, dtype) for width, _, dtype in ways} == {
+        (width, dtype) for width in (64, 128, 256) for dtype in (torch.bfloat16, torch.float32)
+    }

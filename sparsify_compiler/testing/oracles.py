@@ -4,7 +4,6 @@ Error bound of a kernel test: the kernel's distance to float64 attention may be 
 plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
 """
 
-import functools
 import itertools
 import math
 from typing import Any
@@ -37,9 +36,22 @@ def masked_attention(
 
     A row that sees no key comes out as 0 with lse -inf. `mask` broadcasts to [B, H, Sq, Sk].
     """
-    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    weights, lse = _masked_weights(query, key, mask, key_bias=key_bias, scale=scale, dtype=dtype)
+    return weights @ value.to(dtype).repeat_interleave(query.shape[1] // value.shape[1], 1), lse
+
+
+def _masked_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    *,
+    key_bias: Tensor | None,
+    scale: float | None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """(weights [B,H,Sq,Sk], lse [B,H,Sq]) of `masked_attention`."""
+    q, k = query.to(dtype), key.to(dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None, :]
@@ -49,7 +61,7 @@ def masked_attention(
     scores = scores.masked_fill(blind[..., None], 0.0)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None]).exp().masked_fill(blind[..., None], 0.0)
-    return weights.to(dtype) @ v, lse.masked_fill(blind, -torch.inf)
+    return weights.to(dtype), lse.masked_fill(blind, -torch.inf)
 
 
 def far_field_attention(
@@ -209,12 +221,11 @@ def _sizes_of_gradients(
     """The largest sum of magnitudes that a gradient of query, key or value is a sum of: to these rounding is
     relative, not to what is left when they cancel, as weights x grad_out . value and weights x delta do."""
     q, k, v = query.detach().double(), key.detach().double(), value.detach().double()
-    attention = functools.partial(masked_attention, mask=mask, key_bias=key_bias, scale=scale)
-    out, _ = attention(q, k, v)
-    weights, _ = attention(q, k, torch.eye(k.shape[2], device=k.device).expand(*k.shape[:3], -1))
     group = q.shape[1] // k.shape[1]
-    delta = (grad_out * out).sum(-1, keepdim=True) - grad_lse[..., None]
-    terms = weights * ((grad_out @ v.repeat_interleave(group, 1).mT).abs() + delta.abs())
+    v = v.repeat_interleave(group, 1)
+    weights, _ = _masked_weights(q, k, mask, key_bias=key_bias, scale=scale)
+    delta = (grad_out * (weights @ v)).sum(-1, keepdim=True) - grad_lse[..., None]
+    terms = weights * ((grad_out @ v.mT).abs() + delta.abs())
     terms *= q.shape[-1] ** -0.5 if scale is None else scale
     sums = (
         terms @ k.repeat_interleave(group, 1).abs(),

@@ -270,19 +270,22 @@ def test_opcheck_with_strided_views(provider, grad):
         )
 
 
+@pytest.mark.parametrize("provider", ["triton" if INTERPRETED else "reference"])
 @pytest.mark.parametrize("far_field", ["mean", "linear"])
-def test_gradients_are_those_of_the_formulas(far_field):
-    table = some_table()
-    tensors = [t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 4, 3, torch.float64)]
+def test_gradients_are_those_of_the_formulas(provider, far_field):
+    """The merge reads the lse of both fields, so theirs come with a gradient."""
+    table, dtype = some_table(), torch.float32 if INTERPRETED else torch.float64
+    rtol, atol = (1e-4, 1e-5) if INTERPRETED else (1e-8, 1e-9)
+    tensors = [t.requires_grad_() for t in qkv(1, 2, 1, 40, 40, 4, 3, dtype)]
     gradients = []
     for out, lse, *_ in (
-        attention_with_far_field(*tensors, table, far_field=far_field, provider="reference", sampled_rows=0),
+        attention_with_far_field(*tensors, table, far_field=far_field, provider=provider, sampled_rows=0),
         oracles.far_field_attention(*tensors, table, far_field),
     ):
         loss = (out * torch.linspace(-1, 1, 3)).sum() + lse.sin().sum()
         gradients.append(torch.autograd.grad(loss, tensors))
     for got, exact in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(got, exact, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -1,4 +1,4 @@
-"""Provider triton: the cases of `triton_cases.py`, on the GPU if there is one, else in Triton's interpreter.
+"""Provider triton: `triton_cases.py` and `triton_backward_cases.py`, on the GPU if there is one, else interpreted.
 
 Triton decides when it is imported whether it compiles or interprets, so the cases run in their own process.
 """
@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from sparsify_compiler.kernels import triton as provider
 
-CASES = Path(__file__).with_name("triton_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("triton_cases.py", "triton_backward_cases.py")]
 
 
 def run_python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,7 @@ def test_cases() -> None:
     if not torch.cuda.is_available() and interpreter_is_broken():
         pytest.skip("Triton 3.6's interpreter needs NumPy below 2.4")
     run = run_python(
-        "-m", "pytest", str(CASES), "-p", "no:cacheprovider", interpret=not torch.cuda.is_available()
+        "-m", "pytest", *map(str, CASES), "-p", "no:cacheprovider", interpret=not torch.cuda.is_available()
     )
     assert run.returncode == 0, run.stdout + run.stderr
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify_compiler.kernels import attention, block_sparse_attention
+from sparsify_compiler.kernels.triton.attention import forward
 from sparsify_compiler.kernels.triton.configs import Config
-from sparsify_compiler.kernels.triton.launcher import launch
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.oracles import assert_close_to_float64
 from sparsify_compiler.testing.strategies import qkv, tables
@@ -59,7 +59,7 @@ def test_any_table(data):
             data.draw(st.sampled_from([1, 2])), data.draw(st.sampled_from([1, heads])), kv_tokens
         )
         bias = bias.masked_fill(bias > 1, -torch.inf).to(DEVICE)
-    out, lse = launch(q, k, v, table, bias, 0.3, config=data.draw(st.sampled_from(TILES)))
+    out, lse = forward(q, k, v, table, bias, 0.3, config=data.draw(st.sampled_from(TILES)))
     assert out.stride() == attention.empty_outputs(q, v)[0].stride()
     assert_close_to_float64(out, lse, q, k, v, table.mask(), key_bias=bias, scale=0.3)
 

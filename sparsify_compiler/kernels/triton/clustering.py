@@ -3,10 +3,6 @@
 Nothing is read back from the device.
 """
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -14,25 +10,12 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
 from sparsify_compiler.kernels.triton import clustering_kernels as kernels
+from sparsify_compiler.kernels.triton.launcher import Launch, alignment, with_strides
 
 TILE = 512
 """Tokens sorted by one program: longer tiles compare more pairs of tokens, shorter ones need more counts."""
 CHUNK = 16
 """Tokens that a tile is compared with at one time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel with all that it is launched with."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int = 1
-
-    def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def kmeans(
@@ -44,12 +27,11 @@ def kmeans(
     means.copy_(centroids if is_warm else points[:, :, start])
     if points.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
         points = points.float()
-    with torch.cuda.device_of(points):
-        for _ in range(later if is_warm else first):
-            shifted, bias = shift(means, points.dtype)
-            nearest(points, shifted, bias, labels)()
-            order, bounds = sort_by_label(labels, means.shape[2])
-            move_to_means(points, order, bounds, means)()
+    for _ in range(later if is_warm else first):
+        shifted, bias = shift(means, points.dtype)
+        nearest(points, shifted, bias, labels)()
+        order, bounds = sort_by_label(labels, means.shape[2])
+        move_to_means(points, order, bounds, means)()
     return means, labels
 
 
@@ -73,11 +55,10 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     tiles = max(1, triton.cdiv(tokens, TILE))
     ranks = labels.new_empty(labels.shape)
     counts = labels.new_zeros(batch, heads, clusters, tiles)
-    with torch.cuda.device_of(labels):
-        rank(labels, ranks, counts)()
-        passed = counts.cumsum(-1, dtype=torch.int32)
-        bounds.copy_(pad(passed[..., -1].cumsum(-1, dtype=torch.int32), (1, 0)))
-        place(labels, ranks, passed, bounds, order)()
+    rank(labels, ranks, counts)()
+    passed = counts.cumsum(-1, dtype=torch.int32)
+    bounds.copy_(pad(passed[..., -1].cumsum(-1, dtype=torch.int32), (1, 0)))
+    place(labels, ranks, passed, bounds, order)()
     return order, bounds
 
 
@@ -88,10 +69,9 @@ def top_p_blocks(
     outputs = empty_top_p(q_centroids, kv_centroids)
     products = q_centroids.new_empty(*q_centroids.shape[:3], kv_centroids.shape[2])
     if products.numel():
-        with torch.cuda.device_of(q_centroids):
-            scores(q_centroids, kv_centroids, products)()
-            kv_sizes = kv_sizes.expand(*kv_centroids.shape[:2], -1)
-            select(products, kv_sizes, *outputs, scale, top_p, floor)()
+        scores(q_centroids, kv_centroids, products)()
+        kv_sizes = kv_sizes.expand(*kv_centroids.shape[:2], -1)
+        select(products, kv_sizes, *outputs, scale, top_p, floor)()
     return outputs
 
 
@@ -108,9 +88,9 @@ def nearest(points: Tensor, centroids: Tensor, bias: Tensor, labels: Tensor) -> 
         kernels.nearest_kernel,
         (triton.cdiv(tokens, block_m), heads, batch),
         {
-            **_with_strides(points=points, centroids=centroids, bias=bias, labels=labels),
+            **with_strides(points=points, centroids=centroids, bias=bias, labels=labels),
             **{"tokens": tokens, "clusters": centroids.shape[2], "HEAD_DIM": head_dim},
-            **{"BLOCK_M": block_m, "BLOCK_N": block_n, "ALIGN": _alignment(points, centroids)},
+            **{"BLOCK_M": block_m, "BLOCK_N": block_n, "ALIGN": alignment(points, centroids)},
         },
         num_warps,
         num_stages,
@@ -124,10 +104,11 @@ def rank(labels: Tensor, ranks: Tensor, counts: Tensor) -> Launch:
         kernels.rank_kernel,
         (counts.shape[3], heads, batch),
         {
-            **_with_strides(labels=labels, ranks=ranks, counts=counts),
+            **with_strides(labels=labels, ranks=ranks, counts=counts),
             **{"tokens": tokens, "TILE": TILE, "CHUNK": CHUNK},
         },
         num_warps=8,
+        num_stages=1,
     )
 
 
@@ -138,10 +119,11 @@ def place(labels: Tensor, ranks: Tensor, passed: Tensor, bounds: Tensor, order: 
         kernels.place_kernel,
         (passed.shape[3], heads, batch),
         {
-            **_with_strides(labels=labels, ranks=ranks, passed=passed, bounds=bounds, order=order),
+            **with_strides(labels=labels, ranks=ranks, passed=passed, bounds=bounds, order=order),
             **{"tokens": tokens, "TILE": TILE},
         },
         num_warps=4,
+        num_stages=1,
     )
 
 
@@ -152,8 +134,8 @@ def move_to_means(points: Tensor, order: Tensor, bounds: Tensor, centroids: Tens
         kernels.means_kernel,
         (centroids.shape[2], heads, batch),
         {
-            **_with_strides(points=points, order=order, bounds=bounds, centroids=centroids),
-            **{"HEAD_DIM": head_dim, "BLOCK": 32, "ALIGN": _alignment(points)},
+            **with_strides(points=points, order=order, bounds=bounds, centroids=centroids),
+            **{"HEAD_DIM": head_dim, "BLOCK": 32, "ALIGN": alignment(points)},
         },
         num_warps=4,
         num_stages=2,
@@ -169,13 +151,14 @@ def scores(q_centroids: Tensor, kv_centroids: Tensor, products: Tensor) -> Launc
         kernels.scores_kernel,
         (triton.cdiv(rows, block) * triton.cdiv(clusters, block), heads, batch),
         {
-            **_with_strides(q_centroids=q_centroids, kv_centroids=kv_centroids, scores=products),
+            **with_strides(q_centroids=q_centroids, kv_centroids=kv_centroids, scores=products),
             **{"rows": rows, "clusters": clusters},
             "queries_per_key_head": heads // kv_centroids.shape[1],
             **{"HEAD_DIM": head_dim, "BLOCK_M": block, "BLOCK_N": block},
-            "ALIGN": _alignment(q_centroids, kv_centroids),
+            "ALIGN": alignment(q_centroids, kv_centroids),
         },
         num_warps=8,
+        num_stages=1,
     )
 
 
@@ -196,21 +179,11 @@ def select(
         kernels.select_kernel,
         (rows, heads, batch),
         {
-            **_with_strides(scores=products, kv_sizes=kv_sizes, kv_num_blocks=kv_num_blocks),
-            **_with_strides(kv_indices=kv_indices, kept=kept),
+            **with_strides(scores=products, kv_sizes=kv_sizes, kv_num_blocks=kv_num_blocks),
+            **with_strides(kv_indices=kv_indices, kept=kept),
             **{"clusters": clusters, "queries_per_key_head": heads // kv_sizes.shape[1]},
             **{"scale": scale, "top_p": top_p, "floor": floor, "WIDTH": width},
         },
         num_warps=min(8, max(1, width // 256)),
+        num_stages=1,
     )
-
-
-def _with_strides(**tensors: Tensor) -> dict[str, Any]:
-    return {**tensors, **{f"{name}_strides": tensor.stride() for name, tensor in tensors.items()}}
-
-
-def _alignment(*tensors: Tensor) -> int:
-    """Bytes, 16 at most, of which every row of the tensors starts at a multiple."""
-    addresses = [t.data_ptr() for t in tensors]
-    steps = [stride * t.element_size() for t in tensors for stride in t.stride()[:-1]]
-    return math.gcd(16, *addresses, *steps)

@@ -34,6 +34,22 @@ class Config:
     """Key tiles in shared memory at a time: one in use, the others on their way."""
 
 
+WORD = 64
+"""Key blocks in a word of the table's transpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConfig:
+    """How a backward pass is cut up."""
+
+    queries: Config
+    """Tiles of `queries_kernel`."""
+    keys: Config | None
+    """Tiles of `keys_kernel`, where `chunk` counts query blocks; None where `queries_kernel` adds to dK and dV."""
+    group: int = 1
+    """Key blocks that share tiles of keys, 1 or WORD."""
+
+
 # (compute capability, widest head dim): tiles for long blocks, tiles for short blocks. fp16 and bf16.
 # No row spills a register, with orders and a key bias or without, but for 32 bytes at (100, 256) with short blocks
 # and both; in Triton 3.6 and 3.7. Three rows give something up for that: 9.0 at 64 and 10.0 at 128 lay fewer long
@@ -62,6 +78,28 @@ SINGLE = {
 # Small, so that small tests have many tiles.
 INTERPRETED = Config(32, 32, 16, 4, 1)
 
+# (compute capability, widest head dim): tiles of `queries_kernel` for long blocks and for short ones, tiles of
+# `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, with
+# orders and a key bias or without, but for 8 bytes without at (80, 64) and (80, 128) in Triton 3.6.
+_LONG, _SHORT = Config(128, 64, 32, 8, 2), Config(64, 32, 256, 8, 2)
+_LONG_KEYS, _SHORT_KEYS = Config(64, 64, 32, 8, 2), Config(32, 64, 256, 8, 2)
+_WIDE, _SHORT_WIDE = Config(32, 32, 32, 8, 2), Config(32, 32, 256, 8, 2)
+BACKWARD_HALF = {
+    (80, 64): ((Config(128, 32, 32, 8, 2), _SHORT), (Config(32, 128, 32, 8, 2), _SHORT_KEYS)),
+    (90, 64): ((_LONG, _SHORT), (Config(64, 128, 32, 8, 2), _SHORT_KEYS)),
+    (100, 64): ((_LONG, Config(64, 32, 256, 4, 2)), (Config(64, 128, 32, 8, 2), _SHORT_KEYS)),
+    **{(arch, 128): ((_LONG, _SHORT), (_LONG_KEYS, _SHORT_KEYS)) for arch in (80, 90, 100)},
+    **{(arch, 256): ((_WIDE, _SHORT_WIDE), (_WIDE, _SHORT_WIDE)) for arch in (80, 90, 100)},
+}
+
+# Widest head dim: tiles of both kernels for blocks of any size. fp32. At most 32 bytes are spilled, in Triton 3.6
+# and 3.7; with 4 warps at 64, 3.6 would spill 600.
+BACKWARD_SINGLE = {
+    64: Config(32, 32, 128, 8, 2),
+    128: Config(16, 32, 128, 8, 2),
+    256: Config(16, 16, 128, 8, 2),
+}
+
 
 def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Config:
     """The tiles for these tensors, from their shapes alone: nothing is read from the device."""
@@ -73,6 +111,23 @@ def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Conf
     q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
     short = query.shape[2] < SHORT_QUERIES * q_blocks or key.shape[2] < SHORT_KEYS * kv_blocks
     return HALF[generation(query.device), width][short]
+
+
+def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> BackwardConfig:
+    """Likewise for the backward pass, whose way also depends on `torch.are_deterministic_algorithms_enabled()`."""
+    width = next(w for w in (64, 128, 256) if max(query.shape[-1], value.shape[-1]) <= w)
+    if query.device.type == "cpu":
+        queries = keys = INTERPRETED, INTERPRETED
+    elif query.dtype == torch.float32:
+        queries = keys = BACKWARD_SINGLE[width], BACKWARD_SINGLE[width]
+    else:
+        queries, keys = BACKWARD_HALF[generation(query.device), width]
+    q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
+    if 2 * key.shape[2] >= keys[0].block_n * kv_blocks:  # they fill half of a tile on average
+        return BackwardConfig(queries[query.shape[2] < SHORT_QUERIES * q_blocks], keys[0])
+    if torch.are_deterministic_algorithms_enabled():
+        return BackwardConfig(queries[1], keys[1], WORD)
+    return BackwardConfig(queries[1], None)
 
 
 @functools.cache

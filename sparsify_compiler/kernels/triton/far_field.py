@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import shared_strides
-from sparsify_compiler.kernels.triton.statistics import Launch, precision, value_tile
+from sparsify_compiler.kernels.triton.launcher import Launch, shared_strides
+from sparsify_compiler.kernels.triton.statistics import precision, value_tile
 
 
 def merge(

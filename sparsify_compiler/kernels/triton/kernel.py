@@ -83,7 +83,7 @@ def block_sparse_attention_kernel(
     block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    q_token, is_query, is_used = _queries(tile, block, q_bounds, q_order, BLOCK_M)
+    q_token, is_query, is_used = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
     if not is_used:
         return
 
@@ -107,24 +107,12 @@ def block_sparse_attention_kernel(
         first, distances, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
         distance, range_end = _range_at(0, first, jump)
         for start in range(0, keys, BLOCK_N):
-            number = start + tl.arange(0, BLOCK_N)
-            is_key = number < keys
-            token = number + distance
-            # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
-            if start + BLOCK_N >= range_end:
-                if start + BLOCK_N > range_end:
-                    token = number + tl.gather(distances, _blocks_of(start, first, BLOCK_N), axis=0)
-                distance, range_end = _range_at(start + BLOCK_N, first, jump)
+            is_key = start + tl.arange(0, BLOCK_N) < keys
+            token, distance, range_end = _tile_at(start, first, distances, jump, distance, range_end, BLOCK_N)
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
 
-            bias = tl.zeros([BLOCK_N], tl.float32)
-            if key_bias is not None:
-                bias = tl.load(key_bias + token.to(tl.int64) * key_bias_strides[2], mask=is_key, other=0.0)
-                bias = bias.to(tl.float32) * LOG2_E
-            # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
-            bias = tl.where(tl.arange(0, BLOCK_N) < keys - start, bias, float("-inf"))
-
+            bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)
             k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
             scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
             new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -138,7 +126,7 @@ def block_sparse_attention_kernel(
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     # Found again rather than kept through the loop, whose every register is in use.
-    q_token, is_query, _ = _queries(tile, block, q_bounds, q_order, BLOCK_M)
+    q_token, is_query, _ = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
     out = _at(out, out_strides, batch, head)
     elements, mask = _rows(out, q_token, is_query, out_strides, VALUE_DIM, ALIGN)
     tl.store(elements, acc.to(out.dtype.element_ty), mask=mask)
@@ -153,13 +141,13 @@ def _at(pointer, strides, batch, head):
 
 
 @triton.jit
-def _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M: tl.constexpr):
-    """The last query block whose first tile is not beyond `tile`."""
+def _block_of_tile(tile, bounds, blocks, BLOCK: tl.constexpr):
+    """The last block whose first tile is not beyond `tile`."""
     low = 0
-    high = q_blocks - 1
+    high = blocks - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if tl.load(q_bounds + middle) // BLOCK_M + middle <= tile:
+        if tl.load(bounds + middle) // BLOCK + middle <= tile:
             low = middle
         else:
             high = middle - 1
@@ -167,19 +155,19 @@ def _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _queries(tile, block, q_bounds, q_order, BLOCK_M: tl.constexpr):
-    """(tokens of a tile, which of them are queries of its block, whether any is).
+def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr):
+    """(tokens of a tile, which of them are tokens of its block, whether any is).
 
     The volatile loads keep the compiler from making one of two calls.
     """
-    begin = tl.load(q_bounds + block, volatile=True)
-    end = tl.load(q_bounds + block + 1)
-    first_row = begin + (tile - begin // BLOCK_M - block) * BLOCK_M
-    token = first_row + tl.arange(0, BLOCK_M)
-    is_query = token < end
-    if q_order is not None:
-        token = tl.load(q_order + token, mask=is_query, other=0, volatile=True)
-    return token, is_query, first_row < end
+    begin = tl.load(bounds + block, volatile=True)
+    end = tl.load(bounds + block + 1)
+    first_row = begin + (tile - begin // BLOCK - block) * BLOCK
+    token = first_row + tl.arange(0, BLOCK)
+    is_token = token < end
+    if order is not None:
+        token = tl.load(order + token, mask=is_token, other=0, volatile=True)
+    return token, is_token, first_row < end
 
 
 @triton.jit
@@ -201,6 +189,19 @@ def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.const
 
 
 @triton.jit
+def _tile_at(start, first, distances, jump, distance, range_end, BLOCK: tl.constexpr):
+    """(positions of the tokens numbered start : start + BLOCK, `_range_at` the next tile's start)."""
+    number = start + tl.arange(0, BLOCK)
+    position = number + distance
+    # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
+    if start + BLOCK >= range_end:
+        if start + BLOCK > range_end:
+            position = number + tl.gather(distances, _blocks_of(start, first, BLOCK), axis=0)
+        distance, range_end = _range_at(start + BLOCK, first, jump)
+    return position, distance, range_end
+
+
+@triton.jit
 def _blocks_of(start, first, BLOCK_N: tl.constexpr):
     """Which listed block each of the key numbers start : start + BLOCK_N lies in."""
     lane = first - start
@@ -213,6 +214,17 @@ def _range_at(number, first, jump):
     """The range of neighbouring keys that `number` lies in: (its position - number, number of its end)."""
     distance = tl.sum(tl.where(first <= number, jump, 0))
     return distance, tl.min(tl.where((first > number) & (jump != 0), first, 2147483647))
+
+
+@triton.jit
+def _bias_of(token, is_key, lanes, key_bias, strides, BLOCK: tl.constexpr):
+    """What is added to the scores, in base 2: the keys' bias or 0 in the first `lanes`, -inf in the others."""
+    bias = tl.zeros([BLOCK], tl.float32)
+    if key_bias is not None:
+        bias = tl.load(key_bias + token.to(tl.int64) * strides[2], mask=is_key, other=0.0)
+        bias = bias.to(tl.float32) * LOG2_E
+    # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
+    return tl.where(tl.arange(0, BLOCK) < lanes, bias, float("-inf"))
 
 
 @triton.jit

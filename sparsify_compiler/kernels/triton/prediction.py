@@ -6,8 +6,7 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.prediction import empty_top_k
 from sparsify_compiler.kernels.triton import prediction_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import shared_strides
-from sparsify_compiler.kernels.triton.statistics import Launch, alignment
+from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
 
 def top_k_keys(
@@ -34,12 +33,10 @@ def choose(
     """Fills `counts`, and of `indices`, all zeros, what is chosen."""
     batch, heads, groups, rank = query.shape
     block_m, block_n, num_warps, num_stages = tiles(query)
-    tensors = {"query": query, "key": key, "kv_num_blocks": counts, "kv_indices": indices}
     shared = {"budget": budget, "key_bias": key_bias}
     arguments = {
-        **tensors,
+        **with_strides(query=query, key=key, kv_num_blocks=counts, kv_indices=indices),
         **shared,
-        **{f"{name}_strides": t.stride() for name, t in tensors.items()},
         **{f"{name}_strides": shared_strides(t) for name, t in shared.items()},
         "groups": groups,
         "tokens": key.shape[2],

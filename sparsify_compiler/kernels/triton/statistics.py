@@ -1,35 +1,14 @@
 """The statistics of blocks: launches of the kernels in `far_field_kernels.py`. Nothing is read back."""
 
-import math
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import row_starts, shared_strides
+from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
 
 BLOCK = 32
 """Tokens that a program computes at one time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One kernel with all that it is launched with."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int = 2
-
-    def __call__(self) -> None:
-        if all(self.grid):
-            device = next(t for t in self.arguments.values() if isinstance(t, Tensor))
-            with torch.cuda.device_of(device):
-                self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -125,8 +104,3 @@ def value_tile(head_dim: int) -> int:
 def precision(dtype: torch.dtype) -> str:
     """Of products of fp32 numbers that stem from tensors of this type."""
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def alignment(*tensors: Tensor) -> int:
-    """Bytes of which every row of the tensors starts at a multiple."""
-    return math.gcd(16, *(n for t in tensors for n in row_starts(t)))
