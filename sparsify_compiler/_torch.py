@@ -6,6 +6,7 @@ not cost its import.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any
@@ -52,6 +53,19 @@ def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
 
     mode = detect_fake_mode(list(example_inputs))
     return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
+def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> None:
+    """Where `body` is recomputed in backward (activation checkpointing), the results of `ops` are kept instead.
+
+    Says nothing where the model already says what is to be kept.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+
+    body.meta.setdefault("_checkpoint_context_fn", partial(create_selective_checkpoint_contexts, policy))
 
 
 def is_last_program() -> bool:

@@ -261,8 +261,8 @@ def single_key_table(
 
     Args:
         counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
-        is_dense: [H] bool, heads that read everything: for them the first block is the whole sequence, all others
-            are empty, and it is the only one listed.
+        is_dense: [H] bool, heads that read everything: for them the first block, of queries and of keys, is all
+            of them, and the others are empty.
     """
     before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
     last = tokens - layout.after
@@ -275,8 +275,10 @@ def single_key_table(
     others += [torch.full_like(indices[..., :1], bounds.shape[0] - 2)] * after
     listed = torch.cat([*others, indices + before], -1)
     dense = is_dense[None, :, None]
+    all_queries = torch.full_like(q_bounds, layout.video_tokens)
+    all_queries[..., 0] = 0
     return BlockTable(
-        q_bounds=q_bounds,
+        q_bounds=torch.where(dense, all_queries, q_bounds),
         q_order=q_order,
         kv_bounds=torch.where(dense, whole, bounds),
         kv_num_blocks=torch.where(dense, 1, counts + before + after),

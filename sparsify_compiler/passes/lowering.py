@@ -13,7 +13,7 @@
 A site whose plan is dense gets the call back that the model had. What sites remember comes in as new inputs of
 the graph, after all others, which they write to; `meta["held"]` describes them. Constants reach the bodies of
 higher-order operators as extra operands; a site there remembers nothing, since a body may run again (in
-backward), and then must find what it found the first time.
+backward), and then must find what it found the first time: what it chose is kept for that.
 """
 
 import re
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, tensor_of
@@ -36,6 +37,12 @@ from sparsify_compiler.runtime.state import Learned
 
 _LEAST = -1e30
 """Of a finite bias: added to any score, it is that score's only digits."""
+
+_CHOICES = tuple(
+    getattr(torch.ops.sparsify, name).default
+    for name in ("kmeans", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
+)
+"""Ops that decide what is read, and learn from it."""
 
 _Request = Callable[[str, Tensor | Learned], fx.Node]
 """(name, what it is) -> the node that stands for a constant or learned tensor in the graph at hand."""
@@ -197,6 +204,8 @@ def _lower_module(
             lowered[id(module)] = _lower_module(
                 module, lowering, partial(_add_placeholder_for, module.graph), None
             )
+            if any(isinstance(part, SparseSite) for part in module.modules()):
+                _torch.keep_results(module, _CHOICES)
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked
 

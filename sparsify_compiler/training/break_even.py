@@ -1,4 +1,4 @@
-"""Below which share of the keys sparse attention pays on this machine: measured once for a shape, then remembered.
+"""What sparse attention costs beside dense on this machine: measured once for a shape, then remembered.
 
 Timed are forward and backward, of dense SDPA and of what method `dsv` runs at two densities with its selection, on
 random tokens. Between and beyond the two the cost is taken to grow by the density in a straight line.
@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +21,26 @@ from sparsify_compiler.methods.dsv import single_key_table
 from sparsify_compiler.methods.grid import Cube, cut
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
+
+class Cost(NamedTuple):
+    """Of a head that reads a share of the video's keys; 1 is dense."""
+
+    fixed: float
+    by_share: float
+
+    def of(self, share: Tensor) -> Tensor:
+        """Of heads that read these shares. Below 1 it pays to be sparse."""
+        return self.fixed + self.by_share * share
+
+
 DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
 """Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
 REPEATS = 3
 
 
-def break_even(site: AttentionSite, layout: TokenLayout, group: Cube, rank: int, provider: str) -> float:
-    """The share of the video's keys, in [0, 1], below which a group of queries is faster to read them alone.
+def measured_cost(site: AttentionSite, layout: TokenLayout, group: Cube, rank: int, provider: str) -> Cost:
+    """Of forward and backward, with selection, where queries choose their keys by groups.
 
     The first call for a shape takes a few dense attentions' time.
     """
@@ -55,7 +68,7 @@ def _measure(
     device: str,
     provider: str,
     threads: int,
-) -> float:
+) -> Cost:
     generator = torch.Generator().manual_seed(0)
     tokens = math.prod(grid)
     shape = (1, heads, tokens, head_dim)
@@ -86,8 +99,8 @@ def _measure(
 
     dense_time = _time(lambda: scaled_dot_product_attention(query, key, value), inputs)
     low, high = (_time(functools.partial(sparse, density), inputs) for density in DENSITIES)
-    slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), 1e-9)
-    return min(1.0, max(0.0, DENSITIES[0] + (dense_time - low) / slope))
+    slope = max(0.0, high - low) / (DENSITIES[1] - DENSITIES[0])
+    return Cost(fixed=max(0.0, low - slope * DENSITIES[0]) / dense_time, by_share=slope / dense_time)
 
 
 def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:

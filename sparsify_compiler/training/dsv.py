@@ -9,12 +9,13 @@
 
 In stage 1 attention is dense, and a low-rank predictor learns at every site from the queries and keys that pass.
 Once its mean loss is below `threshold`, stage 2 begins: every head reads the keys that it is foretold to need, if
-their share lies below the break-even that is measured on this machine, and goes on being profiled, so that it may
-turn dense again. The predictor goes on learning at a lower rate.
+that costs less than to be dense, as measured on this machine, and goes on being profiled, so that it may turn dense
+again. The predictor goes on learning at a lower rate.
 
 Everything is decided by means over all ranks, so all ranks decide alike.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,11 +32,13 @@ from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import Trained, save_predictor
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
-from sparsify_compiler.training.break_even import break_even
+from sparsify_compiler.training.break_even import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-1"
 ENOUGH_OVERLAP = 0.8
 """Share of the proxy's critical keys that must be critical for its group."""
+LOWER = 0.9
+"""Of the cost of the group in use, what that of another must be below."""
 KEEP = 0.9
 """Of a profile, when a new one comes."""
 PARTS = ("weights", "shares", "gradients", "observed")
@@ -96,6 +99,8 @@ class Head:
     """Attention mass that is kept by reading them."""
     group: Cube
     """Queries that share a choice."""
+    overlap: float
+    """Share of the keys critical for the group's middle that are critical for its others."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,29 +132,34 @@ class _Site:
         else:
             self.profile.update(new)
 
-    def choose(self, even: Callable[[Cube], float]) -> None:
-        """Settle group and shares by the profile; `even` gives the break-even share of a group.
+    def choose(self, cost_of: Callable[[Cube], Cost]) -> None:
+        """Settle group and shares by the profile; `cost_of` gives what a group costs.
 
-        Groups only get smaller: a change of group is a new program.
+        With a fixed budget the group is the paper's, the largest whose queries attend alike. Else groups that
+        attend less alike need more keys to keep `mass`, and the group is the one that costs least. Groups only get
+        smaller: a change of group is a new program.
         """
         assert self.profile is not None
         method, video = self.method, self.plan.layout.video_tokens
-        candidates = list(method.groups)
-        first = 0 if self.choice is None else candidates.index(self.choice.group)
-        overlaps = self.profile.overlap.mean(-1).tolist()
-        enough = (i for i in range(first, len(candidates)) if overlaps[i] >= ENOUGH_OVERLAP)
-        place = next(enough, len(candidates) - 1)
+        groups, needed = method.groups, self.profile.needed
+        now = 0 if self.choice is None else groups.index(self.choice.group)
+        candidates = range(now, len(groups))
         if method.kv_budget is None:
-            needed = self.profile.needed[place]
-            shares = torch.where(needed < even(candidates[place]), needed, torch.ones_like(needed))
+            costs = {i: cost_of(groups[i]).of(needed[i]).clamp(max=1.0) for i in candidates}
+            place = min(candidates, key=lambda i: costs[i].sum().item())
+            if self.choice is not None and costs[place].sum() > LOWER * costs[now].sum():
+                place = now
+            shares = torch.where(costs[place] < 1, needed[place], torch.ones_like(needed[place]))
         else:
+            overlaps = self.profile.overlap.mean(-1).tolist()
+            place = next((i for i in candidates if overlaps[i] >= ENOUGH_OVERLAP), len(groups) - 1)
             budget = method.kv_budget
             share = budget / video if isinstance(budget, int) else budget
-            shares = torch.full_like(self.profile.needed[place], share)
+            shares = torch.full_like(needed[place], share)
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
-        self.choice = Choice(candidates[place], most)
+        self.choice = Choice(groups[place], most)
 
 
 class DSVTrainer:
@@ -323,7 +333,7 @@ class DSVTrainer:
         loss = float(torch.stack(losses).mean())
         if self._learning.sparse or loss < self.threshold:
             for name, site in self._sites.items():
-                site.choose(partial(self._even, site))
+                site.choose(partial(self._cost, site))
                 assert site.choice is not None
                 self._learning.choices[name] = site.choice
             self._learning.sparse = True
@@ -338,12 +348,15 @@ class DSVTrainer:
                 continue
             group = site.method.groups[0] if site.choice is None else site.choice.group
             place, shares = site.method.groups.index(group), site.shares.cpu()
-            kept = torch.where(shares < 1, profile.kept[place], 1.0)
-            columns = (profile.critical, profile.needed[place], shares, kept)
-            found += [
-                Head(site=name, head=i, critical=critical, needed=needed, share=share, kept=mass, group=group)
-                for i, (critical, needed, share, mass) in enumerate(torch.stack(columns, -1).tolist())
-            ]
+            columns = {
+                "critical": profile.critical,
+                "needed": profile.needed[place],
+                "share": shares,
+                "kept": torch.where(shares < 1, profile.kept[place], 1.0),
+                "overlap": profile.overlap[place],
+            }
+            for i, numbers in enumerate(torch.stack(list(columns.values()), -1).tolist()):
+                found.append(Head(site=name, head=i, group=group, **dict(zip(columns, numbers, strict=True))))
         return found
 
     def _report(self, loss: float) -> Progress:
@@ -366,13 +379,13 @@ class DSVTrainer:
         early, late = self.profile_every
         return step % (early if step < self.early_steps else late) == 0
 
-    def _even(self, site: _Site, group: Cube) -> float:
-        """The break-even of a group, the same on all ranks."""
+    def _cost(self, site: _Site, group: Cube) -> Cost:
+        """Of a group, the same on all ranks."""
         if self.break_even is not None:
-            return self.break_even
+            return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
         plan = site.plan
-        measured = break_even(plan.site, plan.layout, group, site.method.rank, plan.provider)
-        return float(_mean(torch.tensor(measured)))
+        measured = measured_cost(plan.site, plan.layout, group, site.method.rank, plan.provider)
+        return Cost(*_mean(torch.tensor(measured)).tolist())
 
 
 def _mean(tensor: Tensor) -> Tensor:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import sparsify_compiler
 from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
+from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
+from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.strategies import site_of
+from sparsify_compiler.training.break_even import Cost
 from sparsify_compiler.training.dsv import Profile, _Site
 
 pytestmark = [
@@ -70,6 +73,47 @@ def test_learning_leaves_the_models_gradients_alone_bit_for_bit(inner: str) -> N
         dsv.step()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With activation checkpointing every choice is made once, and training is the same as without."""
+    chosen: list[str] = []
+    load = providers.load
+
+    def counted(provider: str, family: str) -> Any:
+        chosen.append(family)
+        return load(provider, family)
+
+    seen = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        model, inputs = made()
+        if checkpointing:
+            model.enable_gradient_checkpointing()  # type: ignore[operator]
+        fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": "aot_eager"})
+        dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
+        for _ in range(4):
+            step(fast, inputs)
+            dsv.step()
+        assert dsv.stage == 2
+        model.zero_grad()
+        chosen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(providers, "load", counted)
+            loss = step(fast, inputs)
+        assert chosen.count("prediction") == 2, "one for each of the two sites"
+        assert chosen.count("attention") == (6 if checkpointing else 4), "forward, again, backward"
+        dsv.step()
+        learned = {
+            name: tensor.clone() for name, tensor in state_of(next(model.parameters())).learned.items()
+        }
+        seen.append((loss, gradients(model), learned))
+    (loss, grads, learned), (other_loss, other_grads, other_learned) = seen
+    assert torch.equal(loss, other_loss)
+    for found, expected in ((other_grads, grads), (other_learned, learned)):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=1e-4)
 
 
 def test_the_predictor_learns_and_stage_2_begins_by_its_loss():
@@ -253,30 +297,54 @@ def a_profile(needed: list[float], overlaps: list[float]) -> Profile:
     )
 
 
+def no_cost(group: Cube) -> Cost:
+    raise AssertionError("a fixed budget is not weighed")
+
+
 def test_heads_turn_sparse_below_the_break_even_and_back():
     site = a_site()
     site.profile = a_profile([0.1, 0.5], [0.9, 0.9, 0.9, 1.0])
-    site.choose(lambda group: 0.4)
+    site.choose(lambda group: Cost(0.0, 1 / 0.4))
     assert site.choice == Choice(GROUPS[0], 0.125)
     torch.testing.assert_close(site.shares, torch.tensor([0.1, 1.0]))
     site.profile = a_profile([0.45, 0.3], [0.9, 0.9, 0.9, 1.0])
-    site.choose(lambda group: 0.4)
+    site.choose(lambda group: Cost(0.0, 1 / 0.4))
     assert site.choice == Choice(GROUPS[0], 0.5)
     torch.testing.assert_close(site.shares, torch.tensor([1.0, 0.3]))
 
 
-def test_groups_shrink_until_they_overlap_and_do_not_grow():
-    site = a_site()
+def test_with_a_budget_groups_shrink_until_they_overlap_and_do_not_grow():
+    site = a_site(kv_budget=0.25)
     site.profile = a_profile([0.1, 0.1], [0.5, 0.81, 0.9, 1.0])
-    site.choose(lambda group: 1.0)
-    assert site.choice is not None
-    assert site.choice.group == GROUPS[1]
+    site.choose(no_cost)
+    assert site.choice == Choice(GROUPS[1], 0.25)
+    assert site.shares.tolist() == [0.25, 0.25]
     site.profile = a_profile([0.1, 0.1], [0.95, 0.7, 0.75, 1.0])
-    site.choose(lambda group: 1.0)
+    site.choose(no_cost)
     assert site.choice.group == GROUPS[3]
     site.profile = a_profile([0.1, 0.1], [0.95, 0.95, 0.95, 1.0])
-    site.choose(lambda group: 1.0)
+    site.choose(no_cost)
     assert site.choice.group == GROUPS[3]
+
+
+def test_the_group_is_the_one_that_costs_least_and_does_not_change_for_little():
+    """Small groups need fewer keys, which cost more each. A dense head costs 1, whatever the group."""
+    site = a_site()
+    costs = dict(zip(GROUPS, (Cost(0.1, 1.0), Cost(0.1, 2.0), Cost(0.1, 4.0), Cost(0.1, 30.0)), strict=True))
+    needed = torch.tensor([[0.9, 0.5], [0.9, 0.2], [0.9, 0.11], [0.8, 0.02]])
+    site.profile = Profile(torch.zeros(2), needed, torch.zeros(4, 2), torch.ones(4, 2))
+    site.choose(costs.__getitem__)
+    assert site.choice.group == GROUPS[1]  # costs of the second head: 0.6, 0.5, 0.54, 0.7
+    assert site.shares.tolist() == [1.0, pytest.approx(0.2)]
+    site.profile.needed[2, 1] = 0.08  # 0.42, and 1 of the first: not a tenth less
+    site.choose(costs.__getitem__)
+    assert site.choice.group == GROUPS[1]
+    site.profile.needed[2, 1] = 0.05  # 0.3: a tenth less
+    site.choose(costs.__getitem__)
+    assert site.choice.group == GROUPS[2]
+    site.profile.needed[1, 1] = 0.01  # larger groups are not gone back to
+    site.choose(costs.__getitem__)
+    assert site.choice.group == GROUPS[2]
 
 
 def test_a_profile_moves_a_tenth_of_the_way():
@@ -289,7 +357,7 @@ def test_a_profile_moves_a_tenth_of_the_way():
 def test_a_fixed_budget_is_read_whatever_the_profile_says():
     site = a_site(kv_budget=100)
     site.profile = a_profile([0.9, 0.01], [0.9, 0.9, 0.9, 1.0])
-    site.choose(lambda group: 0.0)
+    site.choose(no_cost)
     assert site.shares.tolist() == [0.25, 0.25]
 
 
