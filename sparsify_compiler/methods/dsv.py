@@ -33,8 +33,8 @@ LOSS_ROWS = 64
 """One query in so many is learnt from; at most four times as many queries in all."""
 
 OBSERVED = ("learnt", "loss", "profiled", "critical")
-"""Rows of what a site observes, for each head: sums, and over how many calls; then `needed`, `overlap` and `kept`
-of each candidate group."""
+"""Rows of what a site observes, for each head: sums, and over how many calls; then, of each candidate group,
+`held` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
 
 
 class Choice(NamedTuple):
@@ -153,7 +153,7 @@ class Dsv:
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
-        rows = len(OBSERVED) + 3 * len(self.groups)
+        rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
         return {
             "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
             "observed": torch.zeros(rows, site.heads),
@@ -208,7 +208,7 @@ class Dsv:
             )
             observed[2] += 1
             observed[3] += seen.critical
-            observed[4:] += torch.cat([seen.needed, seen.overlap, seen.kept])
+            observed[4:] += torch.cat([seen.held.flatten(0, 1), seen.overlap, seen.kept])
         return gradients, observed
 
     def select(
@@ -227,7 +227,7 @@ class Dsv:
         heads, video = query.shape[1], layout.video_tokens
         w_query, w_key = weights.split([heads, key.shape[1]])
         is_dense = shares >= 1
-        budget = (shares * video).round().int().clamp(min=1).masked_fill(is_dense, 0)
+        budget = predictor.key_counts(shares, video).int().masked_fill(is_dense, 0)
         bias = tokens.key_bias
         counts, indices = top_k_keys(
             query[:, :, proxies].float() @ w_query,

@@ -24,6 +24,8 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 COSINE, NORM = 0.95, 0.05
 """Weights of the two parts of the loss."""
+SHARES = tuple(2.0 ** (-i / 2) for i in reversed(range(20)))
+"""Of the video's keys, rising to 1, for which a profile measures the attention mass that they would keep."""
 ROWS = 128
 """Queries of each head that a profile looks at, at most; it takes the sorts of as many rows of scores."""
 FORMAT = "sparsify-dsv-1"
@@ -75,8 +77,9 @@ class Profile(NamedTuple):
 
     critical: Tensor
     """Mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
-    needed: Tensor
-    """Share of the video's keys with which groups keep `mass` on average, chosen by their proxy's prediction."""
+    held: Tensor
+    """Mean attention mass that groups would keep with each of `SHARES`, chosen by their proxy's prediction:
+    [groups, SHARES, H]."""
     overlap: Tensor
     """Mean share of the proxy's critical keys that are critical for a member of its group."""
     kept: Tensor
@@ -127,7 +130,8 @@ def profile(
 def _profile_head(
     scores: Tensor, predicted: Tensor, places: list[Tensor], video: slice, share: Tensor, mass: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(critical, needed [groups], overlap [groups], kept) from rows of scores [R, S] and predictions [R, V]."""
+    """(critical, held [groups, SHARES], overlap [groups], kept [groups]) from rows of scores [R, S] and predictions
+    [R, V]."""
     weights = scores.softmax(-1)
     falling = weights.sort(-1, descending=True).values.cumsum(-1)
     critical = ((falling < mass).sum(-1) + 1).clamp(max=scores.shape[-1]).float().mean() / scores.shape[-1]
@@ -137,13 +141,35 @@ def _profile_head(
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
     order = predicted.argsort(dim=-1, descending=True, stable=True)
-    needed, overlap, kept = [], [], []
+    shares = torch.tensor([*SHARES], device=scores.device)
+    held, overlap, kept = [], [], []
     for place in places:
-        held = (other_mass + of_video.gather(-1, order[place]).cumsum(-1)).mean(0)
-        needed.append(((held < mass).sum() + 1).clamp(max=count) / count)
+        curve = (other_mass + of_video.gather(-1, order[place]).cumsum(-1)).mean(0)
+        held.append(curve[key_counts(shares, count) - 1])
         overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
-        kept.append(held[(share * count).round().long().clamp(1, count) - 1])
-    return critical, torch.stack(needed), torch.stack(overlap), torch.stack(kept)
+        kept.append(curve[key_counts(share, count) - 1])
+    return critical, torch.stack(held), torch.stack(overlap), torch.stack(kept)
+
+
+def key_counts(shares: Tensor, video: int) -> Tensor:
+    """The keys that shares of `video` keys are, int64, at least one."""
+    return (shares * video).round().long().clamp(1, video)
+
+
+def shares_to_keep(mass: float, held: Tensor) -> Tensor:
+    """[...]: the least share of the keys that keeps `mass`, between `SHARES` by a straight line.
+
+    What is held bends downwards, so the line lies below it, and what is kept is no less than `mass`.
+
+    Args:
+        held: [..., SHARES], rising.
+    """
+    shares = torch.tensor(SHARES, device=held.device)
+    above = (held < mass).sum(-1, keepdim=True).clamp(max=len(SHARES) - 1)
+    below = (above - 1).clamp(min=0)
+    low, high = held.gather(-1, below), held.gather(-1, above)
+    part = ((mass - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    return torch.lerp(shares[below], shares[above], part).squeeze(-1)
 
 
 def sampled_tokens(layout: TokenLayout, group: Cube, turn: int) -> Tensor:

@@ -29,7 +29,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
 from sparsify_compiler.methods.grid import Cube
-from sparsify_compiler.methods.predictor import Trained, save_predictor
+from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
 from sparsify_compiler.training.break_even import Cost, measured_cost
@@ -51,8 +51,9 @@ class Profile:
 
     critical: Tensor
     """Share of the keys that hold `mass` of a query's attention."""
-    needed: Tensor
-    """Share of the video's keys with which groups keep `mass`, chosen by prediction."""
+    held: Tensor
+    """Attention mass that groups would keep with each of `predictor.SHARES`, [groups, H, SHARES]. A share is chosen
+    by the mean of these curves: as they bend downwards, the mean of the shares that calls need keeps less."""
     overlap: Tensor
     """Share of the proxy's critical keys that are critical for its group."""
     kept: Tensor
@@ -60,7 +61,7 @@ class Profile:
 
     def update(self, new: "Profile") -> None:
         """Move a tenth of the way; `kept` is of the shares in use now, so it is replaced."""
-        for name in ("critical", "needed", "overlap"):
+        for name in ("critical", "held", "overlap"):
             setattr(self, name, torch.lerp(getattr(new, name), getattr(self, name), KEEP))
         self.kept = new.kept
 
@@ -125,8 +126,9 @@ class _Site:
         """Take in what was observed since the last time, [rows, H] on the CPU."""
         count = observed[2].clamp(min=1)
         groups = len(self.method.groups)
-        needed, overlap, kept = (observed[len(OBSERVED) :] / count).split(groups)
-        new = Profile(observed[3] / count, needed, overlap, kept)
+        rows = [groups * len(SHARES), groups, groups]
+        held, overlap, kept = (observed[len(OBSERVED) :] / count).split(rows)
+        new = Profile(observed[3] / count, held.unflatten(0, (groups, -1)).mT, overlap, kept)
         if self.profile is None:
             self.profile = new
         else:
@@ -141,7 +143,7 @@ class _Site:
         """
         assert self.profile is not None
         method, video = self.method, self.plan.layout.video_tokens
-        groups, needed = method.groups, self.profile.needed
+        groups, needed = method.groups, shares_to_keep(method.mass, self.profile.held)
         now = 0 if self.choice is None else groups.index(self.choice.group)
         candidates = range(now, len(groups))
         if method.kv_budget is None:
@@ -350,7 +352,7 @@ class DSVTrainer:
             place, shares = site.method.groups.index(group), site.shares.cpu()
             columns = {
                 "critical": profile.critical,
-                "needed": profile.needed[place],
+                "needed": shares_to_keep(site.method.mass, profile.held[place]),
                 "share": shares,
                 "kept": torch.where(shares < 1, profile.kept[place], 1.0),
                 "overlap": profile.overlap[place],

@@ -179,10 +179,24 @@ def test_a_profile_counts_what_a_loop_counts(text: int) -> None:
             ]
             shared += len(best[0] & best[1])
         held /= 32
-        needed = next(k for k in range(1, video + 1) if k == video or held[k - 1] >= mass)
-        assert float(seen.needed[g, 0]) * video == pytest.approx(needed)
+        for i, share in enumerate(predictor.SHARES):
+            count = max(1, round(share * video))
+            assert float(seen.held[g, i, 0]) == pytest.approx(float(held[count - 1]), abs=1e-5)
         assert float(seen.overlap[g, 0]) == pytest.approx(shared / 32 / top, abs=1e-5)
         assert float(seen.kept[g, 0]) == pytest.approx(float(held[round(0.3 * video) - 1]), abs=1e-5)
+
+
+def test_the_share_that_keeps_a_mass_is_read_off_the_curve():
+    """Of curves that bend downwards it is no less than the least share that keeps the mass, and at most the next
+    measured one; at the ends it is the first share and all keys."""
+    shares = torch.tensor(predictor.SHARES)
+    for power in (0.1, 0.3, 0.8):
+        found = float(predictor.shares_to_keep(0.9, shares**power))
+        exact = 0.9 ** (1 / power)
+        assert exact - 1e-6 <= found <= max(exact * 2**0.5, predictor.SHARES[0])
+        assert found**power >= 0.9 - 1e-6
+    assert float(predictor.shares_to_keep(0.5, 0.6 + 0.4 * shares)) == pytest.approx(predictor.SHARES[0])
+    assert float(predictor.shares_to_keep(1.0, 0.99 * shares)) == 1.0
 
 
 def test_turns_look_at_all_cubes():

@@ -14,6 +14,7 @@ from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube
+from sparsify_compiler.methods.predictor import SHARES
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
@@ -288,10 +289,15 @@ def a_site(shares: int = 2, **options: Any) -> _Site:
     return _Site(plan, empty, torch.ones(shares), empty, empty)
 
 
+def held_with(needed: Tensor) -> Tensor:
+    """Straight lines that reach the mass 0.9 at the share needed."""
+    return 0.9 + 0.1 * (torch.tensor(SHARES) - needed[..., None])
+
+
 def a_profile(needed: list[float], overlaps: list[float]) -> Profile:
     return Profile(
         torch.tensor(needed),
-        torch.tensor(needed).expand(len(overlaps), -1),
+        held_with(torch.tensor(needed)).expand(len(overlaps), -1, -1),
         torch.tensor(overlaps)[:, None].expand(-1, len(needed)),
         torch.ones(len(overlaps), len(needed)),
     )
@@ -332,17 +338,17 @@ def test_the_group_is_the_one_that_costs_least_and_does_not_change_for_little():
     site = a_site()
     costs = dict(zip(GROUPS, (Cost(0.1, 1.0), Cost(0.1, 2.0), Cost(0.1, 4.0), Cost(0.1, 30.0)), strict=True))
     needed = torch.tensor([[0.9, 0.5], [0.9, 0.2], [0.9, 0.11], [0.8, 0.02]])
-    site.profile = Profile(torch.zeros(2), needed, torch.zeros(4, 2), torch.ones(4, 2))
+    site.profile = Profile(torch.zeros(2), held_with(needed), torch.zeros(4, 2), torch.ones(4, 2))
     site.choose(costs.__getitem__)
     assert site.choice.group == GROUPS[1]  # costs of the second head: 0.6, 0.5, 0.54, 0.7
     assert site.shares.tolist() == [1.0, pytest.approx(0.2)]
-    site.profile.needed[2, 1] = 0.08  # 0.42, and 1 of the first: not a tenth less
+    site.profile.held[2, 1] = held_with(torch.tensor(0.08))  # 0.42, and 1 of the first: not a tenth less
     site.choose(costs.__getitem__)
     assert site.choice.group == GROUPS[1]
-    site.profile.needed[2, 1] = 0.05  # 0.3: a tenth less
+    site.profile.held[2, 1] = held_with(torch.tensor(0.05))  # 0.3: a tenth less
     site.choose(costs.__getitem__)
     assert site.choice.group == GROUPS[2]
-    site.profile.needed[1, 1] = 0.01  # larger groups are not gone back to
+    site.profile.held[1, 1] = held_with(torch.tensor(0.01))  # larger groups are not gone back to
     site.choose(costs.__getitem__)
     assert site.choice.group == GROUPS[2]
 
