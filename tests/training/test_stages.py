@@ -1,6 +1,6 @@
 """Two-stage training: what the model computes, when it turns sparse, that it resumes exactly, that ranks agree."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,8 @@ OPTIONS = {"method": "dsv", "rank": 8, "inner_backend": "eager"}
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    """And one thread: two of a busy machine's wait for each other in every one of these many small operations."""
+def fresh_dynamo() -> None:
     torch._dynamo.reset()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(family: str = "wan", batch: int = 1) -> tuple[nn.Module, Inputs]:
