@@ -29,6 +29,7 @@ from sparsify_compiler.table import BlockTable
 GROUPS: tuple[Cube, ...] = ((2, 4, 4), (2, 2, 2), (1, 2, 2), (1, 1, 1))
 """Cubes of queries to choose among, largest first; each divides the one before."""
 
+RANK = 16
 LOSS_ROWS = 64
 """One query in so many is learnt from; at most four times as many queries in all."""
 
@@ -49,14 +50,16 @@ class Choice(NamedTuple):
 class Dsv:
     """Options of the method."""
 
-    rank: int = 16
-    """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact)."""
+    rank: int | None = None
+    """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact); if None `RANK`, or what
+    the predictor's file has."""
     mass: float = 0.9
     """Attention mass that the keys of a head are to keep on average, in (0, 1]."""
     query_group: Cube | None = None
     """(frames, rows, columns) of queries that share a choice; if None, `GROUPS` are tried for overlap."""
     kv_budget: int | float | None = None
-    """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`."""
+    """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`. With
+    a predictor's file, the most that its sparse heads read."""
     predictor: Path | None = None
     """A file that training wrote, for inference."""
 
@@ -68,7 +71,8 @@ class Dsv:
     if_dropped: ClassVar[dict[str, float]] = {}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", check_count("rank", self.rank))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", check_count("rank", self.rank))
         object.__setattr__(self, "mass", check_share("mass", self.mass, zero=False))
         if self.query_group is not None:
             object.__setattr__(self, "query_group", check_cube("query_group", self.query_group))
@@ -90,16 +94,22 @@ class Dsv:
         return layout.reason if layout.grid is None else ""
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "Dsv":
-        """With what the predictor's file says, where there is one."""
+        """With a rank, and with what the predictor's file says, where there is one."""
         if isinstance(self.kv_budget, int) and self.kv_budget > layout.video_tokens:
             raise OptionError(
                 f"kv_budget must be at most the {layout.video_tokens} tokens of the video, got {self.kv_budget}"
             )
         if self.predictor is None:
-            if self.rank > site.head_dim:
-                raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {self.rank}")
-            return self
+            rank = self.rank or RANK
+            if rank > site.head_dim:
+                raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {rank}")
+            return replace(self, rank=rank)
         trained = predictor.load_predictor(self.predictor, site)
+        if self.rank not in (None, trained.weights.shape[-1]):
+            raise OptionError(
+                f"rank must be that of the predictor's file, {trained.weights.shape[-1]}, or left out, "
+                f"got {self.rank}"
+            )
         sparse = trained.shares[trained.shares < 1]
         most = float(sparse.max()) if sparse.numel() else 0.0
         return replace(
@@ -146,13 +156,20 @@ class Dsv:
         if self.predictor is not None:
             trained = predictor.load_predictor(self.predictor, site)
             weights, shares = trained.weights, trained.shares
+            if (
+                self.kv_budget is not None
+            ):  # as given, or what `fit` made room for: no less than any sparse head's
+                most = self.budget_share(layout.video_tokens)
+                shares = torch.where(shares < 1, shares.clamp(max=most), shares)
         else:
+            assert self.rank is not None
             weights = predictor.initial_weights(site.heads + site.kv_heads, site.head_dim, self.rank)
             shares = torch.ones(site.heads)
         return {"weights": weights, "shares": shares}
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
+        assert self.rank is not None
         rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
         return {
             "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
@@ -241,6 +258,11 @@ class Dsv:
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
         return Selection(table, kept, whole=False), ()
+
+    def budget_share(self, video: int) -> float:
+        """`kv_budget` as a share of the video's keys."""
+        assert self.kv_budget is not None
+        return self.kv_budget / video if isinstance(self.kv_budget, int) else self.kv_budget
 
     def width(self, video: int) -> int:
         """Keys that a row of the table has room for, a power of two where the video allows."""

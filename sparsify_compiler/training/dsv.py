@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
 from sparsify_compiler.methods.grid import Cube
@@ -124,7 +125,7 @@ class _Site:
 
     def take_profile(self, observed: Tensor) -> None:
         """Take in what was observed since the last time, [rows, H] on the CPU."""
-        count = observed[2].clamp(min=1)
+        count = observed[2]
         groups = len(self.method.groups)
         rows = [groups * len(SHARES), groups, groups]
         held, overlap, kept = (observed[len(OBSERVED) :] / count).split(rows)
@@ -155,9 +156,7 @@ class _Site:
         else:
             overlaps = self.profile.overlap.mean(-1).tolist()
             place = next((i for i in candidates if overlaps[i] >= ENOUGH_OVERLAP), len(groups) - 1)
-            budget = method.kv_budget
-            share = budget / video if isinstance(budget, int) else budget
-            shares = torch.full_like(needed[place], share)
+            shares = torch.full_like(needed[place], method.budget_share(video))
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
@@ -195,11 +194,14 @@ class DSVTrainer:
             raise SparsifyError(f"DSVTrainer needs a module, got {type(module).__name__}")
         numbers = {"learning_rate": learning_rate, "late_rate": late_rate, "threshold": threshold}
         for name, number in numbers.items():
-            if not number > 0:
-                raise SparsifyError(f"{name} must be above 0, got {number!r}")
-        if len(profile_every) != 2 or min(profile_every) < 1:
+            if not isinstance(number, (int, float)) or not number > 0:
+                raise SparsifyError(f"{name} must be a number above 0, got {number!r}")
+        cadence = list(profile_every) if isinstance(profile_every, (tuple, list)) else []
+        if len(cadence) != 2 or any(integer(steps) is None or steps < 1 for steps in cadence):
             raise SparsifyError(f"profile_every must be two numbers of steps, got {profile_every!r}")
-        if break_even is not None and not 0 <= break_even <= 1:
+        if integer(early_steps) is None or early_steps < 0:
+            raise SparsifyError(f"early_steps must be a number of steps, got {early_steps!r}")
+        if break_even is not None and share(break_even) is None:
             raise SparsifyError(f"break_even must be a share in [0, 1], got {break_even!r}")
         self.learning_rate, self.late_rate, self.threshold = learning_rate, late_rate, threshold
         self.profile_every, self.early_steps = profile_every, early_steps
@@ -221,18 +223,25 @@ class DSVTrainer:
     def step(self) -> Progress | None:
         """Call after every step of the optimizer. Returns how training stands, where this step was profiled.
 
+        A profile for which nothing was computed since the last step is put off to the next.
+
         Raises:
-            SparsifyError: no attention of the model learns, or what was loaded is of another model.
+            SparsifyError: no attention of the model learns, what was loaded is of another model, or another trainer
+                was made for the model.
         """
+        if self._state.learning is not self._learning:
+            raise SparsifyError("another DSVTrainer was made for this model since: step that one alone")
         self._find_sites()
         signal = self._state.learned["signal"]
         learnt, profiled, _ = signal.tolist()
         if learnt:
             self._learn()
         self.steps += 1
-        self.progress = self._look() if profiled else self.progress
-        signal.copy_(torch.tensor([1, self._is_profiled(self.steps), self.steps]))
-        return self.progress if profiled else None
+        progress = self._look() if profiled else None
+        self.progress = progress or self.progress
+        overdue = bool(profiled) and progress is None
+        signal.copy_(torch.tensor([1, overdue or self._is_profiled(self.steps), self.steps]))
+        return progress
 
     def save_predictor(self, path: str | Path) -> None:
         """Write what `options={"method": "dsv", "predictor": path}` needs for inference, as safetensors.
@@ -240,11 +249,11 @@ class DSVTrainer:
         Raises:
             SparsifyError: stage 2 has not begun.
         """
-        trained = {
-            name: Trained(weights=site.weights, shares=site.shares, group=site.choice.group)
-            for name, site in self._sites.items()
-            if site.choice is not None
-        }
+        trained, learned = {}, self._state.learned
+        for name, choice in self._learning.choices.items():
+            assert isinstance(choice, Choice)
+            parts = {part: learned[f"{name}.{part}"] for part in ("weights", "shares")}
+            trained[name] = Trained(**parts, group=choice.group)
         if self.stage == 1 or not trained:
             raise SparsifyError("there is no predictor to save before stage 2: every head is dense so far")
         save_predictor(Path(path), trained)
@@ -282,7 +291,11 @@ class DSVTrainer:
 
     def _find_sites(self) -> None:
         """Take notice of the sites that programs have called."""
-        plans = {name: plan for name, (plan, _) in self._state.sites.items()}
+        plans = {
+            name: plan
+            for name, (plan, _) in self._state.sites.items()
+            if f"{name}.gradients" in self._state.learned  # none for a program without gradients
+        }
         if not plans:
             raise SparsifyError(
                 "no attention of this model learns yet: call the model in training mode, compiled with "
@@ -324,14 +337,17 @@ class DSVTrainer:
             site.weights.grad = None
             site.gradients.zero_()
 
-    def _look(self) -> Progress:
-        """Read what was observed since the last time, and decide by it."""
+    def _look(self) -> Progress | None:
+        """Read what was observed since the last time, and decide by it; None where nothing was."""
         losses = []
         for site in self._sites.values():
             observed = _mean(site.observed).cpu()
-            losses.append((observed[1] / observed[0].clamp(min=1)).mean())
-            site.take_profile(observed)
-            site.observed.zero_()
+            if observed[0].all() and observed[2].all():  # it was called, learnt and was profiled
+                losses.append((observed[1] / observed[0]).mean())
+                site.take_profile(observed)
+                site.observed.zero_()
+        if not losses or any(site.profile is None for site in self._sites.values()):
+            return None
         loss = float(torch.stack(losses).mean())
         if self._learning.sparse or loss < self.threshold:
             for name, site in self._sites.items():
@@ -386,7 +402,8 @@ class DSVTrainer:
         if self.break_even is not None:
             return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
         plan = site.plan
-        measured = measured_cost(plan.site, plan.layout, group, site.method.rank, plan.provider)
+        rank = site.weights.shape[-1]
+        measured = measured_cost(plan.site, plan.layout, group, rank, plan.provider)
         return Cost(*_mean(torch.tensor(measured)).tolist())
 
 

@@ -1,6 +1,7 @@
 """Two-stage training: what the model computes, when it turns sparse, that it resumes exactly, that ranks agree."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube
-from sparsify_compiler.methods.predictor import SHARES
+from sparsify_compiler.methods.predictor import SHARES, load_predictor
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
@@ -247,7 +248,16 @@ def test_wrong_use_is_told():
     model, inputs = made()
     with pytest.raises(SparsifyError, match="DSVTrainer needs a module"):
         DSVTrainer(lambda x: x)
-    for wrong in ({"threshold": 0}, {"learning_rate": -1.0}, {"profile_every": (0, 5)}, {"break_even": 2.0}):
+    for wrong in (
+        {"threshold": "a"},
+        {"profile_every": 2},
+        {"profile_every": (2.5, 1)},
+        {"early_steps": -1},
+        {"threshold": 0},
+        {"learning_rate": -1.0},
+        {"profile_every": (0, 5)},
+        {"break_even": 2.0},
+    ):
         with pytest.raises(SparsifyError, match=next(iter(wrong))):
             DSVTrainer(model, **wrong)
     dsv = DSVTrainer(model)
@@ -265,6 +275,52 @@ def test_wrong_use_is_told():
         fast = torch.compile(model, backend="sparsify", options=OPTIONS | options)
         with pytest.raises(OptionError, match=message):
             fast(**inputs)
+
+
+def test_steps_without_a_call_learn_nothing_and_decide_nothing():
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
+    with torch.no_grad():
+        fast(**inputs)
+    with pytest.raises(SparsifyError, match="no attention of this model learns yet"):
+        dsv.step()
+    step(fast, inputs)
+    assert [dsv.step() for _ in range(5)] == [None] * 5
+    assert dsv.stage == 1
+    step(fast, inputs)
+    progress = dsv.step()  # the profile that was put off
+    assert progress is not None
+    assert progress.critical > 0
+    assert progress.loss > 0
+    with torch.no_grad():
+        fast(**inputs)
+    shares = [head.share for head in dsv.heads]
+    assert [dsv.step() for _ in range(5)] == [None] * 5
+    assert [head.share for head in dsv.heads] == shares
+    DSVTrainer(fast)
+    with pytest.raises(SparsifyError, match="another DSVTrainer was made for this model"):
+        dsv.step()
+
+
+def test_a_loaded_state_gives_its_predictor_at_once(tmp_path: Path) -> None:
+    model, inputs = made()
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
+    for _ in range(4):
+        step(fast, inputs)
+        dsv.step()
+    dsv.save_predictor(tmp_path / "first.safetensors")
+    other = torch.compile(made()[0], backend="sparsify", options=OPTIONS)
+    resumed = DSVTrainer(other)
+    resumed.load_state_dict(dsv.state_dict())
+    resumed.save_predictor(tmp_path / "second.safetensors")
+    for name, (plan, _) in state_of(next(model.parameters())).sites.items():
+        site = replace(plan.site, name=name)
+        first, second = (load_predictor(tmp_path / f"{n}.safetensors", site) for n in ("first", "second"))
+        assert torch.equal(first.weights, second.weights)
+        assert torch.equal(first.shares, second.shares)
+        assert first.group == second.group
 
 
 def test_without_a_trainer_it_stays_dense():
