@@ -21,7 +21,6 @@ from sparsify_compiler.evaluation.model import load
 from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer
 from sparsify_compiler.pictures import figure, save
 
-OPTIONS = {"method": "dsv", "rank": 16}
 SAVE_EVERY = 25
 
 
@@ -31,6 +30,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24, help="of 96 tokens each")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--method", choices=("dsv", "dense"), default="dsv")
+    parser.add_argument("--mass", type=float, default=0.9, help="of a head's attention that is to be kept")
     parser.add_argument("--threshold", type=float, default=0.05, help="predictor's loss that begins stage 2")
     parser.add_argument("--out", type=Path, default=Path("demo_out/dsv"))
     options = parser.parse_args()
@@ -42,7 +42,8 @@ def main() -> None:
     trainer = Trainer(load(), Recipe(stages=(stage,)))
     dsv = None
     if options.method == "dsv":
-        trainer.compiled = torch.compile(trainer.model, backend="sparsify", dynamic=False, options=OPTIONS)
+        method = {"method": "dsv", "mass": options.mass}
+        trainer.compiled = torch.compile(trainer.model, backend="sparsify", dynamic=False, options=method)
         dsv = DSVTrainer(trainer.compiled, threshold=options.threshold)
     records = resume(trainer, dsv, out)
     with Bar() as bar:
