@@ -33,7 +33,7 @@ from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
-from sparsify_compiler.training.break_even import Cost, measured_cost
+from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-1"
 ENOUGH_OVERLAP = 0.8

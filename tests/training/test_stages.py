@@ -20,7 +20,7 @@ from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.strategies import site_of
-from sparsify_compiler.training.break_even import Cost
+from sparsify_compiler.training.cost import Cost
 from sparsify_compiler.training.dsv import Profile, _Site
 
 pytestmark = [
