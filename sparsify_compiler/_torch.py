@@ -5,7 +5,7 @@ not cost its import.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
@@ -139,3 +139,14 @@ def trace(backend: Callable[..., Any], function: Callable[..., Any], *args: Any)
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model that torch.compile was given, where `model` is what it gave back."""
     return getattr(model, "_orig_mod", model)
+
+
+def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
+    """The options that torch.compile was given, where `model` is a module that it gave back for this backend."""
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    if not isinstance(model, OptimizedModule):
+        return None
+    backend: Any = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
+    ours = getattr(backend, "compiler_name", None) == "sparsify"
+    return backend.kwargs.get("options") if ours else None

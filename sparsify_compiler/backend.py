@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.config import GENERAL, SparsifyConfig, option_names, split_options
+from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, option_names, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods import METHODS
@@ -98,6 +98,10 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
         raise OptionError(f"options must be a dict such as {{'method': 'tile'}}, got {options!r}")
     general, own = split_options(options or {})
     name = general.pop("method", DEFAULT_METHOD)
+    if options and options.get("preset") is not None and name != (of := PRESETS[options["preset"]]["method"]):
+        raise OptionError(
+            f"preset {options['preset']!r} is of method {of!r}, got method={name!r}: leave out one"
+        )
     if not isinstance(name, str) or name not in METHODS:
         raise unknown_choice("method", name, METHODS)
     choices = option_names(METHODS[name])
@@ -106,7 +110,7 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
             others = [other for other, kind in METHODS.items() if option in option_names(kind)]
             if others:
                 raise OptionError(
-                    f"option {option!r} belongs to method {others[0]!r}, got method={name!r}: "
+                    f"option {option!r} belongs to method {' and '.join(map(repr, others))}, got method={name!r}: "
                     f"try {{'method': {others[0]!r}, {option!r}: ...}}"
                 )
             every = {own for kind in METHODS.values() for own in option_names(kind)}

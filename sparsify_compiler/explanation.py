@@ -144,12 +144,13 @@ def explain(
 
     Args:
         model: a module or function; without gradients unless it is in training mode.
-        options: as torch.compile takes them.
+        options: as torch.compile takes them; if None those that `model` was compiled with.
         device: to choose providers for, `cpu` or `cuda`; that of the model's tensors if None.
 
     Raises:
         SparsifyError: options that cannot be met.
     """
+    options = _torch.options_of(model) if options is None else options
     config = configure(options)
     device = _device_type(device)
     plans: list[GraphPlan] = []

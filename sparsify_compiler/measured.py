@@ -131,6 +131,7 @@ def stats(model: Callable[..., Any]) -> RunStats:
 
     Args:
         model: what torch.compile was given, or what it gave back; parts of it may have been compiled one by one.
+            Calls of a module are recorded together, whatever it was compiled with: see `RunStats.of`.
 
     Raises:
         SparsifyError: the model is no module, or no call of it was recorded.

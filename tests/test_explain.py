@@ -27,6 +27,16 @@ def explained(hunyuan):
     return sparsify_compiler.explain(model, **inputs, options=OPTIONS)
 
 
+def test_a_compiled_model_is_explained_with_its_own_options(hunyuan, explained):
+    model, inputs = hunyuan
+    compiled = torch.compile(model, backend="sparsify", options=OPTIONS)
+    assert str(sparsify_compiler.explain(compiled, **inputs)) == str(explained)
+    other = sparsify_compiler.explain(compiled, **inputs, options={"method": "dsv"})
+    assert "dense until a trainer (DSVTrainer) or a predictor's file" in other.plans[-1].reason
+    for plain in (torch.compile(model), model):
+        assert {plan.method for plan in sparsify_compiler.explain(plain, **inputs).plans} <= {"svg2", "dense"}
+
+
 class Broken(nn.Module):
     """An attention on either side of a graph break."""
 

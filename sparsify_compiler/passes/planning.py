@@ -74,12 +74,18 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 provider=provider.name,
                 far_field=_or_default(config.far_field, method.far_field),
                 density=densities[layout, method],
-                reason=f"{layout.reason}; {provider.name}: {provider.reason}",
+                reason=f"{layout.reason}; {provider.name}: {provider.reason}{_until(method)}",
             )
         )
     dense_steps = _or_default(config.dense_steps, config.method.dense_steps)
     sparse = any(plan.method != "dense" for plan in plans)
     return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
+
+
+def _until(method: object) -> str:
+    """What a plan waits for."""
+    waits = isinstance(method, LearningMethod) and method.learns
+    return "; dense until a trainer (DSVTrainer) or a predictor's file says what to read" if waits else ""
 
 
 def _or_default(asked: Any, default: Any) -> Any:
