@@ -30,6 +30,8 @@ GROUPS: tuple[Cube, ...] = ((2, 4, 4), (2, 2, 2), (1, 2, 2), (1, 1, 1))
 """Cubes of queries to choose among, largest first; each divides the one before."""
 
 RANK = 16
+"""Where neither an option nor a file says otherwise."""
+
 LOSS_ROWS = 64
 """One query in so many is learnt from; at most four times as many queries in all."""
 
@@ -56,7 +58,7 @@ class Dsv:
     mass: float = 0.9
     """Attention mass that the keys of a head are to keep on average, in (0, 1]."""
     query_group: Cube | None = None
-    """(frames, rows, columns) of queries that share a choice; if None, `GROUPS` are tried for overlap."""
+    """(frames, rows, columns) of queries that share a choice; if None training takes one of `GROUPS`."""
     kv_budget: int | float | None = None
     """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`. With
     a predictor's file, the most that its sparse heads read."""
@@ -156,9 +158,8 @@ class Dsv:
         if self.predictor is not None:
             trained = predictor.load_predictor(self.predictor, site)
             weights, shares = trained.weights, trained.shares
-            if (
-                self.kv_budget is not None
-            ):  # as given, or what `fit` made room for: no less than any sparse head's
+            if self.kv_budget is not None:
+                # As given; or what `fit` made room for, which is no less than the share of any sparse head.
                 most = self.budget_share(layout.video_tokens)
                 shares = torch.where(shares < 1, shares.clamp(max=most), shares)
         else:

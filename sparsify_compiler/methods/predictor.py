@@ -141,7 +141,7 @@ def _profile_head(
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
     order = predicted.argsort(dim=-1, descending=True, stable=True)
-    shares = torch.tensor([*SHARES], device=scores.device)
+    shares = torch.tensor(SHARES, device=scores.device)
     held, overlap, kept = [], [], []
     for place in places:
         curve = (other_mass + of_video.gather(-1, order[place]).cumsum(-1)).mean(0)

@@ -179,8 +179,9 @@ class DSVTrainer:
     ) -> None:
         """Args:
             model: what torch.compile was given, or what it gave back.
-            learning_rate: of the predictor's AdamW. The paper takes the model's own; with this one 300 steps reach
-                the loss of the best projections there are, those of a singular value decomposition.
+            learning_rate: of the predictor's AdamW. The paper takes the model's own. On a young model 300 steps
+                with this one came within 4 % of the loss of the best projections there are, those of a singular
+                value decomposition; with 1e-3 the loss was still 1.7 times that.
             late_rate: factor on it in stage 2.
             threshold: mean loss of the predictor at which stage 2 begins.
             profile_every: steps between profiles, in the first `early_steps` and later.

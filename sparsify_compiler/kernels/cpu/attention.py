@@ -37,7 +37,7 @@ def backward(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.attention.backward`, which runs where there is no kernel: products of packed keys, too.
+    """See `reference.attention.backward`, which runs where there is no kernel.
 
     With the same number of threads, the same bits. Beside the gradients the kernel takes up to two sums of those of
     a key head, in fp32, for each thread.
