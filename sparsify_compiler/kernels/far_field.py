@@ -85,19 +85,21 @@ def attention_with_far_field(
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with torch.autocast(device, enabled=False):
-        near_out, near_lse = attention.block_sparse_attention(
-            query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
-        )
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
-        exact = None
-        recall = near_lse.new_full(near_lse.shape[:2], torch.nan)
-        if sample is not None:
-            with torch.no_grad():
-                exact = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
-                recall = _recall(sample.take(near_lse), exact[1])
+        nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
+        report = Report(torch.zeros_like(nothing), nothing)
         if far_field == "drop":
-            return near_out, near_lse, Report(torch.zeros_like(recall).float(), recall.float())
-        far_out, far_lse, matrices, limits = key_side(
+            out, lse = attention.block_sparse_attention(
+                query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
+            )
+            if sample is not None:
+                with torch.no_grad():
+                    _, exact_lse = exact_rows(
+                        query, key, value, sample.rows, key_bias, scale, provider=provider
+                    )
+                    report = report._replace(recall=_recall(sample.take(lse), exact_lse))
+            return out, lse, report
+        far = virtual_keys(
             query,
             key,
             value,
@@ -107,32 +109,14 @@ def attention_with_far_field(
             scale=scale,
             provider=provider,
         )
-        gate = torch.ones_like(recall, dtype=torch.bool)
-        if sample is not None and exact is not None:
+        report = report._replace(gate=torch.ones_like(nothing))
+        if sample is not None:
             with torch.no_grad():
-                near_rows = sample.take(near_out), sample.take(near_lse)
-                rows = *near_rows, sample.take(far_out), sample.take(far_lse)
-                error = sample.error(query, rows, None, None, exact[0], scale, provider)
-                if limits is not None:
-                    whole = sample.error(query, rows, matrices, limits, exact[0], scale, provider)
-                    helps = whole <= error
-                    error = torch.where(helps, whole, error)
-                # An error that is no number is no improvement.
-                gate = error <= _error(near_rows[0], exact[0])
-            if limits is not None:
-                limits = limits * helps[..., None, None]
-            far_lse = far_lse.masked_fill(~gate[..., None], -torch.inf)
-        out, lse = merge_far_field(
-            query,
-            *(near_out, near_lse, far_out, far_lse),
-            matrices,
-            limits,
-            table.q_bounds,
-            table.q_order,
-            scale=scale,
-            provider=provider,
+                far, report = _guard(sample, query, key, value, table, far, key_bias, scale, provider)
+        out, lse = near_and_far(
+            query, key, value, table, far, key_bias=key_bias, scale=scale, provider=provider
         )
-    return out, lse, Report(gate.float(), recall.float())
+    return out, lse, report
 
 
 def exact_rows(
@@ -163,7 +147,22 @@ def exact_rows(
     )
 
 
-def key_side(
+class VirtualKeys(NamedTuple):
+    """The blocks of keys, each as one virtual key."""
+
+    key: Tensor
+    """[B, G, N, D] in the dtype of the queries, G dividing their heads."""
+    value: Tensor
+    """[B, G, N, Dv]."""
+    bias: Tensor
+    """[B, H, N] fp32 (fp64 for fp64 input), added to the scaled scores; -inf for what does not answer."""
+    matrices: Tensor | None
+    """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
+    limits: Tensor | None
+    """Of s q M, [B, H, Nq, Dv]."""
+
+
+def virtual_keys(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -173,13 +172,11 @@ def key_side(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The far field alone: (out [B, H, Sq, Dv], lse [B, H, Sq], M [B, H, Nq, D, Dv], its limits [B, H, Nq, Dv]).
+) -> VirtualKeys:
+    """What answers for the blocks that a row of `table` does not list.
 
-    `out` lacks the term s q M of `linear`, which `merge_far_field` adds; `mean` has neither M nor limits. No
-    gradient flows through the second order of the scores.
+    `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
-    far = complement(table)
     log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
         key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
     )
@@ -192,21 +189,86 @@ def key_side(
         sizes = table.q_bounds.diff(dim=-1).unsqueeze(-2).to(mean_square.dtype)
         mean_square = sizes @ mean_square / max(query.shape[2], 1)
         second_order = scale**2 / 2 * _per_query_block(mean_square, key_variance.mT)[:, :, 0]
-        bias = (bias + second_order.clamp(max=MOST_SECOND_ORDER)).detach()
-        shares = _far_shares(mean_query, key_mean, bias, far, scale)
+        bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
+        shares = _far_shares(mean_query, key_mean, bias.detach(), table, scale)
         matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
-    out, lse = attention.block_sparse_attention(
-        query,
-        _narrow(key_mean, query.dtype),
-        _narrow(value_mean, query.dtype),
-        far,
-        key_bias=bias.detach(),
-        scale=scale,
-        provider=provider,
+    key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
+    return VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+
+
+def near_and_far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    *,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the keys that `table` lists and of the virtual keys of the others, merged.
+
+    One op where nobody asks for gradients; else near field, far field and `merge_far_field`, which have them.
+    """
+    tensors = (query, key, value, *far)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        near = attention.block_sparse_attention(
+            query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
+        )
+        return merge_far_field(
+            query,
+            *near,
+            *_far_alone(query, table, far, scale, provider),
+            far.matrices,
+            far.limits,
+            table.q_bounds,
+            table.q_order,
+            scale=scale,
+            provider=provider,
+        )
+    return torch.ops.sparsify.near_and_far(
+        query, key, value, *table.tensors().values(), key_bias, *far, scale, provider
     )
-    return out, lse, matrices, limits
+
+
+@torch.library.custom_op("sparsify::near_and_far", mutates_args=())
+def _near_and_far_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor | None,
+    kv_order: Tensor | None,
+    key_bias: Tensor | None,
+    far_key: Tensor,
+    far_value: Tensor,
+    far_bias: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    table = BlockTable(
+        q_bounds=q_bounds,
+        kv_bounds=kv_bounds,
+        kv_num_blocks=kv_num_blocks,
+        kv_indices=kv_indices,
+        q_order=q_order,
+        kv_order=kv_order,
+    )
+    far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
+    return providers.load(provider, "far_field").near_and_far(query, key, value, table, far, key_bias, scale)
+
+
+@_near_and_far_op.register_fake
+def _near_and_far_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return attention.empty_outputs(query, value)
 
 
 def complement(table: BlockTable) -> BlockTable:
@@ -399,6 +461,54 @@ def _check_merge(
             )
 
 
+def _guard(
+    sample: "_Sample",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[VirtualKeys, Report]:
+    """`far` without what raises the error of a head's sampled rows, and what these say."""
+    rows, table = sample.take(query), sample.rows_of(table)
+    exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
+    near, near_lse = attention.block_sparse_attention(
+        rows, key, value, table, key_bias=key_bias, scale=scale, provider=provider
+    )
+    far_rows = _far_alone(rows, table, far, scale, provider)
+
+    def error(matrices: Tensor | None, limits: Tensor | None) -> Tensor:
+        merged, _ = merge_far_field(
+            *(rows, near, near_lse, *far_rows, matrices, limits, table.q_bounds, None),
+            scale=scale,
+            provider=provider,
+        )
+        return _error(merged, exact)
+
+    least = error(None, None)
+    if far.limits is not None:
+        whole = error(far.matrices, far.limits)
+        helps = whole <= least
+        least = torch.where(helps, whole, least)
+        far = far._replace(limits=far.limits * helps[..., None, None])
+    # An error that is no number is no improvement.
+    gate = least <= _error(near, exact)
+    far = far._replace(bias=far.bias.masked_fill(~gate[..., None], -torch.inf))
+    return far, Report(gate.float(), _recall(near_lse, exact_lse))
+
+
+def _far_alone(
+    query: Tensor, table: BlockTable, far: VirtualKeys, scale: float, provider: str
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the virtual keys, without the linear term."""
+    return attention.block_sparse_attention(
+        query, far.key, far.value, complement(table), key_bias=far.bias, scale=scale, provider=provider
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Sample:
     """A few queries of each head, in rising position, and where the query blocks begin among them."""
@@ -423,21 +533,9 @@ class _Sample:
         """These rows of [B, H, Sq] or [B, H, Sq, D]."""
         return _take(tensor, self.rows)
 
-    def error(
-        self,
-        query: Tensor,
-        rows: tuple[Tensor, Tensor, Tensor, Tensor],
-        matrices: Tensor | None,
-        limits: Tensor | None,
-        exact: Tensor,
-        scale: float,
-        provider: str,
-    ) -> Tensor:
-        """[B, H] summed squared error of these rows of near out, near lse, far out and far lse, merged."""
-        merged, _ = merge_far_field(
-            *(self.take(query), *rows, matrices, limits, self.q_bounds, None), scale=scale, provider=provider
-        )
-        return _error(merged, exact)
+    def rows_of(self, table: BlockTable) -> BlockTable:
+        """The table of these rows alone."""
+        return replace(table, q_bounds=self.q_bounds, q_order=None)
 
 
 def _take(tensor: Tensor, rows: Tensor) -> Tensor:
@@ -450,7 +548,7 @@ def _take(tensor: Tensor, rows: Tensor) -> Tensor:
 def _recall(near_lse: Tensor, exact_lse: Tensor) -> Tensor:
     """[B, H]; a row that sees no key at all misses none."""
     kept = (near_lse - exact_lse.masked_fill(exact_lse == -torch.inf, 0.0)).exp()
-    return kept.masked_fill(exact_lse == -torch.inf, 1.0).mean(-1)
+    return kept.masked_fill(exact_lse == -torch.inf, 1.0).mean(-1).float()
 
 
 def _error(rows: Tensor, exact: Tensor) -> Tensor:
@@ -460,10 +558,10 @@ def _error(rows: Tensor, exact: Tensor) -> Tensor:
     )
 
 
-def _far_shares(query: Tensor, key: Tensor, bias: Tensor, far: BlockTable, scale: float) -> Tensor:
+def _far_shares(query: Tensor, key: Tensor, bias: Tensor, table: BlockTable, scale: float) -> Tensor:
     """[B, H, Nq, N]: softmax of queries [B, H, Nq, D] over virtual keys [B, G, N, D]; 0 where listed."""
     scores = scale * _per_query_block(query, key.mT) + bias[:, :, None]
-    scores = scores.masked_fill(~far.block_mask(), -torch.inf)
+    scores = scores.masked_fill(table.block_mask(), -torch.inf)
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 

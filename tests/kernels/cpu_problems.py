@@ -18,7 +18,7 @@ HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def symbol_without_amx(name: str, problem: type[ctypes.Structure]) -> Callable[..., None]:
+def symbol_without_amx(name: str, *structures: type[ctypes.Structure]) -> Callable[..., None]:
     """`library.symbol`, of the library as built for a CPU that lacks AMX."""
     if not CPUINFO.exists() or "amx_bf16" not in CPUINFO.read_text():
         pytest.skip("every build is without AMX on this CPU")
@@ -27,7 +27,7 @@ def symbol_without_amx(name: str, problem: type[ctypes.Structure]) -> Callable[.
         built, _ = library._build(library.build_info().compiler)
     assert built != library.build_info().library
     function = getattr(ctypes.CDLL(str(built)), name)
-    function.argtypes, function.restype = [ctypes.POINTER(problem)], None
+    function.argtypes, function.restype = [ctypes.POINTER(one) for one in structures], None
     return function
 
 

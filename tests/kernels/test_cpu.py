@@ -76,6 +76,15 @@ def test_head_dims_and_odd_lengths(forward, dtype, head_dim, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [5, *HEAD_DIMS])
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_few_queries_of_single_keys(forward, dtype, head_dim, queries):
+    query, key, value = qkv(1, 2, 1, 24, 200, head_dim, 72, dtype, seed=head_dim)
+    blocks = torch.rand(24 // queries, 200, generator=torch.Generator().manual_seed(0)) < 0.4
+    check(forward, query, key, value, uniform_table(blocks, queries, 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block", [1, 64])
 def test_permuted_tokens_in_blocks_of_any_size(forward, dtype, block):
     query, key, value = qkv(2, 3, 3, 256, 256, 64, 32, dtype)
@@ -115,11 +124,14 @@ def test_no_tokens(forward, q_tokens, kv_tokens):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["key", "value"])
 @pytest.mark.parametrize("dims", [(16, 16), (37, 21)])
-def test_what_is_not_finite_reaches_exactly_the_rows_that_read_it(forward, dtype, poison, where, dims):
+@pytest.mark.parametrize("queries", [2, 21])
+def test_what_is_not_finite_reaches_exactly_the_rows_that_read_it(
+    forward, dtype, poison, where, dims, queries
+):
     """Odd dimensions and block sizes: every kind of padding lies beside the poisoned element."""
     query, key, value = qkv(1, 2, 2, 210, 210, *dims, dtype)
-    blocks = torch.rand(10, 10, generator=torch.Generator().manual_seed(1)) < 0.5
-    table = uniform_table(blocks, 21, 21)
+    blocks = torch.rand(210 // queries, 10, generator=torch.Generator().manual_seed(1)) < 0.5
+    table = uniform_table(blocks, queries, 21)
     readers = torch.zeros(1, 2, 210, dtype=torch.bool)
     readers[0, 0] = table.mask()[0, 0, :, 104]
     assert readers.any()

@@ -97,7 +97,7 @@ def test_head_dims_and_odd_lengths(backward, dtype, head_dim):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("queries", [1, 20, 50])
+@pytest.mark.parametrize("queries", [1, 2, 8, 20, 50])
 def test_single_keys_for_groups_of_queries(backward, dtype, queries):
     """Heads with lists of their own; a key that no query reads has gradient 0."""
     q, k, v = qkv(1, 4, 2, 200, 200, 32, 48, dtype)
@@ -185,11 +185,15 @@ def test_large_scores_do_not_overflow(backward, dtype):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("dims", [(16, 16), (37, 21)])
-def test_what_is_not_finite_reaches_only_what_it_was_multiplied_with(backward, dtype, poison, where, dims):
+@pytest.mark.parametrize("queries", [3, 21])
+def test_what_is_not_finite_reaches_only_what_it_was_multiplied_with(
+    backward, dtype, poison, where, dims, queries
+):
     """One element of block 4 is poisoned: that block's gradients are, but for those of values, which do not depend
     on values. All others keep their bits."""
     tensors = dict(zip(("query", "key", "value"), qkv(1, 2, 2, 210, 210, *dims, dtype), strict=True))
-    table = uniform_table(torch.eye(10, dtype=torch.bool), 21, 21)
+    rows = torch.eye(10, dtype=torch.bool).repeat_interleave(21 // queries, 0)
+    table = uniform_table(rows, queries, 21)
     _, clean = run(backward, **tensors, table=table)
     tensors[where][0, 0, 104, -1] = poison
     _, found = run(backward, **tensors, table=table)

@@ -21,8 +21,9 @@ from sparsify_compiler.kernels.far_field import (
     attention_with_far_field,
     complement,
     exact_rows,
-    key_side,
     merge_far_field,
+    near_and_far,
+    virtual_keys,
 )
 from sparsify_compiler.kernels.providers import load
 from sparsify_compiler.testing import far_fields, oracles
@@ -270,6 +271,41 @@ def test_opcheck_with_strided_views(provider, grad):
         )
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("linear", [False, True])
+def test_opcheck_of_both_fields(provider, linear):
+    tensors, table = qkv(2, 4, 2, 40, 40, 24, 16, torch.float32), some_table()
+    far = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
+    arguments = (*tensors, *table.tensors().values(), None, *far, 0.3, provider)
+    torch.library.opcheck(torch.ops.sparsify.near_and_far.default, arguments)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dims", [(24, 16), (5, 150), (64, 64)])
+@pytest.mark.parametrize("queries", [2, 40, 300])
+def test_both_fields_at_once_are_both_merged(provider, dtype, head_dims, queries):
+    """Blocks of every path of a kernel, head 1 without a far field, whose near field then keeps its bits."""
+    query, key, value = qkv(1, 4, 2, 600, 200, *head_dims, dtype)
+    blocks = torch.rand(600 // queries, 40, generator=torch.Generator().manual_seed(0)) < 0.4
+    blocks[0] = True  # nothing is far
+    blocks[1] = False  # nothing is near
+    table = uniform_table(blocks, queries, 5, kv_order=torch.randperm(200).int()[None, None])
+    options = {"key_bias": torch.randn(1, 4, 200), "scale": head_dims[0] ** -0.5, "provider": provider}
+    far = virtual_keys(query, key, value, table, linear=True, **options)
+    bias = far.bias.clone()
+    bias[:, 1] = -torch.inf
+    far = far._replace(bias=bias)
+    got = near_and_far(query, key, value, table, far, **options)
+    near = attention.block_sparse_attention(query, key, value, table, **options)
+    with torch.enable_grad():
+        like = near_and_far(query.requires_grad_(), key, value, table, far, **options)
+    torch.testing.assert_close(got[0], like[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(got[1], like[1], rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    for one, other in zip(got, near, strict=True):
+        assert torch.equal(one[:, 1], other[:, 1])
+
+
 @pytest.mark.parametrize("provider", ["triton" if INTERPRETED else "reference"])
 @pytest.mark.parametrize("far_field", ["mean", "linear"])
 def test_gradients_are_those_of_the_formulas(provider, far_field):
@@ -342,9 +378,11 @@ def test_only_linear_has_matrices():
     """Those of a query head each, from statistics of a key head each."""
     tensors = qkv(1, 4, 2, 40, 40, 16, 24, torch.float32)
     options: dict[str, Any] = {"key_bias": None, "scale": 0.25, "provider": "reference"}
-    *_, matrices, limits = key_side(*tensors, some_table(), linear=True, **options)
-    assert (matrices.shape, limits.shape) == ((1, 4, 4, 16, 24), (1, 4, 4, 24))
-    assert key_side(*tensors, some_table(), linear=False, **options)[2:] == (None, None)
+    far = virtual_keys(*tensors, some_table(), linear=True, **options)
+    assert far.matrices.shape == (1, 4, 4, 16, 24)
+    assert far.limits.shape == (1, 4, 4, 24)
+    far = virtual_keys(*tensors, some_table(), linear=False, **options)
+    assert far.matrices is far.limits is None
 
 
 def test_arguments_that_do_not_fit():

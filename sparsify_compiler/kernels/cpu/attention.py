@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.kernels.attention import empty_gradients, empty_outputs
 from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.far_field import VirtualKeys
 from sparsify_compiler.kernels.reference import attention as reference
 from sparsify_compiler.table import BlockTable
 
@@ -16,13 +17,40 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `attention.block_sparse_attention`."""
-    kernel = library.symbol("sparsify_attention", _Problem)
-    if kernel is None:
-        return packed_sdpa(query, key, value, table, key_bias, scale)
     out, lse = empty_outputs(query, value)
+    if run(query, key, value, out, lse, key_bias, table, scale):
+        return out, lse
+    return packed_sdpa(query, key, value, table, key_bias, scale)
+
+
+def run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    table: BlockTable,
+    scale: float,
+    far: VirtualKeys | None = None,
+) -> bool:
+    """Fills `out` and `lse`, with a far field or without. Returns whether there is a kernel that does."""
+    kernel = library.symbol("sparsify_attention", _Problem, _FarField)
+    if kernel is None:
+        return False
     problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
-    kernel(ctypes.byref(problem))
-    return out, lse
+    if far is None:
+        kernel(ctypes.byref(problem), None)
+        return True
+    tensors = [
+        *(_rows(t) for t in (far.key, far.value)),
+        far.bias.contiguous(),
+        far.matrices if far.matrices is None else far.matrices.contiguous().flatten(3),
+        far.limits if far.limits is None else far.limits.contiguous(),
+    ]
+    views = (library.view(t, *query.shape[:2]) for t in tensors)
+    kernel(ctypes.byref(problem), ctypes.byref(_FarField(*views, *far.key.shape[1:3])))
+    return True
 
 
 def backward(
@@ -127,6 +155,15 @@ class _Problem(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+    )
+
+
+class _FarField(ctypes.Structure):
+    """`struct FarField`."""
+
+    _fields_ = (
+        *((name, library.View) for name in VirtualKeys._fields),
+        *((name, ctypes.c_int64) for name in ("heads", "blocks")),
     )
 
 

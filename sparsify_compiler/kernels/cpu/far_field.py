@@ -1,4 +1,7 @@
-"""Near and far field merged: the C++ kernel `csrc/far_field.cpp`, or the reference where it could not be built."""
+"""Near and far field: the C++ kernels, or the reference where they could not be built.
+
+Both together are one pass of `csrc/attention.cpp`; results of both are merged by `csrc/far_field.cpp`.
+"""
 
 import ctypes
 
@@ -6,8 +9,26 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.cpu import attention, library
+from sparsify_compiler.kernels.far_field import VirtualKeys
 from sparsify_compiler.kernels.reference import far_field as reference
+from sparsify_compiler.table import BlockTable
+
+
+def near_and_far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `far_field.near_and_far`."""
+    out, lse = empty_outputs(query, value)
+    if attention.run(query, key, value, out, lse, key_bias, table, scale, far):
+        return out, lse
+    return reference.near_and_far(query, key, value, table, far, key_bias, scale)
 
 
 def merge(

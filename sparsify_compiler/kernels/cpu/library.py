@@ -92,13 +92,13 @@ def build_info() -> BuildInfo:
 
 
 @functools.cache
-def symbol(name: str, problem: type[ctypes.Structure]) -> Callable[..., None] | None:
-    """The C function `name`, which takes a pointer to `problem`; None where nothing could be built."""
+def symbol(name: str, *structures: type[ctypes.Structure]) -> Callable[..., None] | None:
+    """The C function `name`, which takes pointers to `structures`; None where nothing could be built."""
     library = build_info().library
     if library is None:
         return None
     function = getattr(ctypes.CDLL(str(library)), name)
-    function.argtypes, function.restype = [ctypes.POINTER(problem)], None
+    function.argtypes, function.restype = [ctypes.POINTER(one) for one in structures], None
     return function
 
 

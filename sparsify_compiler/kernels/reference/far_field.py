@@ -1,10 +1,28 @@
-"""Near and far field merged, defined in plain torch."""
+"""Near and far field, alone and merged, defined in plain torch."""
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.far_field import VirtualKeys, complement
+from sparsify_compiler.kernels.reference import attention
 from sparsify_compiler.kernels.reference.statistics import blocks
+from sparsify_compiler.table import BlockTable
+
+
+def near_and_far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `far_field.near_and_far`."""
+    near = attention.forward(query, key, value, table, key_bias, scale)
+    others = attention.forward(query, far.key, far.value, complement(table), far.bias, scale)
+    return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
 def merge(

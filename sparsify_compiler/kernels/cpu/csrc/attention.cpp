@@ -6,6 +6,11 @@
 //
 //     scores[key][query] = sum over d of keys[key][d] * queries[d][query]
 //     out[d][query]     += sum over key of values[key][d] * exp2(scores[key][query] - max[query])
+//
+// or, where a block has but a few queries, those (few.h).
+//
+// With a far field a tile first reads a virtual key for each block that the table does not list. What is summed then
+// is the far field's share, which its linear term is multiplied with, and the near field goes on from there.
 
 #include <algorithm>
 #include <cmath>
@@ -13,9 +18,61 @@
 #include <tuple>
 #include <vector>
 
-#include "strips.h"
+#include "few.h"
 
 namespace {
+
+// Each block of keys as one virtual key: see kernels/far_field.py.
+struct FarField {
+  View key, value, bias, matrices, limits;
+  int64_t heads, blocks;
+};
+
+// Keys and values that tokens, or blocks, are the numbers of. Without a bias there is none.
+template <class T>
+struct Source {
+  const T *keys, *values;
+  int64_t key_stride, value_stride;
+  const float* bias;
+
+  Source(const View& key, const View& value, const View& bias, const Tile& tile, int64_t head)
+      : keys(key.at<const T>(tile.batch, head)),
+        values(value.at<const T>(tile.batch, head)),
+        key_stride(key.row),
+        value_stride(value.row),
+        bias(bias.data ? bias.at<const float>(tile.batch, tile.head) : nullptr) {}
+
+  static Source near(const Problem& p, const Tile& tile) {
+    return Source(p.key, p.value, p.key_bias, tile, p.kv_head(tile.head));
+  }
+  static Source far(const Problem& p, const FarField& far, const Tile& tile) {
+    return Source(far.key, far.value, far.bias, tile, tile.head * far.heads / p.heads);
+  }
+
+  const T* key(int32_t i) const { return keys + i * key_stride; }
+  const T* value(int32_t i) const { return values + i * value_stride; }
+  float bias_of(int32_t i) const { return bias ? bias[i] * kLog2e : 0.0f; }
+};
+
+// The blocks that a tile's row of the table does not list and that weigh anything.
+std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const Tile& tile) {
+  const float* bias = far.bias.at<const float>(tile.batch, tile.head);
+  std::vector<char> skipped(far.blocks);
+  for (int64_t block = 0; block < far.blocks; ++block) skipped[block] = bias[block] != -kInfinity;
+  const int32_t* listed = p.kv_indices.at<int32_t>(tile.batch, tile.head, tile.block);
+  const int32_t count = *p.kv_num_blocks.at<int32_t>(tile.batch, tile.head, tile.block);
+  for (int32_t i = 0; i < count; ++i) skipped[listed[i]] = 0;
+  std::vector<int32_t> blocks;
+  for (int64_t block = 0; block < far.blocks; ++block) {
+    if (skipped[block]) blocks.push_back(block);
+  }
+  return blocks;
+}
+
+inline float within(float x, float limit) {
+  const float high = x > limit ? limit : x;
+  return high < -limit ? -limit : high;
+}
 
 // The state of up to kStripQueries queries.
 struct Strip {
@@ -39,27 +96,24 @@ void attend(Strip& strip, const Keys& keys, const float* values, int64_t value_d
 template <class Products, class T>
 class Worker {
  public:
-  explicit Worker(const Problem& problem)
+  Worker(const Problem& problem, const FarField* far)
       : p_(problem),
+        far_(far),
         key_words_(row_words<Products>(p_.head_dim)),
         value_rows_(round_up(p_.value_dim, Products::kRows)),
         queries_(new Vec[kTileStrips * key_words_ * kVecs]),
         out_(new Vec[kTileStrips * value_rows_ * kVecs]),
         scores_(new Vec[(Products::kChunkKeys + 1) * kVecs]),
         keys_(aligned_floats(Products::kChunkKeys * key_words_)),
-        values_(aligned_floats(Products::kChunkKeys / Products::kPerWord * value_rows_)) {}
+        values_(aligned_floats(Products::kChunkKeys / Products::kPerWord * value_rows_)),
+        column_(new Element[p_.head_dim]) {}
 
   void run(const Tile& tile) {
     const int strips = load_queries(tile);
+    if (far_) read_far_field(tile, strips);
+    const auto near = Source<T>::near(p_, tile);
     KeyStream stream(p_, tile.batch, tile.head, tile.block);
-    while (const int count = stream.take(tokens_, Products::kChunkKeys)) {
-      const Keys keys = pack_chunk(tile, count);
-      for (int s = 0; s < strips; ++s) {
-        with_vecs(strips_[s].vecs(), [&](auto vecs) {
-          attend<Products, vecs>(strips_[s], keys, floats(values_), p_.value_dim, p_.scale * kLog2e, scores_.get());
-        });
-      }
-    }
+    while (const int count = stream.take(tokens_, Products::kChunkKeys)) read(near, tokens_, count, strips);
     for (int s = 0; s < strips; ++s) store(tile, s);
   }
 
@@ -83,17 +137,63 @@ class Worker {
     return strips;
   }
 
-  Keys pack_chunk(const Tile& tile, int count) {
-    const int64_t head = p_.kv_head(tile.head);
-    const float* bias = p_.key_bias.at<const float>(tile.batch, tile.head);
-    auto key_row = [&](int64_t i) { return p_.key.at<const T>(tile.batch, head, tokens_[i]); };
-    auto value_row = [&](int64_t i) { return p_.value.at<const T>(tile.batch, head, tokens_[i]); };
+  // The next `count` keys of all strips.
+  void read(const Source<T>& source, const int32_t* tokens, int count, int strips) {
+    const Keys keys = pack_chunk(source, tokens, count);
+    for (int s = 0; s < strips; ++s) {
+      with_vecs(strips_[s].vecs(), [&](auto vecs) {
+        attend<Products, vecs>(strips_[s], keys, floats(values_), p_.value_dim, p_.scale * kLog2e, scores_.get());
+      });
+    }
+  }
+
+  Keys pack_chunk(const Source<T>& source, const int32_t* tokens, int count) {
+    auto key_row = [&](int64_t i) { return source.key(tokens[i]); };
+    auto value_row = [&](int64_t i) { return source.value(tokens[i]); };
     for_each_row(count, p_.head_dim, key_row, [&](int64_t i) {
       Products::pack_row(key_row(i), p_.head_dim, floats(keys_) + i * key_words_);
-      bias_[i] = p_.key_bias.data ? bias[tokens_[i]] * kLog2e : 0.0f;
+      bias_[i] = source.bias_of(tokens[i]);
     });
     Products::pack_values(count, p_.value_dim, value_row, floats(values_));
     return {count, key_words_, floats(keys_), bias_};
+  }
+
+  // Before anything else.
+  void read_far_field(const Tile& tile, int strips) {
+    const std::vector<int32_t> blocks = skipped_blocks(p_, *far_, tile);
+    const auto far = Source<T>::far(p_, *far_, tile);
+    for (int64_t first = 0; first < int64_t(blocks.size()); first += Products::kChunkKeys) {
+      const int count = std::min<int64_t>(Products::kChunkKeys, blocks.size() - first);
+      read(far, blocks.data() + first, count, strips);
+    }
+    if (blocks.empty() || !far_->matrices.data) return;
+    for (int64_t first = 0; first < p_.value_dim; first += kTermChannels) {
+      const int count = std::min<int64_t>(kTermChannels, p_.value_dim - first);
+      pack_columns_of_matrix(far_->matrices.at<float>(tile.batch, tile.head, tile.block) + first, count);
+      const float* limits = far_->limits.at<float>(tile.batch, tile.head, tile.block) + first;
+      for (int s = 0; s < strips; ++s) {
+        with_vecs(strips_[s].vecs(), [&](auto vecs) { add_linear_term<vecs>(strips_[s], first, count, limits); });
+      }
+    }
+  }
+
+  void pack_columns_of_matrix(const float* matrix, int count) {
+    Element* column = column_.get();
+    for (int i = 0; i < count; ++i) {
+      for (int64_t d = 0; d < p_.head_dim; ++d) column[d] = from_float<Element>(matrix[d * p_.value_dim + i]);
+      Products::pack_row(column, p_.head_dim, floats(keys_) + i * key_words_);
+    }
+  }
+
+  // The sum of the weights times scale * query M, for `count` channels of M, which are packed as keys are.
+  template <int Vecs>
+  void add_linear_term(Strip& strip, int64_t first, int count, const float* limits) {
+    Products::template multiply_rows<Vecs>(
+        floats(keys_), count, key_words_, strip.queries, scores_.get(), [&](int64_t i, int v, Vec product) {
+          const Vec term = product * p_.scale, limit = splat(limits[i]), high = term > limit ? limit : term;
+          strip.out[(first + i) * Vecs + v] += strip.softmax.sum[v] * (high < -limit ? -limit : high);
+          return product;
+        });
   }
 
   void store(const Tile& tile, int index) {
@@ -112,17 +212,139 @@ class Worker {
     }
   }
 
+  static constexpr int kTermChannels = 128;  // fewer than a chunk has keys
+  using Element = std::conditional_t<Products::kPerWord == 2, BFloat16, float>;  // of a product
+
   const Problem& p_;
+  const FarField* far_;
   const int64_t key_words_, value_rows_;
   std::unique_ptr<Vec[]> queries_, out_, scores_, keys_, values_;
+  std::unique_ptr<Element[]> column_;  // of a matrix
   Products products_;
   Strip strips_[kTileStrips];
   int32_t tokens_[Products::kChunkKeys];
   float bias_[Products::kChunkKeys];
 };
 
+// Runs tiles of up to kMostFewQueries queries.
+template <class T>
+class FewWorker {
+ public:
+  FewWorker(const Problem& problem, const FarField* far)
+      : p_(problem),
+        far_(far),
+        key_vecs_(vecs_for(p_.head_dim)),
+        value_vecs_(vecs_for(p_.value_dim)),
+        queries_(new Vec[kMostFewQueries * key_vecs_]),
+        out_(new Vec[kMostFewQueries * value_vecs_]),
+        term_(new float[p_.value_dim]) {
+    keys_.dim = p_.head_dim, values_.dim = p_.value_dim;
+  }
+
+  void run(const Tile& tile) {
+    const int queries = tile.last - tile.first;
+    for (int i = 0; i < queries; ++i) {
+      const int64_t token = p_.query_token(tile, tile.first + i);
+      load_row(p_.query.at<const T>(tile.batch, tile.head, token), p_.head_dim, queries_.get() + i * key_vecs_);
+      softmax_[i] = {-kInfinity, 0.0f};
+    }
+    std::fill_n(out_.get(), queries * value_vecs_, Vec{});
+    if (far_) read_far_field(tile, queries);
+    const auto near = Source<T>::near(p_, tile);
+    KeyStream stream(p_, tile.batch, tile.head, tile.block);
+    while (const int count = stream.take(tokens_, kChunkKeys)) read(near, tokens_, count, queries);
+    for (int i = 0; i < queries; ++i) store(tile, i);
+  }
+
+ private:
+  static constexpr int kChunkKeys = 64, kChunkVecs = kChunkKeys / kLanes;
+
+  void read(const Source<T>& source, const int32_t* tokens, int count, int queries) {
+    float* biases = reinterpret_cast<float*>(bias_);
+    for (int i = 0; i < count; ++i) {
+      keys_.at[i] = source.key(tokens[i]);
+      values_.at[i] = source.value(tokens[i]);
+      biases[i] = source.bias_of(tokens[i]);
+    }
+    for (int i = count; i < round_up(count, kLanes); ++i) {
+      keys_.at[i] = keys_.at[0];
+      biases[i] = -kInfinity;
+    }
+    for (int i = 0; i < queries; ++i) weigh(i, count);
+    values_.add_to(out_.get(), queries, reinterpret_cast<const float*>(weights_), kChunkKeys, count);
+  }
+
+  // Before anything else.
+  void read_far_field(const Tile& tile, int queries) {
+    const std::vector<int32_t> blocks = skipped_blocks(p_, *far_, tile);
+    const auto far = Source<T>::far(p_, *far_, tile);
+    for (int64_t first = 0; first < int64_t(blocks.size()); first += kChunkKeys) {
+      read(far, blocks.data() + first, std::min<int64_t>(kChunkKeys, blocks.size() - first), queries);
+    }
+    if (blocks.empty() || !far_->matrices.data) return;
+    const float* matrix = far_->matrices.at<float>(tile.batch, tile.head, tile.block);
+    const float* limits = far_->limits.at<float>(tile.batch, tile.head, tile.block);
+    for (int i = 0; i < queries; ++i) {
+      const float* query = reinterpret_cast<const float*>(queries_.get() + i * key_vecs_);
+      float* out = reinterpret_cast<float*>(out_.get() + i * value_vecs_);
+      std::fill_n(term_.get(), p_.value_dim, 0.0f);
+      for (int64_t d = 0; d < p_.head_dim; ++d) {
+        for (int64_t c = 0; c < p_.value_dim; ++c) term_[c] += query[d] * matrix[d * p_.value_dim + c];
+      }
+      for (int64_t c = 0; c < p_.value_dim; ++c) {
+        out[c] += softmax_[i].sum * within(p_.scale * term_[c], limits[c]);
+      }
+    }
+  }
+
+  // The weights of the chunk's keys for query i; what was summed before decays as its max rises.
+  void weigh(int i, int count) {
+    Vec* weights = weights_ + i * kChunkVecs;
+    keys_.multiply(queries_.get() + i * key_vecs_, count, weights);
+    for (int v = 0; v < vecs_for(count); ++v) {
+      const Vec score = weights[v] * (p_.scale * kLog2e) + bias_[v];
+      weights[v] = bias_[v] == -kInfinity ? bias_[v] : score;
+    }
+    const float most = std::min(std::max(softmax_[i].max, largest_lane(weights, count)), kLargest);
+    const float base = most == -kInfinity ? 0.0f : most;
+    Vec sum{};
+    for (int v = 0; v < vecs_for(count); ++v) {
+      weights[v] = exp2(weights[v] - base);
+      sum += weights[v];
+    }
+    const float decay = std::exp2(softmax_[i].max - base);
+    softmax_[i] = {most, softmax_[i].sum * decay + sum_of_lanes(sum)};
+    if (decay == 1.0f) return;
+    for (int v = 0; v < value_vecs_; ++v) out_[i * value_vecs_ + v] *= decay;
+  }
+
+  void store(const Tile& tile, int i) {
+    const auto [max, sum] = softmax_[i];
+    const int64_t token = p_.query_token(tile, tile.first + i);
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float* row = reinterpret_cast<const float*>(out_.get() + i * value_vecs_);
+    T* out = p_.out.at<T>(tile.batch, tile.head, token);
+    for (int64_t d = 0; d < p_.value_dim; ++d) out[d] = from_float<T>(row[d] * factor);
+    *p_.lse.at<float>(tile.batch, tile.head, token) = sum == 0.0f ? -kInfinity : (max + std::log2(sum)) * kLn2;
+  }
+
+  struct RowSoftmax {
+    float max, sum;
+  };
+
+  const Problem& p_;
+  const FarField* far_;
+  const int key_vecs_, value_vecs_;
+  std::unique_ptr<Vec[]> queries_, out_;
+  std::unique_ptr<float[]> term_;
+  Rows<T, kChunkKeys> keys_, values_;
+  Vec weights_[kMostFewQueries * kChunkVecs], bias_[kChunkVecs];
+  RowSoftmax softmax_[kMostFewQueries];
+  int32_t tokens_[kChunkKeys];
+};
+
 template <class Products, class T>
-void run(const Problem& problem) {
+void run(const Problem& problem, const FarField* far) {
   std::vector<Tile> tiles = plan_tiles(problem);
   // Head by head, whose keys then stay in the caches; in a head the longest first, so that all threads end at
   // about the same time.
@@ -133,16 +355,24 @@ void run(const Problem& problem) {
   const int64_t count = tiles.size();
 #pragma omp parallel num_threads(problem.threads)
   {
-    Worker<Products, T> worker(problem);
+    Worker<Products, T> worker(problem, far);
+    FewWorker<T> few(problem, far);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) worker.run(tiles[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      if (tiles[i].last - tiles[i].first <= Products::kFewQueries) {
+        few.run(tiles[i]);
+      } else {
+        worker.run(tiles[i]);
+      }
+    }
   }
 }
 
 }  // namespace
 
-extern "C" void sparsify_attention(const Problem* problem) {
+// Without a far field, what the table does not list is dropped.
+extern "C" void sparsify_attention(const Problem* problem, const FarField* far) {
   with_types(problem->dtype, [&](auto types) {
-    run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem);
+    run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem, far);
   });
 }

@@ -11,6 +11,7 @@
 //
 // The last two sum over queries, which are lanes. There the weights enter word by word and the channels are
 // lanes: queries and their grads are packed both ways, and nothing else is transposed.
+// A tile of a few queries has channels as lanes everywhere (few.h).
 //
 // The gradients of keys and values are summed over all tiles, in memory that no other thread writes to. Each thread
 // has one share of the tiles, all in a row and about as costly as any other. A head that is divided among shares
@@ -22,7 +23,7 @@
 #include <utility>
 #include <vector>
 
-#include "strips.h"
+#include "few.h"
 
 namespace {
 
@@ -175,6 +176,14 @@ void pack_key_words(int keys, Vec* rows) {
   std::fill_n(rows + words * Vecs, (round_up(words, Products::kWords) - words) * Vecs, Vec{});
 }
 
+// ---- A few queries ---------------------------------------------------------------------------------------
+
+// The state of up to kMostFewQueries queries: rows with channels as lanes.
+struct Few {
+  Vec *queries, *grads, *grad_query;  // the last not yet scaled
+  float base[kMostFewQueries], factor[kMostFewQueries], delta[kMostFewQueries];  // as in a strip
+};
+
 // ---- One thread ------------------------------------------------------------------------------------------
 
 // Runs tiles on scratch memory of its own. T is the type of an element of the tensors.
@@ -213,15 +222,20 @@ class Worker {
 
  private:
   static constexpr int kChunkKeys = Products::kBackwardChunkKeys;
+  static constexpr int kChunkVecs = kChunkKeys / kLanes;
   static constexpr bool kPaired = Products::kPerWord == 2;
+  using Packed = std::conditional_t<kPaired, BFloat16, float>;  // of a key head
   static constexpr int64_t kRowsVecs = kChunkKeys * query_words<Products>(kVecs) / kLanes;  // of a strip's weights
 
   struct LoadedTile {
     Tile tile;
     KeyStream stream;
     bool rises;  // through the rows of its key head
-    int strips;
+    int strips;  // 0 if there are but a few queries
     Strip strip[kTileStrips];
+    Few few;
+
+    int queries() const { return tile.last - tile.first; }
   };
 
   // ---- Queries
@@ -232,14 +246,18 @@ class Worker {
            query_words<Products>(vecs) * (vecs_for(p_.head_dim) + vecs_for(p_.value_dim));
   }
 
+  int64_t few_size(int queries) const { return queries * (2 * vecs_for(p_.head_dim) + vecs_for(p_.value_dim)); }
+
+  static bool is_few(const Tile& tile) { return tile.last - tile.first <= Products::kFewQueries; }
+
   // Loads as many tiles as there is memory for, and returns the next one.
   template <class T>
   const Tile* load_batch(const Tile* tile, const Tile* last, const KeyHead& head) {
     batch_.clear();
     free_ = batch_memory_.get();
     for (; tile != last; ++tile) {
-      int64_t size = 0;
-      for (int64_t first = tile->first; first < tile->last; first += kStripQueries) {
+      int64_t size = is_few(*tile) ? few_size(tile->last - tile->first) : 0;
+      for (int64_t first = tile->first; first < tile->last && !is_few(*tile); first += kStripQueries) {
         size += strip_size(vecs_for(std::min<int64_t>(kStripQueries, tile->last - first)));
       }
       if (free_ + size > batch_memory_.get() + batch_vecs_) break;
@@ -252,8 +270,9 @@ class Worker {
   void load_tile(const Tile& tile, const KeyHead& head) {
     const KeyStream stream(p_, tile.batch, tile.head, tile.block);
     const bool rises = head.in_order_of(p_, tile.batch, tile.head) && stream.rises();
-    batch_.push_back({tile, stream, rises, 0, {}});
+    batch_.push_back({tile, stream, rises, 0, {}, {}});
     LoadedTile& loaded = batch_.back();
+    if (is_few(tile)) return load_few<T>(loaded, head);
     bool digits_lost = false;
     for (int64_t first = tile.first; first < tile.last; first += kStripQueries) {
       Strip& strip = loaded.strip[loaded.strips++];
@@ -297,19 +316,71 @@ class Worker {
     std::fill_n(strip.delta, kVecs, Vec{});
     bool digits_lost = false;
     for (int64_t lane = 0; lane < strip.queries_in_use; ++lane) {
-      const int64_t token = p_.query_token(tile, first + lane);
-      const T* out = p_.out.at<const T>(tile.batch, tile.head, token);
-      const T* grad = backward_.grad_out.at<const T>(tile.batch, tile.head, token);
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t d = 0; d < p_.value_dim; ++d) sum += to_float(out[d]) * to_float(grad[d]);
-      const float grad_lse = *backward_.grad_lse.at<float>(tile.batch, tile.head, token);
-      const float lse = *p_.lse.at<float>(tile.batch, tile.head, token);
-      reinterpret_cast<float*>(strip.delta)[lane] = sum - grad_lse;
-      reinterpret_cast<float*>(strip.base)[lane] = lse == -kInfinity ? 0.0f : lse * kLog2e;
-      digits_lost |= lse != -kInfinity && !(std::abs(lse) <= kLargestLse);
+      digits_lost |= load_numbers<T>(tile, first + lane, reinterpret_cast<float*>(strip.base)[lane],
+                                     reinterpret_cast<float*>(strip.delta)[lane]);
     }
     return digits_lost;
+  }
+
+  // Those of the query at a position.
+  template <class T>
+  bool load_numbers(const Tile& tile, int64_t position, float& base, float& delta) {
+    const int64_t token = p_.query_token(tile, position);
+    const T* out = p_.out.at<const T>(tile.batch, tile.head, token);
+    const T* grad = backward_.grad_out.at<const T>(tile.batch, tile.head, token);
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < p_.value_dim; ++d) sum += to_float(out[d]) * to_float(grad[d]);
+    const float lse = *p_.lse.at<float>(tile.batch, tile.head, token);
+    base = lse == -kInfinity ? 0.0f : lse * kLog2e;
+    delta = sum - *backward_.grad_lse.at<float>(tile.batch, tile.head, token);
+    return lse != -kInfinity && !(std::abs(lse) <= kLargestLse);
+  }
+
+  template <class T>
+  void load_few(LoadedTile& loaded, const KeyHead& head) {
+    Few& few = loaded.few;
+    const Tile& tile = loaded.tile;
+    const int count = loaded.queries(), key_vecs = vecs_for(p_.head_dim), value_vecs = vecs_for(p_.value_dim);
+    few.queries = take(count * key_vecs);
+    few.grads = take(count * value_vecs);
+    few.grad_query = take(count * key_vecs);
+    std::fill_n(few.grad_query, count * key_vecs, Vec{});
+    bool digits_lost = false;
+    for (int i = 0; i < count; ++i) {
+      const int64_t token = p_.query_token(tile, tile.first + i);
+      load_row(p_.query.at<const T>(tile.batch, tile.head, token), p_.head_dim, few.queries + i * key_vecs);
+      load_row(backward_.grad_out.at<const T>(tile.batch, tile.head, token), p_.value_dim, few.grads + i * value_vecs);
+      few.factor[i] = 1.0f;
+      digits_lost |= load_numbers<T>(tile, tile.first + i, few.base[i], few.delta[i]);
+    }
+    if (digits_lost) renormalise_few(loaded, head);
+  }
+
+  // Computes the softmax of a few queries anew, where the lse has lost it.
+  void renormalise_few(LoadedTile& loaded, const KeyHead& head) {
+    Few& few = loaded.few;
+    float max[kMostFewQueries], sum[kMostFewQueries] = {};
+    std::fill_n(max, kMostFewQueries, -kInfinity);
+    const KeyStream from_start = loaded.stream;
+    while (const int count = take_keys(loaded, head.rows(), head)) {
+      find_rows(count, head);
+      for (int i = 0; i < loaded.queries(); ++i) {
+        Vec scores[kChunkVecs];
+        score(few, i, count, scores);
+        const float most = std::min(std::max(max[i], largest_lane(scores, count)), kLargest);
+        const float base = most == -kInfinity ? 0.0f : most;
+        Vec added{};
+        for (int v = 0; v < vecs_for(count); ++v) added += exp2(scores[v] - base);
+        sum[i] = sum[i] * std::exp2(max[i] - base) + sum_of_lanes(added);
+        max[i] = most;
+      }
+    }
+    loaded.stream = from_start;
+    for (int i = 0; i < loaded.queries(); ++i) {
+      few.base[i] = max[i] == -kInfinity ? 0.0f : max[i];
+      few.factor[i] = sum[i] == 0.0f ? 0.0f : sum[i] <= kLargest ? 1.0f / sum[i] : NAN;
+    }
   }
 
   // Computes the softmax of a tile anew, where the lse has lost it.
@@ -345,6 +416,10 @@ class Worker {
   // All that the tile reads of the rows before `end`, or at all if it does not go through them in order.
   void run_segment(LoadedTile& loaded, int64_t end, const KeyHead& head) {
     while (const int count = take_keys(loaded, loaded.rises ? end : head.rows(), head)) {
+      if (loaded.strips == 0) {
+        add_few_grads(loaded, count, head);
+        continue;
+      }
       const Keys keys = pack_keys(count, head);
       pack_values(count, head);
       for (int s = 0; s < loaded.strips; ++s) {
@@ -432,8 +507,79 @@ class Worker {
     }
   }
 
+  // ---- Gradients of a few queries
+
+  // The rows of a chunk's keys and values. What fills up the last vector of scores is hidden.
+  void find_rows(int count, const KeyHead& head) {
+    few_keys_.dim = p_.head_dim, few_values_.dim = p_.value_dim;
+    for (int i = 0; i < round_up(count, kLanes); ++i) {
+      const int32_t row = rows_[std::min(i, count - 1)];
+      few_keys_.at[i] = reinterpret_cast<const Packed*>(head.key(row));
+      few_values_.at[i] = reinterpret_cast<const Packed*>(head.value(row));
+      if (i >= count) bias_[i] = -kInfinity;
+    }
+  }
+
+  // Of query i with the chunk's keys; hidden ones have -inf whatever they hold.
+  void score(const Few& few, int i, int count, Vec* scores) const {
+    few_keys_.multiply(few.queries + i * vecs_for(p_.head_dim), count, scores);
+    for (int v = 0; v < vecs_for(count); ++v) {
+      const Vec bias = load_channels(bias_ + v * kLanes), score = scores[v] * (p_.scale * kLog2e) + bias;
+      scores[v] = bias == -kInfinity ? bias : score;
+    }
+  }
+
+  void add_few_grads(LoadedTile& loaded, int count, const KeyHead& head) {
+    Few& few = loaded.few;
+    const int queries = loaded.queries(), key_vecs = vecs_for(p_.head_dim), value_vecs = vecs_for(p_.value_dim);
+    Vec* weights = weights_.get();
+    Vec* d_scores = d_scores_.get();
+    find_rows(count, head);
+    for (int i = 0; i < queries; ++i) {
+      Vec* row = weights + i * kChunkVecs;
+      Vec* d_row = d_scores + i * kChunkVecs;
+      score(few, i, count, row);
+      few_values_.multiply(few.grads + i * value_vecs, count, d_row);
+      for (int v = 0; v < vecs_for(count); ++v) {
+        row[v] = exp2(row[v] - few.base[i]) * few.factor[i];
+        d_row[v] = row[v] * (d_row[v] - few.delta[i]);
+      }
+    }
+    const float* factors = reinterpret_cast<const float*>(d_scores);
+    few_keys_.add_to(few.grad_query, queries, factors, kChunkKeys, count);
+    for (int i = 0; i < count; ++i) {
+      add_few(head.grad_key(rows_[i]), key_vecs, factors + i, queries, few.queries);
+      add_few(head.grad_value(rows_[i]), value_vecs, reinterpret_cast<const float*>(weights) + i, queries, few.grads);
+    }
+  }
+
+  // row += sum over the queries of factors[query * kChunkKeys] * rows[query]
+  static void add_few(Vec* row, int vecs, const float* factors, int queries, const Vec* rows) {
+    for (int v = 0; v < vecs; v += kVecs) {
+      with_vecs(std::min(kVecs, vecs - v), [&](auto some) {
+        constexpr int Vecs = some;
+        Vec sums[1][Vecs];
+        UNROLL for (int j = 0; j < Vecs; ++j) sums[0][j] = row[v + j];
+        multiply<Fp32, 1, Vecs>(sums, factors, 0, kChunkKeys, rows + v, queries, vecs);
+        UNROLL for (int j = 0; j < Vecs; ++j) row[v + j] = sums[0][j];
+      });
+    }
+  }
+
+  template <class T>
+  void store_few(const LoadedTile& loaded) {
+    const Tile& tile = loaded.tile;
+    const float* row = reinterpret_cast<const float*>(loaded.few.grad_query);
+    for (int64_t position = tile.first; position < tile.last; ++position) {
+      T* grad = backward_.grad_query.at<T>(tile.batch, tile.head, p_.query_token(tile, position));
+      for (int64_t d = 0; d < p_.head_dim; ++d) grad[d] = from_float<T>(row[d] * p_.scale);
+      row += vecs_for(p_.head_dim) * kLanes;
+    }
+  }
+
   template <class T>
   void store(const LoadedTile& loaded) {
+    if (loaded.strips == 0) return store_few<T>(loaded);
     const Tile& tile = loaded.tile;
     for (int64_t position = tile.first; position < tile.last; ++position) {
       const Strip& strip = loaded.strip[(position - tile.first) / kStripQueries];
@@ -457,6 +603,7 @@ class Worker {
   Vec* free_ = nullptr;  // of the batch's memory
   int32_t rows_[kChunkKeys];
   float bias_[kChunkKeys];
+  Rows<Packed, kChunkKeys> few_keys_, few_values_;
 };
 
 // ---- Shares ----------------------------------------------------------------------------------------------
@@ -467,10 +614,13 @@ struct Piece {
 };
 
 // Cuts the tiles, in their order, into shares of about the same cost, and these at the bounds of key heads.
+template <class Products>
 std::vector<Piece> plan_pieces(const Problem& p, const std::vector<Tile>& tiles) {
   auto cost = [](const Tile& tile) {
     constexpr int64_t kOverhead = 8;  // of a key, in queries, and of a query, in keys
-    return double(round_up(tile.last - tile.first, kLanes) + kOverhead) * (tile.keys + kOverhead);
+    const int64_t queries = tile.last - tile.first;
+    return double((queries <= Products::kFewQueries ? queries : round_up(queries, kLanes)) + kOverhead) *
+           (tile.keys + kOverhead);
   };
   double total = 0.0, before = 0.0;
   for (const Tile& tile : tiles) total += cost(tile);
@@ -515,7 +665,7 @@ template <class Products, class T>
 void run(const BackwardProblem& problem) {
   const Problem& p = problem.forward;
   const std::vector<Tile> tiles = plan_tiles(p);
-  const std::vector<Piece> pieces = plan_pieces(p, tiles);
+  const std::vector<Piece> pieces = plan_pieces<Products>(p, tiles);
   const int64_t heads = p.batch * p.kv_heads, keys = problem.kv_tokens;
   std::vector<std::vector<int64_t>> of_head(heads), of_share(p.threads);  // the numbers of their pieces
   for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {

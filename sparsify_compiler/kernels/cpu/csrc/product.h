@@ -10,11 +10,11 @@
 
 constexpr int kSums = kRegisters == 32 ? 24 : 12;  // registers that hold sums in a product
 
-// sums[r][v] += sum over i < words of left[r * row_stride + i * step] * right[i * Vecs + v]
+// sums[r][v] += sum over i < words of left[r * row_stride + i * step] * right[i * line_stride + v]
 template <class Math, int Rows, int Vecs>
 ALWAYS_INLINE void multiply(Vec (&sums)[Rows][Vecs], const float* left, int64_t row_stride, int64_t step,
-                     const Vec* right, int64_t words) {
-  for (int64_t i = 0; i < words; ++i, left += step, right += Vecs) {
+                     const Vec* right, int64_t words, int64_t line_stride = Vecs) {
+  for (int64_t i = 0; i < words; ++i, left += step, right += line_stride) {
     Vec line[Vecs];
     UNROLL for (int v = 0; v < Vecs; ++v) line[v] = right[v];
     UNROLL for (int r = 0; r < Rows; ++r) {

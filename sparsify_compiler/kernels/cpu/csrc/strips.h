@@ -87,6 +87,7 @@ template <class Math>
 struct InVectors : Math {
   static constexpr int kChunkKeys = 144, kBackwardChunkKeys = 48;
   static constexpr int kRows = 1, kWords = 1;  // of which a product takes multiples
+  static constexpr int kFewQueries = 8;  // so many and fewer are faster with channels as lanes (few.h)
 
   // scores[row][v] = finish(row, v, rows[row] . columns of v)
   template <int Vecs, class Finish>
@@ -152,6 +153,7 @@ struct InTiles : Bf16Pairs {
   // More, as each chunk loads and stores all of `out`.
   static constexpr int kChunkKeys = 256, kBackwardChunkKeys = 128;
   static constexpr int kRows = amx::kRows, kWords = amx::kWords;
+  static constexpr int kFewQueries = 3;
 
   template <int Vecs, class Finish>
   static void multiply_rows(const float* rows, int64_t count, int64_t words, const Vec* columns, Vec* scores,

@@ -1,0 +1,142 @@
+// Products for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are lanes, and
+// scores have keys as lanes. Keys and values are read where they lie.
+
+#pragma once
+
+#include <utility>
+
+#include "strips.h"
+
+constexpr int kMostFewQueries = InVectors<Fp32>::kFewQueries;
+
+// kLanes elements as floats.
+template <class T>
+ALWAYS_INLINE Vec load_channels(const T* row) {
+  Vec channels;
+  if constexpr (std::is_same_v<T, float>) {
+    std::memcpy(&channels, row, sizeof(channels));
+  } else {
+    UNROLL for (int i = 0; i < kLanes; ++i) reinterpret_cast<float*>(&channels)[i] = to_float(row[i]);
+  }
+  return channels;
+}
+
+// Elements before `there`, and zeros.
+template <class T>
+Vec load_channels(const T* row, int there) {
+  Vec channels{};
+  for (int i = 0; i < there; ++i) reinterpret_cast<float*>(&channels)[i] = to_float(row[i]);
+  return channels;
+}
+
+// A row of `dim` elements as whole vectors.
+template <class T>
+void load_row(const T* row, int64_t dim, Vec* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) *out++ = load_channels(row + d, std::min<int64_t>(kLanes, dim - d));
+}
+
+// Lane i: of `left`, or of `right` where i has the bit Step, the sum of the elements i and i ^ Step.
+template <int Step, int... Lane>
+ALWAYS_INLINE Vec fold(Vec left, Vec right, std::integer_sequence<int, Lane...>) {
+  constexpr auto there = [](int lane) { return lane & Step ? kLanes : 0; };
+#if defined(__clang__)
+  return __builtin_shufflevector(left, right, (there(Lane) + Lane)...) +
+         __builtin_shufflevector(left, right, (there(Lane) + (Lane ^ Step))...);
+#else
+  return __builtin_shuffle(left, right, UintVec{uint32_t(there(Lane) + Lane)...}) +
+         __builtin_shuffle(left, right, UintVec{uint32_t(there(Lane) + (Lane ^ Step))...});
+#endif
+}
+
+// Lane i: the sum of all lanes of rows[i].
+template <int Step = 1>
+ALWAYS_INLINE Vec sums_of_lanes(Vec* rows) {
+  if constexpr (Step == kLanes) {
+    return rows[0];
+  } else {
+    UNROLL for (int i = 0; i < kLanes / Step / 2; ++i) {
+      rows[i] = fold<Step>(rows[2 * i], rows[2 * i + 1], std::make_integer_sequence<int, kLanes>());
+    }
+    return sums_of_lanes<2 * Step>(rows);
+  }
+}
+
+// Of `count` lanes; what is not a number does not count.
+inline float largest_lane(const Vec* vecs, int count) {
+  Vec top = splat(-kInfinity);
+  for (int v = 0; v < vecs_for(count); ++v) top = max(vecs[v], top);
+  float most = -kInfinity;
+  for (int i = 0; i < kLanes; ++i) most = std::max(most, top[i]);
+  return most;
+}
+
+inline float sum_of_lanes(Vec x) {
+  float sum = 0.0f;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+}
+
+// The rows of a chunk of keys or values, where they lie in memory.
+template <class T, int kChunk>
+struct Rows {
+  const T* at[kChunk];
+  int64_t dim;
+
+  // products[i] of `query` with rows i * kLanes, ...: kLanes at a time. Behind `count` there may be any rows.
+  void multiply(const Vec* query, int count, Vec* products) const {
+    const int whole = dim / kLanes, rest = dim % kLanes;
+    for (int first = 0; first < count; first += kLanes) {
+      const T* const* rows = at + first;
+      Vec sums[kLanes] = {};
+      for (int v = 0; v < whole; ++v) {
+        UNROLL for (int i = 0; i < kLanes; ++i) sums[i] += query[v] * load_channels(rows[i] + v * kLanes);
+      }
+      for (int i = 0; rest && i < kLanes; ++i) {
+        sums[i] += query[whole] * load_channels(rows[i] + whole * kLanes, rest);
+      }
+      *products++ = sums_of_lanes(sums);
+    }
+  }
+
+  // out[r] += sum over i < count of weights[r * stride + i] * rows[i], for r < out_rows
+  void add_to(Vec* out, int out_rows, const float* weights, int64_t stride, int count) const {
+    const int vecs = vecs_for(dim);
+    for (int v = 0; v < vecs; v += kVecs) {
+      with_vecs(std::min(kVecs, vecs - v), [&](auto some) {
+        constexpr int Vecs = some;
+        const int there = std::min<int64_t>(Vecs * kLanes, dim - v * kLanes);
+        for_row_groups<Vecs>(out_rows, [&](auto group, int64_t first) {
+          add_channels<group, Vecs>(out + first * vecs + v, weights + first * stride, stride, count, v, there);
+        });
+      });
+    }
+  }
+
+ private:
+  // Of the channels of `Vecs` vectors from the v-th, of which `there` are there.
+  template <int Group, int Vecs>
+  void add_channels(Vec* out, const float* weights, int64_t stride, int count, int v, int there) const {
+    const int vecs = vecs_for(dim);
+    Vec sums[Group][Vecs];
+    UNROLL for (int r = 0; r < Group; ++r) {
+      UNROLL for (int j = 0; j < Vecs; ++j) sums[r][j] = out[r * vecs + j];
+    }
+    auto add = [&](auto load) __attribute__((always_inline)) {
+      for (int i = 0; i < count; ++i) {
+        Vec row[Vecs];
+        UNROLL for (int j = 0; j < Vecs; ++j) row[j] = load(at[i] + v * kLanes, j);
+        UNROLL for (int r = 0; r < Group; ++r) {
+          UNROLL for (int j = 0; j < Vecs; ++j) sums[r][j] += weights[r * stride + i] * row[j];
+        }
+      }
+    };
+    if (there == Vecs * kLanes) {
+      add([](const T* row, int j) __attribute__((always_inline)) { return load_channels(row + j * kLanes); });
+    } else {
+      add([&](const T* row, int j) { return load_channels(row + j * kLanes, std::min(kLanes, there - j * kLanes)); });
+    }
+    UNROLL for (int r = 0; r < Group; ++r) {
+      UNROLL for (int j = 0; j < Vecs; ++j) out[r * vecs + j] = sums[r][j];
+    }
+  }
+};
