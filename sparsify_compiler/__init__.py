@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.runtime.clock import generation
+    from sparsify_compiler.training.consistency import (
+        ConsistencyConfig,
+        ConsistencyTrainer,
+        sample_few_steps,
+    )
     from sparsify_compiler.training.dsv import DSVTrainer
 
 __version__ = "0.1.0"
@@ -21,6 +26,8 @@ __all__ = [
     "AttentionPlan",
     "AttentionSite",
     "BlockTable",
+    "ConsistencyConfig",
+    "ConsistencyTrainer",
     "DSVTrainer",
     "Explanation",
     "GraphPlan",
@@ -33,16 +40,20 @@ __all__ = [
     "TokenLayout",
     "explain",
     "generation",
+    "sample_few_steps",
     "stats",
 ]
 
 
 _LAZY = {
+    "ConsistencyConfig": "training.consistency",
+    "ConsistencyTrainer": "training.consistency",
     "DSVTrainer": "training.dsv",
     "Explanation": "explanation",
     "RunStats": "measured",
     "explain": "explanation",
     "generation": "runtime.clock",
+    "sample_few_steps": "training.consistency",
     "stats": "measured",
 }
 

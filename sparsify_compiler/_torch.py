@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import Module
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -150,3 +151,10 @@ def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
     backend: Any = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
     ours = getattr(backend, "compiler_name", None) == "sparsify"
     return backend.kwargs.get("options") if ours else None
+
+
+def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., Any]:
+    """`module` compiled as `model` was by torch.compile; itself where `model` was not."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return OptimizedModule(module, model.dynamo_ctx) if isinstance(model, OptimizedModule) else module
