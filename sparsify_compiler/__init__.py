@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ConsistencyTrainer,
         sample_few_steps,
     )
+    from sparsify_compiler.training.distillation import Distillation, DistillationLoss
     from sparsify_compiler.training.dsv import DSVTrainer
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "ConsistencyConfig",
     "ConsistencyTrainer",
     "DSVTrainer",
+    "Distillation",
+    "DistillationLoss",
     "Explanation",
     "GraphPlan",
     "GridError",
@@ -49,6 +52,8 @@ _LAZY = {
     "ConsistencyConfig": "training.consistency",
     "ConsistencyTrainer": "training.consistency",
     "DSVTrainer": "training.dsv",
+    "Distillation": "training.distillation",
+    "DistillationLoss": "training.distillation",
     "Explanation": "explanation",
     "RunStats": "measured",
     "explain": "explanation",

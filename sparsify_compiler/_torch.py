@@ -6,6 +6,7 @@ not cost its import.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
@@ -158,3 +159,11 @@ def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., An
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule(module, model.dynamo_ctx) if isinstance(model, OptimizedModule) else module
+
+
+def hooks_under_checkpointing() -> AbstractContextManager[Any]:
+    """Inside, Dynamo traces forward hooks that put an output aside in checkpointed bodies as well, which it else
+    leaves to eager. It then leaves such effects out of the recomputed pass."""
+    from torch._dynamo import config
+
+    return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
