@@ -98,6 +98,9 @@ class ConsistencyTrainer:
     """Makes the loss, and takes care of the target, while a plain PyTorch loop trains the student.
 
     It draws times and noise itself, as a function of the seed, the rank and how often it did so before.
+
+    A student that is sparse by `svg2` or `cubes` wants `dense_steps=0`: the target is called without gradients, and
+    would take these calls for the steps of a generation.
     """
 
     def __init__(self, student: Model, teacher: Model, config: ConsistencyConfig) -> None:

@@ -100,7 +100,8 @@ class Distillation:
         for handle in self._handles:
             handle.remove()
 
-    def _compare(self, names: Sequence[str]) -> None:
+    def _compare(self, modules: Sequence[str]) -> None:
+        names = tuple(dict.fromkeys(modules))
         known = [name for name, _ in self._modules[0].named_modules() if name]
         for name in names:
             if name not in known:
@@ -114,7 +115,7 @@ class Distillation:
             for name in names:
                 hook = partial(taps.take, name)
                 self._handles.append(module.get_submodule(name).register_forward_hook(hook))
-        self.modules = tuple(names)
+        self.modules = names
 
 
 def attentions(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
@@ -123,7 +124,7 @@ def attentions(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
     for name, module in model.named_modules():
         if name:
             handles.append(module.register_forward_pre_hook(partial(finder.enter, name)))
-            handles.append(module.register_forward_hook(finder.leave, always_call=True))
+            handles.append(module.register_forward_hook(finder.leave))
     try:
         with torch.no_grad(), finder:
             model(**inputs)
