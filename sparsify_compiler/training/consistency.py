@@ -59,7 +59,7 @@ class ConsistencyConfig:
     huber: float = 1e-3
     """c in the loss, sqrt(d^2 + c^2) - c of a difference d: squared below, absolute above."""
     seed: int = 0
-    """Of noise and times."""
+    """Of noise and times: another one for each rank that has videos of its own."""
 
     def __post_init__(self) -> None:
         for name, least in (("solver_steps", 1), ("segments", 1), ("seed", 0)):
@@ -97,7 +97,7 @@ class ConsistencyConfig:
 class ConsistencyTrainer:
     """Makes the loss, and takes care of the target, while a plain PyTorch loop trains the student.
 
-    It draws times and noise itself, as a function of the seed, the rank and how often it did so before.
+    It draws times and noise itself, as a function of the seed and of how often it did so before.
 
     A student that is sparse by `svg2` or `cubes` wants `dense_steps=0`: the target is called without gradients, and
     would take these calls for the steps of a generation.
@@ -114,6 +114,7 @@ class ConsistencyTrainer:
         self._module, _ = modules_of(student, teacher)
         self.student, self.teacher, self.config = student, teacher, config
         self._average = copy.deepcopy(self._module).requires_grad_(False).eval()
+        self._average.zero_grad()  # gradients are copied along
         self.target = _torch.compiled_like(student, self._average)
         """The moving average of the student, compiled as the student is."""
         self.draws = 0
@@ -132,8 +133,7 @@ class ConsistencyTrainer:
         Raises:
             SparsifyError: there is guidance and no `unconditional`.
         """
-        rank = torch.distributed.get_rank() if _is_distributed() else 0
-        seeds = random.Random(f"{self.config.seed} {rank} {self.draws}")
+        seeds = random.Random(f"{self.config.seed} {self.draws}")
         self.draws += 1
         generator = torch.Generator().manual_seed(seeds.getrandbits(32))
         steps = torch.randint(self.config.solver_steps, (len(video),), generator=generator)
@@ -249,7 +249,3 @@ def _over(numbers: Tensor, video: Tensor) -> Tensor:
 
 def _finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

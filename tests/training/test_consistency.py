@@ -302,32 +302,28 @@ def test_a_loaded_state_goes_on_with_the_same_losses():
     assert train(*others[1:], range(3, 6)) == expected
 
 
-def test_every_draw_and_every_rank_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[Tensor, Tensor]] = []
-
+def test_every_draw_and_every_seed_has_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def noted(student: Any, target: Any, teacher: Any, config: Any, video: Any, *rest: Any) -> Tensor:
         drawn.append(rest[:2])
         return torch.zeros(len(video))
 
-    monkeypatch.setattr(consistency, "consistency_loss", noted)
-    config = ConsistencyConfig(segments=5)
-    for rank in (0, 0, 1):
-        monkeypatch.setattr(consistency, "_is_distributed", lambda rank=rank: rank > 0)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank, raising=False)
-        trainer = ConsistencyTrainer(Net(0), Net(1), config)
+    def draw(seed: int) -> list[tuple[Tensor, Tensor]]:
+        trainer = ConsistencyTrainer(Net(0), Net(1), ConsistencyConfig(segments=5, seed=seed))
         for _ in range(2):
             trainer.loss(torch.zeros(64, 2, 1, 1, 1), {})
-    same, other = drawn[:2], drawn[2:4]
-    assert all(
-        torch.equal(*pair)
-        for one, two in zip(same, other, strict=True)
-        for pair in zip(one, two, strict=True)
-    )
-    noises = [noise for noise, _ in drawn if noise is not drawn[2][0] and noise is not drawn[3][0]]
+        return [drawn.pop(0) for _ in range(2)]
+
+    drawn: list[tuple[Tensor, Tensor]] = []
+    monkeypatch.setattr(consistency, "consistency_loss", noted)
+    one, again, other = draw(0), draw(0), draw(2**32)
+    for (noise, steps), (same_noise, same_steps) in zip(one, again, strict=True):
+        assert torch.equal(noise, same_noise)
+        assert torch.equal(steps, same_steps)
+    noises = [noise for noise, _ in one + other]
     assert not any(torch.equal(noises[i], noises[j]) for i in range(4) for j in range(i))
-    steps = torch.cat([steps for _, steps in drawn])
-    assert steps.min() >= 0
-    assert steps.max() <= 49
+    steps = torch.cat([steps for _, steps in one + other])
+    assert steps.min() == 0
+    assert steps.max() == 49
     assert len(steps.unique()) > 40
 
 
