@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.runtime.clock import generation
+    from sparsify_compiler.training.consistency import (
+        ConsistencyConfig,
+        ConsistencyTrainer,
+        sample_few_steps,
+    )
+    from sparsify_compiler.training.distillation import Distillation, DistillationLoss
     from sparsify_compiler.training.dsv import DSVTrainer
 
 __version__ = "0.1.0"
@@ -21,7 +27,11 @@ __all__ = [
     "AttentionPlan",
     "AttentionSite",
     "BlockTable",
+    "ConsistencyConfig",
+    "ConsistencyTrainer",
     "DSVTrainer",
+    "Distillation",
+    "DistillationLoss",
     "Explanation",
     "GraphPlan",
     "GridError",
@@ -33,16 +43,22 @@ __all__ = [
     "TokenLayout",
     "explain",
     "generation",
+    "sample_few_steps",
     "stats",
 ]
 
 
 _LAZY = {
+    "ConsistencyConfig": "training.consistency",
+    "ConsistencyTrainer": "training.consistency",
     "DSVTrainer": "training.dsv",
+    "Distillation": "training.distillation",
+    "DistillationLoss": "training.distillation",
     "Explanation": "explanation",
     "RunStats": "measured",
     "explain": "explanation",
     "generation": "runtime.clock",
+    "sample_few_steps": "training.consistency",
     "stats": "measured",
 }
 

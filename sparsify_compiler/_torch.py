@@ -6,6 +6,7 @@ not cost its import.
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import Module
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -150,3 +152,18 @@ def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
     backend: Any = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
     ours = getattr(backend, "compiler_name", None) == "sparsify"
     return backend.kwargs.get("options") if ours else None
+
+
+def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., Any]:
+    """`module` compiled as `model` was by torch.compile; itself where `model` was not."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return OptimizedModule(module, model.dynamo_ctx) if isinstance(model, OptimizedModule) else module
+
+
+def hooks_under_checkpointing() -> AbstractContextManager[Any]:
+    """Inside, Dynamo traces forward hooks that put an output aside in checkpointed bodies as well, which it else
+    leaves to eager. It then leaves such effects out of the recomputed pass."""
+    from torch._dynamo import config
+
+    return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)

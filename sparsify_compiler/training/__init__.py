@@ -1,1 +1,1 @@
-"""Training: dynamic sparsity in two stages."""
+"""Training: dynamic sparsity in two stages, fewer steps, and students held to their teachers."""

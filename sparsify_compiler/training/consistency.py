@@ -1,0 +1,251 @@
+"""Multistep latent consistency distillation: few steps instead of many (Heek et al., arXiv 2403.06807).
+
+    trainer = ConsistencyTrainer(student, teacher, ConsistencyConfig(segments=5, guidance=5.0, shift=3.0))
+    for video, text, no_text in data:
+        trainer.loss(video, {"encoder_hidden_states": text}, {"encoder_hidden_states": no_text}).backward()
+        optimizer.step(); optimizer.zero_grad()
+        trainer.step()
+    video = sample_few_steps(student, noise, {"encoder_hidden_states": text}, trainer.config)
+
+It is the first stage of Efficient-vDiT (arXiv 2502.06155). The convention is that of flow matching, as in Wan:
+x_t = (1 - t) video + t noise for t from 0 to 1, and a model, told 1000 t, answers the velocity, noise - video.
+The steps of the teacher's sampler, along times that fall from 1 to 0, are split into segments of as many each. The
+student f(x_t) = x_t + (e - t) v(x_t, t) learns where the teacher's trajectory through x_t leaves the segment, at
+time e: where it ends from s, one step of the solver further,
+
+    x_s = x_t + (s - t) v_teacher(x_t, t),    f(x_t) = x_s + (e - s) v_target(x_s, s),
+
+with guidance inside the teacher and the moving average of the student as target. A step of Euler and one of DDIM
+are the same here: DDIM goes on to (1 - s) video + s noise with both as predicted, which is x_t + (s - t) v. The
+velocity that the student should answer is thus an average of the teacher's and the target's, and so it is computed.
+"""
+
+import copy
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler import _torch
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.training.pairs import Model, modules_of
+
+FORMAT = "sparsify-consistency-training-1"
+Conditioning = Mapping[str, Any]
+"""What a model is called with beside `hidden_states`, `timestep` and `return_dict`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsistencyConfig:
+    """What is distilled, and how."""
+
+    segments: int
+    """Of the trajectory: as many steps as the student is to need. 1: consistency all the way."""
+    solver_steps: int = 50
+    """Of the teacher's sampler; a multiple of `segments`."""
+    shift: float = 1.0
+    """Of the times, as the teacher's sampler has it: above 1, more of its steps lie near the noise."""
+    guidance: float = 1.0
+    """In the teacher: v = v_without + guidance (v_with - v_without). The student learns it, and is called once."""
+    ema: float = 0.95
+    """Share that the target keeps of itself at every step."""
+    huber: float = 1e-3
+    """c in the loss, sqrt(d^2 + c^2) - c of a difference d: squared below, absolute above."""
+    seed: int = 0
+    """Of noise and times: another one for each rank that has videos of its own."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("solver_steps", 1), ("segments", 1), ("seed", 0)):
+            number = integer(getattr(self, name))
+            if number is None or number < least:
+                raise SparsifyError(
+                    f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}"
+                )
+        if self.solver_steps % self.segments:
+            fitting = [n for n in range(1, self.solver_steps + 1) if self.solver_steps % n == 0]
+            raise SparsifyError(
+                f"segments must divide the {self.solver_steps} solver steps, got {self.segments}: take one of "
+                f"{', '.join(map(str, fitting))}, or other solver_steps"
+            )
+        for name in ("shift", "huber"):
+            if not _finite(getattr(self, name)) or getattr(self, name) <= 0:
+                raise SparsifyError(f"{name} must be a finite number above 0, got {getattr(self, name)!r}")
+        if not _finite(self.guidance) or self.guidance < 0:
+            raise SparsifyError(f"guidance must be a finite number of at least 0, got {self.guidance!r}")
+        if not _finite(self.ema) or not 0 <= self.ema < 1:
+            raise SparsifyError(f"ema must be a number in [0, 1), got {self.ema!r}")
+
+    @property
+    def times(self) -> Tensor:
+        """Of the solver, falling from 1 to 0: float32 [solver_steps + 1]."""
+        even = torch.linspace(1, 0, self.solver_steps + 1, dtype=torch.float64)
+        return (self.shift * even / (1 + (self.shift - 1) * even)).float()
+
+    @property
+    def length(self) -> int:
+        """Solver steps in a segment."""
+        return self.solver_steps // self.segments
+
+
+class ConsistencyTrainer:
+    """Makes the loss, and takes care of the target, while a plain PyTorch loop trains the student.
+
+    It draws times and noise itself, as a function of the seed and of how often it did so before.
+
+    A student that is sparse by `svg2` or `cubes` wants `dense_steps=0`: the target is called without gradients, and
+    would take these calls for the steps of a generation.
+    """
+
+    def __init__(self, student: Model, teacher: Model, config: ConsistencyConfig) -> None:
+        """Args:
+            student: a module, or what torch.compile made of it: a copy of the teacher, to begin with.
+            teacher: of the same parameters; called without gradients, twice a step with guidance.
+
+        Raises:
+            SparsifyError: either is no module, their parameters differ, or they share some.
+        """
+        self._module, _ = modules_of(student, teacher)
+        self.student, self.teacher, self.config = student, teacher, config
+        self._average = copy.deepcopy(self._module).requires_grad_(False).eval()
+        self._average.zero_grad()  # gradients are copied along
+        self.target = _torch.compiled_like(student, self._average)
+        """The moving average of the student, compiled as the student is."""
+        self.draws = 0
+        """How many losses were made."""
+
+    def loss(
+        self, video: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
+    ) -> Tensor:
+        """The loss of a batch, a float32 scalar whose gradient reaches the student alone.
+
+        Args:
+            video: clean latents [B, ...], in the dtype that the models are to be called with.
+            conditioning: further arguments of the models, e.g. {"encoder_hidden_states": [B, L, C]}.
+            unconditional: the same without the prompt, for guidance.
+
+        Raises:
+            SparsifyError: there is guidance and no `unconditional`.
+        """
+        seeds = random.Random(f"{self.config.seed} {self.draws}")
+        self.draws += 1
+        generator = torch.Generator().manual_seed(seeds.getrandbits(32))
+        steps = torch.randint(self.config.solver_steps, (len(video),), generator=generator)
+        generator = torch.Generator(video.device).manual_seed(seeds.getrandbits(32))
+        noise = torch.randn(video.shape, generator=generator, device=video.device)
+        losses = consistency_loss(
+            self.student,
+            self.target,
+            self.teacher,
+            self.config,
+            video,
+            noise,
+            steps,
+            conditioning,
+            unconditional,
+        )
+        return losses.mean()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Call after every step of the optimizer: the target moves towards the student; buffers it copies."""
+        for average, own in zip(self._average.parameters(), self._module.parameters(), strict=True):
+            average.lerp_(own, 1 - self.config.ema)
+        for kept, copied in zip(self._average.buffers(), self._module.buffers(), strict=True):
+            kept.copy_(copied)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training goes on from exactly, with the student's and the optimizer's own states."""
+        target = {name: tensor.clone() for name, tensor in self._average.state_dict().items()}
+        return {"format": FORMAT, "draws": self.draws, "target": target}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`, with this trainer's own config: with fewer segments, for instance.
+
+        Raises:
+            SparsifyError: not such a state, or of another model.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise SparsifyError(
+                "state must be what ConsistencyTrainer.state_dict returned, got something else"
+            )
+        try:
+            self._average.load_state_dict(state["target"])
+        except RuntimeError as error:
+            raise SparsifyError(f"the state is of another model: {error}") from error
+        self.draws = state["draws"]
+
+
+def consistency_loss(
+    student: Model,
+    target: Model,
+    teacher: Model,
+    config: ConsistencyConfig,
+    video: Tensor,
+    noise: Tensor,
+    steps: Tensor,
+    conditioning: Conditioning,
+    unconditional: Conditioning | None = None,
+) -> Tensor:
+    """How far the student is from the target, one solver step further: float32 [B], a mean over each video.
+
+    Compared are the videos predicted from x_t, as Heek et al. do: t times the difference of the velocities.
+
+    Args:
+        video, noise: [B, ...], clean latents and what they are mixed with.
+        steps: int64 [B], the solver step of each video, 0 to solver_steps - 1.
+    """
+    if config.guidance != 1 and unconditional is None:
+        raise SparsifyError(
+            f"guidance {config.guidance} needs the arguments without a prompt: give unconditional, or guidance=1"
+        )
+    times, ends = config.times, (steps // config.length + 1) * config.length
+    here, after, end = (times[places].to(video.device) for places in (steps, steps + 1, ends))
+    state = torch.lerp(video.float(), noise.float(), _over(here, video)).to(video.dtype)
+    with torch.no_grad():
+        solved = velocity(teacher, state, here, conditioning)
+        if config.guidance != 1:
+            assert unconditional is not None
+            without = velocity(teacher, state, here, unconditional)
+            solved = without + config.guidance * (solved - without)
+        further = state.float() + _over(after - here, video) * solved
+        onwards = velocity(target, further.to(video.dtype), after, conditioning)
+        reference = torch.lerp(onwards, solved, _over((here - after) / (here - end), video))
+    difference = _over(here, video) * (velocity(student, state, here, conditioning) - reference)
+    return ((difference.square() + config.huber**2).sqrt() - config.huber).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def sample_few_steps(
+    model: Model, noise: Tensor, conditioning: Conditioning, config: ConsistencyConfig
+) -> Tensor:
+    """Latents from noise in one call of the model for every segment: of the shape and dtype of `noise`.
+
+    Guidance is in the student already.
+    """
+    state = noise.float()
+    for here, end in pairwise(config.times[:: config.length].tolist()):
+        time = torch.full((len(noise),), here, device=noise.device)
+        state = state + (end - here) * velocity(model, state.to(noise.dtype), time, conditioning)
+    return state.to(noise.dtype)
+
+
+def velocity(model: Model, state: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    """What the model answers at `state` [B, ...] and `time` [B], 0 to 1: float32, as `state`."""
+    answer = model(hidden_states=state, timestep=1000 * time, **conditioning, return_dict=False)
+    return answer[0].float()
+
+
+def _over(numbers: Tensor, video: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], for the dimensions of a video."""
+    return numbers.view(-1, *[1] * (video.ndim - 1))
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

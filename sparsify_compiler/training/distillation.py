@@ -1,0 +1,187 @@
+"""Knowledge distillation of a sparse student from its dense teacher, after Efficient-vDiT (arXiv 2502.06155).
+
+    student = torch.compile(copy.deepcopy(transformer), backend="sparsify", options={"method": "tile"})
+    distillation = Distillation(student, transformer)
+    for inputs in data:
+        loss = distillation(hidden_states=..., timestep=..., encoder_hidden_states=...)
+        (loss.output + loss.attention).backward()
+        optimizer.step(); optimizer.zero_grad()
+
+Both models see the same inputs. The student is held to the teacher's output, and each of its attentions to the
+output that the same one has in the teacher. These are taken by forward hooks, which Dynamo traces: they leave the
+compiled graph as further results, without a break, and gradients come in through them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from sparsify_compiler import _torch
+from sparsify_compiler.errors import SparsifyError, unknown_choice
+from sparsify_compiler.training.pairs import Model, modules_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillationLoss:
+    """How far the student is from the teacher: float32 scalars with gradients."""
+
+    output: Tensor
+    """Mean squared difference of the outputs."""
+    modules: dict[str, Tensor]
+    """By name of the attention: squared difference of its outputs relative to the teacher's square, so that all
+    layers count alike, whatever the size of what they add."""
+
+    @property
+    def attention(self) -> Tensor:
+        """The mean over the modules."""
+        return torch.stack(list(self.modules.values())).mean()
+
+
+class Distillation:
+    """Calls a student and its teacher on the same inputs and compares them. It has no state to be saved."""
+
+    def __init__(self, student: Model, teacher: Model, modules: Sequence[str] | None = None) -> None:
+        """Args:
+            student: what torch.compile gave back, not called in training before: programs that are compiled
+                already know nothing of the hooks.
+            teacher: of the same parameters; called without gradients.
+            modules: names of the submodules whose outputs are compared. If None, at the first call, all that
+                call scaled_dot_product_attention.
+
+        Raises:
+            SparsifyError: either is no module, their parameters differ or are shared, a name is unknown.
+        """
+        self.student, self.teacher = student, teacher
+        self._modules = modules_of(student, teacher)
+        self._taps = (_Taps(), _Taps())
+        self._handles: list[Any] = []
+        self.modules: tuple[str, ...] = ()
+        """Names of the submodules that are compared."""
+        if modules is not None:
+            self._compare(modules)
+
+    def __call__(self, **inputs: Any) -> DistillationLoss:
+        """Both models on the same inputs, which are passed on with `return_dict=False`. Outputs are their first.
+
+        Raises:
+            SparsifyError: no attention was found; the student was compiled too early.
+        """
+        inputs["return_dict"] = False
+        if not self.modules:
+            self._compare(attentions(self._modules[1], inputs))
+        ours, theirs = self._taps
+        with torch.no_grad(), theirs.listening(), _torch.hooks_under_checkpointing():
+            expected = self.teacher(**inputs)[0]
+        with ours.listening(), _torch.hooks_under_checkpointing():
+            found = self.student(**inputs)[0]
+        pairs = {name: (ours.outputs.pop(name, []), theirs.outputs.pop(name, [])) for name in self.modules}
+        for name, (own, exact) in pairs.items():
+            if not exact or len(own) != len(exact):
+                raise SparsifyError(
+                    f"{name!r} must give as many tensors in the student as in the teacher, and one at least: "
+                    f"got {len(own)} and {len(exact)}. Programs compiled before do not know what is compared: "
+                    "call torch.compiler.reset() after making a Distillation of models that ran already"
+                )
+        return DistillationLoss(
+            output=(found.float() - expected.float()).square().mean(),
+            modules={name: _relative(own, exact) for name, (own, exact) in pairs.items()},
+        )
+
+    def close(self) -> None:
+        """Take the hooks off both models."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _compare(self, modules: Sequence[str]) -> None:
+        names = tuple(dict.fromkeys(modules))
+        known = [name for name, _ in self._modules[0].named_modules() if name]
+        for name in names:
+            if name not in known:
+                raise unknown_choice("module", name, known)
+        if not names:
+            raise SparsifyError(
+                "no submodule of the teacher calls scaled_dot_product_attention: name those whose outputs are to "
+                "be compared, e.g. Distillation(student, teacher, modules=['blocks.0.attn1'])"
+            )
+        for module, taps in zip(self._modules, self._taps, strict=True):
+            for name in names:
+                hook = partial(taps.take, name)
+                self._handles.append(module.get_submodule(name).register_forward_hook(hook))
+        self.modules = names
+
+
+def attentions(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    """Names of the submodules that themselves call scaled_dot_product_attention, seen in a call of the model."""
+    finder, handles = _Finder(), []
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(partial(finder.enter, name)))
+            handles.append(module.register_forward_hook(finder.leave))
+    try:
+        with torch.no_grad(), finder:
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(finder.found)
+
+
+class _Finder(TorchFunctionMode):
+    """Sees under which module attention is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered: list[str] = []
+        self.found: dict[str, None] = {}
+
+    def enter(self, name: str, *_: Any) -> None:
+        self.entered.append(name)
+
+    def leave(self, *_: Any) -> None:
+        self.entered.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and self.entered:
+            self.found[self.entered[-1]] = None
+        return func(*args, **kwargs or {})
+
+
+@dataclass(slots=True)
+class _Taps:
+    """Takes the outputs of modules, while it listens: a recomputed forward pass is not heard."""
+
+    listens: bool = False
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self.outputs.clear()
+        self.listens = True
+        try:
+            yield
+        finally:
+            self.listens = False
+
+    def take(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook."""
+        if self.listens:
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            self.outputs.setdefault(name, []).extend(tensors)
+
+
+def _relative(found: list[Tensor], expected: list[Tensor]) -> Tensor:
+    """Squared difference relative to the square of what was expected, over all tensors: float32 scalar."""
+    pairs = [(own.float(), exact.float()) for own, exact in zip(found, expected, strict=True)]
+    error = torch.stack([(own - exact).square().sum() for own, exact in pairs]).sum()
+    size = torch.stack([exact.square().sum() for _, exact in pairs]).sum()
+    return error / size.clamp(min=torch.finfo(torch.float32).tiny)
