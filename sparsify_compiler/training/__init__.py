@@ -1,1 +1,5 @@
-"""Training: dynamic sparsity in two stages."""
+"""Training: dynamic sparsity in two stages, and the layer-wise search for a policy."""
+
+from sparsify_compiler.training.search import search
+
+__all__ = ["search"]
