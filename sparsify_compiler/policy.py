@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 FORMAT = "sparsify-policy-1"
+WIDTH = 100
+"""Characters of a line of the file, where there is a choice."""
 DENSE = "dense"
 """The label of full attention, which every menu has."""
 LOSS = (
@@ -226,7 +228,7 @@ class Policy:
         """
         path = Path(path)
         try:
-            path.write_text(json.dumps(self._to_json(), indent=1) + "\n")
+            path.write_text(_lines(self._to_json()) + "\n")
         except OSError as error:
             raise PolicyError(f"cannot write the policy to {path}: {error}") from error
         return path
@@ -268,13 +270,12 @@ class Policy:
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in ("site", "heads x dim", "grid", "choice", "loss", "ms", "dense ms"):
-            table.add_column(heading)
+        for heading in ("site", "grid", "choice", "loss", "ms", "dense ms"):
+            table.add_column(heading, overflow="fold", no_wrap=heading not in ("site", "choice"))
         for layer in self.layers:
             site, chosen = layer.mark, layer.chosen
             table.add_row(
                 site.site,
-                f"{site.heads} x {site.head_dim}",
                 _text(site.grid),
                 layer.choice,
                 f"{chosen.loss:.2e}",
@@ -340,6 +341,18 @@ def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
         choice=content["choice"],
         trials=trials,
     )
+
+
+def _lines(content: Any, indent: str = "") -> str:
+    """JSON in which what fits on a line stands on one."""
+    line = json.dumps(content)
+    if len(line) <= WIDTH or not isinstance(content, (dict, list)):
+        return line
+    inner = indent + "  "
+    named = content.items() if isinstance(content, dict) else (("", one) for one in content)
+    parts = [(f"{json.dumps(name)}: " if name else "") + _lines(one, inner) for name, one in named]
+    left, right = "{}" if isinstance(content, dict) else "[]"
+    return f"{left}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{right}"
 
 
 def _number(value: float) -> float | str:

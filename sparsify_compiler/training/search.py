@@ -21,12 +21,15 @@ values of the calibration inputs: the mean over these of a median. Dense, and me
 layout alone, are timed once an input for all sites of one shape. Dense is SDPA, however the model wrote it.
 """
 
+import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from numbers import Real
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -108,42 +111,26 @@ def search(
         for graph in graphs
         for site, layout in graph
     }
-    alone = [{site: label} for site in plans for label in entries if label != DENSE]
-    losses: dict[tuple[str, str], list[float]] = {(site, DENSE): [0.0] for site in plans}
-    exact = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        _bench(module, plans, config) as bench,
+        _bench(module, inputs, plans, config) as bench,
     ):
-        task = progress.add_task("searching", total=len(inputs) * (len(alone) + 2))
-        for one in inputs:
-            exact.append(bench.time(one))
-            progress.advance(task)
-            for choices in alone:
-                (place,) = choices.items()
-                losses.setdefault(place, []).append(relative_error(bench.run(one, choices), exact[-1]))
-                progress.advance(task)
-        layers = []
-        for number, graph in enumerate(graphs):
-            for site, layout in graph:
-                trials = {
-                    label: Trial(fmean(losses[site.name, label]), bench.milliseconds(plan))
-                    for label, plan in plans[site.name].items()
-                }
-                layers.append(
-                    Layer(mark=mark(site, layout), graph=number, choice=choose(trials, r), trials=trials)
-                )
-        chosen = {layer.mark.site: layer.choice for layer in layers}
-        together = []
-        for one, dense in zip(inputs, exact, strict=True):
-            together.append(relative_error(bench.run(one, chosen), dense))
-            progress.advance(task)
+        total = len(inputs) * (2 + len(plans) * (len(entries) - 1))
+        task = progress.add_task("searching", total=total)
+        advance = partial(progress.advance, task)
+        trials = bench.trials(advance)
+        choices = {site: choose(trials[site], r) for site in plans}
+        together = [bench.loss(number, choices, advance) for number in range(len(inputs))]
     return Policy(
         model=type(module).__name__,
         r=float(r),
         menu=entries,
-        layers=tuple(layers),
+        layers=tuple(
+            Layer(mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name])
+            for number, graph in enumerate(graphs)
+            for pair in graph
+        ),
         together=fmean(together),
         inputs=len(inputs),
         machine=_machine(graphs[0][0][0].device),
@@ -174,13 +161,28 @@ def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
         entry = entry_of(options)
         if isinstance(entry.method, LearningMethod) and entry.method.learns:
             raise OptionError(
-                f"an entry of the menu must be trained: {dict(options)} needs a 'predictor', which DSVTrainer writes"
+                f"an entry of the menu must be trained: {dict(options)} needs a 'predictor', written by DSVTrainer"
             )
         label = label_of(options)
         if entry in [other for name, other in entries.items() if name != DENSE]:
             raise OptionError(f"the menu must have every entry once, got {label!r} again")
         entries[label] = entry
     return entries
+
+
+def read_menu_file(path: Path) -> Any:
+    """What a JSON file holds, for `read_menu` to look at.
+
+    Raises:
+        OptionError: it cannot be read, or holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
+        raise OptionError(
+            f'the menu must be a JSON file with a list such as [{{"method": "svg2", "top_p": 0.5}}], got '
+            f"{str(path)!r}: {error}"
+        ) from error
 
 
 def label_of(options: Mapping[str, Any]) -> str:
@@ -245,10 +247,13 @@ def _plan(entry: Entry, config: SparsifyConfig, site: AttentionSite, layout: Tok
 
 @contextmanager
 def _bench(
-    model: Callable[..., Any], plans: Mapping[str, Mapping[str, AttentionPlan]], config: SparsifyConfig
+    model: Callable[..., Any],
+    inputs: Sequence[Inputs],
+    plans: Mapping[str, Mapping[str, AttentionPlan]],
+    config: SparsifyConfig,
 ) -> Iterator["_Bench"]:
     """Inside, the model runs with probes in place of attentions; `plans` by site and label."""
-    bench = _Bench(model, plans)
+    bench = _Bench(model, plans, inputs)
 
     def compile_with_probes(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         analysed = pipeline.analyse(gm, config)
@@ -282,26 +287,58 @@ class _Bench:
 
     call: Callable[..., Any]
 
-    def __init__(self, model: Callable[..., Any], plans: Mapping[str, Mapping[str, AttentionPlan]]) -> None:
-        self.model, self.plans = model, plans
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        plans: Mapping[str, Mapping[str, AttentionPlan]],
+        inputs: Sequence[Inputs],
+    ) -> None:
+        self.model, self.plans, self.inputs = model, plans, inputs
         self.choices: Mapping[str, str] = {}
         """Site -> label of what it does in this call; dense where there is none."""
-        self.timed: dict[Any, float] | None = None
+        self.timed: dict[AttentionPlan, float] | None = None
         """Seconds of each plan in this call, where it is one to take times in."""
-        self.times: dict[Any, list[float]] = {}
-        """Seconds of each plan, one number for each input."""
+        self._exact: list[Tensor] = []
 
-    def run(self, inputs: Inputs, choices: Mapping[str, str]) -> Tensor:
-        """What the model answers where sites do what they are told."""
+    def trials(self, advance: Callable[[], object]) -> dict[str, dict[str, Trial]]:
+        """Site -> label -> what it was measured to do; `advance` is called after each call of the model."""
+        times, losses = [], []
+        for number in range(len(self.inputs)):
+            times.append(self._time(number))
+            advance()
+            losses.append(
+                {
+                    (site, label): 0.0 if label == DENSE else self.loss(number, {site: label}, advance)
+                    for site, plans in self.plans.items()
+                    for label in plans
+                }
+            )
+        return {
+            site: {
+                label: Trial(
+                    fmean(one[site, label] for one in losses), 1e3 * fmean(one[_alike(plan)] for one in times)
+                )
+                for label, plan in plans.items()
+            }
+            for site, plans in self.plans.items()
+        }
+
+    def loss(self, number: int, choices: Mapping[str, str], advance: Callable[[], object]) -> float:
+        """What the answer to an input loses where sites do what they are told."""
         self.choices = choices
-        return _first_tensor(self.call(self.model, inputs))
+        lost = relative_error(self._answer(number), self._exact[number])
+        advance()
+        return lost
 
-    def time(self, inputs: Inputs) -> Tensor:
-        """What the model answers dense; on the way every plan is timed."""
-        self.timed = {}
-        out = self.run(inputs, {})
+    def _answer(self, number: int) -> Tensor:
+        return _first_tensor(self.call(self.model, self.inputs[number]))
+
+    def _time(self, number: int) -> dict[AttentionPlan, float]:
+        """Seconds of each plan in a dense call, whose answer is kept."""
+        self.choices, self.timed = {}, {}
+        out, timed, self.timed = self._answer(number), self.timed, None
         for site, plans in self.plans.items():
-            if _alike(plans[DENSE]) not in self.timed:
+            if _alike(plans[DENSE]) not in timed:
                 raise SparsifyError(
                     f"{site} cannot be told what to do: it lies in the body of an operator such as activation "
                     "checkpointing, or is not called for every input; try to turn that off"
@@ -310,14 +347,8 @@ class _Bench:
             raise SparsifyError(
                 "the model must answer finite numbers, not all 0: errors are relative to them. Has it its weights?"
             )
-        for plan, seconds in self.timed.items():
-            self.times.setdefault(plan, []).append(seconds)
-        self.timed = None
-        return out
-
-    def milliseconds(self, plan: AttentionPlan) -> float:
-        """Of a call, mean over the inputs."""
-        return 1e3 * fmean(self.times[_alike(plan)])
+        self._exact.append(out)
+        return timed
 
 
 def _alike(plan: AttentionPlan) -> AttentionPlan:
@@ -365,6 +396,7 @@ class _Attention:
         """Args:
         examples: fake query, key, value and mask.
         """
+        self.plan = plan
         graph = fx.Graph()
         operands = [
             None if one is None else graph.placeholder(name)

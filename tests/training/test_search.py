@@ -1,0 +1,551 @@
+"""The layer-wise search: choices against brute force, losses against eager models under masks, files, errors."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
+
+import sparsify_compiler
+from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, cli
+from sparsify_compiler.backend import configure
+from sparsify_compiler.evaluation import calibration
+from sparsify_compiler.evaluation import model as evaluated
+from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of, load_policy
+from sparsify_compiler.runtime import site as runtime_site
+from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing.models import CASES, GRID, Inputs
+from sparsify_compiler.testing.oracles import masked_attention, tile_mask
+from sparsify_compiler.training import search
+from sparsify_compiler.training.search import MENU, _Attention, choose, read_menu
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
+]
+
+SVG2 = {
+    "method": "svg2",
+    "q_clusters": 6,
+    "kv_clusters": 12,
+    "kmeans_iters": (4, 2),
+    "far_field": "drop",
+    "top_p": 0.5,
+}
+SPARSE = [{"method": "tile", "reference_frames": 2}, {"method": "tile", "reference_frames": 1}, SVG2]
+TILE2, TILE1, CLUSTERS = list(read_menu(SPARSE))[1:]
+SECONDS = {DENSE: 8e-3, TILE2: 4e-3, TILE1: 2e-3, CLUSTERS: 6e-3}
+TOKENS = math.prod(GRID)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attentions take the times of `SECONDS`, whatever the machine does."""
+
+    def seconds(attention: _Attention, *tensors: Any) -> float:
+        settings = attention.plan.settings
+        for label, entry in read_menu(SPARSE).items():
+            if settings is None or entry.method.fit(attention.plan.site, attention.plan.layout) == settings:
+                return SECONDS[label]
+        raise AssertionError(settings)
+
+    monkeypatch.setattr(_Attention, "seconds", seconds)
+
+
+@pytest.fixture(scope="module")
+def wan() -> tuple[nn.Module, Inputs]:
+    return CASES["wan"].build(batch=1)
+
+
+@pytest.fixture(scope="module")
+def found(wan: tuple[nn.Module, Inputs]) -> Policy:
+    """A policy searched with real times."""
+    torch._dynamo.reset()
+    return search(wan[0], calls(wan[1]), menu=SPARSE, r=math.inf)
+
+
+def calls(inputs: Inputs) -> list[Inputs]:
+    """Two of different latents and time steps."""
+    other = {"hidden_states": inputs["hidden_states"].flip(2), "timestep": inputs["timestep"] // 2}
+    return [inputs, {**inputs, **other}]
+
+
+class Masked(TorchFunctionMode):
+    """Eager self-attentions over the video under one mask each, in order; dense where there is none."""
+
+    def __init__(self, masks: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.masks: Iterator[Tensor | None] = iter(masks)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key, value = (given[name] for name in ("query", "key", "value"))
+            if query.shape[-2] == key.shape[-2] == TOKENS and (mask := next(self.masks)) is not None:
+                return masked_attention(query, key, value, mask, dtype=torch.float32)[0]
+        return func(*args, **kwargs)
+
+
+def answer(model: Any, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        out = model(**inputs)
+    return out[0] if isinstance(out, tuple) else out.sample
+
+
+def loss(got: Tensor, exact: Tensor) -> float:
+    return float(((got - exact).double().norm() / exact.double().norm()) ** 2)
+
+
+# the choice
+
+losses = st.one_of(st.sampled_from([0.0, math.inf, math.nan]), st.floats(0, 10))
+trials = st.dictionaries(st.text(max_size=3), st.builds(Trial, losses, st.floats(0, 100)), max_size=6).map(
+    lambda others: {DENSE: Trial(0.0, 5.0), **{label: one for label, one in others.items() if label != DENSE}}
+)
+limits = st.one_of(st.sampled_from([0.0, math.inf]), st.floats(0, 10))
+
+
+@given(trials, limits)
+def test_the_choice_is_the_cheapest_that_is_allowed(trials: Mapping[str, Trial], r: float) -> None:
+    chosen = trials[choose(trials, r)]
+    assert chosen.loss <= r
+    for other in trials.values():
+        assert not other.loss <= r or other.milliseconds >= chosen.milliseconds, "a cheaper one is allowed"
+    assert chosen.milliseconds <= trials[DENSE].milliseconds
+    if r == 0:
+        assert chosen.loss == 0
+        if all(one.loss != 0 for label, one in trials.items() if label != DENSE):
+            assert chosen is trials[DENSE]
+    if r == math.inf:
+        comparable = [one.milliseconds for one in trials.values() if not math.isnan(one.loss)]
+        assert chosen.milliseconds == min(comparable)
+
+
+@given(st.lists(trials, min_size=1, max_size=4), limits, limits)
+def test_more_loss_never_costs_more_and_the_order_of_the_menu_changes_no_cost(
+    layers: list[Mapping[str, Trial]], one: float, other: float
+) -> None:
+    def cost(r: float) -> float:
+        return sum(layer[choose(layer, r)].milliseconds for layer in layers)
+
+    low, high = sorted((one, other))
+    assert cost(high) <= cost(low)
+    for layer in layers:
+        backwards = dict(reversed(layer.items()))
+        assert layer[choose(layer, one)] == backwards[choose(backwards, one)]
+        assert choose(layer, one) == choose(dict(layer), one)
+
+
+# what is measured
+
+
+def test_losses_are_those_of_the_eager_model_under_the_mask_of_one_layer(
+    wan: tuple[nn.Module, Inputs], found: Policy
+) -> None:
+    model, inputs = wan
+    frames, tokens_per_frame = GRID[0], GRID[1] * GRID[2]
+    for place, layer in enumerate(found.layers):
+        for label, references in ((TILE2, 2), (TILE1, 1)):
+            masks: list[Tensor | None] = [None] * len(found.layers)
+            masks[place] = tile_mask(frames, references, tokens_per_frame)
+            expected = []
+            for one in calls(inputs):
+                with Masked(masks):
+                    got = answer(model, one)
+                expected.append(loss(got, answer(model, one)))
+            assert layer.trials[label].loss == pytest.approx(sum(expected) / 2, rel=1e-2)
+
+
+def test_every_entry_is_measured_at_every_layer(found: Policy) -> None:
+    assert [layer.mark.site for layer in found.layers] == ["blocks.0.attn1", "blocks.1.attn1"]
+    assert (found.model, found.inputs) == ("WanTransformer3DModel", 2)
+    for layer in found.layers:
+        assert (layer.mark.module, layer.mark.kind, layer.mark.grid) == ("WanAttention", "self", GRID)
+        assert list(layer.trials) == [DENSE, TILE2, TILE1, CLUSTERS]
+        assert all(one.milliseconds > 0 for one in layer.trials.values())
+        assert layer.trials[DENSE].loss == 0
+        assert all(one.loss > 0 for label, one in layer.trials.items() if label != DENSE)
+    first, second = found.layers
+    for label in (DENSE, TILE2, TILE1):
+        assert first.trials[label].milliseconds == second.trials[label].milliseconds, "one shape, one time"
+
+
+@pytest.mark.usefixtures("clockless")
+def test_the_search_follows_r(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+    model, inputs = wan
+    middle = sorted(one.loss for layer in found.layers for one in layer.trials.values())[-3]
+    policies = [search(model, calls(inputs), menu=SPARSE, r=r) for r in (0, middle, math.inf)]
+    assert [layer.choice for layer in policies[0].layers] == [DENSE, DENSE]
+    assert [layer.choice for layer in policies[2].layers] == [TILE1, TILE1]
+    for policy in policies:
+        for layer in policy.layers:
+            assert {label: one.milliseconds for label, one in layer.trials.items()} == pytest.approx(
+                {label: 1e3 * seconds for label, seconds in SECONDS.items()}
+            )
+            fitting = [label for label, one in layer.trials.items() if one.loss <= policy.r]
+            assert layer.choice == min(fitting, key=SECONDS.__getitem__)
+    costs = [policy.milliseconds for policy in policies]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == policies[0].dense_milliseconds
+    assert policies[0].together == 0
+    again = search(model, calls(inputs), menu=SPARSE, r=middle)
+    assert again == policies[1]
+
+
+# what a policy does
+
+
+def mixed(found: Policy, *choices: str) -> Policy:
+    """The policy with other choices."""
+    layers = zip(found.layers, choices, strict=True)
+    return replace(found, layers=tuple(replace(layer, choice=choice) for layer, choice in layers))
+
+
+def test_methods_mix_in_one_graph_and_do_what_each_says(
+    wan: tuple[nn.Module, Inputs], found: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = wan
+    used: list[BlockTable] = []
+    attend = runtime_site.attention_with_far_field
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
+        used.append(table)
+        return attend(query, key, value, table, **others)
+
+    monkeypatch.setattr(runtime_site, "attention_with_far_field", spy)
+    path = mixed(found, TILE1, CLUSTERS).save(tmp_path / "policy.json")
+    options = {"policy": path, "inner_backend": "eager", "dense_steps": 0}
+    got = answer(torch.compile(model, backend="sparsify", options=options, fullgraph=True), inputs)
+    tile = tile_mask(GRID[0], 1, GRID[1] * GRID[2])
+    with Masked([tile, used[-1].mask()]):
+        expected = answer(model, inputs)
+    assert loss(got, expected) < 1e-9
+    assert loss(got, answer(model, inputs)) > 1e-6, "the check must be able to fail"
+
+
+def test_a_policy_loses_what_the_search_said(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+    model, inputs = wan
+    options = {"policy": found, "inner_backend": "eager", "dense_steps": 0}
+    fast = torch.compile(model, backend="sparsify", options=options)
+    measured = []
+    for one in calls(inputs):
+        with sparsify_compiler.generation(1, streams=1):  # each is a video of its own
+            measured.append(loss(answer(fast, one), answer(model, one)))
+    assert sum(measured) / 2 == pytest.approx(found.together, rel=1e-3)
+
+
+def test_mixed_methods_keep_their_state(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+    model, inputs = wan
+    options = {"policy": mixed(found, CLUSTERS, TILE1), "inner_backend": "eager", "dense_steps": 1}
+    fast = torch.compile(model, backend="sparsify", options=options)
+    with sparsify_compiler.generation(3, streams=1):
+        for step in range(3):
+            answer(fast, {**inputs, "timestep": torch.full_like(inputs["timestep"], 900 - 300 * step)})
+    stats = sparsify_compiler.stats(fast)
+    assert stats.dense_calls == 1
+    methods = {(one.site, one.method) for one in stats.measurements}
+    assert methods == {("blocks.0.attn1", "svg2"), ("blocks.1.attn1", "tile")}
+    assert {one.step for one in stats.measurements} == {1, 2}
+
+
+def test_explain_says_what_each_site_does_and_why(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+    model, inputs = wan
+    policy = replace(mixed(found, CLUSTERS, DENSE), r=1e-12)
+    explained = sparsify_compiler.explain(model, **inputs, options={"policy": policy})
+    plans = {plan.site.name: plan for plan in explained.plans}
+    first, second = plans["blocks.0.attn1"], plans["blocks.1.attn1"]
+    assert (first.method, second.method) == ("svg2", "dense")
+    trial = found.layers[0].trials[CLUSTERS]
+    assert f"{CLUSTERS}, loss {trial.loss:.3g} of at most 1e-12, {trial.milliseconds:.3g} ms" in first.reason
+    assert second.reason.startswith("policy: dense, ")
+    assert explained.graph_plans[0].dense_steps == 0.2, "that of svg2"
+    assert not any("default" in hint for hint in explained.hints)
+
+
+class Twice(nn.Module):
+    """Two models with a graph break between them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.first = self.second = model
+        self.second = CASES["wan"].build(batch=1, seed=1)[0]
+
+    def forward(self, **inputs: Any) -> Tensor:
+        between = self.first(**inputs)[0]
+        torch._dynamo.graph_break()
+        return self.second(**{**inputs, "hidden_states": between})[0]
+
+
+def test_a_model_of_several_graphs(wan: tuple[nn.Module, Inputs]) -> None:
+    model, inputs = wan
+    inputs = {**inputs, "return_dict": False}
+    twice = Twice(model).eval()
+    policy = search(twice, [inputs], menu=SPARSE[:1], r=math.inf)
+    assert [(layer.mark.site, layer.graph) for layer in policy.layers] == [
+        (f"{part}.blocks.{block}.attn1", graph)
+        for graph, part in enumerate(("first", "second"))
+        for block in range(2)
+    ]
+    explained = sparsify_compiler.explain(twice, **inputs, options={"policy": policy})
+    assert [len(graph.sparse) for graph in explained.graph_plans] == [
+        sum(layer.choice != DENSE for layer in policy.layers if layer.graph == graph) for graph in range(2)
+    ]
+
+
+# files
+
+labels = st.text(min_size=1, max_size=8)
+marks = st.builds(
+    Mark,
+    site=labels,
+    module=labels,
+    kind=st.sampled_from(["self", "joint"]),
+    heads=st.integers(1, 64),
+    kv_heads=st.integers(1, 64),
+    head_dim=st.integers(1, 256),
+    grid=st.tuples(*[st.integers(1, 99)] * 3),
+)
+whole_losses = st.floats(min_value=0, allow_nan=False)
+
+
+@given(st.data(), st.lists(marks, max_size=3), st.floats(min_value=0, allow_nan=False), whole_losses)
+def test_a_policy_comes_back_from_its_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+    marks: list[Mark],
+    r: float,
+    together: float,
+) -> None:
+    menu = read_menu(MENU)
+    times = st.integers(0, 10**7).map(lambda n: n / 10**4)
+    layers = tuple(
+        Layer(
+            mark=one,
+            graph=graph,
+            choice=data.draw(st.sampled_from(list(menu))),
+            trials={label: data.draw(st.builds(Trial, whole_losses, times)) for label in menu},
+        )
+        for graph, one in enumerate(marks)
+    )
+    policy = Policy(model="M", r=r, menu=menu, layers=layers, together=together, inputs=2, machine="here")
+    path = policy.save(tmp_path_factory.mktemp("policies") / "policy.json")
+    assert load_policy(path) == policy
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_the_choice_may_be_edited_by_hand(found: Policy, tmp_path: Path) -> None:
+    path = mixed(found, TILE1, TILE1).save(tmp_path / "policy.json")
+    saved, content = load_policy(path), json.loads(path.read_text())
+    content["layers"][1]["choice"] = CLUSTERS
+    path.write_text(json.dumps(content))
+    assert load_policy(path) == mixed(saved, TILE1, CLUSTERS)
+    content["layers"][1]["choice"] = TILE2.replace("2", "3")
+    path.write_text(json.dumps(content))
+    with pytest.raises(
+        PolicyError, match=r"unknown choice of blocks.1.attn1.*Did you mean 'tile reference_fr"
+    ):
+        load_policy(path)
+
+
+# mistakes
+
+
+@pytest.mark.parametrize("r", [-1, -1e-9, math.nan, True, "0.1", None])
+def test_r_must_be_a_number_of_at_least_0(wan: tuple[nn.Module, Inputs], r: Any) -> None:
+    with pytest.raises(OptionError, match="r must be a number of at least 0"):
+        search(wan[0], [wan[1]], r=r)
+
+
+@pytest.mark.parametrize(
+    ("menu", "says"),
+    [
+        ([], "list of at least one entry"),
+        ({"method": "tile"}, "list of at least one entry"),
+        (["tile"], "an entry of the menu must be a dict"),
+        ([{"method": "tiles"}], "Did you mean 'tile'"),
+        ([{"top_p": 0.5}], "unknown method None"),
+        ([{"method": "svg2", "top_q": 0.5}], "Did you mean 'top_p'"),
+        ([{"method": "tile", "top_p": 0.5}], "belongs to method"),
+        ([{"method": "svg2", "top_p": 2}], "top_p must be"),
+        ([{"method": "svg2", "far_field": "near"}], "unknown far_field"),
+        ([{"method": "svg2", "dense_steps": 2}], "unknown option 'dense_steps'"),
+        ([{"method": "dsv"}], "needs a 'predictor'"),
+        ([SPARSE[0], SPARSE[0]], "every entry once"),
+        ([{"method": "tile", "reference_frames": 6}], "reference_frames must be in 1..5"),
+    ],
+)
+def test_a_menu_must_make_sense(wan: tuple[nn.Module, Inputs], menu: Any, says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        search(wan[0], [wan[1]], menu=menu)
+
+
+def test_a_search_tells_what_it_cannot_work_with(wan: tuple[nn.Module, Inputs]) -> None:
+    model, inputs = wan
+    other = CASES["wan"].build((3, 7, 9), batch=1)[1]
+    with pytest.raises(SparsifyError, match=r"one model and grid, got .* of grid \(3, 7, 9\)"):
+        search(model, [inputs, other], menu=SPARSE[:1])
+    for wrong in ([], inputs, [3]):
+        with pytest.raises(OptionError, match="keyword arguments"):
+            search(model, wrong)  # type: ignore[arg-type]
+    for option in ({"method": "tile"}, {"dense_layers": 1}, {"gird": (5, 7, 9)}):
+        with pytest.raises(OptionError, match="unknown option of a search"):
+            search(model, [inputs], options=option)
+    with pytest.raises(SparsifyError, match="eval mode"):
+        search(nn.Sequential().train(), [inputs])
+    with pytest.raises(SparsifyError, match="no attention to choose for"):
+        search(nn.Identity().eval(), [{"input": torch.ones(2)}])
+    silent = CASES["wan"].build(batch=1)[0]
+    nn.init.zeros_(silent.proj_out.weight)  # type: ignore[union-attr, arg-type]
+    nn.init.zeros_(silent.proj_out.bias)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(SparsifyError, match="not all 0"):
+        search(silent, [inputs], menu=SPARSE[:1])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "must be a file that a search wrote"),
+        ("{", "must hold JSON"),
+        ("[1]", "must have the format 'sparsify-policy-1', got 'list'"),
+        ('{"format": "sparsify-policy-2"}', "got 'sparsify-policy-2'"),
+        ('{"format": "sparsify-policy-1"}', "damaged .KeyError: 'menu'"),
+        ('{"format": "sparsify-policy-1", "menu": {"a": {"method": "svg3"}}}', "Did you mean 'svg2'"),
+    ],
+)
+def test_a_file_that_is_no_policy(tmp_path: Path, content: str | None, says: str) -> None:
+    path = tmp_path / "policy.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PolicyError, match=says):
+        configure({"policy": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "tile"}, "option 'method' says, for every site: leave out one"),
+        ({"preset": "svg2"}, "option 'preset'"),
+        ({"top_p": 0.5}, "option 'top_p'"),
+        ({"far_field": "drop"}, "option 'far_field'"),
+        ({"dense_layers": 1}, "option 'dense_layers'"),
+        ({"dense_step": 1}, "Did you mean 'dense_steps'"),
+    ],
+)
+def test_a_policy_stands_alone(found: Policy, options: Mapping[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        configure({"policy": found, **options})
+    with pytest.raises(OptionError, match="path of a file"):
+        configure({"policy": 3})
+
+
+def test_a_policy_for_something_else(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+    model, inputs = wan
+    fast = torch.compile(model, backend="sparsify", options={"policy": found})
+    with pytest.raises(
+        PolicyError,
+        match=r"blocks.0.attn1 of WanTransformer3DModel must have grid 5x7x9, got 3x7x9.*sparsify search",
+    ):
+        answer(fast, CASES["wan"].build((3, 7, 9))[1])
+    hunyuan, others = CASES["hunyuan_video"].build()
+    with pytest.raises(
+        PolicyError, match=r"blocks.0.attn1, blocks.1.attn1, got transformer_blocks.0.attn to "
+    ):
+        sparsify_compiler.explain(hunyuan, **others, options={"policy": found})
+    shallow = replace(found, layers=found.layers[:1])
+    with pytest.raises(PolicyError, match=r"attentions blocks.0.attn1, got blocks.0.attn1, blocks.1.attn1"):
+        sparsify_compiler.explain(model, **inputs, options={"policy": shallow})
+    kin = replace(found.layers[0], mark=replace(found.layers[0].mark, module="OtherAttention"))
+    with pytest.raises(PolicyError, match="must have module OtherAttention, got WanAttention"):
+        sparsify_compiler.explain(
+            model, **inputs, options={"policy": replace(found, layers=(kin, found.layers[1]))}
+        )
+
+
+# the command
+
+
+@pytest.mark.usefixtures("clockless")
+def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
+    model, inputs = CASES["cogvideox"].build(batch=1)  # diffusers loads Wan with accelerate alone
+    model.save_pretrained(tmp_path / "checkpoint")  # type: ignore[operator]
+    torch.save([inputs], tmp_path / "calls.pt")
+    save_file(
+        {f"0.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)},
+        tmp_path / "calls.safetensors",
+    )
+    (tmp_path / "menu.json").write_text(json.dumps(SPARSE))
+    policies = []
+    for file in ("calls.pt", "calls.safetensors"):
+        out = tmp_path / f"{file}.json"
+        words = [
+            "search",
+            str(tmp_path / "checkpoint"),
+            *("--inputs", str(tmp_path / file)),
+            *("--menu", str(tmp_path / "menu.json"), "--r", "inf", "--out", str(out)),
+        ]
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, result.exception
+        assert TILE1 in result.stdout
+        policies.append(load_policy(out))
+    assert policies[0] == policies[1]
+    assert sparsify_compiler.explain(model, **inputs, options={"policy": out}).plans
+
+
+def test_the_command_searches_the_evaluation_model(
+    wan: tuple[nn.Module, Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = wan
+    monkeypatch.setattr(evaluated, "load", lambda: model)
+    monkeypatch.setattr(calibration, "calibration_inputs", lambda: [inputs])
+    out = tmp_path / "policy.json"
+    result = CliRunner().invoke(cli.app, ["search", "--out", str(out)])
+    assert result.exit_code == 0, result.exception
+    assert list(load_policy(out).menu) == list(read_menu(MENU))
+
+
+def test_the_evaluation_model_is_calibrated_at_every_noise_level() -> None:
+    first, *others = calibration.calibration_inputs()
+    assert [round(float(one["timestep"])) for one in (first, *others)] == [200, 400, 600, 800, 950]
+    for one in others:
+        assert one["hidden_states"].shape == first["hidden_states"].shape
+        assert not torch.equal(one["encoder_hidden_states"], first["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--r", "-1"], "r must be a number"),
+        (["--inputs", "calls.pt"], "must be given together"),
+        (["nowhere", "--inputs", __file__], "inputs must be torch.save of a list"),
+        (["--menu", "nowhere.json"], "the menu must be a JSON file"),
+        (["--menu", __file__], "the menu must be a JSON file"),
+        (["--option", "method=tile"], "unknown option of a search 'method'"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], says: str) -> None:
+    error = CliRunner().invoke(cli.app, ["search", *words]).exception
+    assert isinstance(error, SparsifyError), repr(error)
+    assert says in str(error)
+
+
+def test_entries_say_all_that_they_are() -> None:
+    for entry in read_menu([*MENU, SVG2]).values():
+        assert entry_of(json.loads(json.dumps(entry.options))) == entry
