@@ -93,10 +93,12 @@ def _program(
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     """Check the options of torch.compile and turn them into a config.
 
-    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`.
+    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`; or
+    `policy`, the path of a file or a `Policy`, in place of all that says what sites do.
 
     Raises:
         OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+        PolicyError: the policy cannot be read.
     """
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options must be a dict such as {{'method': 'tile'}}, got {options!r}")
@@ -136,7 +138,7 @@ def _policy(options: Mapping[str, Any]) -> Policy:
 def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:
     """Say once what a user should know who did not ask."""
     if not plan.sparse:
-        if options.get("method") != "dense":
+        if options.get("method") != "dense" and options.get("policy") is None:
             warn_once(
                 "sparsify found no attention to rewrite in a graph: it is compiled as it is. "
                 "sparsify_compiler.explain(model, ...) shows why."

@@ -17,8 +17,12 @@ input, so that each noise level counts alike. Squared errors of layers roughly a
 times the number of layers says what to expect of all together, which is measured in the end too.
 
 Costs are the measured times of an attention call with all it takes to choose what is read, on the queries, keys and
-values of the calibration inputs: the mean over these of a median. Dense, and methods that look at the
-layout alone, are timed once an input for all sites of one shape. Dense is SDPA, however the model wrote it.
+values of the calibration inputs: a median for each input, the mean of these. As in the middle of a video, k-means
+starts warm. Dense, and methods that look at the layout alone, are timed once an input for all sites of one shape.
+Dense is SDPA, however the model wrote it.
+
+The model is traced once. Every call of it then tries one entry at one site, as the first call of a video does:
+sites x entries x inputs calls in all.
 """
 
 import json
@@ -370,20 +374,16 @@ class _Probe(nn.Module):
     def forward(self, *tensors: Tensor | None) -> Tensor:
         """[B, H, Sq, Dv] from query, key, value and mask."""
         bench, name = self.bench, self.site.name
-        plans = bench.plans.get(name, {})
-        if not plans or mark(plans[DENSE].site, plans[DENSE].layout) != mark(self.site, self.layout):
+        plans = bench.plans.get(name)
+        if plans is None or mark(plans[DENSE].site, plans[DENSE].layout) != mark(self.site, self.layout):
             raise SparsifyError(
                 f"all inputs must be of one model and grid, got {name} of grid {self.layout.grid} in one of them; "
                 "search for each grid by itself"
             )
         for label, plan in plans.items():
-            if label not in self.calls:
-                plan = replace(
-                    plan,
-                    site=replace(plan.site, batch=self.site.batch, mask=self.site.mask),
-                    layout=self.layout,
-                )
-                self.calls[label] = _Attention(plan, self.examples)
+            if label not in self.calls:  # for the batch and the prompt's length of this call
+                here = replace(plan, site=replace(self.site, spelling="sdpa"), layout=self.layout)
+                self.calls[label] = _Attention(here, self.examples)
             if bench.timed is not None and _alike(plan) not in bench.timed:
                 bench.timed[_alike(plan)] = self.calls[label].seconds(*tensors)
         return self.calls[bench.choices.get(name, DENSE)](*tensors)
