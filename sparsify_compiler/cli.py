@@ -99,14 +99,14 @@ def search(
         Path | None,
         typer.Option(
             help="calls to calibrate on: torch.save of a list of forward's keyword arguments, or safetensors with "
-            "names such as 0.hidden_states"
+            "names such as 0.hidden_states; the model is loaded in their data type"
         ),
     ] = None,
     r: Annotated[
         float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
     ] = 0.01,
     menu: Annotated[
-        Path | None, typer.Option(help="JSON, a list of entries such as {method: svg2, top_p: 0.5}")
+        Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "top_p": 0.5}]')
     ] = None,
     out: Annotated[Path, typer.Option(help="the policy's file")] = Path("policy.json"),
     options: Annotated[
@@ -129,6 +129,8 @@ def search(
     entries = MENU if menu is None else read_menu_file(menu)
     if (checkpoint is None) != (inputs is None):
         raise OptionError("a checkpoint and --inputs to calibrate it on must be given together, or neither")
+    if not out.parent.is_dir():
+        raise OptionError(f"the policy must be written to a folder that exists, got {str(out)!r}")
     if checkpoint is None or inputs is None:
         model, calls = evaluated.load(), calibration.calibration_inputs()
     else:

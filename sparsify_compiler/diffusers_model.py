@@ -44,6 +44,9 @@ def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
 def load(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint, the folder of a model that diffusers wrote, in eval mode.
 
+    Args:
+        dtype: to load it in; parts that diffusers keeps in fp32 stay so.
+
     Raises:
         SparsifyError: diffusers is missing, or cannot load it.
     """
@@ -57,11 +60,7 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
     except Exception as error:  # whatever a file of any format can have wrong
         if isinstance(error, SparsifyError):
             raise
-        hint = (
-            ""
-            if find_spec("accelerate")
-            else ". Many models need accelerate for it: try pip install accelerate"
-        )
+        hint = "" if find_spec("accelerate") else ". Many models need accelerate: try pip install accelerate"
         raise OptionError(f"{class_name} cannot be loaded from {folder}: {_cause(error)}{hint}") from error
 
 
@@ -93,7 +92,7 @@ def read_calls(path: Path) -> list[dict[str, Any]]:
 
 
 def dtype_of(calls: Iterable[Mapping[str, Any]]) -> torch.dtype:
-    """That of the first floating input of several dimensions, which is the latents: what the model should be in."""
+    """The type to load a model in: that of the first input that can be its latents, floating and no mere number."""
     floating = (
         value.dtype
         for call in calls

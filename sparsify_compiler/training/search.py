@@ -302,6 +302,8 @@ class _Bench:
         """Site -> label of what it does in this call; dense where there is none."""
         self.timed: dict[AttentionPlan, float] | None = None
         """Seconds of each plan in this call, where it is one to take times in."""
+        self.reached: set[str] = set()
+        """Sites that this call came to."""
         self._exact: list[Tensor] = []
 
     def trials(self, advance: Callable[[], object]) -> dict[str, dict[str, Trial]]:
@@ -339,14 +341,15 @@ class _Bench:
 
     def _time(self, number: int) -> dict[AttentionPlan, float]:
         """Seconds of each plan in a dense call, whose answer is kept."""
-        self.choices, self.timed = {}, {}
-        out, timed, self.timed = self._answer(number), self.timed, None
-        for site, plans in self.plans.items():
-            if _alike(plans[DENSE]) not in timed:
-                raise SparsifyError(
-                    f"{site} cannot be told what to do: it lies in the body of an operator such as activation "
-                    "checkpointing, or is not called for every input; try to turn that off"
-                )
+        self.choices, self.reached = {}, set()
+        timed: dict[AttentionPlan, float] = {}
+        self.timed = timed
+        out, self.timed = self._answer(number), None
+        if beyond := sorted(self.plans.keys() - self.reached):
+            raise SparsifyError(
+                f"{', '.join(beyond)} cannot be told what to do: not called for every input, or inside an operator "
+                "such as activation checkpointing; try to turn that off"
+            )
         if not (out.isfinite().all() and out.any()):
             raise SparsifyError(
                 "the model must answer finite numbers, not all 0: errors are relative to them. Has it its weights?"
@@ -380,6 +383,7 @@ class _Probe(nn.Module):
                 f"all inputs must be of one model and grid, got {name} of grid {self.layout.grid} in one of them; "
                 "search for each grid by itself"
             )
+        bench.reached.add(name)
         for label, plan in plans.items():
             if label not in self.calls:  # for the batch and the prompt's length of this call
                 here = replace(plan, site=replace(self.site, spelling="sdpa"), layout=self.layout)

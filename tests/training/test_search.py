@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import sparsify_compiler
@@ -28,6 +29,7 @@ from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of, load_policy
 from sparsify_compiler.runtime import site as runtime_site
 from sparsify_compiler.table import BlockTable
+from sparsify_compiler.testing.dits import Recipe
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.oracles import masked_attention, tile_mask
 from sparsify_compiler.testing.strategies import site_of
@@ -47,6 +49,7 @@ SVG2 = {
     "far_field": "drop",
     "top_p": 0.5,
 }
+CUBES = {"method": "cubes", "cube": (2, 3, 4), "query_cube": (3, 4, 4)}
 SPARSE = [{"method": "tile", "reference_frames": 2}, {"method": "tile", "reference_frames": 1}, SVG2]
 TILE2, TILE1, CLUSTERS = list(read_menu(SPARSE))[1:]
 SECONDS = {DENSE: 8e-3, TILE2: 4e-3, TILE1: 2e-3, CLUSTERS: 6e-3}
@@ -142,6 +145,38 @@ class Tiny(nn.Module):
         if self.breaks:
             torch._dynamo.graph_break()
         return self.second(tokens)
+
+
+class Checkpointed(Tiny):
+    """Its second attention lies in the body of a higher-order operator."""
+
+    def forward(self, video: Tensor) -> Tensor:
+        tokens = self.first(self.patch(video).flatten(2).mT)
+        return checkpoint(self.second, tokens, use_reentrant=False)
+
+
+JOINT = Recipe(
+    grid=GRID,
+    batch=2,
+    patch="conv3d",
+    frames_first=False,
+    position="rope pairs",
+    text="last",
+    text_tokens=7,
+    extra_tokens=0,
+    streams=False,
+    mask="none",
+    heads=2,
+    kv_heads=2,
+    head_dim=8,
+    split="linears",
+    view="view",
+    norm=True,
+    spelling="keywords",
+    scale=0.25,
+    trap="",
+    trapped=0,
+)
 
 
 def tiny(**options: bool) -> tuple[nn.Module, Inputs]:
@@ -354,6 +389,24 @@ def test_models_of_one_graph_and_of_several(breaks: bool) -> None:
         assert loss(fast(**inputs), expected) < 1e-9
 
 
+@pytest.mark.parametrize(
+    ("spelling", "mask", "kv_heads"),
+    [("gqa", "bool", 1), ("matmul", "additive", 2)],
+)
+def test_every_spelling_is_measured_as_it_runs(
+    spelling: str, mask: Literal["none", "bool", "additive", "per head"], kv_heads: int
+) -> None:
+    model, inputs = replace(JOINT, spelling=spelling, mask=mask, kv_heads=kv_heads).build()
+    policy = search(model, [inputs], menu=[*SPARSE[1:2], CUBES], r=math.inf)
+    for layer, choices in zip(policy.layers, ((TILE1, DENSE), (DENSE, label_of(CUBES))), strict=True):
+        torch._dynamo.reset()
+        options = {"policy": mixed(policy, *choices), "inner_backend": "eager", "dense_steps": 0}
+        fast = torch.compile(model, backend="sparsify", options=options)
+        (choice,) = (label for label in choices if label != DENSE)
+        with torch.no_grad():
+            assert loss(fast(**inputs), model(**inputs)) == pytest.approx(layer.trials[choice].loss, rel=1e-3)
+
+
 # files
 
 labels = st.text(min_size=1, max_size=8)
@@ -456,6 +509,8 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         search(nn.Sequential().train(), [inputs])
     with pytest.raises(SparsifyError, match="no attention to choose for"):
         search(nn.Identity().eval(), [{"input": torch.ones(2)}])
+    with pytest.raises(SparsifyError, match=r"^second cannot be told what to do"):
+        search(Checkpointed().eval(), [inputs], menu=SPARSE[:1])
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(SparsifyError, match="not all 0"):
@@ -603,6 +658,7 @@ def test_the_evaluation_model_is_calibrated_at_every_noise_level() -> None:
     [
         (["--r", "-1"], "r must be a number"),
         (["--inputs", "calls.pt"], "must be given together"),
+        (["--out", "nowhere/policy.json"], "a folder that exists"),
         (["nowhere", "--inputs", __file__], "inputs must be torch.save of a list"),
         (["--menu", "nowhere.json"], "the menu must be a JSON file"),
         (["--menu", __file__], "the menu must be a JSON file"),
