@@ -6,13 +6,21 @@ torch.compile(model, backend="sparsify", options={"method": "tile", "reference_f
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsify_compiler.errors import GridError, OptionError, ProviderError, SparsifyError, SparsifyWarning
+from sparsify_compiler.errors import (
+    GridError,
+    OptionError,
+    PolicyError,
+    ProviderError,
+    SparsifyError,
+    SparsifyWarning,
+)
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout
 from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.measured import RunStats, stats
+    from sparsify_compiler.policy import Policy
     from sparsify_compiler.runtime.clock import generation
     from sparsify_compiler.training.consistency import (
         ConsistencyConfig,
@@ -36,6 +44,8 @@ __all__ = [
     "GraphPlan",
     "GridError",
     "OptionError",
+    "Policy",
+    "PolicyError",
     "ProviderError",
     "RunStats",
     "SparsifyError",
@@ -55,6 +65,7 @@ _LAZY = {
     "Distillation": "training.distillation",
     "DistillationLoss": "training.distillation",
     "Explanation": "explanation",
+    "Policy": "policy",
     "RunStats": "measured",
     "explain": "explanation",
     "generation": "runtime.clock",

@@ -5,8 +5,8 @@ not cost its import.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
 from types import CodeType, FunctionType
@@ -106,10 +106,11 @@ def compile_with(
     return compiled
 
 
-def trace(backend: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` through Dynamo with `backend`, whatever was compiled before and leaving it as it was.
+@contextmanager
+def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Inside, `function` through Dynamo with `backend`, whatever was compiled before and leaving it as it was.
 
-    The call starts from a code object of its own, which has neither programs nor a history of recompiles.
+    The calls start from a code object of its own, which has neither programs nor a history of recompiles.
     Only where a graph breaks does Dynamo compile the model's own code objects: those that carry no other
     program are cleaned again, the others keep an entry in a region apart (torch 2.13; before, beside theirs).
     """
@@ -130,7 +131,7 @@ def trace(backend: Callable[..., Any], function: Callable[..., Any], *args: Any)
         with config.patch(
             recompile_limit=unlimited, accumulated_recompile_limit=unlimited, suppress_errors=False
         ):
-            return torch.compile(fresh, backend=backend, dynamic=False, **apart)(*args)
+            yield torch.compile(fresh, backend=backend, dynamic=False, **apart)
     finally:
         hook.remove()
         for code in codes:

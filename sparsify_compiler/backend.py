@@ -1,23 +1,27 @@
 """The front door: `torch.compile(model, backend="sparsify", options={...})`."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, option_names, split_options
+from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.methods import METHODS
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of, load_policy
 from sparsify_compiler.runtime.program import Choices, Phase, Program
 
 DEFAULT_METHOD = "svg2"
+_FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
+BESIDE_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
+"""Options that a policy leaves open."""
 
 
 def sparsify(
@@ -89,50 +93,57 @@ def _program(
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     """Check the options of torch.compile and turn them into a config.
 
-    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`.
+    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`; or
+    `policy`, the path of a file or a `Policy`, in place of all that says what sites do.
 
     Raises:
         OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+        PolicyError: the policy cannot be read.
     """
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(f"options must be a dict such as {{'method': 'tile'}}, got {options!r}")
     general, own = split_options(options or {})
+    providers.check_name(general.get("provider", "auto"))
+    _torch.check_backend(general.get("inner_backend", "inductor"))
+    if options and options.get("policy") is not None:
+        return SparsifyConfig(method=None, **{**general, "policy": _policy(options)})
     name = general.pop("method", DEFAULT_METHOD)
     if options and options.get("preset") is not None and name != (of := PRESETS[options["preset"]]["method"]):
         raise OptionError(
             f"preset {options['preset']!r} is of method {of!r}, got method={name!r}: leave out one"
         )
-    if not isinstance(name, str) or name not in METHODS:
-        raise unknown_choice("method", name, METHODS)
-    choices = option_names(METHODS[name])
     for option in own:
-        if option not in choices:
-            others = [other for other, kind in METHODS.items() if option in option_names(kind)]
-            if others:
-                raise OptionError(
-                    f"option {option!r} belongs to method {' and '.join(map(repr, others))}, got method={name!r}: "
-                    f"try {{'method': {others[0]!r}, {option!r}: ...}}"
-                )
-            every = {own for kind in METHODS.values() for own in option_names(kind)}
-            raise unknown_choice("option", option, (*GENERAL, *every))
-    if general.get("far_field") not in (None, *METHODS[name].far_fields):
-        raise unknown_choice("far_field", general["far_field"], METHODS[name].far_fields)
-    providers.check_name(general.get("provider", "auto"))
-    _torch.check_backend(general.get("inner_backend", "inductor"))
-    kind = METHODS[name]
-    defaults = kind.if_dropped if general.get("far_field", kind.far_field) == "drop" else {}
-    return SparsifyConfig(method=kind(**{**defaults, **own}), **general)
+        if option not in ALL_OPTIONS:
+            raise unknown_choice("option", option, (*GENERAL, *ALL_OPTIONS))
+    entry = entry_of({**own, "method": name, "far_field": general.get("far_field")})
+    return SparsifyConfig(method=entry.method, **general)
+
+
+def _policy(options: Mapping[str, Any]) -> Policy:
+    """The policy asked for, and by itself."""
+    for option in options:
+        if option not in (*GENERAL, *ALL_OPTIONS):
+            raise unknown_choice("option beside a policy", option, BESIDE_A_POLICY)
+        if option not in ("policy", *BESIDE_A_POLICY):
+            raise OptionError(
+                f"a policy says what option {option!r} says, for every site: leave out one; "
+                f"beside it may stand {', '.join(BESIDE_A_POLICY)}"
+            )
+    asked = options["policy"]
+    if not isinstance(asked, (str, Path, Policy)):
+        raise OptionError(f"policy must be the path of a file or a Policy, got {asked!r}")
+    return asked if isinstance(asked, Policy) else load_policy(asked)
 
 
 def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:
     """Say once what a user should know who did not ask."""
     if not plan.sparse:
-        if options.get("method") != "dense":
+        if options.get("method") != "dense" and options.get("policy") is None:
             warn_once(
                 "sparsify found no attention to rewrite in a graph: it is compiled as it is. "
                 "sparsify_compiler.explain(model, ...) shows why."
             )
-    elif not {"method", "preset"} & set(options):
+    elif not {"method", "preset", "policy"} & set(options):
         warn_once(
             "sparsify rewrites attention to be sparse, which is lossy. The default is method='svg2' with a linear "
             "far field; options={'top_p': p} reads more (up to 1) or less, {'method': 'dense'} is none of it."

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.errors import OptionError, SparsifyError
 
 app = typer.Typer(
     help="Block-sparse attention for video diffusion transformers, by torch.compile.",
@@ -84,6 +84,65 @@ def explain(
         Console().print(drawn)
     if picture is not None:
         Console().print(f"Drawn in {drawn.save_picture(picture)}.")
+
+
+@app.command()
+def search(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]",
+            help="folder of a diffusers model, with --inputs; without, the evaluation model of this package",
+        ),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            help="calls to calibrate on: torch.save of a list of forward's keyword arguments, or safetensors with "
+            "names such as 0.hidden_states; the model is loaded in their data type"
+        ),
+    ] = None,
+    r: Annotated[
+        float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
+    ] = 0.01,
+    menu: Annotated[
+        Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "top_p": 0.5}]')
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the policy's file")] = Path("policy.json"),
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="key=value of torch.compile's options, e.g. grid")
+    ] = None,
+) -> None:
+    """For every attention the fastest method that changes the output little, as a policy for torch.compile."""
+    import torch
+
+    from sparsify_compiler import diffusers_model
+    from sparsify_compiler.evaluation import calibration
+    from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.training.search import MENU, read_menu_file
+    from sparsify_compiler.training.search import search as searched
+
+    chosen = {
+        name: diffusers_model.parse_option(text)
+        for name, text in diffusers_model.assignments(options or (), "--option").items()
+    }
+    entries = MENU if menu is None else read_menu_file(menu)
+    if (checkpoint is None) != (inputs is None):
+        raise OptionError("a checkpoint and --inputs to calibrate it on must be given together, or neither")
+    if not out.parent.is_dir():
+        raise OptionError(f"the policy must be written to a folder that exists, got {str(out)!r}")
+    if checkpoint is None or inputs is None:
+        model, calls = evaluated.load(), calibration.calibration_inputs()
+    else:
+        calls = diffusers_model.read_calls(inputs)
+        model = diffusers_model.load(checkpoint, diffusers_model.dtype_of(calls))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    calls = [
+        {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in one.items()} for one in calls
+    ]
+    policy = searched(model.to(device), calls, menu=entries, r=r, options=chosen)
+    Console().print(policy)
+    Console().print(f"Written to {policy.save(out)}.", soft_wrap=True)
 
 
 def main() -> None:

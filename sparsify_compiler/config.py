@@ -20,7 +20,10 @@ class SparsifyConfig:
     """The options of one compilation, checked."""
 
     method: Any
-    """The method with its settings, e.g. `Tile(reference_frames=2)`. Written `method="tile"` in options."""
+    """The method with its settings, e.g. `Tile(reference_frames=2)`. Written `method="tile"` in options. Of every
+    site, but where there is a policy."""
+    policy: Any = None
+    """A `Policy`, which says what each site does. Written as the path of its file in options."""
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video tokens, in place of what the graph says."""
     provider: str = "auto"

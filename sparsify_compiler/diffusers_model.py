@@ -1,10 +1,11 @@
-"""A diffusers model and its inputs on the meta device, from the words of a command line."""
+"""A diffusers model and its inputs, on the meta device or from files, from the words of a command line."""
 
 import difflib
 import inspect
 import json
 import warnings
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,88 @@ def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
     Raises:
         SparsifyError: diffusers is missing, knows no such model, or cannot make it of this config.
     """
+    kind = _model_class(class_name)
+    settings = read_config(config)
+    # A constructor checks little: a wrong config ends in whatever its arithmetic and branches raise.
+    try:
+        with torch.device(device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
+            return kind.from_config(settings).eval()
+    except Exception as error:
+        raise OptionError(
+            f"{class_name} cannot be made of the config: {_cause(error)}. "
+            "Try the config.json of a checkpoint, or fewer settings: those left out have defaults"
+        ) from error
+
+
+def load(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint, the folder of a model that diffusers wrote, in eval mode.
+
+    Args:
+        dtype: to load it in; parts that diffusers keeps in fp32 stay so.
+
+    Raises:
+        SparsifyError: diffusers is missing, or cannot load it.
+    """
+    class_name = read_config(str(folder / "config.json")).get("_class_name")
+    if not isinstance(class_name, str):
+        raise OptionError(
+            f"{folder / 'config.json'} must name the model's class as _class_name. Is it the transformer's folder?"
+        )
+    try:
+        return _model_class(class_name).from_pretrained(folder, torch_dtype=dtype).eval()
+    except Exception as error:  # whatever a file of any format can have wrong
+        if isinstance(error, SparsifyError):
+            raise
+        hint = "" if find_spec("accelerate") else ". Many models need accelerate: try pip install accelerate"
+        raise OptionError(f"{class_name} cannot be loaded from {folder}: {_cause(error)}{hint}") from error
+
+
+def read_calls(path: Path) -> list[dict[str, Any]]:
+    """Keyword arguments of calls of a model, from a file.
+
+    Args:
+        path: of `torch.save`, a list of dicts; or safetensors, with names such as `0.hidden_states`.
+
+    Raises:
+        OptionError: it holds something else.
+    """
+    form = "torch.save of a list of dicts, or safetensors with names such as 0.hidden_states"
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            numbered: dict[int, dict[str, Any]] = {}
+            for name, tensor in load_file(path).items():
+                number, _, argument = name.partition(".")
+                numbered.setdefault(int(number), {})[argument] = tensor
+            return [numbered[number] for number in sorted(numbered)]
+        calls = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickles and safetensors have classes of their own
+        raise OptionError(f"inputs must be {form}, got {str(path)!r}: {_cause(error)}") from error
+    if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
+        raise OptionError(f"inputs must be {form}, got {type(calls).__name__} in {str(path)!r}")
+    return calls
+
+
+def dtype_of(calls: Iterable[Mapping[str, Any]]) -> torch.dtype:
+    """The type to load a model in: that of the first input that can be its latents, floating and no mere number."""
+    floating = (
+        value.dtype
+        for call in calls
+        for value in call.values()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+    )
+    return next(floating, torch.float32)
+
+
+def _model_class(class_name: str) -> Any:
+    """Of diffusers, by name."""
     try:
         import diffusers
     except ImportError as error:
         raise SparsifyError(
-            "explaining a diffusers model needs diffusers: try pip install 'sparsify-compiler[diffusers]'"
+            "a diffusers model needs diffusers: try pip install 'sparsify-compiler[diffusers]'"
         ) from error
     if class_name == "AutoModel":
         raise OptionError(
@@ -51,17 +129,7 @@ def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
         raise OptionError(
             f"diffusers {diffusers.__version__} has no model class {class_name!r} with a config.{hint}"
         )
-    settings = read_config(config)
-    # A constructor checks little: a wrong config ends in whatever its arithmetic and branches raise.
-    try:
-        with torch.device(device), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
-            return getattr(diffusers, class_name).from_config(settings).eval()
-    except Exception as error:
-        raise OptionError(
-            f"{class_name} cannot be made of the config: {_cause(error)}. "
-            "Try the config.json of a checkpoint, or fewer settings: those left out have defaults"
-        ) from error
+    return getattr(diffusers, class_name)
 
 
 def read_config(text: str) -> dict[str, Any]:

@@ -22,6 +22,10 @@ class GridError(OptionError):
     """A token grid that does not fit the tokens of the model."""
 
 
+class PolicyError(OptionError):
+    """A policy that cannot be read, or is for another model or grid."""
+
+
 class ProviderError(SparsifyError):
     """A provider was asked for by name and cannot run here."""
 

@@ -173,8 +173,9 @@ def explain(
 
     model = _torch.uncompiled(model)
     try:
-        with nullcontext() if getattr(model, "training", False) else torch.no_grad():
-            _torch.trace(record, _call, model, args, kwargs)
+        gradients = nullcontext() if getattr(model, "training", False) else torch.no_grad()
+        with gradients, _torch.tracing(record, _call) as call:
+            call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
     return Explanation(tuple(plans), tuple(_hints(plans, options or {})))
@@ -210,7 +211,7 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     if any(plan.density is None for plan in plans):
         yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
     general, own = split_options(options)
-    if "method" not in general and not own and any(graph.sparse for graph in graphs):
+    if not {"method", "policy"} & general.keys() and not own and any(graph.sparse for graph in graphs):
         yield "the method is the default; options={'top_p': p} reads more (up to 1) or less."
 
 

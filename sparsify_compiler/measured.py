@@ -114,11 +114,14 @@ class RunStats:
         return pictures.save(figure, path)
 
     def _by_site(self) -> dict[str, list[Measurement]]:
-        """By site; and by method, where programs of several ran."""
-        several = len({one.method for one in self.measurements}) > 1
+        """By site; and by method, where programs of several ran it."""
+        methods: dict[str, set[str]] = {}
+        for one in self.measurements:
+            methods.setdefault(one.site, set()).add(one.method)
         sites: dict[str, list[Measurement]] = {}
         for one in self.measurements:
-            sites.setdefault(f"{one.site} ({one.method})" if several else one.site, []).append(one)
+            name = f"{one.site} ({one.method})" if len(methods[one.site]) > 1 else one.site
+            sites.setdefault(name, []).append(one)
         return sites
 
     def _mean(self, field: str) -> float:

@@ -19,6 +19,8 @@ class AttentionSite:
     """Where it stands in the model, e.g. `blocks.0.attn1`: stable from compile to compile."""
     index: int
     """Its place among the attention calls of the graph, from 0."""
+    module: str = ""
+    """Class of the module that it stands in, e.g. `WanAttention`; empty for the model itself."""
     batch: int
     heads: int
     """Query heads."""

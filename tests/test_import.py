@@ -15,7 +15,7 @@ LAYERS = (
     {"evaluation"},
     {"backend"},
     {"passes"},
-    {"runtime"},
+    {"runtime", "policy"},
     {"methods"},
     {"kernels"},
     {"table"},

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify_compiler.passes.fx import insert_after, module_path, modules, sizes_of, tensor_of
+from sparsify_compiler.passes.fx import insert_after, module_class, module_path, modules, sizes_of, tensor_of
 from sparsify_compiler.passes.unfused import match_unfused
 from sparsify_compiler.plan import AttentionSite
 
@@ -110,7 +110,8 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
     names[name] = names.get(name, 0) + 1
     name = name if names[name] == 1 else f"{name}#{names[name]}"
     unknown = AttentionSite(
-        name=name, index=index, batch=0, heads=0, kv_heads=0, q_tokens=0, kv_tokens=0, head_dim=0, value_dim=0,
+        name=name, index=index, module=module_class(call.node), batch=0,
+        heads=0, kv_heads=0, q_tokens=0, kv_tokens=0, head_dim=0, value_dim=0,
         dtype="", device="", scale=0.0, spelling=call.spelling,  # type: ignore[arg-type]
     )  # fmt: skip
     tensors = [tensor_of(node) for node in (call.query, call.key, call.value, call.node)]

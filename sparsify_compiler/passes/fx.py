@@ -132,3 +132,11 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     return re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
+
+
+def module_class(node: fx.Node) -> str:
+    """The name of the class of that module; empty for the model itself, which not every graph tells."""
+    stack = node.meta.get("nn_module_stack") or {}
+    kind = next((kind for _, kind in reversed(stack.values())), "")
+    name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+    return name if module_path(node) else ""

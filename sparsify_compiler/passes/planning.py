@@ -4,7 +4,7 @@ before   attention(q, k, v, m, scale)     meta["site"], meta["layout"]
 after    the same                         meta["plan"]: AttentionPlan; the graph's: GraphPlan
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods import LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout, count_of
+from sparsify_compiler.policy import Entry, Policy
+
+Pair = tuple[AttentionSite, TokenLayout]
 
 
 def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
@@ -40,21 +43,23 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
 
     Raises:
         OptionError: a setting that does not fit the layout, such as more reference frames than frames.
+        PolicyError: the policy is for another model or grid.
         ProviderError: the provider asked for cannot run a site that is to be sparse.
     """
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
-    reasons = [_refusal(site, layout, config) for site, layout in pairs]
-    first = count_of(_or_default(config.dense_layers, config.method.dense_layers), reasons.count(""))
+    eligible = [pair for pair in pairs if not refusal(*pair)]
+    entries = iter(
+        _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
+    )
     densities: dict[object, float | None] = {}
     plans = []
-    for (site, layout), why in zip(pairs, reasons, strict=True):
-        if not why and first > 0:
-            first -= 1
-            why = "among the first layers, which stay dense (dense_layers)"
-        if why:
-            plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=why))
+    for site, layout in pairs:
+        why = refusal(site, layout)
+        entry, reason = (None, why) if why else next(entries)
+        if entry is None or entry.method.name == "dense":
+            plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=reason))
             continue
-        method = config.method.fit(site, layout)
+        method = entry.method.fit(site, layout)
         provider = providers.choose(
             config.provider,
             device=site.device,
@@ -72,35 +77,60 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 method=method.name,
                 settings=method,
                 provider=provider.name,
-                far_field=_or_default(config.far_field, method.far_field),
+                far_field=entry.far_field,
                 density=densities[layout, method],
-                reason=f"{layout.reason}; {provider.name}: {provider.reason}{_until(method)}",
+                reason="; ".join(
+                    filter(
+                        None, [layout.reason, reason, f"{provider.name}: {provider.reason}", _until(method)]
+                    )
+                ),
             )
         )
-    dense_steps = _or_default(config.dense_steps, config.method.dense_steps)
+    # A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
+    defaults = (plan.settings.dense_steps for plan in plans if plan.method != "dense")  # type: ignore[attr-defined]
+    dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
     sparse = any(plan.method != "dense" for plan in plans)
     return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
+
+
+def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[Entry | None, str]]:
+    """(what it does, why) of each site, by one method for all; None: it stays dense."""
+    method = config.method
+    entry = Entry(method=method, far_field=_or_default(config.far_field, method.far_field))
+    refused = [method.refusal(layout) for _, layout in eligible]
+    first = count_of(_or_default(config.dense_layers, method.dense_layers), refused.count(""))
+    chosen: list[tuple[Entry | None, str]] = []
+    for why in refused:
+        if not why and first > 0:
+            first -= 1
+            why = "among the first layers, which stay dense (dense_layers)"
+        chosen.append((None, why) if why else (entry, ""))
+    return chosen
+
+
+def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[tuple[Entry | None, str]]:
+    """The same by a policy, which speaks of sites with a grid alone."""
+    chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
+    return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
 
 
 def _until(method: object) -> str:
     """What a plan waits for."""
     waits = isinstance(method, LearningMethod) and method.learns
-    return "; dense until a trainer (DSVTrainer) or a predictor's file says what to read" if waits else ""
+    return "dense until a trainer (DSVTrainer) or a predictor's file says what to read" if waits else ""
 
 
 def _or_default(asked: Any, default: Any) -> Any:
     return default if asked is None else asked
 
 
-def _refusal(site: AttentionSite, layout: TokenLayout, config: SparsifyConfig) -> str:
-    """Why a site stays dense, or ""."""
+def refusal(site: AttentionSite, layout: TokenLayout) -> str:
+    """Why a site stays dense whatever the method, or ""."""
     if site.refusal:
         return site.refusal
     if site.kind == "cross":
         return "cross-attention: the keys are not the tokens of the queries"
-    if site.kind == "unknown":
-        return layout.reason
-    return config.method.refusal(layout)
+    return layout.reason if site.kind == "unknown" else ""
 
 
 def learns(plan: AttentionPlan) -> bool:

@@ -1,1 +1,5 @@
-"""Training: dynamic sparsity in two stages, fewer steps, and students held to their teachers."""
+"""Training: dynamic sparsity in two stages, fewer steps, students held to their teachers, and the layer-wise search."""
+
+from sparsify_compiler.training.search import search
+
+__all__ = ["search"]

@@ -108,15 +108,16 @@ def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
     seconds = []
     with torch.enable_grad():
         for _ in range(REPEATS + 1):
-            _synchronise(inputs[0])
+            synchronise(inputs[0])
             begin = time.perf_counter()
             out = forward()
             torch.autograd.grad(out, inputs, torch.ones_like(out))
-            _synchronise(inputs[0])
+            synchronise(inputs[0])
             seconds.append(time.perf_counter() - begin)
     return median(seconds[1:])
 
 
-def _synchronise(tensor: Tensor) -> None:
+def synchronise(tensor: Tensor) -> None:
+    """Wait for what its device still does."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,369 @@
+"""What each site of a model does: the entries of a menu, and the policy that a search chose from one.
+
+A policy is a JSON file, made to be read: the menu, and for every site what tells it from those of other models and
+grids, the loss and the time of every entry, and the choice, which may be edited by hand.
+"""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsify_compiler.config import option_names
+from sparsify_compiler.errors import OptionError, PolicyError, SparsifyError, unknown_choice
+from sparsify_compiler.methods import METHODS
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+FORMAT = "sparsify-policy-1"
+WIDTH = 100
+"""Characters of a line of the file, where there is a choice."""
+DENSE = "dense"
+"""The label of full attention, which every menu has."""
+LOSS = (
+    "||v - v_dense||^2 / ||v_dense||^2 of the model's output v with this site alone sparse, "
+    "mean over the calibration inputs"
+)
+SEARCH_AGAIN = (
+    "search for this one: sparsify search, or sparsify_compiler.training.search(model, inputs, ...)"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """What a site may do."""
+
+    method: Any
+    """With its settings."""
+    far_field: str
+    """What becomes of what is not read."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As `entry_of` takes them, nothing left to defaults but what depends on the site."""
+        given = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
+        own = {name: str(x) if isinstance(x, Path) else x for name, x in given.items() if x is not None}
+        return {"method": self.method.name, **own, "far_field": self.far_field}
+
+
+def entry_of(options: Mapping[str, Any]) -> Entry:
+    """The entry that `method`, `far_field` and options of the method describe.
+
+    Raises:
+        OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+    """
+    own = {name: value for name, value in options.items() if name not in ("method", "far_field")}
+    name, far_field = options.get("method"), options.get("far_field")
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown_choice("method", name, METHODS)
+    kind = METHODS[name]
+    for option in own:
+        if option not in option_names(kind):
+            others = [other for other, kind in METHODS.items() if option in option_names(kind)]
+            if others:
+                raise OptionError(
+                    f"option {option!r} belongs to method {' and '.join(map(repr, others))}, got method={name!r}: "
+                    f"try {{'method': {others[0]!r}, {option!r}: ...}}"
+                )
+            raise unknown_choice("option", option, ("method", "far_field", *ALL_OPTIONS))
+    if far_field not in (None, *kind.far_fields):
+        raise unknown_choice("far_field", far_field, kind.far_fields)
+    far_field = far_field or kind.far_field
+    defaults = kind.if_dropped if far_field == "drop" else {}
+    return Entry(method=kind(**{**defaults, **own}), far_field=far_field)
+
+
+ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))
+"""Of all methods."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """What a site is known by again: on any device, in any batch, beside a prompt of any length."""
+
+    site: str
+    module: str
+    """Class of the module that it stands in."""
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    grid: tuple[int, int, int]
+
+
+def mark(site: AttentionSite, layout: TokenLayout) -> Mark:
+    """Of a site with a grid."""
+    assert layout.grid is not None
+    return Mark(
+        site=site.name,
+        module=site.module,
+        kind=site.kind,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        head_dim=site.head_dim,
+        grid=layout.grid,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What an entry was measured to do at a site."""
+
+    loss: float
+    """See `LOSS`."""
+    milliseconds: float
+    """Of one call of the attention, with the choice of what is read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """A site and what it does."""
+
+    mark: Mark
+    graph: int
+    """Which of the model's graphs it is in, from 0."""
+    choice: str
+    """A label of the menu."""
+    trials: Mapping[str, Trial]
+    """By label; of `dense` too."""
+
+    @property
+    def chosen(self) -> Trial:
+        return self.trials[self.choice]
+
+    def why(self, r: float) -> str:
+        """The choice and its reason, in words."""
+        dense, chosen = self.trials[DENSE], self.chosen
+        if self.choice != DENSE:
+            return (
+                f"policy: {self.choice}, loss {chosen.loss:.3g} of at most {r:g}, "
+                f"{chosen.milliseconds:.3g} ms for {dense.milliseconds:.3g} ms dense"
+            )
+        cheaper = {
+            label: trial
+            for label, trial in self.trials.items()
+            if trial.milliseconds < dense.milliseconds and label != DENSE
+        }
+        if not cheaper:
+            return f"policy: dense, {dense.milliseconds:.3g} ms, which nothing on the menu is faster than"
+        least = min(cheaper, key=lambda label: cheaper[label].loss)
+        return f"policy: dense, what is faster loses more than {r:g}: {cheaper[least].loss:.3g} by {least} at least"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """What each site of one model does at one grid, and why."""
+
+    model: str
+    """Class of the model."""
+    r: float
+    """The most that a site may lose."""
+    menu: Mapping[str, Entry]
+    """By label."""
+    layers: tuple[Layer, ...]
+    """In the order in which the model calls them."""
+    together: float
+    """The loss with all choices at once."""
+    inputs: int
+    """How many calls of the model were calibrated on."""
+    machine: str
+    """What the times were taken on, in words."""
+    source: str = field(default="the policy", compare=False)
+    """Where it comes from, for messages."""
+
+    @property
+    def milliseconds(self) -> float:
+        """Of all these attentions."""
+        return math.fsum(layer.chosen.milliseconds for layer in self.layers)
+
+    @property
+    def dense_milliseconds(self) -> float:
+        """Of all of them dense."""
+        return math.fsum(layer.trials[DENSE].milliseconds for layer in self.layers)
+
+    def of(self, sites: Sequence[tuple[AttentionSite, TokenLayout]]) -> list[tuple[Entry, str]]:
+        """What the sites of a graph that may be sparse do, and why.
+
+        Raises:
+            PolicyError: they are those of another model, or of another grid.
+        """
+        found = [mark(site, layout) for site, layout in sites]
+        graphs = [list(layers) for _, layers in groupby(self.layers, key=lambda layer: layer.graph)]
+        for layers in graphs if found else ():
+            if [layer.mark for layer in layers] == found:
+                return [(self.menu[layer.choice], layer.why(self.r)) for layer in layers]
+        if found:
+            raise PolicyError(f"{self.source} is for another model or grid: {self._difference(found)}")
+        return []
+
+    def _difference(self, found: Sequence[Mark]) -> str:
+        """What sets the sites of a graph apart from those of the policy, in words."""
+        known = {layer.mark.site: layer.mark for layer in self.layers}
+        for got in found:
+            expected = known.get(got.site)
+            for f in fields(Mark) if expected else ():
+                want, have = getattr(expected, f.name), getattr(got, f.name)
+                if want != have:
+                    return (
+                        f"{got.site} of {self.model} must have {f.name} {_text(want)}, got {_text(have)}; "
+                        + SEARCH_AGAIN
+                    )
+        names = [got.site for got in found]
+        return (
+            f"{self.model} must have the attentions {_few([*known])}, got {_few(names)}; {SEARCH_AGAIN}. "
+            "Blocks compiled one by one are not known again: compile the model as a whole"
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file that options={"policy": path} reads.
+
+        Raises:
+            PolicyError: the path cannot be written to.
+        """
+        path = Path(path)
+        try:
+            path.write_text(_lines(self._to_json()) + "\n")
+        except OSError as error:
+            raise PolicyError(f"cannot write the policy to {path}: {error}") from error
+        return path
+
+    def _to_json(self) -> dict[str, Any]:
+        def trial(one: Trial) -> dict[str, Any]:
+            return {"loss": _number(one.loss), "ms": round(one.milliseconds, 4)}
+
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "r": _number(self.r),
+            "loss": LOSS,
+            "loss of all together": _number(self.together),
+            "calibration inputs": self.inputs,
+            "machine": self.machine,
+            "menu": {label: entry.options for label, entry in self.menu.items()},
+            "layers": [
+                {
+                    **{f.name: getattr(layer.mark, f.name) for f in fields(Mark)},
+                    "graph": layer.graph,
+                    "choice": layer.choice,
+                    "trials": {label: trial(one) for label, one in layer.trials.items()},
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=120, color_system=None).print(self)
+        return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """A row for each site."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for heading in ("site", "grid", "choice", "loss", "ms", "dense ms"):
+            table.add_column(heading, overflow="fold", no_wrap=heading not in ("site", "choice"))
+        for layer in self.layers:
+            site, chosen = layer.mark, layer.chosen
+            table.add_row(
+                site.site,
+                _text(site.grid),
+                layer.choice,
+                f"{chosen.loss:.2e}",
+                f"{chosen.milliseconds:.2f}",
+                f"{layer.trials[DENSE].milliseconds:.2f}",
+            )
+        yield table
+        yield (
+            f"{self.model}, r = {self.r:g}: attention takes {self.milliseconds:.1f} ms a call for "
+            f"{self.dense_milliseconds:.1f} ms dense, on {self.machine}; loss of all together {self.together:.2e}, "
+            f"{self.inputs} calibration inputs."
+        )
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The policy of a file.
+
+    Raises:
+        PolicyError: it cannot be read, or is none; says what is wrong with it.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise PolicyError(
+            f"policy must be a file that a search wrote, got {str(path)!r}: {error.strerror}; {SEARCH_AGAIN}"
+        ) from error
+    except ValueError as error:  # neither text nor JSON
+        raise PolicyError(f"policy {str(path)!r} must hold JSON: {error}; {SEARCH_AGAIN}") from error
+    kind = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if kind != FORMAT:
+        raise PolicyError(
+            f"policy {str(path)!r} must have the format {FORMAT!r}, got {kind!r}; {SEARCH_AGAIN}"
+        )
+    try:
+        menu = {label: entry_of(options) for label, options in content["menu"].items()}
+        return Policy(
+            model=content["model"],
+            r=float(content["r"]),
+            menu=menu,
+            layers=tuple(_layer(layer, menu) for layer in content["layers"]),
+            together=float(content["loss of all together"]),
+            inputs=content["calibration inputs"],
+            machine=content["machine"],
+            source=f"policy {str(path)!r}",
+        )
+    except SparsifyError as error:
+        raise PolicyError(f"policy {str(path)!r}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PolicyError(
+            f"policy {str(path)!r} is damaged ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
+        ) from error
+
+
+def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
+    known = {f.name: content[f.name] for f in fields(Mark)}
+    trials = {label: Trial(float(one["loss"]), float(one["ms"])) for label, one in content["trials"].items()}
+    for label in (content["choice"], DENSE):
+        if label not in trials or label not in menu:
+            raise unknown_choice(f"choice of {known['site']}", label, trials.keys() & menu.keys())
+    return Layer(
+        mark=Mark(**{**known, "grid": tuple(known["grid"])}),
+        graph=content["graph"],
+        choice=content["choice"],
+        trials=trials,
+    )
+
+
+def _lines(content: Any, indent: str = "") -> str:
+    """JSON in which what fits on a line stands on one."""
+    line = json.dumps(content)
+    if len(line) <= WIDTH or not isinstance(content, (dict, list)):
+        return line
+    inner = indent + "  "
+    named = content.items() if isinstance(content, dict) else (("", one) for one in content)
+    parts = [(f"{json.dumps(name)}: " if name else "") + _lines(one, inner) for name, one in named]
+    left, right = "{}" if isinstance(content, dict) else "[]"
+    return f"{left}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{right}"
+
+
+def _number(value: float) -> float | str:
+    """JSON knows no infinity; `float` reads it back from its name."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _text(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _few(names: Sequence[str]) -> str:
+    """All of a few names, the first and the last of many."""
+    return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]} ({len(names)})"

@@ -1,0 +1,464 @@
+"""Layer-wise search, after Efficient-vDiT (arXiv 2502.06155).
+
+For every attention of a model the cheapest entry of a menu whose loss on calibration inputs stays at or below r;
+full attention where none does. One r for the model.
+
+    policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "top_p": 0.5}], r=0.01)
+    policy.save("policy.json")
+    fast = torch.compile(model, backend="sparsify", options={"policy": "policy.json"})
+
+The paper's loss is not normalised, so its r depends on the model. Here it is the relative squared error of what the
+model answers when one attention alone is sparse,
+
+    loss = mean over calibration inputs of ||v - v_dense||^2 / ||v_dense||^2
+
+taken at the output and not at the attention, since layers differ in how much of an error reaches the output; per
+input, so that each noise level counts alike. Squared errors of layers roughly add up where they are independent: r
+times the number of layers says what to expect of all together, which is measured in the end too.
+
+Costs are the measured times of an attention call with all it takes to choose what is read, on the queries, keys and
+values of the calibration inputs: a median for each input, the mean of these. As in the middle of a video, k-means
+starts warm. Dense, and methods that look at the layout alone, are timed once an input for all sites of one shape.
+Dense is SDPA, however the model wrote it.
+
+The model is traced once. Every call of it then tries one entry at one site, as the first call of a video does:
+sites x entries x inputs calls in all.
+"""
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from numbers import Real
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, fx, nn
+
+from sparsify_compiler import _torch
+from sparsify_compiler.backend import BESIDE_A_POLICY, configure
+from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
+from sparsify_compiler.explanation import Explanation, explain
+from sparsify_compiler.methods import LearningMethod, StaticMethod
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.capture import attention, attention_nodes
+from sparsify_compiler.passes.fx import tensor_of
+from sparsify_compiler.passes.lowering import lower
+from sparsify_compiler.passes.planning import make_plan, refusal
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
+from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.training.cost import synchronise
+
+MENU: tuple[Mapping[str, Any], ...] = (
+    {"method": "tile"},
+    {"method": "tile", "reference_frames": 1},
+    *({"method": "svg2", "top_p": top_p} for top_p in (0.8, 0.5, 0.2)),
+    {"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4)},
+)
+"""Entries for a video of any size."""
+REPEATS = 3
+"""Calls of an attention that are timed, of which the median counts."""
+
+Inputs = Mapping[str, Any]
+"""Keyword arguments of a call of the model."""
+Pair = tuple[AttentionSite, TokenLayout]
+
+
+@torch.no_grad()
+def search(
+    model: Callable[..., Any],
+    inputs: Sequence[Inputs],
+    *,
+    menu: Sequence[Mapping[str, Any]] = MENU,
+    r: float = 0.01,
+    options: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The policy of a model: see the module. Shows a progress bar on stderr.
+
+    Args:
+        model: a module in eval mode, or what torch.compile made of one. It runs uncompiled.
+        inputs: keyword arguments of calls to calibrate on, of one grid: several noise levels, videos and prompts.
+        menu: options of each entry as torch.compile takes them: `method`, its own, `far_field`. `dense` is on every
+            menu.
+        r: the most that a site may lose; 0 is full attention, infinity the fastest entries.
+        options: those of torch.compile that a policy leaves open, such as `grid` and `provider`.
+
+    Raises:
+        OptionError: r, the menu, an entry of it or an option makes no sense, or does not fit the model's video.
+        SparsifyError: the model has no attention to choose for, is in training mode, or answers nothing that can be
+            compared; the inputs are of several grids.
+    """
+    if isinstance(r, bool) or not isinstance(r, Real) or not r >= 0:
+        raise OptionError(f"r must be a number of at least 0, got {r!r}")
+    entries = read_menu(menu)
+    config = _config(options)
+    if isinstance(inputs, Mapping) or not inputs or not all(isinstance(one, Mapping) for one in inputs):
+        raise OptionError(
+            f"inputs must be a list of the keyword arguments of at least one call, got {type(inputs).__name__} "
+            f"of {len(inputs)}: try [{{'hidden_states': ..., 'timestep': ...}}]"
+        )
+    module = _torch.uncompiled(model)
+    if getattr(module, "training", False):
+        raise SparsifyError("the model must be in eval mode, got one in training mode: try model.eval()")
+    graphs = _graphs(explain(module, **inputs[0], options={**(options or {}), "method": DENSE}))
+    plans = {
+        site.name: {label: _plan(entry, config, site, layout) for label, entry in entries.items()}
+        for graph in graphs
+        for site, layout in graph
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        _bench(module, inputs, plans, config) as bench,
+    ):
+        total = len(inputs) * (2 + len(plans) * (len(entries) - 1))
+        task = progress.add_task("searching", total=total)
+        advance = partial(progress.advance, task)
+        trials = bench.trials(advance)
+        choices = {site: choose(trials[site], r) for site in plans}
+        together = [bench.loss(number, choices, advance) for number in range(len(inputs))]
+    return Policy(
+        model=type(module).__name__,
+        r=float(r),
+        menu=entries,
+        layers=tuple(
+            Layer(mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name])
+            for number, graph in enumerate(graphs)
+            for pair in graph
+        ),
+        together=fmean(together),
+        inputs=len(inputs),
+        machine=_machine(graphs[0][0][0].device),
+    )
+
+
+def choose(trials: Mapping[str, Trial], r: float) -> str:
+    """The label of the cheapest entry that loses at most r; of several the one that loses least, then the first."""
+    allowed = [label for label, trial in trials.items() if trial.loss <= r]
+    return min(allowed, key=lambda label: (trials[label].milliseconds, trials[label].loss))
+
+
+def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
+    """Label -> entry, `dense` first.
+
+    Raises:
+        OptionError: there is none; or one of them is not known, comes twice, or has still to be trained.
+    """
+    if isinstance(menu, (str, Mapping)) or not isinstance(menu, Sequence) or not menu:
+        raise OptionError(
+            "the menu must be a list of at least one entry such as "
+            f"{{'method': 'svg2', 'top_p': 0.5}}, got {menu!r}"
+        )
+    entries = {DENSE: entry_of({"method": DENSE})}
+    for options in menu:
+        if not isinstance(options, Mapping):
+            raise OptionError(f"an entry of the menu must be a dict of options, got {options!r}")
+        entry = entry_of(options)
+        if isinstance(entry.method, LearningMethod) and entry.method.learns:
+            raise OptionError(
+                f"an entry of the menu must be trained: {dict(options)} needs a 'predictor', written by DSVTrainer"
+            )
+        label = label_of(options)
+        if entry in [other for name, other in entries.items() if name != DENSE]:
+            raise OptionError(f"the menu must have every entry once, got {label!r} again")
+        entries[label] = entry
+    return entries
+
+
+def read_menu_file(path: Path) -> Any:
+    """What a JSON file holds, for `read_menu` to look at.
+
+    Raises:
+        OptionError: it cannot be read, or holds no JSON.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
+        raise OptionError(
+            f'the menu must be a JSON file with a list such as [{{"method": "svg2", "top_p": 0.5}}], got '
+            f"{str(path)!r}: {error}"
+        ) from error
+
+
+def label_of(options: Mapping[str, Any]) -> str:
+    """`svg2 top_p=0.5`: the method, and what else was given."""
+
+    def text(value: Any) -> str:
+        return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+    others = (f"{name}={text(value)}" for name, value in options.items() if name != "method")
+    return " ".join([str(options["method"]), *others])
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """||got - exact||^2 / ||exact||^2."""
+    return float((got.double() - exact.double()).square().sum() / exact.double().square().sum())
+
+
+def _config(options: Mapping[str, Any] | None) -> SparsifyConfig:
+    for name in options or {}:
+        if name not in BESIDE_A_POLICY:
+            raise unknown_choice("option of a search", name, BESIDE_A_POLICY)
+    return configure({**(options or {}), "method": DENSE})
+
+
+def _machine(device: str) -> str:
+    threads = torch.get_num_threads()
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    words = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{platform.processor() or platform.machine()}, {words}, torch {torch.__version__}"
+
+
+def _graphs(explained: Explanation) -> list[list[Pair]]:
+    """The attentions for which there is a choice, of every graph that has some."""
+    graphs = [
+        [(plan.site, plan.layout) for plan in graph if _has_choice(plan.site, plan.layout)]
+        for graph in explained.graph_plans
+    ]
+    names = [site.name for graph in graphs for site, _ in graph]
+    if not names:
+        raise SparsifyError(
+            "the model has no attention to choose for; print(sparsify_compiler.explain(model, ...)) shows why"
+        )
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SparsifyError(
+            f"two attentions of this model are called {twice!r}, since it breaks into graphs; "
+            "torch.compile(model, fullgraph=True) says where"
+        )
+    return [graph for graph in graphs if graph]
+
+
+def _has_choice(site: AttentionSite, layout: TokenLayout) -> bool:
+    return not refusal(site, layout) and layout.grid is not None
+
+
+def _plan(entry: Entry, config: SparsifyConfig, site: AttentionSite, layout: TokenLayout) -> AttentionPlan:
+    """Of a site by itself."""
+    config = replace(config, method=entry.method, far_field=entry.far_field, dense_layers=0)
+    (plan,) = make_plan([(site, layout)], config)
+    return plan
+
+
+@contextmanager
+def _bench(
+    model: Callable[..., Any],
+    inputs: Sequence[Inputs],
+    plans: Mapping[str, Mapping[str, AttentionPlan]],
+    config: SparsifyConfig,
+) -> Iterator["_Bench"]:
+    """Inside, the model runs with probes in place of attentions; `plans` by site and label."""
+    bench = _Bench(model, plans, inputs)
+
+    def compile_with_probes(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        analysed = pipeline.analyse(gm, config)
+        for node in attention_nodes(analysed):
+            if _has_choice(node.meta["site"], node.meta["layout"]):
+                _place_probe(analysed, node, bench)
+        return pipeline.rewrite(analysed, config).forward
+
+    with _torch.tracing(compile_with_probes, _call) as bench.call:
+        yield bench
+
+
+def _call(model: Callable[..., Any], inputs: Inputs) -> Any:
+    return model(**inputs)
+
+
+def _place_probe(gm: fx.GraphModule, node: fx.Node, bench: "_Bench") -> None:
+    site, original = node.meta["site"], node.meta["original"]
+    name = f"sparsify_probe{site.index}"
+    gm.add_submodule(name, _Probe(node, bench))
+    with gm.graph.inserting_before(node):
+        out = gm.graph.call_module(name, node.args[:4])
+    node.replace_all_uses_with(out)
+    gm.graph.erase_node(node)
+    if site.spelling == "sdpa":
+        gm.graph.erase_node(original)
+
+
+class _Bench:
+    """A model whose attentions do what they are told, and are timed."""
+
+    call: Callable[..., Any]
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        plans: Mapping[str, Mapping[str, AttentionPlan]],
+        inputs: Sequence[Inputs],
+    ) -> None:
+        self.model, self.plans, self.inputs = model, plans, inputs
+        self.choices: Mapping[str, str] = {}
+        """Site -> label of what it does in this call; dense where there is none."""
+        self.timed: dict[AttentionPlan, float] | None = None
+        """Seconds of each plan in this call, where it is one to take times in."""
+        self.reached: set[str] = set()
+        """Sites that this call came to."""
+        self._exact: list[Tensor] = []
+
+    def trials(self, advance: Callable[[], object]) -> dict[str, dict[str, Trial]]:
+        """Site -> label -> what it was measured to do; `advance` is called after each call of the model."""
+        times, losses = [], []
+        for number in range(len(self.inputs)):
+            times.append(self._time(number))
+            advance()
+            losses.append(
+                {
+                    (site, label): 0.0 if label == DENSE else self.loss(number, {site: label}, advance)
+                    for site, plans in self.plans.items()
+                    for label in plans
+                }
+            )
+        return {
+            site: {
+                label: Trial(
+                    fmean(one[site, label] for one in losses), 1e3 * fmean(one[_alike(plan)] for one in times)
+                )
+                for label, plan in plans.items()
+            }
+            for site, plans in self.plans.items()
+        }
+
+    def loss(self, number: int, choices: Mapping[str, str], advance: Callable[[], object]) -> float:
+        """What the answer to an input loses where sites do what they are told."""
+        self.choices = choices
+        lost = relative_error(self._answer(number), self._exact[number])
+        advance()
+        return lost
+
+    def _answer(self, number: int) -> Tensor:
+        return _first_tensor(self.call(self.model, self.inputs[number]))
+
+    def _time(self, number: int) -> dict[AttentionPlan, float]:
+        """Seconds of each plan in a dense call, whose answer is kept."""
+        self.choices, self.reached = {}, set()
+        timed: dict[AttentionPlan, float] = {}
+        self.timed = timed
+        out, self.timed = self._answer(number), None
+        if beyond := sorted(self.plans.keys() - self.reached):
+            raise SparsifyError(
+                f"{', '.join(beyond)} cannot be told what to do: not called for every input, or inside an operator "
+                "such as activation checkpointing; try to turn that off"
+            )
+        if not (out.isfinite().all() and out.any()):
+            raise SparsifyError(
+                "the model must answer finite numbers, not all 0: errors are relative to them. Has it its weights?"
+            )
+        self._exact.append(out)
+        return timed
+
+
+def _alike(plan: AttentionPlan) -> AttentionPlan:
+    """What plans that take the same time have in common. Those of dynamic methods do not: they look at tokens."""
+    if plan.method != DENSE and not isinstance(plan.settings, StaticMethod):
+        return plan
+    return replace(plan, reason="", site=replace(plan.site, name="", index=0))
+
+
+class _Probe(nn.Module):
+    """In place of an attention: does what the bench says, and where it says so takes times."""
+
+    def __init__(self, node: fx.Node, bench: _Bench) -> None:
+        super().__init__()
+        self.bench, self.site, self.layout = bench, node.meta["site"], node.meta["layout"]
+        self.examples = [tensor_of(one) for one in node.args[:4]]
+        self.calls: dict[str, _Attention] = {}
+
+    def forward(self, *tensors: Tensor | None) -> Tensor:
+        """[B, H, Sq, Dv] from query, key, value and mask."""
+        bench, name = self.bench, self.site.name
+        plans = bench.plans.get(name)
+        if plans is None or mark(plans[DENSE].site, plans[DENSE].layout) != mark(self.site, self.layout):
+            raise SparsifyError(
+                f"all inputs must be of one model and grid, got {name} of grid {self.layout.grid} in one of them; "
+                "search for each grid by itself"
+            )
+        bench.reached.add(name)
+        for label, plan in plans.items():
+            if label not in self.calls:  # for the batch and the prompt's length of this call
+                here = replace(plan, site=replace(self.site, spelling="sdpa"), layout=self.layout)
+                self.calls[label] = _Attention(here, self.examples)
+            if bench.timed is not None and _alike(plan) not in bench.timed:
+                bench.timed[_alike(plan)] = self.calls[label].seconds(*tensors)
+        return self.calls[bench.choices.get(name, DENSE)](*tensors)
+
+
+class _Attention:
+    """One attention by a plan, lowered as in a model, with a memory of its own."""
+
+    def __init__(self, plan: AttentionPlan, examples: Sequence[Tensor | None]) -> None:
+        """Args:
+        examples: fake query, key, value and mask.
+        """
+        self.plan = plan
+        graph = fx.Graph()
+        operands = [
+            None if one is None else graph.placeholder(name)
+            for name, one in zip(("query", "key", "value", "mask"), examples, strict=True)
+        ]
+        for node, example in zip(operands, examples, strict=True):
+            if node is not None:
+                node.meta["example_value"] = example
+        args = (*operands, plan.site.scale)
+        dense, node = graph.call_function(_dense, args), graph.call_function(attention, args)
+        node.meta = {"site": plan.site, "plan": plan, "original": dense, "result": node, "inserted": True}
+        graph.output(node)
+        self._graph = lower(fx.GraphModule(nn.Module(), graph))
+        self._graph.recompile()
+        self._held = self._graph.meta["held"]
+
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        """As the first call of a video."""
+        return self._run(tensors, self._held.blank())
+
+    def seconds(self, *tensors: Tensor | None) -> float:
+        """Of a later call: median of `REPEATS`."""
+        query = tensors[0]
+        assert query is not None
+        held = self._held.blank()
+        self._run(tensors, held)
+        if self._held.warm:
+            held[len(self._held.learned)] = torch.tensor(True)
+        seconds = []
+        for _ in range(REPEATS):
+            synchronise(query)
+            begin = time.perf_counter()
+            self._run(tensors, held)
+            synchronise(query)
+            seconds.append(time.perf_counter() - begin)
+        return median(seconds)
+
+    def _run(self, tensors: Iterable[Tensor | None], held: Iterable[Tensor]) -> Tensor:
+        return self._graph(*(t for t in tensors if t is not None), *held)
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """SDPA, as `attention` has its arguments."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _first_tensor(answer: Any) -> Tensor:
+    """Of what a model returns: a tensor, a tuple, or an output of diffusers."""
+    if isinstance(answer, Mapping):
+        answer = tuple(answer.values())
+    while isinstance(answer, (tuple, list)) and answer:
+        answer = answer[0]
+    if not isinstance(answer, Tensor):
+        raise SparsifyError(
+            f"the model must answer a tensor, or a tuple that begins with one, got {type(answer)}"
+        )
+    return answer
