@@ -1,8 +1,9 @@
 // Statistics of the blocks of a table: see kernels/statistics.py for what each is.
 //
 // Threads take blocks. A block is gone through in chunks of tokens, widened to fp32, once for the means and once
-// more for what is centred about them, so that nothing cancels. The covariance of a chunk is a product of its
-// keys, each times its weight, and its values, whose channels are vector lanes.
+// more for what is centred about them, so that nothing cancels; a block of one chunk is still there the second time.
+// The covariance of a chunk is a product of its keys, each times its weight, and its values, whose channels are
+// vector lanes.
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +15,7 @@
 
 namespace {
 
-constexpr int kChunkTokens = 64;
+constexpr int kChunkTokens = 128;
 constexpr int kStripVecs = 2;  // vectors of value channels that a product covers at once
 constexpr int kStripChannels = kStripVecs * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -32,12 +33,9 @@ class Worker {
  public:
   explicit Worker(const Problem& problem)
       : p_(problem),
-        strips_((p_.value_dim + kStripChannels - 1) / kStripChannels),
+        value_vecs_((p_.value_dim + kStripChannels - 1) / kStripChannels * kStripVecs),
         keys_(new float[kChunkTokens * p_.head_dim]),
-        values_(new float[kChunkTokens * p_.value_dim]),
-        weighted_(new float[kChunkTokens * p_.head_dim]),
-        lines_(new Vec[kChunkTokens * kStripVecs]),
-        covariance_(new Vec[strips_ * p_.head_dim * kStripVecs]) {}
+        values_(new Vec[kChunkTokens * value_vecs_]()) {}
 
   void run(int64_t b, int64_t h, int64_t block) {
     const int32_t* bounds = p_.bounds.at<int32_t>(b, h);
@@ -65,9 +63,9 @@ class Worker {
       float sum = 0.0f;
       for (int i = 0; i < count; ++i) sum += weights_[i];
       total += sum;
-      add_to(key_mean, keys_.get(), count, p_.head_dim);
+      add_to(key_mean, keys_.get(), count, p_.head_dim, p_.head_dim);
       if (mean_square) add_squares(mean_square, keys_.get(), count);
-      if (value_mean) add_to(value_mean, values_.get(), count, p_.value_dim);
+      if (value_mean) add_to(value_mean, value(0), count, p_.value_dim, value_vecs_ * kLanes);
     });
     if (p_.log_weight.data) *p_.log_weight.at<float>(b, h, block) = top_ + float(std::log(total));
     inverse_ = total > 0.0 ? float(1.0 / total) : 0.0f;
@@ -80,10 +78,11 @@ class Worker {
 
  private:
   int64_t token(int64_t position) const { return order_ ? order_[position] : position; }
+  float* value(int64_t i) const { return reinterpret_cast<float*>(values_.get() + i * value_vecs_); }
 
   // sum over i < count of weight[i] * rows[i], added to `out`.
-  void add_to(float* __restrict out, const float* __restrict rows, int count, int64_t dim) const {
-    for (int i = 0; i < count; ++i, rows += dim) {
+  void add_to(float* __restrict out, const float* __restrict rows, int count, int64_t dim, int64_t stride) const {
+    for (int i = 0; i < count; ++i, rows += stride) {
       const float weight = weights_[i];
       for (int64_t d = 0; d < dim; ++d) out[d] += weight * rows[d];
     }
@@ -99,8 +98,13 @@ class Worker {
   // of the block is 1, in weights_. Tokens of no weight are left out: they may hold anything.
   template <class Body>
   void for_each_chunk(int64_t first, int64_t last, Body body) {
+    loaded_ = 0;
     if (top_ == -kInfinity) return;
     int count = 0;
+    auto flush = [&] {
+      body(count);
+      loaded_ = count, count = 0;
+    };
     auto row_of = [&](int64_t i) { return key_ + token(first + i) * p_.key.row; };
     for_each_row(last - first, p_.head_dim, row_of, [&](int64_t i) {
       const int64_t t = token(first + i);
@@ -111,10 +115,10 @@ class Worker {
       if (value_ && i + kRowsAhead < last - first) {
         prefetch_row(value_ + token(first + i + kRowsAhead) * p_.value.row, p_.value_dim);
       }
-      if (value_) widen(value_ + t * p_.value.row, values_.get() + count * p_.value_dim, p_.value_dim);
-      if (++count == kChunkTokens) body(count), count = 0;
+      if (value_) widen(value_ + t * p_.value.row, value(count), p_.value_dim);
+      if (++count == kChunkTokens) flush();
     });
-    if (count) body(count);
+    if (count) flush();
   }
 
   static void widen(const T* __restrict row, float* __restrict out, int64_t dim) {
@@ -125,71 +129,65 @@ class Worker {
                       const float* value_mean) {
     float* key_variance = p_.key_variance.at<float>(b, h, block);
     float* value_variance = p_.value_variance.at<float>(b, h, block);
+    float* covariance = p_.covariance.at<float>(b, h, block);
     std::fill_n(key_variance, p_.head_dim, 0.0f);
     std::fill_n(value_variance, p_.value_dim, 0.0f);
-    std::fill_n(covariance_.get(), strips_ * p_.head_dim * kStripVecs, Vec{});
-    for_each_chunk(first, last, [&](int count) {
+    std::fill_n(covariance, p_.head_dim * p_.value_dim, 0.0f);
+    auto add = [&](int count) {
       for (int i = 0; i < count; ++i) {
         const float weight = weights_[i] * inverse_;
-        centre(keys_.get() + i * p_.head_dim, key_mean, weight, p_.head_dim, key_variance);
-        centre(values_.get() + i * p_.value_dim, value_mean, weight, p_.value_dim, value_variance);
-        const float* key = keys_.get() + i * p_.head_dim;
-        float* weighted = weighted_.get() + i * p_.head_dim;
-        for (int64_t d = 0; d < p_.head_dim; ++d) weighted[d] = weight * key[d];
+        centre(keys_.get() + i * p_.head_dim, key_mean, weight, p_.head_dim, key_variance, weight);
+        centre(value(i), value_mean, weight, p_.value_dim, value_variance, 1.0f);
       }
-      for (int64_t strip = 0; strip < strips_; ++strip) add_product(strip, count);
-    });
-    float* out = p_.covariance.at<float>(b, h, block);
-    for (int64_t strip = 0; strip < strips_; ++strip) {
-      const int64_t channel = strip * kStripChannels;
-      const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - channel);
-      const float* rows = reinterpret_cast<const float*>(covariance_.get() + strip * p_.head_dim * kStripVecs);
-      for (int64_t d = 0; d < p_.head_dim; ++d) {
-        std::copy_n(rows + d * kStripChannels, width, out + d * p_.value_dim + channel);
-      }
+      for (int v = 0; v < value_vecs_; v += kStripVecs) add_product(v, count, covariance + v * kLanes);
+    };
+    if (last - first <= kChunkTokens) {
+      if (loaded_) add(loaded_);
+    } else {
+      for_each_chunk(first, last, add);
     }
   }
 
+  // Each row becomes `factor` times what it is without the mean.
   static void centre(float* __restrict row, const float* __restrict mean, float weight, int64_t dim,
-                     float* __restrict variance) {
+                     float* __restrict variance, float factor) {
     for (int64_t d = 0; d < dim; ++d) {
-      row[d] -= mean[d];
-      variance[d] += weight * row[d] * row[d];
+      const float centred = row[d] - mean[d];
+      variance[d] += weight * centred * centred;
+      row[d] = factor * centred;
     }
   }
 
-  // Adds the product of the chunk's weighted keys and a strip of its values to the covariance.
-  void add_product(int64_t strip, int count) {
-    const int64_t channel = strip * kStripChannels;
-    const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - channel);
-    for (int i = 0; i < count; ++i) {
-      float* line = reinterpret_cast<float*>(lines_.get() + i * kStripVecs);
-      std::copy_n(values_.get() + i * p_.value_dim + channel, width, line);
-      std::fill(line + width, line + kStripChannels, 0.0f);
-    }
+  // Adds the product of the chunk's weighted keys and a strip of its values to the covariance, from its channel on.
+  void add_product(int v, int count, float* covariance) {
+    const int64_t width = std::min<int64_t>(kStripChannels, p_.value_dim - v * kLanes);
     for_row_groups<kStripVecs>(p_.head_dim, [&](auto rows, int64_t first) {
       constexpr int Rows = rows;
-      Vec* out = covariance_.get() + (strip * p_.head_dim + first) * kStripVecs;
-      Vec sums[Rows][kStripVecs];
+      Vec sums[Rows][kStripVecs] = {};
+      multiply<Fp32, Rows, kStripVecs>(sums, keys_.get() + first, 1, p_.head_dim, values_.get() + v, count,
+                                       value_vecs_);
       UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < kStripVecs; ++v) sums[r][v] = out[r * kStripVecs + v];
-      }
-      multiply<Fp32, Rows, kStripVecs>(sums, weighted_.get() + first, 1, p_.head_dim, lines_.get(), count);
-      UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < kStripVecs; ++v) out[r * kStripVecs + v] = sums[r][v];
+        float* __restrict out = covariance + (first + r) * p_.value_dim;
+        const float* added = reinterpret_cast<const float*>(sums[r]);
+        if (width == kStripChannels) {
+          for (int i = 0; i < kStripChannels; ++i) out[i] += added[i];
+        } else {
+          for (int i = 0; i < width; ++i) out[i] += added[i];
+        }
       }
     });
   }
 
   const Problem& p_;
-  const int64_t strips_;
+  const int value_vecs_;  // of a row, filled up with zeros to whole strips
   const int32_t* order_;
   const float* bias_;
   const T *key_, *value_;
   float top_, inverse_;
   float weights_[kChunkTokens];
-  std::unique_ptr<float[]> keys_, values_, weighted_;
-  std::unique_ptr<Vec[]> lines_, covariance_;
+  int loaded_ = 0;  // tokens of the last chunk
+  std::unique_ptr<float[]> keys_;
+  std::unique_ptr<Vec[]> values_;
 };
 
 template <class T>
