@@ -117,10 +117,7 @@ struct Rows {
   template <int Group, int Vecs>
   void add_channels(Vec* out, const float* weights, int64_t stride, int count, int v, int there) const {
     const int vecs = vecs_for(dim);
-    Vec sums[Group][Vecs];
-    UNROLL for (int r = 0; r < Group; ++r) {
-      UNROLL for (int j = 0; j < Vecs; ++j) sums[r][j] = out[r * vecs + j];
-    }
+    Vec sums[Group][Vecs] = {};
     auto add = [&](auto load) __attribute__((always_inline)) {
       for (int i = 0; i < count; ++i) {
         Vec row[Vecs];
@@ -136,7 +133,7 @@ struct Rows {
       add([&](const T* row, int j) { return load_channels(row + j * kLanes, std::min(kLanes, there - j * kLanes)); });
     }
     UNROLL for (int r = 0; r < Group; ++r) {
-      UNROLL for (int j = 0; j < Vecs; ++j) out[r * vecs + j] = sums[r][j];
+      UNROLL for (int j = 0; j < Vecs; ++j) out[r * vecs + j] += sums[r][j];
     }
   }
 };

@@ -111,13 +111,12 @@ struct InVectors : Math {
     for_row_groups<Vecs>(dim, [&](auto rows, int64_t first) {
       constexpr int Rows = rows;
       Vec* group = out + first * Vecs;
-      Vec sums[Rows][Vecs];
-      UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < Vecs; ++v) sums[r][v] = group[r * Vecs + v] * decay[v];
-      }
+      Vec sums[Rows][Vecs] = {};  // of the chunk alone: fewer terms in a row, fewer digits lost
       multiply<Math, Rows, Vecs>(sums, values + first, 1, dim, weights, words);
       UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int v = 0; v < Vecs; ++v) group[r * Vecs + v] = sums[r][v];
+        UNROLL for (int v = 0; v < Vecs; ++v) {
+          group[r * Vecs + v] = group[r * Vecs + v] * decay[v] + sums[r][v];
+        }
       }
     });
   }
@@ -302,12 +301,11 @@ inline Vec base_of(Vec max) { return max == -kInfinity ? Vec{} : max; }
 // The max is kept finite from above, so that a score of +inf has the weight +inf and not inf - inf.
 template <class Products, int Vecs>
 void compute_weights(Softmax& softmax, int keys, Vec* scores, const Vec (&top)[Vecs], Vec (&decay)[Vecs]) {
-  Vec base[Vecs], sum[Vecs];
+  Vec base[Vecs], sum[Vecs] = {};
   for (int v = 0; v < Vecs; ++v) {
     const Vec most = top[v] > kLargest ? splat(kLargest) : top[v];
     base[v] = base_of(most);
     decay[v] = exp2(softmax.max[v] - base[v]);
-    sum[v] = softmax.sum[v] * decay[v];
     softmax.max[v] = most;
   }
   std::fill_n(scores + keys * Vecs, Vecs, splat(-kInfinity));  // fills up the last word
@@ -324,5 +322,5 @@ void compute_weights(Softmax& softmax, int keys, Vec* scores, const Vec (&top)[V
   }
   // What fills up the last tile weighs nothing.
   std::fill_n(scores + words * Vecs, (round_up(words, Products::kWords) - words) * Vecs, Vec{});
-  for (int v = 0; v < Vecs; ++v) softmax.sum[v] = sum[v];
+  for (int v = 0; v < Vecs; ++v) softmax.sum[v] = softmax.sum[v] * decay[v] + sum[v];
 }
