@@ -31,6 +31,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--method", choices=("dsv", "dense"), default="dsv")
     parser.add_argument("--mass", type=float, default=0.9, help="of a head's attention that is to be kept")
+    parser.add_argument(
+        "--query-group", type=int, nargs=3, metavar=("F", "H", "W"), help="tokens that choose keys together"
+    )
     parser.add_argument("--threshold", type=float, default=0.05, help="predictor's loss that begins stage 2")
     parser.add_argument("--out", type=Path, default=Path("demo_out/dsv"))
     options = parser.parse_args()
@@ -42,7 +45,8 @@ def main() -> None:
     trainer = Trainer(load(), Recipe(stages=(stage,)))
     dsv = None
     if options.method == "dsv":
-        method = {"method": "dsv", "mass": options.mass}
+        group = tuple(options.query_group) if options.query_group else None
+        method = {"method": "dsv", "mass": options.mass, "query_group": group}
         trainer.compiled = torch.compile(trainer.model, backend="sparsify", dynamic=False, options=method)
         dsv = DSVTrainer(trainer.compiled, threshold=options.threshold)
     records = resume(trainer, dsv, out)

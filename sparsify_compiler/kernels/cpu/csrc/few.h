@@ -100,40 +100,41 @@ struct Rows {
 
   // out[r] += sum over i < count of weights[r * stride + i] * rows[i], for r < out_rows
   void add_to(Vec* out, int out_rows, const float* weights, int64_t stride, int count) const {
-    const int vecs = vecs_for(dim);
-    for (int v = 0; v < vecs; v += kVecs) {
-      with_vecs(std::min(kVecs, vecs - v), [&](auto some) {
-        constexpr int Vecs = some;
-        const int there = std::min<int64_t>(Vecs * kLanes, dim - v * kLanes);
-        for_row_groups<Vecs>(out_rows, [&](auto group, int64_t first) {
-          add_channels<group, Vecs>(out + first * vecs + v, weights + first * stride, stride, count, v, there);
-        });
-      });
+    const int whole = dim / kLanes;
+    int r = 0;
+    for (; out_rows - r >= 4; r += 4) add_to_group<4>(out + r * vecs_for(dim), weights + r * stride, stride, count);
+    for (; r < out_rows; ++r) add_to_group<1>(out + r * vecs_for(dim), weights + r * stride, stride, count);
+    if (const int rest = dim % kLanes) {
+      for (r = 0; r < out_rows; ++r) {
+        Vec sum{};
+        for (int i = 0; i < count; ++i) {
+          sum += weights[r * stride + i] * load_channels(at[i] + whole * kLanes, rest);
+        }
+        out[r * vecs_for(dim) + whole] += sum;
+      }
     }
   }
 
  private:
-  // Of the channels of `Vecs` vectors from the v-th, of which `there` are there.
-  template <int Group, int Vecs>
-  void add_channels(Vec* out, const float* weights, int64_t stride, int count, int v, int there) const {
-    const int vecs = vecs_for(dim);
-    Vec sums[Group][Vecs] = {};
-    auto add = [&](auto load) __attribute__((always_inline)) {
-      for (int i = 0; i < count; ++i) {
-        Vec row[Vecs];
-        UNROLL for (int j = 0; j < Vecs; ++j) row[j] = load(at[i] + v * kLanes, j);
-        UNROLL for (int r = 0; r < Group; ++r) {
-          UNROLL for (int j = 0; j < Vecs; ++j) sums[r][j] += weights[r * stride + i] * row[j];
+  // The whole vectors of `Group` rows of `out`.
+  template <int Group>
+  void add_to_group(Vec* out, const float* weights, int64_t stride, int count) const {
+    const int vecs = vecs_for(dim), whole = dim / kLanes;
+    for (int v = 0; v < whole; v += kVecs) {
+      with_vecs(std::min(kVecs, whole - v), [&](auto some) {
+        constexpr int Vecs = some;
+        Vec sums[Group][Vecs] = {};
+        for (int i = 0; i < count; ++i) {
+          Vec row[Vecs];
+          UNROLL for (int j = 0; j < Vecs; ++j) row[j] = load_channels(at[i] + (v + j) * kLanes);
+          UNROLL for (int r = 0; r < Group; ++r) {
+            UNROLL for (int j = 0; j < Vecs; ++j) sums[r][j] += weights[r * stride + i] * row[j];
+          }
         }
-      }
-    };
-    if (there == Vecs * kLanes) {
-      add([](const T* row, int j) __attribute__((always_inline)) { return load_channels(row + j * kLanes); });
-    } else {
-      add([&](const T* row, int j) { return load_channels(row + j * kLanes, std::min(kLanes, there - j * kLanes)); });
-    }
-    UNROLL for (int r = 0; r < Group; ++r) {
-      UNROLL for (int j = 0; j < Vecs; ++j) out[r * vecs + j] += sums[r][j];
+        UNROLL for (int r = 0; r < Group; ++r) {
+          UNROLL for (int j = 0; j < Vecs; ++j) out[r * vecs + v + j] += sums[r][j];
+        }
+      });
     }
   }
 };
