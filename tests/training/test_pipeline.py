@@ -19,7 +19,7 @@ from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import times
-from sparsify_compiler.policy import DENSE
+from sparsify_compiler.policy import DENSE, load_policy
 from sparsify_compiler.training import pipeline, resumable, students
 from sparsify_compiler.training.pipeline import Report, distill
 from sparsify_compiler.training.resumable import DamagedError
@@ -63,12 +63,18 @@ def first_attention_by_tiles(*args: Any, **kwargs: Any) -> Policy:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few and short videos, nothing compiled by Inductor, a checkpoint after every step."""
+    shrink(monkeypatch)
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few short videos, dense models as they are, sparse ones without Inductor, a checkpoint after every step."""
+    for module in (students, pipeline):
+        monkeypatch.setattr(module, "dense_model", lambda model: model)
     monkeypatch.setattr(students, "INNER", "eager")
     monkeypatch.setattr(students, "BATCH", 2)
     monkeypatch.setattr(students, "MENU", [{"method": "tile", "reference_frames": 1}])
     monkeypatch.setattr(students, "search", first_attention_by_tiles)
-    for name, value in {"EXACT_STEPS": 3, "STEPS": 2, "VIDEOS": 3, "BATCH": 2, "ROUNDS": 1}.items():
+    for name, value in {"EXACT_STEPS": 3, "STEPS": 2, "VIDEOS": 2, "BATCH": 1, "ROUNDS": 1}.items():
         monkeypatch.setattr(pipeline, name, value)
     monkeypatch.setattr(resumable, "SAVE_EVERY", 0.0)
 
@@ -77,7 +83,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     out = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        small.__wrapped__(patch)  # type: ignore[attr-defined]
+        shrink(patch)
         return out, distill(tiny(), out, SETTINGS)
 
 
@@ -106,6 +112,8 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_weights(
     assert [len(some) for some in losses(out)] == [3, 3]
     assert len({loss for some in losses(out) for loss in some}) == 6
     monkeypatch.setattr(resumable, "SAVE_EVERY", every)
+    policy = load_policy(out / "policy.json")
+    monkeypatch.setattr(students, "search", lambda *args, **kwargs: policy)
     take, taken = students._step, [0]
 
     def killed(*args: Any) -> None:
@@ -190,17 +198,17 @@ def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
     out, report = finished
 
     def videos(name: str) -> Tensor:
-        return torch.cat([torch.load(out / "videos" / f"{name}-{first}.pt") for first in (0, 2)])
+        return torch.cat([torch.load(out / "videos" / f"{name}-{first}.pt") for first in (0, 1)])
 
     assert report.density == pytest.approx((10 / 16 + 1) / 2), "tile 1:3 keeps 3 F - 2 of F^2"
     assert report.choices == {"blocks.0.attn1": TILE, "blocks.1.attn1": DENSE}
     exact, dense = videos("exact"), videos("dense")
-    assert exact.shape == (3, 3, FRAMES, 32, 48)
+    assert exact.shape == (2, 3, FRAMES, 32, 48)
     names = ("base", "base-few", "dense", "searched", "sparse")
     for name, found in zip(names, report.quality, strict=True):
-        errors = [float((videos(name)[i] - exact[i]).double().square().mean()) for i in range(3)]
-        assert found.mse == pytest.approx(sum(errors) / 3, rel=1e-3)
-        assert found.psnr == pytest.approx(sum(-10 * math.log10(e) for e in errors) / 3, rel=1e-3)
+        errors = [float((videos(name)[i] - exact[i]).double().square().mean()) for i in range(2)]
+        assert found.mse == pytest.approx(sum(errors) / 2, rel=1e-3)
+        assert found.psnr == pytest.approx(sum(-10 * math.log10(e) for e in errors) / 2, rel=1e-3)
         if name in ("searched", "sparse"):
             beside = float((videos(name) - dense).double().square().mean())
             assert beside > 0
