@@ -27,7 +27,7 @@ from sparsify_compiler.evaluation.calibration import FIRST
 from sparsify_compiler.evaluation.model import encode, save, to_model, to_pixels, unconditional
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise
 from sparsify_compiler.evaluation.training import WIDEST, mixed
-from sparsify_compiler.policy import Policy, load_policy
+from sparsify_compiler.policy import DENSE, Policy, load_policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.training import resumable
 from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
@@ -204,7 +204,9 @@ def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 
 
 def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Settings) -> nn.Module:
-    """Stage 3: the sparse student."""
+    """Stage 3: the sparse student; the dense one, where the policy leaves all dense."""
+    if all(layer.choice == DENSE for layer in policy.layers):
+        return dense
     torch.compiler.reset()
     student = copy.deepcopy(dense)
     distillation = Distillation(sparse_model(student, policy), copy.deepcopy(dense))

@@ -149,6 +149,20 @@ def test_what_is_finished_is_not_repeated(
     assert not list(out.rglob("*.partial"))
 
 
+def test_a_policy_that_leaves_all_dense_leaves_nothing_to_bring_back(
+    finished: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("settings.json", "consistency.pt"):
+        shutil.copy(finished[0] / name, tmp_path)
+    policy = load_policy(finished[0] / "policy.json")
+    dense = replace(policy, layers=tuple(replace(layer, choice=DENSE) for layer in policy.layers))
+    monkeypatch.setattr(students, "search", lambda *args, **kwargs: dense)
+    report = distill(tiny(), tmp_path, SETTINGS)
+    assert not (tmp_path / "distillation.pt").exists()
+    assert report.density == 1
+    assert report.quality[-1].mse_to_dense == pytest.approx(0, abs=1e-6)
+
+
 def test_students_differ_from_the_model_and_the_model_stays(finished: tuple[Path, Report]) -> None:
     out, _ = finished
     weights = [evaluated.read(out / f"{name}.safetensors")[0] for name in ("dense", "sparse")]
