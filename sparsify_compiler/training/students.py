@@ -205,7 +205,8 @@ def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 
 def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Settings) -> nn.Module:
     """Stage 3: the sparse student; the dense one, where the policy leaves all dense."""
-    if all(layer.choice == DENSE for layer in policy.layers):
+    path = out / "distillation.pt"
+    if all(layer.choice == DENSE for layer in policy.layers) and not path.exists():
         return dense
     torch.compiler.reset()
     student = copy.deepcopy(dense)
@@ -232,7 +233,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
         parts={"student": student, "optimizer": optimizer, "policy": _Same(policy)},
         advance=advance,
     )
-    resumable.train(stage, out / "distillation.pt")
+    resumable.train(stage, path)
     distillation.close()
     return student
 
