@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 from rich.progress import Progress as Bar
-from torch import Tensor, nn
+from torch import nn
 
 from sparsify_compiler import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.model import encode, load, to_model, to_pixels, unconditional
+from sparsify_compiler.evaluation.quality import motion, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, sample
+from sparsify_compiler.evaluation.training import WIDEST
 
 EXACT_STEPS = 100
 SAVE_EVERY = 25
-WIDEST = 1024
-"""More than the largest batch: the step times this is the index of a step's first video."""
 
 
 def main() -> None:
@@ -101,14 +101,6 @@ def validate(trainer: ConsistencyTrainer, teacher: nn.Module, frames: int, count
     print(f"teacher, {EXACT_STEPS} guided steps: motion {motion(exact):.4f}")
     for name, videos in found.items():
         print(f"{name}: {psnr(videos, exact):.2f} dB, motion {motion(videos):.4f}")
-
-
-def psnr(videos: Tensor, exact: Tensor) -> float:
-    return (-10 * (videos - exact).square().flatten(1).mean(1).log10()).mean().item()
-
-
-def motion(videos: Tensor) -> float:
-    return videos.diff(dim=2).abs().mean().item()
 
 
 def checkpoint(

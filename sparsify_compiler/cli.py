@@ -145,6 +145,39 @@ def search(
     Console().print(f"Written to {policy.save(out)}.", soft_wrap=True)
 
 
+@app.command()
+def distill(
+    out: Annotated[Path, typer.Option(help="folder of the run; one that was begun there goes on")],
+    consistency_steps: Annotated[int, typer.Option(help="of stage 1, consistency distillation")] = 300,
+    distillation_steps: Annotated[int, typer.Option(help="of stage 3, of the sparse student")] = 100,
+    segments: Annotated[int, typer.Option(help="steps that the student is to need; divides 50")] = 5,
+    r: Annotated[
+        float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
+    ] = 0.01,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+    ] = None,
+    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+) -> None:
+    """Efficient-vDiT on the evaluation model: fewer steps, then sparse, then as good as before; and a report."""
+    from rich.markdown import Markdown
+
+    from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.training import pipeline
+    from sparsify_compiler.training.students import Settings
+
+    settings = Settings(
+        consistency_steps=consistency_steps,
+        distillation_steps=distillation_steps,
+        segments=segments,
+        r=r,
+        frames=frames,
+    )
+    report = pipeline.distill(evaluated.load(weights or evaluated.WEIGHTS), out, settings)
+    Console().print(Markdown(report.markdown()))
+    Console().print(f"Written to {out / 'report.md'} and report.json.", soft_wrap=True)
+
+
 def main() -> None:
     """The console script: a `SparsifyError` is one line and exit code 2."""
     try:

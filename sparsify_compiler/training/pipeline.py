@@ -1,0 +1,309 @@
+"""Efficient-vDiT whole (arXiv 2502.06155), on the evaluation model, and what each of its stages is worth.
+
+    report = distill(load(), Path("out"), Settings(frames=8))
+
+Most of what the paper gains comes from fewer steps, so the report keeps that apart from what sparsity adds: seconds
+a video of the model at its own number of guided steps, of the dense student and of the sparse one, timed in turn.
+After each stage it says how far the videos of held-out prompts are from those that the model makes of the same
+noise in many guided steps, and how much moves in them. The folder holds what `students` describes, the videos that
+were compared, and `report.json` and `report.md`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.quality import motion, mse, psnr
+from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise, sample
+from sparsify_compiler.measured import stats
+from sparsify_compiler.policy import DENSE, Policy
+from sparsify_compiler.training import resumable
+from sparsify_compiler.training.resumable import DamagedError
+from sparsify_compiler.training.students import (
+    Settings,
+    Students,
+    dense_model,
+    few_step_videos,
+    sparse_model,
+    students,
+)
+
+EXACT_STEPS = 100
+"""Of the model with guidance, which all else is held to."""
+VIDEOS, BATCH = 8, 4
+"""Held-out videos to compare, and how many are made at once."""
+ROUNDS = 3
+"""In which every model is timed once."""
+
+Maker = Callable[[Sequence[str], Tensor], Tensor]
+"""Videos of prompts from noise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quality:
+    """Of videos of held-out prompts, means; PSNR in dB, errors of RGB from 0 to 1."""
+
+    videos: str
+    calls: int
+    """Of the model, for one video."""
+    psnr: float
+    """To those of the model in `EXACT_STEPS` guided steps."""
+    mse: float
+    motion: float
+    psnr_to_dense: float | None = None
+    """To those of the dense student; of sparse ones alone."""
+    mse_to_dense: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a run came to."""
+
+    settings: Mapping[str, Any]
+    machine: str
+    seconds: Mapping[str, float]
+    """Of one video by `base`, `dense` and `sparse`: medians of `ROUNDS`, timed in turn."""
+    choices: Mapping[str, str]
+    """Site -> what the policy chose for it."""
+    density: float
+    """Share of the query-key pairs of all these attentions that the sparse student computes."""
+    exact_motion: float
+    quality: tuple[Quality, ...]
+
+    @property
+    def fewer_steps(self) -> float:
+        """How many times as fast the dense student is."""
+        return self.seconds["base"] / self.seconds["dense"]
+
+    @property
+    def sparsity(self) -> float:
+        """How many times as fast as the dense student the sparse one is."""
+        return self.seconds["dense"] / self.seconds["sparse"]
+
+    def save(self, out: Path) -> None:
+        """Writes `report.md`, then `report.json`."""
+        speed = {"fewer steps": self.fewer_steps, "sparsity": self.sparsity}
+        content = json.dumps({**asdict(self), "speed-up": speed}, indent=1) + "\n"
+        resumable.write(out / "report.md", lambda path: path.write_text(self.markdown(), "utf-8"))
+        resumable.write(out / "report.json", lambda path: path.write_text(content, "utf-8"))
+
+    def markdown(self) -> str:
+        """The report as text."""
+        segments, frames = self.settings["segments"], self.settings["frames"]
+        return "\n".join(
+            [
+                f"# Few steps and sparse attention: {frames} frames",
+                "",
+                f"On {self.machine}, median of {ROUNDS}, timed in turn.",
+                "",
+                *_table(
+                    ("model", "steps", "seconds a video", "speed-up by this"),
+                    ("base, guided", str(STEPS), f"{self.seconds['base']:.3g}", ""),
+                    (
+                        "dense student",
+                        str(segments),
+                        f"{self.seconds['dense']:.3g}",
+                        _times(self.fewer_steps),
+                    ),
+                    ("sparse student", str(segments), f"{self.seconds['sparse']:.3g}", _times(self.sparsity)),
+                ),
+                "",
+                f"Together {_times(self.fewer_steps * self.sparsity)}. The sparse student computes "
+                f"{self.density:.1%} of the query-key pairs of its video attentions:",
+                "",
+                *_table(("attention", "does"), *self.choices.items()),
+                "",
+                f"{VIDEOS} held-out prompts, against the base model's videos in {EXACT_STEPS} guided steps from "
+                f"the same noise, in which neighbouring frames differ by {self.exact_motion:.4f} (motion).",
+                "",
+                *_table(
+                    (
+                        "videos",
+                        "calls",
+                        "PSNR, dB",
+                        "squared error",
+                        "motion",
+                        "PSNR to dense",
+                        "error to dense",
+                    ),
+                    *map(_row, self.quality),
+                ),
+                "",
+            ]
+        )
+
+
+def distill(model: nn.Module, out: Path, settings: Settings) -> Report:
+    """All stages and the report, or what is left of them to do in the folder `out`. Shows progress on stderr.
+
+    Args:
+        model: as `evaluation.model.load` gives it. It stays as it is.
+
+    Raises:
+        SparsifyError: the folder is of another model or other settings, or something in it is damaged.
+    """
+    made = students(model, out, settings)
+    if not (out / "report.json").exists():
+        _judge(model, made, out, settings).save(out)
+    return load_report(out / "report.json")
+
+
+def load_report(path: Path) -> Report:
+    """What `Report.save` wrote.
+
+    Raises:
+        DamagedError: it is no report.
+    """
+    content = resumable.read_json(path)
+    content.pop("speed-up", None)
+    try:
+        quality = tuple(Quality(**one) for one in content.pop("quality"))
+        return Report(**content, quality=quality)
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{path} is no report ({error}): remove it, and it is made again") from error
+
+
+def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> Report:
+    exact, quality = _compare(model, made, out / "videos", settings)
+    torch.compiler.reset()
+    sparse = sparse_model(made.sparse, made.policy)
+    seconds = _seconds(
+        {
+            "base": _base(dense_model(model), STEPS),
+            "dense": _student(dense_model(made.dense), settings),
+            "sparse": _student(sparse, settings),
+        },
+        settings.frames,
+    )
+    return Report(
+        settings=asdict(settings),
+        machine=made.policy.machine,
+        seconds=seconds,
+        choices={layer.mark.site: layer.choice for layer in made.policy.layers},
+        density=_density(sparse, made.policy),
+        exact_motion=motion(exact),
+        quality=quality,
+    )
+
+
+def _compare(
+    model: nn.Module, made: Students, folder: Path, settings: Settings
+) -> tuple[Tensor, tuple[Quality, ...]]:
+    """The videos that all are held to, and how far those after each stage are from them."""
+    folder.mkdir(exist_ok=True)
+    few = settings.segments
+    makers: dict[str, Callable[[], Maker]] = {
+        "exact": lambda: _base(dense_model(model), EXACT_STEPS),
+        "base": lambda: _base(dense_model(model), STEPS),
+        "base-few": lambda: _base(dense_model(model), few),
+        "dense": lambda: _student(dense_model(made.dense), settings),
+        "searched": lambda: _student(sparse_model(made.dense, made.policy), settings),
+        "sparse": lambda: _student(sparse_model(made.sparse, made.policy), settings),
+    }
+    with resumable.progress() as bar:
+        videos = {name: _videos(name, make, folder, settings.frames, bar) for name, make in makers.items()}
+    exact, dense = videos["exact"], videos["dense"]
+    of = partial(_quality, videos, exact)
+    return exact, (
+        of("base", f"base, {STEPS} guided steps", 2 * STEPS),
+        of("base-few", f"base, {few} guided steps", 2 * few),
+        of("dense", "stage 1: dense student", few),
+        of("searched", "stage 2: sparse by the policy", few, dense),
+        of("sparse", "stage 3: sparse student", few, dense),
+    )
+
+
+def _quality(
+    videos: Mapping[str, Tensor],
+    exact: Tensor,
+    name: str,
+    words: str,
+    calls: int,
+    dense: Tensor | None = None,
+) -> Quality:
+    own = videos[name]
+    return Quality(
+        videos=words,
+        calls=calls,
+        psnr=psnr(own, exact),
+        mse=float(mse(own, exact).mean()),
+        motion=motion(own),
+        psnr_to_dense=None if dense is None else psnr(own, dense),
+        mse_to_dense=None if dense is None else float(mse(own, dense).mean()),
+    )
+
+
+def _videos(name: str, make: Callable[[], Maker], folder: Path, frames: int, bar: Progress) -> Tensor:
+    """Of the held-out prompts: each batch is kept, and the model compiled only if one is missing."""
+    torch.compiler.reset()
+    task, maker = bar.add_task(f"videos: {name}", total=VIDEOS), make()
+    found = []
+    for first in range(0, VIDEOS, BATCH):
+        numbers = range(first, min(first + BATCH, VIDEOS))
+        prompts = [world.scene(world.HELD_OUT, number).prompt for number in numbers]
+        start = noise(numbers, frames)
+        found.append(resumable.kept(folder / f"{name}-{first}.pt", partial(maker, prompts, start)))
+        bar.advance(task, len(numbers))
+    return torch.cat(found)
+
+
+def _base(model: Callable[..., Any], steps: int) -> Maker:
+    def make(prompts: Sequence[str], start: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return sample(model, prompts, start, steps=steps, guidance=GUIDANCE)
+
+    return make
+
+
+def _student(model: Callable[..., Any], settings: Settings) -> Maker:
+    return partial(few_step_videos, model, config=settings.consistency)
+
+
+def _seconds(makers: Mapping[str, Maker], frames: int) -> dict[str, float]:
+    """Of one video each; the first of each compiles, and does not count."""
+    found: dict[str, list[float]] = {name: [] for name in makers}
+    for number in range(ROUNDS + 1):
+        prompt, start = world.scene(world.HELD_OUT, number).prompt, noise([number], frames)
+        for name, make in makers.items():
+            begin = time.perf_counter()
+            make([prompt], start)
+            found[name].append(time.perf_counter() - begin)
+    return {name: median(seconds[1:]) for name, seconds in found.items()}
+
+
+def _density(sparse: Callable[..., Any], policy: Policy) -> float:
+    """Of the last video, mean over all attentions that there is a choice for; dense ones count 1."""
+    found: dict[str, list[float]] = {
+        layer.mark.site: [1.0] for layer in policy.layers if layer.choice == DENSE
+    }
+    if len(found) < len(policy.layers):
+        for one in stats(sparse).measurements:
+            found.setdefault(one.site, []).append(float(one.density.mean()))
+    return fmean(map(fmean, found.values()))
+
+
+def _table(*rows: Sequence[str]) -> list[str]:
+    """In Markdown; the first row is the head."""
+    head, *others = [f"| {' | '.join(cells)} |" for cells in rows]
+    return [head, "|" + " --- |" * len(rows[0]), *others]
+
+
+def _row(one: Quality) -> tuple[str, ...]:
+    beside = ("", "")
+    if one.psnr_to_dense is not None and one.mse_to_dense is not None:
+        beside = (f"{one.psnr_to_dense:.2f}", f"{one.mse_to_dense:.5f}")
+    return one.videos, str(one.calls), f"{one.psnr:.2f}", f"{one.mse:.5f}", f"{one.motion:.4f}", *beside
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"

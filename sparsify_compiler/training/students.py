@@ -1,0 +1,269 @@
+"""The three stages of Efficient-vDiT (arXiv 2502.06155) on the evaluation model, one after the other.
+
+1. multistep consistency distillation: a few steps, one call each, in place of many guided ones;
+2. layer-wise search of a policy, on the student of the first stage at its own time steps;
+3. knowledge distillation of the sparse student from the dense one, in the compiled graph.
+
+A run is a folder: `settings.json`; `consistency.pt` and `distillation.pt`, the checkpoints of the first stage and
+the third; `policy.json`; `dense.safetensors` and `sparse.safetensors`, both students in bfloat16, as
+`evaluation.model.load` reads them. Products of matrices are in bfloat16 throughout.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.calibration import FIRST
+from sparsify_compiler.evaluation.model import encode, save, to_model, to_pixels, unconditional
+from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise
+from sparsify_compiler.evaluation.training import WIDEST, mixed
+from sparsify_compiler.policy import DENSE, Policy, load_policy
+from sparsify_compiler.runtime.clock import generation
+from sparsify_compiler.training import resumable
+from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
+from sparsify_compiler.training.distillation import Distillation
+from sparsify_compiler.training.resumable import Stage
+from sparsify_compiler.training.search import MENU, search
+
+FORMAT = "sparsify-distill-1"
+BATCH = 4
+RATE = 2e-4
+"""Of AdamW, in both stages of training."""
+INNER = "inductor"
+"""What compiles dense models, and the graphs of sparse ones once they are rewritten."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a run does."""
+
+    consistency_steps: int = 300
+    """Of the first stage."""
+    distillation_steps: int = 100
+    """Of the third."""
+    segments: int = 5
+    """Steps that the student is to need; divides the teacher's 50."""
+    r: float = 0.01
+    """The most that an attention may lose by being sparse: relative squared error of the model's output."""
+    frames: int = world.FRAMES
+    """Of all videos."""
+
+    def __post_init__(self) -> None:
+        least = {"consistency_steps": 1, "distillation_steps": 1, "segments": 1, "frames": 2}
+        for name, lowest in least.items():
+            if (integer(getattr(self, name)) or 0) < lowest:
+                got = getattr(self, name)
+                raise OptionError(f"{name} must be an integer of at least {lowest}, got {got!r}")
+        if not self.r >= 0:
+            raise OptionError(f"r must be a number of at least 0, got {self.r!r}")
+        _ = self.consistency
+
+    @property
+    def consistency(self) -> ConsistencyConfig:
+        """Of the first stage; its times are those of the student everywhere."""
+        return ConsistencyConfig(segments=self.segments, guidance=GUIDANCE, shift=SHIFT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Students:
+    """What the stages make."""
+
+    dense: nn.Module
+    """Of the first stage."""
+    policy: Policy
+    sparse: nn.Module
+    """Of the third, to be compiled with the policy."""
+
+
+def students(teacher: nn.Module, out: Path, settings: Settings) -> Students:
+    """The three stages, or what is left of them to do in the folder `out`.
+
+    Raises:
+        SparsifyError: the folder is of another run, or something in it is damaged.
+    """
+    _claim(out, teacher, settings)
+    dense = _few_steps(teacher, out, settings)
+    policy = _searched(dense, out, settings)
+    sparse = _brought_back(dense, policy, out, settings)
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        save(model, out / f"{name}.safetensors", step=settings.consistency_steps)
+    return Students(dense=dense, policy=policy, sparse=sparse)
+
+
+def dense_model(model: nn.Module) -> Callable[..., Any]:
+    """Compiled, with full attention."""
+    return torch.compile(model, backend=INNER, dynamic=False)
+
+
+def sparse_model(model: nn.Module, policy: Policy) -> Callable[..., Any]:
+    """Compiled, sparse at every step: few steps leave none to be dense."""
+    options: dict[str, Any] = {"policy": policy, "dense_steps": 0, "inner_backend": INNER}
+    return torch.compile(model, backend="sparsify", options=options, dynamic=False)
+
+
+def few_step_videos(
+    model: Callable[..., Any], prompts: Sequence[str], start: Tensor, config: ConsistencyConfig
+) -> Tensor:
+    """By a student: float32 of the shape of `start`, RGB from 0 to 1."""
+    with torch.autocast("cpu", torch.bfloat16), generation(config.segments, streams=1):
+        return to_pixels(sample_few_steps(model, start, {"encoder_hidden_states": encode(prompts)}, config))
+
+
+def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
+    """Makes the folder one of these settings.
+
+    Raises:
+        SparsifyError: it is one of others.
+    """
+    path, mine = out / "settings.json", {"format": FORMAT, **asdict(settings), "weights": _digest(teacher)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"out must be a folder, got {str(out)!r}: {error}") from error
+    if not path.exists():
+        resumable.write(path, lambda partial: partial.write_text(json.dumps(mine, indent=1) + "\n"))
+    found = resumable.read_json(path)
+    if odd := [name for name in mine if found.get(name) != mine[name]]:
+        told = ", ".join(f"{name} {found.get(name)!r} there and {mine[name]!r} now" for name in odd)
+        raise OptionError(f"{out} holds a run of other settings: {told}. Give those, or another folder")
+
+
+def _digest(model: nn.Module) -> str:
+    """Of the weights: two models with the same one are the same."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
+    """Stage 1: the moving average of the student."""
+    torch.compiler.reset()
+    student = copy.deepcopy(teacher)
+    trainer = ConsistencyTrainer(dense_model(student), dense_model(teacher), settings.consistency)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+
+    def advance(step: int) -> float:
+        video, text = _videos(_numbers(step), settings.frames)
+        nothing = {"encoder_hidden_states": unconditional(BATCH)}
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = trainer.loss(video, {"encoder_hidden_states": text}, nothing)
+        _step(optimizer, loss)
+        trainer.step()
+        return loss.item()
+
+    stage = Stage(
+        name="stage 1",
+        steps=settings.consistency_steps,
+        parts={"student": student, "optimizer": optimizer, "trainer": trainer},
+        advance=advance,
+    )
+    resumable.train(stage, out / "consistency.pt")
+    result = copy.deepcopy(teacher)
+    result.load_state_dict(trainer.state_dict()["target"])
+    return result
+
+
+def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
+    """Stage 2."""
+    path = out / "policy.json"
+    if not path.exists():
+        torch.compiler.reset()
+        with torch.autocast("cpu", torch.bfloat16):
+            policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r)
+        resumable.write(path, policy.save)
+    return load_policy(path)
+
+
+@torch.no_grad()
+def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """The calls by which the student makes a video, batch 1: each of another scene, which it was not trained on."""
+    calls: list[dict[str, Any]] = []
+
+    def listening(**call: Any) -> Any:
+        number = len(calls)
+        alone = {name: x[number : number + 1] if isinstance(x, Tensor) else x for name, x in call.items()}
+        calls.append(alone)
+        return dense(**call)
+
+    numbers = range(FIRST, FIRST + settings.segments)
+    prompts = [world.scene(world.VALIDATION, number).prompt for number in numbers]
+    few_step_videos(listening, prompts, noise(numbers, settings.frames), settings.consistency)
+    return calls
+
+
+def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Settings) -> nn.Module:
+    """Stage 3: the sparse student; the dense one, where the policy leaves all dense."""
+    path = out / "distillation.pt"
+    if all(layer.choice == DENSE for layer in policy.layers) and not path.exists():
+        return dense
+    torch.compiler.reset()
+    student = copy.deepcopy(dense)
+    distillation = Distillation(sparse_model(student, policy), copy.deepcopy(dense))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    times = settings.consistency.times[:: settings.consistency.length]
+
+    def advance(step: int) -> float:
+        numbers = _numbers(settings.consistency_steps + step)
+        video, text = _videos(numbers, settings.frames)
+        places = torch.arange(step * BATCH, (step + 1) * BATCH) % settings.segments
+        batch = mixed(video, noise(numbers, settings.frames), times[places], text)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = distillation(
+                hidden_states=batch.noisy, timestep=1000 * batch.time, encoder_hidden_states=batch.text
+            )
+        total = loss.output + loss.attention
+        _step(optimizer, total)
+        return total.item()
+
+    stage = Stage(
+        name="stage 3",
+        steps=settings.distillation_steps,
+        parts={"student": student, "optimizer": optimizer, "policy": _Same(policy)},
+        advance=advance,
+    )
+    resumable.train(stage, path)
+    distillation.close()
+    return student
+
+
+@dataclass(frozen=True, slots=True)
+class _Same:
+    """The policy as a part of a stage, which it must not change in."""
+
+    policy: Policy
+
+    def state_dict(self) -> dict[str, str]:
+        return {layer.mark.site: layer.choice for layer in self.policy.layers}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        if state != self.state_dict():
+            raise ValueError("policy.json chooses otherwise than when the stage began")
+
+
+def _numbers(step: int) -> range:
+    """Of the scenes of a step, apart from those of all others."""
+    return range(step * WIDEST, step * WIDEST + BATCH)
+
+
+def _videos(numbers: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
+    """(videos, prompts) of training scenes, as the model sees them."""
+    scenes = [world.scene(world.TRAINING, number) for number in numbers]
+    return to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
