@@ -69,11 +69,6 @@ std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const
   return blocks;
 }
 
-inline float within(float x, float limit) {
-  const float high = x > limit ? limit : x;
-  return high < -limit ? -limit : high;
-}
-
 // The state of up to kStripQueries queries.
 struct Strip {
   int64_t queries_in_use;
@@ -106,7 +101,7 @@ class Worker {
         scores_(new Vec[(Products::kChunkKeys + 1) * kVecs]),
         keys_(aligned_floats(Products::kChunkKeys * key_words_)),
         values_(aligned_floats(Products::kChunkKeys / Products::kPerWord * value_rows_)),
-        column_(new Element[p_.head_dim]) {}
+        column_(new Packed[p_.head_dim]) {}
 
   void run(const Tile& tile) {
     const int strips = load_queries(tile);
@@ -178,9 +173,9 @@ class Worker {
   }
 
   void pack_columns_of_matrix(const float* matrix, int count) {
-    Element* column = column_.get();
+    Packed* column = column_.get();
     for (int i = 0; i < count; ++i) {
-      for (int64_t d = 0; d < p_.head_dim; ++d) column[d] = from_float<Element>(matrix[d * p_.value_dim + i]);
+      for (int64_t d = 0; d < p_.head_dim; ++d) column[d] = from_float<Packed>(matrix[d * p_.value_dim + i]);
       Products::pack_row(column, p_.head_dim, floats(keys_) + i * key_words_);
     }
   }
@@ -190,8 +185,7 @@ class Worker {
   void add_linear_term(Strip& strip, int64_t first, int count, const float* limits) {
     Products::template multiply_rows<Vecs>(
         floats(keys_), count, key_words_, strip.queries, scores_.get(), [&](int64_t i, int v, Vec product) {
-          const Vec term = product * p_.scale, limit = splat(limits[i]), high = term > limit ? limit : term;
-          strip.out[(first + i) * Vecs + v] += strip.softmax.sum[v] * (high < -limit ? -limit : high);
+          strip.out[(first + i) * Vecs + v] += strip.softmax.sum[v] * within(product * p_.scale, splat(limits[i]));
           return product;
         });
   }
@@ -213,13 +207,13 @@ class Worker {
   }
 
   static constexpr int kTermChannels = 128;  // fewer than a chunk has keys
-  using Element = std::conditional_t<Products::kPerWord == 2, BFloat16, float>;  // of a product
+  using Packed = typename Products::Packed;
 
   const Problem& p_;
   const FarField* far_;
   const int64_t key_words_, value_rows_;
   std::unique_ptr<Vec[]> queries_, out_, scores_, keys_, values_;
-  std::unique_ptr<Element[]> column_;  // of a matrix
+  std::unique_ptr<Packed[]> column_;  // of a matrix
   Products products_;
   Strip strips_[kTileStrips];
   int32_t tokens_[Products::kChunkKeys];
@@ -246,7 +240,7 @@ class FewWorker {
     for (int i = 0; i < queries; ++i) {
       const int64_t token = p_.query_token(tile, tile.first + i);
       load_row(p_.query.at<const T>(tile.batch, tile.head, token), p_.head_dim, queries_.get() + i * key_vecs_);
-      softmax_[i] = {-kInfinity, 0.0f};
+      softmax_[i] = {};
     }
     std::fill_n(out_.get(), queries * value_vecs_, Vec{});
     if (far_) read_far_field(tile, queries);
@@ -260,15 +254,14 @@ class FewWorker {
   static constexpr int kChunkKeys = 64, kChunkVecs = kChunkKeys / kLanes;
 
   void read(const Source<T>& source, const int32_t* tokens, int count, int queries) {
-    float* biases = reinterpret_cast<float*>(bias_);
     for (int i = 0; i < count; ++i) {
       keys_.at[i] = source.key(tokens[i]);
       values_.at[i] = source.value(tokens[i]);
-      biases[i] = source.bias_of(tokens[i]);
+      bias_[i] = source.bias_of(tokens[i]);
     }
     for (int i = count; i < round_up(count, kLanes); ++i) {
       keys_.at[i] = keys_.at[0];
-      biases[i] = -kInfinity;
+      bias_[i] = -kInfinity;
     }
     for (int i = 0; i < queries; ++i) weigh(i, count);
     values_.add_to(out_.get(), queries, reinterpret_cast<const float*>(weights_), kChunkKeys, count);
@@ -301,19 +294,8 @@ class FewWorker {
   void weigh(int i, int count) {
     Vec* weights = weights_ + i * kChunkVecs;
     keys_.multiply(queries_.get() + i * key_vecs_, count, weights);
-    for (int v = 0; v < vecs_for(count); ++v) {
-      const Vec score = weights[v] * (p_.scale * kLog2e) + bias_[v];
-      weights[v] = bias_[v] == -kInfinity ? bias_[v] : score;
-    }
-    const float most = std::min(std::max(softmax_[i].max, largest_lane(weights, count)), kLargest);
-    const float base = most == -kInfinity ? 0.0f : most;
-    Vec sum{};
-    for (int v = 0; v < vecs_for(count); ++v) {
-      weights[v] = exp2(weights[v] - base);
-      sum += weights[v];
-    }
-    const float decay = std::exp2(softmax_[i].max - base);
-    softmax_[i] = {most, softmax_[i].sum * decay + sum_of_lanes(sum)};
+    add_bias(weights, p_.scale * kLog2e, bias_, count);
+    const float decay = softmax_[i].weigh(weights, count);
     if (decay == 1.0f) return;
     for (int v = 0; v < value_vecs_; ++v) out_[i * value_vecs_ + v] *= decay;
   }
@@ -328,17 +310,14 @@ class FewWorker {
     *p_.lse.at<float>(tile.batch, tile.head, token) = sum == 0.0f ? -kInfinity : (max + std::log2(sum)) * kLn2;
   }
 
-  struct RowSoftmax {
-    float max, sum;
-  };
-
   const Problem& p_;
   const FarField* far_;
   const int key_vecs_, value_vecs_;
   std::unique_ptr<Vec[]> queries_, out_;
   std::unique_ptr<float[]> term_;
   Rows<T, kChunkKeys> keys_, values_;
-  Vec weights_[kMostFewQueries * kChunkVecs], bias_[kChunkVecs];
+  Vec weights_[kMostFewQueries * kChunkVecs];
+  float bias_[kChunkKeys];
   RowSoftmax softmax_[kMostFewQueries];
   int32_t tokens_[kChunkKeys];
 };

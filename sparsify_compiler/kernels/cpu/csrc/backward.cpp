@@ -204,7 +204,9 @@ class Worker {
         values_(aligned_floats(kChunkKeys * value_words_)),
         key_columns_(aligned_floats(kPaired ? Products::kChunkKeys / Products::kPerWord * key_rows_ : 0)),
         unpaired_weights_(new Vec[(kChunkKeys + 1) * kVecs]),
-        unpaired_d_scores_(new Vec[(kChunkKeys + 1) * kVecs]) {}
+        unpaired_d_scores_(new Vec[(kChunkKeys + 1) * kVecs]) {
+    few_keys_.dim = p_.head_dim, few_values_.dim = p_.value_dim;
+  }
 
   // Writes the gradients of the queries of some tiles, and adds those of keys and values to the sums of their head.
   template <class T>
@@ -224,7 +226,7 @@ class Worker {
   static constexpr int kChunkKeys = Products::kBackwardChunkKeys;
   static constexpr int kChunkVecs = kChunkKeys / kLanes;
   static constexpr bool kPaired = Products::kPerWord == 2;
-  using Packed = std::conditional_t<kPaired, BFloat16, float>;  // of a key head
+  using Packed = typename Products::Packed;  // of a key head
   static constexpr int64_t kRowsVecs = kChunkKeys * query_words<Products>(kVecs) / kLanes;  // of a strip's weights
 
   struct LoadedTile {
@@ -360,26 +362,21 @@ class Worker {
   // Computes the softmax of a few queries anew, where the lse has lost it.
   void renormalise_few(LoadedTile& loaded, const KeyHead& head) {
     Few& few = loaded.few;
-    float max[kMostFewQueries], sum[kMostFewQueries] = {};
-    std::fill_n(max, kMostFewQueries, -kInfinity);
+    RowSoftmax softmax[kMostFewQueries];
     const KeyStream from_start = loaded.stream;
     while (const int count = take_keys(loaded, head.rows(), head)) {
       find_rows(count, head);
       for (int i = 0; i < loaded.queries(); ++i) {
         Vec scores[kChunkVecs];
         score(few, i, count, scores);
-        const float most = std::min(std::max(max[i], largest_lane(scores, count)), kLargest);
-        const float base = most == -kInfinity ? 0.0f : most;
-        Vec added{};
-        for (int v = 0; v < vecs_for(count); ++v) added += exp2(scores[v] - base);
-        sum[i] = sum[i] * std::exp2(max[i] - base) + sum_of_lanes(added);
-        max[i] = most;
+        softmax[i].weigh(scores, count);
       }
     }
     loaded.stream = from_start;
     for (int i = 0; i < loaded.queries(); ++i) {
-      few.base[i] = max[i] == -kInfinity ? 0.0f : max[i];
-      few.factor[i] = sum[i] == 0.0f ? 0.0f : sum[i] <= kLargest ? 1.0f / sum[i] : NAN;
+      const float sum = softmax[i].sum;
+      few.base[i] = softmax[i].base();
+      few.factor[i] = sum == 0.0f ? 0.0f : sum <= kLargest ? 1.0f / sum : NAN;
     }
   }
 
@@ -511,7 +508,6 @@ class Worker {
 
   // The rows of a chunk's keys and values. What fills up the last vector of scores is hidden.
   void find_rows(int count, const KeyHead& head) {
-    few_keys_.dim = p_.head_dim, few_values_.dim = p_.value_dim;
     for (int i = 0; i < round_up(count, kLanes); ++i) {
       const int32_t row = rows_[std::min(i, count - 1)];
       few_keys_.at[i] = reinterpret_cast<const Packed*>(head.key(row));
@@ -523,10 +519,7 @@ class Worker {
   // Of query i with the chunk's keys; hidden ones have -inf whatever they hold.
   void score(const Few& few, int i, int count, Vec* scores) const {
     few_keys_.multiply(few.queries + i * vecs_for(p_.head_dim), count, scores);
-    for (int v = 0; v < vecs_for(count); ++v) {
-      const Vec bias = load_channels(bias_ + v * kLanes), score = scores[v] * (p_.scale * kLog2e) + bias;
-      scores[v] = bias == -kInfinity ? bias : score;
-    }
+    add_bias(scores, p_.scale * kLog2e, bias_, count);
   }
 
   void add_few_grads(LoadedTile& loaded, int count, const KeyHead& head) {

@@ -125,8 +125,7 @@ class Worker {
       const float* __restrict terms = reinterpret_cast<const float*>(terms_.get()) + index * width_;
       const float* __restrict limits = p_.limits.at<float>(tile.batch, tile.head, tile.block);
       for (int64_t d = 0; d < p_.value_dim; ++d) {
-        const float high = terms[d] > limits[d] ? limits[d] : terms[d];
-        const float term = high < -limits[d] ? -limits[d] : high;
+        const float term = within(terms[d], limits[d]);
         out[d] = from_float<T>(near_share * to_float(near[d]) + far_share * (to_float(far[d]) + term));
       }
     } else {

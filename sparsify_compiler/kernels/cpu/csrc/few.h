@@ -1,4 +1,4 @@
-// Products for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are lanes, and
+// Products and softmax for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are lanes, and
 // scores have keys as lanes. Keys and values are read where they lie.
 
 #pragma once
@@ -75,6 +75,35 @@ inline float sum_of_lanes(Vec x) {
   for (int i = 0; i < kLanes; ++i) sum += x[i];
   return sum;
 }
+
+// In place, products of a query with `count` keys -> scores. A bias of -inf hides what it stands beside.
+inline void add_bias(Vec* scores, float scale, const float* bias, int count) {
+  for (int v = 0; v < vecs_for(count); ++v) {
+    const Vec added = load_channels(bias + v * kLanes), score = scores[v] * scale + added;
+    scores[v] = added == -kInfinity ? added : score;
+  }
+}
+
+// Of the scores of one query seen so far: as in a strip.
+struct RowSoftmax {
+  float max = -kInfinity, sum = 0.0f;
+
+  float base() const { return max == -kInfinity ? 0.0f : max; }
+
+  // In place, scores -> weights exp2(score - max). Returns what everything summed before must be multiplied by.
+  float weigh(Vec* scores, int count) {
+    const float before = max;
+    max = std::min(std::max(max, largest_lane(scores, count)), kLargest);
+    Vec added{};
+    for (int v = 0; v < vecs_for(count); ++v) {
+      scores[v] = exp2(scores[v] - base());
+      added += scores[v];
+    }
+    const float decay = std::exp2(before - base());
+    sum = sum * decay + sum_of_lanes(added);
+    return decay;
+  }
+};
 
 // The rows of a chunk of keys or values, where they lie in memory.
 template <class T, int kChunk>

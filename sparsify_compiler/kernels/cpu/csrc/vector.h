@@ -41,6 +41,13 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
+// `x` kept within +-limit, a number or lane by lane; NaN stays.
+template <class X>
+inline X within(X x, X limit) {
+  const X high = x > limit ? limit : x;
+  return high < -limit ? -limit : high;
+}
+
 // 2^f for f in [0, 1]: minimax, relative error 8.3e-8, exact at 0.
 inline Vec exp2_of_fraction(Vec f) {
   Vec p = splat(0.00186713007004502f);
@@ -128,6 +135,7 @@ inline Half from_float(float x) {
 
 // Arithmetic in fp32, whatever the type in memory.
 struct Fp32 {
+  using Packed = float;  // an element of a word
   static constexpr int kPerWord = 1;
 
   static Vec multiply_add(Vec sum, float left, Vec right) { return sum + left * right; }
@@ -150,6 +158,7 @@ struct Fp32 {
 #if defined(__AVX512BF16__)
 // Products of bf16 pairs, summed in fp32.
 struct Bf16Pairs {
+  using Packed = BFloat16;
   static constexpr int kPerWord = 2;
 
   static Vec multiply_add(Vec sum, float left, Vec right) {
