@@ -22,7 +22,7 @@ exactly, and a head does without what raises their error. Nothing here reads a v
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -215,23 +215,36 @@ def near_and_far(
     """
     tensors = (query, key, value, *far)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        near = attention.block_sparse_attention(
-            query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
-        )
-        return merge_far_field(
-            query,
-            *near,
-            *_far_alone(query, table, far, scale, provider),
-            far.matrices,
-            far.limits,
-            table.q_bounds,
-            table.q_order,
-            scale=scale,
-            provider=provider,
-        )
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, *rest: Any) -> Any:
+            return torch.ops.sparsify.block_sparse_attention(
+                query, key, value, *table.tensors().values(), *rest, provider
+            )
+
+        def merge(*arguments: Any) -> Any:
+            return torch.ops.sparsify.merge_far_field(*arguments, provider)
+
+        return in_parts(attend, merge, query, key, value, table, far, key_bias, scale)
     return torch.ops.sparsify.near_and_far(
         query, key, value, *table.tensors().values(), key_bias, *far, scale, provider
     )
+
+
+def in_parts(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    merge: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    key_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`near_and_far` as it is defined: near field, far field, merge, by a provider's functions for these."""
+    near = attend(query, key, value, table, key_bias, scale)
+    others = attend(query, far.key, far.value, complement(table), far.bias, scale)
+    return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
 @torch.library.custom_op("sparsify::near_and_far", mutates_args=())
@@ -478,7 +491,9 @@ def _guard(
     near, near_lse = attention.block_sparse_attention(
         rows, key, value, table, key_bias=key_bias, scale=scale, provider=provider
     )
-    far_rows = _far_alone(rows, table, far, scale, provider)
+    far_rows = attention.block_sparse_attention(
+        rows, far.key, far.value, complement(table), key_bias=far.bias, scale=scale, provider=provider
+    )
 
     def error(matrices: Tensor | None, limits: Tensor | None) -> Tensor:
         merged, _ = merge_far_field(
@@ -498,15 +513,6 @@ def _guard(
     gate = least <= _error(near, exact)
     far = far._replace(bias=far.bias.masked_fill(~gate[..., None], -torch.inf))
     return far, Report(gate.float(), _recall(near_lse, exact_lse))
-
-
-def _far_alone(
-    query: Tensor, table: BlockTable, far: VirtualKeys, scale: float, provider: str
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the virtual keys, without the linear term."""
-    return attention.block_sparse_attention(
-        query, far.key, far.value, complement(table), key_bias=far.bias, scale=scale, provider=provider
-    )
 
 
 @dataclass(frozen=True, slots=True)

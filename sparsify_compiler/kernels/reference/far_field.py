@@ -1,28 +1,14 @@
 """Near and far field, alone and merged, defined in plain torch."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.far_field import VirtualKeys, complement
+from sparsify_compiler.kernels.far_field import in_parts
 from sparsify_compiler.kernels.reference import attention
 from sparsify_compiler.kernels.reference.statistics import blocks
-from sparsify_compiler.table import BlockTable
-
-
-def near_and_far(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: BlockTable,
-    far: VirtualKeys,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `far_field.near_and_far`."""
-    near = attention.forward(query, key, value, table, key_bias, scale)
-    others = attention.forward(query, far.key, far.value, complement(table), far.bias, scale)
-    return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
 def merge(
@@ -49,6 +35,10 @@ def merge(
     out.copy_(torch.where(alone[..., None], near_out, merged.to(out.dtype)))
     lse.copy_(torch.where(alone, near_lse, top + total.log()))
     return out, lse
+
+
+near_and_far = partial(in_parts, attention.forward, merge)
+"""See `far_field.near_and_far`."""
 
 
 def merge_backward(

@@ -1,31 +1,17 @@
 """Near and far field: that of attention twice, and the merge, whose kernel is in `far_field_kernels.py`."""
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.far_field import VirtualKeys, complement
+from sparsify_compiler.kernels.far_field import in_parts
 from sparsify_compiler.kernels.triton import attention
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, shared_strides
 from sparsify_compiler.kernels.triton.statistics import precision, value_tile
-from sparsify_compiler.table import BlockTable
-
-
-def near_and_far(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    table: BlockTable,
-    far: VirtualKeys,
-    key_bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """See `far_field.near_and_far`."""
-    near = attention.forward(query, key, value, table, key_bias, scale)
-    others = attention.forward(query, far.key, far.value, complement(table), far.bias, scale)
-    return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
 def merge(
@@ -47,6 +33,10 @@ def merge(
         *(out, lse),
     )()
     return out, lse
+
+
+near_and_far = partial(in_parts, attention.forward, merge)
+"""See `far_field.near_and_far`."""
 
 
 def merge_launch(
