@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sparsify_compiler
 from benchmarks.harness import machine, write_json
 from sparsify_compiler.evaluation import model as trained
+from sparsify_compiler.evaluation.quality import motion, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, noise, sample
 from sparsify_compiler.evaluation.world import VALIDATION, scene
 
@@ -48,16 +49,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         for far in ("drop", "linear")
     },
 }
-
-
-def psnr(videos: Tensor, exact: Tensor) -> Tensor:
-    """[videos] dB, of RGB from 0 to 1."""
-    return -10 * (videos - exact).square().flatten(1).mean(1).log10()
-
-
-def motion(videos: Tensor) -> Tensor:
-    """[videos] mean |difference| of neighbouring frames."""
-    return videos.diff(dim=2).abs().flatten(1).mean(1)
 
 
 def generate(

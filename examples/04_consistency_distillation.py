@@ -98,9 +98,9 @@ def validate(trainer: ConsistencyTrainer, teacher: nn.Module, frames: int, count
                 )
             ),
         }
-    print(f"teacher, {EXACT_STEPS} guided steps: motion {motion(exact):.4f}")
+    print(f"teacher, {EXACT_STEPS} guided steps: motion {motion(exact).mean():.4f}")
     for name, videos in found.items():
-        print(f"{name}: {psnr(videos, exact):.2f} dB, motion {motion(videos):.4f}")
+        print(f"{name}: {psnr(videos, exact).mean():.2f} dB, motion {motion(videos).mean():.4f}")
 
 
 def checkpoint(

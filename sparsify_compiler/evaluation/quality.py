@@ -1,4 +1,4 @@
-"""How far videos are from those that they should be, and how much moves in them."""
+"""How far videos are from those that they should be, and how much moves in them; each a number a video."""
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ def mse(videos: Tensor, exact: Tensor) -> Tensor:
     return (videos - exact).square().flatten(1).mean(1)
 
 
-def psnr(videos: Tensor, exact: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, mean over the videos; infinite where one is exact."""
-    return float((-10 * mse(videos, exact).log10()).mean())
+def psnr(videos: Tensor, exact: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each video in dB, infinite for one that is exact: [B]."""
+    return -10 * mse(videos, exact).log10()
 
 
-def motion(videos: Tensor) -> float:
-    """Mean absolute difference of neighbouring frames: a video that stands still would pass for a good one."""
-    return float(videos.diff(dim=2).abs().mean())
+def motion(videos: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring frames, [B]: a video that stands still would pass for a good one."""
+    return videos.diff(dim=2).abs().flatten(1).mean(1)

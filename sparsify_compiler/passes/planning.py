@@ -47,14 +47,14 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         ProviderError: the provider asked for cannot run a site that is to be sparse.
     """
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
-    eligible = [pair for pair in pairs if not refusal(*pair)]
+    refusals = [refusal(*pair) for pair in pairs]
+    eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
     entries = iter(
         _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
     )
     densities: dict[object, float | None] = {}
     plans = []
-    for site, layout in pairs:
-        why = refusal(site, layout)
+    for (site, layout), why in zip(pairs, refusals, strict=True):
         entry, reason = (None, why) if why else next(entries)
         if entry is None or entry.method.name == "dense":
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=reason))

@@ -191,7 +191,7 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
         seconds=seconds,
         choices={layer.mark.site: layer.choice for layer in made.policy.layers},
         density=_density(sparse, made.policy),
-        exact_motion=motion(exact),
+        exact_motion=_mean(motion(exact)),
         quality=quality,
     )
 
@@ -235,12 +235,16 @@ def _quality(
     return Quality(
         videos=words,
         calls=calls,
-        psnr=psnr(own, exact),
-        mse=float(mse(own, exact).mean()),
-        motion=motion(own),
-        psnr_to_dense=None if dense is None else psnr(own, dense),
-        mse_to_dense=None if dense is None else float(mse(own, dense).mean()),
+        psnr=_mean(psnr(own, exact)),
+        mse=_mean(mse(own, exact)),
+        motion=_mean(motion(own)),
+        psnr_to_dense=None if dense is None else _mean(psnr(own, dense)),
+        mse_to_dense=None if dense is None else _mean(mse(own, dense)),
     )
+
+
+def _mean(of_videos: Tensor) -> float:
+    return of_videos.mean().item()
 
 
 def _videos(name: str, make: Callable[[], Maker], folder: Path, frames: int, bar: Progress) -> Tensor:
