@@ -1,10 +1,11 @@
 """`python -m benchmarks.methods`: what the methods keep of the attention at equal density, and what they cost.
 
-    keep    share of the true attention mass that is read, at equal density, by every method and by flat blocks of
-            64 tokens, on a planted video and on others that are given; the mean over heads
-    cost    one warm sparse call of a site, selection and far field included, beside dense SDPA in the same run:
-            efficiency is speed-up times density, 1 for a kernel that works at SDPA's rate and selects for nothing
-    memory  what such a call allocates beyond its inputs and output
+    keep      share of the true attention mass that is read, at equal density, by every method and by flat blocks of
+              64 tokens, on a planted video and on others that are given; the mean over heads
+    cost      one warm sparse call of a site, selection and far field included, beside dense SDPA in the same run:
+              efficiency is speed-up times density, 1 for a kernel that works at SDPA's rate and selects for nothing
+    clusters  error of svg2 by how many clusters of keys it makes, at equal total work
+    memory    what such a call allocates beyond its inputs and output
 
 Every call that is timed is first held to float64 attention under the mask of its own table.
 """
@@ -29,7 +30,7 @@ from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_f
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.selection import Memory, Tokens
-from sparsify_compiler.methods.svg2 import Svg2
+from sparsify_compiler.methods.svg2 import Svg2, clusters_for
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.site import REPORT, SparseSite
@@ -40,6 +41,7 @@ from sparsify_compiler.testing.strategies import site_of
 
 Grid = tuple[int, int, int]
 DENSITIES = (0.1, 0.2, 0.3, 0.4)
+WORKS = (0.3, 0.45, 0.6)
 
 
 def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,6 +179,49 @@ def keep_cases(
         }
 
 
+def cluster_cases(
+    name: str, grid: Grid, problems: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Iterator[dict[str, Any]]:
+    """Errors of svg2 with more and with fewer clusters of keys, at equal work.
+
+    Work is counted in products of dense attention: the density, a virtual key for each cluster, and two iterations
+    of k-means over both kinds of clusters. Fewer clusters leave more of it for the density.
+    """
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+    q_clusters, usual = clusters_for(layout.tokens)
+    for work in WORKS:
+        for kv_clusters in (2 * usual, usual * 3 // 2, usual, usual * 2 // 3, usual // 2):
+            density = work - (2 * kv_clusters + q_clusters) / layout.tokens
+            reached, errors = [], []
+            for query, key, value in problems:
+
+                def make(
+                    top_p: float,
+                    floor: float,
+                    clusters: int = kv_clusters,
+                    query: Tensor = query,
+                    key: Tensor = key,
+                ) -> BlockTable:
+                    method = Svg2(top_p=top_p, min_kv_ratio=floor, kv_clusters=clusters)
+                    return table_of(method, query, key, layout)
+
+                table = at_density(make, density)
+                reached.append(table.density())
+                errors.append([relative_error(query, key, value, table, far) for far in FAR_FIELDS])
+            yield {
+                "kind": "clusters",
+                "problem": name,
+                "tokens": layout.tokens,
+                "work": work,
+                "clusters": [q_clusters, kv_clusters],
+                "density": round(mean(reached), 4),
+                "error": {
+                    far: round(mean(some), 4)
+                    for far, some in zip(FAR_FIELDS, zip(*errors, strict=True), strict=True)
+                },
+            }
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One warm site on fixed tensors."""
@@ -305,7 +350,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["keep", "cost", "memory"])
+    parser.add_argument("--only", choices=["keep", "clusters", "cost", "memory"])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods-cpu.json"))
     arguments = parser.parse_args()
     print(machine())
@@ -321,6 +366,12 @@ def main() -> None:
             add(case)
         trained = [problem for level in (0.5, 0.9) for problem in recorded(level)]
         for case in keep_cases("trained model", (24, 8, 12), trained):
+            add(case)
+    if arguments.only in (None, "clusters"):
+        for case in cluster_cases("planted video", (8, 16, 24), [planted_video((8, 16, 24), 2, 64)]):
+            add(case)
+        trained = [problem for level in (0.5, 0.9) for problem in recorded(level)]
+        for case in cluster_cases("trained model", (24, 8, 12), trained):
             add(case)
     if arguments.only in (None, "cost"):
         for grid in ((8, 32, 32), (16, 32, 32)):

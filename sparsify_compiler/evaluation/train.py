@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
-from sparsify_compiler.evaluation.sampling import noise, sample
+from sparsify_compiler.evaluation.sampling import Velocity, noise, sample
 from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, validation
 
 SAMPLES = 4
@@ -71,11 +72,14 @@ def stages(text: str) -> tuple[Stage, ...]:
 def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_every: float) -> None:
     """Trains for some minutes, and saves and looks at the model at the end and in between."""
     begin = saved = looked = time.monotonic()
+    stage = None
     while (now := time.monotonic()) < begin + 60 * minutes:
+        if stage != (stage := trainer.recipe.stage(trainer.step)):
+            trainer.compiled = compiled(trainer.model, stage.frames)
         error = trainer.advance()
         record = {
             "step": trainer.step,
-            "frames": trainer.recipe.stage(trainer.step - 1).frames,
+            "frames": stage.frames,
             "loss": round(error, 5),
             "seconds": round(time.monotonic() - now, 2),
         }
@@ -88,6 +92,17 @@ def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_
             looked = time.monotonic()
     trainer.save(out / "checkpoint.pt")
     look(trainer, out)
+
+
+def compiled(model: nn.Module, frames: int) -> Velocity:
+    """The model with every attention whole, but by this package's kernels.
+
+    A tile of all frames leaves nothing out: on two cores with bfloat16 products a step takes two thirds of the time
+    that it takes through SDPA.
+    """
+    options = {"method": "tile", "reference_frames": frames}
+    result: Velocity = torch.compile(model, backend="sparsify", dynamic=False, options=options)
+    return result
 
 
 def look(trainer: Trainer, out: Path) -> None:

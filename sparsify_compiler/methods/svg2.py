@@ -158,13 +158,14 @@ class Svg2:
 def clusters_for(tokens: int) -> tuple[int, int]:
     """(query clusters, key clusters) for a video of so many tokens.
 
-    Straight lines through `RELEASED`, and on. Below it the numbers fall more slowly than the tokens, by the powers
-    1/2 and 3/4: small videos want smaller clusters.
+    Straight lines through `RELEASED`, and on. Below it key clusters keep their size, 33 tokens, and query clusters
+    shrink with the square root of the tokens. At equal total time (`python -m benchmarks.methods --only clusters`)
+    smaller key clusters cost more, in k-means and as virtual keys of the far field, than their precision is worth.
     """
     least, q_least, kv_least = RELEASED[0]
     if tokens < least:
         share = tokens / least
-        return max(1, round(q_least * share**0.5)), max(1, round(kv_least * share**0.75))
+        return max(1, round(q_least * share**0.5)), max(1, round(kv_least * share))
     low, high = next((pair for pair in pairwise(RELEASED) if tokens <= pair[1][0]), RELEASED[-2:])
     along = (tokens - low[0]) / (high[0] - low[0])
     q_clusters, kv_clusters = (round(a + along * (b - a)) for a, b in zip(low[1:], high[1:], strict=True))
