@@ -191,7 +191,9 @@ def virtual_keys(
         second_order = scale**2 / 2 * _per_query_block(mean_square, key_variance.mT)[:, :, 0]
         bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
         shares = _far_shares(mean_query, key_mean, bias.detach(), table, scale)
-        matrices = _per_query_block(shares, covariance.flatten(3)).unflatten(3, covariance.shape[3:])
+        # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
+        narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
+        matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
