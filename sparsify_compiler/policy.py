@@ -75,8 +75,11 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
     if far_field not in (None, *kind.far_fields):
         raise unknown_choice("far_field", far_field, kind.far_fields)
     far_field = far_field or kind.far_field
-    defaults = kind.if_dropped if far_field == "drop" else {}
-    return Entry(method=kind(**{**defaults, **own}), far_field=far_field)
+    if own.get("min_gain") is not None and far_field != "linear":
+        raise OptionError(
+            f"min_gain says what the linear far field leaves to be read, got far_field={far_field!r}: try top_p"
+        )
+    return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
 
 
 ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))

@@ -19,6 +19,11 @@ double the head dim.
 
 Neither form is always better than dropping, nor the first order than the zeroth, so a few rows are computed
 exactly, and a head does without what raises their error. Nothing here reads a value back from the device.
+
+What is best read is not what holds most mass: a block of like keys, or like values, is as good as its statistics
+however much attention it gets. `min_gain` reads, beside what the table lists, the blocks that `linear` does badly:
+the second order, which it leaves out, is about P_ij s² E q²·var_j of how far values of j lie from the output, where
+P_ij is the share of block j in the attention of query block i (`gains`).
 """
 
 import math
@@ -40,10 +45,12 @@ MOST_SECOND_ORDER = 0.5
 
 
 class Report(NamedTuple):
-    """What the sampled rows say of each head: fp32 tensors [B, H] on the device."""
+    """What is known of a call, by head: fp32 tensors [B, H] on the device."""
 
+    density: Tensor
+    """Share of the query-key pairs that were read."""
     gate: Tensor
-    """1 where the far field is merged, 0 where it is dropped."""
+    """1 where the far field is merged, 0 where it is dropped: sampled rows say so."""
     recall: Tensor
     """Mean share of the true attention mass that the near field holds; NaN where no row is sampled."""
 
@@ -55,6 +62,7 @@ def attention_with_far_field(
     table: BlockTable,
     *,
     far_field: str,
+    min_gain: float | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
     provider: str = "auto",
@@ -65,16 +73,21 @@ def attention_with_far_field(
     Args:
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
+        min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
         sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
             table. A head does without the first order of `linear`, or without a far field, where that raises
             their summed squared error. 0: no guard, no recall.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, near and far field merged.
-        report: gate and recall of each head.
+        report: of each head.
     """
     if far_field not in FAR_FIELDS:
         raise unknown_choice("far_field", far_field, FAR_FIELDS)
+    if min_gain is not None and (far_field != "linear" or not min_gain >= 0):
+        raise ValueError(
+            f"min_gain must be at least 0, with far_field='linear', got {min_gain} and {far_field!r}"
+        )
     if sampled_rows < 0:
         raise ValueError(f"sampled_rows must be 0 or more, got {sampled_rows}")
     device = query.device.type
@@ -87,8 +100,8 @@ def attention_with_far_field(
     with torch.autocast(device, enabled=False):
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
-        report = Report(torch.zeros_like(nothing), nothing)
         if far_field == "drop":
+            report = _report(table, torch.zeros_like(nothing), nothing)
             out, lse = attention.block_sparse_attention(
                 query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
             )
@@ -99,24 +112,30 @@ def attention_with_far_field(
                     )
                     report = report._replace(recall=_recall(sample.take(lse), exact_lse))
             return out, lse, report
-        far = virtual_keys(
+        table, far = virtual_keys(
             query,
             key,
             value,
             table,
             linear=far_field == "linear",
+            min_gain=min_gain,
             key_bias=key_bias,
             scale=scale,
             provider=provider,
         )
-        report = report._replace(gate=torch.ones_like(nothing))
+        gate, recall = torch.ones_like(nothing), nothing
         if sample is not None:
             with torch.no_grad():
-                far, report = _guard(sample, query, key, value, table, far, key_bias, scale, provider)
+                far, gate, recall = _guard(sample, query, key, value, table, far, key_bias, scale, provider)
+        report = _report(table, gate, recall)
         out, lse = near_and_far(
             query, key, value, table, far, key_bias=key_bias, scale=scale, provider=provider
         )
     return out, lse, report
+
+
+def _report(table: BlockTable, gate: Tensor, recall: Tensor) -> Report:
+    return Report(table.densities().float().expand_as(gate), gate, recall)
 
 
 def exact_rows(
@@ -169,35 +188,78 @@ def virtual_keys(
     table: BlockTable,
     *,
     linear: bool,
+    min_gain: float | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> VirtualKeys:
-    """What answers for the blocks that a row of `table` does not list.
+) -> tuple[BlockTable, VirtualKeys]:
+    """The table, with what `min_gain` adds to it, and what answers for the blocks that a row of it does not list.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
     log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
         key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
     )
-    bias = log_weight.repeat_interleave(query.shape[1] // log_weight.shape[1], dim=1)
+    bias = _of_heads(log_weight, query.shape[1])
     matrices = limits = None
     if linear:
         mean_query, mean_square = statistics.block_means(
             query, table.q_bounds, table.q_order, provider=provider
         )
         sizes = table.q_bounds.diff(dim=-1).unsqueeze(-2).to(mean_square.dtype)
-        mean_square = sizes @ mean_square / max(query.shape[2], 1)
-        second_order = scale**2 / 2 * _per_query_block(mean_square, key_variance.mT)[:, :, 0]
+        mean_of_all = sizes @ mean_square / max(query.shape[2], 1)
+        second_order = scale**2 / 2 * _per_query_block(mean_of_all, key_variance.mT)[:, :, 0]
         bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
-        shares = _far_shares(mean_query, key_mean, bias.detach(), table, scale)
+        scores = scale * _per_query_block(mean_query, key_mean.mT) + bias.detach()[:, :, None]
+        if min_gain is not None:
+            with torch.no_grad():
+                spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
+                gain = gains(scores, spread, value_mean, value_variance, table)
+                table = listing(table, table.block_mask() | (gain > min_gain))
+        shares = _shares(scores.masked_fill(table.block_mask(), -torch.inf))
         # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
         narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
         matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
-    return VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+    return table, VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+
+
+def gains(
+    scores: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
+) -> Tensor:
+    """What reading a block is worth: the estimated error of the output that it saves, for each share of the keys.
+
+    With P the softmax of the scores, o_i = sum over j of P_ij vbar_j, and the whole output's root mean square
+    |o| over the tokens of all heads:
+
+        gain_ij = P_ij spread_ij sqrt(|vbar_j - o_i|² + sum of var(v)_j) / |o| / (keys of j / all keys)
+
+    At a gain of 1, a hundredth of the keys lowers the relative error by about a hundredth. Where every block with
+    more than a certain gain is read, the error is the least that so much reading can reach, were errors to add up.
+
+    Args:
+        scores: [B, H, Nq, N], of the mean query for each virtual key.
+        spread: [B, H, Nq, N], variance of the scores of a pair of blocks about it.
+        value_mean, value_variance: [B, G, N, Dv], G dividing H.
+
+    Returns:
+        [B, H, Nq, N], not negative; 0 for blocks without keys.
+    """
+    shares = _shares(scores)
+    out = _per_query_block(shares, value_mean)
+    apart = (
+        out.square().sum(-1, keepdim=True)
+        - 2 * _per_query_block(out, value_mean.mT)
+        + _of_heads((value_mean.square() + value_variance).sum(-1), out.shape[1])[:, :, None]
+    )
+    queries, keys = (bounds.diff(dim=-1).to(out.dtype) for bounds in (table.q_bounds, table.kv_bounds))
+    power = (queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)
+    size = power.mean(1).clamp(min=torch.finfo(out.dtype).tiny).sqrt()[:, None, None, None]
+    part = (keys / keys.sum(-1, keepdim=True).clamp(min=1))[:, :, None]
+    gain = shares * spread * apart.clamp(min=0).sqrt() / size / part.clamp(min=torch.finfo(out.dtype).tiny)
+    return gain.masked_fill(part == 0, 0.0)
 
 
 def near_and_far(
@@ -289,18 +351,20 @@ def _near_and_far_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tu
 def complement(table: BlockTable) -> BlockTable:
     """The table over virtual keys, one for each key block, in which a row lists what it does not in `table`."""
     skipped = ~table.block_mask()
-    blocks = skipped.shape[-1]
-    columns = torch.arange(blocks + 1, dtype=torch.int32, device=skipped.device)
-    # Each skipped block moves to the place that counting gives it, the others to one that is cut off.
-    place = torch.where(skipped, skipped.cumsum(-1) - 1, blocks)
-    indices = torch.zeros(*skipped.shape[:-1], blocks + 1, dtype=torch.int32, device=skipped.device)
-    indices = indices.scatter(-1, place, columns[:-1].expand_as(place))
+    columns = torch.arange(skipped.shape[-1] + 1, dtype=torch.int32, device=skipped.device)
+    return replace(listing(table, skipped), kv_bounds=columns[None, None], kv_order=None)
+
+
+def listing(table: BlockTable, kept: Tensor) -> BlockTable:
+    """The table of the same blocks whose rows list what `kept`, bool [B, H, Nq, N], says, in rising order."""
+    blocks = kept.shape[-1]
+    columns = torch.arange(blocks, dtype=torch.int32, device=kept.device)
+    # Each kept block moves to the place that counting gives it, the others to one that is cut off.
+    place = torch.where(kept, kept.cumsum(-1) - 1, blocks)
+    indices = torch.zeros(*kept.shape[:-1], blocks + 1, dtype=torch.int32, device=kept.device)
+    indices = indices.scatter(-1, place, columns.expand_as(place))
     return replace(
-        table,
-        kv_bounds=columns[None, None],
-        kv_num_blocks=skipped.sum(-1, dtype=torch.int32),
-        kv_indices=indices[..., : max(blocks, 1)],
-        kv_order=None,
+        table, kv_num_blocks=kept.sum(-1, dtype=torch.int32), kv_indices=indices[..., : max(blocks, 1)]
     )
 
 
@@ -486,8 +550,8 @@ def _guard(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[VirtualKeys, Report]:
-    """`far` without what raises the error of a head's sampled rows, and what these say."""
+) -> tuple[VirtualKeys, Tensor, Tensor]:
+    """`far` without what raises the error of a head's sampled rows; gate and recall, as in `Report`."""
     rows, table = sample.take(query), sample.rows_of(table)
     exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
     near, near_lse = attention.block_sparse_attention(
@@ -514,7 +578,7 @@ def _guard(
     # An error that is no number is no improvement.
     gate = least <= _error(near, exact)
     far = far._replace(bias=far.bias.masked_fill(~gate[..., None], -torch.inf))
-    return far, Report(gate.float(), _recall(near_lse, exact_lse))
+    return far, gate.float(), _recall(near_lse, exact_lse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -566,12 +630,15 @@ def _error(rows: Tensor, exact: Tensor) -> Tensor:
     )
 
 
-def _far_shares(query: Tensor, key: Tensor, bias: Tensor, table: BlockTable, scale: float) -> Tensor:
-    """[B, H, Nq, N]: softmax of queries [B, H, Nq, D] over virtual keys [B, G, N, D]; 0 where listed."""
-    scores = scale * _per_query_block(query, key.mT) + bias[:, :, None]
-    scores = scores.masked_fill(table.block_mask(), -torch.inf)
+def _shares(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; 0 where nothing is to be seen."""
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def _of_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[B, G, ...] for each of `heads`, as a view where they are as many."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def _per_query_block(left: Tensor, right: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Method(Protocol):
     """Default of the option."""
     far_fields: ClassVar[tuple[str, ...]]
     """What the option may be."""
-    if_dropped: ClassVar[dict[str, float]]
-    """Other defaults, for where what is not read is dropped."""
+    otherwise: ClassVar[dict[str, dict[str, Any]]]
+    """Other defaults of its options, for far fields other than its own."""
 
     def refusal(self, layout: TokenLayout) -> str:
         """Why sites of this layout must stay dense; empty if they need not."""

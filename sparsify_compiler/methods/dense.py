@@ -1,7 +1,7 @@
 """Method `dense`: every attention stays the model's own call. The baseline, and what refusal falls back to."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -17,7 +17,7 @@ class Dense:
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
     far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
-    if_dropped: ClassVar[dict[str, float]] = {}
+    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def refusal(self, layout: TokenLayout) -> str:
         """Always: nothing is rewritten."""

@@ -12,7 +12,7 @@ that pays. Tokens outside the grid (text, references) see everything and are see
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Dsv:
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
     far_fields: ClassVar[tuple[str, ...]] = ("drop",)
-    if_dropped: ClassVar[dict[str, float]] = {}
+    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         if self.rank is not None:

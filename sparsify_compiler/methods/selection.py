@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,12 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
+
+MASS_ALONE = {
+    "drop": {"top_p": 0.9, "min_kv_ratio": 0.1, "min_gain": None},
+    "mean": {"top_p": 0.5, "min_kv_ratio": 0.1, "min_gain": None},
+}
+"""Defaults of the methods with top-p selection, where there is no linear far field to say what it cannot do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +58,8 @@ class Selection(NamedTuple):
     """[B, H, Nq] fp32: the attention mass that the method estimates each block of video queries to keep."""
     whole: bool = True
     """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
+    min_gain: float | None = None
+    """With the linear far field: what else is worth reading (`kernels.far_field.gains`)."""
 
 
 class Blocks(NamedTuple):
@@ -133,6 +142,16 @@ def check_share(name: str, value: object, *, zero: bool) -> float:
     number = share(value)
     if number is None or (number == 0 and not zero):
         raise OptionError(f"{name} must be a number in {'[' if zero else '('}0, 1], got {value!r}")
+    return number
+
+
+def check_gain(value: object) -> float | None:
+    """`value` as a float of at least 0, or None; OptionError else."""
+    if value is None:
+        return None
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 <= number < math.inf:
+        raise OptionError(f"min_gain must be a number of at least 0, or None, got {value!r}")
     return number
 
 

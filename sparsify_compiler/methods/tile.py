@@ -10,7 +10,7 @@ Tokens outside the grid (text, references) see everything and are seen by everyt
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class Tile:
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
     far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
-    if_dropped: ClassVar[dict[str, float]] = {}
+    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         if self.reference_frames is not None:

@@ -158,22 +158,23 @@ class _Work:
         operands, memory = self._sort(query, inputs)
         kept = query.new_full((1, 1, 1), torch.nan)
         learnt: tuple[Tensor, ...] = ()
-        whole = True
+        whole, min_gain = True, None
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole), learnt = method.select(
+                (table, kept, whole, min_gain), learnt = method.select(
                     self._tokens(query, key, key_bias), memory, **operands
                 )
         else:
             table = BlockTable(**operands)
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
         last = plan.layout.tokens - plan.layout.after
-        out, _, sampled = attention_with_far_field(
+        out, _, known = attention_with_far_field(
             query if whole else query[:, :, plan.layout.before : last],
             key,
             value,
             table,
             far_field=plan.far_field,
+            min_gain=min_gain,
             key_bias=key_bias,
             scale=plan.site.scale,
             provider=plan.provider,
@@ -182,7 +183,7 @@ class _Work:
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias)
         with torch.no_grad():
-            rows = (table.densities(), kept.mean(-1), sampled.recall, sampled.gate)
+            rows = (known.density, kept.mean(-1), known.recall, known.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
         return [out, report, *learnt]
 

@@ -147,6 +147,53 @@ def _blocks_of(
     return rows, columns, listed
 
 
+def gains(
+    query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
+) -> Tensor:
+    """[B, H, Nq, N] float64: what reading each block of `table` gains, block by block from the formula."""
+    q, k, v = query.double(), key.double(), value.double()
+    batch, heads, q_tokens, _ = q.shape
+    found = q.new_zeros(batch, heads, table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1)
+    for b in range(batch):
+        power = []
+        for h in range(heads):
+            keys, values = (t[b, h * k.shape[1] // heads] for t in (k, v))
+            rows, columns, _ = _blocks_of(table, b, h, q_tokens, k.shape[2])
+            bias = [0.0] * k.shape[2]
+            if key_bias is not None:
+                bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
+            seen = [[t for t in block if bias[t] != -math.inf] for block in columns]
+            groups = {
+                j: _moments(keys[block], values[block], [bias[t] for t in block])
+                for j, block in enumerate(seen)
+                if block
+            }
+            square = (q[b, h] ** 2).mean(0)
+            squared_norms = 0.0
+            for i, row in enumerate(rows):
+                if not row or not groups:
+                    continue
+                scores = torch.stack(
+                    [
+                        scale * q[b, h, row].mean(0).dot(mean)
+                        + log_weight
+                        + min(float(scale**2 / 2 * square.dot(variance)), 0.5)
+                        for log_weight, mean, _, variance, _, _ in groups.values()
+                    ]
+                )
+                shares = dict(zip(groups, scores.softmax(0), strict=True))
+                out = sum(shares[j] * groups[j][2] for j in groups)
+                squared_norms += len(row) * float(out.square().sum())
+                for j, (_, _, middle, variance, value_variance, _) in groups.items():
+                    spread = scale**2 * (q[b, h, row] ** 2).mean(0).dot(variance)
+                    distance = ((middle - out).square().sum() + value_variance.sum()).sqrt()
+                    part = len(columns[j]) / k.shape[2]
+                    found[b, h, i, j] = shares[j] * spread * distance / part
+            power.append(squared_norms / q_tokens)
+        found[b] /= max((sum(power) / heads) ** 0.5, 1e-300)
+    return found
+
+
 def _moments(
     keys: Tensor, values: Tensor, bias: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -205,6 +205,51 @@ def test_the_guard_decides_for_each_head(provider):
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@given(problem=problems(), min_gain=st.sampled_from([0.0, 0.01, 0.1, 1.0, 10.0]))
+@settings(max_examples=EXAMPLES)
+def test_what_is_worth_reading_is_read(provider, problem, min_gain):
+    """Every block that the table lists or whose gain is above the least, by the formula; none else."""
+    query, key, value, table, bias = problem
+    options: dict[str, Any] = {"key_bias": bias, "scale": 0.4, "provider": provider}
+    exact = oracles.gains(query, key, value, table, bias, 0.4)
+    listed = table.block_mask().expand(exact.shape)
+    got, far = virtual_keys(query, key, value, table, linear=True, min_gain=min_gain, **options)
+    read = got.block_mask()
+    slack = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(query.dtype, 1e-4)
+    clear = (exact - min_gain).abs() > slack * exact.max().clamp(min=1e-3)
+    assert torch.equal(read[clear], (listed | (exact > min_gain))[clear])
+    assert read[listed].all()
+    assert got.kv_bounds is table.kv_bounds
+    out = near_and_far(query, key, value, got, far, **options)
+    like = oracles.far_field_attention(query, key, value, got, "linear", key_bias=bias, scale=0.4)
+    for one, other in zip(out, like, strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=TOLERANCE[query.dtype], atol=TOLERANCE[query.dtype]
+        )
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a thousand tokens are many for an interpreter")
+def test_what_is_worth_reading_errs_less_than_what_is_looked_at_most():
+    """At equal density, over heads that attend differently: what mass alone cannot weigh against each other."""
+    problems = [far_fields.GENERATORS[name](1024, 2, 64) for name in far_fields.GENERATORS]
+    query, key, value = (torch.cat(tensors, dim=1) for tensors in zip(*problems, strict=True))
+    exact, _ = oracles.masked_attention(query, key, value, torch.ones(1024, 1024, dtype=torch.bool))
+    nothing = uniform_table(torch.zeros(32, 64, dtype=torch.bool), 32, 16)
+
+    def error(table: BlockTable, **options: Any) -> tuple[float, float]:
+        out, _, report = attention_with_far_field(
+            query, key, value, table, far_field="linear", sampled_rows=0, **options
+        )
+        return float((out - exact).norm() / exact.norm()), float(report.density.mean())
+
+    for min_gain in (3.0, 1.0, 0.3):
+        found, density = error(nothing, min_gain=min_gain)
+        by_mass, like = error(far_fields.nearest_blocks(query, key, 32, 16, density))
+        assert like >= density - 1 / 64
+        assert found < by_mass
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
 def test_exact_rows_are_rows_of_dense_attention(provider):
     query, key, value = qkv(2, 4, 2, 30, 25, 16, 24, torch.float32)
     bias = torch.randn(2, 4, 25, generator=torch.Generator().manual_seed(0))
@@ -275,7 +320,7 @@ def test_opcheck_with_strided_views(provider, grad):
 @pytest.mark.parametrize("linear", [False, True])
 def test_opcheck_of_both_fields(provider, linear):
     tensors, table = qkv(2, 4, 2, 40, 40, 24, 16, torch.float32), some_table()
-    far = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
+    _, far = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
     arguments = (*tensors, *table.tensors().values(), None, *far, 0.3, provider)
     torch.library.opcheck(torch.ops.sparsify.near_and_far.default, arguments)
 
@@ -293,7 +338,7 @@ def test_both_fields_at_once_are_both_merged(provider, dtype, head_dims, queries
     blocks[1] = False  # nothing is near
     table = uniform_table(blocks, queries, 5, kv_order=torch.randperm(keys).int()[None, None])
     options = {"key_bias": torch.randn(1, 4, keys), "scale": head_dims[0] ** -0.5, "provider": provider}
-    far = virtual_keys(query, key, value, table, linear=True, **options)
+    _, far = virtual_keys(query, key, value, table, linear=True, **options)
     bias = far.bias.clone()
     bias[:, 1] = -torch.inf
     far = far._replace(bias=bias)
@@ -379,10 +424,10 @@ def test_only_linear_has_matrices():
     """Those of a query head each, from statistics of a key head each."""
     tensors = qkv(1, 4, 2, 40, 40, 16, 24, torch.float32)
     options: dict[str, Any] = {"key_bias": None, "scale": 0.25, "provider": "reference"}
-    far = virtual_keys(*tensors, some_table(), linear=True, **options)
+    _, far = virtual_keys(*tensors, some_table(), linear=True, **options)
     assert far.matrices.shape == (1, 4, 4, 16, 24)
     assert far.limits.shape == (1, 4, 4, 24)
-    far = virtual_keys(*tensors, some_table(), linear=False, **options)
+    _, far = virtual_keys(*tensors, some_table(), linear=False, **options)
     assert far.matrices is far.limits is None
 
 
@@ -392,6 +437,10 @@ def test_arguments_that_do_not_fit():
         attention_with_far_field(*tensors, some_table(), far_field="means")
     with pytest.raises(ValueError, match="sampled_rows must be 0 or more, got -1"):
         attention_with_far_field(*tensors, some_table(), far_field="mean", sampled_rows=-1)
+    with pytest.raises(ValueError, match="min_gain must be at least 0, with far_field=.linear., got 1"):
+        attention_with_far_field(*tensors, some_table(), far_field="mean", min_gain=1.0)
+    with pytest.raises(ValueError, match="min_gain must be at least 0"):
+        attention_with_far_field(*tensors, some_table(), far_field="linear", min_gain=-1.0)
     with pytest.raises(ValueError, match="key must be"):
         attention_with_far_field(tensors[0], tensors[1][..., :8], tensors[2], some_table(), far_field="mean")
     out, lse = attention.block_sparse_attention(*tensors, some_table())
