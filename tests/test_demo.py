@@ -54,7 +54,7 @@ def test_a_step_is_measured_checked_and_drawn(run):
 
 
 def test_a_demo_whose_check_fails_says_so(tmp_path, monkeypatch):
-    monkeypatch.setitem(demo.SIZES, "cpu", TINY)
+    monkeypatch.setitem(demo.SIZES, "cpu", replace(TINY, layers=1, rounds=1))
     monkeypatch.setitem(demo.BOUND, torch.float32, math.nan)
     monkeypatch.setattr(demo.videos, "run", lambda *_: None)
     failed = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path)])

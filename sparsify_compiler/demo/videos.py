@@ -79,9 +79,10 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
     )
     torch.compiler.reset()  # another model's shapes were seen before, and would make those of this one dynamic
     model = load().to(device)
+    svg2 = {"method": "svg2", "inner_backend": size.backend}  # the default method with its defaults
     programs: dict[str, Velocity] = {
         "dense": torch.compile(model, backend=size.backend),
-        "svg2": torch.compile(model, backend="sparsify", options={"inner_backend": size.backend}),
+        "svg2": torch.compile(model, backend="sparsify", options=svg2),
     }
     compiling, seconds, videos = {}, {}, {}
     make = partial(generate, prompts=prompts, size=size, device=device)
@@ -150,7 +151,7 @@ def _summary(result: Result, size: Size) -> Group:
         table.add_row(row, *(f"{seconds[name]:.1f} s" for name in result.videos))
     table.add_row("query-key pairs of self-attention, sparse steps", "100%", f"{result.stats.density:.1%}")
     table.add_row("share of self-attention in the generation", f"{result.attention_share:.0%}", "")
-    each = Table("prompt", "PSNR of svg2 against dense", "motion, dense", "motion, svg2")
+    each = Table("prompt", "PSNR to dense", "motion, dense", "motion, svg2")
     for prompt, decibel, *moved in zip(
         result.prompts, result.psnr, result.motion("dense"), result.motion("svg2"), strict=True
     ):
