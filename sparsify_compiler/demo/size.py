@@ -26,7 +26,7 @@ class Size:
     steps: int = 16
     """In which they are made."""
     backend: str = "inductor"
-    """What compiles the dense models, and the sparse ones after their rewriting."""
+    """What compiles the model whose step is timed, dense, and sparse after its rewriting."""
 
 
 SIZES = {
