@@ -19,9 +19,9 @@ app = typer.Typer(
 @app.command()
 def demo(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    out: Annotated[Path, typer.Option(help="folder for the picture of the masks")] = Path("demo_out"),
+    out: Annotated[Path, typer.Option(help="folder for pictures and videos")] = Path("demo_out"),
 ) -> None:
-    """One video model, dense and sparse: what is done, how fast it is, and that it is right."""
+    """Video models, dense and sparse: what is done, how fast it is, that it is right, and videos side by side."""
     from sparsify_compiler import demo
 
     if not demo.run(device, out).passed:

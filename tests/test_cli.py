@@ -1,15 +1,13 @@
 """The command line: what it prints, and that mistakes come as one line."""
 
-import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
-from sparsify_compiler import OptionError, SparsifyError, cli, demo, diffusers_model, doctor
+from sparsify_compiler import OptionError, SparsifyError, cli, diffusers_model, doctor
 
 WAN = [
     "explain",
@@ -22,16 +20,6 @@ WAN = [
 INPUTS = ["hidden_states=1x16x5x14x18", "timestep=1:int64", "encoder_hidden_states=1x11x4096"]
 ARGUMENTS = [*WAN, *(word for text in INPUTS for word in ("--input", text))]
 TILE = [*ARGUMENTS, "--option", "method=tile"]
-TINY = demo.Size(
-    grid=(5, 3, 4),
-    heads=2,
-    head_dim=16,
-    layers=2,
-    dtype=torch.float32,
-    reference_frames=1,
-    rounds=2,
-    backend="eager",
-)
 
 
 def run(*words: str):
@@ -158,25 +146,3 @@ def test_doctor_tells_a_broken_provider(monkeypatch):
 
     monkeypatch.setattr(attention, "forward", lambda *_: (torch.zeros(1, 2, 213, 64), torch.zeros(1, 2, 213)))
     assert doctor.proof("cpu", "cpu").startswith("BROKEN: AssertionError")
-
-
-def test_demo_measures_checks_and_draws(tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
-    pytest.importorskip("matplotlib")
-    console = Console(width=120, record=True)
-    result = demo.run("cpu", tmp_path, size=TINY, console=console)
-    assert result.passed
-    assert result.density["tile"] == pytest.approx((3 * 5 - 2) / 25)
-    assert 0.1 <= result.density["svg2"] < 1
-    assert 0 < result.recall <= 1
-    assert result.distance["tile"] > 100 * result.bound, "the check must be able to fail"
-    assert result.picture.exists()
-    text = console.export_text()
-    assert "blocks.{0..1}.attn1" in text
-    assert "times as fast" in text
-
-    monkeypatch.setitem(demo.SIZES, "cpu", TINY)
-    monkeypatch.setitem(demo.BOUND, torch.float32, math.nan)
-    failed = run("demo", "--out", str(tmp_path))
-    assert failed.exit_code == 1
-    assert "does NOT compute" in failed.stdout

@@ -1,8 +1,11 @@
 """Videos as pictures for people to look at."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -20,3 +23,27 @@ def strip(videos: Tensor, columns: int = 8, zoom: int = 2) -> "Image":
     pixels = framed.transpose(0, 3, 2, 4, 1).reshape(rows * height, across * width, 3)
     image = Image.fromarray((pixels * 255).round().astype(np.uint8))
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def side_by_side(left: Tensor, right: Tensor, *, zoom: int = 4, gap: int = 4) -> "list[Image]":
+    """A picture for each frame of two sets of videos [count, 3, frames, height, width], RGB from 0 to 1.
+
+    Rows are the videos; every pixel is a square of `zoom`, and white lines of `gap` lie between the videos.
+    """
+    from PIL import Image
+
+    pairs = torch.stack([left, right], dim=1).float().clamp(0, 1)
+    enlarged = pairs.repeat_interleave(zoom, dim=-2).repeat_interleave(zoom, dim=-1)
+    framed = torch.nn.functional.pad(enlarged, (0, gap, 0, gap), value=1)
+    rows, columns, channels, frames, height, width = framed.shape
+    pixels = framed.permute(3, 0, 4, 1, 5, 2).reshape(frames, rows * height, columns * width, channels)
+    inside = pixels[:, : rows * height - gap, : columns * width - gap]
+    return [Image.fromarray(frame) for frame in (inside * 255).round().byte().numpy()]
+
+
+def save_gif(frames: "Sequence[Image]", path: Path, *, milliseconds: int = 120) -> Path:
+    """Writes an animation that loops for ever; a frame that is the one before joins it and is shown longer."""
+    first, *others = frames
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)
+    return path

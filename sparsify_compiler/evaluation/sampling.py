@@ -41,7 +41,7 @@ def sample(
     guidance: float = GUIDANCE,
     shift: float = SHIFT,
 ) -> Tensor:
-    """Videos of the prompts: float32 of the shape of `start`, RGB from 0 to 1.
+    """Videos of the prompts: float32 of the shape and on the device of `start`, RGB from 0 to 1.
 
     With guidance 1 the model is asked once a step; otherwise the prompts and the empty prompt go in one batch.
     """
@@ -49,10 +49,12 @@ def sample(
     text = encode(prompts)
     if guided:
         text = torch.cat([text, unconditional(len(text))])
+    text = text.to(start.device)
     video, schedule = start, times(steps, shift).tolist()
     for now, after in pairwise(schedule):
         hidden = torch.cat([video, video]) if guided else video
-        (velocity,) = model(hidden, torch.full((len(hidden),), 1000 * now), text, return_dict=False)
+        moment = torch.full((len(hidden),), 1000 * now, device=start.device)
+        (velocity,) = model(hidden, moment, text, return_dict=False)
         if guided:
             with_prompt, without = velocity.float().chunk(2)
             velocity = without + guidance * (with_prompt - without)

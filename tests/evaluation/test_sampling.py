@@ -57,3 +57,13 @@ def test_guidance_goes_beyond_the_prompts_video_by_its_factor():
     expected = model.to_pixels((other + 3 * (video - other)).expand_as(start))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert field.asked == [4] * 5
+
+
+def test_the_model_is_called_where_the_noise_is():
+    start = sampling.noise([1, 2], frames=2).to("meta")
+
+    def field(hidden_states, timestep, encoder_hidden_states, return_dict):
+        assert {x.device.type for x in (hidden_states, timestep, encoder_hidden_states)} == {"meta"}
+        return (hidden_states,)
+
+    assert sampling.sample(field, PROMPTS, start, steps=2).device.type == "meta"

@@ -1,22 +1,21 @@
-"""`sparsify demo`: one model, dense and sparse, measured and checked in front of your eyes."""
+"""One step of a seeded model with random weights, dense and sparse, timed and checked against an oracle."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.demo.progress import advance, bars, phase
+from sparsify_compiler.demo.size import Size
+from sparsify_compiler.demo.timing import interleaved
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.explanation import Explanation, explain
 from sparsify_compiler.measured import stats
 from sparsify_compiler.plan import AttentionPlan
@@ -33,31 +32,8 @@ SHARPNESS = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Size:
-    """Of the demo's model and video."""
-
-    grid: tuple[int, int, int]
-    """Latent (frames, height, width) in tokens."""
-    heads: int
-    head_dim: int
-    layers: int
-    dtype: torch.dtype
-    reference_frames: int = 2
-    rounds: int = 5
-    """Dense and sparse steps that are timed, by turns."""
-    backend: str = "inductor"
-    """What compiles the dense model, and the sparse one after its rewriting."""
-
-
-SIZES = {
-    "cpu": Size(grid=(16, 24, 24), heads=4, head_dim=64, layers=2, dtype=torch.float32),
-    "cuda": Size(grid=(21, 30, 52), heads=12, head_dim=128, layers=8, dtype=torch.bfloat16, rounds=15),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What the demo measured."""
+    """What was measured of it."""
 
     explanation: Explanation
     """Of `tile`, whose masks are known beforehand."""
@@ -86,28 +62,12 @@ class Result:
         return self.seconds["dense"] / self.seconds[method]
 
 
-def run(
-    device: str = "cpu",
-    out: Path = Path("demo_out"),
-    *,
-    size: Size | None = None,
-    console: Console | None = None,
-) -> Result:
-    """Explain, compile, check, time and draw; prints as it goes.
-
-    Args:
-        device: `cpu` or `cuda`.
-        out: folder for the picture of the masks.
-        size: of the model; one that takes about a minute or two if None.
+def run(size: Size, device: str, out: Path, console: Console) -> Result:
+    """Explain, compile, check, time and draw `out/masks.png`; prints as it goes.
 
     Raises:
-        SparsifyError: the device is not there, or diffusers or matplotlib is missing.
+        SparsifyError: diffusers or matplotlib is missing, or `out` cannot be written to.
     """
-    if device not in SIZES:
-        raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
-    size, console = size or SIZES[device], console or Console()
     tile: dict[str, Any] = {
         "method": "tile",
         "reference_frames": size.reference_frames,
@@ -125,14 +85,14 @@ def run(
         f"{_name(size.dtype)} on {device}; a video of {'x'.join(map(str, size.grid))} = {tokens:,} tokens."
     )
     model, inputs = wan(size, device)
-    with torch.no_grad(), _progress(console) as progress:
+    with torch.no_grad(), bars(console) as progress:
         if device == "cpu":
             from sparsify_compiler.kernels.cpu import library
 
-            with _phase(progress, "build the C++ attention kernel"):
+            with phase(progress, "build the C++ attention kernel"):
                 build = library.build_info()
             progress.console.print(f"CPU kernel: {build.reason} in {build.seconds:.1f} s.")
-        with _phase(progress, "explain"):
+        with phase(progress, "explain"):
             with torch.device("meta"):  # so that it costs no step
                 twin, twin_inputs = wan(size, "meta")
             explanation = explain(twin, **twin_inputs, options=tile, device=device)
@@ -151,17 +111,17 @@ def run(
         }
         outputs = {}
         for name, step in steps.items():
-            with _phase(progress, f"compile {name} and run a first step"):
+            with phase(progress, f"compile {name} and run a first step"):
                 outputs[name] = step().float().cpu()
-        with _phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
+        with phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
             oracle = model(**inputs)[0].float().cpu()
         plan = _sparse(explanation)[0]
         assert plan.density is not None, "the masks of tile are known beforehand"
-        seconds = _interleaved(
+        seconds = interleaved(
             {**steps, "attention": dense_attention(plan, device)},
             rounds=size.rounds,
             device=device,
-            advance=_advance(progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds),
+            advance=advance(progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds),
         )
         measured = stats(model)
         progress.console.print(measured)
@@ -243,27 +203,6 @@ def _sparse(explanation: Explanation) -> list[AttentionPlan]:
     return plans
 
 
-def _interleaved(
-    steps: Mapping[str, Callable[[], object]], *, rounds: int, device: str, advance: Callable[[], None]
-) -> dict[str, float]:
-    """Median seconds of each step; all take turns, so that all see the same noise of the machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            _synchronise(device)
-            start = time.perf_counter()
-            step()
-            _synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-        advance()
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def _relative(got: Tensor, expected: Tensor) -> float:
     """|got - expected| / |expected|; NaN where either has one, which is within no bound."""
     return float((got - expected).norm() / expected.norm())
@@ -271,25 +210,6 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
-
-
-@contextmanager
-def _phase(progress: Progress, name: str) -> Iterator[None]:
-    """A bar that pulses until the block is done."""
-    task = progress.add_task(name, total=None)
-    yield
-    progress.update(task, total=1, completed=1)
-
-
-def _advance(progress: Progress, name: str, total: int) -> Callable[[], None]:
-    """A bar of `total` steps, and the function that moves it by one."""
-    task = progress.add_task(name, total=total)
-    return lambda: progress.advance(task)
 
 
 def _summary(result: Result) -> Group:
