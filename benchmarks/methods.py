@@ -1,7 +1,8 @@
 """`python -m benchmarks.methods`: what the methods keep of the attention at equal density, and what they cost.
 
     keep      share of the true attention mass that is read, at equal density, by every method and by flat blocks of
-              64 tokens, on a planted video and on others that are given; the mean over heads
+              64 tokens, on a planted video and on others that are given; the mean over heads; and the error of the
+              output with each far field, and with what is worth most read in place of what holds most mass
     cost      one warm sparse call of a site, selection and far field included, beside dense SDPA in the same run:
               efficiency is speed-up times density, 1 for a kernel that works at SDPA's rate and selects for nothing
     clusters  error of svg2 by how many clusters of keys it makes, at equal total work
@@ -13,7 +14,7 @@ Every call that is timed is first held to float64 attention under the mask of it
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -137,6 +138,23 @@ def at_density(make: Callable[[float, float], BlockTable], density: float) -> Bl
     return table
 
 
+def by_gain(
+    query: Tensor, key: Tensor, value: Tensor, table: BlockTable, density: float
+) -> tuple[float, float]:
+    """(density, relative error) of the linear far field over the blocks of a table, those worth most being read."""
+    nothing = replace(table, kv_num_blocks=torch.zeros_like(table.kv_num_blocks))
+    dense = scaled_dot_product_attention(query, key, value)
+    low, high = -12.0, 12.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        out, _, report = attention_with_far_field(
+            query, key, value, nothing, far_field="linear", min_gain=2.0**middle, provider="cpu"
+        )
+        reached = float(report.density.mean())
+        low, high = (low, middle) if reached < density else (middle, high)
+    return reached, float((out - dense).norm() / dense.norm())
+
+
 def keep_cases(
     name: str, grid: Grid, problems: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Iterator[dict[str, Any]]:
@@ -165,8 +183,15 @@ def keep_cases(
             }
             for method, table in tables.items():
                 errors = {far: relative_error(query, key, value, table, far) for far in FAR_FIELDS}
+                gain_density, gain_error = by_gain(query, key, value, table, density)
                 rows.setdefault(method, []).append(
-                    {"density": table.density(), "kept": mass_kept(query, key, table), **errors}
+                    {
+                        "density": table.density(),
+                        "kept": mass_kept(query, key, table),
+                        **errors,
+                        "linear by gain": gain_error,
+                        "density by gain": gain_density,
+                    }
                 )
         yield {
             "kind": "keep",

@@ -47,8 +47,15 @@ class Entry:
     @property
     def options(self) -> dict[str, Any]:
         """As `entry_of` takes them, nothing left to defaults but what depends on the site."""
-        given = {f.name: getattr(self.method, f.name) for f in fields(self.method)}
-        own = {name: str(x) if isinstance(x, Path) else x for name, x in given.items() if x is not None}
+        usual = {f.name: f.default for f in fields(self.method)} | _defaults(
+            type(self.method), self.far_field
+        )
+        given = {name: getattr(self.method, name) for name in usual}
+        own = {
+            name: str(x) if isinstance(x, Path) else x
+            for name, x in given.items()
+            if x is not None or usual[name] is not None
+        }
         return {"method": self.method.name, **own, "far_field": self.far_field}
 
 
@@ -79,7 +86,12 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
         raise OptionError(
             f"min_gain says what the linear far field leaves to be read, got far_field={far_field!r}: try top_p"
         )
-    return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
+    return Entry(method=kind(**{**_defaults(kind, far_field), **own}), far_field=far_field)
+
+
+def _defaults(kind: type[Any], far_field: str) -> dict[str, Any]:
+    """Of a method's options, where they are not those of its fields."""
+    return dict(kind.otherwise.get(far_field, {}))
 
 
 ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))

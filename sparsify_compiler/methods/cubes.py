@@ -27,6 +27,7 @@ from sparsify_compiler.methods.selection import (
     Tokens,
     check_gain,
     check_share,
+    check_top_p,
     floor_blocks,
     key_counts,
     table_amid,
@@ -38,8 +39,8 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 class Cubes:
     """Options of the method."""
 
-    top_p: float = 0.0
-    """Estimated attention mass that every query cube keeps at least, in [0, 1]; 1 keeps everything. 0.9 where
+    top_p: float | None = None
+    """Estimated attention mass that every query cube keeps at least, in (0, 1]; 1 keeps everything. 0.9 where
     what is not read is dropped, 0.5 where its mean stands for it."""
     min_kv_ratio: float = 0.03
     """Share of the key cubes that every query cube keeps at least, in [0, 1]; 0.1 without the linear far
@@ -61,7 +62,7 @@ class Cubes:
     otherwise: ClassVar[dict[str, dict[str, Any]]] = MASS_ALONE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "top_p", check_share("top_p", self.top_p, zero=True))
+        object.__setattr__(self, "top_p", check_top_p(self.top_p))
         object.__setattr__(self, "min_kv_ratio", check_share("min_kv_ratio", self.min_kv_ratio, zero=True))
         object.__setattr__(self, "min_gain", check_gain(self.min_gain))
         for name in ("cube", "query_cube"):
@@ -114,7 +115,7 @@ class Cubes:
             kv_means,
             key_counts(tokens, key),
             scale=tokens.scale,
-            top_p=self.top_p,
+            top_p=self.top_p or 0.0,
             min_blocks=floor_blocks(self.min_kv_ratio, kv_means.shape[2]),
             provider=tokens.provider,
         )

@@ -145,6 +145,11 @@ def check_share(name: str, value: object, *, zero: bool) -> float:
     return number
 
 
+def check_top_p(value: object) -> float | None:
+    """`value` as a float in (0, 1], or None; OptionError else."""
+    return None if value is None else check_share("top_p", value, zero=False)
+
+
 def check_gain(value: object) -> float | None:
     """`value` as a float of at least 0, or None; OptionError else."""
     if value is None:

@@ -29,6 +29,7 @@ from sparsify_compiler.methods.selection import (
     check_count,
     check_gain,
     check_share,
+    check_top_p,
     floor_blocks,
     key_counts,
     table_amid,
@@ -43,8 +44,8 @@ RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
 class Svg2:
     """Options of the method."""
 
-    top_p: float = 0.0
-    """Estimated attention mass that every query cluster keeps at least, in [0, 1]; 1 keeps everything. 0.9 where
+    top_p: float | None = None
+    """Estimated attention mass that every query cluster keeps at least, in (0, 1]; 1 keeps everything. 0.9 where
     what is not read is dropped, 0.5 where its mean stands for it."""
     min_kv_ratio: float = 0.03
     """Share of the key clusters that every query cluster keeps at least, in [0, 1]; 0.1 without the linear far
@@ -71,7 +72,7 @@ class Svg2:
 
     def __post_init__(self) -> None:
         checked = {
-            "top_p": check_share("top_p", self.top_p, zero=True),
+            "top_p": check_top_p(self.top_p),
             "min_gain": check_gain(self.min_gain),
             "min_kv_ratio": check_share("min_kv_ratio", self.min_kv_ratio, zero=True),
             "seed": check_count("seed", self.seed, 0),
@@ -143,7 +144,7 @@ class Svg2:
             kv_centroids,
             key_counts(tokens, key),
             scale=tokens.scale,
-            top_p=self.top_p,
+            top_p=self.top_p or 0.0,
             min_blocks=floor_blocks(self.min_kv_ratio, kv_centroids.shape[2]),
             provider=tokens.provider,
         )

@@ -437,7 +437,7 @@ def test_arguments_that_do_not_fit():
         attention_with_far_field(*tensors, some_table(), far_field="means")
     with pytest.raises(ValueError, match="sampled_rows must be 0 or more, got -1"):
         attention_with_far_field(*tensors, some_table(), far_field="mean", sampled_rows=-1)
-    with pytest.raises(ValueError, match="min_gain must be at least 0, with far_field=.linear., got 1"):
+    with pytest.raises(ValueError, match=r"min_gain must be at least 0, with far_field='linear', got 1\.0"):
         attention_with_far_field(*tensors, some_table(), far_field="mean", min_gain=1.0)
     with pytest.raises(ValueError, match="min_gain must be at least 0"):
         attention_with_far_field(*tensors, some_table(), far_field="linear", min_gain=-1.0)

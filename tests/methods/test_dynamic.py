@@ -165,7 +165,7 @@ def test_svg2_reads_what_its_clusters_say(provider, layout, heads, clusters, top
     method = Svg2(
         q_clusters=clusters[0], kv_clusters=clusters[1], top_p=top_p, min_kv_ratio=ratio, kmeans_iters=(3, 1)
     )
-    (table, kept_mass, _), (q_centroids, kv_centroids) = select(method, query, key, layout, provider)
+    (table, kept_mass, *_), (q_centroids, kv_centroids) = select(method, query, key, layout, provider)
     assert bool((kept_mass >= top_p - 1e-5).all())
     mask = table.mask()
     video = slice(layout.before, layout.tokens - layout.after)
@@ -213,7 +213,7 @@ def test_hidden_keys_are_not_chosen(provider, method, heads, biased, hidden):
     key[:, :, padding] = 2.5
     bias = torch.zeros(2, biased, 206)
     bias[..., padding] = hidden
-    (table, kept, _), _ = select(method, query, key, layout, provider, key_bias=bias)
+    (table, kept, *_), _ = select(method, query, key, layout, provider, key_bias=bias)
     scores = (query @ key.repeat_interleave(heads[0] // heads[1], 1).mT) / 4 + bias[:, :, None]
     video = slice(layout.before, None)
     mass = scores[:, :, video, video].softmax(-1).masked_fill(~table.mask()[:, :, video, video], 0.0).sum(-1)

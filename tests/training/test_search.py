@@ -24,6 +24,7 @@ from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, c
 from sparsify_compiler.backend import configure
 from sparsify_compiler.evaluation import calibration
 from sparsify_compiler.evaluation import model as evaluated
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of, load_policy
@@ -672,5 +673,7 @@ def test_mistakes_on_the_command_line(words: list[str], says: str) -> None:
 
 
 def test_entries_say_all_that_they_are() -> None:
-    for entry in read_menu([*MENU, SVG2]).values():
+    nothing = {"min_gain": None, "top_p": None}
+    others = [{"method": "svg2", "far_field": far_field, **nothing} for far_field in FAR_FIELDS]
+    for entry in read_menu([*MENU, SVG2, *others]).values():
         assert entry_of(json.loads(json.dumps(entry.options))) == entry

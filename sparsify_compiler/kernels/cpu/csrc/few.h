@@ -1,5 +1,5 @@
-// Products and softmax for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are lanes, and
-// scores have keys as lanes. Keys and values are read where they lie.
+// Products and softmax for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are
+// lanes, and scores have keys as lanes. Keys and values are read where they lie.
 
 #pragma once
 
