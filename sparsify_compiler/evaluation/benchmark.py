@@ -363,8 +363,8 @@ class Bench:
 
     @cached_property
     def dense_loss(self) -> float:
-        """Validation loss of the model, mean over `LEVELS`."""
-        return _mean_loss(self.model, self.settings.frames)
+        """Validation loss of the model itself."""
+        return self.loss(self.model)
 
     def videos(self, run: Velocity, *, autocast: bool = False) -> tuple[Tensor, list[Measurement]]:
         """Of every seed, and what was measured meanwhile, where the model is compiled."""
@@ -419,7 +419,7 @@ class Bench:
         files.write(self.video_of(one.name), lambda path: torch.save(_pixels(made[0]), path))
         always = self.model if options is None else self.compiled(options, dense_steps=0)
         seconds = self.seconds(always, autocast=one.autocast)
-        loss = self.dense_loss if options is None else _mean_loss(_each_anew(always), self.settings.frames)
+        loss = self.dense_loss if options is None else self.loss(_each_anew(always))
         ratio, likeness = psnr(made, self.dense).clamp(max=EXACT), ssim(made, self.dense)
         return {
             "name": one.name,
@@ -505,6 +505,11 @@ class Bench:
                 self.model(**call)
         return torch.stack(found).unflatten(0, (len(calls), -1)).mean(0)
 
+    def loss(self, run: Velocity) -> float:
+        """Validation loss, mean over `LEVELS` and as many videos as there are seeds, `BATCH` at most."""
+        count = min(BATCH, self.settings.seeds)
+        return _number(fmean(validation(run, self.settings.frames, count).values()), 6)
+
     def seconds(self, run: Velocity, *, autocast: bool) -> dict[str, float]:
         """Of a dense and a sparse call of one video with guidance, at `LEVELS` in turn."""
         calls = [
@@ -559,10 +564,6 @@ def _methods(
     kind = METHODS[options["method"]]
     method = kind(reference_frames=options["reference_frames"]) if kind is Tile else None
     return [(site, method) for site in dict.fromkeys(measured.site for measured in found)]
-
-
-def _mean_loss(model: Velocity, frames: int) -> float:
-    return _number(fmean(validation(model, frames).values()), 6)
 
 
 def _each_anew(model: Velocity) -> Velocity:

@@ -15,7 +15,8 @@ from sparsify_compiler.evaluation.pictures import strip
 Point = tuple[float, float]
 """Density and PSNR."""
 
-FAR_FIELD_STYLES = {"drop": ":", "mean": "--", "linear": "-"}
+FAR_FIELD_STYLES = {"drop": ("o", ":"), "mean": ("s", "--"), "linear": ("^", "-")}
+"""Marker and line."""
 METHOD_COLOURS = {"tile": "C0", "svg2": "C1", "cubes": "C2", "dsv": "C3"}
 
 
@@ -114,28 +115,31 @@ def draw_videos(videos: Mapping[str, Tensor], path: Path) -> Path:
 
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """PSNR against density and against the time of a call, a line for each method and far field."""
+    """PSNR against density and against the time of a call, a line for each method and far field.
+
+    Time is beside the dense calls that took turns with it, so that rows made at different times compare.
+    """
     drawn = pictures.figure(13, 5.5)
     panels = drawn.subplots(1, 2, sharey=True)
-    for axes, name in zip(panels, ("density", "seconds"), strict=True):
-        for line in points_of(rows):
-            own = sorted((row[name], row["psnr"]) for row in rows if row["line"] == line)
-            axes.plot(*zip(*own, strict=True), label=line, **_style(line))
+    for line, points in points_of(rows).items():
+        times = [(row["seconds"] / row["dense_seconds"], row["psnr"]) for row in rows if row["line"] == line]
+        for axes, own in zip(panels, (points, times), strict=True):
+            axes.plot(*zip(*sorted(own), strict=True), label=line, **_style(line))
+    for axes in panels:
         axes.grid(alpha=0.3)
     panels[0].set(xlabel="density: share of the query-key pairs", ylabel="PSNR to dense, dB", xlim=(0, None))
-    dense = [row["dense_seconds"] for row in rows]
-    if dense:
-        panels[1].axvline(sorted(dense)[len(dense) // 2], color="black", linewidth=1, label="dense")
-    panels[1].set(xlabel="seconds of a call of the model", xlim=(0, None))
+    panels[1].axvline(1, color="black", linewidth=1, label="dense")
+    panels[1].set(xlabel="time of a call of the model, dense = 1", xlim=(0, None))
     panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return pictures.save(drawn, path)
 
 
-def _style(line: str) -> dict[str, Any]:
-    method, _, far_field = line.partition(" ")
+def _style(name: str) -> dict[str, Any]:
+    method, _, far_field = name.partition(" ")
     if method not in METHOD_COLOURS:
         return {"marker": "*", "markersize": 12, "linestyle": ""}
-    return {"marker": "o", "color": METHOD_COLOURS[method], "linestyle": FAR_FIELD_STYLES[far_field]}
+    marker, line = FAR_FIELD_STYLES[far_field]
+    return {"marker": marker, "color": METHOD_COLOURS[method], "linestyle": line}
 
 
 def sparsity_table(shares: Tensor) -> Table:
