@@ -67,18 +67,9 @@ def table(record: Mapping[str, Any]) -> Table:
         f"{settings['dense_steps']} dense; weights of {settings['trained_steps']} steps of training. "
         "Beside a slash: dense.",
     )
-    for heading in (
-        "configuration",
-        "density",
-        "kept",
-        "PSNR dB",
-        "SSIM",
-        "motion",
-        "loss",
-        "seconds a call",
-        "times",
-    ):
-        drawn.add_column(heading, justify="left" if heading == "configuration" else "right")
+    drawn.add_column("configuration", no_wrap=True)
+    for heading in ("density", "kept", "PSNR dB", "SSIM", "motion", "loss", "seconds a call", "times"):
+        drawn.add_column(heading, justify="right")
     for row in record["rows"]:
         drawn.add_row(
             row["name"],

@@ -16,8 +16,10 @@ from sparsify_compiler import OptionError, SparsifyError, cli
 from sparsify_compiler.evaluation import benchmark, report
 from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.evaluation.benchmark import Bench, Settings, configurations, find_top_p, nearest_tile
+from sparsify_compiler.evaluation.calibration import calibration_inputs
 from sparsify_compiler.evaluation.quality import ssim
-from sparsify_compiler.training import predictor
+from sparsify_compiler.evaluation.sparsity import Listen
+from sparsify_compiler.training import predictor, search
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
@@ -27,15 +29,18 @@ pytestmark = [
 ]
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 64}
 WORDS = ("--seeds", "1", "--steps", "2", "--dense-steps", "1", "--frames", "4", "--density", "0.5")
+FAR_FIELDS = ("linear",)
 FEW = partial(predictor.learn_predictor, steps=2, profile_every=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_model():
-    """In place of the model whose weights are shipped."""
+    """In place of the model whose weights are shipped; and less of all that takes time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluated, "build", partial(evaluated.build, evaluated.CONFIG | SMALL))
         patch.setattr(predictor, "learn_predictor", FEW)
+        patch.setattr(benchmark, "FAR_FIELDS", FAR_FIELDS)
+        patch.setattr(benchmark, "ROUNDS", 1)
         yield
 
 
@@ -72,7 +77,7 @@ def rows_of(folder: Path):
 def test_every_configuration_has_a_row_and_pictures(folder):
     rows = rows_of(folder)
     assert list(rows)[:2] == ["floor: another kernel", "floor: bfloat16"]
-    far = [f"{method} {far}" for method in ("tile", "svg2", "cubes") for far in ("drop", "mean", "linear")]
+    far = [f"{method} {far}" for method in ("tile", "svg2", "cubes") for far in FAR_FIELDS]
     assert [row["line"] for row in rows.values()][2:] == [*far, "dsv drop"]
     assert all(row["seconds"] > 0 and row["dense_seconds"] > 0 for row in rows.values())
     for name in ("videos.png", "pareto.png"):
@@ -82,11 +87,11 @@ def test_every_configuration_has_a_row_and_pictures(folder):
 def test_densities_are_matched(folder):
     rows = rows_of(folder)
     for name in ("svg2", "cubes"):
-        for far_field in ("drop", "mean", "linear"):
+        for far_field in FAR_FIELDS:
             assert rows[f"{name} 0.5 {far_field}"]["density"] == pytest.approx(0.5, rel=0.15)
     assert rows["dsv 0.5 drop"]["density"] == pytest.approx(0.5, abs=1 / 384)
     # 1 of 4 frames for all: 4 + 2 * 3 pairs of 16; 2 of 4: 4 + 2 * 5.
-    assert rows["tile 1:3 drop"]["density"] == pytest.approx(10 / 16)
+    assert rows["tile 1:3 linear"]["density"] == pytest.approx(10 / 16)
 
 
 def test_floors_differ_by_rounding_alone_and_sparsity_by_more(folder):
@@ -203,8 +208,9 @@ def test_the_best_line_is_told_and_what_is_not_reached():
     assert report.least_density_lines(found)[2] == "PSNR 50 dB: not reached"
 
 
-@given(target=st.floats(0.05, 1.0), power=st.floats(0.5, 4.0), floor=st.floats(0.001, 0.02))
+@given(target=st.floats(0.05, 1.0), power=st.floats(1.0, 4.0), floor=st.floats(0.001, 0.02))
 def test_top_p_is_found_in_few_tries(target, power, floor):
+    """Of convex densities: the blocks that are read first hold most of the attention."""
     tried = []
 
     def density(top_p):
@@ -214,10 +220,11 @@ def test_top_p_is_found_in_few_tries(target, power, floor):
 
     known: dict[float, float] = {}
     top_p = find_top_p(density, target, known)
-    assert abs(density(top_p) / target - 1) < 0.25
+    assert abs(density(top_p) / target - 1) < 0.1
     assert len(tried) - 1 == len(known) <= benchmark.TRIES
-    find_top_p(density, target, known, tries=0)
-    assert len(tried) - 2 == len(known) - 1
+    before = len(tried)
+    find_top_p(density, known[top_p], known)
+    assert len(tried) == before, "what is known is not measured again"
 
 
 def test_the_nearest_tile_is_nearest():
@@ -237,9 +244,6 @@ def test_ssim_is_of_each_video():
 
 def test_a_policy_has_a_row(folder, weights, tmp_path):
     """Of one dense attention and one tile: its density counts both."""
-    from sparsify_compiler.evaluation.calibration import calibration_inputs
-    from sparsify_compiler.training import search
-
     model = evaluated.load(weights)
     menu = [{"method": "tile", "reference_frames": 1}]
     policy = search(model, calibration_inputs(4)[:1], menu=menu, r=1.0)
@@ -255,7 +259,18 @@ def test_a_policy_has_a_row(folder, weights, tmp_path):
     row = bench.row(configurations(settings, tmp_path)[-1])
     assert row["name"] == row["line"] == "policy mixed"
     assert row["density"] == pytest.approx((1 + 10 / 16) / 2)
-    assert row["density"] < row["recall"] < 1
+    masses = []
+
+    def hear(query, key, _):
+        weights = (query.double() @ key.double().mT / query.shape[-1] ** 0.5).softmax(-1)
+        frame = torch.arange(4).repeat_interleave(96)
+        kept = (frame[:, None] == frame) | (frame[:, None] == 0) | (frame == 0)
+        masses.append((weights * kept).sum(-1).mean().item())
+
+    with torch.no_grad(), Listen(hear):
+        for call in calibration_inputs(4):
+            model(**call)
+    assert row["recall"] == pytest.approx((1 + sum(masses[1::2]) / 5) / 2, abs=0.005)
 
 
 def test_critical_shares_are_told_written_and_drawn(weights, tmp_path):
