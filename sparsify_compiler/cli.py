@@ -15,6 +15,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+bench = typer.Typer(help="What sparse attention does to the evaluation model.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 
 @app.command()
 def demo(
@@ -176,6 +179,72 @@ def distill(
     report = pipeline.distill(evaluated.load(weights or evaluated.WEIGHTS), out, settings)
     Console().print(Markdown(report.markdown()))
     Console().print(f"Written to {out / 'report.md'} and report.json.", soft_wrap=True)
+
+
+@bench.command()
+def quality(
+    out: Annotated[Path, typer.Option(help="folder of the run; one that was begun there goes on")] = Path(
+        "demo_out/quality"
+    ),
+    densities: Annotated[
+        list[float] | None,
+        typer.Option("--density", help="share of the query-key pairs that methods are to read, in (0, 1]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="videos of each configuration")] = 8,
+    steps: Annotated[int, typer.Option(help="of a generation")] = 16,
+    dense_steps: Annotated[int, typer.Option(help="the first ones, which stay dense")] = 2,
+    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+    policies: Annotated[
+        list[Path] | None, typer.Option("--policy", help="a file of `sparsify search`, to be compared too")
+    ] = None,
+    predictor: Annotated[
+        Path | None, typer.Option(help="of dsv, as DSVTrainer writes it; learnt in some minutes if not given")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+    ] = None,
+) -> None:
+    """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
+    from sparsify_compiler.evaluation import benchmark, report
+    from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.training.predictor import learn_predictor
+
+    settings = benchmark.Settings(
+        seeds=seeds,
+        steps=steps,
+        dense_steps=dense_steps,
+        frames=frames,
+        densities=tuple(densities or benchmark.DENSITIES),
+        policies=tuple(policies or ()),
+        predictor=predictor,
+    )
+    record = benchmark.quality(weights or evaluated.WEIGHTS, out, settings, learn_predictor)
+    console = Console()
+    console.print(report.table(record))
+    for line in report.least_density_lines(record["least_density"]):
+        console.print(line)
+    console.print(f"Written to {out}: quality.json, videos.png, pareto.png.", soft_wrap=True)
+
+
+@bench.command()
+def sparsity(
+    out: Annotated[Path, typer.Option(help="folder for sparsity.json and sparsity.png")] = Path(
+        "demo_out/sparsity"
+    ),
+    videos: Annotated[int, typer.Option(help="held-out videos, at every noise level")] = 8,
+    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+    weights: Annotated[
+        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+    ] = None,
+) -> None:
+    """The share of the keys that holds 90 % of the attention, for every layer and head."""
+    from sparsify_compiler.evaluation import benchmark, report
+    from sparsify_compiler.evaluation import model as evaluated
+
+    shares = benchmark.sparsity(weights or evaluated.WEIGHTS, out, videos=videos, frames=frames)
+    console = Console()
+    console.print(report.sparsity_table(shares))
+    console.print(f"Mean {shares.mean():.3f}. Written to {out}: sparsity.json, sparsity.png.", soft_wrap=True)
 
 
 def main() -> None:

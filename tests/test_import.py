@@ -11,9 +11,9 @@ import sparsify_compiler
 
 ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
-    {"__init__", "cli", "demo", "doctor", "diffusers_model", "explanation", "measured", "training", "export"},
+    {"__init__", "cli", "demo", "doctor", "diffusers_model", "explanation", "training", "export"},
     {"evaluation"},
-    {"backend"},
+    {"backend", "measured"},
     {"passes"},
     {"runtime", "policy"},
     {"methods"},

@@ -13,13 +13,16 @@ FIRST = 1000
 """Number of the first scene among those of `world.VALIDATION`: away from those that validation looks at."""
 
 
-def calibration_inputs() -> list[dict[str, Any]]:
+def calibration_inputs(frames: int = world.FRAMES) -> list[dict[str, Any]]:
     """Keyword arguments of one call for each of `LEVELS`, of a scene and a prompt of its own, batch 1."""
     calls = []
     for number, level in enumerate(LEVELS, FIRST):
         scene = world.scene(world.VALIDATION, number)
         batch = mixed(
-            to_model(world.videos([scene])), noise([number]), tensor([level]), encode([scene.prompt])
+            to_model(world.videos([scene], frames)),
+            noise([number], frames),
+            tensor([level]),
+            encode([scene.prompt]),
         )
         calls.append(
             {

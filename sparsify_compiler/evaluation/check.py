@@ -76,11 +76,11 @@ def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float
     return torch.cat(made)
 
 
-def shares(model: nn.Module, level: float) -> Tensor:
-    """The critical share of each self-attention at a noise level: [layers, heads]."""
-    scenes = [world.scene(world.VALIDATION, number) for number in range(2)]
-    videos, text = to_model(world.videos(scenes)), encode([scene.prompt for scene in scenes])
-    batch = mixed(videos, noise(range(2)), torch.full((2,), level), text)
+def shares(model: nn.Module, level: float, count: int = 2, frames: int = world.FRAMES) -> Tensor:
+    """The critical share of each self-attention at a noise level, mean over held-out videos: [layers, heads]."""
+    scenes = [world.scene(world.VALIDATION, number) for number in range(count)]
+    videos, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
+    batch = mixed(videos, noise(range(count), frames), torch.full((count,), level), text)
     return critical_shares(lambda: loss(model, batch))
 
 

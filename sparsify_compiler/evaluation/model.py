@@ -122,6 +122,15 @@ def load(path: Path = WEIGHTS) -> nn.Module:
     return model.eval()
 
 
+def digest(model: nn.Module) -> str:
+    """Of the weights: two models with the same one are the same."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
 def trained_steps(path: Path = WEIGHTS) -> int:
     """How many steps of training the weights have seen."""
     return int(read(path)[1]["step"])

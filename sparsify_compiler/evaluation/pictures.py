@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def strip(videos: Tensor, columns: int = 8, zoom: int = 2) -> "Image":
-    """A row for each of the videos [count, 3, frames, height, width], RGB from 0 to 1: `columns` of its frames."""
-    from PIL import Image
+def strip(videos: Tensor, columns: int = 8, zoom: int = 2, labels: Sequence[str] = ()) -> "Image":
+    """A row for each of the videos [count, 3, frames, height, width], RGB from 0 to 1: `columns` of its frames.
+
+    Labels, one for each video where there are any, stand before the rows.
+    """
+    from PIL import Image, ImageDraw
 
     frames = np.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().astype(int)
     chosen = videos[:, :, frames.tolist()].float().clamp(0, 1)
@@ -22,7 +25,17 @@ def strip(videos: Tensor, columns: int = 8, zoom: int = 2) -> "Image":
     rows, _, across, height, width = framed.shape
     pixels = framed.transpose(0, 3, 2, 4, 1).reshape(rows * height, across * width, 3)
     image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    if not labels:
+        return image
+    measure = ImageDraw.Draw(image)
+    margin = 8 + round(max(measure.textlength(label) for label in labels))
+    labelled = Image.new("RGB", (margin + image.width, image.height), "white")
+    labelled.paste(image, (margin, 0))
+    draw = ImageDraw.Draw(labelled)
+    for row, label in enumerate(labels):
+        draw.text((4, (row + 0.5) * image.height / rows), label, fill="black", anchor="lm")
+    return labelled
 
 
 def side_by_side(left: Tensor, right: Tensor, *, zoom: int = 4, gap: int = 4) -> "list[Image]":

@@ -1,6 +1,11 @@
 """How far videos are from those that they should be, and how much moves in them; each a number a video."""
 
+from statistics import fmean
+
+import torch
 from torch import Tensor
+
+from sparsify_compiler.errors import SparsifyError
 
 
 def mse(videos: Tensor, exact: Tensor) -> Tensor:
@@ -11,6 +16,31 @@ def mse(videos: Tensor, exact: Tensor) -> Tensor:
 def psnr(videos: Tensor, exact: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each video in dB, infinite for one that is exact: [B]."""
     return -10 * mse(videos, exact).log10()
+
+
+def ssim(videos: Tensor, exact: Tensor) -> Tensor:
+    """Structural similarity of each video, mean over its frames, 1 for one that is exact: [B].
+
+    Args:
+        videos, exact: [B, 3, frames, height, width], RGB from 0 to 1.
+
+    Raises:
+        SparsifyError: scikit-image is missing.
+    """
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise SparsifyError("SSIM needs scikit-image: try pip install 'sparsify-compiler[demo]'") from error
+    pairs = ((x.numpy(), y.numpy()) for x, y in zip(videos.float(), exact.float(), strict=True))
+    return torch.tensor(
+        [
+            fmean(
+                structural_similarity(frame, true, channel_axis=0, data_range=1.0)
+                for frame, true in zip(x.swapaxes(0, 1), y.swapaxes(0, 1), strict=True)
+            )
+            for x, y in pairs
+        ]
+    )
 
 
 def motion(videos: Tensor) -> Tensor:

@@ -22,13 +22,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation import files, world
+from sparsify_compiler.evaluation.files import DamagedError
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise, sample
 from sparsify_compiler.measured import stats
 from sparsify_compiler.policy import DENSE, Policy
-from sparsify_compiler.training import resumable
-from sparsify_compiler.training.resumable import DamagedError
 from sparsify_compiler.training.students import (
     Settings,
     Students,
@@ -94,8 +93,8 @@ class Report:
         """Writes `report.md`, then `report.json`."""
         speed = {"fewer steps": self.fewer_steps, "sparsity": self.sparsity}
         content = json.dumps({**asdict(self), "speed-up": speed}, indent=1) + "\n"
-        resumable.write(out / "report.md", lambda path: path.write_text(self.markdown(), "utf-8"))
-        resumable.write(out / "report.json", lambda path: path.write_text(content, "utf-8"))
+        files.write(out / "report.md", lambda path: path.write_text(self.markdown(), "utf-8"))
+        files.write(out / "report.json", lambda path: path.write_text(content, "utf-8"))
 
     def markdown(self) -> str:
         """The report as text."""
@@ -164,7 +163,7 @@ def load_report(path: Path) -> Report:
     Raises:
         DamagedError: it is no report.
     """
-    content = resumable.read_json(path)
+    content = files.read_json(path)
     content.pop("speed-up", None)
     try:
         quality = tuple(Quality(**one) for one in content.pop("quality"))
@@ -210,7 +209,7 @@ def _compare(
         "searched": lambda: _student(sparse_model(made.dense, made.policy), settings),
         "sparse": lambda: _student(sparse_model(made.sparse, made.policy), settings),
     }
-    with resumable.progress() as bar:
+    with files.progress() as bar:
         videos = {name: _videos(name, make, folder, settings.frames, bar) for name, make in makers.items()}
     exact, dense = videos["exact"], videos["dense"]
     of = partial(_quality, videos, exact)
@@ -256,7 +255,7 @@ def _videos(name: str, make: Callable[[], Maker], folder: Path, frames: int, bar
         numbers = range(first, min(first + BATCH, VIDEOS))
         prompts = [world.scene(world.HELD_OUT, number).prompt for number in numbers]
         start = noise(numbers, frames)
-        found.append(resumable.kept(folder / f"{name}-{first}.pt", partial(maker, prompts, start)))
+        found.append(files.kept(folder / f"{name}-{first}.pt", partial(maker, prompts, start)))
         bar.advance(task, len(numbers))
     return torch.cat(found)
 

@@ -10,7 +10,6 @@ the third; `policy.json`; `dense.safetensors` and `sparse.safetensors`, both stu
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,9 +21,9 @@ from torch import Tensor, nn
 
 from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.calibration import FIRST
-from sparsify_compiler.evaluation.model import encode, save, to_model, to_pixels, unconditional
+from sparsify_compiler.evaluation.model import digest, encode, save, to_model, to_pixels, unconditional
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise
 from sparsify_compiler.evaluation.training import WIDEST, mixed
 from sparsify_compiler.policy import DENSE, Policy, load_policy
@@ -125,26 +124,11 @@ def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
     Raises:
         SparsifyError: it is one of others.
     """
-    path, mine = out / "settings.json", {"format": FORMAT, **asdict(settings), "weights": _digest(teacher)}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"out must be a folder, got {str(out)!r}: {error}") from error
+    path, mine = out / "settings.json", {"format": FORMAT, **asdict(settings), "weights": digest(teacher)}
+    files.make_folder(out)
     if not path.exists():
-        resumable.write(path, lambda partial: partial.write_text(json.dumps(mine, indent=1) + "\n"))
-    found = resumable.read_json(path)
-    if odd := [name for name in mine if found.get(name) != mine[name]]:
-        told = ", ".join(f"{name} {found.get(name)!r} there and {mine[name]!r} now" for name in odd)
-        raise OptionError(f"{out} holds a run of other settings: {told}. Give those, or another folder")
-
-
-def _digest(model: nn.Module) -> str:
-    """Of the weights: two models with the same one are the same."""
-    total = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()[:16]
+        files.write(path, lambda partial: partial.write_text(json.dumps(mine, indent=1) + "\n"))
+    files.refuse_others(out, files.read_json(path), mine)
 
 
 def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
@@ -182,7 +166,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
         torch.compiler.reset()
         with torch.autocast("cpu", torch.bfloat16):
             policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r)
-        resumable.write(path, policy.save)
+        files.write(path, policy.save)
     return load_policy(path)
 
 

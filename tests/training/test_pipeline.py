@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 from sparsify_compiler import OptionError, Policy, SparsifyError, cli
 from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.files import DamagedError
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import times
 from sparsify_compiler.policy import DENSE, load_policy
 from sparsify_compiler.training import pipeline, resumable, students
 from sparsify_compiler.training.pipeline import Report, distill
-from sparsify_compiler.training.resumable import DamagedError
 from sparsify_compiler.training.students import Settings
 
 pytestmark = [

@@ -1,0 +1,591 @@
+"""`sparsify bench quality`: what sparse attention does to the videos of the evaluation model.
+
+The same held-out prompts and noises are generated dense and with every configuration: what differs is the
+attention alone. Methods are compared at matched densities: `tile` by the number of reference frames that comes
+nearest, `svg2` and `cubes` by the `top_p` that short generations of another prompt find, `dsv` by its budget.
+Densities are of the steps that run sparse; the first ones, `dense_steps`, are dense for all.
+
+A run is a folder: `quality.json`, to which a row is added as soon as it is finished, so that the same command goes
+on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it goes on from.
+"""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler.backend import sparsify
+from sparsify_compiler.config import integer, share
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.evaluation import check, files, report, world
+from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
+from sparsify_compiler.evaluation.machine import interleaved_medians, machine
+from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
+from sparsify_compiler.evaluation.quality import motion, psnr, ssim
+from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
+from sparsify_compiler.evaluation.sparsity import Listen
+from sparsify_compiler.evaluation.training import LEVELS, validation
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.measured import Measurement, stats
+from sparsify_compiler.methods import METHODS
+from sparsify_compiler.methods.dense import Dense
+from sparsify_compiler.methods.tile import Tile, frame_mask
+from sparsify_compiler.policy import load_policy
+from sparsify_compiler.runtime.clock import generation
+from sparsify_compiler.runtime.program import Program
+from sparsify_compiler.runtime.state import states_of
+
+FORMAT = "sparsify-quality-1"
+DENSITIES = (0.1, 0.2, 0.3)
+TUNED: Mapping[str, Mapping[str, Any]] = {
+    "svg2": {"min_kv_ratio": 0.01},
+    "cubes": {"cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_kv_ratio": 0.01},
+}
+"""Methods whose density `top_p` decides, with what else they are given: a floor below every density asked for."""
+CALIBRATION_STEPS, TRIES, NEAR = 6, 6, 0.03
+"""Steps of a generation that `top_p` is looked for with; how many are tried; and the relative difference from the
+target that is good enough."""
+BATCH = 8
+"""Videos that are made at once; guidance doubles them."""
+RECALL_SHARE = 0.01
+"""Of the queries: those on which the attention mass kept is measured."""
+ROUNDS = 5
+"""In which a dense and a sparse call are timed once each."""
+EXACT = 150.0
+"""dB that a video has which differs in nothing: far above what rounding leaves."""
+PSNR_LEVELS = (30.0, 35.0)
+"""dB: what the least density is looked for."""
+
+Learn = Callable[[nn.Module, Path, int], object]
+"""Writes the predictor of `dsv` for a model and a number of frames into a file; the model stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What is to be compared."""
+
+    seeds: int = 8
+    """Videos of each configuration."""
+    steps: int = 16
+    dense_steps: int = 2
+    frames: int = world.FRAMES
+    densities: tuple[float, ...] = DENSITIES
+    policies: tuple[Path, ...] = ()
+    predictor: Path | None = None
+    """Of `dsv`; learnt if None."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("seeds", 1), ("steps", 1), ("dense_steps", 0), ("frames", 1)):
+            value = integer(getattr(self, name))
+            if value is None or value < least:
+                raise OptionError(
+                    f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}"
+                )
+        if self.dense_steps >= self.steps:
+            raise OptionError(f"dense_steps must be less than the {self.steps} steps, got {self.dense_steps}")
+        for density in self.densities:
+            if not share(density):
+                raise OptionError(f"density must be a share in (0, 1], got {density!r}")
+        for path in (*self.policies, *filter(None, (self.predictor,))):
+            if not path.is_file():
+                raise OptionError(
+                    f"there is no file {str(path)!r}: give the path of one that `sparsify search` or training wrote"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Configuration:
+    """How the model is run in a row."""
+
+    name: str
+    line: str | None = None
+    """The line of the picture that it is a point of: method and far field; none for a noise floor."""
+    target: float | None = None
+    """The density to be matched."""
+    options: Mapping[str, Any] | None = None
+    """Of torch.compile; none: the model runs as it is. `top_p` is still to be found for a method of `TUNED`."""
+    autocast: bool = False
+    """Whether products of matrices are in bfloat16."""
+    policy: Path | None = None
+    predictor: Path | None = None
+
+    @property
+    def file(self) -> str | None:
+        """Digest of the file that the row depends on."""
+        path = self.policy or self.predictor
+        return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
+    """All rows: noise floors, methods at every density, policies."""
+    frames = settings.frames
+    everything = {"method": "tile", "reference_frames": frames, "far_field": "drop", "dense_steps": 0}
+    found = [
+        Configuration(name="floor: another kernel", options=everything),
+        Configuration(name="floor: bfloat16", autocast=True),
+    ]
+    for density in settings.densities:
+        k = nearest_tile(frames, density)
+        found += [
+            Configuration(
+                name=f"tile {k}:{frames - k} {far_field}",
+                line=f"tile {far_field}",
+                target=density,
+                options={"method": "tile", "reference_frames": k, "far_field": far_field},
+            )
+            for far_field in FAR_FIELDS
+        ]
+        for method, others in TUNED.items():
+            found += [
+                Configuration(
+                    name=f"{method} {density:g} {far_field}",
+                    line=f"{method} {far_field}",
+                    target=density,
+                    options={"method": method, **others, "far_field": far_field},
+                )
+                for far_field in FAR_FIELDS
+            ]
+        budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
+        found.append(
+            Configuration(
+                name=f"dsv {density:g} drop",
+                line="dsv drop",
+                target=density,
+                options=budget,
+                predictor=predictor,
+            )
+        )
+    for path in settings.policies:
+        name = f"policy {path.stem}"
+        found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
+    # Two densities may come to the same tile.
+    return list({one.name: one for one in reversed(found)}.values())[::-1]
+
+
+def nearest_tile(frames: int, density: float) -> int:
+    """Reference frames of the tile whose density is nearest."""
+    return min(range(1, frames + 1), key=lambda k: abs(frame_mask(frames, k).float().mean().item() - density))
+
+
+def find_top_p(
+    density_at: Callable[[float], float], target: float, known: dict[float, float], tries: int = TRIES
+) -> float:
+    """The `top_p` with which a method comes nearest to a density.
+
+    Between the two nearest values on both sides, where the straight line through the logarithms of their densities
+    meets the target, but never at their very ends.
+
+    Args:
+        density_at: measures; rising.
+        known: what was measured before, `top_p` to density; what is measured is added.
+    """
+
+    def miss(top_p: float) -> float:
+        return abs(math.log(known[top_p] / target))
+
+    for _ in range(tries):
+        if known and miss(min(known, key=miss)) <= NEAR:
+            break
+        low = max(((p, d) for p, d in known.items() if d < target), default=(0.0, target / 4))
+        high = min(((p, d) for p, d in known.items() if d >= target), default=(1.0, 1.0))
+        width = math.log(high[1] / low[1])
+        along = math.log(target / low[1]) / width if width > 0 else 0.5
+        top_p = low[0] + min(0.85, max(0.15, along)) * (high[0] - low[0])
+        known[top_p] = density_at(top_p)
+    return min(known, key=miss)
+
+
+def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[str, Any]:
+    """Everything, or what is left of it to do in the folder `out`; the content of `quality.json`. Shows progress.
+
+    Args:
+        weights: of the evaluation model.
+        learn: makes the predictor of `dsv` where none is given.
+
+    Raises:
+        SparsifyError: the folder is of other weights or settings; a file is missing or damaged.
+    """
+    bench = Bench(load(weights), out, settings)
+    record = bench.open(trained_steps(weights))
+    predictor = settings.predictor or bench.folder / "predictor.safetensors"
+    with files.progress() as bar:
+        task = bar.add_task("predictor of dsv", total=None)
+        if not predictor.exists():
+            learn(bench.model, predictor, settings.frames)
+        todo = configurations(settings, predictor)
+        bar.update(task, description="dense", total=len(todo))
+        if "dense" not in record:
+            record["dense"] = {"motion": _number(motion(bench.dense).mean()), "loss": bench.dense_loss}
+        for one in todo:
+            bar.update(task, description=one.name)
+            if not any((row["name"], row["file"]) == (one.name, one.file) for row in record["rows"]):
+                row = bench.row(one)
+                record["rows"] = [old for old in record["rows"] if old["name"] != one.name] + [row]
+                bench.save()
+            bar.advance(task)
+    names = [one.name for one in todo]
+    record["rows"].sort(key=lambda row: names.index(row["name"]) if row["name"] in names else len(names))
+    record["least_density"] = report.least_densities(record["rows"], PSNR_LEVELS)
+    bench.save()
+    kept = {row["name"]: files.read_tensors(bench.video_of(row["name"])) / 255 for row in record["rows"]}
+    report.draw_videos({"dense": bench.dense[0], **kept}, out / "videos.png")
+    report.draw_pareto(record["rows"], out / "pareto.png")
+    return record
+
+
+def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.FRAMES) -> Tensor:
+    """The critical share (90 % of the attention) of every layer and head, mean over `LEVELS` and held-out videos.
+
+    Written into the folder `out`: `sparsity.json` and `sparsity.png`.
+
+    Returns:
+        float32 [layers, heads].
+
+    Raises:
+        SparsifyError: numbers below 1; no weights; no folder.
+    """
+    for name, value in (("videos", videos), ("frames", frames)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    model = load(weights)
+    files.make_folder(out)
+    levels: dict[float, Tensor] = {}
+    with files.progress() as bar:
+        for level in bar.track(LEVELS, description="critical shares"):
+            levels[level] = check.shares(model, level, videos, frames)
+    mean = torch.stack(list(levels.values())).mean(0)
+    record = {
+        "format": "sparsify-sparsity-1",
+        **_origin(),
+        "settings": {
+            "weights": digest(model),
+            "trained_steps": trained_steps(weights),
+            "videos": videos,
+            "frames": frames,
+            "theta": 0.9,
+        },
+        "critical_share": mean.tolist(),
+        "of_levels": {f"{level:g}": shares.tolist() for level, shares in levels.items()},
+    }
+    _write_json(out / "sparsity.json", record)
+    report.draw_sparsity(mean, out / "sparsity.png")
+    return mean
+
+
+@dataclass(eq=False)
+class Switch:
+    """A backend of torch.compile: one graph of Dynamo serves all options of ours, of which the last are kept."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What runs the graph with the options of the time."""
+        last: list[tuple[Mapping[str, Any], Program]] = []
+
+        def run(*args: Any) -> Any:
+            if not last or last[0][0] is not self.options:
+                last[:] = [(self.options, sparsify(gm, example_inputs, options=self.options))]
+            return last[0][1](*args)
+
+        return run
+
+
+@dataclass(eq=False)
+class Bench:
+    """A run: the model, and what was made of it so far."""
+
+    model: nn.Module
+    out: Path
+    settings: Settings
+    record: dict[str, Any] = field(default_factory=dict)
+    """What `quality.json` holds."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the files that the run goes on from, by the settings that they depend on."""
+        key = json.dumps(self.record["settings"], sort_keys=True).encode()
+        return self.out / f"run-{hashlib.sha256(key).hexdigest()[:12]}"
+
+    def open(self, trained: int) -> dict[str, Any]:
+        """Begin a run, or go on.
+
+        Raises:
+            SparsifyError: there is one of other weights, settings or of another machine.
+        """
+        settings, here = self.settings, machine()
+        mine = {
+            "weights": digest(self.model),
+            "trained_steps": trained,
+            "seeds": settings.seeds,
+            "steps": settings.steps,
+            "dense_steps": settings.dense_steps,
+            "frames": settings.frames,
+            "guidance": GUIDANCE,
+            **{name: here[name] for name in ("cpu", "threads", "torch")},
+        }
+        files.make_folder(self.out)
+        path = self.out / "quality.json"
+        if path.exists():
+            self.record = files.read_json(path)
+            if self.record.get("format") != FORMAT:
+                raise OptionError(f"{path} is no result of `sparsify bench quality`: give another folder")
+            files.refuse_others(self.out, self.record["settings"], mine)
+        else:
+            self.record = {
+                "format": FORMAT,
+                **_origin(),
+                "settings": mine,
+                "calibrated": {method: [] for method in TUNED},
+                "rows": [],
+            }
+        self.folder.mkdir(exist_ok=True)
+        return self.record
+
+    def save(self) -> None:
+        """Write `quality.json`."""
+        _write_json(self.out / "quality.json", self.record)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """The videos that all others are held to: float32 [seeds, 3, frames, height, width]."""
+        return files.kept(self.folder / "dense.pt", lambda: self.videos(self.model)[0])
+
+    @cached_property
+    def dense_loss(self) -> float:
+        """Validation loss of the model itself."""
+        return self.loss(self.model)
+
+    def videos(self, run: Velocity, *, autocast: bool = False) -> tuple[Tensor, list[Measurement]]:
+        """Of every seed, and what was measured meanwhile, where the model is compiled."""
+        made: list[Tensor] = []
+        found: list[Measurement] = []
+        for first in range(0, self.settings.seeds, BATCH):
+            numbers = range(first, min(first + BATCH, self.settings.seeds))
+            made.append(self.generate(run, numbers, self.settings.steps, autocast))
+            if run is not self.model:
+                found += stats(self.model).measurements
+        return torch.cat(made), found
+
+    def generate(self, run: Velocity, numbers: Sequence[int], steps: int, autocast: bool = False) -> Tensor:
+        """Videos of the held-out prompts of these numbers, from noise of the same numbers."""
+        prompts = [world.scene(world.VALIDATION, number).prompt for number in numbers]
+        start = noise(numbers, self.settings.frames)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), generation(steps, streams=1):
+            return sample(run, prompts, start, steps=steps, guidance=GUIDANCE)
+
+    def compiled(self, options: Mapping[str, Any], **others: Any) -> Velocity:
+        """The model with options of torch.compile. It is traced anew for another batch or data type alone."""
+        usual: dict[str, Any] = {"inner_backend": "eager", "dense_steps": self.settings.dense_steps}
+        if "policy" not in options:
+            usual["dense_layers"] = 0
+        chosen = {**usual, **options, **others}
+        for state in states_of(self.model.parameters()):
+            state.learned.clear()  # `dsv` with another budget reads other shares
+
+        def run(*args: Any, **named: Any) -> tuple[Tensor, ...]:
+            self.switch.options = chosen
+            return self.traced(*args, **named)
+
+        return run
+
+    @cached_property
+    def switch(self) -> "Switch":
+        """What says with which options `traced` runs."""
+        return Switch()
+
+    @cached_property
+    def traced(self) -> Velocity:
+        """The model as Dynamo sees it, which takes longer than all that is done with the graph."""
+        torch.compiler.reset()
+        return torch.compile(self.model, backend=self.switch, dynamic=False)
+
+    def row(self, one: Configuration) -> dict[str, Any]:
+        """What a configuration does."""
+        options = one.options and self.tuned(one)
+        run = self.model if options is None else self.compiled(options, measure_recall=RECALL_SHARE)
+        made, found = self.videos(run, autocast=one.autocast)
+        density, recall = (1.0, 1.0) if options is None else self.attention(one, options, found)
+        files.write(self.video_of(one.name), lambda path: torch.save(_pixels(made[0]), path))
+        always = self.model if options is None else self.compiled(options, dense_steps=0)
+        seconds = self.seconds(always, autocast=one.autocast)
+        loss = self.dense_loss if options is None else self.loss(_each_anew(always))
+        ratio, likeness = psnr(made, self.dense).clamp(max=EXACT), ssim(made, self.dense)
+        return {
+            "name": one.name,
+            "line": one.line,
+            "target": one.target,
+            "options": options,
+            "file": one.file,
+            "density": _number(density),
+            "recall": _number(recall),
+            "psnr": _number(ratio.mean()),
+            "psnr_spread": _spread(ratio),
+            "ssim": _number(likeness.mean()),
+            "ssim_spread": _spread(likeness),
+            "motion": _number(motion(made).mean()),
+            "dense_motion": _number(motion(self.dense).mean()),
+            "loss": loss,
+            "dense_loss": self.dense_loss,
+            "seconds": _number(seconds["sparse"]),
+            "dense_seconds": _number(seconds["dense"]),
+        }
+
+    def tuned(self, one: Configuration) -> dict[str, Any]:
+        """The options, with `top_p` where it is to be found."""
+        options = dict(one.options or {})
+        if options.get("method") in TUNED and one.target is not None:
+            method = options["method"]
+            known = dict(self.record["calibrated"][method])
+            options["top_p"] = find_top_p(partial(self.density_at, method), one.target, known)
+            self.record["calibrated"][method] = sorted(known.items())
+        return options
+
+    def density_at(self, method: str, top_p: float) -> float:
+        """Of a short generation of a prompt that no row has."""
+        steps = min(CALIBRATION_STEPS, self.settings.steps)
+        dense = min(steps - 1, round(steps * self.settings.dense_steps / self.settings.steps))
+        options = {"method": method, **TUNED[method], "top_p": top_p, "far_field": "drop"}
+        run = self.compiled(options, dense_steps=dense)
+        self.generate(run, [FIRST], steps)
+        return stats(self.model).density
+
+    def attention(
+        self, one: Configuration, options: Mapping[str, Any], found: Sequence[Measurement]
+    ) -> tuple[float, float]:
+        """Density and attention mass kept, means over all attentions. A dense one has 1 and keeps 1.
+
+        Tiles do not measure what they keep: it is taken from dense calls at all `LEVELS`.
+        """
+        densities, kept = [], []
+        for place, (site, method) in enumerate(_methods(one, options, found)):
+            own = [measured for measured in found if measured.site == site]
+            if isinstance(method, Dense):
+                densities.append(1.0)
+                kept.append(1.0)
+            elif isinstance(method, Tile):
+                frames = self.settings.frames
+                mask = frame_mask(frames, method.reference_frames or max(1, frames // 2))
+                densities.append(mask.float().mean().item())
+                kept.append((self.frame_mass[place] * mask).sum(-1).mean().item())
+            else:
+                densities.append(torch.cat([measured.density.mean(1) for measured in own]).mean().item())
+                kept.append(torch.cat([measured.recall.mean(1) for measured in own]).nanmean().item())
+        return fmean(densities), fmean(kept)
+
+    @cached_property
+    def frame_mass(self) -> Tensor:
+        """Attention that queries of a frame give to keys of another, dense: [attentions, frames, frames].
+
+        Mean over heads, levels, and the queries of a frame.
+        """
+        frames = self.settings.frames
+        found: list[Tensor] = []
+
+        def hear(query: Tensor, key: Tensor, _: Tensor) -> None:
+            tokens = query.shape[-2] // frames
+            rows = query.unflatten(-2, (frames, tokens))[..., :: max(1, tokens // 8), :].flatten(-3, -2)
+            weights = (rows @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+            pairs = weights.unflatten(-1, (frames, tokens)).sum(-1).unflatten(-2, (frames, -1))
+            found.append(pairs.mean(dim=(0, 1, 3)))
+
+        calls = calibration_inputs(frames)
+        with torch.no_grad(), Listen(hear):
+            for call in calls:
+                self.model(**call)
+        return torch.stack(found).unflatten(0, (len(calls), -1)).mean(0)
+
+    def loss(self, run: Velocity) -> float:
+        """Validation loss, mean over `LEVELS` and as many videos as there are seeds, `BATCH` at most."""
+        count = min(BATCH, self.settings.seeds)
+        return _number(fmean(validation(run, self.settings.frames, count).values()), 6)
+
+    def seconds(self, run: Velocity, *, autocast: bool) -> dict[str, float]:
+        """Of a dense and a sparse call of one video with guidance, at `LEVELS` in turn."""
+        calls = [
+            {
+                "hidden_states": call["hidden_states"].repeat(2, 1, 1, 1, 1),
+                "timestep": call["timestep"].repeat(2),
+                "encoder_hidden_states": torch.cat([call["encoder_hidden_states"], unconditional(1)]),
+                "return_dict": False,
+            }
+            for call in reversed(calibration_inputs(self.settings.frames))
+        ]
+
+        def caller(model: Velocity) -> Callable[[], object]:
+            turn = cycle(calls)
+            return lambda: model(**next(turn))
+
+        dense, sparse = caller(self.model), caller(run)
+
+        def lowered() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return sparse()
+
+        with torch.no_grad(), generation(ROUNDS + 1, streams=1):
+            return interleaved_medians({"dense": dense, "sparse": lowered}, ROUNDS)
+
+    def video_of(self, name: str) -> Path:
+        """File of a row's first video."""
+        return self.folder / f"{name.replace(' ', '-').replace(':', '_')}.pt"
+
+
+def _origin() -> dict[str, Any]:
+    """Where a result comes from."""
+    return {
+        "command": " ".join(["sparsify", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
+
+
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    files.write(path, lambda partial: partial.write_text(text, "utf-8"))
+
+
+def _methods(
+    one: Configuration, options: Mapping[str, Any], found: Sequence[Measurement]
+) -> list[tuple[str, object]]:
+    """Every attention and what it does, in the order of the calls."""
+    if one.policy is not None:
+        policy = load_policy(one.policy)
+        return [(layer.mark.site, policy.menu[layer.choice].method) for layer in policy.layers]
+    kind = METHODS[options["method"]]
+    method = kind(reference_frames=options["reference_frames"]) if kind is Tile else None
+    return [(site, method) for site in dict.fromkeys(measured.site for measured in found)]
+
+
+def _each_anew(model: Velocity) -> Velocity:
+    """Every call is a generation of its own: levels in turn are no video."""
+
+    def call(*args: Any, **others: Any) -> tuple[Tensor, ...]:
+        with generation(1, streams=1):
+            return model(*args, **others)
+
+    return call
+
+
+def _pixels(video: Tensor) -> Tensor:
+    """RGB from 0 to 1 as bytes."""
+    return (video * 255).round().to(torch.uint8)
+
+
+def _number(value: float | Tensor, digits: int = 5) -> float:
+    """As JSON has it."""
+    return round(float(value), digits)
+
+
+def _spread(values: Tensor) -> float | None:
+    """Standard deviation; none of a single video."""
+    return _number(values.std()) if len(values) > 1 else None

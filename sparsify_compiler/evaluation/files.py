@@ -1,0 +1,96 @@
+"""Files of a run that is a folder.
+
+A file is written under another name first and then put in place, so it is whole or not there.
+"""
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError, SparsifyError
+
+REMOVE = "remove it, and what it held is made again"
+
+
+class DamagedError(SparsifyError):
+    """A file of a run cannot be read."""
+
+
+def make_folder(out: Path) -> None:
+    """Raises:
+    OptionError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"out must be a folder, got {str(out)!r}: {error}") from error
+
+
+def refuse_others(out: Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Raises:
+    OptionError: the settings found in a folder are not those of this run.
+    """
+    if odd := [name for name in mine if found.get(name) != mine[name]]:
+        told = ", ".join(f"{name} {found.get(name)!r} there and {mine[name]!r} now" for name in odd)
+        raise OptionError(f"{out} holds a run of other settings: {told}. Give those, or another folder")
+
+
+def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor in a file; made, and written there, if there is none."""
+    if not path.exists():
+        write(path, lambda partial: torch.save(make(), partial))
+    tensor = read_tensors(path)
+    if not isinstance(tensor, Tensor):
+        raise DamagedError(f"{path} must hold a tensor, got {type(tensor).__name__}: {REMOVE}")
+    return tensor
+
+
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Lets `writer` write the file that is given to it, and puts it in the place of `path`."""
+    partial = path.with_name(path.name + ".partial")
+    writer(partial)
+    partial.replace(path)
+
+
+def read_tensors(path: Path) -> Any:
+    """What torch.save wrote into a file, every byte of it checked.
+
+    Raises:
+        DamagedError: it is cut off or altered.
+    """
+    # A damaged file may raise anything; torch itself does not look at the sums of a zip file.
+    try:
+        with zipfile.ZipFile(path) as file:
+            if name := file.testzip():
+                raise zipfile.BadZipFile(f"{name} has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DamagedError(f"{path} is damaged ({type(error).__name__}: {error}): {REMOVE}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        DamagedError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
+        raise DamagedError(f"{path} is damaged ({error}): {REMOVE}") from error
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} must hold a JSON object, got {type(content).__name__}: {REMOVE}")
+    return content
+
+
+def progress() -> Progress:
+    """A bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
