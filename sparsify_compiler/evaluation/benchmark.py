@@ -2,7 +2,8 @@
 
 The same held-out prompts and noises are generated dense and with every configuration: what differs is the
 attention alone. Methods are compared at matched densities: `tile` by the number of reference frames that comes
-nearest, `svg2` and `cubes` by the `top_p` that short generations of another prompt find, `dsv` by its budget.
+nearest, `svg2` and `cubes` by the `top_p` or, with the linear far field, the `min_gain` that short generations of
+another prompt find, `dsv` by its budget.
 Densities are of the steps that run sparse; the first ones, `dense_steps`, are dense for all.
 
 A run is a folder: `quality.json`, to which a row is added as soon as it is finished, so that the same command goes
@@ -52,10 +53,10 @@ TUNED: Mapping[str, Mapping[str, Any]] = {
     "svg2": {"min_kv_ratio": 0.01},
     "cubes": {"cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_kv_ratio": 0.01},
 }
-"""Methods whose density `top_p` decides, with what else they are given: a floor below every density asked for."""
-CALIBRATION_STEPS, TRIES, NEAR = 6, 6, 0.03
-"""Steps of a generation that `top_p` is looked for with; how many are tried; and the relative difference from the
-target that is good enough."""
+"""Methods that decide by themselves what they read, with a floor below every density asked for."""
+CALIBRATION_STEPS, TRIES, NEAR = 6, 8, 0.03
+"""Steps of a generation that a density is looked for with; how many are tried; and the relative difference from
+the target that is good enough."""
 BATCH = 8
 """Videos that are made at once; guidance doubles them."""
 RECALL_SHARE = 0.01
@@ -114,7 +115,7 @@ class Configuration:
     target: float | None = None
     """The density to be matched."""
     options: Mapping[str, Any] | None = None
-    """Of torch.compile; none: the model runs as it is. `top_p` is still to be found for a method of `TUNED`."""
+    """Of torch.compile; none: the model runs as it is. For a method of `TUNED`, `reading` is still to be found."""
     autocast: bool = False
     """Whether products of matrices are in bfloat16."""
     policy: Path | None = None
@@ -178,21 +179,26 @@ def nearest_tile(frames: int, density: float) -> int:
     return min(range(1, frames + 1), key=lambda k: abs(frame_mask(frames, k).float().mean().item() - density))
 
 
-def find_top_p(
+def reading(far_field: str, much: float) -> dict[str, float]:
+    """The option by which a method of `TUNED` reads from nothing, `much` 0, to everything, 1."""
+    return {"min_gain": 1000.0 ** (1 - 2 * much)} if far_field == "linear" else {"top_p": much}
+
+
+def find_reading(
     density_at: Callable[[float], float], target: float, known: dict[float, float], tries: int = TRIES
 ) -> float:
-    """The `top_p` with which a method comes nearest to a density.
+    """How much a method must read to come nearest to a density.
 
     Between the two nearest values on both sides, where the straight line through the logarithms of their densities
     meets the target, but never at their very ends.
 
     Args:
         density_at: measures; rising.
-        known: what was measured before, `top_p` to density; what is measured is added.
+        known: what was measured before, `much` to density; what is measured is added.
     """
 
-    def miss(top_p: float) -> float:
-        return abs(math.log(known[top_p] / target))
+    def miss(much: float) -> float:
+        return abs(math.log(known[much] / target))
 
     for _ in range(tries):
         if known and miss(min(known, key=miss)) <= NEAR:
@@ -201,8 +207,8 @@ def find_top_p(
         high = min(((p, d) for p, d in known.items() if d >= target), default=(1.0, 1.0))
         width = math.log(high[1] / low[1])
         along = math.log(target / low[1]) / width if width > 0 else 0.5
-        top_p = low[0] + min(0.85, max(0.15, along)) * (high[0] - low[0])
-        known[top_p] = density_at(top_p)
+        much = low[0] + min(0.85, max(0.15, along)) * (high[0] - low[0])
+        known[much] = density_at(much)
     return min(known, key=miss)
 
 
@@ -346,7 +352,7 @@ class Bench:
                 "format": FORMAT,
                 **_origin(),
                 "settings": mine,
-                "calibrated": {method: [] for method in TUNED},
+                "calibrated": {},
                 "rows": [],
             }
         self.folder.mkdir(exist_ok=True)
@@ -442,20 +448,22 @@ class Bench:
         }
 
     def tuned(self, one: Configuration) -> dict[str, Any]:
-        """The options, with `top_p` where it is to be found."""
+        """The options, with how much is to be read where that is to be found."""
         options = dict(one.options or {})
         if options.get("method") in TUNED and one.target is not None:
-            method = options["method"]
-            known = dict(self.record["calibrated"][method])
-            options["top_p"] = find_top_p(partial(self.density_at, method), one.target, known)
-            self.record["calibrated"][method] = sorted(known.items())
+            method, far_field = options["method"], options["far_field"]
+            by = f"{method} by {next(iter(reading(far_field, 0.5)))}"
+            known = dict(self.record["calibrated"].get(by, []))
+            much = find_reading(partial(self.density_at, method, far_field), one.target, known)
+            options |= reading(far_field, much)
+            self.record["calibrated"][by] = sorted(known.items())
         return options
 
-    def density_at(self, method: str, top_p: float) -> float:
+    def density_at(self, method: str, far_field: str, much: float) -> float:
         """Of a short generation of a prompt that no row has."""
         steps = min(CALIBRATION_STEPS, self.settings.steps)
         dense = min(steps - 1, round(steps * self.settings.dense_steps / self.settings.steps))
-        options = {"method": method, **TUNED[method], "top_p": top_p, "far_field": "drop"}
+        options = {"method": method, **TUNED[method], **reading(far_field, much), "far_field": far_field}
         run = self.compiled(options, dense_steps=dense)
         self.generate(run, [FIRST], steps)
         return stats(self.model).density

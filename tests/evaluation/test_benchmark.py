@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sparsify_compiler import OptionError, SparsifyError, cli
 from sparsify_compiler.evaluation import benchmark, report
 from sparsify_compiler.evaluation import model as evaluated
-from sparsify_compiler.evaluation.benchmark import Bench, Settings, configurations, find_top_p, nearest_tile
+from sparsify_compiler.evaluation.benchmark import Bench, Settings, configurations, find_reading, nearest_tile
 from sparsify_compiler.evaluation.calibration import calibration_inputs
 from sparsify_compiler.evaluation.quality import ssim
 from sparsify_compiler.evaluation.sparsity import Listen
@@ -209,21 +209,21 @@ def test_the_best_line_is_told_and_what_is_not_reached():
 
 
 @given(target=st.floats(0.05, 1.0), power=st.floats(1.0, 4.0), floor=st.floats(0.001, 0.02))
-def test_top_p_is_found_in_few_tries(target, power, floor):
+def test_how_much_to_read_is_found_in_few_tries(target, power, floor):
     """Of convex densities: the blocks that are read first hold most of the attention."""
     tried = []
 
-    def density(top_p):
-        assert 0 < top_p <= 1
-        tried.append(top_p)
-        return floor + (1 - floor) * top_p**power
+    def density(much):
+        assert 0 < much <= 1
+        tried.append(much)
+        return floor + (1 - floor) * much**power
 
     known: dict[float, float] = {}
-    top_p = find_top_p(density, target, known)
-    assert abs(density(top_p) / target - 1) < 0.1
+    much = find_reading(density, target, known)
+    assert abs(density(much) / target - 1) < 0.1
     assert len(tried) - 1 == len(known) <= benchmark.TRIES
     before = len(tried)
-    find_top_p(density, known[top_p], known)
+    find_reading(density, known[much], known)
     assert len(tried) == before, "what is known is not measured again"
 
 
