@@ -4,7 +4,7 @@ The one data structure between methods (which fill it) and kernels (which read i
 H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, meaning shared.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class BlockTable:
         if blocks.shape[-1]:
             blocks.scatter_add_(-1, index, used.to(torch.int32).expand(*lead, -1, -1))
         return blocks > 0
+
+    def listing(self, blocks: Tensor) -> "BlockTable":
+        """The same blocks, but rows list what `blocks` says, bool [B, H, Nq, Nk], in rising order."""
+        columns = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
+        # Each listed block moves to the place that counting gives it, the others to one that is cut off.
+        place = torch.where(blocks, blocks.cumsum(-1) - 1, len(columns))
+        indices = torch.zeros(*blocks.shape[:-1], len(columns) + 1, dtype=torch.int32, device=blocks.device)
+        indices = indices.scatter(-1, place, columns.expand_as(place))[..., : max(len(columns), 1)]
+        return replace(self, kv_num_blocks=blocks.sum(-1, dtype=torch.int32), kv_indices=indices)
 
     def mask(self) -> Tensor:
         """[B|1, H|1, Sq, Sk] bool: the dense mask this table stands for. The oracle of every test."""

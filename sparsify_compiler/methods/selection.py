@@ -59,7 +59,7 @@ class Selection(NamedTuple):
     whole: bool = True
     """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
     min_gain: float | None = None
-    """With the linear far field: what else is worth reading (`kernels.far_field.gains`)."""
+    """With the linear far field: what else is worth reading (`kernels.virtual_keys.gains`)."""
 
 
 class Blocks(NamedTuple):

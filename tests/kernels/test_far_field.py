@@ -19,13 +19,11 @@ from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import (
     FAR_FIELDS,
     attention_with_far_field,
-    complement,
     exact_rows,
-    merge_far_field,
-    near_and_far,
-    virtual_keys,
 )
+from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
 from sparsify_compiler.kernels.providers import load
+from sparsify_compiler.kernels.virtual_keys import virtual_keys
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.cpu import attention, library
-from sparsify_compiler.kernels.far_field import VirtualKeys
 from sparsify_compiler.kernels.reference import far_field as reference
+from sparsify_compiler.kernels.virtual_keys import VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.far_field import in_parts
+from sparsify_compiler.kernels.near_and_far import in_parts
 from sparsify_compiler.kernels.triton import attention
 from sparsify_compiler.kernels.triton import far_field_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, shared_strides

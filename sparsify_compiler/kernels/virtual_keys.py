@@ -1,0 +1,155 @@
+"""Virtual keys: each block of keys as one key, by its statistics; and which blocks are better read.
+
+A block j that a query block does not read answers as one virtual key. With n_j keys of mean kbar_j, value mean
+vbar_j, variance var_j per channel, covariance C_j of keys and values (weighted by exp(key_bias)), and s the scale:
+
+    mean    score s q.kbar_j + log n_j, value vbar_j. The zeroth order, as in SVG-EAR (arXiv 2603.08982).
+    linear  score s q.kbar_j + log n_j + v_j, value vbar_j + s C_jᵀ q. Were the keys of a block Gaussian, with a
+            diagonal covariance, the value would be exact, and the score with v_j = s²/2 q².var_j. The sum of C_j
+            under the far softmax is taken once for each query block, at its mean query: M_i. PISA (arXiv
+            2602.01077) has the first order as one matrix for the whole sequence, over flat blocks.
+
+An expansion is good where its terms are small, and where attention is sharp they grow without end: the far field
+then errs ten times as much as dropping, in rows too few for a sample to see. So both terms of `linear` are
+bounded: s q M_i moves no channel further than the standard deviation of the values it stands for, and v_j is at
+most 1/2. With q² averaged over the queries of a head, v_j is a bias; each query's own q² errs as much, and would
+double the head dim.
+
+What is best read is not what holds most mass: a block of like keys, or like values, is as good as its statistics
+however much attention it gets. `min_gain` reads, beside what the table lists, the blocks that `linear` does badly:
+the second order, which it leaves out, is about P_ij s² E q²·var_j of how far values of j lie from the output, where
+P_ij is the share of block j in the attention of query block i (`gains`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import statistics
+from sparsify_compiler.table import BlockTable
+
+MOST_SECOND_ORDER = 0.5
+"""Of a score: beyond it the third order is no smaller."""
+
+
+class VirtualKeys(NamedTuple):
+    """The blocks of keys, each as one virtual key."""
+
+    key: Tensor
+    """[B, G, N, D] in the dtype of the queries, G dividing their heads."""
+    value: Tensor
+    """[B, G, N, Dv]."""
+    bias: Tensor
+    """[B, H, N] fp32 (fp64 for fp64 input), added to the scaled scores; -inf for what does not answer."""
+    matrices: Tensor | None
+    """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
+    limits: Tensor | None
+    """Of s q M, [B, H, Nq, Dv]."""
+
+
+def virtual_keys(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    *,
+    linear: bool,
+    min_gain: float | None = None,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+) -> tuple[BlockTable, VirtualKeys]:
+    """The table, with what `min_gain` adds to it, and what answers for the blocks that a row of it does not list.
+
+    `mean` has neither M nor limits. No gradient flows through the second order of the scores.
+    """
+    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
+        key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
+    )
+    bias = _of_heads(log_weight, query.shape[1])
+    matrices = limits = None
+    if linear:
+        mean_query, mean_square = statistics.block_means(
+            query, table.q_bounds, table.q_order, provider=provider
+        )
+        sizes = table.q_bounds.diff(dim=-1).unsqueeze(-2).to(mean_square.dtype)
+        mean_of_all = sizes @ mean_square / max(query.shape[2], 1)
+        second_order = scale**2 / 2 * _per_query_block(mean_of_all, key_variance.mT)[:, :, 0]
+        bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
+        scores = scale * _per_query_block(mean_query, key_mean.mT) + bias.detach()[:, :, None]
+        if min_gain is not None:
+            with torch.no_grad():
+                spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
+                gain = gains(scores, spread, value_mean, value_variance, table)
+                table = table.listing(table.block_mask() | (gain > min_gain))
+        shares = _shares(scores.masked_fill(table.block_mask(), -torch.inf))
+        # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
+        narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
+        matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
+        # Not 0, where a square root has no gradient.
+        limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
+    key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
+    return table, VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+
+
+def gains(
+    scores: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
+) -> Tensor:
+    """What reading a block is worth: the estimated error of the output that it saves, for each share of the keys.
+
+    With P the softmax of the scores, o_i = sum over j of P_ij vbar_j, and the whole output's root mean square
+    |o| over the tokens of all heads:
+
+        gain_ij = P_ij spread_ij sqrt(|vbar_j - o_i|² + sum of var(v)_j) / |o| / (keys of j / all keys)
+
+    At a gain of 1, a hundredth of the keys lowers the relative error by about a hundredth. Where every block with
+    more than a certain gain is read, the error is the least that so much reading can reach, were errors to add up.
+
+    Args:
+        scores: [B, H, Nq, N], of the mean query for each virtual key.
+        spread: [B, H, Nq, N], variance of the scores of a pair of blocks about it.
+        value_mean, value_variance: [B, G, N, Dv], G dividing H.
+
+    Returns:
+        [B, H, Nq, N], not negative; 0 for blocks without keys.
+    """
+    shares = _shares(scores)
+    out = _per_query_block(shares, value_mean)
+    apart = (
+        out.square().sum(-1, keepdim=True)
+        - 2 * _per_query_block(out, value_mean.mT)
+        + _of_heads((value_mean.square() + value_variance).sum(-1), out.shape[1])[:, :, None]
+    )
+    queries, keys = (bounds.diff(dim=-1).to(out.dtype) for bounds in (table.q_bounds, table.kv_bounds))
+    power = (queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)
+    size = power.mean(1).clamp(min=torch.finfo(out.dtype).tiny).sqrt()[:, None, None, None]
+    part = (keys / keys.sum(-1, keepdim=True).clamp(min=1))[:, :, None]
+    gain = shares * spread * apart.clamp(min=0).sqrt() / size / part.clamp(min=torch.finfo(out.dtype).tiny)
+    return gain.masked_fill(part == 0, 0.0)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; 0 where nothing is to be seen."""
+    blind = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def _of_heads(tensor: Tensor, heads: int) -> Tensor:
+    """[B, G, ...] for each of `heads`, as a view where they are as many."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
+
+
+def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
+    """[B, H, Nq, X] @ [B, G, X, Y] -> [B, H, Nq, Y], each head of the right shared by H / G of the left."""
+    heads, groups = left.shape[1], right.shape[1]
+    if heads == groups:
+        return left @ right
+    shared = left.unflatten(1, (groups, heads // groups)).flatten(2, 3) @ right
+    return shared.unflatten(2, (heads // groups, -1)).flatten(1, 2)
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, within its range."""
+    most = torch.finfo(dtype).max
+    return tensor.clamp(-most, most).to(dtype)
