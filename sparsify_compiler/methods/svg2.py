@@ -1,39 +1,22 @@
 """Method `svg2`: semantic permutation, Sparse VideoGen2 (arXiv 2505.18875).
 
-Per head, after QK-norm and RoPE, the queries and (separately) the keys of the video are clustered by k-means.
-With cluster means q_i, k_j and |K_j| keys in key cluster j, a query cluster estimates its attention as
-
-    P_ij = |K_j| exp(s q_i . k_j) / sum over j' of |K_j'| exp(s q_i . k_j')
-
-and reads the key clusters with the largest P, until their sum passes `top_p`, never fewer than `min_kv_ratio` of
-them. Clusters are warm: a call goes on from the centroids of the call before, in a few iterations.
-Tokens outside the grid (text, references) are one more block each, see everything and are seen by everything.
+Per head, after QK-norm and RoPE, the queries and (separately) the keys of the video are clustered by k-means, and a
+cluster of queries reads the clusters of keys that matter to it (`BlockMethod`); as released, those with the largest
+estimated attention, until their sum passes `top_p`. Clusters are warm: a call goes on from the centroids of the one
+before, in a few iterations. Tokens outside the grid (text, references) are one more block each, see everything and
+are seen by everything.
 """
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
-from sparsify_compiler.methods.selection import (
-    MASS_ALONE,
-    Blocks,
-    Memory,
-    Selection,
-    Tokens,
-    check_count,
-    check_gain,
-    check_share,
-    check_top_p,
-    floor_blocks,
-    key_counts,
-    table_amid,
-)
+from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
+from sparsify_compiler.methods.selection import BlockMethod, Blocks, Memory, Selection, Tokens, check_count
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
@@ -41,19 +24,9 @@ RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Svg2:
+class Svg2(BlockMethod):
     """Options of the method."""
 
-    top_p: float | None = None
-    """Estimated attention mass that every query cluster keeps at least, in (0, 1]; 1 keeps everything. 0.9 where
-    what is not read is dropped, 0.5 where its mean stands for it."""
-    min_kv_ratio: float = 0.03
-    """Share of the key clusters that every query cluster keeps at least, in [0, 1]; 0.1 without the linear far
-    field."""
-    min_gain: float | None = 1.0
-    """With the linear far field: a query cluster also keeps every key cluster that lowers the estimated relative
-    error of the output by more than so many times the share of the keys that it is. None: no more than the above.
-    The smaller, the more is read: 0.3, 1 and 3 read some 30, 18 and 11 % in a small trained model."""
     q_clusters: int | None = None
     """Clusters of queries; `clusters_for` the tokens if None."""
     kv_clusters: int | None = None
@@ -64,17 +37,10 @@ class Svg2:
     """Of the tokens that clusters start from."""
 
     name: ClassVar[str] = "svg2"
-    dense_steps: ClassVar[float] = 0.2
-    dense_layers: ClassVar[float] = 0.03
-    far_field: ClassVar[str] = "linear"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
-    otherwise: ClassVar[dict[str, dict[str, Any]]] = MASS_ALONE
 
     def __post_init__(self) -> None:
+        BlockMethod.__post_init__(self)  # slots leave no super()
         checked = {
-            "top_p": check_top_p(self.top_p),
-            "min_gain": check_gain(self.min_gain),
-            "min_kv_ratio": check_share("min_kv_ratio", self.min_kv_ratio, zero=True),
             "seed": check_count("seed", self.seed, 0),
             "kmeans_iters": self._iterations(),
         }
@@ -139,17 +105,7 @@ class Svg2:
             Blocks(*sort_by_label(labels, centroids.shape[2], provider=tokens.provider))
             for centroids, labels in clusters
         )
-        counts, indices, kept = top_p_blocks(
-            q_centroids,
-            kv_centroids,
-            key_counts(tokens, key),
-            scale=tokens.scale,
-            top_p=self.top_p or 0.0,
-            min_blocks=floor_blocks(self.min_kv_ratio, kv_centroids.shape[2]),
-            provider=tokens.provider,
-        )
-        table = table_amid(tokens.layout, query, key, counts, indices, q_centroids.shape[1])
-        return Selection(table, kept, min_gain=self.min_gain), (q_centroids, kv_centroids)
+        return self.choose(tokens, query, key, q_centroids, kv_centroids), (q_centroids, kv_centroids)
 
     def _cluster(
         self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor

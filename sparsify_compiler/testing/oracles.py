@@ -85,15 +85,7 @@ def far_field_attention(
         kv_head = h * k.shape[1] // heads
         keys, values = k[b, kv_head], v[b, kv_head]
         rows, columns, listed = _blocks_of(table, b, h, q_tokens, k.shape[2])
-        bias = [0.0] * k.shape[2]
-        if key_bias is not None:
-            bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
-        columns = [[t for t in block if bias[t] != -math.inf] for block in columns]
-        groups = {
-            j: _moments(keys[block], values[block], [bias[t] for t in block])
-            for j, block in enumerate(columns)
-            if block
-        }
+        bias, columns, groups = _groups(keys, values, columns, key_bias, b, h)
         for row, near in zip(rows, listed, strict=True):
             far = [j for j in groups if j not in near]
             near_tokens = [t for j in near for t in columns[j]]
@@ -159,15 +151,7 @@ def gains(
         for h in range(heads):
             keys, values = (t[b, h * k.shape[1] // heads] for t in (k, v))
             rows, columns, _ = _blocks_of(table, b, h, q_tokens, k.shape[2])
-            bias = [0.0] * k.shape[2]
-            if key_bias is not None:
-                bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
-            seen = [[t for t in block if bias[t] != -math.inf] for block in columns]
-            groups = {
-                j: _moments(keys[block], values[block], [bias[t] for t in block])
-                for j, block in enumerate(seen)
-                if block
-            }
+            _, _, groups = _groups(keys, values, columns, key_bias, b, h)
             square = (q[b, h] ** 2).mean(0)
             squared_norms = 0.0
             for i, row in enumerate(rows):
@@ -192,6 +176,22 @@ def gains(
             power.append(squared_norms / q_tokens)
         found[b] /= max((sum(power) / heads) ** 0.5, 1e-300)
     return found
+
+
+def _groups(
+    keys: Tensor, values: Tensor, columns: list[list[int]], key_bias: Tensor | None, b: int, h: int
+) -> tuple[list[float], list[list[int]], dict[int, Any]]:
+    """(bias of each key, blocks without hidden keys, `_moments` of those that are not empty)."""
+    bias = [0.0] * len(keys)
+    if key_bias is not None:
+        bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
+    seen = [[t for t in block if bias[t] != -math.inf] for block in columns]
+    groups = {
+        j: _moments(keys[block], values[block], [bias[t] for t in block])
+        for j, block in enumerate(seen)
+        if block
+    }
+    return bias, seen, groups
 
 
 def _moments(
