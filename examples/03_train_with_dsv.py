@@ -22,6 +22,8 @@ from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer
 from sparsify_compiler.pictures import figure, save
 
 SAVE_EVERY = 25
+RATES = {"matrix_rate": 0.002, "rate": 2e-4}
+"""Of a model that is trained already: with those it began with, a few hundred steps of small batches undo much."""
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     stage = Stage(frames=options.frames, batch=options.batch, steps=options.steps)
-    trainer = Trainer(load(), Recipe(stages=(stage,)))
+    trainer = Trainer(load(), Recipe(stages=(stage,), **RATES))
     dsv = None
     if options.method == "dsv":
         group = tuple(options.query_group) if options.query_group else None

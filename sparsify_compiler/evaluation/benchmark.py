@@ -189,8 +189,8 @@ def find_reading(
 ) -> float:
     """How much a method must read to come nearest to a density.
 
-    Between the two nearest values on both sides, where the straight line through the logarithms of their densities
-    meets the target, but never at their very ends.
+    Between the two nearest values on both sides: where the straight line through the logarithms of their densities
+    meets the target, but never at their very ends, and in the middle, by turns; densities may rise all at once.
 
     Args:
         density_at: measures; rising.
@@ -200,13 +200,13 @@ def find_reading(
     def miss(much: float) -> float:
         return abs(math.log(known[much] / target))
 
-    for _ in range(tries):
+    for attempt in range(tries):
         if known and miss(min(known, key=miss)) <= NEAR:
             break
         low = max(((p, d) for p, d in known.items() if d < target), default=(0.0, target / 4))
         high = min(((p, d) for p, d in known.items() if d >= target), default=(1.0, 1.0))
         width = math.log(high[1] / low[1])
-        along = math.log(target / low[1]) / width if width > 0 else 0.5
+        along = math.log(target / low[1]) / width if width > 0 and attempt % 2 == 0 else 0.5
         much = low[0] + min(0.85, max(0.15, along)) * (high[0] - low[0])
         known[much] = density_at(much)
     return min(known, key=miss)
