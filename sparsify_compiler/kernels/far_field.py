@@ -32,6 +32,8 @@ class Report(NamedTuple):
     """1 where the far field is merged, 0 where it is dropped: sampled rows say so."""
     recall: Tensor
     """Mean share of the true attention mass that the near field holds; NaN where no row is sampled."""
+    kept: Tensor
+    """The same as the means of blocks tell it, of all queries; NaN without `min_gain`."""
 
 
 def attention_with_far_field(
@@ -80,7 +82,7 @@ def attention_with_far_field(
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
-            report = _report(table, torch.zeros_like(nothing), nothing)
+            report = _report(table, torch.zeros_like(nothing), nothing, nothing)
             out, lse = attention.block_sparse_attention(
                 query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
             )
@@ -91,7 +93,7 @@ def attention_with_far_field(
                     )
                     report = report._replace(recall=_recall(sample.take(lse), exact_lse))
             return out, lse, report
-        table, far = virtual_keys(
+        table, far, kept = virtual_keys(
             query,
             key,
             value,
@@ -106,15 +108,15 @@ def attention_with_far_field(
         if sample is not None:
             with torch.no_grad():
                 far, gate, recall = _guard(sample, query, key, value, table, far, key_bias, scale, provider)
-        report = _report(table, gate, recall)
+        report = _report(table, gate, recall, nothing if kept is None else kept.float())
         out, lse = near_and_far(
             query, key, value, table, far, key_bias=key_bias, scale=scale, provider=provider
         )
     return out, lse, report
 
 
-def _report(table: BlockTable, gate: Tensor, recall: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall)
+def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
+    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
 
 
 def exact_rows(

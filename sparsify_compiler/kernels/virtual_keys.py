@@ -59,8 +59,9 @@ def virtual_keys(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[BlockTable, VirtualKeys]:
-    """The table, with what `min_gain` adds to it, and what answers for the blocks that a row of it does not list.
+) -> tuple[BlockTable, VirtualKeys, Tensor | None]:
+    """The table, with what `min_gain` adds to it; what answers for the blocks that a row of it does not list; and
+    with `min_gain` the attention mass that queries are estimated to read, [B, H].
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -68,7 +69,7 @@ def virtual_keys(
         key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
     )
     bias = _of_heads(log_weight, query.shape[1])
-    matrices = limits = None
+    matrices = limits = kept = None
     if linear:
         mean_query, mean_square = statistics.block_means(
             query, table.q_bounds, table.q_order, provider=provider
@@ -83,6 +84,8 @@ def virtual_keys(
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
                 gain = gains(scores, spread, value_mean, value_variance, table)
                 table = table.listing(table.block_mask() | (gain > min_gain))
+                near = (_shares(scores) * table.block_mask()).sum(-1, keepdim=True)
+                kept = (sizes @ near)[:, :, 0, 0] / max(query.shape[2], 1)
         shares = _shares(scores.masked_fill(table.block_mask(), -torch.inf))
         # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
         narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
@@ -90,7 +93,7 @@ def virtual_keys(
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
-    return table, VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+    return table, VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits), kept
 
 
 def gains(

@@ -183,7 +183,8 @@ class _Work:
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias)
         with torch.no_grad():
-            rows = (known.density, kept.mean(-1), known.recall, known.gate)
+            estimated = kept.mean(-1) if min_gain is None else known.kept
+            rows = (known.density, estimated, known.recall, known.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
         return [out, report, *learnt]
 

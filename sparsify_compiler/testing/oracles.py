@@ -141,11 +141,13 @@ def _blocks_of(
 
 def gains(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
-) -> Tensor:
-    """[B, H, Nq, N] float64: what reading each block of `table` gains, block by block from the formula."""
+) -> tuple[Tensor, Tensor]:
+    """Both [B, H, Nq, N] float64, block by block from the formulas: what reading a block of `table` gains, and the
+    share of the attention that it is estimated to get."""
     q, k, v = query.double(), key.double(), value.double()
     batch, heads, q_tokens, _ = q.shape
     found = q.new_zeros(batch, heads, table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1)
+    attention = torch.zeros_like(found)
     for b in range(batch):
         power = []
         for h in range(heads):
@@ -169,13 +171,14 @@ def gains(
                 out = sum(shares[j] * groups[j][2] for j in groups)
                 squared_norms += len(row) * float(out.square().sum())
                 for j, (_, _, middle, variance, value_variance, _) in groups.items():
+                    attention[b, h, i, j] = shares[j]
                     spread = scale**2 * (q[b, h, row] ** 2).mean(0).dot(variance)
                     distance = ((middle - out).square().sum() + value_variance.sum()).sqrt()
                     part = len(columns[j]) / k.shape[2]
                     found[b, h, i, j] = shares[j] * spread * distance / part
             power.append(squared_norms / q_tokens)
         found[b] /= max((sum(power) / heads) ** 0.5, 1e-300)
-    return found
+    return found, attention
 
 
 def _groups(
