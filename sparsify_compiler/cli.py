@@ -109,7 +109,7 @@ def search(
         float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
     ] = 0.01,
     menu: Annotated[
-        Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "min_gain": 1}]')
+        Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "min_gain": 0.02}]')
     ] = None,
     out: Annotated[Path, typer.Option(help="the policy's file")] = Path("policy.json"),
     options: Annotated[

@@ -212,7 +212,7 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
         yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
     general, own = split_options(options)
     if not {"method", "policy"} & general.keys() and not own and any(graph.sparse for graph in graphs):
-        yield "the method is the default; options={'min_gain': g} reads more (towards 0) or less (above 1)."
+        yield "the method is the default; options={'min_gain': g} reads more (towards 0) or less (above 0.02)."
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:

@@ -181,7 +181,7 @@ def nearest_tile(frames: int, density: float) -> int:
 
 def reading(far_field: str, much: float) -> dict[str, float]:
     """The option by which a method of `TUNED` reads from nothing, `much` 0, to everything, 1."""
-    return {"min_gain": 1000.0 ** (1 - 2 * much)} if far_field == "linear" else {"top_p": much}
+    return {"min_gain": 10.0 ** (1 - 7 * much)} if far_field == "linear" else {"top_p": much}
 
 
 def find_reading(

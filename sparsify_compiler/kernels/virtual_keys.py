@@ -99,15 +99,15 @@ def virtual_keys(
 def gains(
     scores: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
 ) -> Tensor:
-    """What reading a block is worth: the estimated error of the output that it saves, for each share of the keys.
+    """What reading a block is worth: the squared error of the output that it saves, for each share of the keys.
 
-    With P the softmax of the scores, o_i = sum over j of P_ij vbar_j, and the whole output's root mean square
-    |o| over the tokens of all heads:
+    With P the softmax of the scores, o_i = sum over j of P_ij vbar_j, |o|² its mean over the tokens of all heads:
 
-        gain_ij = P_ij spread_ij sqrt(|vbar_j - o_i|² + sum of var(v)_j) / |o| / (keys of j / all keys)
+        gain_ij = (P_ij spread_ij)² (|vbar_j - o_i|² + sum of var(v)_j) / |o|² / (keys of j / all keys)
 
-    At a gain of 1, a hundredth of the keys lowers the relative error by about a hundredth. Where every block with
-    more than a certain gain is read, the error is the least that so much reading can reach, were errors to add up.
+    At a gain of 0.01, a hundredth of the keys lowers the relative squared error by 0.0001. Errors of blocks are
+    taken to be independent, so that their squares add up; then reading every block of more than a certain gain
+    leaves the least error that so much reading can.
 
     Args:
         scores: [B, H, Nq, N], of the mean query for each virtual key.
@@ -125,11 +125,11 @@ def gains(
         + _of_heads((value_mean.square() + value_variance).sum(-1), out.shape[1])[:, :, None]
     )
     queries, keys = (bounds.diff(dim=-1).to(out.dtype) for bounds in (table.q_bounds, table.kv_bounds))
-    power = (queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)
-    size = power.mean(1).clamp(min=torch.finfo(out.dtype).tiny).sqrt()[:, None, None, None]
+    power = ((queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)).mean(1)
+    tiny = torch.finfo(out.dtype).tiny
     part = (keys / keys.sum(-1, keepdim=True).clamp(min=1))[:, :, None]
-    gain = shares * spread * apart.clamp(min=0).sqrt() / size / part.clamp(min=torch.finfo(out.dtype).tiny)
-    return gain.masked_fill(part == 0, 0.0)
+    error = (shares * spread).square() * apart.clamp(min=0) / power.clamp(min=tiny)[:, None, None, None]
+    return (error / part.clamp(min=tiny)).masked_fill(part == 0, 0.0)
 
 
 def _shares(scores: Tensor) -> Tensor:

@@ -175,9 +175,9 @@ def gains(
                     spread = scale**2 * (q[b, h, row] ** 2).mean(0).dot(variance)
                     distance = ((middle - out).square().sum() + value_variance.sum()).sqrt()
                     part = len(columns[j]) / k.shape[2]
-                    found[b, h, i, j] = shares[j] * spread * distance / part
+                    found[b, h, i, j] = (shares[j] * spread * distance) ** 2 / part
             power.append(squared_norms / q_tokens)
-        found[b] /= max((sum(power) / heads) ** 0.5, 1e-300)
+        found[b] /= max(sum(power) / heads, 1e-300)
     return found, attention
 
 

@@ -3,7 +3,7 @@
 For every attention of a model the cheapest entry of a menu whose loss on calibration inputs stays at or below r;
 full attention where none does. One r for the model.
 
-    policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "min_gain": 1}], r=0.01)
+    policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "min_gain": 0.02}], r=0.01)
     policy.save("policy.json")
     fast = torch.compile(model, backend="sparsify", options={"policy": "policy.json"})
 
@@ -58,7 +58,7 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
 from sparsify_compiler.training.cost import synchronise
 
-GAINS = (0.1, 0.3, 1.0, 3.0)
+GAINS = (0.001, 0.005, 0.02, 0.1)
 MENU: tuple[Mapping[str, Any], ...] = (
     {"method": "tile"},
     {"method": "tile", "reference_frames": 1},
@@ -157,7 +157,7 @@ def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
     if isinstance(menu, (str, Mapping)) or not isinstance(menu, Sequence) or not menu:
         raise OptionError(
             "the menu must be a list of at least one entry such as "
-            f"{{'method': 'svg2', 'min_gain': 1}}, got {menu!r}"
+            f"{{'method': 'svg2', 'min_gain': 0.02}}, got {menu!r}"
         )
     entries = {DENSE: entry_of({"method": DENSE})}
     for options in menu:
@@ -185,13 +185,13 @@ def read_menu_file(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:  # ValueError: neither text nor JSON
         raise OptionError(
-            f'the menu must be a JSON file with a list such as [{{"method": "svg2", "min_gain": 1}}], got '
+            f'the menu must be a JSON file with a list such as [{{"method": "svg2", "min_gain": 0.02}}], got '
             f"{str(path)!r}: {error}"
         ) from error
 
 
 def label_of(options: Mapping[str, Any]) -> str:
-    """`svg2 min_gain=1`: the method, and what else was given."""
+    """`svg2 min_gain=0.02`: the method, and what else was given."""
 
     def text(value: Any) -> str:
         return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

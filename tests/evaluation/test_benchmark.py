@@ -89,7 +89,7 @@ def test_densities_are_matched(folder):
     rows, record = rows_of(folder), json.loads((folder / "quality.json").read_text())
     for name in ("svg2", "cubes"):
         tried = {
-            1000.0 ** (1 - 2 * much): density for much, density in record["calibrated"][f"{name} by min_gain"]
+            10.0 ** (1 - 7 * much): density for much, density in record["calibrated"][f"{name} by min_gain"]
         }
         row = rows[f"{name} 0.5 linear"]
         assert tried[row["options"]["min_gain"]] == pytest.approx(0.5, rel=0.15)

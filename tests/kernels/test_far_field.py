@@ -244,7 +244,7 @@ def test_what_is_worth_reading_errs_less_than_what_is_looked_at_most():
         )
         return float((out - exact).norm() / exact.norm()), float(report.density.mean())
 
-    for min_gain in (3.0, 1.0, 0.3):
+    for min_gain in (0.3, 0.03, 0.003):
         found, density = error(nothing, min_gain=min_gain)
         by_mass, like = error(far_fields.nearest_blocks(query, key, 32, 16, density))
         assert like >= density - 1 / 64
@@ -381,7 +381,7 @@ def test_deterministic(provider, far_field):
         for _ in range(2)
     )
     for one, other in zip((*first[:2], *first[2]), (*second[:2], *second[2]), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="traced alike for every provider")
@@ -397,7 +397,7 @@ def test_compiles_without_a_break(far_field):
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     for got, like in zip(compiled(*tensors), run(*tensors), strict=True):
-        assert torch.equal(got, like)
+        torch.testing.assert_close(got, like, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
