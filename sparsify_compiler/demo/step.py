@@ -232,9 +232,9 @@ def _summary(result: Result) -> Group:
     distances = (f"{result.distance[name]:.1e}" for name in methods)
     table.add_row("distance to dense (random weights)", "", *distances)
     sentence = (
-        f"A step is {result.speedup('svg2'):.2f} times as fast by svg2, where it reads half of the attention, and "
-        f"{result.speedup('tile'):.2f} times by tile, which computes what its masks say; they are drawn in "
-        f"{result.picture}."
+        f"A step is {result.speedup('svg2'):.2f} times as fast by svg2, which by its estimate reads half of the "
+        f"attention, and {result.speedup('tile'):.2f} times by tile, which computes what its masks say; they are "
+        f"drawn in {result.picture}."
         if result.passed
         else "The sparse model does NOT compute what its masks say: please report this."
     )
