@@ -79,14 +79,17 @@ def virtual_keys(
         second_order = scale**2 / 2 * _per_query_block(mean_of_all, key_variance.mT)[:, :, 0]
         bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
         scores = scale * _per_query_block(mean_query, key_mean.mT) + bias.detach()[:, :, None]
+        listed = table.block_mask()
         if min_gain is not None:
             with torch.no_grad():
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
-                gain = gains(scores, spread, value_mean, value_variance, table)
-                table = table.listing(table.block_mask() | (gain > min_gain))
-                near = (_shares(scores) * table.block_mask()).sum(-1, keepdim=True)
-                kept = (sizes @ near)[:, :, 0, 0] / max(query.shape[2], 1)
-        shares = _shares(scores.masked_fill(table.block_mask(), -torch.inf))
+                attention = _shares(scores)
+                listed = listed | (gains(attention, spread, value_mean, value_variance, table) > min_gain)
+                table = table.listing(listed)
+                kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
+                    query.shape[2], 1
+                )
+        shares = _shares(scores.masked_fill(listed, -torch.inf))
         # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
         narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
         matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
@@ -97,11 +100,11 @@ def virtual_keys(
 
 
 def gains(
-    scores: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
+    shares: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
 ) -> Tensor:
     """What reading a block is worth: the squared error of the output that it saves, for each share of the keys.
 
-    With P the softmax of the scores, o_i = sum over j of P_ij vbar_j, |o|² its mean over the tokens of all heads:
+    With o_i = sum over j of P_ij vbar_j and |o|² the mean of its square over the tokens of all heads:
 
         gain_ij = (P_ij spread_ij)² (|vbar_j - o_i|² + sum of var(v)_j) / |o|² / (keys of j / all keys)
 
@@ -110,14 +113,13 @@ def gains(
     leaves the least error that so much reading can.
 
     Args:
-        scores: [B, H, Nq, N], of the mean query for each virtual key.
-        spread: [B, H, Nq, N], variance of the scores of a pair of blocks about it.
+        shares: [B, H, Nq, N], P, the attention of the mean query to the virtual keys of all blocks.
+        spread: [B, H, Nq, N], variance of the scores of a pair of blocks about that of their means.
         value_mean, value_variance: [B, G, N, Dv], G dividing H.
 
     Returns:
         [B, H, Nq, N], not negative; 0 for blocks without keys.
     """
-    shares = _shares(scores)
     out = _per_query_block(shares, value_mean)
     apart = (
         out.square().sum(-1, keepdim=True)
@@ -154,5 +156,7 @@ def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another dtype, within its range."""
+    if tensor.dtype == dtype:
+        return tensor
     most = torch.finfo(dtype).max
     return tensor.clamp(-most, most).to(dtype)
