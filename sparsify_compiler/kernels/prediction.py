@@ -20,29 +20,35 @@ def top_k_keys(
     budget: Tensor,
     *,
     width: int,
+    q_bounds: Tensor | None = None,
     scale: float = 1.0,
     key_bias: Tensor | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The `budget` keys with the highest predicted score, for each query group.
 
-    The score of key j for group g is
+    The score of key j for query i is
 
-        scale query_g . key_j + key_bias_j
+        scale query_i . key_j + key_bias_j
 
-    -inf wherever the bias is, and the lowest finite number where it is NaN. A key at -inf is never chosen; of
-    equal scores (-0 equals 0) the key of lower index goes first. Scores of G x S pairs are never held at once.
+    -inf wherever the bias is, and the lowest finite number where it is NaN. Without `q_bounds` every query is a
+    group of its own. A group's score is the attention that its queries are foretold to give a key together, the sum
+    of their softmax over all keys: what one query reads and the others do not is not lost between them. A key at
+    -inf is never chosen; of equal scores (-0 equals 0) the key of lower index goes first. Scores of Q x S pairs are
+    never held at once.
 
     Scores are fp32 (reference: fp64 for fp64). Providers sum the R products in orders of their own, so their
     scores, and the choice among keys whose scores differ by no more, may differ in the last bits; where every
     sum is exact, as of small integers, they choose the same keys.
 
     Args:
-        query: [B, H, G, R] fp32, fp16, bf16 (reference: also fp64), any strides: one query for each group.
+        query: [B, H, Q, R] fp32, fp16, bf16 (reference: also fp64), any strides.
         key: [B, Hkv, S, R] of the same dtype, H a multiple of Hkv; query head h reads key head h * Hkv // H.
         budget: [B|1, H|1] int32 on the device of the query, where it stays: keys to choose for each group of a
             head. Below 0 it counts as 0, above min(width, S) as that.
         width: W, room in a row of the result, at least 1; by convention a power of two.
+        q_bounds: [G+1] int32 on the device of the query, rising from 0 to Q: group g is queries q_bounds[g] to
+            q_bounds[g + 1] - 1. Or None, for G = Q groups of one.
         scale: factor on the products.
         key_bias: [B|1, H|1, S] float, or None.
         provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
@@ -59,6 +65,7 @@ def top_k_keys(
         query.detach(),
         key.detach(),
         budget,
+        q_bounds,
         key_bias if key_bias is None else key_bias.detach(),
         int(width),
         float(scale),
@@ -80,34 +87,51 @@ def _top_k_keys(
     query: Tensor,
     key: Tensor,
     budget: Tensor,
+    q_bounds: Tensor | None,
     key_bias: Tensor | None,
     width: int,
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, key, budget, key_bias, width)
+    _check(query, key, budget, q_bounds, key_bias, width)
     with torch.autocast(query.device.type, enabled=False):
-        return providers.load(provider, "prediction").top_k_keys(query, key, budget, key_bias, width, scale)
+        return providers.load(provider, "prediction").top_k_keys(
+            query, key, budget, q_bounds, key_bias, width, scale
+        )
 
 
 @_top_k_keys.register_fake
 def _top_k_keys_fake(
-    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int, *_: Any
+    query: Tensor,
+    key: Tensor,
+    budget: Tensor,
+    q_bounds: Tensor | None,
+    key_bias: Tensor | None,
+    width: int,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, key, budget, key_bias, width)
-    return empty_top_k(query, width)
+    _check(query, key, budget, q_bounds, key_bias, width)
+    return empty_top_k(query, q_bounds, width)
 
 
-def empty_top_k(query: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def empty_top_k(query: Tensor, q_bounds: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """Uninitialised (kv_num_blocks, kv_indices): every provider returns exactly this layout."""
-    lead = query.shape[:3]
+    groups = query.shape[2] if q_bounds is None else q_bounds.shape[0] - 1
+    lead = (*query.shape[:2], groups)
     return query.new_empty(lead, dtype=torch.int32), query.new_empty(*lead, width, dtype=torch.int32)
 
 
-def _check(query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int) -> None:
+def _check(
+    query: Tensor,
+    key: Tensor,
+    budget: Tensor,
+    q_bounds: Tensor | None,
+    key_bias: Tensor | None,
+    width: int,
+) -> None:
     """Raise ValueError for arguments that do not fit together. Looks at no value."""
     if query.dim() != 4 or not query.is_floating_point() or query.shape[3] == 0:
-        raise ValueError(f"query must be a float tensor [B, H, G, R] with R >= 1, got {_described(query)}")
+        raise ValueError(f"query must be a float tensor [B, H, Q, R] with R >= 1, got {_described(query)}")
     batch, heads, _, rank = query.shape
     fits = key.dim() == 4 and key.shape == (batch, *key.shape[1:3], rank) and key.shape[2] > 0
     if not fits or key.dtype != query.dtype:
@@ -122,6 +146,10 @@ def _check(query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, 
     if not fits or budget.dtype != torch.int32:
         raise ValueError(f"budget must be int32 [1 or {batch}, 1 or {heads}], got {_described(budget)}")
     tensors = {"query": query, "key": key, "budget": budget}
+    if q_bounds is not None:
+        if q_bounds.dim() != 1 or q_bounds.shape[0] == 0 or q_bounds.dtype != torch.int32:
+            raise ValueError(f"q_bounds must be int32 [G + 1] or None, got {_described(q_bounds)}")
+        tensors["q_bounds"] = q_bounds
     if key_bias is not None:
         shape = tuple(key_bias.shape)
         fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == tokens

@@ -4,6 +4,7 @@ The Triton provider needs a GPU, or the interpreter: `test_triton_in_the_interpr
 a process that has it.
 """
 
+import itertools
 import math
 import os
 import subprocess
@@ -279,15 +280,79 @@ def test_float64_on_the_reference():
     assert rows(run("reference", query.float(), key.float(), budgets(1), width=1)) == [[0]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_result_does_not_depend_on_threads(dtype):
+def group_scores(query: Tensor, key: Tensor, bounds: list[int], scale: float, bias: Tensor | None) -> Tensor:
+    """[B, H, G, S] float64: the attention of the queries of a group, one after the other, added up."""
+    scores = exact_scores(query, key, scale, bias)
+    totals = torch.full((*scores.shape[:2], len(bounds) - 1, scores.shape[3]), -math.inf, dtype=torch.float64)
+    for g, (first, last) in enumerate(itertools.pairwise(bounds)):
+        for i in range(first, last):
+            for b, h in itertools.product(*map(range, scores.shape[:2])):
+                visible = scores[b, h, i] > -math.inf
+                if not visible.any():
+                    continue
+                weights = (scores[b, h, i] - scores[b, h, i].max()).exp()
+                added = totals[b, h, g].clamp(min=0.0) + weights / weights.sum()
+                totals[b, h, g] = torch.where(visible, added, totals[b, h, g])
+    return totals
+
+
+@any_example
+@given(problem=problems(), data=st.data())
+def test_groups_read_what_their_queries_attend_to_together(provider, problem, data):
+    """The attention that a choice catches is at most a rounding below the best that as many keys catch."""
+    query, key, budget, others = problem
+    queries, bias = query.shape[2], others["key_bias"]
+    inner = data.draw(st.lists(st.integers(0, queries), max_size=6))
+    bounds = sorted({0, queries, *inner})
+    if data.draw(st.booleans()):
+        bounds.append(queries)  # a group of nothing
+    q_bounds = torch.tensor(bounds, dtype=torch.int32, device=device_of(provider))
+    found = run(provider, query, key, budget, q_bounds=q_bounds, **others)
+    totals = group_scores(query, key, bounds, others["scale"], bias).flatten(0, 2)
+    sizes = exact_scores(query.abs(), key.abs(), abs(others["scale"]), None)
+    largest = 0.0 if sizes.numel() == 0 else float(sizes.max())
+    slack = 4 * (query.shape[3] + 8) * UNIT * (1 + largest + 8)
+    wanted = budget.expand(query.shape[:2])[:, :, None].expand(*query.shape[:2], len(bounds) - 1).flatten()
+    for chosen, total, most in zip(rows(found), totals, wanted.tolist(), strict=True):
+        expected = best(total.tolist(), min(most, others["width"]))
+        assert len(chosen) == len(expected)
+        assert chosen == sorted(set(chosen))
+        assert (total[chosen] > -math.inf).all()
+        assert float(total[chosen].sum()) >= float(total[expected].sum()) * (1 - slack) - 1e-30
+
+
+def test_a_group_of_one_reads_what_its_query_does(provider):
     random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, size, 16, generator=random) for size in (9, 70))
+    alone = run(provider, query, key, budgets(7, 20), width=32)
+    grouped = run(
+        provider, query, key, budgets(7, 20), width=32,
+        q_bounds=torch.arange(10, dtype=torch.int32, device=device_of(provider)),
+    )  # fmt: skip
+    assert all(torch.equal(got, was) for got, was in zip(grouped, alone, strict=True))
+
+
+def test_what_one_query_needs_is_read_for_all(provider):
+    """Two queries, each with keys of its own: their middle would read neither's."""
+    query = torch.tensor([[[[8.0, 0.0], [0.0, 8.0]]]])
+    key = torch.tensor([[[[1.0, 0.0], [0.9, 0.9], [0.0, 1.0], [0.8, 0.8], [-1.0, -1.0]]]])
+    key = key * 4
+    together = torch.tensor([0, 2], dtype=torch.int32, device=device_of(provider))
+    assert rows(run(provider, query, key, budgets(2), width=2, q_bounds=together)) == [[0, 2]]
+    assert rows(run(provider, query.mean(2, keepdim=True), key, budgets(2), width=2)) == [[1, 3]]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_threads(dtype, grouped):
+    random = torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, 30, 31, 77, 100], dtype=torch.int32) if grouped else None
     query, key = (torch.randn(2, 2, size, 16, generator=random).to(dtype) for size in (100, 700))
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run("cpu", query, key, budgets(50), width=64))
+            results.append(run("cpu", query, key, budgets(50), width=64, q_bounds=bounds))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -298,8 +363,9 @@ def test_opcheck_with_strided_views(provider):
     device = device_of(provider)
     query, key = (torch.randn(1, size, 2, 16, device=device).transpose(1, 2) for size in (5, 20))
     bias = torch.randn(1, 2, 40, device=device)[..., ::2]
-    for some_bias in (None, bias):
-        arguments = (query, key[:, :1], budgets(3, 7).to(device), some_bias, 8, 0.25, provider)
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    for some_bias, some_bounds in ((None, None), (bias, None), (bias, bounds)):
+        arguments = (query, key[:, :1], budgets(3, 7).to(device), some_bounds, some_bias, 8, 0.25, provider)
         torch.library.opcheck(torch.ops.sparsify.top_k_keys.default, arguments)
 
 
@@ -320,7 +386,7 @@ def test_one_program_serves_every_budget(provider):
     device = device_of(provider)
     query, key = (torch.randn(1, 1, size, 16, device=device) for size in (3, 30))
     program = torch.compile(
-        lambda budget: torch.ops.sparsify.top_k_keys(query, key, budget, None, 8, 1.0, provider),
+        lambda budget: torch.ops.sparsify.top_k_keys(query, key, budget, None, None, 8, 1.0, provider),
         backend="aot_eager",
         fullgraph=True,
     )
@@ -334,7 +400,7 @@ def test_one_program_serves_every_budget(provider):
 def test_without_a_compiler_the_definition_runs(monkeypatch):
     monkeypatch.setattr(library, "symbol", lambda *_: None)
     query, key = torch.ones(1, 2, 3, 4), torch.arange(6.0)[None, None, :, None].expand(1, 1, 6, 4)
-    counts, indices = cpu.top_k_keys(query, key, budgets(2), None, 4, 1.0)
+    counts, indices = cpu.top_k_keys(query, key, budgets(2), None, None, 4, 1.0)
     assert (counts == 2).all()
     assert (indices == torch.tensor([4, 5, 0, 0])).all()
 
@@ -349,7 +415,7 @@ BIAS = torch.zeros(2, 4, 5)
         (
             {"query": QUERY[0]},
             ValueError,
-            r"query must be a float tensor \[B, H, G, R\].* got float32 \[4, 6",
+            r"query must be a float tensor \[B, H, Q, R\].* got float32 \[4, 6",
         ),
         ({"query": QUERY.int()}, ValueError, r"got int32 \[2, 4, 6, 8\]"),
         ({"query": QUERY[..., :0]}, ValueError, "with R >= 1"),
@@ -374,6 +440,13 @@ BIAS = torch.zeros(2, 4, 5)
         ({"key_bias": BIAS[:, :3]}, ValueError, "key_bias must be"),
         ({"key_bias": BIAS[0]}, ValueError, "key_bias must be"),
         ({"key_bias": BIAS.to("meta")}, ValueError, "key_bias on meta"),
+        (
+            {"q_bounds": budgets(0, 6)},
+            ValueError,
+            r"q_bounds must be int32 \[G \+ 1\] or None, got int32 \[1, 2\]",
+        ),
+        ({"q_bounds": torch.zeros(3)}, ValueError, r"q_bounds must be .* got float32 \[3\]"),
+        ({"q_bounds": budgets(0, 6)[0].to("meta")}, ValueError, "q_bounds on meta"),
         ({"width": 0}, ValueError, "width must be at least 1, got 0"),
         ({"provider": "gpu"}, OptionError, "provider 'gpu'"),
     ],

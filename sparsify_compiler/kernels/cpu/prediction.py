@@ -11,18 +11,25 @@ from sparsify_compiler.kernels.reference import prediction as reference
 
 
 def top_k_keys(
-    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    budget: Tensor,
+    q_bounds: Tensor | None,
+    key_bias: Tensor | None,
+    width: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """See `prediction.top_k_keys`."""
     kernel = library.symbol("sparsify_top_k_keys", _TopK)
     if kernel is None:
-        return reference.top_k_keys(query, key, budget, key_bias, width, scale)
-    outputs = empty_top_k(query, width)
-    batch, heads, groups, rank = query.shape
+        return reference.top_k_keys(query, key, budget, q_bounds, key_bias, width, scale)
+    outputs = empty_top_k(query, q_bounds, width)
+    batch, heads, queries, rank = query.shape
     # The list keeps what `contiguous` may have copied alive until the kernel has run.
     tensors = [
         *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key)),
         budget[:, :, None],
+        q_bounds if q_bounds is None else q_bounds.contiguous()[None, None],
         key_bias if key_bias is None else key_bias.float().contiguous(),
         *outputs,
     ]
@@ -30,7 +37,7 @@ def top_k_keys(
         ctypes.byref(
             _TopK(
                 *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, key.shape[1], groups, key.shape[2], rank, width),
+                *(batch, heads, key.shape[1], queries, outputs[0].shape[2], key.shape[2], rank, width),
                 scale,
                 library.DTYPES.index(query.dtype),
                 torch.get_num_threads(),
@@ -44,11 +51,11 @@ class _TopK(ctypes.Structure):
     """`struct TopK`."""
 
     _fields_ = (
-        *((name, library.View) for name in ("query", "key", "budget", "key_bias")),
+        *((name, library.View) for name in ("query", "key", "budget", "q_bounds", "key_bias")),
         *((name, library.View) for name in ("kv_num_blocks", "kv_indices")),
         *(
             (name, ctypes.c_int64)
-            for name in ("batch", "heads", "kv_heads", "groups", "tokens", "rank", "width")
+            for name in ("batch", "heads", "kv_heads", "queries", "groups", "tokens", "rank", "width")
         ),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),

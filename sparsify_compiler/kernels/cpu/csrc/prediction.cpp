@@ -4,9 +4,10 @@
 //
 //     score[group][key] = scale * sum over r of query[group][r] * keys[r][key] + bias[key]
 //
-// and stay in cache while each row is searched: bisection over the integers that rise with floats finds the
-// largest threshold that enough scores reach, by counting. A last pass lists the keys by rising index. Nothing
-// is sorted, and no result depends on the number of threads.
+// A group of several queries has one row, the sum of their softmax. Rows stay in cache while each is searched:
+// bisection over the integers that rise with floats finds the largest threshold that enough scores reach, by
+// counting. A last pass lists the keys by rising index. Nothing is sorted, and no result depends on the number of
+// threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,15 +22,17 @@ namespace {
 
 constexpr int kVecs = kRegisters == 32 ? 4 : 2;
 constexpr int kStripLanes = kVecs * kLanes;
-constexpr int kTileGroups = 24;  // of which kSums / kVecs = 6 at a time have their sums in registers
+constexpr int kTileRows = 24;  // queries at once, of which kSums / kVecs = 6 have their sums in registers
+constexpr int64_t kTileQueries = 96;  // of the groups of a tile, about
+constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
 
 struct TopK {
-  View query, key, budget, key_bias, kv_num_blocks, kv_indices;  // key_bias: without data where there is none
-  int64_t batch, heads, kv_heads, groups, tokens, rank, width;
+  View query, key, budget, q_bounds, key_bias, kv_num_blocks, kv_indices;  // bounds, bias: data or none
+  int64_t batch, heads, kv_heads, queries, groups, tokens, rank, width;
   float scale;
   int32_t dtype, threads;
 };
@@ -73,20 +76,29 @@ class Chooser {
  public:
   explicit Chooser(const TopK& problem)
       : p_(problem),
+        bounds_(p_.q_bounds.at<const int32_t>(0, 0)),
         most_(std::min(p_.width, p_.tokens)),
         strips_(ceil_div(p_.tokens, kStripLanes)),
         vecs_(strips_ * kVecs),
-        queries_(new float[kTileGroups * p_.rank]),
+        queries_(new float[kTileRows * p_.rank]),
         keys_(new Vec[p_.rank * kVecs]),
-        scores_(new Vec[kTileGroups * vecs_]),
+        scores_(new Vec[kTileRows * vecs_]),
+        together_(new Vec[bounds_ ? tile_groups(p_) * vecs_ : 0]),
         chosen_(new int32_t[most_ + kLanes]) {}
 
+  static int64_t tile_groups(const TopK& p) {
+    if (!p.q_bounds.data) return kTileRows;
+    return std::clamp<int64_t>(kTileQueries * p.groups / std::max<int64_t>(p.queries, 1), 1, kTileRows);
+  }
+
   void run(int64_t b, int64_t h, int64_t first) {
-    const int64_t count = std::min<int64_t>(kTileGroups, p_.groups - first);
+    const int64_t count = std::min(tile_groups(p_), p_.groups - first);
     const int64_t wanted = std::clamp<int64_t>(*p_.budget.at<const int32_t>(b, h), 0, most_);
-    if (wanted > 0) compute_scores(b, h, first, count);
+    if (wanted > 0 && !bounds_) compute_scores(b, h, first, count);
+    if (wanted > 0 && bounds_) add_up(b, h, first, count);
+    const Vec* rows = bounds_ ? together_.get() : scores_.get();
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t found = wanted > 0 ? choose(&scores_[i * vecs_], wanted) : 0;
+      const int64_t found = wanted > 0 ? choose(rows + i * vecs_, wanted) : 0;
       int32_t* indices = p_.kv_indices.at<int32_t>(b, h, first + i);
       std::copy_n(chosen_.get(), found, indices);
       std::fill_n(indices + found, p_.width - found, 0);
@@ -95,6 +107,46 @@ class Chooser {
   }
 
  private:
+  // The rows of groups, in together_.
+  void add_up(int64_t b, int64_t h, int64_t first, int64_t count) {
+    std::fill_n(together_.get(), count * vecs_, splat(-kInfinity));
+    const int64_t end = bounds_[first + count];
+    int64_t group = first;
+    for (int64_t query = bounds_[first]; query < end; query += kTileRows) {
+      const int64_t some = std::min<int64_t>(kTileRows, end - query);
+      compute_scores(b, h, query, some);
+      for (int64_t i = 0; i < some; ++i) {
+        while (bounds_[group + 1] <= query + i) ++group;
+        add_softmax(&scores_[i * vecs_], &together_[(group - first) * vecs_]);
+      }
+    }
+  }
+
+  // sum += softmax of the scores, which are lost; where none was seen yet it is -inf, and stays so for a score of -inf.
+  void add_softmax(Vec* scores, Vec* sum) const {
+    constexpr float kHighest = std::numeric_limits<float>::max();
+    Vec most = splat(kLowest);
+    for (int64_t i = 0; i < vecs_; ++i) most = max(most, scores[i]);
+    float highest = kLowest;
+    for (int lane = 0; lane < kLanes; ++lane) highest = std::max(highest, most[lane]);
+    const Vec highest_finite = splat(std::min(highest, kHighest)), lowest = splat(kLowest);
+    Vec shares{};
+    for (int64_t i = 0; i < vecs_; ++i) {
+      const Vec finite = scores[i] < highest_finite ? max(scores[i], lowest) : highest_finite;
+      const Vec share = exp2((finite - highest_finite) * kLog2e);
+      const Vec visible = scores[i] == -kInfinity ? Vec{} : share;
+      shares += visible;
+      scores[i] = scores[i] == -kInfinity ? splat(-1.0f) : share;
+    }
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += shares[lane];
+    const float part = total > 0 ? 1 / total : 0;
+    for (int64_t i = 0; i < vecs_; ++i) {
+      sum[i] = scores[i] < 0.0f ? sum[i] : max(sum[i], Vec{}) + scores[i] * part;
+    }
+  }
+
+  // Those of `count` queries from the first, in scores_.
   void compute_scores(int64_t b, int64_t h, int64_t first, int64_t count) {
     const int64_t kv_head = h * p_.kv_heads / p_.heads;
     const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(b, h) : nullptr;
@@ -184,22 +236,23 @@ class Chooser {
   }
 
   const TopK& p_;
+  const int32_t* const bounds_;
   const int64_t most_, strips_, vecs_;
   std::unique_ptr<float[]> queries_;
-  std::unique_ptr<Vec[]> keys_, scores_;
+  std::unique_ptr<Vec[]> keys_, scores_, together_;
   std::unique_ptr<int32_t[]> chosen_;
 };
 
 template <class T>
 void run_top_k(const TopK& p) {
-  const int64_t tiles = ceil_div(p.groups, kTileGroups);
+  const int64_t tile = Chooser<T>::tile_groups(p), tiles = ceil_div(p.groups, tile);
 #pragma omp parallel num_threads(p.threads)
   {
     Chooser<T> chooser(p);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < p.batch * p.heads * tiles; ++i) {
       const int64_t head = i / tiles;
-      chooser.run(head / p.heads, head % p.heads, i % tiles * kTileGroups);
+      chooser.run(head / p.heads, head % p.heads, i % tiles * tile);
     }
   }
 }
