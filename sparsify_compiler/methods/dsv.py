@@ -1,9 +1,9 @@
 """Method `dsv`: dynamic sparsity that is learnt while the model trains, DSV (arXiv 2502.07590, ASPLOS '26).
 
-The queries of a small cube of the video attend alike, so they share one choice of keys, made by the query in their
-middle. Which keys it will attend to is foretold by a low-rank predictor (`predictor.py`), and the K keys with the
-largest predicted scores are read, key by key: blocks of one token. K differs by head, so that each keeps `mass` of
-its attention on average.
+The queries of a small cube of the video attend alike, so they share one choice of keys. Which keys they will
+attend to is foretold by a low-rank predictor (`predictor.py`), and the K keys to which they are foretold to attend
+most are read, key by key: blocks of one token. The paper asks the query in the middle of a cube. In sharp heads
+each query attends to places of its own, which are lost so: hence here all of them are asked. K differs by head.
 
 Training has two stages (`training/dsv.py`): dense while the predictor learns from what it sees, then sparse where
 that pays. Tokens outside the grid (text, references) see everything and are seen by everything.
@@ -37,7 +37,8 @@ LOSS_ROWS = 64
 
 OBSERVED = ("learnt", "loss", "profiled", "critical")
 """Rows of what a site observes, for each head: sums, and over how many calls; then, of each candidate group,
-`held` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
+`held` with each of the predictor's `SHARES`, likewise `lost`, and `overlap` and `kept` of all."""
+CHOSEN_BY = ("all", "middle")
 
 
 class Choice(NamedTuple):
@@ -56,9 +57,12 @@ class Dsv:
     """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact); if None `RANK`, or what
     the predictor's file has."""
     mass: float = 0.9
-    """Attention mass that the keys of a head are to keep on average, in (0, 1]."""
+    """Attention mass that heads are to keep on average, in (0, 1]."""
     query_group: Cube | None = None
     """(frames, rows, columns) of queries that share a choice; if None training takes one of `GROUPS`."""
+    chosen_by: str = "all"
+    """Whose predicted attention chooses the keys of a group: that of "all" its queries, added up; or, as the paper
+    has it, that of the one in its "middle", which costs less to foretell."""
     kv_budget: int | float | None = None
     """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`. With
     a predictor's file, the most that its sparse heads read."""
@@ -78,6 +82,8 @@ class Dsv:
         object.__setattr__(self, "mass", check_share("mass", self.mass, zero=False))
         if self.query_group is not None:
             object.__setattr__(self, "query_group", check_cube("query_group", self.query_group))
+        if self.chosen_by not in CHOSEN_BY:
+            raise OptionError(f"chosen_by must be one of {', '.join(CHOSEN_BY)}, got {self.chosen_by!r}")
         if (budget := self.kv_budget) is not None:
             whole = integer(budget)
             number = share(budget) if whole is None else whole
@@ -138,16 +144,18 @@ class Dsv:
         return replace(self, query_group=choice.group, kv_budget=choice.most)
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; their proxies, [N] int64."""
+        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32, and who chooses for them."""
         assert layout.grid is not None
-        group = self.groups[0]
-        order, bounds = cut(layout.grid, group)
-        first = order[0, 0].long()[bounds[0, 0, :-1].long()]
-        return {
-            "q_order": order,
-            "q_bounds": bounds,
-            "proxies": middle_of_token(layout.grid, group)[first],
-        }
+        order, bounds = cut(layout.grid, self.groups[0])
+        return {"q_order": order, "q_bounds": bounds} | self.voters(layout.grid, order, bounds)
+
+    def voters(self, grid: Cube, order: Tensor, bounds: Tensor) -> dict[str, Tensor]:
+        """The tokens [Q] int64 that choose for the cubes [N] of order and bounds: one of each; or all, and then as
+        `voter_bounds` [N+1] int32 where those of each begin."""
+        voters, bounds = order[0, 0].long(), bounds[0, 0]
+        if self.chosen_by == "all":
+            return {"voters": voters, "voter_bounds": bounds}
+        return {"voters": middle_of_token(grid, self.groups[0])[voters[bounds[:-1].long()]]}
 
     def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is forgotten with a video."""
@@ -171,7 +179,7 @@ class Dsv:
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
         assert self.rank is not None
-        rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
+        rows = len(OBSERVED) + (2 * len(predictor.SHARES) + 2) * len(self.groups)
         return {
             "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
             "observed": torch.zeros(rows, site.heads),
@@ -220,13 +228,16 @@ class Dsv:
                 shares,
                 layout,
                 self.groups,
+                chosen_by=self.chosen_by,
                 mass=self.mass,
                 scale=tokens.scale,
                 turn=turn,
             )
             observed[2] += 1
             observed[3] += seen.critical
-            observed[4:] += torch.cat([seen.held.flatten(0, 1), seen.overlap, seen.kept])
+            observed[4:] += torch.cat(
+                [seen.held.flatten(0, 1), seen.lost.flatten(0, 1), seen.overlap, seen.kept]
+            )
         return gradients, observed
 
     def select(
@@ -235,9 +246,10 @@ class Dsv:
         memory: Memory,
         q_order: Tensor,
         q_bounds: Tensor,
-        proxies: Tensor,
+        voters: Tensor,
         weights: Tensor,
         shares: Tensor,
+        voter_bounds: Tensor | None = None,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """What this call reads. A head whose share is 1 reads everything, as one block."""
         layout = tokens.layout
@@ -248,9 +260,10 @@ class Dsv:
         budget = predictor.key_counts(shares, video).int().masked_fill(is_dense, 0)
         bias = tokens.key_bias
         counts, indices = top_k_keys(
-            query[:, :, proxies].float() @ w_query,
+            (query.float() @ w_query)[:, :, voters],
             key.float() @ w_key,
             budget[None],
+            q_bounds=voter_bounds,
             width=self.width(video),
             scale=tokens.scale,
             key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],

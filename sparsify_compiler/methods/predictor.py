@@ -78,8 +78,10 @@ class Profile(NamedTuple):
     critical: Tensor
     """Mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
     held: Tensor
-    """Mean attention mass that groups would keep with each of `SHARES`, chosen by their proxy's prediction:
+    """Mean attention mass that queries would keep with each of `SHARES` of the keys, chosen by prediction:
     [groups, SHARES, H]."""
+    lost: Tensor
+    """Mean square of the mass that they would miss, as `held`: in proportion to it a query errs."""
     overlap: Tensor
     """Mean share of the proxy's critical keys that are critical for a member of its group."""
     kept: Tensor
@@ -95,6 +97,7 @@ def profile(
     layout: TokenLayout,
     groups: tuple[Cube, ...],
     *,
+    chosen_by: str,
     mass: float,
     scale: float,
     turn: int,
@@ -107,6 +110,7 @@ def profile(
         weights: as in `loss_and_gradients`.
         shares: [H] fp32, of the video's keys, that every group reads now.
         groups: cubes of queries, each of which divides the first.
+        chosen_by: which queries of a group choose its keys, as the method's option.
         turn: which groups are looked at: another number, others.
     """
     heads, video = query.shape[0], slice(layout.before, layout.tokens - layout.after)
@@ -123,15 +127,21 @@ def profile(
         if key_bias is not None:
             bias = key_bias[head % key_bias.shape[0]]
             scores, predicted = scores + bias, predicted + bias[video]
-        found.append(_profile_head(scores, predicted, places, video, shares[head], mass))
+        found.append(_profile_head(scores, predicted, places, video, shares[head], chosen_by, mass))
     return Profile(*(torch.stack(parts, -1) for parts in zip(*found, strict=True)))
 
 
 def _profile_head(
-    scores: Tensor, predicted: Tensor, places: list[Tensor], video: slice, share: Tensor, mass: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(critical, held [groups, SHARES], overlap [groups], kept [groups]) from rows of scores [R, S] and predictions
-    [R, V]."""
+    scores: Tensor,
+    predicted: Tensor,
+    places: list[Tensor],
+    video: slice,
+    share: Tensor,
+    chosen_by: str,
+    mass: float,
+) -> tuple[Tensor, ...]:
+    """(critical, held and lost [groups, SHARES], overlap and kept [groups]) from rows of scores [R, S] and
+    predictions [R, V], and for each candidate the rows [R] of the middle of each row's group."""
     weights = scores.softmax(-1)
     falling = weights.sort(-1, descending=True).values.cumsum(-1)
     critical = ((falling < mass).sum(-1) + 1).clamp(max=scores.shape[-1]).float().mean() / scores.shape[-1]
@@ -140,15 +150,20 @@ def _profile_head(
     count = of_video.shape[-1]
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
-    order = predicted.argsort(dim=-1, descending=True, stable=True)
-    shares = torch.tensor(SHARES, device=scores.device)
-    held, overlap, kept = [], [], []
+    measured = key_counts(torch.tensor(SHARES, device=scores.device), count) - 1
+    held, lost, overlap, kept = [], [], [], []
     for place in places:
-        curve = (other_mass + of_video.gather(-1, order[place]).cumsum(-1)).mean(0)
-        held.append(curve[key_counts(shares, count) - 1])
+        votes = predicted
+        if chosen_by == "all":
+            foretold = predicted.softmax(-1)
+            votes = torch.zeros_like(foretold).index_add_(0, place, foretold)
+        order = votes.argsort(dim=-1, descending=True, stable=True)
+        curve = other_mass + of_video.gather(-1, order[place]).cumsum(-1)
+        held.append(curve.mean(0)[measured])
+        lost.append((1 - curve[:, measured]).square().mean(0))
         overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
-        kept.append(curve[key_counts(share, count) - 1])
-    return critical, torch.stack(held), torch.stack(overlap), torch.stack(kept)
+        kept.append(curve.mean(0)[key_counts(share, count) - 1])
+    return critical, *(torch.stack(parts) for parts in (held, lost, overlap, kept))
 
 
 def key_counts(shares: Tensor, video: int) -> Tensor:

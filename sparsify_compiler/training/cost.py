@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.dsv import single_key_table
-from sparsify_compiler.methods.grid import Cube, cut
+from sparsify_compiler.methods.dsv import Dsv, single_key_table
+from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 
@@ -39,7 +39,9 @@ HEADS = 2
 REPEATS = 3
 
 
-def measured_cost(site: AttentionSite, layout: TokenLayout, group: Cube, rank: int, provider: str) -> Cost:
+def measured_cost(
+    site: AttentionSite, layout: TokenLayout, method: Dsv, group: Cube, rank: int, provider: str
+) -> Cost:
     """Of forward and backward, with selection, where queries choose their keys by groups.
 
     The first call for a shape takes a few dense attentions' time.
@@ -47,6 +49,7 @@ def measured_cost(site: AttentionSite, layout: TokenLayout, group: Cube, rank: i
     return _measure(
         layout.grid or (1, 1, layout.video_tokens),
         group,
+        method.chosen_by,
         rank,
         min(site.heads, HEADS),
         site.head_dim,
@@ -61,6 +64,7 @@ def measured_cost(site: AttentionSite, layout: TokenLayout, group: Cube, rank: i
 def _measure(
     grid: Cube,
     group: Cube,
+    chosen_by: str,
     rank: int,
     heads: int,
     head_dim: int,
@@ -78,19 +82,21 @@ def _measure(
     ]
     query, key, value = inputs
     layout = TokenLayout(tokens=tokens, grid=grid)
-    order, bounds = (t.to(device) for t in cut(grid, group))
+    method = Dsv(query_group=group, chosen_by=chosen_by)
+    constants = {name: tensor.to(device) for name, tensor in method.constants(layout).items()}
+    order, bounds, voters = (constants[name] for name in ("q_order", "q_bounds", "voters"))
     weights = torch.randn(head_dim, rank, generator=generator).to(device)
-    first = order[0, 0, bounds[0, 0, :-1].long()].long()
 
     def sparse(density: float) -> Tensor:
         keys = max(1, round(density * tokens))
         with torch.no_grad():
             budget = torch.full((1, heads), keys, dtype=torch.int32, device=device)
             counts, indices = top_k_keys(
-                query[:, :, first].float() @ weights,
+                (query.float() @ weights)[:, :, voters],
                 key.float() @ weights,
                 budget,
                 width=1 << (keys - 1).bit_length(),
+                q_bounds=constants.get("voter_bounds"),
                 provider=provider,
             )
             is_dense = torch.zeros(heads, dtype=torch.bool, device=device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.methods import predictor
-from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
+from sparsify_compiler.methods.dsv import CHOSEN_BY, GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube, cut, middle_of_token
 from sparsify_compiler.methods.selection import Memory, Selection, Tokens
 from sparsify_compiler.plan import TokenLayout
@@ -50,7 +50,7 @@ def middles(grid: Cube, cube: Cube) -> list[int]:
 
 
 @given(data=st.data())
-def test_reads_the_keys_that_its_proxy_scores_highest(data: st.DataObject) -> None:
+def test_reads_the_keys_that_its_middle_scores_highest(data: st.DataObject) -> None:
     """With the identity as predictor: the true top-K, ties and tails included, text always, dense heads all."""
     provider = data.draw(st.sampled_from(PROVIDERS))
     grid = tuple(data.draw(st.integers(1, size)) for size in (4, 5, 5))
@@ -67,7 +67,7 @@ def test_reads_the_keys_that_its_proxy_scores_highest(data: st.DataObject) -> No
     shares = torch.full((heads,), keys / video)
     if dense := data.draw(st.booleans()):
         shares[-1] = 1.0
-    method = Dsv(rank=4, query_group=cube, kv_budget=keys)
+    method = Dsv(rank=4, query_group=cube, kv_budget=keys, chosen_by="middle")
     table = select(method, query, key, layout, provider, shares).table
     mask = table.mask().expand(2, heads, -1, -1)
     proxy = middles(grid, cube)
@@ -83,6 +83,33 @@ def test_reads_the_keys_that_its_proxy_scores_highest(data: st.DataObject) -> No
             expected = {before + j for j in ranked[:keys]}
             expected |= {*range(before), *range(before + video, layout.tokens)}
             assert set(mask[b, h, token].nonzero()[:, 0].tolist()) == expected
+
+
+@given(data=st.data())
+def test_reads_the_keys_that_its_queries_attend_to_most_together(data: st.DataObject) -> None:
+    """With the identity as predictor: as much of the cube's true attention to the video as any choice catches."""
+    provider = data.draw(st.sampled_from(PROVIDERS))
+    grid = tuple(data.draw(st.integers(1, size)) for size in (4, 5, 5))
+    cube = tuple(data.draw(st.integers(1, 3)) for _ in range(3))
+    before, video = data.draw(st.integers(0, 3)), math.prod(grid)
+    layout = TokenLayout(tokens=before + video, grid=grid, before=before)
+    keys = data.draw(st.integers(1, video))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    query, key = (3 * torch.randn(1, 1, layout.tokens, 4, generator=generator) for _ in range(2))
+    method = Dsv(rank=4, query_group=cube, kv_budget=keys)
+    table = select(
+        method, query, key, layout, provider, torch.full((1,), min(keys, video - 0.1) / video)
+    ).table
+    mask = table.mask()[0, 0]
+    assert mask[:, :before].all()
+    attention = (query[0, 0, before:].double() @ key[0, 0, before:].double().T / 2).softmax(-1)
+    middle = torch.tensor(middles(grid, cube))
+    for one in middle.unique():
+        together = attention[middle == one].sum(0)
+        chosen = mask[middle == one][:, before:]
+        assert (chosen == chosen[0]).all()
+        assert int(chosen[0].sum()) == keys
+        assert float(together[chosen[0]].sum()) >= float(together.topk(keys).values.sum()) * (1 - 1e-4)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -145,8 +172,9 @@ def test_full_rank_predicts_exactly():
     assert gradients.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("chosen_by", CHOSEN_BY)
 @pytest.mark.parametrize("text", [0, 3])
-def test_a_profile_counts_what_a_loop_counts(text: int) -> None:
+def test_a_profile_counts_what_a_loop_counts(text: int, chosen_by: str) -> None:
     """Critical keys, needed keys, overlap and kept mass of one head, by sorting Python lists."""
     torch.manual_seed(1)
     layout = TokenLayout(tokens=2 * 4 * 4 + text, grid=(2, 4, 4), after=text)
@@ -155,7 +183,10 @@ def test_a_profile_counts_what_a_loop_counts(text: int) -> None:
     mass, video = 0.8, 32
     shares = torch.tensor([0.3])
     groups = GROUPS[:3]
-    seen = predictor.profile(query, key, None, weights, shares, layout, groups, mass=mass, scale=0.5, turn=0)
+    seen = predictor.profile(
+        *(query, key, None, weights, shares, layout, groups),
+        **{"chosen_by": chosen_by, "mass": mass, "scale": 0.5, "turn": 0},
+    )
     rows = (0.5 * query[0, :video] @ key[0].T).softmax(-1).double()
     predicted = (query[0, :video] @ weights[0]) @ (key[0, :video] @ weights[1]).T
     counts = []
@@ -169,19 +200,27 @@ def test_a_profile_counts_what_a_loop_counts(text: int) -> None:
     assert float(seen.critical) == pytest.approx(sum(counts) / 32 / layout.tokens)
     top = math.ceil(sum(counts) / 32 / layout.tokens * video - 1e-5)
     for g, group in enumerate(groups):
-        held, shared = torch.zeros(video, dtype=torch.float64), 0
-        for token, proxy in enumerate(middles((2, 4, 4), group)):
-            ranked = sorted(range(video), key=lambda j, p=proxy: (-float(predicted[p, j]), j))
-            held += rows[token, video:].sum() + rows[token, ranked].cumsum(0)
+        held, lost, shared = *torch.zeros(2, video, dtype=torch.float64), 0
+        proxies = middles((2, 4, 4), group)
+        for token, proxy in enumerate(proxies):
+            votes = predicted[proxy].double()
+            if chosen_by == "all":
+                votes = sum(
+                    (0.5 * predicted[i].double()).softmax(-1) for i in range(32) if proxies[i] == proxy
+                )
+            ranked = sorted(range(video), key=lambda j, votes=votes: (-float(votes[j]), j))
+            of_token = rows[token, video:].sum() + rows[token, ranked].cumsum(0)
+            held, lost = held + of_token, lost + (1 - of_token).square()
             best = [
                 set(sorted(range(video), key=lambda j, t=t: (-float(rows[t, j]), j))[:top])
                 for t in (token, proxy)
             ]
             shared += len(best[0] & best[1])
-        held /= 32
+        held, lost = held / 32, lost / 32
         for i, share in enumerate(predictor.SHARES):
             count = max(1, round(share * video))
             assert float(seen.held[g, i, 0]) == pytest.approx(float(held[count - 1]), abs=1e-5)
+            assert float(seen.lost[g, i, 0]) == pytest.approx(float(lost[count - 1]), abs=1e-5)
         assert float(seen.overlap[g, 0]) == pytest.approx(shared / 32 / top, abs=1e-5)
         assert float(seen.kept[g, 0]) == pytest.approx(float(held[round(0.3 * video) - 1]), abs=1e-5)
 
@@ -212,6 +251,7 @@ def test_turns_look_at_all_cubes():
         ({"rank": 0}, "rank must be an integer of at least 1"),
         ({"mass": 0.0}, "mass must be a number in"),
         ({"mass": 1.5}, "mass must be a number in"),
+        ({"chosen_by": "corner"}, "chosen_by must be one of all, middle, got 'corner'"),
         ({"query_group": (2, 2)}, "query_group must be three integers"),
         ({"query_group": (2, 0, 2)}, "query_group must be an integer of at least 1"),
         ({"kv_budget": 0}, "kv_budget must be an integer of at least 1 or a share"),
