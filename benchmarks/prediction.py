@@ -1,11 +1,13 @@
 """`python -m benchmarks.prediction`: what choosing keys by low-rank scores costs, beside dense attention.
 
 Dense is a forward and a backward pass of SDPA's flash attention in the same run at the same number of threads;
-unfused is the choice made of plain torch calls, all scores at once: a product, `topk`, and a sort of the indices.
-Before anything is timed, some rows of every choice are held to float64.
+unfused is the choice made of plain torch calls, all scores at once: a product, `topk`, and a sort of the indices;
+and where all queries of a group choose, a softmax and a sum before that. Before anything is timed, some rows of
+every choice are held to float64.
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import interleaved_medians, machine, write_json
 from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.methods.dsv import CHOSEN_BY
 from sparsify_compiler.testing.strategies import qkv
 
 HEADS, HEAD_DIM = 4, 64
@@ -38,6 +41,8 @@ class Result:
     head_dim: int
     rank: int
     groups: int
+    chosen_by: str
+    """As the option of method `dsv`."""
     keys: int
     dense_ms: float
     unfused_ms: float
@@ -47,31 +52,47 @@ class Result:
     def __str__(self) -> str:
         return (
             f"{self.dtype:<8} H={self.heads} S={self.tokens:<5} D={self.head_dim} R={self.rank} "
-            f"groups {self.groups:<4} keys {self.keys:<4} dense {self.dense_ms:7.1f} ms  "
+            f"groups {self.groups:<4} by {self.chosen_by:<6} keys {self.keys:<4} dense {self.dense_ms:7.1f} ms  "
             f"unfused {self.unfused_ms:6.1f} ms  top-k {self.top_k_ms:5.1f} ms = "
             f"{100 * self.share_of_dense:4.2f}% of dense"
         )
 
 
-def choose(query: Tensor, key: Tensor, keys: int, provider: str) -> tuple[Tensor, Tensor]:
+def choose(query: Tensor, key: Tensor, keys: int, chosen_by: str, provider: str) -> tuple[Tensor, Tensor]:
     """With a row's room rounded up to a power of two, as a table has it."""
     budget = torch.tensor([[keys]], dtype=torch.int32, device=query.device)
-    width = 1 << (keys - 1).bit_length()
-    return top_k_keys(query, key, budget, width=width, scale=RANK**-0.5, provider=provider)
+    width, bounds = 1 << (keys - 1).bit_length(), None
+    if chosen_by == "all":
+        bounds = torch.arange(0, query.shape[2] + 1, GROUP, dtype=torch.int32, device=query.device)
+    else:
+        query = query[:, :, GROUP // 2 :: GROUP]
+    scale = RANK**-0.5
+    return top_k_keys(query, key, budget, width=width, q_bounds=bounds, scale=scale, provider=provider)
 
 
-def choose_unfused(query: Tensor, key: Tensor, keys: int) -> Tensor:
-    return (RANK**-0.5 * (query.float() @ key.float().mT)).topk(keys, sorted=False).indices.sort().values
+def choose_unfused(query: Tensor, key: Tensor, keys: int, chosen_by: str) -> Tensor:
+    if chosen_by == "middle":
+        query = query[:, :, GROUP // 2 :: GROUP]
+    scores = RANK**-0.5 * (query.float() @ key.float().mT)
+    if chosen_by == "all":
+        scores = scores.softmax(-1).unflatten(2, (-1, GROUP)).sum(3)
+    return scores.topk(keys, sorted=False).indices.sort().values
 
 
-def verify(query: Tensor, key: Tensor, keys: int, provider: str) -> None:
+def verify(query: Tensor, key: Tensor, keys: int, chosen_by: str, provider: str) -> None:
     """Raise unless the keys chosen rise and score highest, but for what rounding may hide."""
-    counts, indices = (t[:, :, ::37] for t in choose(query, key, keys, provider))
+    counts, indices = (t[:, :, ::37] for t in choose(query, key, keys, chosen_by, provider))
     chosen = indices[..., :keys].long()
     assert (counts == keys).all()
     assert (chosen.diff(dim=-1) > 0).all()
     assert not indices[..., keys:].any()
-    query, key = query[:, :, ::37].double(), key.double()
+    members = query.unflatten(2, (-1, GROUP))[:, :, ::37].double()
+    query, key = members[:, :, :, GROUP // 2], key.double()
+    if chosen_by == "all":
+        together = (RANK**-0.5 * (members @ key[:, :, None].mT)).softmax(-1).sum(3)
+        held, most = together.gather(-1, chosen).sum(-1), together.topk(keys).values.sum(-1)
+        assert (held >= most * (1 - 1e-5)).all()
+        return
     scores = RANK**-0.5 * (query @ key.mT)
     slack = 2 * (RANK + 2) * UNIT * (RANK**-0.5 * (query.abs() @ key.abs().mT)).amax(-1)
     least = scores.gather(-1, chosen).amin(-1)
@@ -86,28 +107,28 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def measure(dtype: str, tokens: int, repeats: int, provider: str) -> list[Result]:
-    """Check, then time in turns, every share of the keys beside one dense pass."""
+    """Check, then time in turns, every share of the keys and way to choose beside one dense pass."""
     q, k, v = qkv(1, HEADS, HEADS, *[tokens] * 2, *[HEAD_DIM] * 2, getattr(torch, dtype))
-    query, key, _ = qkv(1, HEADS, HEADS, tokens // GROUP, tokens, RANK, 1, getattr(torch, dtype))
+    query, key, _ = qkv(1, HEADS, HEADS, tokens, tokens, RANK, 1, getattr(torch, dtype))
     functions: dict[str, Callable[[], object]] = {
         "dense": partial(dense, *(t.requires_grad_() for t in (q, k, v)))
     }
-    budgets = [int(share * tokens) for share in SHARES]
-    for keys in budgets:
-        verify(query, key, keys, provider)
-        functions[f"unfused {keys}"] = partial(choose_unfused, query, key, keys)
-        functions[f"top-k {keys}"] = partial(choose, query, key, keys, provider)
+    cases = list(itertools.product([int(share * tokens) for share in SHARES], CHOSEN_BY))
+    for keys, chosen_by in cases:
+        verify(query, key, keys, chosen_by, provider)
+        functions[f"unfused {keys} {chosen_by}"] = partial(choose_unfused, query, key, keys, chosen_by)
+        functions[f"top-k {keys} {chosen_by}"] = partial(choose, query, key, keys, chosen_by, provider)
     ms = {name: 1e3 * seconds for name, seconds in interleaved_medians(functions, repeats).items()}
     return [
         Result(
             **{"dtype": dtype, "tokens": tokens, "heads": HEADS, "head_dim": HEAD_DIM},
-            **{"rank": RANK, "groups": tokens // GROUP, "keys": keys},
+            **{"rank": RANK, "groups": tokens // GROUP, "chosen_by": chosen_by, "keys": keys},
             dense_ms=ms["dense"],
-            unfused_ms=ms[f"unfused {keys}"],
-            top_k_ms=ms[f"top-k {keys}"],
-            share_of_dense=ms[f"top-k {keys}"] / ms["dense"],
+            unfused_ms=ms[f"unfused {keys} {chosen_by}"],
+            top_k_ms=ms[f"top-k {keys} {chosen_by}"],
+            share_of_dense=ms[f"top-k {keys} {chosen_by}"] / ms["dense"],
         )
-        for keys in budgets
+        for keys, chosen_by in cases
     ]
 
 

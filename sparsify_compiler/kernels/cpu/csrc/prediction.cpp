@@ -109,50 +109,69 @@ class Chooser {
  private:
   // The rows of groups, in together_.
   void add_up(int64_t b, int64_t h, int64_t first, int64_t count) {
-    std::fill_n(together_.get(), count * vecs_, splat(-kInfinity));
     const int64_t end = bounds_[first + count];
-    int64_t group = first;
-    for (int64_t query = bounds_[first]; query < end; query += kTileRows) {
+    int64_t group = first - 1;
+    for (int64_t query = bounds_[first]; query < end;) {
       const int64_t some = std::min<int64_t>(kTileRows, end - query);
       compute_scores(b, h, query, some);
-      for (int64_t i = 0; i < some; ++i) {
-        while (bounds_[group + 1] <= query + i) ++group;
-        add_softmax(&scores_[i * vecs_], &together_[(group - first) * vecs_]);
+      for (int64_t row = 0; row < some;) {
+        while (group < first || bounds_[group + 1] <= query + row) begin_group(b, h, first, ++group);
+        const int64_t rows = std::min<int64_t>(some, bounds_[group + 1] - query) - row;
+        add_softmax(row, rows, &together_[(group - first) * vecs_]);
+        row += rows;
       }
+      query += some;
+    }
+    while (++group < first + count) begin_group(b, h, first, group);
+  }
+
+  // An empty sum: -inf where a key is hidden or not there, and everywhere if the group has no query.
+  void begin_group(int64_t b, int64_t h, int64_t first, int64_t group) {
+    Vec* row = &together_[(group - first) * vecs_];
+    float* lanes = reinterpret_cast<float*>(row);
+    const bool empty = bounds_[group] == bounds_[group + 1];
+    std::fill_n(row, vecs_, splat(-kInfinity));
+    if (!empty) std::fill_n(lanes, p_.tokens, 0.0f);
+    if (empty || !p_.key_bias.data) return;
+    const float* bias = p_.key_bias.at<const float>(b, h);
+    for (int64_t i = 0; i < p_.tokens; ++i) lanes[i] = bias[i] == -kInfinity ? -kInfinity : 0.0f;
+  }
+
+  // sum += softmax of `rows` rows of scores_, which are lost. What is hidden has no share and stays at -inf.
+  void add_softmax(int64_t first, int64_t rows, Vec* sum) {
+    Vec* scores = &scores_[first * vecs_];
+    float parts[kTileRows];
+    for (int64_t row = 0; row < rows; ++row) parts[row] = exponentials(scores + row * vecs_, most_of_[first + row]);
+    for (int64_t i = 0; i < vecs_; ++i) {
+      Vec shares = sum[i];
+      for (int64_t row = 0; row < rows; ++row) shares += scores[row * vecs_ + i] * parts[row];
+      sum[i] = shares;
     }
   }
 
-  // sum += softmax of the scores, which are lost; where none was seen yet it is -inf, and stays so for a score of -inf.
-  void add_softmax(Vec* scores, Vec* sum) const {
-    constexpr float kHighest = std::numeric_limits<float>::max();
-    Vec most = splat(kLowest);
-    for (int64_t i = 0; i < vecs_; ++i) most = max(most, scores[i]);
+  // Scores -> their exponentials up to a common factor, 0 for -inf. Returns what makes their sum 1.
+  float exponentials(Vec* scores, Vec most) const {
     float highest = kLowest;
     for (int lane = 0; lane < kLanes; ++lane) highest = std::max(highest, most[lane]);
-    const Vec highest_finite = splat(std::min(highest, kHighest)), lowest = splat(kLowest);
+    const Vec top = splat(std::min(highest, std::numeric_limits<float>::max()));
     Vec shares{};
     for (int64_t i = 0; i < vecs_; ++i) {
-      const Vec finite = scores[i] < highest_finite ? max(scores[i], lowest) : highest_finite;
-      const Vec share = exp2((finite - highest_finite) * kLog2e);
-      const Vec visible = scores[i] == -kInfinity ? Vec{} : share;
-      shares += visible;
-      scores[i] = scores[i] == -kInfinity ? splat(-1.0f) : share;
+      scores[i] = exp2((scores[i] < top ? scores[i] - top : Vec{}) * kLog2e);
+      shares += scores[i];
     }
     float total = 0;
     for (int lane = 0; lane < kLanes; ++lane) total += shares[lane];
-    const float part = total > 0 ? 1 / total : 0;
-    for (int64_t i = 0; i < vecs_; ++i) {
-      sum[i] = scores[i] < 0.0f ? sum[i] : max(sum[i], Vec{}) + scores[i] * part;
-    }
+    return total > 0 ? 1 / total : 0;
   }
 
-  // Those of `count` queries from the first, in scores_.
+  // Those of `count` queries from the first, in scores_, and in most_of_ the highest of each lane.
   void compute_scores(int64_t b, int64_t h, int64_t first, int64_t count) {
     const int64_t kv_head = h * p_.kv_heads / p_.heads;
     const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(b, h) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
       Fp32::pack_row(p_.query.at<const T>(b, h, first + i), p_.rank, &queries_[i * p_.rank]);
     }
+    std::fill_n(most_of_, kTileRows, splat(kLowest));
     for (int64_t strip = 0; strip < strips_; ++strip) {
       const int64_t begin = strip * kStripLanes, keys = std::min<int64_t>(kStripLanes, p_.tokens - begin);
       load_keys(p_.key.at<const T>(b, kv_head, begin), keys);
@@ -169,8 +188,9 @@ class Chooser {
           UNROLL for (int v = 0; v < kVecs; ++v) {
             const Vec score = sums[r][v] * p_.scale + biases[v];
             const Vec number = score == score ? score : splat(kLowest);
-            scores_[(row + r) * vecs_ + strip * kVecs + v] =
-                biases[v] == -kInfinity ? splat(-kInfinity) : number;
+            const Vec seen = biases[v] == -kInfinity ? splat(-kInfinity) : number;
+            scores_[(row + r) * vecs_ + strip * kVecs + v] = seen;
+            most_of_[row + r] = max(seen, most_of_[row + r]);
           }
         }
       });
@@ -241,6 +261,7 @@ class Chooser {
   std::unique_ptr<float[]> queries_;
   std::unique_ptr<Vec[]> keys_, scores_, together_;
   std::unique_ptr<int32_t[]> chosen_;
+  Vec most_of_[kTileRows];
 };
 
 template <class T>
