@@ -37,7 +37,7 @@ LOSS_ROWS = 64
 
 OBSERVED = ("learnt", "loss", "profiled", "critical")
 """Rows of what a site observes, for each head: sums, and over how many calls; then, of each candidate group,
-`held` with each of the predictor's `SHARES`, likewise `lost`, and `overlap` and `kept` of all."""
+`missed` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
 CHOSEN_BY = ("all", "middle")
 
 
@@ -57,7 +57,7 @@ class Dsv:
     """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact); if None `RANK`, or what
     the predictor's file has."""
     mass: float = 0.9
-    """Attention mass that heads are to keep on average, in (0, 1]."""
+    """Attention mass that a head is to keep, in (0, 1]: 1 less it is missed, in root mean square of the queries."""
     query_group: Cube | None = None
     """(frames, rows, columns) of queries that share a choice; if None training takes one of `GROUPS`."""
     chosen_by: str = "all"
@@ -179,7 +179,7 @@ class Dsv:
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
         assert self.rank is not None
-        rows = len(OBSERVED) + (2 * len(predictor.SHARES) + 2) * len(self.groups)
+        rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
         return {
             "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
             "observed": torch.zeros(rows, site.heads),
@@ -235,9 +235,7 @@ class Dsv:
             )
             observed[2] += 1
             observed[3] += seen.critical
-            observed[4:] += torch.cat(
-                [seen.held.flatten(0, 1), seen.lost.flatten(0, 1), seen.overlap, seen.kept]
-            )
+            observed[4:] += torch.cat([seen.missed.flatten(0, 1), seen.overlap, seen.kept])
         return gradients, observed
 
     def select(

@@ -77,11 +77,9 @@ class Profile(NamedTuple):
 
     critical: Tensor
     """Mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
-    held: Tensor
-    """Mean attention mass that queries would keep with each of `SHARES` of the keys, chosen by prediction:
-    [groups, SHARES, H]."""
-    lost: Tensor
-    """Mean square of the mass that they would miss, as `held`: in proportion to it a query errs."""
+    missed: Tensor
+    """Mean square of the attention mass that queries would miss with each of `SHARES` of the keys, chosen by
+    prediction: [groups, SHARES, H]."""
     overlap: Tensor
     """Mean share of the proxy's critical keys that are critical for a member of its group."""
     kept: Tensor
@@ -140,7 +138,7 @@ def _profile_head(
     chosen_by: str,
     mass: float,
 ) -> tuple[Tensor, ...]:
-    """(critical, held and lost [groups, SHARES], overlap and kept [groups]) from rows of scores [R, S] and
+    """(critical, missed [groups, SHARES], overlap and kept [groups]) from rows of scores [R, S] and
     predictions [R, V], and for each candidate the rows [R] of the middle of each row's group."""
     weights = scores.softmax(-1)
     falling = weights.sort(-1, descending=True).values.cumsum(-1)
@@ -151,7 +149,7 @@ def _profile_head(
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
     measured = key_counts(torch.tensor(SHARES, device=scores.device), count) - 1
-    held, lost, overlap, kept = [], [], [], []
+    missed, overlap, kept = [], [], []
     for place in places:
         votes = predicted
         if chosen_by == "all":
@@ -159,11 +157,10 @@ def _profile_head(
             votes = torch.zeros_like(foretold).index_add_(0, place, foretold)
         order = votes.argsort(dim=-1, descending=True, stable=True)
         curve = other_mass + of_video.gather(-1, order[place]).cumsum(-1)
-        held.append(curve.mean(0)[measured])
-        lost.append((1 - curve[:, measured]).square().mean(0))
+        missed.append((1 - curve[:, measured]).square().mean(0))
         overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
         kept.append(curve.mean(0)[key_counts(share, count) - 1])
-    return critical, *(torch.stack(parts) for parts in (held, lost, overlap, kept))
+    return critical, *(torch.stack(parts) for parts in (missed, overlap, kept))
 
 
 def key_counts(shares: Tensor, video: int) -> Tensor:
@@ -171,14 +168,16 @@ def key_counts(shares: Tensor, video: int) -> Tensor:
     return (shares * video).round().long().clamp(1, video)
 
 
-def shares_to_keep(mass: float, held: Tensor) -> Tensor:
-    """[...]: the least share of the keys that keeps `mass`, between `SHARES` by a straight line.
+def shares_to_keep(mass: float, missed: Tensor) -> Tensor:
+    """[...]: the least share of the keys with which queries keep `mass`, between `SHARES` by a straight line.
 
-    What is held bends downwards, so the line lies below it, and what is kept is no less than `mass`.
+    A query errs about in proportion to the mass that it misses, and errors add up by their squares. So to keep 0.9
+    is to miss 0.1 in root mean square: a mean of 0.1 may leave a few queries with nothing, at ten times the error.
 
     Args:
-        held: [..., SHARES], rising.
+        missed: [..., SHARES], mean squares, falling.
     """
+    held = 1 - missed.sqrt()
     shares = torch.tensor(SHARES, device=held.device)
     above = (held < mass).sum(-1, keepdim=True).clamp(max=len(SHARES) - 1)
     below = (above - 1).clamp(min=0)

@@ -8,9 +8,9 @@
         dsv.step()
 
 In stage 1 attention is dense, and a low-rank predictor learns at every site from the queries and keys that pass.
-Once its mean loss is below `threshold`, stage 2 begins: every head reads as many keys as is worth their time, as
-measured on this machine (`allocation.py`), and goes on being profiled, so that it may read more or less, or turn
-dense again. The predictor goes on learning at a lower rate.
+Once its mean loss is below `threshold`, stage 2 begins: every head reads the keys that it is foretold to need, if
+that costs less than to be dense, as measured on this machine, and goes on being profiled, so that it may turn dense
+again. The predictor goes on learning at a lower rate.
 
 Everything is decided by means over all ranks, so all ranks decide alike.
 """
@@ -33,12 +33,13 @@ from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
-from sparsify_compiler.training.allocation import Allotment, Offer, allot
 from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-1"
 ENOUGH_OVERLAP = 0.8
 """Share of the proxy's critical keys that must be critical for its group."""
+LOWER = 0.9
+"""Of the cost of the group in use, what that of another must be below."""
 KEEP = 0.9
 """Of a profile, when a new one comes."""
 PARTS = ("weights", "shares", "gradients", "observed")
@@ -51,11 +52,9 @@ class Profile:
 
     critical: Tensor
     """Share of the keys that hold `mass` of a query's attention."""
-    held: Tensor
-    """Attention mass that groups would keep with each of `predictor.SHARES`, [groups, H, SHARES]. A share is chosen
-    by the mean of these curves: as they bend downwards, the mean of the shares that calls need keeps less."""
-    lost: Tensor
-    """Mean square of the mass that queries would miss, as `held`."""
+    missed: Tensor
+    """Mean square of the attention mass that queries would miss with each of `predictor.SHARES`, [groups, H,
+    SHARES]. A share is chosen by the mean of these curves: the mean of shares that calls need would miss more."""
     overlap: Tensor
     """Share of the proxy's critical keys that are critical for its group."""
     kept: Tensor
@@ -63,7 +62,7 @@ class Profile:
 
     def update(self, new: "Profile") -> None:
         """Move a tenth of the way; `kept` is of the shares in use now, so it is replaced."""
-        for name in ("critical", "held", "lost", "overlap"):
+        for name in ("critical", "missed", "overlap"):
             setattr(self, name, torch.lerp(getattr(new, name), getattr(self, name), KEEP))
         self.kept = new.kept
 
@@ -95,7 +94,7 @@ class Head:
     critical: float
     """Share of the keys that hold `mass` of a query's attention: what an oracle would read for each query."""
     needed: float
-    """Share of the video's keys with which a group of queries keeps `mass`, chosen by prediction."""
+    """Share of the video's keys with which queries keep `mass`, chosen by prediction for their group."""
     share: float
     """Share of the video's keys that is read; 1: the head is dense."""
     kept: float
@@ -128,48 +127,40 @@ class _Site:
         """Take in what was observed since the last time, [rows, H] on the CPU."""
         count = observed[2]
         groups = len(self.method.groups)
-        rows = [groups * len(SHARES), groups * len(SHARES), groups, groups]
-        held, lost, overlap, kept = (observed[len(OBSERVED) :] / count).split(rows)
-        held, lost = (rows.unflatten(0, (groups, -1)).mT for rows in (held, lost))
-        new = Profile(observed[3] / count, held, lost, overlap, kept)
+        rows = [groups * len(SHARES), groups, groups]
+        missed, overlap, kept = (observed[len(OBSERVED) :] / count).split(rows)
+        new = Profile(observed[3] / count, missed.unflatten(0, (groups, -1)).mT, overlap, kept)
         if self.profile is None:
             self.profile = new
         else:
             self.profile.update(new)
 
-    @property
-    def now(self) -> int:
-        """The place of the group in use, or of the first."""
-        return 0 if self.choice is None else self.method.groups.index(self.choice.group)
+    def choose(self, cost_of: Callable[[Cube], Cost]) -> None:
+        """Settle group and shares by the profile; `cost_of` gives what a group costs.
 
-    def offer(self, cost_of: Callable[[Cube], Cost]) -> Offer:
-        """What it could do from now on. Groups only get smaller: a change of group is a new program."""
+        With a fixed budget the group is the paper's, the largest whose queries attend alike. Else groups that
+        attend less alike need more keys to keep `mass`, and the group is the one that costs least. Groups only get
+        smaller: a change of group is a new program.
+        """
         assert self.profile is not None
-        return Offer(
-            held=self.profile.held[self.now :],
-            lost=self.profile.lost[self.now :],
-            costs=[cost_of(group) for group in self.method.groups[self.now :]],
-            now=None if self.choice is None else 0,
-        )
-
-    def take(self, allotment: Allotment) -> None:
-        """Do what was chosen of its offer."""
-        self.settle(self.now + allotment.group, allotment.shares)
-
-    def take_budget(self) -> None:
-        """Read the fixed budget, by the paper's group: the largest whose queries attend alike."""
-        assert self.profile is not None
-        overlaps = self.profile.overlap.mean(-1).tolist()
-        enough = (i for i in range(self.now, len(overlaps)) if overlaps[i] >= ENOUGH_OVERLAP)
-        share = self.method.budget_share(self.plan.layout.video_tokens)
-        self.settle(next(enough, len(overlaps) - 1), torch.full_like(self.shares, share))
-
-    def settle(self, place: int, shares: Tensor) -> None:
-        """Read these shares by the group at a place."""
+        method, video = self.method, self.plan.layout.video_tokens
+        groups, needed = method.groups, shares_to_keep(method.mass, self.profile.missed)
+        now = 0 if self.choice is None else groups.index(self.choice.group)
+        candidates = range(now, len(groups))
+        if method.kv_budget is None:
+            costs = {i: cost_of(groups[i]).of(needed[i]).clamp(max=1.0) for i in candidates}
+            place = min(candidates, key=lambda i: costs[i].sum().item())
+            if self.choice is not None and costs[place].sum() > LOWER * costs[now].sum():
+                place = now
+            shares = torch.where(costs[place] < 1, needed[place], torch.ones_like(needed[place]))
+        else:
+            overlaps = self.profile.overlap.mean(-1).tolist()
+            place = next((i for i in candidates if overlaps[i] >= ENOUGH_OVERLAP), len(groups) - 1)
+            shares = torch.full_like(needed[place], method.budget_share(video))
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
-        self.choice = Choice(self.method.groups[place], most)
+        self.choice = Choice(groups[place], most)
 
 
 class DSVTrainer:
@@ -360,25 +351,12 @@ class DSVTrainer:
             return None
         loss = float(torch.stack(losses).mean())
         if self._learning.sparse or loss < self.threshold:
-            self._choose()
+            for name, site in self._sites.items():
+                site.choose(partial(self._cost, site))
+                assert site.choice is not None
+                self._learning.choices[name] = site.choice
             self._learning.sparse = True
         return self._report(loss)
-
-    def _choose(self) -> None:
-        """Settle groups and shares of all sites by their profiles."""
-        by_mass: dict[float, list[_Site]] = {}
-        for site in self._sites.values():
-            if site.method.kv_budget is None:
-                by_mass.setdefault(site.method.mass, []).append(site)
-            else:
-                site.take_budget()
-        for mass, sites in by_mass.items():
-            offers = [site.offer(partial(self._cost, site)) for site in sites]
-            for site, allotment in zip(sites, allot(offers, mass), strict=True):
-                site.take(allotment)
-        for name, site in self._sites.items():
-            assert site.choice is not None
-            self._learning.choices[name] = site.choice
 
     @property
     def heads(self) -> list[Head]:
@@ -391,7 +369,7 @@ class DSVTrainer:
             place, shares = site.method.groups.index(group), site.shares.cpu()
             columns = {
                 "critical": profile.critical,
-                "needed": shares_to_keep(site.method.mass, profile.held[place]),
+                "needed": shares_to_keep(site.method.mass, profile.missed[place]),
                 "share": shares,
                 "kept": torch.where(shares < 1, profile.kept[place], 1.0),
                 "overlap": profile.overlap[place],

@@ -200,7 +200,7 @@ def test_a_profile_counts_what_a_loop_counts(text: int, chosen_by: str) -> None:
     assert float(seen.critical) == pytest.approx(sum(counts) / 32 / layout.tokens)
     top = math.ceil(sum(counts) / 32 / layout.tokens * video - 1e-5)
     for g, group in enumerate(groups):
-        held, lost, shared = *torch.zeros(2, video, dtype=torch.float64), 0
+        held, missed, shared = *torch.zeros(2, video, dtype=torch.float64), 0
         proxies = middles((2, 4, 4), group)
         for token, proxy in enumerate(proxies):
             votes = predicted[proxy].double()
@@ -210,17 +210,16 @@ def test_a_profile_counts_what_a_loop_counts(text: int, chosen_by: str) -> None:
                 )
             ranked = sorted(range(video), key=lambda j, votes=votes: (-float(votes[j]), j))
             of_token = rows[token, video:].sum() + rows[token, ranked].cumsum(0)
-            held, lost = held + of_token, lost + (1 - of_token).square()
+            held, missed = held + of_token, missed + (1 - of_token).square()
             best = [
                 set(sorted(range(video), key=lambda j, t=t: (-float(rows[t, j]), j))[:top])
                 for t in (token, proxy)
             ]
             shared += len(best[0] & best[1])
-        held, lost = held / 32, lost / 32
+        held, missed = held / 32, missed / 32
         for i, share in enumerate(predictor.SHARES):
             count = max(1, round(share * video))
-            assert float(seen.held[g, i, 0]) == pytest.approx(float(held[count - 1]), abs=1e-5)
-            assert float(seen.lost[g, i, 0]) == pytest.approx(float(lost[count - 1]), abs=1e-5)
+            assert float(seen.missed[g, i, 0]) == pytest.approx(float(missed[count - 1]), abs=1e-5)
         assert float(seen.overlap[g, 0]) == pytest.approx(shared / 32 / top, abs=1e-5)
         assert float(seen.kept[g, 0]) == pytest.approx(float(held[round(0.3 * video) - 1]), abs=1e-5)
 
@@ -230,12 +229,14 @@ def test_the_share_that_keeps_a_mass_is_read_off_the_curve():
     measured one; at the ends it is the first share and all keys."""
     shares = torch.tensor(predictor.SHARES)
     for power in (0.1, 0.3, 0.8):
-        found = float(predictor.shares_to_keep(0.9, shares**power))
+        found = float(predictor.shares_to_keep(0.9, (1 - shares**power).square()))
         exact = 0.9 ** (1 / power)
         assert exact - 1e-6 <= found <= max(exact * 2**0.5, predictor.SHARES[0])
         assert found**power >= 0.9 - 1e-6
-    assert float(predictor.shares_to_keep(0.5, 0.6 + 0.4 * shares)) == pytest.approx(predictor.SHARES[0])
-    assert float(predictor.shares_to_keep(1.0, 0.99 * shares)) == 1.0
+    assert float(predictor.shares_to_keep(0.5, (0.4 - 0.4 * shares).square())) == pytest.approx(
+        predictor.SHARES[0]
+    )
+    assert float(predictor.shares_to_keep(1.0, (1 - 0.99 * shares).square())) == 1.0
 
 
 def test_turns_look_at_all_cubes():
