@@ -342,6 +342,44 @@ def test_what_one_query_needs_is_read_for_all(provider):
     assert rows(run(provider, query.mean(2, keepdim=True), key, budgets(2), width=2)) == [[1, 3]]
 
 
+def test_infinities_in_a_group(provider):
+    """To the first query keys 0 to 3 are infinite, each a quarter of its attention, or out of sight where its sign
+    is changed; the second gives nearly all to key 4, and the third, of NaN, all keys alike.
+    """
+    query = torch.tensor([[3e38, 0.0], [0.0, 5.0], [math.nan, 0.0], [-3e38, 0.0], [0.0, 5.0], [-3e38, 0.0]])
+    key = torch.zeros(1, 1, 9, 2)
+    key[0, 0, :4, 0], key[0, 0, 4, 1] = 2.0, 1.0
+    bounds = torch.tensor([0, 3, 3, 5, 6], dtype=torch.int32, device=device_of(provider))
+    for wanted, expected in (
+        (1, [[4], [], [4], [4]]),
+        (3, [[0, 1, 4], [], [4, 5, 6], [4, 5, 6]]),
+        (9, [list(range(9)), [], list(range(9)), list(range(4, 9))]),
+    ):
+        found = run(provider, query[None, None], key, budgets(wanted), width=16, q_bounds=bounds)
+        assert rows(found) == expected
+
+
+def test_groups_of_heads_that_choose_nothing(provider):
+    """Their tokens are not looked at."""
+    query, key = torch.ones(1, 2, 5, 1), torch.arange(7.0).repeat(1, 2, 1)[..., None]
+    key[:, 0] = torch.nan
+    bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device_of(provider))
+    found = run(provider, query, key, budgets(0, 2), width=4, q_bounds=bounds)
+    assert rows(found) == [[], [], [5, 6], [5, 6]]
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs a GPU or the interpreter")
+def test_triton_takes_groups_a_few_at_a_time(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, size, 3, generator=random) for size in (20, 40))
+    bounds = torch.tensor([0, 1, 1, 3, 4, 7, 9, 16, 16, 20], dtype=torch.int32, device=device_of("triton"))
+    chosen = {"width": 16, "q_bounds": bounds}
+    at_once = run("triton", query, key, budgets(11), **chosen)
+    monkeypatch.setattr(providers.load("triton", "prediction"), "SCORES_AT_ONCE", 1)
+    in_turn = run("triton", query, key, budgets(11), **chosen)
+    assert all(torch.equal(got, was) for got, was in zip(in_turn, at_once, strict=True))
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_result_does_not_depend_on_threads(dtype, grouped):

@@ -1,4 +1,6 @@
-"""Prediction: the launch of the kernel in `prediction_kernels.py`. Nothing is read back from the device."""
+"""Prediction: the launches of the kernels in `prediction_kernels.py`. Nothing is read back from the device."""
+
+from typing import Any
 
 import torch
 import triton
@@ -8,56 +10,158 @@ from sparsify_compiler.kernels.prediction import empty_top_k
 from sparsify_compiler.kernels.triton import prediction_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
+SCORES_AT_ONCE = 2**25
+"""Scores of groups of several queries that are stored at one time, 128 MiB; but of four groups in any case."""
+
 
 def top_k_keys(
-    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, width: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """See `prediction.top_k_keys`."""
-    counts, indices = empty_top_k(query, width)
-    indices.zero_()
-    if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
-        query, key = query.float(), key.float()
-    choose(query, key, budget, key_bias, scale, counts, indices)()
-    return counts, indices
-
-
-def choose(
     query: Tensor,
     key: Tensor,
     budget: Tensor,
+    q_bounds: Tensor | None,
     key_bias: Tensor | None,
+    width: int,
     scale: float,
-    counts: Tensor,
-    indices: Tensor,
-) -> Launch:
-    """Fills `counts`, and of `indices`, all zeros, what is chosen."""
-    batch, heads, groups, rank = query.shape
-    block_m, block_n, num_warps, num_stages = tiles(query)
+) -> tuple[Tensor, Tensor]:
+    """See `prediction.top_k_keys`."""
+    counts, indices = empty_top_k(query, q_bounds, width)
+    indices.zero_()
+    if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
+        query, key = query.float(), key.float()
+    inputs = scored(query, key, budget, key_bias, scale)
+    if q_bounds is None:
+        choose(inputs, counts, indices)()
+        return counts, indices
+    highest, part = query.new_empty(2, *query.shape[:3], dtype=torch.float32)
+    softmax(inputs, highest, part)()
+    groups, q_bounds = counts.shape[2], q_bounds.contiguous()
+    scores = empty_scores(query, key, groups)
+    for first in range(0, groups, scores.shape[2]):
+        some = slice(first, first + scores.shape[2])
+        rows = scores[:, :, : groups - first]
+        add_up(inputs, highest, part, q_bounds[first:], rows)()
+        choose_stored(rows, inputs, counts[:, :, some], indices[:, :, some])()
+    return counts, indices
+
+
+def empty_scores(query: Tensor, key: Tensor, groups: int) -> Tensor:
+    """[B, H, some of the groups, S up to whole tiles] fp32, not initialised.
+
+    Some are all or a multiple of four, so that the pointers to any are aligned alike and need but one compilation.
+    """
+    batch, heads = query.shape[:2]
+    tile = add_up_tiles(query)[1]
+    room = triton.cdiv(key.shape[2], tile) * tile
+    fours = max(1, SCORES_AT_ONCE // (4 * max(1, batch * heads) * room))
+    return query.new_empty(batch, heads, max(1, min(groups, 4 * fours)), room, dtype=torch.float32)
+
+
+def scored(
+    query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, scale: float
+) -> dict[str, Any]:
+    """The arguments of a kernel that computes scores."""
     shared = {"budget": budget, "key_bias": key_bias}
-    arguments = {
-        **with_strides(query=query, key=key, kv_num_blocks=counts, kv_indices=indices),
+    return {
+        **with_strides(query=query, key=key),
         **shared,
         **{f"{name}_strides": shared_strides(t) for name, t in shared.items()},
-        "groups": groups,
         "tokens": key.shape[2],
-        "most": min(indices.shape[3], key.shape[2]),
-        "queries_per_key_head": heads // key.shape[1],
+        "queries_per_key_head": query.shape[1] // key.shape[1],
         "scale": scale,
-        "RANK": rank,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "RANK": query.shape[3],
         "ALIGN": alignment(query, key),
+    }
+
+
+def choose(inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
+    """Fills `counts`, and of `indices`, all zeros, what is chosen, where every query is a group."""
+    batch, heads, groups = counts.shape
+    block_m, block_n, num_warps, num_stages = tiles(inputs["query"])
+    arguments = {
+        **inputs,
+        **with_strides(kv_num_blocks=counts, kv_indices=indices),
+        "groups": groups,
+        "most": min(indices.shape[3], inputs["tokens"]),
+        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
     }
     grid = (triton.cdiv(groups, block_m), heads, batch)
     return Launch(kernels.top_k_kernel, grid, arguments, num_warps, num_stages)
 
 
+def choose_stored(scores: Tensor, inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
+    """As `choose`, from rows of scores."""
+    batch, heads, groups, room = scores.shape
+    block_m, block_n, num_warps, num_stages = stored_tiles(scores)
+    arguments = {
+        **inputs,
+        **with_strides(query=scores, kv_num_blocks=counts, kv_indices=indices),
+        **{"key": None, "key_bias": None, "RANK": None},
+        "groups": groups,
+        "tokens": room,
+        "most": min(indices.shape[3], inputs["tokens"]),
+        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
+    }
+    grid = (triton.cdiv(groups, block_m), heads, batch)
+    return Launch(kernels.top_k_kernel, grid, arguments, num_warps, num_stages)
+
+
+def softmax(inputs: dict[str, Any], highest: Tensor, part: Tensor) -> Launch:
+    """Fills `highest` and `part` [B, H, Q], but for heads that choose nothing."""
+    batch, heads, queries = highest.shape
+    block_m, block_n, num_warps, num_stages = softmax_tiles(inputs["query"])
+    arguments = {
+        **inputs,
+        **with_strides(highest=highest, part=part),
+        **{"queries": queries, "BLOCK_M": block_m, "BLOCK_N": block_n},
+    }
+    grid = (triton.cdiv(queries, block_m), heads, batch)
+    return Launch(kernels.softmax_kernel, grid, arguments, num_warps, num_stages)
+
+
+def add_up(inputs: dict[str, Any], highest: Tensor, part: Tensor, q_bounds: Tensor, scores: Tensor) -> Launch:
+    """Fills `scores` of the groups that `q_bounds` begins with, but for heads that choose nothing."""
+    batch, heads, groups, room = scores.shape
+    block_m, block_n, num_warps, num_stages = add_up_tiles(inputs["query"])
+    arguments = {
+        **inputs,
+        **with_strides(highest=highest, part=part, scores=scores),
+        **{"q_bounds": q_bounds, "BLOCK_M": block_m, "BLOCK_N": block_n},
+    }
+    grid = (groups * (room // block_n), heads, batch)
+    return Launch(kernels.add_up_kernel, grid, arguments, num_warps, num_stages)
+
+
+# Tiles are (rows, keys, warps, stages). fp32 is multiplied in full, without tensor cores, so in smaller ones. For
+# the interpreter they are small, so that small tests have many.
+
+
 def tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """(groups, keys, warps, stages), the largest that leave registers for two programs on a multiprocessor, as
-    one alone would wait for its loads. fp32 is multiplied in full, without tensor cores, so in smaller tiles.
-    """
+    """The largest that leave registers for two programs on a multiprocessor, as one would wait for its loads."""
     if query.device.type == "cpu":
-        return 16, 32, 4, 1  # small, so that small tests have many
+        return 16, 32, 4, 1
     if query.dtype == torch.float32:
         return 32, 16, 4, 2
     return 64, 32, 8, 3
+
+
+def stored_tiles(scores: Tensor) -> tuple[int, int, int, int]:
+    """A row for each program, so that the rows of a few groups keep every multiprocessor busy; and many warps, so
+    that a multiprocessor has few rows, which its L1 cache may hold from pass to pass.
+    """
+    return (8, 32, 4, 1) if scores.device.type == "cpu" else (1, 4096, 32, 2)
+
+
+def softmax_tiles(query: Tensor) -> tuple[int, int, int, int]:
+    """Of `softmax_kernel`: it reduces every tile to its rows, which many keys make rarer."""
+    if query.device.type == "cpu":
+        return 16, 32, 4, 1
+    return (64, 16, 4, 2) if query.dtype == torch.float32 else (64, 64, 4, 3)
+
+
+def add_up_tiles(query: Tensor) -> tuple[int, int, int, int]:
+    """Of `add_up_kernel`: few rows, as groups may be small, and no more keys than leave registers for five programs
+    of four warps on a multiprocessor.
+    """
+    if query.device.type == "cpu":
+        return 16, 32, 4, 1
+    return (16, 64, 8, 2) if query.dtype == torch.float32 else (16, 128, 4, 2)

@@ -1,8 +1,14 @@
-"""The Triton kernel of prediction.
+"""The Triton kernels of prediction.
 
-One program chooses for BLOCK_M query groups of one head. It computes their scores again in every pass over the
-keys, which with a low rank costs less than to store them, and keeps nothing but counts. Each of 16 passes finds
-two bits of the groups' thresholds, from the highest down; one more lists the keys.
+`top_k_kernel`: one program chooses for BLOCK_M query groups of one head. It computes their scores again in every
+pass over the keys, which with a low rank costs less than to store them, and keeps nothing but counts. Each of 16
+passes finds two bits of the groups' thresholds, from the highest down; one more lists the keys.
+
+Of groups of several queries the scores would cost too much to compute again:
+
+    softmax_kernel    queries, keys -> highest, part: what turns the scores of a query into its softmax
+    add_up_kernel     some groups -> rows of their scores, which are stored
+    top_k_kernel      these rows -> the keys of these groups
 """
 
 # mypy: disallow-untyped-defs=False
@@ -10,7 +16,10 @@ two bits of the groups' thresholds, from the highest down; one more lists the ke
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton.kernel import _at, _load_rows
+from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows
+
+HIGHEST = tl.constexpr(3.4028234663852886e38)
+"""The largest finite number, which +inf counts as in a softmax. NaN is a score of -HIGHEST."""
 
 
 @triton.jit
@@ -37,7 +46,9 @@ def top_k_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (tiles of groups, heads, batches). `most`: keys that a row has room for."""
+    """Grid: (tiles of groups, heads, batches). `most`: keys that a row has room for. Without a `key`, `query` is
+    rows of scores [B, H, groups, tokens].
+    """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     group = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -47,11 +58,14 @@ def top_k_kernel(
     if wanted <= 0:
         tl.store(kv_num_blocks, tl.zeros([BLOCK_M], tl.int32), mask=is_group)
     else:
-        key = _at(key, key_strides, batch, head // queries_per_key_head)
         if key_bias is not None:
             key_bias = _at(key_bias, key_bias_strides, batch, head)
         query = _at(query, query_strides, batch, head)
-        q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)
+        if key is None:
+            q = query + tl.minimum(group, groups - 1).to(tl.int64) * query_strides[2]
+        else:
+            key = _at(key, key_strides, batch, head // queries_per_key_head)
+            q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)
 
         # The largest threshold that `wanted` scores reach, as an integer that rises with floats; 0 where all
         # are reached by fewer. `beyond` of the scores are above it.
@@ -114,6 +128,123 @@ def top_k_kernel(
 
 
 @triton.jit
+def softmax_kernel(
+    query,
+    key,
+    budget,
+    key_bias,
+    highest,
+    part,
+    query_strides,
+    key_strides,
+    budget_strides,
+    key_bias_strides,
+    highest_strides,
+    part_strides,
+    queries,
+    tokens,
+    queries_per_key_head,
+    scale,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Grid: (tiles of queries, heads, batches). A query's softmax is part exp(min(score, highest) - highest), of
+    finite numbers whatever the scores are; part is 0 where no key is visible.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    if tl.load(_at(budget, budget_strides, batch, head)) <= 0:
+        return
+    key = _at(key, key_strides, batch, head // queries_per_key_head)
+    if key_bias is not None:
+        key_bias = _at(key_bias, key_bias_strides, batch, head)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = token < queries
+    query = _at(query, query_strides, batch, head)
+    q = _load_rows(query, token, is_query, query_strides, RANK, ALIGN)
+    most = tl.full([BLOCK_M], -HIGHEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, tokens, BLOCK_N):
+        scores = _scores(
+            *(q, key, key_bias, start, tokens, scale),
+            *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
+        )
+        new_most = tl.minimum(tl.maximum(most, tl.max(scores, axis=1)), HIGHEST)
+        total = total * _share(most, new_most) + tl.sum(_share(scores, new_most[:, None]), axis=1)
+        most = new_most
+    tl.store(_at(highest, highest_strides, batch, head) + token, most, mask=is_query)
+    part = _at(part, part_strides, batch, head)
+    tl.store(part + token, tl.where(total > 0.0, 1.0 / total, 0.0), mask=is_query)
+
+
+@triton.jit
+def add_up_kernel(
+    query,
+    key,
+    budget,
+    key_bias,
+    highest,
+    part,
+    q_bounds,
+    scores,
+    query_strides,
+    key_strides,
+    budget_strides,
+    key_bias_strides,
+    highest_strides,
+    part_strides,
+    scores_strides,
+    tokens,
+    queries_per_key_head,
+    scale,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Grid: (groups x tiles of keys, heads, batches). `q_bounds` begins with the first of these groups; rows of
+    `scores` have room for whole tiles. Keys are the rows of a product, so a small group leaves little of it empty.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    if tl.load(_at(budget, budget_strides, batch, head)) <= 0:
+        return
+    tiles = tl.cdiv(tokens, BLOCK_N)
+    group = tl.program_id(0) // tiles
+    start = tl.program_id(0) % tiles * BLOCK_N
+    key = _at(key, key_strides, batch, head // queries_per_key_head)
+    if key_bias is not None:
+        key_bias = _at(key_bias, key_bias_strides, batch, head)
+    k, bias = _load_keys(key, key_bias, start, tokens, key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN)
+    query = _at(query, query_strides, batch, head)
+    highest = _at(highest, highest_strides, batch, head)
+    part = _at(part, part_strides, batch, head)
+
+    end = tl.load(q_bounds + group + 1)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    best = tl.full([BLOCK_N, BLOCK_M], float("-inf"), tl.float32)
+    for first in range(tl.load(q_bounds + group), end, BLOCK_M):
+        lane = first + tl.arange(0, BLOCK_M)
+        member = tl.minimum(lane, end - 1)  # at last the last one again, with no part
+        q = _load_rows(query, member, member < end, query_strides, RANK, ALIGN)
+        found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)
+        parts = tl.load(part + member, mask=lane < end, other=0.0)
+        sums += parts[None, :] * _share(found, tl.load(highest + member)[None, :])
+        best = tl.maximum(best, found)
+    row = tl.where(tl.max(best, axis=1) == float("-inf"), float("-inf"), tl.sum(sums, axis=1))
+    scores = _at(scores, scores_strides, batch, head) + group.to(tl.int64) * scores_strides[2]
+    tl.store(scores + start + tl.arange(0, BLOCK_N), row)
+
+
+@triton.jit
+def _share(score, highest):
+    """exp(score - highest), and 1 of what is larger. `highest` is finite."""
+    return tl.exp2((tl.minimum(score, highest) - highest) * LOG2_E)
+
+
+@triton.jit
 def _scores(
     q,
     key,
@@ -127,20 +258,49 @@ def _scores(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] fp32, the same bits in every pass; -inf where a key is hidden or not there."""
+    """[BLOCK_M, BLOCK_N] fp32, the same bits in every pass; -inf where a key is hidden or not there. Without a
+    `key`, `q` is pointers [BLOCK_M] to rows of scores.
+    """
+    if key is None:
+        token = start + tl.arange(0, BLOCK_N)
+        return tl.load(q[:, None] + token[None, :], mask=(token < tokens)[None, :], other=float("-inf"))
+    else:
+        k, bias = _load_keys(
+            *(key, key_bias, start, tokens),
+            *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
+        )
+        return _finished(tl.dot(q, k.T, input_precision="ieee"), bias[None, :], scale)
+
+
+@triton.jit
+def _load_keys(
+    key,
+    key_bias,
+    start,
+    tokens,
+    key_strides,
+    key_bias_strides,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """([BLOCK_N, padded RANK], their bias [BLOCK_N] fp32, -inf where a key is hidden or not there)."""
     token = start + tl.arange(0, BLOCK_N)
     is_key = token < tokens
     k = _load_rows(key, token, is_key, key_strides, RANK, ALIGN)
-    scores = tl.dot(q, k.T, input_precision="ieee")
     if key_bias is None:
-        scores = scores * scale
+        return k, tl.where(is_key, 0.0, float("-inf"))
     else:
         bias = tl.load(key_bias + token.to(tl.int64) * key_bias_strides[2], mask=is_key, other=float("-inf"))
-        bias = bias.to(tl.float32)
-        scores = tl.fma(scores, scale, bias[None, :])  # by name: the compiler might fuse in one pass alone
-        is_key = bias != float("-inf")
-    scores = tl.where(scores == scores, scores, -3.4028234663852886e38)  # NaN is the lowest finite number
-    return tl.where(is_key[None, :], scores, float("-inf"))
+        return k, bias.to(tl.float32)
+
+
+@triton.jit
+def _finished(products, bias, scale):
+    """Scores from products and the bias of their keys."""
+    scores = tl.fma(products, scale, bias)  # by name: the compiler might fuse in one pass alone
+    scores = tl.where(scores == scores, scores, -HIGHEST)
+    return tl.where(bias == float("-inf"), float("-inf"), scores)
 
 
 @triton.jit
