@@ -33,9 +33,11 @@ def top_k_keys(
 
     -inf wherever the bias is, and the lowest finite number where it is NaN. Without `q_bounds` every query is a
     group of its own. A group's score is the attention that its queries are foretold to give a key together, the sum
-    of their softmax over all keys: what one query reads and the others do not is not lost between them. A key at
-    -inf is never chosen; of equal scores (-0 equals 0) the key of lower index goes first. Scores of Q x S pairs are
-    never held at once.
+    of their softmax over all keys, and -inf where the bias is: what one query reads and the others do not is not
+    lost between them. A group of no query chooses nothing.
+
+    A key at -inf is never chosen; of equal scores (-0 equals 0) the key of lower index goes first. Scores of Q x S
+    pairs are never held at once.
 
     Scores are fp32 (reference: fp64 for fp64). Providers sum the R products in orders of their own, so their
     scores, and the choice among keys whose scores differ by no more, may differ in the last bits; where every

@@ -40,6 +40,8 @@ def top_k_keys(
                 for begin, end in pairwise(edges)
             ]
             scores = torch.stack(together, 2)
+            if key_bias is not None:
+                scores = scores.masked_fill(key_bias[:, :, None] == -torch.inf, -torch.inf)
         falling, ranked = scores.sort(dim=-1, descending=True, stable=True)
         keeps = torch.zeros_like(scores, dtype=torch.bool)
         keeps.scatter_(-1, ranked, wanted & (falling > -torch.inf))
@@ -53,9 +55,9 @@ def top_k_keys(
 
 
 def _attention(scores: Tensor) -> Tensor:
-    """[B, H, S]: the sum of the queries' softmax over scores [B, H, Q, S], -inf where every score is."""
+    """[B, H, S]: the sum of the queries' softmax over scores [B, H, Q, S], -inf if there is no query."""
     shares = scores.clamp(max=torch.finfo(scores.dtype).max).softmax(-1)
-    return shares.nan_to_num(0.0).sum(2).masked_fill((scores == -torch.inf).all(2), -torch.inf)
+    return shares.nan_to_num(0.0).sum(2) if scores.shape[2] else scores.sum(2) - torch.inf
 
 
 def _scores(query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float) -> Tensor:

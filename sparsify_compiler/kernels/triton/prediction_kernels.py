@@ -222,18 +222,16 @@ def add_up_kernel(
     highest = _at(highest, highest_strides, batch, head)
     part = _at(part, part_strides, batch, head)
 
-    end = tl.load(q_bounds + group + 1)
+    begin, end = tl.load(q_bounds + group), tl.load(q_bounds + group + 1)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    best = tl.full([BLOCK_N, BLOCK_M], float("-inf"), tl.float32)
-    for first in range(tl.load(q_bounds + group), end, BLOCK_M):
+    for first in range(begin, end, BLOCK_M):
         lane = first + tl.arange(0, BLOCK_M)
         member = tl.minimum(lane, end - 1)  # at last the last one again, with no part
         q = _load_rows(query, member, member < end, query_strides, RANK, ALIGN)
         found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)
         parts = tl.load(part + member, mask=lane < end, other=0.0)
         sums += parts[None, :] * _share(found, tl.load(highest + member)[None, :])
-        best = tl.maximum(best, found)
-    row = tl.where(tl.max(best, axis=1) == float("-inf"), float("-inf"), tl.sum(sums, axis=1))
+    row = tl.where((bias != float("-inf")) & (begin < end), tl.sum(sums, axis=1), float("-inf"))
     scores = _at(scores, scores_strides, batch, head) + group.to(tl.int64) * scores_strides[2]
     tl.store(scores + start + tl.arange(0, BLOCK_N), row)
 
