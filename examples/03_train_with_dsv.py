@@ -1,6 +1,6 @@
 """Train a small video model with method `dsv`: dense while a predictor learns, then sparse where that pays.
 
-    python examples/03_train_with_dsv.py --steps 300                  # about ten minutes on two cores
+    python examples/03_train_with_dsv.py --steps 300                  # about eight minutes on one core
     python examples/03_train_with_dsv.py --steps 300 --method dense   # what it is to be compared with
 
 The shipped Wan of 4 M parameters, which knows short procedural videos, learns longer ones by flow matching:
