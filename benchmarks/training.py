@@ -3,13 +3,16 @@
 Tables of blocks, and of single keys for groups of queries. Before anything is timed, the gradients are held to
 float64 where 32 queries alone have one. Dense is the faster of SDPA's flash and math backends in the same run at
 the same number of threads; efficiency = speedup x density. The break-even density of a kind of table is where a
-line through its times would reach dense. Memory is what the passes add to the peak of a process of its own (Linux).
+line through its times would reach dense. Memory is what the passes add to the peak of a process of its own (Linux);
+and so for a training step of the evaluation model.
 """
 
 import argparse
 import ctypes
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention import random_table
 from benchmarks.harness import interleaved_medians, machine, write_json
+from sparsify_compiler import DSVTrainer
+from sparsify_compiler.evaluation.model import encode, load
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
@@ -36,6 +41,9 @@ KINDS = {
 }
 """Queries and keys of a block."""
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+
+STEP_GRID = (16, 16, 32)
+"""Of the video on which a step of the evaluation model is taken: 8,192 tokens."""
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -159,6 +167,39 @@ def peak_memory(
     return table_mib + peak_mib() - before
 
 
+def peak_of_step(name: str) -> float:
+    """MiB that a step of the evaluation model, fp32, adds to the peak of this process: by SDPA's backends, or in
+    stage 2 of method `dsv`, where every head reads a tenth of the keys for groups of (2, 4, 4)."""
+    model = load()
+    video = torch.randn(1, 3, STEP_GRID[0], *(4 * edge for edge in STEP_GRID[1:]))
+    time, text = torch.tensor([500.0]), encode(["small red plain disc still; grey grid still"])
+    with ExitStack() as stack:
+        trainer = None
+        if name in BACKENDS:
+            stack.enter_context(sdpa_kernel(BACKENDS[name]))
+            compiled = torch.compile(model, dynamic=False)
+        else:
+            options = {"method": "dsv", "kv_budget": 0.1, "query_group": (2, 4, 4)}
+            compiled = torch.compile(model, backend="sparsify", dynamic=False, options=options)
+            trainer = DSVTrainer(compiled, threshold=1e9, profile_every=(2, 10**6), early_steps=3)
+
+        def step() -> None:
+            (velocity,) = compiled(video, time, text, return_dict=False)
+            velocity.square().mean().backward()
+            model.zero_grad()
+            if trainer is not None:
+                trainer.step()
+
+        for _ in range(5):  # dense, profiled, and then sparse
+            step()
+        assert trainer is None or trainer.stage == 2
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak_mib()
+        step()
+        return peak_mib() - before
+
+
 def peak_mib() -> float:
     """The most memory that this process held at a time."""
     (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
@@ -177,6 +218,14 @@ def memory(heads: int, tokens: int, head_dim: int, provider: str) -> Iterator[di
             "head_dim": head_dim,
             "peak_mib": round(mib, 1),
         }
+
+
+def step_memory() -> Iterator[dict[str, object]]:
+    """One record for each of `BACKENDS` and for stage 2 of method `dsv`."""
+    for name in ("dsv", *BACKENDS):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            mib = pool.apply(peak_of_step, (name,))
+        yield {"memory_of_step": name, "tokens": math.prod(STEP_GRID), "peak_mib": round(mib, 1)}
 
 
 def main() -> None:
@@ -198,7 +247,7 @@ def main() -> None:
             for result in measure(kind, getattr(torch, dtype), *shape, options.repeats, options.provider):
                 print(result, flush=True)
                 records.append(asdict(result))
-    for record in memory(*shape, options.provider):
+    for record in (*memory(*shape, options.provider), *step_memory()):
         print(record, flush=True)
         records.append(record)
     if options.json:
