@@ -35,7 +35,7 @@ from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
 from sparsify_compiler.training.cost import Cost, measured_cost
 
-FORMAT = "sparsify-dsv-training-1"
+FORMAT = "sparsify-dsv-training-2"
 ENOUGH_OVERLAP = 0.8
 """Share of the proxy's critical keys that must be critical for its group."""
 LOWER = 0.9
