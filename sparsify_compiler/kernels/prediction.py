@@ -37,7 +37,7 @@ def top_k_keys(
     lost between them. A group of no query chooses nothing.
 
     A key at -inf is never chosen; of equal scores (-0 equals 0) the key of lower index goes first. Scores of Q x S
-    pairs are never held at once.
+    pairs are never held at once, by the reference those of one group.
 
     Scores are fp32 (reference: fp64 for fp64). Providers sum the R products in orders of their own, so their
     scores, and the choice among keys whose scores differ by no more, may differ in the last bits; where every

@@ -39,6 +39,7 @@ OBSERVED = ("learnt", "loss", "profiled", "critical")
 """Rows of what a site observes, for each head: sums, and over how many calls; then, of each candidate group,
 `missed` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
 CHOSEN_BY = ("all", "middle")
+"""The queries of a group that may choose its keys; the first where neither an option nor a file says otherwise."""
 
 
 class Choice(NamedTuple):
@@ -47,6 +48,7 @@ class Choice(NamedTuple):
     group: Cube
     most: float
     """Of the shares of its sparse heads, the largest, rounded up to a power of two: programs differ by it."""
+    chosen_by: str = CHOSEN_BY[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +62,9 @@ class Dsv:
     """Attention mass that a head is to keep, in (0, 1]: 1 less it is missed, in root mean square of the queries."""
     query_group: Cube | None = None
     """(frames, rows, columns) of queries that share a choice; if None training takes one of `GROUPS`."""
-    chosen_by: str = "all"
+    chosen_by: str | None = None
     """Whose predicted attention chooses the keys of a group: that of "all" its queries, added up; or, as the paper
-    has it, that of the one in its "middle", which costs less to foretell."""
+    has it, that of the one in its "middle", which costs less to foretell. If None "all", or as its file has it."""
     kv_budget: int | float | None = None
     """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`. With
     a predictor's file, the most that its sparse heads read."""
@@ -82,7 +84,7 @@ class Dsv:
         object.__setattr__(self, "mass", check_share("mass", self.mass, zero=False))
         if self.query_group is not None:
             object.__setattr__(self, "query_group", check_cube("query_group", self.query_group))
-        if self.chosen_by not in CHOSEN_BY:
+        if self.chosen_by not in (None, *CHOSEN_BY):
             raise OptionError(f"chosen_by must be one of {', '.join(CHOSEN_BY)}, got {self.chosen_by!r}")
         if (budget := self.kv_budget) is not None:
             whole = integer(budget)
@@ -111,7 +113,7 @@ class Dsv:
             rank = self.rank or RANK
             if rank > site.head_dim:
                 raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {rank}")
-            return replace(self, rank=rank)
+            return replace(self, rank=rank, chosen_by=self.chosen_by or CHOSEN_BY[0])
         trained = predictor.load_predictor(self.predictor, site)
         if self.rank not in (None, trained.weights.shape[-1]):
             raise OptionError(
@@ -124,6 +126,7 @@ class Dsv:
             self,
             rank=trained.weights.shape[-1],
             query_group=self.query_group or trained.group,
+            chosen_by=self.chosen_by or trained.chosen_by,
             kv_budget=self.kv_budget or most_share(most),
         )
 
@@ -144,18 +147,17 @@ class Dsv:
         return replace(self, query_group=choice.group, kv_budget=choice.most)
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32, and who chooses for them."""
+        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32, and who chooses for them: the
+        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin."""
         assert layout.grid is not None
-        order, bounds = cut(layout.grid, self.groups[0])
-        return {"q_order": order, "q_bounds": bounds} | self.voters(layout.grid, order, bounds)
-
-    def voters(self, grid: Cube, order: Tensor, bounds: Tensor) -> dict[str, Tensor]:
-        """The tokens [Q] int64 that choose for the cubes [N] of order and bounds: one of each; or all, and then as
-        `voter_bounds` [N+1] int32 where those of each begin."""
-        voters, bounds = order[0, 0].long(), bounds[0, 0]
-        if self.chosen_by == "all":
-            return {"voters": voters, "voter_bounds": bounds}
-        return {"voters": middle_of_token(grid, self.groups[0])[voters[bounds[:-1].long()]]}
+        group = self.groups[0]
+        order, bounds = cut(layout.grid, group)
+        voters, begins = order[0, 0].long(), bounds[0, 0]
+        if self.chosen_by == "all" and math.prod(group) > 1:
+            chosen_by = {"voters": voters, "voter_bounds": begins}
+        else:
+            chosen_by = {"voters": middle_of_token(layout.grid, group)[voters[begins[:-1].long()]]}
+        return {"q_order": order, "q_bounds": bounds} | chosen_by
 
     def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is forgotten with a video."""
@@ -228,7 +230,7 @@ class Dsv:
                 shares,
                 layout,
                 self.groups,
-                chosen_by=self.chosen_by,
+                chosen_by=self.chosen_by or CHOSEN_BY[0],
                 mass=self.mass,
                 scale=tokens.scale,
                 turn=turn,
@@ -258,7 +260,7 @@ class Dsv:
         budget = predictor.key_counts(shares, video).int().masked_fill(is_dense, 0)
         bias = tokens.key_bias
         counts, indices = top_k_keys(
-            (query.float() @ w_query)[:, :, voters],
+            query[:, :, voters].float() @ w_query,
             key.float() @ w_key,
             budget[None],
             q_bounds=voter_bounds,

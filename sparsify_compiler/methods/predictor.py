@@ -28,7 +28,7 @@ SHARES = tuple(2.0 ** (-i / 2) for i in reversed(range(20)))
 """Of the video's keys, rising to 1, for which a profile measures the attention mass that they would keep."""
 ROWS = 128
 """Queries of each head that a profile looks at, at most; it takes the sorts of as many rows of scores."""
-FORMAT = "sparsify-dsv-1"
+FORMAT = "sparsify-dsv-2"
 
 
 def initial_weights(heads: int, head_dim: int, rank: int) -> Tensor:
@@ -81,7 +81,7 @@ class Profile(NamedTuple):
     """Mean square of the attention mass that queries would miss with each of `SHARES` of the keys, chosen by
     prediction: [groups, SHARES, H]."""
     overlap: Tensor
-    """Mean share of the proxy's critical keys that are critical for a member of its group."""
+    """Mean share of the keys critical for a group's middle that are critical for a member of it."""
     kept: Tensor
     """Mean attention mass that groups keep with the shares in use."""
 
@@ -114,8 +114,8 @@ def profile(
     heads, video = query.shape[0], slice(layout.before, layout.tokens - layout.after)
     tokens = sampled_tokens(layout, groups[0], turn).to(query.device)
     assert layout.grid is not None
-    proxies = [middle_of_token(layout.grid, group).to(query.device)[tokens] for group in groups]
-    places = [torch.searchsorted(tokens, proxy) for proxy in proxies]
+    middles = [middle_of_token(layout.grid, group).to(query.device)[tokens] for group in groups]
+    places = [torch.searchsorted(tokens, middle) for middle in middles]
     found = []
     for head in range(heads):
         kv_head = head * key.shape[0] // heads
@@ -151,12 +151,13 @@ def _profile_head(
     measured = key_counts(torch.tensor(SHARES, device=scores.device), count) - 1
     missed, overlap, kept = [], [], []
     for place in places:
-        votes = predicted
+        middles, group = place.unique(return_inverse=True)
+        votes = predicted[middles]
         if chosen_by == "all":
-            foretold = predicted.softmax(-1)
-            votes = torch.zeros_like(foretold).index_add_(0, place, foretold)
+            belongs = group == torch.arange(len(middles), device=group.device)[:, None]
+            votes = belongs.float() @ predicted.softmax(-1)
         order = votes.argsort(dim=-1, descending=True, stable=True)
-        curve = other_mass + of_video.gather(-1, order[place]).cumsum(-1)
+        curve = other_mass + of_video.gather(-1, order[group]).cumsum(-1)
         missed.append((1 - curve[:, measured]).square().mean(0))
         overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
         kept.append(curve.mean(0)[key_counts(share, count) - 1])
@@ -209,10 +210,12 @@ class Trained:
     shares: Tensor
     """[H] fp32, of the video's keys, that each head reads; 1 and more: the head is dense."""
     group: Cube
+    chosen_by: str
+    """The queries of a group that choose, as the method's option."""
 
 
 def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
-    """Write safetensors; the groups are in its metadata."""
+    """Write safetensors; groups and who chooses for them are in its metadata."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -220,7 +223,9 @@ def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
         tensors[f"{name}.weights"] = trained.weights.detach().cpu().contiguous()
         tensors[f"{name}.shares"] = trained.shares.detach().cpu().contiguous()
     groups = {name: trained.group for name, trained in sites.items()}
-    save_file(tensors, path, metadata={"format": FORMAT, "groups": json.dumps(groups)})
+    chosen_by = {name: trained.chosen_by for name, trained in sites.items()}
+    words = {"groups": json.dumps(groups), "chosen_by": json.dumps(chosen_by)}
+    save_file(tensors, path, metadata={"format": FORMAT, **words})
 
 
 def load_predictor(path: Path, site: AttentionSite) -> Trained:
@@ -238,7 +243,7 @@ def load_predictor(path: Path, site: AttentionSite) -> Trained:
                 raise OptionError(
                     f"predictor must be a file that DSVTrainer.save_predictor wrote, got {path}"
                 )
-            groups = json.loads(metadata["groups"])
+            groups, chosen_by = (json.loads(metadata[words]) for words in ("groups", "chosen_by"))
             if site.name not in groups:
                 raise OptionError(
                     f"predictor {path} knows no attention {site.name!r} but {', '.join(groups)}: it is of another "
@@ -253,4 +258,5 @@ def load_predictor(path: Path, site: AttentionSite) -> Trained:
             f"have [{site.heads} + {site.kv_heads} heads, {site.head_dim}, rank]"
         )
     first, second, third = groups[site.name]
-    return Trained(weights=weights, shares=shares, group=(first, second, third))
+    group = first, second, third
+    return Trained(weights=weights, shares=shares, group=group, chosen_by=chosen_by[site.name])

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.dsv import Dsv, single_key_table
+from sparsify_compiler.methods.dsv import CHOSEN_BY, Dsv, single_key_table
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
@@ -49,7 +49,7 @@ def measured_cost(
     return _measure(
         layout.grid or (1, 1, layout.video_tokens),
         group,
-        method.chosen_by,
+        method.chosen_by or CHOSEN_BY[0],
         rank,
         min(site.heads, HEADS),
         site.head_dim,
@@ -92,7 +92,7 @@ def _measure(
         with torch.no_grad():
             budget = torch.full((1, heads), keys, dtype=torch.int32, device=device)
             counts, indices = top_k_keys(
-                (query.float() @ weights)[:, :, voters],
+                query[:, :, voters].float() @ weights,
                 key.float() @ weights,
                 budget,
                 width=1 << (keys - 1).bit_length(),

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
+from sparsify_compiler.methods.dsv import CHOSEN_BY, OBSERVED, Choice, Dsv, most_share
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
 from sparsify_compiler.plan import AttentionPlan
@@ -37,7 +37,7 @@ from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-2"
 ENOUGH_OVERLAP = 0.8
-"""Share of the proxy's critical keys that must be critical for its group."""
+"""Share of the keys critical for a group's middle that must be critical for its others."""
 LOWER = 0.9
 """Of the cost of the group in use, what that of another must be below."""
 KEEP = 0.9
@@ -56,7 +56,7 @@ class Profile:
     """Mean square of the attention mass that queries would miss with each of `predictor.SHARES`, [groups, H,
     SHARES]. A share is chosen by the mean of these curves: the mean of shares that calls need would miss more."""
     overlap: Tensor
-    """Share of the proxy's critical keys that are critical for its group."""
+    """Share of the keys critical for a group's middle that are critical for its others."""
     kept: Tensor
     """Attention mass kept with the shares in use."""
 
@@ -160,7 +160,7 @@ class _Site:
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
-        self.choice = Choice(groups[place], most)
+        self.choice = Choice(groups[place], most, method.chosen_by or CHOSEN_BY[0])
 
 
 class DSVTrainer:
@@ -254,7 +254,7 @@ class DSVTrainer:
         for name, choice in self._learning.choices.items():
             assert isinstance(choice, Choice)
             parts = {part: learned[f"{name}.{part}"] for part in ("weights", "shares")}
-            trained[name] = Trained(**parts, group=choice.group)
+            trained[name] = Trained(**parts, group=choice.group, chosen_by=choice.chosen_by)
         if self.stage == 1 or not trained:
             raise SparsifyError("there is no predictor to save before stage 2: every head is dense so far")
         save_predictor(Path(path), trained)

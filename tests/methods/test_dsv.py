@@ -70,14 +70,14 @@ def test_reads_the_keys_that_its_middle_scores_highest(data: st.DataObject) -> N
     method = Dsv(rank=4, query_group=cube, kv_budget=keys, chosen_by="middle")
     table = select(method, query, key, layout, provider, shares).table
     mask = table.mask().expand(2, heads, -1, -1)
-    proxy = middles(grid, cube)
+    middle = middles(grid, cube)
     for b, h in itertools.product(range(2), range(heads)):
         if keys == video or (dense and h == heads - 1):
             assert mask[b, h].all()
             continue
         for token in range(video):
             scores = (
-                key[b, h * kv_heads // heads, before : before + video] @ query[b, h, before + proxy[token]]
+                key[b, h * kv_heads // heads, before : before + video] @ query[b, h, before + middle[token]]
             )
             ranked = sorted(range(video), key=lambda j, scores=scores: (-float(scores[j]), j))
             expected = {before + j for j in ranked[:keys]}
@@ -201,19 +201,19 @@ def test_a_profile_counts_what_a_loop_counts(text: int, chosen_by: str) -> None:
     top = math.ceil(sum(counts) / 32 / layout.tokens * video - 1e-5)
     for g, group in enumerate(groups):
         held, missed, shared = *torch.zeros(2, video, dtype=torch.float64), 0
-        proxies = middles((2, 4, 4), group)
-        for token, proxy in enumerate(proxies):
-            votes = predicted[proxy].double()
+        middle_of = middles((2, 4, 4), group)
+        for token, middle in enumerate(middle_of):
+            votes = predicted[middle].double()
             if chosen_by == "all":
                 votes = sum(
-                    (0.5 * predicted[i].double()).softmax(-1) for i in range(32) if proxies[i] == proxy
+                    (0.5 * predicted[i].double()).softmax(-1) for i in range(32) if middle_of[i] == middle
                 )
             ranked = sorted(range(video), key=lambda j, votes=votes: (-float(votes[j]), j))
             of_token = rows[token, video:].sum() + rows[token, ranked].cumsum(0)
             held, missed = held + of_token, missed + (1 - of_token).square()
             best = [
                 set(sorted(range(video), key=lambda j, t=t: (-float(rows[t, j]), j))[:top])
-                for t in (token, proxy)
+                for t in (token, middle)
             ]
             shared += len(best[0] & best[1])
         held, missed = held / 32, missed / 32
@@ -278,12 +278,16 @@ def test_a_predictors_file(tmp_path: Path) -> None:
     layout = TokenLayout(tokens=20, grid=(1, 4, 5))
     path = tmp_path / "predictor.safetensors"
     trained = predictor.Trained(
-        weights=torch.randn(4, 8, 3), shares=torch.tensor([0.3, 1.0]), group=(1, 2, 2)
+        weights=torch.randn(4, 8, 3), shares=torch.tensor([0.3, 1.0]), group=(1, 2, 2), chosen_by="middle"
     )
     predictor.save_predictor(path, {"here": trained})
     site = site_of(torch.empty(1, 2, 20, 8))
     method = Dsv(predictor=path).fit(site, layout)
     assert (method.rank, method.query_group, method.width(20)) == (3, (1, 2, 2), 16)
+    assert (method.chosen_by, Dsv(predictor=path, chosen_by="all").fit(site, layout).chosen_by) == (
+        "middle",
+        "all",
+    )
     assert not method.learns
     learned = method.learned(site, layout)
     assert torch.equal(learned["weights"], trained.weights)

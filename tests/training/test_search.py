@@ -360,7 +360,10 @@ def test_a_trained_predictor_on_the_menu(wan: tuple[nn.Module, Inputs], tmp_path
     model, inputs = wan
     path = tmp_path / "predictor.safetensors"
     weights, shares = initial_weights(4, 16, 4), torch.tensor([0.3, 1.0])
-    trained = (Trained(weights=weights.clone(), shares=shares.clone(), group=(1, 2, 2)) for _ in range(2))
+    trained = (
+        Trained(weights=weights.clone(), shares=shares.clone(), group=(1, 2, 2), chosen_by="all")
+        for _ in range(2)
+    )
     save_predictor(path, {f"blocks.{block}.attn1": one for block, one in enumerate(trained)})
     entry = {"method": "dsv", "predictor": str(path)}
     policy = search(model, [inputs], menu=[entry], r=math.inf)

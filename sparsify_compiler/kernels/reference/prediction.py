@@ -41,7 +41,7 @@ def top_k_keys(
             ]
             scores = torch.stack(together, 2)
             if key_bias is not None:
-                scores = scores.masked_fill(key_bias[:, :, None] == -torch.inf, -torch.inf)
+                scores = scores.masked_fill(key_bias.to(dtype)[:, :, None] == -torch.inf, -torch.inf)
         falling, ranked = scores.sort(dim=-1, descending=True, stable=True)
         keeps = torch.zeros_like(scores, dtype=torch.bool)
         keeps.scatter_(-1, ranked, wanted & (falling > -torch.inf))
