@@ -48,7 +48,8 @@ class Choice(NamedTuple):
     group: Cube
     most: float
     """Of the shares of its sparse heads, the largest, rounded up to a power of two: programs differ by it."""
-    chosen_by: str = CHOSEN_BY[0]
+    chosen_by: str
+    """The option, for the file that the trainer writes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +87,8 @@ class Dsv:
             object.__setattr__(self, "query_group", check_cube("query_group", self.query_group))
         if self.chosen_by not in (None, *CHOSEN_BY):
             raise OptionError(f"chosen_by must be one of {', '.join(CHOSEN_BY)}, got {self.chosen_by!r}")
+        if self.chosen_by is None and self.predictor is None:
+            object.__setattr__(self, "chosen_by", CHOSEN_BY[0])
         if (budget := self.kv_budget) is not None:
             whole = integer(budget)
             number = share(budget) if whole is None else whole
@@ -113,7 +116,7 @@ class Dsv:
             rank = self.rank or RANK
             if rank > site.head_dim:
                 raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {rank}")
-            return replace(self, rank=rank, chosen_by=self.chosen_by or CHOSEN_BY[0])
+            return replace(self, rank=rank)
         trained = predictor.load_predictor(self.predictor, site)
         if self.rank not in (None, trained.weights.shape[-1]):
             raise OptionError(
@@ -206,6 +209,7 @@ class Dsv:
         Args:
             signal: [3] int64 on the CPU: whether to learn, whether to profile, and a number that changes.
         """
+        assert self.chosen_by is not None
         learns, profiles, turn = signal.tolist()
         gradients, observed = gradients.clone(), observed.clone()
         layout = tokens.layout
@@ -230,7 +234,7 @@ class Dsv:
                 shares,
                 layout,
                 self.groups,
-                chosen_by=self.chosen_by or CHOSEN_BY[0],
+                chosen_by=self.chosen_by,
                 mass=self.mass,
                 scale=tokens.scale,
                 turn=turn,

@@ -112,10 +112,14 @@ def profile(
         turn: which groups are looked at: another number, others.
     """
     heads, video = query.shape[0], slice(layout.before, layout.tokens - layout.after)
-    tokens = sampled_tokens(layout, groups[0], turn).to(query.device)
+    tokens = sampled_tokens(layout, groups[0], turn)
     assert layout.grid is not None
-    middles = [middle_of_token(layout.grid, group).to(query.device)[tokens] for group in groups]
-    places = [torch.searchsorted(tokens, middle) for middle in middles]
+    places = []
+    for group in groups:  # on the CPU, where `unique` waits for nothing
+        middles, group_of_row = middle_of_token(layout.grid, group)[tokens].unique(return_inverse=True)
+        middle_rows = torch.searchsorted(tokens, middles)
+        places.append((middle_rows.to(query.device), group_of_row.to(query.device)))
+    tokens = tokens.to(query.device)
     found = []
     for head in range(heads):
         kv_head = head * key.shape[0] // heads
@@ -132,14 +136,14 @@ def profile(
 def _profile_head(
     scores: Tensor,
     predicted: Tensor,
-    places: list[Tensor],
+    places: list[tuple[Tensor, Tensor]],
     video: slice,
     share: Tensor,
     chosen_by: str,
     mass: float,
 ) -> tuple[Tensor, ...]:
     """(critical, missed [groups, SHARES], overlap and kept [groups]) from rows of scores [R, S] and
-    predictions [R, V], and for each candidate the rows [R] of the middle of each row's group."""
+    predictions [R, V], and for each candidate the rows of its groups' middles and the group of each row [R]."""
     weights = scores.softmax(-1)
     falling = weights.sort(-1, descending=True).values.cumsum(-1)
     critical = ((falling < mass).sum(-1) + 1).clamp(max=scores.shape[-1]).float().mean() / scores.shape[-1]
@@ -149,17 +153,17 @@ def _profile_head(
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
     measured = key_counts(torch.tensor(SHARES, device=scores.device), count) - 1
+    foretold = predicted.softmax(-1) if chosen_by == "all" else predicted
     missed, overlap, kept = [], [], []
-    for place in places:
-        middles, group = place.unique(return_inverse=True)
-        votes = predicted[middles]
+    for middles, group in places:
+        votes = foretold[middles]
         if chosen_by == "all":
             belongs = group == torch.arange(len(middles), device=group.device)[:, None]
-            votes = belongs.float() @ predicted.softmax(-1)
+            votes = belongs.to(foretold.dtype) @ foretold
         order = votes.argsort(dim=-1, descending=True, stable=True)
         curve = other_mass + of_video.gather(-1, order[group]).cumsum(-1)
         missed.append((1 - curve[:, measured]).square().mean(0))
-        overlap.append((is_critical & is_critical[place]).sum(-1).float().mean() / top)
+        overlap.append((is_critical & is_critical[middles[group]]).sum(-1).float().mean() / top)
         kept.append(curve.mean(0)[key_counts(share, count) - 1])
     return critical, *(torch.stack(parts) for parts in (missed, overlap, kept))
 

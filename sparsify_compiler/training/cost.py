@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.dsv import CHOSEN_BY, Dsv, single_key_table
+from sparsify_compiler.methods.dsv import Dsv, single_key_table
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
@@ -49,7 +49,7 @@ def measured_cost(
     return _measure(
         layout.grid or (1, 1, layout.video_tokens),
         group,
-        method.chosen_by or CHOSEN_BY[0],
+        method.chosen_by,
         rank,
         min(site.heads, HEADS),
         site.head_dim,
@@ -64,7 +64,7 @@ def measured_cost(
 def _measure(
     grid: Cube,
     group: Cube,
-    chosen_by: str,
+    chosen_by: str | None,
     rank: int,
     heads: int,
     head_dim: int,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.methods.dsv import CHOSEN_BY, OBSERVED, Choice, Dsv, most_share
+from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
 from sparsify_compiler.plan import AttentionPlan
@@ -160,7 +160,8 @@ class _Site:
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
-        self.choice = Choice(groups[place], most, method.chosen_by or CHOSEN_BY[0])
+        assert method.chosen_by is not None
+        self.choice = Choice(groups[place], most, method.chosen_by)
 
 
 class DSVTrainer:

@@ -309,5 +309,5 @@ def test_a_predictors_file(tmp_path: Path) -> None:
 
 def test_widths_are_powers_of_two():
     for most in (0.26, 0.3, 0.5):
-        assert Dsv().settle(Choice((2, 2, 2), 0.5)).width(100) == 64, most
+        assert Dsv().settle(Choice((2, 2, 2), 0.5, "all")).width(100) == 64, most
     assert Dsv(kv_budget=65).width(100) == 128

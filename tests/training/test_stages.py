@@ -362,11 +362,11 @@ def test_heads_turn_sparse_below_the_break_even_and_back():
     site = a_site()
     site.profile = a_profile([0.1, 0.5], [0.9, 0.9, 0.9, 1.0])
     site.choose(lambda group: Cost(0.0, 1 / 0.4))
-    assert site.choice == Choice(GROUPS[0], 0.125)
+    assert site.choice == Choice(GROUPS[0], 0.125, "all")
     torch.testing.assert_close(site.shares, torch.tensor([0.1, 1.0]))
     site.profile = a_profile([0.45, 0.3], [0.9, 0.9, 0.9, 1.0])
     site.choose(lambda group: Cost(0.0, 1 / 0.4))
-    assert site.choice == Choice(GROUPS[0], 0.5)
+    assert site.choice == Choice(GROUPS[0], 0.5, "all")
     torch.testing.assert_close(site.shares, torch.tensor([1.0, 0.3]))
 
 
@@ -374,7 +374,7 @@ def test_with_a_budget_groups_shrink_until_they_overlap_and_do_not_grow():
     site = a_site(kv_budget=0.25)
     site.profile = a_profile([0.1, 0.1], [0.5, 0.81, 0.9, 1.0])
     site.choose(no_cost)
-    assert site.choice == Choice(GROUPS[1], 0.25)
+    assert site.choice == Choice(GROUPS[1], 0.25, "all")
     assert site.shares.tolist() == [0.25, 0.25]
     site.profile = a_profile([0.1, 0.1], [0.95, 0.7, 0.75, 1.0])
     site.choose(no_cost)
