@@ -90,20 +90,56 @@ def check_backend(name: str) -> None:
 
 
 def compile_with(
-    backend: str, gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
+    backend: str,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    *,
+    offload: Callable[[fx.Graph], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph with a registered backend; `mode` goes to Inductor as torch.compile passes it."""
+    """Compile a graph with a registered backend.
+
+    Args:
+        mode: goes to Inductor as torch.compile passes it.
+        offload: of Inductor: marks, by `meta["should_offload"]` in the joint graph, what waits on the host between
+            forward and backward.
+    """
     from torch._dynamo import lookup_backend
 
     if backend != "inductor":
         return lookup_backend(backend)(gm, list(example_inputs))
+    from torch._functorch import config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode not in (None, "default") else None
-    compiled = compile_fx(gm, example_inputs, config_patches=patches)
+    patches: dict[str, Any] = list_mode_options(mode) if mode not in (None, "default") else {}
+    if offload is not None:
+        patches["joint_custom_post_pass"] = _joint_pass(offload)
+    with config.patch(
+        enable_activation_offloading=offload is not None or config.enable_activation_offloading
+    ):
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     assert callable(compiled)
     return compiled
+
+
+def _joint_pass(function: Callable[[fx.Graph], None]) -> Callable[[fx.Graph], None]:
+    """`function` as Inductor takes a pass over the joint graph, after those that it has already."""
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    set_already = config.joint_custom_post_pass or ()
+    before = set_already if isinstance(set_already, (list, tuple)) else (set_already,)
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            for one in (*before, function):
+                one(graph)
+
+        def uuid(self) -> Any:
+            return None  # which keeps programs with this pass out of Inductor's cache on disk
+
+    return Pass()
 
 
 @contextmanager

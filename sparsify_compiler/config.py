@@ -36,6 +36,8 @@ class SparsifyConfig:
     """First attentions of a graph that stay dense, likewise."""
     measure_recall: float = 0.0
     """Share of the queries on which the true attention mass kept is measured, for `stats`."""
+    offload_indices: bool = False
+    """Whether, in training, the long lists of the keys that are read wait on the host for backward."""
     inner_backend: str = "inductor"
     """The backend the rewritten graph goes to: `inductor`, or `eager` / `aot_eager` for debugging."""
     dump: Path | None = None
@@ -49,6 +51,12 @@ class SparsifyConfig:
                 object.__setattr__(self, name, _count_or_share(name, value))
         if share(self.measure_recall) is None:
             raise OptionError(f"measure_recall must be a share in [0, 1], got {self.measure_recall!r}")
+        if not isinstance(self.offload_indices, bool):
+            raise OptionError(f"offload_indices must be True or False, got {self.offload_indices!r}")
+        if self.offload_indices and self.inner_backend != "inductor":
+            raise OptionError(
+                f"offload_indices needs inner_backend='inductor', which moves them, got {self.inner_backend!r}"
+            )
         if self.dump is not None:
             if not isinstance(self.dump, (str, Path)) or not str(self.dump):
                 raise OptionError(f"dump must be the path of a folder, got {self.dump!r}")

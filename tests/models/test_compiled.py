@@ -330,6 +330,11 @@ VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
         ({"method": ["tile"]}, ["unknown method ['tile']"]),
         ({"provider": None}, ["unknown provider None"]),
         ({"inner_backend": 5}, ["unknown inner_backend 5"]),
+        ({"offload_indices": 1}, ["offload_indices must be True or False, got 1"]),
+        (
+            {"offload_indices": True, "inner_backend": "eager"},
+            ["offload_indices needs", "'inductor'", "'eager'"],
+        ),
         ({"dump": ""}, ["dump must be the path of a folder"]),
         ({"dump": __file__}, ["dump must be a folder that can be written to"]),
     ],

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._functorch._activation_offloading import activation_offloading
 
 import sparsify_compiler
 from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
@@ -16,6 +17,7 @@ from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, load_predictor
+from sparsify_compiler.passes import offload
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
@@ -70,6 +72,36 @@ def test_learning_leaves_the_models_gradients_alone_bit_for_bit(inner: str) -> N
         dsv.step()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_index_lists_that_wait_on_the_host_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every site, the one list that is long is moved out of forward and back in backward."""
+    moved: list[tuple[int, int]] = []
+    move = activation_offloading.offload_chosen_sets
+
+    def counted(forward: fx.GraphModule, backward: fx.GraphModule) -> None:
+        move(forward, backward)
+        out = sum(node.name.startswith("cpu_offload") for node in forward.graph.nodes)
+        back = sum(node.name.startswith("gpu_reload") for node in backward.graph.nodes)
+        moved.append((out, back))
+
+    monkeypatch.setattr(activation_offloading, "offload_chosen_sets", counted)
+    monkeypatch.setattr(offload, "LEAST", 2**15)
+    found = []
+    for offloads in (False, True):
+        torch._dynamo.reset()
+        model, inputs = made()
+        options = OPTIONS | {"inner_backend": "inductor", "offload_indices": offloads}
+        fast = torch.compile(model, backend="sparsify", options=options)
+        dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
+        for _ in range(4):
+            step(fast, inputs)
+            dsv.step()
+        assert dsv.stage == 2
+        found.append(gradients(model))
+        assert moved == ([(2, 2)] if offloads else [])
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
