@@ -81,7 +81,7 @@ class Chooser {
         strips_(ceil_div(p_.tokens, kStripLanes)),
         vecs_(strips_ * kVecs),
         queries_(new float[kTileRows * p_.rank]),
-        keys_(new Vec[p_.rank * kVecs]),
+        keys_(new Vec[p_.rank * vecs_]),
         scores_(new Vec[kTileRows * vecs_]),
         together_(new Vec[bounds_ ? tile_groups(p_) * vecs_ : 0]),
         chosen_(new int32_t[most_ + kLanes]) {}
@@ -172,9 +172,9 @@ class Chooser {
       Fp32::pack_row(p_.query.at<const T>(b, h, first + i), p_.rank, &queries_[i * p_.rank]);
     }
     std::fill_n(most_of_, kTileRows, splat(kLowest));
+    load_keys(b, kv_head);
     for (int64_t strip = 0; strip < strips_; ++strip) {
       const int64_t begin = strip * kStripLanes, keys = std::min<int64_t>(kStripLanes, p_.tokens - begin);
-      load_keys(p_.key.at<const T>(b, kv_head, begin), keys);
       Vec biases[kVecs];
       float* lanes = reinterpret_cast<float*>(biases);
       std::fill_n(lanes, kStripLanes, -kInfinity);  // a lane without a key is hidden
@@ -183,7 +183,8 @@ class Chooser {
       for_row_groups<kVecs>(count, [&](auto rows, int64_t row) {
         constexpr int Rows = rows;
         Vec sums[Rows][kVecs] = {};
-        multiply<Fp32, Rows, kVecs>(sums, &queries_[row * p_.rank], p_.rank, 1, keys_.get(), p_.rank);
+        multiply<Fp32, Rows, kVecs>(sums, &queries_[row * p_.rank], p_.rank, 1,
+                                     &keys_[strip * p_.rank * kVecs], p_.rank);
         UNROLL for (int r = 0; r < Rows; ++r) {
           UNROLL for (int v = 0; v < kVecs; ++v) {
             const Vec score = sums[r][v] * p_.scale + biases[v];
@@ -197,13 +198,16 @@ class Chooser {
     }
   }
 
-  // Rows of keys -> lanes of keys_. What lanes without a key hold is hidden whatever it is.
-  void load_keys(const T* rows, int64_t count) {
-    const auto row_of = [&](int64_t i) { return rows + i * p_.key.row; };
-    for_each_row(count, p_.rank, row_of, [&](int64_t i) {
-      float* column = reinterpret_cast<float*>(keys_.get()) + i;
+  // Rows of the keys of a head -> lanes of keys_, strip by strip, unless they are there. What lanes without a key
+  // hold is hidden whatever it is.
+  void load_keys(int64_t b, int64_t kv_head) {
+    if (loaded_ == b * p_.kv_heads + kv_head) return;
+    loaded_ = b * p_.kv_heads + kv_head;
+    const auto row_of = [&](int64_t i) { return p_.key.at<const T>(b, kv_head, i); };
+    for_each_row(p_.tokens, p_.rank, row_of, [&](int64_t i) {
+      float* strip = reinterpret_cast<float*>(&keys_[i / kStripLanes * p_.rank * kVecs]);
       const T* row = row_of(i);
-      for (int64_t r = 0; r < p_.rank; ++r) column[r * kStripLanes] = to_float(row[r]);
+      for (int64_t r = 0; r < p_.rank; ++r) strip[r * kStripLanes + i % kStripLanes] = to_float(row[r]);
     });
   }
 
@@ -258,6 +262,7 @@ class Chooser {
   const TopK& p_;
   const int32_t* const bounds_;
   const int64_t most_, strips_, vecs_;
+  int64_t loaded_ = -1;  // the head whose keys are in keys_
   std::unique_ptr<float[]> queries_;
   std::unique_ptr<Vec[]> keys_, scores_, together_;
   std::unique_ptr<int32_t[]> chosen_;
