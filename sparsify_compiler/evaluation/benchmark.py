@@ -483,7 +483,7 @@ class Bench:
                 kept.append(1.0)
             elif isinstance(method, Tile):
                 frames = self.settings.frames
-                mask = frame_mask(frames, method.reference_frames or max(1, frames // 2))
+                mask = frame_mask(frames, method.count(frames))
                 densities.append(mask.float().mean().item())
                 kept.append((self.frame_mass[place] * mask).sum(-1).mean().item())
             else:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sparsify_compiler.config import integer
+from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -26,8 +26,9 @@ from sparsify_compiler.table import BlockTable
 class Tile:
     """Options of the method."""
 
-    reference_frames: int | None = None
-    """k, how many frames every frame sees and is seen by: 1 to the frames of the video; half of them if None."""
+    reference_frames: int | float = 0.5
+    """k, how many frames every frame sees and is seen by: 1 to the frames of the video, or a share of them, rounded
+    down to at least one."""
 
     name: ClassVar[str] = "tile"
     dense_steps: ClassVar[int] = 0
@@ -37,13 +38,14 @@ class Tile:
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        if self.reference_frames is not None:
-            k = integer(self.reference_frames)
-            if k is None or k < 1:
-                raise OptionError(
-                    f"reference_frames must be an integer of at least 1, got {self.reference_frames!r}"
-                )
-            object.__setattr__(self, "reference_frames", k)
+        whole = integer(self.reference_frames)
+        k = share(self.reference_frames) if whole is None else whole
+        if k is None or k <= 0:
+            raise OptionError(
+                "reference_frames must be an integer of at least 1 or a share in (0.0, 1.0], "
+                f"got {self.reference_frames!r}"
+            )
+        object.__setattr__(self, "reference_frames", k)
 
     def refusal(self, layout: TokenLayout) -> str:
         """The method needs to know which tokens form a frame."""
@@ -51,18 +53,21 @@ class Tile:
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "Tile":
         """With `reference_frames` as a number."""
-        if self.reference_frames is None:
-            return replace(self, reference_frames=max(1, layout.frames // 2))
-        if self.reference_frames > layout.frames:
+        if (k := self.count(layout.frames)) > layout.frames:
             raise OptionError(
                 f"reference_frames must be in 1..{layout.frames}, the latent frames of the video "
-                f"(grid {layout.grid}), got {self.reference_frames}"
+                f"(grid {layout.grid}), got {k}"
             )
-        return self
+        return replace(self, reference_frames=k)
+
+    def count(self, frames: int) -> int:
+        """`reference_frames` as a number, in a video of so many frames."""
+        k = self.reference_frames
+        return k if isinstance(k, int) else max(1, int(k * frames))
 
     def table(self, layout: TokenLayout) -> BlockTable:
         """One block a frame, and one for the tokens before and after the grid where there are any."""
-        assert self.reference_frames is not None, "fit() comes first"
+        assert isinstance(self.reference_frames, int), "fit() comes first"
         sizes = torch.full((layout.frames,), layout.tokens_per_frame)
         kept = frame_mask(layout.frames, self.reference_frames)
         if layout.before:

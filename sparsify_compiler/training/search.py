@@ -58,14 +58,15 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
 from sparsify_compiler.training.cost import synchronise
 
-GAINS = (0.001, 0.005, 0.02, 0.1)
+GAINS, MASSES = (0.001, 0.005, 0.02, 0.1), (0.3, 0.5, 0.7)
+_CUBES = {"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4)}
 MENU: tuple[Mapping[str, Any], ...] = (
-    {"method": "tile"},
-    {"method": "tile", "reference_frames": 1},
+    *({"method": "tile", "reference_frames": frames} for frames in (0.5, 0.25, 0.125, 1)),
     *({"method": "svg2", "min_gain": gain} for gain in GAINS),
-    *({"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_gain": gain} for gain in GAINS),
+    *({**_CUBES, "min_gain": gain} for gain in GAINS),
+    *({**_CUBES, "far_field": "drop", "top_p": mass} for mass in MASSES),
 )
-"""Entries for a video of any size."""
+"""Entries for a video of any size. Few tokens leave a far field no time to pay for itself: hence some without."""
 REPEATS = 3
 """Calls of an attention that are timed, of which the median counts."""
 
