@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsify_compiler.evaluation.machine import interleaved_medians, machine
+from sparsify_compiler.evaluation.machine import machine
+from sparsify_compiler.timing import interleaved_medians
 
 __all__ = ["interleaved_medians", "machine", "write_json"]
 

@@ -14,12 +14,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.demo.progress import advance, bars, phase
 from sparsify_compiler.demo.size import Size
-from sparsify_compiler.demo.timing import interleaved
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.explanation import Explanation, explain
 from sparsify_compiler.measured import stats
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.timing import interleaved_medians
 
 Step = Callable[[], Tensor]
 """One denoising step of the model: [1, C, F, H, W]."""
@@ -120,11 +120,13 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
             oracle = model(**inputs)[0].float().cpu()
         plan = _sparse(explanation)[0]
         assert plan.density is not None, "the masks of tile are known beforehand"
-        seconds = interleaved(
+        seconds = interleaved_medians(
             {**steps, "attention": dense_attention(plan, device)},
-            rounds=size.rounds,
+            size.rounds,
             device=device,
-            advance=advance(progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds),
+            after_round=advance(
+                progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds
+            ),
         )
         measured = stats(model)
         progress.console.print(measured)

@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.demo.progress import advance, bars, phase
 from sparsify_compiler.demo.size import Size
-from sparsify_compiler.demo.timing import timed
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.model import CONFIG, load, trained_steps
 from sparsify_compiler.evaluation.pictures import save_gif, side_by_side
@@ -24,6 +23,7 @@ from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sam
 from sparsify_compiler.evaluation.sparsity import Listen
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.runtime.clock import generation
+from sparsify_compiler.timing import timed
 
 WARM_UP = 3
 """Steps of a short generation before: of three the first is dense by default, so both phases are compiled."""

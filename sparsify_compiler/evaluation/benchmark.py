@@ -31,7 +31,7 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import check, files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
-from sparsify_compiler.evaluation.machine import interleaved_medians, machine
+from sparsify_compiler.evaluation.machine import machine
 from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr, ssim
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
@@ -46,6 +46,7 @@ from sparsify_compiler.policy import load_policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
+from sparsify_compiler.timing import interleaved_medians
 
 FORMAT = "sparsify-quality-1"
 DENSITIES = (0.1, 0.2, 0.3)

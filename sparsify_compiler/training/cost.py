@@ -6,9 +6,7 @@ random tokens. Between and beyond the two the cost is taken to grow by the densi
 
 import functools
 import math
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods.dsv import Dsv, single_key_table
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.timing import interleaved_medians
 
 
 class Cost(NamedTuple):
@@ -111,19 +110,10 @@ def _measure(
 
 def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
     """Median seconds of forward and backward."""
-    seconds = []
+
+    def both() -> None:
+        out = forward()
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+
     with torch.enable_grad():
-        for _ in range(REPEATS + 1):
-            synchronise(inputs[0])
-            begin = time.perf_counter()
-            out = forward()
-            torch.autograd.grad(out, inputs, torch.ones_like(out))
-            synchronise(inputs[0])
-            seconds.append(time.perf_counter() - begin)
-    return median(seconds[1:])
-
-
-def synchronise(tensor: Tensor) -> None:
-    """Wait for what its device still does."""
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)
+        return interleaved_medians({"both": both}, REPEATS, device=inputs[0].device.type)["both"]

@@ -10,7 +10,6 @@ were compared, and `report.json` and `report.md`.
 """
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise, sample
 from sparsify_compiler.measured import stats
 from sparsify_compiler.policy import DENSE, Policy
+from sparsify_compiler.timing import timed
 from sparsify_compiler.training.students import (
     Settings,
     Students,
@@ -278,9 +278,7 @@ def _seconds(makers: Mapping[str, Maker], frames: int) -> dict[str, float]:
     for number in range(ROUNDS + 1):
         prompt, start = world.scene(world.HELD_OUT, number).prompt, noise([number], frames)
         for name, make in makers.items():
-            begin = time.perf_counter()
-            make([prompt], start)
-            found[name].append(time.perf_counter() - begin)
+            found[name].append(timed(partial(make, [prompt], start))[0])
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 

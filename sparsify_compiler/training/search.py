@@ -27,7 +27,6 @@ sites x entries x inputs calls in all.
 
 import json
 import platform
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -56,7 +55,7 @@ from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import make_plan, refusal
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
-from sparsify_compiler.training.cost import synchronise
+from sparsify_compiler.timing import timed
 
 GAINS, MASSES = (0.001, 0.005, 0.02, 0.1), (0.3, 0.5, 0.7)
 _CUBES = {"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4)}
@@ -431,14 +430,8 @@ class _Attention:
         self._run(tensors, held)
         if self._held.warm:
             held[len(self._held.learned)] = torch.tensor(True)
-        seconds = []
-        for _ in range(REPEATS):
-            synchronise(query)
-            begin = time.perf_counter()
-            self._run(tensors, held)
-            synchronise(query)
-            seconds.append(time.perf_counter() - begin)
-        return median(seconds)
+        call = partial(self._run, tensors, held)
+        return median(timed(call, query.device.type)[0] for _ in range(REPEATS))
 
     def _run(self, tensors: Iterable[Tensor | None], held: Iterable[Tensor]) -> Tensor:
         return self._graph(*(t for t in tensors if t is not None), *held)
