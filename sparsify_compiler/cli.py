@@ -238,10 +238,10 @@ def sparsity(
     ] = None,
 ) -> None:
     """The share of the keys that holds 90 % of the attention, for every layer and head."""
-    from sparsify_compiler.evaluation import benchmark, report
+    from sparsify_compiler.evaluation import check, report
     from sparsify_compiler.evaluation import model as evaluated
 
-    shares = benchmark.sparsity(weights or evaluated.WEIGHTS, out, videos=videos, frames=frames)
+    shares = check.sparsity(weights or evaluated.WEIGHTS, out, videos=videos, frames=frames)
     console = Console()
     console.print(report.sparsity_table(shares))
     console.print(f"Mean {shares.mean():.3f}. Written to {out}: sparsity.json, sparsity.png.", soft_wrap=True)

@@ -13,10 +13,8 @@ on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it go
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property, partial
 from itertools import cycle
 from pathlib import Path
@@ -29,14 +27,14 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.evaluation import check, files, report, world
+from sparsify_compiler.evaluation import files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
-from sparsify_compiler.evaluation.machine import machine
+from sparsify_compiler.evaluation.machine import machine, origin
 from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr, ssim
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import Listen
-from sparsify_compiler.evaluation.training import LEVELS, validation
+from sparsify_compiler.evaluation.training import validation
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.measured import Measurement, stats
 from sparsify_compiler.methods import METHODS
@@ -251,45 +249,6 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
     return record
 
 
-def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.FRAMES) -> Tensor:
-    """The critical share (90 % of the attention) of every layer and head, mean over `LEVELS` and held-out videos.
-
-    Written into the folder `out`: `sparsity.json` and `sparsity.png`.
-
-    Returns:
-        float32 [layers, heads].
-
-    Raises:
-        SparsifyError: numbers below 1; no weights; no folder.
-    """
-    for name, value in (("videos", videos), ("frames", frames)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
-    model = load(weights)
-    files.make_folder(out)
-    levels: dict[float, Tensor] = {}
-    with files.progress() as bar:
-        for level in bar.track(LEVELS, description="critical shares"):
-            levels[level] = check.shares(model, level, videos, frames)
-    mean = torch.stack(list(levels.values())).mean(0)
-    record = {
-        "format": "sparsify-sparsity-1",
-        **_origin(),
-        "settings": {
-            "weights": digest(model),
-            "trained_steps": trained_steps(weights),
-            "videos": videos,
-            "frames": frames,
-            "theta": 0.9,
-        },
-        "critical_share": mean.tolist(),
-        "of_levels": {f"{level:g}": shares.tolist() for level, shares in levels.items()},
-    }
-    _write_json(out / "sparsity.json", record)
-    report.draw_sparsity(mean, out / "sparsity.png")
-    return mean
-
-
 @dataclass(eq=False)
 class Switch:
     """A backend of torch.compile: one graph of Dynamo serves all options of ours, of which the last are kept."""
@@ -351,7 +310,7 @@ class Bench:
         else:
             self.record = {
                 "format": FORMAT,
-                **_origin(),
+                **origin(),
                 "settings": mine,
                 "calibrated": {},
                 "rows": [],
@@ -361,7 +320,7 @@ class Bench:
 
     def save(self) -> None:
         """Write `quality.json`."""
-        _write_json(self.out / "quality.json", self.record)
+        files.write_json(self.out / "quality.json", self.record)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -547,20 +506,6 @@ class Bench:
     def video_of(self, name: str) -> Path:
         """File of a row's first video."""
         return self.folder / f"{name.replace(' ', '-').replace(':', '_')}.pt"
-
-
-def _origin() -> dict[str, Any]:
-    """Where a result comes from."""
-    return {
-        "command": " ".join(["sparsify", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-    }
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    files.write(path, lambda partial: partial.write_text(text, "utf-8"))
 
 
 def _methods(

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.evaluation import classifier, world
-from sparsify_compiler.evaluation.model import WEIGHTS, encode, load, to_model, trained_steps
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.evaluation import classifier, files, report, world
+from sparsify_compiler.evaluation.machine import origin
+from sparsify_compiler.evaluation.model import WEIGHTS, digest, encode, load, to_model, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import critical_shares
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.compile(model), [scene.prompt for scene in scenes], options.steps, options.guidance
     )
     seconds = (time.perf_counter() - begin) / len(scenes)
-    report = {
+    record = {
         "step": trained_steps(options.weights),
         "validation": validation(model, world.FRAMES),
         "samples": {"count": len(scenes), "steps": options.steps, "guidance": options.guidance},
@@ -42,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "critical_share": {level: shares(model, level).tolist() for level in LEVELS},
     }
     strip(videos[:8]).save(options.out / "samples.png")
-    text = json.dumps(report, indent=1)
-    (options.out / "check.json").write_text(text + "\n")
-    print(text)
+    files.write_json(options.out / "check.json", record)
+    print(json.dumps(record, indent=1))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +83,45 @@ def shares(model: nn.Module, level: float, count: int = 2, frames: int = world.F
     videos, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
     batch = mixed(videos, noise(range(count), frames), torch.full((count,), level), text)
     return critical_shares(lambda: loss(model, batch))
+
+
+def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.FRAMES) -> Tensor:
+    """The critical share (90 % of the attention) of every layer and head, mean over `LEVELS` and held-out videos.
+
+    Written into the folder `out`: `sparsity.json` and `sparsity.png`.
+
+    Returns:
+        float32 [layers, heads].
+
+    Raises:
+        SparsifyError: numbers below 1; no weights; no folder.
+    """
+    for name, value in (("videos", videos), ("frames", frames)):
+        if value < 1:
+            raise OptionError(f"{name} must be at least 1, got {value}")
+    model = load(weights)
+    files.make_folder(out)
+    levels: dict[float, Tensor] = {}
+    with files.progress() as bar:
+        for level in bar.track(LEVELS, description="critical shares"):
+            levels[level] = shares(model, level, videos, frames)
+    mean = torch.stack(list(levels.values())).mean(0)
+    record = {
+        "format": "sparsify-sparsity-1",
+        **origin(),
+        "settings": {
+            "weights": digest(model),
+            "trained_steps": trained_steps(weights),
+            "videos": videos,
+            "frames": frames,
+            "theta": 0.9,
+        },
+        "critical_share": mean.tolist(),
+        "of_levels": {f"{level:g}": of_level.tolist() for level, of_level in levels.items()},
+    }
+    files.write_json(out / "sparsity.json", record)
+    report.draw_sparsity(mean, out / "sparsity.png")
+    return mean
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     partial.replace(path)
 
 
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record of finite numbers."""
+    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    write(path, lambda partial: partial.write_text(text, "utf-8"))
+
+
 def read_tensors(path: Path) -> Any:
     """What torch.save wrote into a file, every byte of it checked.
 

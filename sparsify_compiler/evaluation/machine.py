@@ -2,6 +2,8 @@
 
 import os
 import platform
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def origin() -> dict[str, Any]:
+    """Where a result of the command line comes from."""
+    return {
+        "command": " ".join(["sparsify", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
 
 
 def cpu_model() -> str:
