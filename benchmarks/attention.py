@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.timing import interleaved_medians
 
 DTYPES = ["float32", "bfloat16", "float16"]
 DENSE_SCORES_LIMIT = 2**30

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
 from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.timing import interleaved_medians
 
 ITERATIONS = 2
 TOP_P = 0.9

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention import dense_sdpa
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field, exact_rows
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.timing import interleaved_medians
 
 HEADS, HEAD_DIM = 8, 64
 GROUPS = (128, 64, 32, 16)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, fair timing, and the JSON they write."""
+"""What the benchmarks share: the machine in words, and the JSON they write."""
 
 import json
 import sys
@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_compiler.evaluation.machine import machine
-from sparsify_compiler.timing import interleaved_medians
 
-__all__ = ["interleaved_medians", "machine", "write_json"]
+__all__ = ["machine", "write_json"]
 
 
 def write_json(path: Path, cases: list[dict[str, Any]]) -> None:

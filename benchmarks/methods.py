@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.methods import DynamicMethod
@@ -39,6 +39,7 @@ from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.far_fields import nearest_blocks
 from sparsify_compiler.testing.oracles import assert_close_to_float64
 from sparsify_compiler.testing.strategies import site_of
+from sparsify_compiler.timing import interleaved_medians
 
 Grid = tuple[int, int, int]
 DENSITIES = (0.1, 0.2, 0.3, 0.4)

@@ -14,20 +14,21 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler import AttentionPlan, explain
 from sparsify_compiler.demo import dense_attention
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.timing import interleaved_medians, timed
 
 RESULTS = Path(__file__).parent / "results" / "model-cpu.json"
 
@@ -281,12 +282,8 @@ def time_compilation(case: Case, backend: str) -> float:
     library.build_info()
     model, inputs = case.build()
     program = compiled(model, backend, case)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        program(**inputs)
-        seconds.append(time.perf_counter() - start)
-    return seconds[0] - seconds[1]
+    first, second = (timed(partial(program, **inputs))[0] for _ in range(2))
+    return first - second
 
 
 def main() -> None:

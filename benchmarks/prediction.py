@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods.dsv import CHOSEN_BY
 from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.timing import interleaved_medians
 
 HEADS, HEAD_DIM = 4, 64
 RANK, GROUP = 16, 16

@@ -23,13 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention import random_table
-from benchmarks.harness import interleaved_medians, machine, write_json
+from benchmarks.harness import machine, write_json
 from sparsify_compiler import DSVTrainer
 from sparsify_compiler.evaluation.model import encode, load
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
+from sparsify_compiler.timing import interleaved_medians
 
 DTYPES = ["float32", "bfloat16", "float16"]
 DENSITIES = (0.1, 0.25, 0.5)

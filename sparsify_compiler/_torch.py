@@ -5,7 +5,7 @@ not cost its import.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
@@ -95,14 +95,13 @@ def compile_with(
     example_inputs: Sequence[Any],
     mode: str | None,
     *,
-    offload: Callable[[fx.Graph], None] | None = None,
+    offload: Callable[[fx.Graph], Iterable[fx.Node]] | None = None,
 ) -> Callable[..., Any]:
     """Compile a graph with a registered backend.
 
     Args:
         mode: goes to Inductor as torch.compile passes it.
-        offload: of Inductor: marks, by `meta["should_offload"]` in the joint graph, what waits on the host between
-            forward and backward.
+        offload: of Inductor: which nodes of the joint graph wait on the host between forward and backward.
     """
     from torch._dynamo import lookup_backend
 
@@ -113,28 +112,32 @@ def compile_with(
     from torch._inductor.compile_fx import compile_fx
 
     patches: dict[str, Any] = list_mode_options(mode) if mode not in (None, "default") else {}
+    offloading: dict[str, Any] = {}
     if offload is not None:
-        patches["joint_custom_post_pass"] = _joint_pass(offload)
-    with config.patch(
-        enable_activation_offloading=offload is not None or config.enable_activation_offloading
-    ):
+        patches["joint_custom_post_pass"] = _offloading_pass(offload)
+        offloading["enable_activation_offloading"] = True
+    with config.patch(offloading):
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     assert callable(compiled)
     return compiled
 
 
-def _joint_pass(function: Callable[[fx.Graph], None]) -> Callable[[fx.Graph], None]:
-    """`function` as Inductor takes a pass over the joint graph, after those that it has already."""
+def _offloading_pass(chosen: Callable[[fx.Graph], Iterable[fx.Node]]) -> Callable[[fx.Graph], None]:
+    """What marks the nodes chosen, as Inductor takes a pass over the joint graph, after those that it has."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.utils.checkpoint import CheckpointPolicy
 
     set_already = config.joint_custom_post_pass or ()
     before = set_already if isinstance(set_already, (list, tuple)) else (set_already,)
 
     class Pass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            for one in (*before, function):
+            for one in before:
                 one(graph)
+            for node in chosen(graph):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+                node.meta["should_offload"] = True
 
         def uuid(self) -> Any:
             return None  # which keeps programs with this pass out of Inductor's cache on disk

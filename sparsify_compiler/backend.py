@@ -13,7 +13,7 @@ from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice,
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.inputs import find_inputs
-from sparsify_compiler.passes.offload import offload_indices
+from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of, load_policy
@@ -66,7 +66,6 @@ def _program(
     trains = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
-    offload = offload_indices if trains and config.offload_indices else None
     sparse = pipeline.rewrite(analysed, config, remembers=not trains)
     held = sparse.meta["held"]
 
@@ -75,6 +74,7 @@ def _program(
             graph = sparse
         else:
             graph = pipeline.rewrite(analysed, config, phase, remembers=not trains, choices=choices)
+        offload = long_lists if trains and config.offload_indices and phase == "sparse" else None
         return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
     program = Program(

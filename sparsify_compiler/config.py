@@ -37,7 +37,7 @@ class SparsifyConfig:
     measure_recall: float = 0.0
     """Share of the queries on which the true attention mass kept is measured, for `stats`."""
     offload_indices: bool = False
-    """Whether, in training, the long lists of the keys that are read wait on the host for backward."""
+    """Whether, in training on a GPU, the long lists of the keys that `dsv` reads wait on the host for backward."""
     inner_backend: str = "inductor"
     """The backend the rewritten graph goes to: `inductor`, or `eager` / `aot_eager` for debugging."""
     dump: Path | None = None

@@ -2,8 +2,8 @@
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import critical_shares
 from sparsify_compiler.evaluation.training import LEVELS, loss, mixed, validation
+from sparsify_compiler.timing import timed
 
 BATCH = 4
 """Samples that are made at once."""
@@ -25,22 +26,20 @@ BATCH = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a JSON object, and writes it and the first samples into `--out`."""
     options = parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(options.out)
     model = load(options.weights)
     scenes = [world.scene(world.HELD_OUT, number) for number in range(options.samples)]
     judge = classifier.train()
-    begin = time.perf_counter()
-    videos = samples(
-        torch.compile(model), [scene.prompt for scene in scenes], options.steps, options.guidance
-    )
-    seconds = (time.perf_counter() - begin) / len(scenes)
+    prompts = [scene.prompt for scene in scenes]
+    make = partial(samples, torch.compile(model), prompts, options.steps, options.guidance)
+    seconds, videos = timed(make)
     record = {
         "step": trained_steps(options.weights),
         "validation": validation(model, world.FRAMES),
         "samples": {"count": len(scenes), "steps": options.steps, "guidance": options.guidance},
         "found_in_samples": classifier.found(judge, videos, scenes),
         "found_in_held_out_videos": classifier.found(judge, world.videos(scenes), scenes),
-        "seconds_a_sample": seconds,
+        "seconds_a_sample": seconds / len(scenes),
         "critical_share": {level: shares(model, level).tolist() for level in LEVELS},
     }
     strip(videos[:8]).save(options.out / "samples.png")

@@ -27,8 +27,8 @@ class Tile:
     """Options of the method."""
 
     reference_frames: int | float = 0.5
-    """k, how many frames every frame sees and is seen by: 1 to the frames of the video, or a share of them, rounded
-    down to at least one."""
+    """k, how many frames every frame sees and is seen by: 1 to the frames of the video; or a share of them below 1,
+    which is rounded down, to at least one. (All of them have to be given as a number: 1.0 is equal to 1.)"""
 
     name: ClassVar[str] = "tile"
     dense_steps: ClassVar[int] = 0
@@ -40,9 +40,9 @@ class Tile:
     def __post_init__(self) -> None:
         whole = integer(self.reference_frames)
         k = share(self.reference_frames) if whole is None else whole
-        if k is None or k <= 0:
+        if k is None or k <= 0 or (whole is None and k == 1):
             raise OptionError(
-                "reference_frames must be an integer of at least 1 or a share in (0.0, 1.0], "
+                "reference_frames must be an integer of at least 1 or a share between 0 and 1, "
                 f"got {self.reference_frames!r}"
             )
         object.__setattr__(self, "reference_frames", k)
@@ -63,7 +63,7 @@ class Tile:
     def count(self, frames: int) -> int:
         """`reference_frames` as a number, in a video of so many frames."""
         k = self.reference_frames
-        return k if isinstance(k, int) else max(1, int(k * frames))
+        return k if isinstance(k, int) else max(1, int(k * frames + 1e-6))
 
     def table(self, layout: TokenLayout) -> BlockTable:
         """One block a frame, and one for the tokens before and after the grid where there are any."""

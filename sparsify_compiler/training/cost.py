@@ -7,6 +7,7 @@ random tokens. Between and beyond the two the cost is taken to grow by the densi
 import functools
 import math
 from collections.abc import Callable
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods.dsv import Dsv, single_key_table
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.plan import AttentionSite, TokenLayout
-from sparsify_compiler.timing import interleaved_medians
+from sparsify_compiler.timing import timed
 
 
 class Cost(NamedTuple):
@@ -116,4 +117,5 @@ def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
         torch.autograd.grad(out, inputs, torch.ones_like(out))
 
     with torch.enable_grad():
-        return interleaved_medians({"both": both}, REPEATS, device=inputs[0].device.type)["both"]
+        both()
+        return median(timed(both, str(inputs[0].device))[0] for _ in range(REPEATS))

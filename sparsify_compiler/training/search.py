@@ -57,7 +57,8 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
 from sparsify_compiler.timing import timed
 
-GAINS, MASSES = (0.001, 0.005, 0.02, 0.1), (0.3, 0.5, 0.7)
+GAINS = (0.001, 0.005, 0.02, 0.1)
+MASSES = (0.3, 0.5, 0.7)
 _CUBES = {"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4)}
 MENU: tuple[Mapping[str, Any], ...] = (
     *({"method": "tile", "reference_frames": frames} for frames in (0.5, 0.25, 0.125, 1)),
@@ -431,7 +432,7 @@ class _Attention:
         if self._held.warm:
             held[len(self._held.learned)] = torch.tensor(True)
         call = partial(self._run, tensors, held)
-        return median(timed(call, query.device.type)[0] for _ in range(REPEATS))
+        return median(timed(call, str(query.device))[0] for _ in range(REPEATS))
 
     def _run(self, tensors: Iterable[Tensor | None], held: Iterable[Tensor]) -> Tensor:
         return self._graph(*(t for t in tensors if t is not None), *held)

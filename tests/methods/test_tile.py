@@ -98,13 +98,13 @@ def test_settings_are_filled_in_and_checked() -> None:
     layout = TokenLayout(tokens=70, grid=(7, 2, 5))
     assert Tile().fit(SITE, layout).reference_frames == 3
     assert Tile().fit(SITE, TokenLayout(tokens=4, grid=(1, 2, 2))).reference_frames == 1
-    shares = {0.125: 1, 0.43: 3, 1.0: 7}
+    shares = {0.125: 1, 0.43: 3, 5 / 7: 5, 0.99: 6}
     assert {
         share: Tile(reference_frames=share).fit(SITE, layout).reference_frames for share in shares
     } == shares
     with pytest.raises(OptionError, match=r"1\.\.7.*got 8"):
         Tile(reference_frames=8).fit(SITE, layout)
-    for wrong in (True, 1.5, 0.0, -1, None):
+    for wrong in (True, 1.5, 1.0, 0.0, -1, None):
         with pytest.raises(OptionError, match=f"an integer of at least 1 or a share.*got {wrong}"):
             Tile(reference_frames=wrong)
     with pytest.raises(OptionError, match="block_size must be at least 1, got 0"):
