@@ -16,6 +16,7 @@ from sparsify_compiler.evaluation.model import WEIGHTS, digest, encode, load, to
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import critical_shares
+from sparsify_compiler.evaluation.train import compiled
 from sparsify_compiler.evaluation.training import LEVELS, loss, mixed, validation
 from sparsify_compiler.timing import timed
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scenes = [world.scene(world.HELD_OUT, number) for number in range(options.samples)]
     judge = classifier.train()
     prompts = [scene.prompt for scene in scenes]
-    make = partial(samples, torch.compile(model), prompts, options.steps, options.guidance)
+    make = partial(samples, compiled(model, world.FRAMES), prompts, options.steps, options.guidance)
     seconds, videos = timed(make)
     record = {
         "step": trained_steps(options.weights),
