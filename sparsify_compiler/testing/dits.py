@@ -1,4 +1,4 @@
-"""Random small video DiTs of many spellings, each with what is to be found in it.
+"""Random small video DiTs of many spellings, each with what is to be found in it; and the least of all, `Attend`.
 
 A `Recipe` says what a model is made of; `recipes()` draws one. Some recipes hold a trap: tokens in another
 order than the grid's, or an attention that must not be touched.
@@ -437,3 +437,20 @@ def recipes(draw: st.DrawFn) -> Recipe:
         trap=trap,
         trapped=draw(st.integers(0, LAYERS - 1)),
     )
+
+
+class Attend(nn.Module):
+    """The least of video transformers: patches by a 3-D convolution, one attention of two heads of 16.
+
+    Its input is [B, 4, F, H, W], of the grid (F, H / 2, W / 2).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.qkv = nn.Linear(32, 96)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.patch(video).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v)

@@ -20,7 +20,7 @@ from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.program import Program
-from sparsify_compiler.testing.dits import Recipe, recipes
+from sparsify_compiler.testing.dits import Attend, Recipe, recipes
 from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
 from sparsify_compiler.testing.oracles import TileAttention
 
@@ -287,20 +287,6 @@ def test_each_resolution_has_its_own_tables(name: str) -> None:
 
 
 # What a user is told
-
-
-class Attend(nn.Module):
-    """A video attention in a few lines: patches by a 3-D convolution, one head layer."""
-
-    def __init__(self, dim: int = 16, kernel: int = 2) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(4, 2 * dim, (1, kernel, kernel), (1, kernel, kernel))
-        self.qkv = nn.Linear(2 * dim, 6 * dim)
-
-    def forward(self, video: Tensor) -> Tensor:
-        x = self.patch(video).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))

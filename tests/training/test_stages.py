@@ -20,6 +20,7 @@ from sparsify_compiler.methods.predictor import SHARES, load_predictor
 from sparsify_compiler.passes import offload
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.state import state_of
+from sparsify_compiler.testing.dits import Attend
 from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.strategies import site_of
 from sparsify_compiler.training.cost import Cost
@@ -74,20 +75,6 @@ def test_learning_leaves_the_models_gradients_alone_bit_for_bit(inner: str) -> N
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-class OneAttention(nn.Module):
-    """A video attention in a few lines, which compile sooner than a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
-        self.qkv = nn.Linear(32, 96)
-
-    def forward(self, video: Tensor) -> Tensor:
-        x = self.patch(video).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        return nn.functional.scaled_dot_product_attention(q, k, v)
-
-
 def test_lists_that_wait_on_the_host_change_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The list of keys is moved out of forward and back in backward."""
     moved: list[tuple[int, int]] = []
@@ -102,7 +89,7 @@ def test_lists_that_wait_on_the_host_change_no_gradient(monkeypatch: pytest.Monk
     monkeypatch.setattr(activation_offloading, "offload_chosen_sets", counted)
     monkeypatch.setattr(offload, "LEAST", 2**12)
     torch.manual_seed(0)
-    model, video = OneAttention(), torch.randn(1, 4, 4, 8, 12)
+    model, video = Attend(), torch.randn(1, 4, 4, 8, 12)
 
     def train(options: dict[str, Any]) -> None:
         torch.compile(model, backend="sparsify", options=options)(video).square().mean().backward()
