@@ -1,5 +1,6 @@
 """The model: its configuration, how prompts and pixels reach it, and where its weights are."""
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -47,6 +48,29 @@ def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
     return model
+
+
+class Spaced(nn.Module):
+    """Rotary positions of a video of which only every so manieth frame is there."""
+
+    def __init__(self, rope: nn.Module, spacing: int) -> None:
+        super().__init__()
+        self.rope, self.spacing = rope, spacing
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """As `WanRotaryPosEmbed`: of [B, C, frames, rows, columns], each [1, tokens, 1, head dim]."""
+        frames = hidden.shape[2]
+        whole = self.rope(hidden.repeat_interleave(self.spacing, dim=2))
+        return tuple(each.unflatten(1, (frames, self.spacing, -1))[:, :, 0].flatten(1, 2) for each in whole)
+
+
+def spaced(model: nn.Module, spacing: int) -> nn.Module:
+    """The model, for videos of every `spacing`-th frame: the same parameters, other temporal positions."""
+    if spacing == 1:
+        return model
+    result: Any = copy.copy(model)
+    result._modules = {**model._modules, "rope": Spaced(model.rope, spacing)}
+    return result
 
 
 def to_model(videos: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.evaluation import world
-from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, trained_steps
+from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import Velocity, noise, sample
 from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, validation
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--stages",
         default="4x16x1300,24x4x1",
-        help="FRAMESxBATCHxSTEPS,...; the last one does not end",
+        help="FRAMES[@SPACING]xBATCHxSTEPS,...; the last one does not end",
     )
     result.add_argument(
         "--shipped", action="store_true", help=f"start from {WEIGHTS.name} with fresh optimizers"
@@ -65,9 +65,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """`4x16x1500,24x4x1` as stages."""
-    split = ([int(number) for number in stage.split("x")] for stage in text.split(","))
-    return tuple(Stage(frames=frames, batch=batch, steps=steps) for frames, batch, steps in split)
+    """`8@3x16x1500,24x4x1` as stages."""
+    found = []
+    for stage in text.split(","):
+        frames, batch, steps = stage.split("x")
+        frames, _, spacing = frames.partition("@")
+        found.append(
+            Stage(frames=int(frames), batch=int(batch), steps=int(steps), spacing=int(spacing or 1))
+        )
+    return tuple(found)
 
 
 def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_every: float) -> None:
@@ -76,11 +82,12 @@ def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_
     stage = None
     while (now := time.monotonic()) < begin + 60 * minutes:
         if stage != (stage := trainer.recipe.stage(trainer.step)):
-            trainer.compiled = compiled(trainer.model, stage.frames)
+            trainer.compiled = compiled(spaced(trainer.model, stage.spacing), stage.frames)
         error = trainer.advance()
         record = {
             "step": trainer.step,
             "frames": stage.frames,
+            "spacing": stage.spacing,
             "loss": round(error, 5),
             "seconds": round(time.monotonic() - now, 2),
         }
@@ -130,5 +137,4 @@ def log(out: Path, record: Mapping[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

@@ -31,6 +31,8 @@ class Stage:
     frames: int
     batch: int
     steps: int
+    spacing: int = 1
+    """Between the frames, which the model is told: more movement for the same tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +87,7 @@ def batch(recipe: Recipe, step: int) -> Batch:
     """The batch of a step: a pure function of both."""
     stage = recipe.stage(step)
     scenes = [world.scene(recipe.seed, step * WIDEST + number) for number in range(stage.batch)]
-    video = to_model(world.videos(scenes, stage.frames))
+    video = to_model(world.videos(scenes, stage.frames, stage.spacing))
     generator = torch.Generator().manual_seed(recipe.seed << 40 | step)
     # One draw from each of as many equal parts of the normal distribution as there are videos.
     even = (

@@ -130,11 +130,15 @@ def scene(seed: int, index: int) -> Scene:
     )
 
 
-def render(scene: Scene, frames: int = FRAMES) -> Array:
-    """The first frames of a video: [3, frames, HEIGHT, WIDTH], RGB from 0 to 1. Edges are smooth over one pixel."""
+def render(scene: Scene, frames: int = FRAMES, spacing: int = 1) -> Array:
+    """Frames 0, spacing, 2 spacing, ... of a video: [3, frames, HEIGHT, WIDTH], RGB from 0 to 1.
+
+    Edges are smooth over one pixel.
+    """
     frame, row, column = np.meshgrid(
         *(np.arange(size, dtype=np.float32) for size in (frames, HEIGHT, WIDTH)), indexing="ij", sparse=True
     )
+    frame = frame * spacing
     dy, dx = ((DRIFT_SPEED * step) * frame for step in STEPS[scene.drift])
     lit = background(scene.pattern, row - dy - scene.offset[0], column - dx - scene.offset[1])
     video = rgb(TONES[scene.tone]) + HIGHLIGHT * lit
@@ -192,6 +196,6 @@ def distance(shape: str, y: Array, x: Array, radius: float) -> Array:
     return np.minimum(np.maximum(abs(x) - radius, abs(y) - arm), np.maximum(abs(y) - radius, abs(x) - arm))
 
 
-def videos(scenes: Sequence[Scene], frames: int = FRAMES) -> Tensor:
+def videos(scenes: Sequence[Scene], frames: int = FRAMES, spacing: int = 1) -> Tensor:
     """Rendered scenes: float32 [scenes, 3, frames, HEIGHT, WIDTH], RGB from 0 to 1."""
-    return torch.from_numpy(np.stack([render(each, frames) for each in scenes]))
+    return torch.from_numpy(np.stack([render(each, frames, spacing) for each in scenes]))
