@@ -239,8 +239,8 @@ def train(steps: int = 150, batch: int = 16, rate: float = 2e-3) -> Classifier:
 
 
 @torch.no_grad()
-def found(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of what the prompts say that the classifier finds in the videos, by attribute and in `all`.
+def hits(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> Answers:
+    """Where the classifier finds in videos what the prompts say: by attribute bool [questions that have it].
 
     Args:
         videos: RGB from 0 to 1, [scenes, 3, frames, height, width].
@@ -248,7 +248,12 @@ def found(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> di
     """
     asked = questions(scenes)
     logits, right = answers(classifier, videos, asked), truth(asked)
-    hits = {name: (logits[name].argmax(dim=1) == right[name]).float() for name in right}
-    return {name: hit.mean().item() for name, hit in hits.items()} | {
-        "all": torch.cat(list(hits.values())).mean().item()
+    return {name: logits[name].argmax(dim=1) == right[name] for name in right}
+
+
+def found(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of `hits`, by attribute and in `all`."""
+    of = hits(classifier, videos, scenes)
+    return {
+        name: hit.float().mean().item() for name, hit in {**of, "all": torch.cat(list(of.values()))}.items()
     }

@@ -68,8 +68,8 @@ def spaced(model: nn.Module, spacing: int) -> nn.Module:
     """The model, for videos of every `spacing`-th frame: the same parameters, other temporal positions."""
     if spacing == 1:
         return model
-    result: Any = copy.copy(model)
-    result._modules = {**model._modules, "rope": Spaced(model.rope, spacing)}
+    result = copy.copy(model)
+    result._modules = {**model._modules, "rope": Spaced(model.get_submodule("rope"), spacing)}
     return result
 
 

@@ -4,7 +4,8 @@ The convention is Wan's: x_t = (1 - t) video + t noise for t from 0 to 1, the mo
 the velocity, noise - video.
 """
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -31,7 +32,6 @@ def noise(seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
     return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-@torch.no_grad()
 def sample(
     model: Velocity,
     prompts: Sequence[str],
@@ -45,18 +45,36 @@ def sample(
 
     With guidance 1 the model is asked once a step; otherwise the prompts and the empty prompt go in one batch.
     """
-    guided = guidance != 1
-    text = encode(prompts)
-    if guided:
-        text = torch.cat([text, unconditional(len(text))])
-    text = text.to(start.device)
-    video, schedule = start, times(steps, shift).tolist()
-    for now, after in pairwise(schedule):
-        hidden = torch.cat([video, video]) if guided else video
-        moment = torch.full((len(hidden),), 1000 * now, device=start.device)
-        (velocity,) = model(hidden, moment, text, return_dict=False)
-        if guided:
-            with_prompt, without = velocity.float().chunk(2)
-            velocity = without + guidance * (with_prompt - without)
-        video = video + (after - now) * velocity.float()
-    return to_pixels(video)
+    states = trajectory(model, prompts, start, steps=steps, guidance=guidance, shift=shift)
+    (last,) = deque(states, maxlen=1)
+    return to_pixels(last)
+
+
+@torch.no_grad()
+def trajectory(
+    model: Velocity,
+    prompts: Sequence[str],
+    start: Tensor,
+    *,
+    steps: int,
+    guidance: float,
+    shift: float = SHIFT,
+) -> Iterator[Tensor]:
+    """The way to them, in the model's own units: `start`, then where each step leads."""
+    yield start
+    state, text = start, encode(prompts).to(start.device)
+    for now, after in pairwise(times(steps, shift).tolist()):
+        state = state + (after - now) * guided(model, state, now, text, guidance)
+        yield state
+
+
+def guided(model: Velocity, state: Tensor, time: float, text: Tensor, guidance: float) -> Tensor:
+    """The velocity at `state` [B, ...] and time 0 to 1 for embedded prompts, with guidance: float32, as `state`."""
+    if guidance != 1:
+        state, text = torch.cat([state, state]), torch.cat([text, unconditional(len(text)).to(text.device)])
+    moment = torch.full((len(state),), 1000 * time, device=state.device)
+    (velocity,) = model(state, moment, text, return_dict=False)
+    if guidance == 1:
+        return velocity.float()
+    with_prompt, without = velocity.float().chunk(2)
+    return without + guidance * (with_prompt - without)

@@ -70,9 +70,7 @@ def stages(text: str) -> tuple[Stage, ...]:
     for stage in text.split(","):
         frames, batch, steps = stage.split("x")
         frames, _, spacing = frames.partition("@")
-        found.append(
-            Stage(frames=int(frames), batch=int(batch), steps=int(steps), spacing=int(spacing or 1))
-        )
+        found.append(Stage(frames=int(frames), batch=int(batch), steps=int(steps), spacing=int(spacing or 1)))
     return tuple(found)
 
 
@@ -114,17 +112,21 @@ def compiled(model: nn.Module, frames: int) -> Velocity:
 
 
 def look(trainer: Trainer, out: Path) -> None:
-    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's length.
+    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's form.
 
     The model runs uncompiled: compiling it for this would take longer than it saves.
     """
-    frames = trainer.recipe.stage(trainer.step).frames
+    stage = trainer.recipe.stage(trainer.step)
+    model = spaced(trainer.model, stage.spacing)
     with trainer.averaged():
         save(trainer.model, out / "weights.safetensors", step=trainer.step)
-        log(out, {"step": trainer.step, "frames": frames, "validation": validation(trainer.model, frames)})
+        found = validation(model, stage.frames, spacing=stage.spacing)
+        log(
+            out, {"step": trainer.step, "frames": stage.frames, "spacing": stage.spacing, "validation": found}
+        )
         prompts = [world.scene(world.HELD_OUT, number).prompt for number in range(SAMPLES)]
         with torch.autocast("cpu", torch.bfloat16):
-            videos = sample(trainer.model, prompts, noise(range(SAMPLES), frames))
+            videos = sample(model, prompts, noise(range(SAMPLES), stage.frames))
     strip(videos).save(out / f"samples_{trainer.step:06d}.png")
 
 

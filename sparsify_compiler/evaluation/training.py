@@ -114,10 +114,10 @@ def loss(model: Velocity, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def validation(model: Velocity, frames: int, count: int = 8) -> dict[float, float]:
+def validation(model: Velocity, frames: int, count: int = 8, spacing: int = 1) -> dict[float, float]:
     """Mean loss on held-out videos at each of `LEVELS`, with the same videos and noise at every call."""
     scenes = [world.scene(world.VALIDATION, number) for number in range(count)]
-    video, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
+    video, text = to_model(world.videos(scenes, frames, spacing)), encode([scene.prompt for scene in scenes])
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(world.VALIDATION))
     return {
         level: loss(model, mixed(video, noise, torch.full((count,), level), text)).mean().item()

@@ -5,14 +5,17 @@
 Most of what the paper gains comes from fewer steps, so the report keeps that apart from what sparsity adds: seconds
 a video of the model at its own number of guided steps, of the dense student and of the sparse one, timed in turn.
 After each stage it says how far the videos of held-out prompts are from those that the model makes of the same
-noise in many guided steps, and how much moves in them. The folder holds what `students` describes, the videos that
-were compared, and `report.json` and `report.md`.
+noise in many guided steps, how much moves in them, and how far one step taken from that way itself lands from where
+the way goes: errors of early steps grow on the way to a video, those of single steps do not. And it counts what a
+classifier finds of what prompts ask for. The folder holds what `students` describes, what was compared, and
+`report.json` and `report.md`.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import islice, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -21,31 +24,35 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from sparsify_compiler.evaluation import files, world
+from sparsify_compiler.evaluation import classifier, files, world
+from sparsify_compiler.evaluation.classifier import Classifier
 from sparsify_compiler.evaluation.files import DamagedError
+from sparsify_compiler.evaluation.model import encode, to_pixels
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
-from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise, sample
+from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, guided, noise, sample, times, trajectory
+from sparsify_compiler.evaluation.world import Scene
 from sparsify_compiler.measured import stats
 from sparsify_compiler.policy import DENSE, Policy
+from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.timing import timed
 from sparsify_compiler.training.students import (
     Settings,
     Students,
     dense_model,
-    few_step_videos,
     sparse_model,
     students,
 )
 
 EXACT_STEPS = 100
 """Of the model with guidance, which all else is held to."""
-VIDEOS, BATCH = 8, 4
-"""Held-out videos to compare, and how many are made at once."""
+VIDEOS, ASKED, BATCH = 8, 64, 4
+"""Held-out videos to compare, those to look for attributes in, and how many are made at once."""
 ROUNDS = 3
 """In which every model is timed once."""
 
-Maker = Callable[[Sequence[str], Tensor], Tensor]
-"""Videos of prompts from noise."""
+Model = Callable[..., Any]
+Maker = Callable[[Sequence[Scene], Tensor], Tensor]
+"""Videos of what scenes' prompts say, from noise; or something else of each video."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +66,12 @@ class Quality:
     """To those of the model in `EXACT_STEPS` guided steps."""
     mse: float
     motion: float
+    step_error: float | None = None
+    """Where one step leads from each state on their way, up to where the next step would begin: squared error
+    relative to the square of what lies between. None for more steps than the students take."""
+    found: float | None = None
+    """Share of what `ASKED` prompts say that is found in their videos. None for videos of another length than the
+    classifier knows, and for more steps than the students take."""
     psnr_to_dense: float | None = None
     """To those of the dense student; of sparse ones alone."""
     mse_to_dense: float | None = None
@@ -132,6 +145,8 @@ class Report:
                         "PSNR, dB",
                         "squared error",
                         "motion",
+                        "error of a step",
+                        "asked for and found",
                         "PSNR to dense",
                         "error to dense",
                     ),
@@ -178,9 +193,9 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
     sparse = sparse_model(made.sparse, made.policy)
     seconds = _seconds(
         {
-            "base": _base(dense_model(model), STEPS),
-            "dense": _student(dense_model(made.dense), settings),
-            "sparse": _student(sparse, settings),
+            "base": partial(_made, dense_model(model), STEPS, GUIDANCE),
+            "dense": partial(_made, dense_model(made.dense), settings.segments, 1),
+            "sparse": partial(_made, sparse, settings.segments, 1),
         },
         settings.frames,
     )
@@ -200,85 +215,114 @@ def _compare(
 ) -> tuple[Tensor, tuple[Quality, ...]]:
     """The videos that all are held to, and how far those after each stage are from them."""
     folder.mkdir(exist_ok=True)
-    few = settings.segments
-    makers: dict[str, Callable[[], Maker]] = {
-        "exact": lambda: _base(dense_model(model), EXACT_STEPS),
-        "base": lambda: _base(dense_model(model), STEPS),
-        "base-few": lambda: _base(dense_model(model), few),
-        "dense": lambda: _student(dense_model(made.dense), settings),
-        "searched": lambda: _student(sparse_model(made.dense, made.policy), settings),
-        "sparse": lambda: _student(sparse_model(made.sparse, made.policy), settings),
-    }
+    few, frames = settings.segments, settings.frames
+    noises = [noise(numbers, frames) for numbers in _batches(VIDEOS)]
+    judge = cache(classifier.train)
     with files.progress() as bar:
-        videos = {name: _videos(name, make, folder, settings.frames, bar) for name, make in makers.items()}
-    exact, dense = videos["exact"], videos["dense"]
-    of = partial(_quality, videos, exact)
-    return exact, (
-        of("base", f"base, {STEPS} guided steps", 2 * STEPS),
-        of("base-few", f"base, {few} guided steps", 2 * few),
-        of("dense", "stage 1: dense student", few),
-        of("searched", "stage 2: sparse by the policy", few, dense),
-        of("sparse", "stage 3: sparse student", few, dense),
-    )
+        keep = partial(_kept, folder, bar)
+        way = keep("exact", partial(_way, dense_model(model), few), noises)
+        ways = way.split(BATCH)
+        exact = to_pixels(way[:, -1])
 
+        def quality(
+            name: str, words: str, model: Model, steps: int, guidance: float, dense: Tensor | None = None
+        ) -> tuple[Tensor, Quality]:
+            torch.compiler.reset()
+            videos = keep(name, partial(_made, model, steps, guidance), noises)
+            error = found = None
+            if steps == few:
+                error = _mean(keep(f"{name}-steps", partial(_step_errors, model, guidance), ways))
+            if steps == few and frames == world.FRAMES:
+                hits = partial(_hits, judge, partial(_made, model, steps, guidance))
+                starts = [noise(numbers, frames) for numbers in _batches(ASKED)]
+                found = _mean(keep(f"{name}-found", hits, starts).float())
+            return videos, Quality(
+                videos=words,
+                calls=steps * (1 if guidance == 1 else 2),
+                psnr=_mean(psnr(videos, exact)),
+                mse=_mean(mse(videos, exact)),
+                motion=_mean(motion(videos)),
+                step_error=error,
+                found=found,
+                psnr_to_dense=None if dense is None else _mean(psnr(videos, dense)),
+                mse_to_dense=None if dense is None else _mean(mse(videos, dense)),
+            )
 
-def _quality(
-    videos: Mapping[str, Tensor],
-    exact: Tensor,
-    name: str,
-    words: str,
-    calls: int,
-    dense: Tensor | None = None,
-) -> Quality:
-    own = videos[name]
-    return Quality(
-        videos=words,
-        calls=calls,
-        psnr=_mean(psnr(own, exact)),
-        mse=_mean(mse(own, exact)),
-        motion=_mean(motion(own)),
-        psnr_to_dense=None if dense is None else _mean(psnr(own, dense)),
-        mse_to_dense=None if dense is None else _mean(mse(own, dense)),
-    )
+        base, one = dense_model(model), dense_model(made.dense)
+        searched, sparse = (sparse_model(student, made.policy) for student in (made.dense, made.sparse))
+        dense, of_dense = quality("dense", "stage 1: dense student", one, few, 1)
+        return exact, (
+            quality("base", f"base, {STEPS} guided steps", base, STEPS, GUIDANCE)[1],
+            quality("base-few", f"base, {few} guided steps", base, few, GUIDANCE)[1],
+            of_dense,
+            quality("searched", "stage 2: sparse by the policy", searched, few, 1, dense)[1],
+            quality("sparse", "stage 3: sparse student", sparse, few, 1, dense)[1],
+        )
 
 
 def _mean(of_videos: Tensor) -> float:
     return of_videos.mean().item()
 
 
-def _videos(name: str, make: Callable[[], Maker], folder: Path, frames: int, bar: Progress) -> Tensor:
-    """Of the held-out prompts: each batch is kept, and the model compiled only if one is missing."""
-    torch.compiler.reset()
-    task, maker = bar.add_task(f"videos: {name}", total=VIDEOS), make()
-    found = []
-    for first in range(0, VIDEOS, BATCH):
-        numbers = range(first, min(first + BATCH, VIDEOS))
-        prompts = [world.scene(world.HELD_OUT, number).prompt for number in numbers]
-        start = noise(numbers, frames)
-        found.append(files.kept(folder / f"{name}-{first}.pt", partial(maker, prompts, start)))
+def _batches(count: int) -> list[range]:
+    """Numbers of held-out videos."""
+    return [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+
+
+def _kept(folder: Path, bar: Progress, name: str, make: Maker, starts: Sequence[Tensor]) -> Tensor:
+    """What is made of the held-out prompts and the start of each batch: made where no file keeps it."""
+    count, found = sum(map(len, starts)), []
+    task = bar.add_task(name, total=count)
+    for numbers, start in zip(_batches(count), starts, strict=True):
+        scenes = [world.scene(world.HELD_OUT, number) for number in numbers]
+        found.append(files.kept(folder / f"{name}-{numbers[0]}.pt", partial(make, scenes, start)))
         bar.advance(task, len(numbers))
     return torch.cat(found)
 
 
-def _base(model: Callable[..., Any], steps: int) -> Maker:
-    def make(prompts: Sequence[str], start: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return sample(model, prompts, start, steps=steps, guidance=GUIDANCE)
-
-    return make
+def _made(model: Model, steps: int, guidance: float, scenes: Sequence[Scene], start: Tensor) -> Tensor:
+    """Videos, by guided steps of the model or by those of a student."""
+    with torch.autocast("cpu", torch.bfloat16), generation(steps, streams=1):
+        return sample(model, _prompts(scenes), start, steps=steps, guidance=guidance)
 
 
-def _student(model: Callable[..., Any], settings: Settings) -> Maker:
-    return partial(few_step_videos, model, config=settings.consistency)
+def _way(model: Model, segments: int, scenes: Sequence[Scene], start: Tensor) -> Tensor:
+    """The states at the times of a student on the exact way: [B, segments + 1, 3, frames, HEIGHT, WIDTH]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        states = trajectory(model, _prompts(scenes), start, steps=EXACT_STEPS, guidance=GUIDANCE)
+        return torch.stack(list(islice(states, 0, None, EXACT_STEPS // segments)), dim=1)
+
+
+@torch.no_grad()
+def _step_errors(model: Model, guidance: float, scenes: Sequence[Scene], way: Tensor) -> Tensor:
+    """Of each step from the way's own states: [B, segments]."""
+    states, segments = way.unbind(1), way.shape[1] - 1
+    text, errors = encode(_prompts(scenes)), []
+    with torch.autocast("cpu", torch.bfloat16), generation(segments, streams=1):
+        for (now, after), begin, end in zip(
+            pairwise(times(segments).tolist()), states, states[1:], strict=False
+        ):
+            landed = begin + (after - now) * guided(model, begin, now, text, guidance)
+            errors.append(mse(landed, end) / mse(begin, end))
+    return torch.stack(errors, dim=1)
+
+
+def _hits(judge: Callable[[], Classifier], make: Maker, scenes: Sequence[Scene], start: Tensor) -> Tensor:
+    """Whether each attribute asked for is found in what is made: bool [attributes of all scenes]."""
+    return torch.cat(list(classifier.hits(judge(), make(scenes, start), scenes).values()))
+
+
+def _prompts(scenes: Sequence[Scene]) -> list[str]:
+    return [scene.prompt for scene in scenes]
 
 
 def _seconds(makers: Mapping[str, Maker], frames: int) -> dict[str, float]:
     """Of one video each; the first of each compiles, and does not count."""
     found: dict[str, list[float]] = {name: [] for name in makers}
     for number in range(ROUNDS + 1):
-        prompt, start = world.scene(world.HELD_OUT, number).prompt, noise([number], frames)
+        scene, start = world.scene(world.HELD_OUT, number), noise([number], frames)
         for name, make in makers.items():
-            found[name].append(timed(partial(make, [prompt], start))[0])
+            found[name].append(timed(partial(make, [scene], start))[0])
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 
@@ -300,10 +344,13 @@ def _table(*rows: Sequence[str]) -> list[str]:
 
 
 def _row(one: Quality) -> tuple[str, ...]:
+    error = "" if one.step_error is None else f"{one.step_error:.4f}"
+    found = "" if one.found is None else f"{one.found:.1%}"
     beside = ("", "")
     if one.psnr_to_dense is not None and one.mse_to_dense is not None:
         beside = (f"{one.psnr_to_dense:.2f}", f"{one.mse_to_dense:.5f}")
-    return one.videos, str(one.calls), f"{one.psnr:.2f}", f"{one.mse:.5f}", f"{one.motion:.4f}", *beside
+    quality = (f"{one.psnr:.2f}", f"{one.mse:.5f}", f"{one.motion:.4f}")
+    return one.videos, str(one.calls), *quality, error, found, *beside
 
 
 def _times(ratio: float) -> str:

@@ -23,21 +23,21 @@ from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.calibration import FIRST
-from sparsify_compiler.evaluation.model import digest, encode, save, to_model, to_pixels, unconditional
-from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise
-from sparsify_compiler.evaluation.training import WIDEST, mixed
+from sparsify_compiler.evaluation.model import digest, encode, save, to_model, unconditional
+from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, times, trajectory
+from sparsify_compiler.evaluation.training import WIDEST
 from sparsify_compiler.policy import DENSE, Policy, load_policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.training import resumable
-from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
+from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer
 from sparsify_compiler.training.distillation import Distillation
 from sparsify_compiler.training.resumable import Stage
 from sparsify_compiler.training.search import MENU, search
 
-FORMAT = "sparsify-distill-1"
+FORMAT = "sparsify-distill-2"
 BATCH = 4
 RATE = 2e-4
-"""Of AdamW, in both stages of training."""
+"""Of AdamW, in both stages of training: from there it falls to 0."""
 INNER = "inductor"
 """What compiles dense models, and the graphs of sparse ones once they are rewritten."""
 
@@ -71,6 +71,11 @@ class Settings:
     def consistency(self) -> ConsistencyConfig:
         """Of the first stage; its times are those of the student everywhere."""
         return ConsistencyConfig(segments=self.segments, guidance=GUIDANCE, shift=SHIFT)
+
+    @property
+    def times(self) -> Tensor:
+        """At which the students are called, falling from 1: float32 [segments]."""
+        return times(self.segments)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,14 +115,6 @@ def sparse_model(model: nn.Module, policy: Policy) -> Callable[..., Any]:
     return torch.compile(model, backend="sparsify", options=options, dynamic=False)
 
 
-def few_step_videos(
-    model: Callable[..., Any], prompts: Sequence[str], start: Tensor, config: ConsistencyConfig
-) -> Tensor:
-    """By a student: float32 of the shape of `start`, RGB from 0 to 1."""
-    with torch.autocast("cpu", torch.bfloat16), generation(config.segments, streams=1):
-        return to_pixels(sample_few_steps(model, start, {"encoder_hidden_states": encode(prompts)}, config))
-
-
 def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
     """Makes the folder one of these settings.
 
@@ -143,7 +140,7 @@ def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
         nothing = {"encoder_hidden_states": unconditional(BATCH)}
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainer.loss(video, {"encoder_hidden_states": text}, nothing)
-        _step(optimizer, loss)
+        _step(optimizer, loss, 1 - step / settings.consistency_steps)
         trainer.step()
         return loss.item()
 
@@ -170,45 +167,59 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
     return load_policy(path)
 
 
-@torch.no_grad()
 def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """The calls by which the student makes a video, batch 1: each of another scene, which it was not trained on."""
-    calls: list[dict[str, Any]] = []
-
-    def listening(**call: Any) -> Any:
-        number = len(calls)
-        alone = {name: x[number : number + 1] if isinstance(x, Tensor) else x for name, x in call.items()}
-        calls.append(alone)
-        return dense(**call)
-
     numbers = range(FIRST, FIRST + settings.segments)
     prompts = [world.scene(world.VALIDATION, number).prompt for number in numbers]
-    few_step_videos(listening, prompts, noise(numbers, settings.frames), settings.consistency)
-    return calls
+    states = _own_states(dense, prompts, noise(numbers, settings.frames), settings)
+    text = encode(prompts)
+    return [
+        {**_inputs(state[one : one + 1], time, text[one : one + 1]), "return_dict": False}
+        for one, (state, time) in enumerate(zip(states, settings.times, strict=True))
+    ]
+
+
+def _own_states(
+    model: Callable[..., Any], prompts: Sequence[str], start: Tensor, settings: Settings
+) -> list[Tensor]:
+    """What a student is called with on its way to videos: at each of its times, of the shape of `start`."""
+    with torch.autocast("cpu", torch.bfloat16), generation(settings.segments, streams=1):
+        *states, _ = trajectory(model, prompts, start, steps=settings.segments, guidance=1)
+    return states
+
+
+def _inputs(states: Tensor, times: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """Of a call: states [B, ...]; times, 0 to 1, and embedded prompts, one for each or for all."""
+    count = len(states)
+    return {
+        "hidden_states": states,
+        "timestep": 1000 * times.expand(count),
+        "encoder_hidden_states": text.expand(count, -1, -1),
+    }
 
 
 def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Settings) -> nn.Module:
-    """Stage 3: the sparse student; the dense one, where the policy leaves all dense."""
+    """Stage 3: the sparse student; the dense one, where the policy leaves all dense.
+
+    It learns where it will be called: each step is of the states of one video, on the dense student's way to it.
+    """
     path = out / "distillation.pt"
     if all(layer.choice == DENSE for layer in policy.layers) and not path.exists():
         return dense
     torch.compiler.reset()
     student = copy.deepcopy(dense)
     distillation = Distillation(sparse_model(student, policy), copy.deepcopy(dense))
+    guide = dense_model(dense)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
-    times = settings.consistency.times[:: settings.consistency.length]
 
     def advance(step: int) -> float:
-        numbers = _numbers(settings.consistency_steps + step)
-        video, text = _videos(numbers, settings.frames)
-        places = torch.arange(step * BATCH, (step + 1) * BATCH) % settings.segments
-        batch = mixed(video, noise(numbers, settings.frames), times[places], text)
+        number = _numbers(settings.consistency_steps + step)[0]
+        prompts = [world.scene(world.TRAINING, number).prompt]
+        states = _own_states(guide, prompts, noise([number], settings.frames), settings)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = distillation(
-                hidden_states=batch.noisy, timestep=1000 * batch.time, encoder_hidden_states=batch.text
-            )
+            loss = distillation(**_inputs(torch.cat(states), settings.times, encode(prompts)))
         total = loss.output + loss.attention
-        _step(optimizer, total)
+        _step(optimizer, total, 1 - step / settings.distillation_steps)
         return total.item()
 
     stage = Stage(
@@ -247,7 +258,10 @@ def _videos(numbers: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
     return to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
+    """At this share of the full rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = RATE * share
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

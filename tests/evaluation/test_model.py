@@ -107,3 +107,15 @@ def test_the_shipped_weights_are_small_trained_and_can_be_trained_on():
 
 def untrained_loss(recipe, step):
     return loss(model.build(), batch(recipe, step)).mean().item()
+
+
+@pytest.mark.parametrize("spacing", [1, 3])
+def test_a_model_of_frames_at_a_distance_knows_their_places(spacing):
+    whole = model.build()
+    some = model.spaced(whole, spacing)
+    video = torch.zeros(1, 3, 4 * spacing, 8, 12)
+    for every, got in zip(whole.rope(video), some.rope(video[:, :, ::spacing]), strict=True):
+        assert torch.equal(got, every.unflatten(1, (4 * spacing, 6))[:, ::spacing].flatten(1, 2))
+    ours, theirs = dict(some.named_parameters()), dict(whole.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name] is theirs[name] for name in theirs)

@@ -20,6 +20,7 @@ def trainer(recipe=RECIPE, **options):
 def test_stages_follow_each_other_and_the_last_does_not_end():
     assert [RECIPE.stage(step).frames for step in (0, 2, 3, 4, 1000)] == [2, 2, 4, 4, 4]
     assert train.stages("2x3x3,4x2x1") == RECIPE.stages
+    assert train.stages("8@3x16x500") == (Stage(frames=8, batch=16, steps=500, spacing=3),)
 
 
 def test_a_batch_is_a_function_of_the_step():
@@ -39,6 +40,18 @@ def test_a_batch_is_videos_and_noise_mixed_at_its_level():
     noise = got.noisy + (1 - level) * got.velocity
     assert abs(noise.mean()) < 0.02
     assert abs(noise.std() - 1) < 0.02
+
+
+def test_frames_at_a_distance_are_of_the_same_video():
+    whole, some = (
+        batch(Recipe(stages=(Stage(frames=frames, batch=2, steps=1, spacing=spacing),)), 4)
+        for frames, spacing in ((7, 1), (3, 3))
+    )
+
+    def video(of):
+        return of.noisy - of.time.view(-1, 1, 1, 1, 1) * of.velocity
+
+    torch.testing.assert_close(video(some), video(whole)[:, :, ::3], atol=1e-4, rtol=0)
 
 
 def test_prompts_are_withheld_as_often_as_said_and_else_the_scenes_own():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from sparsify_compiler import OptionError, Policy, SparsifyError, cli
+from sparsify_compiler.evaluation import classifier, world
 from sparsify_compiler.evaluation import model as evaluated
-from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.files import DamagedError
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import times
+from sparsify_compiler.evaluation.world import Scene
 from sparsify_compiler.policy import DENSE, load_policy
 from sparsify_compiler.training import pipeline, resumable, students
 from sparsify_compiler.training.pipeline import Report, distill
@@ -74,7 +76,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(students, "BATCH", 2)
     monkeypatch.setattr(students, "MENU", [{"method": "tile", "reference_frames": 1}])
     monkeypatch.setattr(students, "search", first_attention_by_tiles)
-    for name, value in {"EXACT_STEPS": 3, "STEPS": 2, "VIDEOS": 2, "BATCH": 1, "ROUNDS": 1}.items():
+    for name, value in {"EXACT_STEPS": 4, "STEPS": 3, "VIDEOS": 2, "BATCH": 1, "ROUNDS": 1}.items():
         monkeypatch.setattr(pipeline, name, value)
     monkeypatch.setattr(resumable, "SAVE_EVERY", 0.0)
 
@@ -98,9 +100,9 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this was done before")
 
-    for name in ("search", "mixed", "_videos"):
+    for name in ("search", "_own_states", "_videos"):
         monkeypatch.setattr(students, name, never)
-    for name in ("_base", "_student"):
+    for name in ("_made", "_way", "_step_errors"):
         monkeypatch.setattr(pipeline, name, never)
 
 
@@ -208,6 +210,60 @@ def test_the_search_sees_the_students_own_states(
     torch.testing.assert_close(calls[1]["hidden_states"], expected, atol=1e-2, rtol=1e-2)
 
 
+def test_the_third_stage_sees_the_dense_students_own_states(
+    finished: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of one video at each step: the first noise, each other one step of the dense student further."""
+    out, _ = finished
+    seen: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    class Noted(students.Distillation):
+        def __call__(self, **inputs: Tensor) -> Any:
+            assert isinstance(self.teacher, nn.Module)
+            seen.append((self.teacher, inputs))
+            return super().__call__(**inputs)
+
+    for name in ("settings.json", "consistency.pt", "policy.json"):
+        shutil.copy(out / name, tmp_path)
+    monkeypatch.setattr(students, "Distillation", Noted)
+    students.students(tiny(), tmp_path, SETTINGS)
+    assert len(seen) == SETTINGS.distillation_steps
+    prompts = set()
+    for teacher, call in seen:
+        states, told, text = (call[name] for name in ("hidden_states", "timestep", "encoder_hidden_states"))
+        torch.testing.assert_close(told, 1000 * times(50)[[0, 25]])
+        prompts.add(text.numpy().tobytes())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            (velocity,) = teacher(states[:1], told[:1], text[:1], return_dict=False)
+        expected = states[:1] + (told[1] - told[0]) / 1000 * velocity.float()
+        torch.testing.assert_close(states[1:], expected, atol=1e-2, rtol=1e-2)
+    assert len(prompts) == len(seen)
+
+
+def test_the_error_of_a_step_is_from_the_exact_way(finished: tuple[Path, Report]) -> None:
+    out, report = finished
+    way = torch.cat([torch.load(out / "videos" / f"exact-{first}.pt") for first in (0, 1)]).double()
+    text = evaluated.encode([world.scene(world.HELD_OUT, number).prompt for number in range(2)])
+    moments = times(50)[[0, 25, 50]].tolist()
+    student = evaluated.build(TINY)
+    student.load_state_dict(evaluated.read(out / "dense.safetensors")[0], strict=False)
+    for model, guidance, found in ((tiny(), 3, report.quality[1]), (student.eval(), 1, report.quality[2])):
+        errors = []
+        for video in range(2):
+            for place in range(2):
+                begin, end = way[video, place], way[video, place + 1]
+                inputs = begin.float()[None], torch.tensor([1000 * moments[place]])
+                with torch.no_grad():
+                    (told,) = model(*inputs, text[video : video + 1], return_dict=False)
+                    (untold,) = model(*inputs, torch.zeros(1, 4, 64), return_dict=False)
+                velocity = untold + guidance * (told - untold)
+                landed = begin + (moments[place + 1] - moments[place]) * velocity[0].double()
+                errors.append(float((landed - end).square().sum() / (begin - end).square().sum()))
+        assert found.step_error == pytest.approx(sum(errors) / len(errors), rel=0.05)
+    assert report.quality[0].step_error is None
+    assert all(one.step_error is not None for one in report.quality[1:])
+
+
 def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
     out, report = finished
 
@@ -216,8 +272,9 @@ def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
 
     assert report.density == pytest.approx((10 / 16 + 1) / 2), "tile 1:3 keeps 3 F - 2 of F^2"
     assert report.choices == {"blocks.0.attn1": TILE, "blocks.1.attn1": DENSE}
-    exact, dense = videos("exact"), videos("dense")
-    assert exact.shape == (2, 3, FRAMES, 32, 48)
+    way, dense = videos("exact"), videos("dense")
+    assert way.shape == (2, 3, 3, FRAMES, 32, 48)
+    exact = evaluated.to_pixels(way[:, -1])
     names = ("base", "base-few", "dense", "searched", "sparse")
     for name, found in zip(names, report.quality, strict=True):
         errors = [float((videos(name)[i] - exact[i]).double().square().mean()) for i in range(2)]
@@ -229,7 +286,7 @@ def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
             assert found.mse_to_dense == pytest.approx(beside, rel=1e-3)
         else:
             assert found.psnr_to_dense is found.mse_to_dense is None
-    assert [one.calls for one in report.quality] == [4, 4, 2, 2, 2]
+    assert [one.calls for one in report.quality] == [6, 4, 2, 2, 2]
     assert report.exact_motion == pytest.approx(motion(exact).mean().item())
     seconds = report.seconds
     assert report.fewer_steps * report.sparsity == pytest.approx(seconds["base"] / seconds["sparse"])
@@ -238,6 +295,24 @@ def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
     text = (out / "report.md").read_text()
     assert f"| blocks.0.attn1 | {TILE} |" in text
     assert f"{report.density:.1%}" in text
+
+
+def test_attributes_are_counted_over_all_batches() -> None:
+    scenes = [world.scene(world.HELD_OUT, number) for number in range(3)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = classifier.Classifier().eval()
+
+    def real(scenes: Sequence[Scene], start: Tensor) -> Tensor:
+        return world.videos(scenes)
+
+    batches = [pipeline._hits(lambda: judge, real, some, torch.empty(0)) for some in (scenes[:2], scenes[2:])]
+    hits = torch.cat(batches)
+    assert len(hits) == sum(5 * len(scene.things) + 3 for scene in scenes)
+    assert 0 < hits.sum() < len(hits)
+    assert hits.float().mean().item() == pytest.approx(
+        classifier.found(judge, world.videos(scenes), scenes)["all"]
+    )
 
 
 def test_other_settings_or_weights_are_told(finished: tuple[Path, Report]) -> None:
