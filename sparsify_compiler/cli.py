@@ -108,6 +108,9 @@ def search(
     r: Annotated[
         float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
     ] = 0.01,
+    total: Annotated[
+        float, typer.Option(help="the most that the losses of all attentions may add up to")
+    ] = 0.02,
     menu: Annotated[
         Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "min_gain": 0.02}]')
     ] = None,
@@ -143,7 +146,7 @@ def search(
     calls = [
         {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in one.items()} for one in calls
     ]
-    policy = searched(model.to(device), calls, menu=entries, r=r, options=chosen)
+    policy = searched(model.to(device), calls, menu=entries, r=r, total=total, options=chosen)
     Console().print(policy)
     Console().print(f"Written to {policy.save(out)}.", soft_wrap=True)
 
@@ -157,6 +160,9 @@ def distill(
     r: Annotated[
         float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
     ] = 0.01,
+    total: Annotated[
+        float, typer.Option(help="the most that the losses of all attentions may add up to")
+    ] = 0.025,
     weights: Annotated[
         Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
     ] = None,
@@ -174,6 +180,7 @@ def distill(
         distillation_steps=distillation_steps,
         segments=segments,
         r=r,
+        total=total,
         frames=frames,
     )
     report = pipeline.distill(evaluated.load(weights or evaluated.WEIGHTS), out, settings)

@@ -21,7 +21,7 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-FORMAT = "sparsify-policy-1"
+FORMAT = "sparsify-policy-2"
 WIDTH = 100
 """Characters of a line of the file, where there is a choice."""
 DENSE = "dense"
@@ -152,12 +152,12 @@ class Layer:
     def chosen(self) -> Trial:
         return self.trials[self.choice]
 
-    def why(self, r: float) -> str:
+    def why(self, r: float, total: float) -> str:
         """The choice and its reason, in words."""
         dense, chosen = self.trials[DENSE], self.chosen
         if self.choice != DENSE:
             return (
-                f"policy: {self.choice}, loss {chosen.loss:.3g} of at most {r:g}, "
+                f"policy: {self.choice}, loss {chosen.loss:.3g} of at most {_limits(r, total)}, "
                 f"{chosen.milliseconds:.3g} ms for {dense.milliseconds:.3g} ms dense"
             )
         cheaper = {
@@ -168,7 +168,10 @@ class Layer:
         if not cheaper:
             return f"policy: dense, {dense.milliseconds:.3g} ms, which nothing on the menu is faster than"
         least = min(cheaper, key=lambda label: cheaper[label].loss)
-        return f"policy: dense, what is faster loses more than {r:g}: {cheaper[least].loss:.3g} by {least} at least"
+        lost = f"{cheaper[least].loss:.3g} by {least} at least"
+        if cheaper[least].loss <= r:
+            return f"policy: dense, what is faster would lose {lost}, of {total:g} for all layers"
+        return f"policy: dense, what is faster loses more than {r:g}: {lost}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,6 +182,8 @@ class Policy:
     """Class of the model."""
     r: float
     """The most that a site may lose."""
+    total: float
+    """The most that the losses of all sites may add up to."""
     menu: Mapping[str, Entry]
     """By label."""
     layers: tuple[Layer, ...]
@@ -212,7 +217,7 @@ class Policy:
         graphs = [list(layers) for _, layers in groupby(self.layers, key=lambda layer: layer.graph)]
         for layers in graphs if found else ():
             if [layer.mark for layer in layers] == found:
-                return [(self.menu[layer.choice], layer.why(self.r)) for layer in layers]
+                return [(self.menu[layer.choice], layer.why(self.r, self.total)) for layer in layers]
         if found:
             raise PolicyError(f"{self.source} is for another model or grid: {self._difference(found)}")
         return []
@@ -256,6 +261,7 @@ class Policy:
             "format": FORMAT,
             "model": self.model,
             "r": _number(self.r),
+            "total": _number(self.total),
             "loss": LOSS,
             "loss of all together": _number(self.together),
             "calibration inputs": self.inputs,
@@ -299,9 +305,9 @@ class Policy:
             )
         yield table
         yield (
-            f"{self.model}, r = {self.r:g}: attention takes {self.milliseconds:.1f} ms a call for "
-            f"{self.dense_milliseconds:.1f} ms dense, on {self.machine}; loss of all together {self.together:.2e}, "
-            f"{self.inputs} calibration inputs."
+            f"{self.model}, losses at most {_limits(self.r, self.total)}: attention takes "
+            f"{self.milliseconds:.1f} ms a call for {self.dense_milliseconds:.1f} ms dense, on {self.machine}; "
+            f"loss of all together {self.together:.2e}, {self.inputs} calibration inputs."
         )
 
 
@@ -329,6 +335,7 @@ def load_policy(path: str | Path) -> Policy:
         return Policy(
             model=content["model"],
             r=float(content["r"]),
+            total=float(content["total"]),
             menu=menu,
             layers=tuple(_layer(layer, menu) for layer in content["layers"]),
             together=float(content["loss of all together"]),
@@ -368,6 +375,10 @@ def _lines(content: Any, indent: str = "") -> str:
     parts = [(f"{json.dumps(name)}: " if name else "") + _lines(one, inner) for name, one in named]
     left, right = "{}" if isinstance(content, dict) else "[]"
     return f"{left}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{right}"
+
+
+def _limits(r: float, total: float) -> str:
+    return f"{r:g}" if total == math.inf else f"{r:g} each and {total:g} in all"
 
 
 def _number(value: float) -> float | str:

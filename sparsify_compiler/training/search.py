@@ -1,9 +1,10 @@
 """Layer-wise search, after Efficient-vDiT (arXiv 2502.06155).
 
-For every attention of a model the cheapest entry of a menu whose loss on calibration inputs stays at or below r;
-full attention where none does. One r for the model.
+For every attention of a model an entry of a menu whose loss on calibration inputs stays at or below r, one r for
+the model, or full attention: the cheapest ones whose losses add up to no more than `total`. Without a total it is
+the paper's rule, at each attention the cheapest.
 
-    policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "min_gain": 0.02}], r=0.01)
+    policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "min_gain": 0.02}], total=0.02)
     policy.save("policy.json")
     fast = torch.compile(model, backend="sparsify", options={"policy": "policy.json"})
 
@@ -13,8 +14,10 @@ model answers when one attention alone is sparse,
     loss = mean over calibration inputs of ||v - v_dense||^2 / ||v_dense||^2
 
 taken at the output and not at the attention, since layers differ in how much of an error reaches the output; per
-input, so that each noise level counts alike. Squared errors of layers roughly add up where they are independent: r
-times the number of layers says what to expect of all together, which is measured in the end too.
+input, so that each noise level counts alike. Squared errors of layers roughly add up where they are independent: so
+the total is about what all choices together lose, which is measured in the end too. With r alone they come to up to
+r times the number of layers, and an attention that would gain much for little more than r stays dense beside others
+that lose almost r for nothing much.
 
 Costs are the measured times of an attention call with all it takes to choose what is read, on the queries, keys and
 values of the calibration inputs: a median for each input, the mean of these. As in the middle of a video, k-means
@@ -26,6 +29,7 @@ sites x entries x inputs calls in all.
 """
 
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +71,8 @@ MENU: tuple[Mapping[str, Any], ...] = (
     *({**_CUBES, "far_field": "drop", "top_p": mass} for mass in MASSES),
 )
 """Entries for a video of any size. Few tokens leave a far field no time to pay for itself: hence some without."""
+PARTS = 1000
+"""That a total is divided into."""
 REPEATS = 3
 """Calls of an attention that are timed, of which the median counts."""
 
@@ -82,6 +88,7 @@ def search(
     *,
     menu: Sequence[Mapping[str, Any]] = MENU,
     r: float = 0.01,
+    total: float = 0.02,
     options: Mapping[str, Any] | None = None,
 ) -> Policy:
     """The policy of a model: see the module. Shows a progress bar on stderr.
@@ -91,16 +98,17 @@ def search(
         inputs: keyword arguments of calls to calibrate on, of one grid: several noise levels, videos and prompts.
         menu: options of each entry as torch.compile takes them: `method`, its own, `far_field`. `dense` is on every
             menu.
-        r: the most that a site may lose; 0 is full attention, infinity the fastest entries.
+        r: the most that a site may lose; 0 is full attention.
+        total: the most that the losses of all sites may add up to. With both infinite the fastest entries win.
         options: those of torch.compile that a policy leaves open, such as `grid` and `provider`.
 
     Raises:
-        OptionError: r, the menu, an entry of it or an option makes no sense, or does not fit the model's video.
+        OptionError: r, total, the menu, an entry of it or an option makes no sense, or does not fit the model's
+            video.
         SparsifyError: the model has no attention to choose for, is in training mode, or answers nothing that can be
             compared; the inputs are of several grids.
     """
-    if isinstance(r, bool) or not isinstance(r, Real) or not r >= 0:
-        raise OptionError(f"r must be a number of at least 0, got {r!r}")
+    check_limits(r, total)
     entries = read_menu(menu)
     config = _config(options)
     if isinstance(inputs, Mapping) or not inputs or not all(isinstance(one, Mapping) for one in inputs):
@@ -122,15 +130,16 @@ def search(
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
         _bench(module, inputs, plans, config) as bench,
     ):
-        total = len(inputs) * (2 + len(plans) * (len(entries) - 1))
-        task = progress.add_task("searching", total=total)
+        calls = len(inputs) * (2 + len(plans) * (len(entries) - 1))
+        task = progress.add_task("searching", total=calls)
         advance = partial(progress.advance, task)
         trials = bench.trials(advance)
-        choices = {site: choose(trials[site], r) for site in plans}
+        choices = choose(trials, r, total)
         together = [bench.loss(number, choices, advance) for number in range(len(inputs))]
     return Policy(
         model=type(module).__name__,
         r=float(r),
+        total=float(total),
         menu=entries,
         layers=tuple(
             Layer(mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name])
@@ -143,10 +152,49 @@ def search(
     )
 
 
-def choose(trials: Mapping[str, Trial], r: float) -> str:
-    """The label of the cheapest entry that loses at most r; of several the one that loses least, then the first."""
-    allowed = [label for label, trial in trials.items() if trial.loss <= r]
-    return min(allowed, key=lambda label: (trials[label].milliseconds, trials[label].loss))
+def check_limits(r: float, total: float) -> None:
+    """Raises:
+    OptionError: r or total is no number of at least 0.
+    """
+    for name, value in (("r", r), ("total", total)):
+        if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+            raise OptionError(f"{name} must be a number of at least 0, got {value!r}")
+
+
+def choose(trials: Mapping[str, Mapping[str, Trial]], r: float, total: float) -> dict[str, str]:
+    """Site -> label: the cheapest choices that lose at most r each and `total` in sum; then those that lose least.
+
+    A knapsack. Losses are rounded up to whole parts of the total, of `PARTS`, so it is never exceeded, and what is
+    missed is less than the sites times a part.
+    """
+    best, picked = [(0.0, 0.0)] * (PARTS + 1), []
+    for entries in trials.values():
+        allowed = [
+            (_parts(trial.loss, total), trial, label) for label, trial in entries.items() if trial.loss <= r
+        ]
+        rows = [
+            min(
+                (best[room - need][0] + trial.milliseconds, best[room - need][1] + trial.loss, number)
+                for number, (need, trial, _) in enumerate(allowed)
+                if need <= room
+            )
+            for room in range(PARTS + 1)
+        ]
+        best = [(milliseconds, loss) for milliseconds, loss, _ in rows]
+        picked.append([allowed[number] for *_, number in rows])
+    room, labels = PARTS, []
+    for of_rooms in reversed(picked):
+        need, _, label = of_rooms[room]
+        room -= need
+        labels.append(label)
+    return dict(zip(trials, reversed(labels), strict=True))
+
+
+def _parts(loss: float, total: float) -> int:
+    """Of the total that a loss takes; more than there are where it does not fit."""
+    if loss == 0 or total == math.inf:
+        return 0
+    return PARTS + 1 if loss > total else math.ceil(loss / total * PARTS)
 
 
 def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:

@@ -32,7 +32,7 @@ from sparsify_compiler.training import resumable
 from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer
 from sparsify_compiler.training.distillation import Distillation
 from sparsify_compiler.training.resumable import Stage
-from sparsify_compiler.training.search import MENU, search
+from sparsify_compiler.training.search import MENU, check_limits, search
 
 FORMAT = "sparsify-distill-2"
 BATCH = 4
@@ -54,6 +54,8 @@ class Settings:
     """Steps that the student is to need; divides the teacher's 50."""
     r: float = 0.01
     """The most that an attention may lose by being sparse: relative squared error of the model's output."""
+    total: float = 0.025
+    """The most that the losses of all attentions may add up to."""
     frames: int = world.FRAMES
     """Of all videos."""
 
@@ -63,8 +65,7 @@ class Settings:
             if (integer(getattr(self, name)) or 0) < lowest:
                 got = getattr(self, name)
                 raise OptionError(f"{name} must be an integer of at least {lowest}, got {got!r}")
-        if not self.r >= 0:
-            raise OptionError(f"r must be a number of at least 0, got {self.r!r}")
+        check_limits(self.r, self.total)
         _ = self.consistency
 
     @property
@@ -162,7 +163,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
     if not path.exists():
         torch.compiler.reset()
         with torch.autocast("cpu", torch.bfloat16):
-            policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r)
+            policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r, total=settings.total)
         files.write(path, policy.save)
     return load_policy(path)
 

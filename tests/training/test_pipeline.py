@@ -32,7 +32,9 @@ pytestmark = [
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
 FRAMES = 4
-SETTINGS = Settings(consistency_steps=3, distillation_steps=3, segments=2, r=math.inf, frames=FRAMES)
+SETTINGS = Settings(
+    consistency_steps=3, distillation_steps=3, segments=2, r=math.inf, total=math.inf, frames=FRAMES
+)
 TINY = {
     **evaluated.CONFIG,
     "num_attention_heads": 1,
@@ -368,6 +370,7 @@ def test_another_policy_than_the_third_stage_began_with_is_told(
         ({"segments": 3}, "segments must divide the 50 solver steps"),
         ({"r": -1.0}, "r must be a number of at least 0"),
         ({"r": math.nan}, "r must be a number of at least 0"),
+        ({"total": -0.1}, "total must be a number of at least 0"),
         ({"frames": 1}, "frames must be an integer of at least 2"),
         ({"consistency_steps": 0}, "consistency_steps must be an integer of at least 1"),
     ],
@@ -392,7 +395,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path: Path)
 def test_the_command_is_the_function(finished: tuple[Path, Report], monkeypatch: pytest.MonkeyPatch) -> None:
     out, report = finished
     monkeypatch.setattr(evaluated, "load", lambda path: tiny())
-    words = "--consistency-steps 3 --distillation-steps 3 --segments 2 --r inf --frames 4"
+    words = "--consistency-steps 3 --distillation-steps 3 --segments 2 --r inf --total inf --frames 4"
     result = CliRunner().invoke(cli.app, ["distill", "--out", str(out), *words.split()])
     assert result.exit_code == 0, result.exception
     assert "Few steps and sparse attention" in result.stdout

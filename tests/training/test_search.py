@@ -1,5 +1,6 @@
 """The layer-wise search: choices against brute force, losses against eager models under masks, files, errors."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.oracles import masked_attention, tile_mask
 from sparsify_compiler.testing.strategies import site_of
 from sparsify_compiler.training import search
-from sparsify_compiler.training.search import MENU, _Attention, choose, label_of, read_menu
+from sparsify_compiler.training.search import MENU, PARTS, _Attention, choose, label_of, read_menu
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
@@ -85,7 +86,7 @@ def wan() -> tuple[nn.Module, Inputs]:
 def found(wan: tuple[nn.Module, Inputs]) -> Policy:
     """A policy searched with real times."""
     torch._dynamo.reset()
-    return search(wan[0], calls(wan[1]), menu=SPARSE, r=math.inf)
+    return search(wan[0], calls(wan[1]), menu=SPARSE, r=math.inf, total=math.inf)
 
 
 def calls(inputs: Inputs) -> list[Inputs]:
@@ -195,8 +196,10 @@ limits = st.one_of(st.sampled_from([0.0, math.inf]), st.floats(0, 10))
 
 
 @given(trials, limits)
-def test_the_choice_is_the_cheapest_that_is_allowed(trials: Mapping[str, Trial], r: float) -> None:
-    chosen = trials[choose(trials, r)]
+def test_without_a_total_the_choice_is_the_cheapest_that_is_allowed(
+    trials: Mapping[str, Trial], r: float
+) -> None:
+    chosen = trials[choose({"site": trials}, r, math.inf)["site"]]
     assert chosen.loss <= r
     for other in trials.values():
         assert not other.loss <= r or other.milliseconds >= chosen.milliseconds, "a cheaper one is allowed"
@@ -214,15 +217,35 @@ def test_the_choice_is_the_cheapest_that_is_allowed(trials: Mapping[str, Trial],
 def test_more_loss_never_costs_more_and_the_order_of_the_menu_changes_no_cost(
     layers: list[Mapping[str, Trial]], one: float, other: float
 ) -> None:
-    def cost(r: float) -> float:
-        return sum(layer[choose(layer, r)].milliseconds for layer in layers)
+    def chosen(layer: Mapping[str, Trial], r: float) -> str:
+        return choose({"site": layer}, r, math.inf)["site"]
 
     low, high = sorted((one, other))
-    assert cost(high) <= cost(low)
     for layer in layers:
+        assert layer[chosen(layer, high)].milliseconds <= layer[chosen(layer, low)].milliseconds
         backwards = dict(reversed(layer.items()))
-        assert layer[choose(layer, one)] == backwards[choose(backwards, one)]
-        assert choose(layer, one) == choose(dict(layer), one)
+        assert layer[chosen(layer, one)] == backwards[chosen(backwards, one)]
+        assert chosen(layer, one) == chosen(dict(layer), one)
+
+
+@given(st.lists(trials, min_size=1, max_size=3), limits, limits)
+def test_the_choices_of_all_sites_are_the_cheapest_within_the_total(
+    layers: list[Mapping[str, Trial]], r: float, total: float
+) -> None:
+    """Against every combination; what rounding may miss is a part for each site."""
+    sites = {f"site {number}": layer for number, layer in enumerate(layers)}
+    choices = choose(sites, r, total)
+    assert list(choices) == list(sites)
+    chosen = [sites[site][label] for site, label in choices.items()]
+    assert all(one.loss <= r for one in chosen)
+    assert math.fsum(one.loss for one in chosen) <= total * (1 + 1e-12)
+    within = total if math.isinf(total) else total * (1 - len(layers) / PARTS)
+    costs = [
+        sum(one.milliseconds for one in combination)
+        for combination in itertools.product(*(layer.values() for layer in layers))
+        if all(one.loss <= r for one in combination) and sum(one.loss for one in combination) <= within
+    ]
+    assert sum(one.milliseconds for one in chosen) <= min(costs) * (1 + 1e-12)
 
 
 # what is measured
@@ -263,7 +286,7 @@ def test_every_entry_is_measured_at_every_layer(found: Policy) -> None:
 def test_the_search_follows_r(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
     model, inputs = wan
     middle = sorted(one.loss for layer in found.layers for one in layer.trials.values())[-3]
-    policies = [search(model, calls(inputs), menu=SPARSE, r=r) for r in (0, middle)]
+    policies = [search(model, calls(inputs), menu=SPARSE, r=r, total=math.inf) for r in (0, middle)]
     assert [layer.choice for layer in policies[0].layers] == [DENSE, DENSE]
     for policy in policies:
         for layer in policy.layers:
@@ -366,7 +389,7 @@ def test_a_trained_predictor_on_the_menu(wan: tuple[nn.Module, Inputs], tmp_path
     )
     save_predictor(path, {f"blocks.{block}.attn1": one for block, one in enumerate(trained)})
     entry = {"method": "dsv", "predictor": str(path)}
-    policy = search(model, [inputs], menu=[entry], r=math.inf)
+    policy = search(model, [inputs], menu=[entry], r=math.inf, total=math.inf)
     label = label_of(entry)
     layers = tuple(replace(layer, choice=label) for layer in policy.layers)
     saved = load_policy(replace(policy, layers=layers).save(tmp_path / "policy.json"))
@@ -379,7 +402,7 @@ def test_a_trained_predictor_on_the_menu(wan: tuple[nn.Module, Inputs], tmp_path
 def test_models_of_one_graph_and_of_several(breaks: bool) -> None:
     model, inputs = tiny(breaks=breaks)
     options = {"grid": GRID, "provider": "reference"}  # the grid is lost at the break
-    policy = search(model, [inputs], menu=SPARSE[:1], r=math.inf, options=options)
+    policy = search(model, [inputs], menu=SPARSE[:1], r=math.inf, total=math.inf, options=options)
     places = [(layer.mark.site, layer.mark.module, layer.graph) for layer in policy.layers]
     assert places == [("first", "Attend", 0), ("second", "Attend", int(breaks))]
     sparse = mixed(policy, TILE2, TILE2)
@@ -401,7 +424,7 @@ def test_every_spelling_is_measured_as_it_runs(
     spelling: str, mask: Literal["none", "bool", "additive", "per head"], kv_heads: int
 ) -> None:
     model, inputs = replace(JOINT, spelling=spelling, mask=mask, kv_heads=kv_heads).build()
-    policy = search(model, [inputs], menu=[*SPARSE[1:2], CUBES], r=math.inf)
+    policy = search(model, [inputs], menu=[*SPARSE[1:2], CUBES], r=math.inf, total=math.inf)
     for layer, choices in zip(policy.layers, ((TILE1, DENSE), (DENSE, label_of(CUBES))), strict=True):
         torch._dynamo.reset()
         options = {"policy": mixed(policy, *choices), "inner_backend": "eager", "dense_steps": 0}
@@ -435,7 +458,7 @@ def test_a_policy_comes_back_from_its_file(
     r: float,
     together: float,
 ) -> None:
-    menu = read_menu(MENU)
+    menu, total = read_menu(MENU), data.draw(st.floats(min_value=0, allow_nan=False))
     times = st.integers(0, 10**7).map(lambda n: n / 10**4)
     layers = tuple(
         Layer(
@@ -446,7 +469,16 @@ def test_a_policy_comes_back_from_its_file(
         )
         for graph, one in enumerate(marks)
     )
-    policy = Policy(model="M", r=r, menu=menu, layers=layers, together=together, inputs=2, machine="here")
+    policy = Policy(
+        model="M",
+        r=r,
+        total=total,
+        menu=menu,
+        layers=layers,
+        together=together,
+        inputs=2,
+        machine="here",
+    )
     path = policy.save(tmp_path_factory.mktemp("policies") / "policy.json")
     assert load_policy(path) == policy
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -469,10 +501,11 @@ def test_the_choice_may_be_edited_by_hand(found: Policy, tmp_path: Path) -> None
 # mistakes
 
 
-@pytest.mark.parametrize("r", [-1, -1e-9, math.nan, True, "0.1", None])
-def test_r_must_be_a_number_of_at_least_0(wan: tuple[nn.Module, Inputs], r: Any) -> None:
-    with pytest.raises(OptionError, match="r must be a number of at least 0"):
-        search(wan[0], [wan[1]], r=r)
+@pytest.mark.parametrize("value", [-1, -1e-9, math.nan, True, "0.1", None])
+@pytest.mark.parametrize("name", ["r", "total"])
+def test_limits_must_be_numbers_of_at_least_0(wan: tuple[nn.Module, Inputs], name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=f"{name} must be a number of at least 0"):
+        search(wan[0], [wan[1]], **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -526,10 +559,10 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
     [
         (None, "must be a file that a search wrote"),
         ("{", "must hold JSON"),
-        ("[1]", "must have the format 'sparsify-policy-1', got 'list'"),
-        ('{"format": "sparsify-policy-2"}', "got 'sparsify-policy-2'"),
-        ('{"format": "sparsify-policy-1"}', "damaged .KeyError: 'menu'"),
-        ('{"format": "sparsify-policy-1", "menu": {"a": {"method": "svg3"}}}', "Did you mean 'svg2'"),
+        ("[1]", "must have the format 'sparsify-policy-2', got 'list'"),
+        ('{"format": "sparsify-policy-1"}', "got 'sparsify-policy-1'"),
+        ('{"format": "sparsify-policy-2"}', "damaged .KeyError: 'menu'"),
+        ('{"format": "sparsify-policy-2", "menu": {"a": {"method": "svg3"}}}', "Did you mean 'svg2'"),
     ],
 )
 def test_a_file_that_is_no_policy(tmp_path: Path, content: str | None, says: str) -> None:
