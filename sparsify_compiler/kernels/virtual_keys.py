@@ -155,8 +155,8 @@ def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype, within its range."""
-    if tensor.dtype == dtype:
-        return tensor
+    """In another dtype, within its range, where that is less: bfloat16 has that of fp32."""
     most = torch.finfo(dtype).max
-    return tensor.clamp(-most, most).to(dtype)
+    if most < 0.99 * torch.finfo(tensor.dtype).max:
+        tensor = tensor.clamp(-most, most)
+    return tensor.to(dtype)
