@@ -4,37 +4,30 @@
 
 Most of what the paper gains comes from fewer steps, so the report keeps that apart from what sparsity adds: seconds
 a video of the model at its own number of guided steps, of the dense student and of the sparse one, timed in turn.
-After each stage it says how far the videos of held-out prompts are from those that the model makes of the same
-noise in many guided steps, how much moves in them, and how far one step taken from that way itself lands from where
-the way goes: errors of early steps grow on the way to a video, those of single steps do not. And it counts what a
-classifier finds of what prompts ask for. The folder holds what `students` describes, what was compared, and
-`report.json` and `report.md`.
+It says how good videos are after each stage, as `comparison` measures it. The folder holds what `students`
+describes, what was compared, and `report.json` and `report.md`.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from itertools import islice, pairwise
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from sparsify_compiler.evaluation import classifier, files, world
-from sparsify_compiler.evaluation.classifier import Classifier
+from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.files import DamagedError
-from sparsify_compiler.evaluation.model import encode, to_pixels
-from sparsify_compiler.evaluation.quality import motion, mse, psnr
-from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, guided, noise, sample, times, trajectory
+from sparsify_compiler.evaluation.quality import motion
+from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise
 from sparsify_compiler.evaluation.world import Scene
 from sparsify_compiler.measured import stats
 from sparsify_compiler.policy import DENSE, Policy
-from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.timing import timed
+from sparsify_compiler.training.comparison import EXACT_STEPS, VIDEOS, Comparison, Quality, generate
 from sparsify_compiler.training.students import (
     Settings,
     Students,
@@ -43,38 +36,8 @@ from sparsify_compiler.training.students import (
     students,
 )
 
-EXACT_STEPS = 100
-"""Of the model with guidance, which all else is held to."""
-VIDEOS, ASKED, BATCH = 8, 64, 4
-"""Held-out videos to compare, those to look for attributes in, and how many are made at once."""
 ROUNDS = 3
 """In which every model is timed once."""
-
-Model = Callable[..., Any]
-Maker = Callable[[Sequence[Scene], Tensor], Tensor]
-"""Videos of what scenes' prompts say, from noise; or something else of each video."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Quality:
-    """Of videos of held-out prompts, means; PSNR in dB, errors of RGB from 0 to 1."""
-
-    videos: str
-    calls: int
-    """Of the model, for one video."""
-    psnr: float
-    """To those of the model in `EXACT_STEPS` guided steps."""
-    mse: float
-    motion: float
-    step_error: float | None = None
-    """Where one step leads from each state on their way, up to where the next step would begin: squared error
-    relative to the square of what lies between. None for more steps than the students take."""
-    found: float | None = None
-    """Share of what `ASKED` prompts say that is found in their videos. None for videos of another length than the
-    classifier knows, and for more steps than the students take."""
-    psnr_to_dense: float | None = None
-    """To those of the dense student; of sparse ones alone."""
-    mse_to_dense: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,14 +151,14 @@ def load_report(path: Path) -> Report:
 
 
 def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> Report:
-    exact, quality = _compare(model, made, out / "videos", settings)
+    exact_motion, quality = _compare(model, made, out / "videos", settings)
     torch.compiler.reset()
     sparse = sparse_model(made.sparse, made.policy)
     seconds = _seconds(
         {
-            "base": partial(_made, dense_model(model), STEPS, GUIDANCE),
-            "dense": partial(_made, dense_model(made.dense), settings.segments, 1),
-            "sparse": partial(_made, sparse, settings.segments, 1),
+            "base": partial(generate, dense_model(model), STEPS, GUIDANCE),
+            "dense": partial(generate, dense_model(made.dense), settings.segments, 1),
+            "sparse": partial(generate, sparse, settings.segments, 1),
         },
         settings.frames,
     )
@@ -205,118 +168,33 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
         seconds=seconds,
         choices={layer.mark.site: layer.choice for layer in made.policy.layers},
         density=_density(sparse, made.policy),
-        exact_motion=_mean(motion(exact)),
+        exact_motion=exact_motion,
         quality=quality,
     )
 
 
 def _compare(
     model: nn.Module, made: Students, folder: Path, settings: Settings
-) -> tuple[Tensor, tuple[Quality, ...]]:
-    """The videos that all are held to, and how far those after each stage are from them."""
-    folder.mkdir(exist_ok=True)
-    few, frames = settings.segments, settings.frames
-    noises = [noise(numbers, frames) for numbers in _batches(VIDEOS)]
-    judge = cache(classifier.train)
+) -> tuple[float, tuple[Quality, ...]]:
+    """Motion of the exact videos, and how good those after each stage are."""
+    few = settings.segments
+    base, student = dense_model(model), dense_model(made.dense)
+    searched, sparse = (sparse_model(one, made.policy) for one in (made.dense, made.sparse))
     with files.progress() as bar:
-        keep = partial(_kept, folder, bar)
-        way = keep("exact", partial(_way, dense_model(model), few), noises)
-        ways = way.split(BATCH)
-        exact = to_pixels(way[:, -1])
-
-        def quality(
-            name: str, words: str, model: Model, steps: int, guidance: float, dense: Tensor | None = None
-        ) -> tuple[Tensor, Quality]:
-            torch.compiler.reset()
-            videos = keep(name, partial(_made, model, steps, guidance), noises)
-            error = found = None
-            if steps == few:
-                error = _mean(keep(f"{name}-steps", partial(_step_errors, model, guidance), ways))
-            if steps == few and frames == world.FRAMES:
-                hits = partial(_hits, judge, partial(_made, model, steps, guidance))
-                starts = [noise(numbers, frames) for numbers in _batches(ASKED)]
-                found = _mean(keep(f"{name}-found", hits, starts).float())
-            return videos, Quality(
-                videos=words,
-                calls=steps * (1 if guidance == 1 else 2),
-                psnr=_mean(psnr(videos, exact)),
-                mse=_mean(mse(videos, exact)),
-                motion=_mean(motion(videos)),
-                step_error=error,
-                found=found,
-                psnr_to_dense=None if dense is None else _mean(psnr(videos, dense)),
-                mse_to_dense=None if dense is None else _mean(mse(videos, dense)),
-            )
-
-        base, one = dense_model(model), dense_model(made.dense)
-        searched, sparse = (sparse_model(student, made.policy) for student in (made.dense, made.sparse))
-        dense, of_dense = quality("dense", "stage 1: dense student", one, few, 1)
-        return exact, (
-            quality("base", f"base, {STEPS} guided steps", base, STEPS, GUIDANCE)[1],
-            quality("base-few", f"base, {few} guided steps", base, few, GUIDANCE)[1],
-            of_dense,
-            quality("searched", "stage 2: sparse by the policy", searched, few, 1, dense)[1],
-            quality("sparse", "stage 3: sparse student", sparse, few, 1, dense)[1],
+        to = Comparison(base, folder, settings, bar)
+        dense = to.videos("dense", student, few, 1)
+        return motion(to.exact).mean().item(), (
+            to.quality("base", f"base, {STEPS} guided steps", base, STEPS, GUIDANCE),
+            to.quality("base-few", f"base, {few} guided steps", base, few, GUIDANCE),
+            to.quality("dense", "stage 1: dense student", student, few, 1),
+            to.quality("searched", "stage 2: sparse by the policy", searched, few, 1, dense),
+            to.quality("sparse", "stage 3: sparse student", sparse, few, 1, dense),
         )
 
 
-def _mean(of_videos: Tensor) -> float:
-    return of_videos.mean().item()
-
-
-def _batches(count: int) -> list[range]:
-    """Numbers of held-out videos."""
-    return [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
-
-
-def _kept(folder: Path, bar: Progress, name: str, make: Maker, starts: Sequence[Tensor]) -> Tensor:
-    """What is made of the held-out prompts and the start of each batch: made where no file keeps it."""
-    count, found = sum(map(len, starts)), []
-    task = bar.add_task(name, total=count)
-    for numbers, start in zip(_batches(count), starts, strict=True):
-        scenes = [world.scene(world.HELD_OUT, number) for number in numbers]
-        found.append(files.kept(folder / f"{name}-{numbers[0]}.pt", partial(make, scenes, start)))
-        bar.advance(task, len(numbers))
-    return torch.cat(found)
-
-
-def _made(model: Model, steps: int, guidance: float, scenes: Sequence[Scene], start: Tensor) -> Tensor:
-    """Videos, by guided steps of the model or by those of a student."""
-    with torch.autocast("cpu", torch.bfloat16), generation(steps, streams=1):
-        return sample(model, _prompts(scenes), start, steps=steps, guidance=guidance)
-
-
-def _way(model: Model, segments: int, scenes: Sequence[Scene], start: Tensor) -> Tensor:
-    """The states at the times of a student on the exact way: [B, segments + 1, 3, frames, HEIGHT, WIDTH]."""
-    with torch.autocast("cpu", torch.bfloat16):
-        states = trajectory(model, _prompts(scenes), start, steps=EXACT_STEPS, guidance=GUIDANCE)
-        return torch.stack(list(islice(states, 0, None, EXACT_STEPS // segments)), dim=1)
-
-
-@torch.no_grad()
-def _step_errors(model: Model, guidance: float, scenes: Sequence[Scene], way: Tensor) -> Tensor:
-    """Of each step from the way's own states: [B, segments]."""
-    states, segments = way.unbind(1), way.shape[1] - 1
-    text, errors = encode(_prompts(scenes)), []
-    with torch.autocast("cpu", torch.bfloat16), generation(segments, streams=1):
-        for (now, after), begin, end in zip(
-            pairwise(times(segments).tolist()), states, states[1:], strict=False
-        ):
-            landed = begin + (after - now) * guided(model, begin, now, text, guidance)
-            errors.append(mse(landed, end) / mse(begin, end))
-    return torch.stack(errors, dim=1)
-
-
-def _hits(judge: Callable[[], Classifier], make: Maker, scenes: Sequence[Scene], start: Tensor) -> Tensor:
-    """Whether each attribute asked for is found in what is made: bool [attributes of all scenes]."""
-    return torch.cat(list(classifier.hits(judge(), make(scenes, start), scenes).values()))
-
-
-def _prompts(scenes: Sequence[Scene]) -> list[str]:
-    return [scene.prompt for scene in scenes]
-
-
-def _seconds(makers: Mapping[str, Maker], frames: int) -> dict[str, float]:
+def _seconds(
+    makers: Mapping[str, Callable[[Sequence[Scene], Tensor], Tensor]], frames: int
+) -> dict[str, float]:
     """Of one video each; the first of each compiles, and does not count."""
     found: dict[str, list[float]] = {name: [] for name in makers}
     for number in range(ROUNDS + 1):

@@ -36,8 +36,8 @@ from sparsify_compiler.training.search import MENU, check_limits, search
 
 FORMAT = "sparsify-distill-2"
 BATCH = 4
-RATE = 2e-4
-"""Of AdamW, in both stages of training: from there it falls to 0."""
+RATE, WARMUP, BETAS = 6e-4, 10, (0.9, 0.98)
+"""Of AdamW, in both stages of training: the rate rises for some steps, and then falls to 0 at the last."""
 INNER = "inductor"
 """What compiles dense models, and the graphs of sparse ones once they are rewritten."""
 
@@ -134,14 +134,14 @@ def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
     torch.compiler.reset()
     student = copy.deepcopy(teacher)
     trainer = ConsistencyTrainer(dense_model(student), dense_model(teacher), settings.consistency)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=BETAS, weight_decay=0.0)
 
     def advance(step: int) -> float:
         video, text = _videos(_numbers(step), settings.frames)
         nothing = {"encoder_hidden_states": unconditional(BATCH)}
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainer.loss(video, {"encoder_hidden_states": text}, nothing)
-        _step(optimizer, loss, 1 - step / settings.consistency_steps)
+        _step(optimizer, loss, step, settings.consistency_steps)
         trainer.step()
         return loss.item()
 
@@ -211,7 +211,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
     student = copy.deepcopy(dense)
     distillation = Distillation(sparse_model(student, policy), copy.deepcopy(dense))
     guide = dense_model(dense)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=BETAS, weight_decay=0.0)
 
     def advance(step: int) -> float:
         number = _numbers(settings.consistency_steps + step)[0]
@@ -220,7 +220,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
         with torch.autocast("cpu", torch.bfloat16):
             loss = distillation(**_inputs(torch.cat(states), settings.times, encode(prompts)))
         total = loss.output + loss.attention
-        _step(optimizer, total, 1 - step / settings.distillation_steps)
+        _step(optimizer, total, step, settings.distillation_steps)
         return total.item()
 
     stage = Stage(
@@ -259,10 +259,10 @@ def _videos(numbers: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
     return to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, share: float) -> None:
-    """At this share of the full rate."""
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
+    """At the rate of this step of so many."""
     for group in optimizer.param_groups:
-        group["lr"] = RATE * share
+        group["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 - step / steps)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

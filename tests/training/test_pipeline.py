@@ -23,7 +23,7 @@ from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import times
 from sparsify_compiler.evaluation.world import Scene
 from sparsify_compiler.policy import DENSE, load_policy
-from sparsify_compiler.training import pipeline, resumable, students
+from sparsify_compiler.training import comparison, pipeline, resumable, students
 from sparsify_compiler.training.pipeline import Report, distill
 from sparsify_compiler.training.students import Settings
 
@@ -74,12 +74,14 @@ def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few short videos, dense models as they are, sparse ones without Inductor, a checkpoint after every step."""
     for module in (students, pipeline):
         monkeypatch.setattr(module, "dense_model", lambda model: model)
+    monkeypatch.setattr(pipeline, "STEPS", 3)
+    monkeypatch.setattr(pipeline, "ROUNDS", 1)
     monkeypatch.setattr(students, "INNER", "eager")
     monkeypatch.setattr(students, "BATCH", 2)
     monkeypatch.setattr(students, "MENU", [{"method": "tile", "reference_frames": 1}])
     monkeypatch.setattr(students, "search", first_attention_by_tiles)
-    for name, value in {"EXACT_STEPS": 4, "STEPS": 3, "VIDEOS": 2, "BATCH": 1, "ROUNDS": 1}.items():
-        monkeypatch.setattr(pipeline, name, value)
+    for name, value in {"EXACT_STEPS": 4, "VIDEOS": 2, "BATCH": 1}.items():
+        monkeypatch.setattr(comparison, name, value)
     monkeypatch.setattr(resumable, "SAVE_EVERY", 0.0)
 
 
@@ -104,8 +106,9 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("search", "_own_states", "_videos"):
         monkeypatch.setattr(students, name, never)
-    for name in ("_made", "_way", "_step_errors"):
-        monkeypatch.setattr(pipeline, name, never)
+    monkeypatch.setattr(pipeline, "generate", never)
+    for name in ("generate", "_way", "_step_errors"):
+        monkeypatch.setattr(comparison, name, never)
 
 
 @pytest.mark.parametrize("every", [0.0, math.inf], ids=["a checkpoint a step", "no checkpoint"])
@@ -308,7 +311,9 @@ def test_attributes_are_counted_over_all_batches() -> None:
     def real(scenes: Sequence[Scene], start: Tensor) -> Tensor:
         return world.videos(scenes)
 
-    batches = [pipeline._hits(lambda: judge, real, some, torch.empty(0)) for some in (scenes[:2], scenes[2:])]
+    batches = [
+        comparison._hits(lambda: judge, real, some, torch.empty(0)) for some in (scenes[:2], scenes[2:])
+    ]
     hits = torch.cat(batches)
     assert len(hits) == sum(5 * len(scene.things) + 3 for scene in scenes)
     assert 0 < hits.sum() < len(hits)
