@@ -1,8 +1,8 @@
 """How good the videos of few steps are, against those that the evaluation model makes of the same noise in many.
 
-Of held-out prompts: how far their videos are from the exact ones, and how much moves in them. How far from the exact
-way one step ends that begins on it: errors of early steps grow on the way to a video, those of single steps do not.
-And what a classifier finds of what prompts ask for.
+Of held-out prompts: how far their videos are from the exact ones, and how much moves in them. How far from the
+exact way one step ends that begins on it: errors of early steps grow on the way to a video, those of single
+steps do not. And what a classifier finds of what prompts ask for.
 """
 
 from collections.abc import Callable, Sequence
