@@ -36,8 +36,11 @@ from sparsify_compiler.training.search import MENU, check_limits, search
 
 FORMAT = "sparsify-distill-2"
 BATCH = 4
-RATE, WARMUP, BETAS = 6e-4, 10, (0.9, 0.98)
-"""Of AdamW, in both stages of training: the rate rises for some steps, and then falls to 0 at the last."""
+FEW_STEPS_RATE, BRINGING_BACK_RATE = 6e-4, 2e-4
+"""Of AdamW in stage 1 and stage 3, at most: it rises in the first `WARMUP` steps and falls to 0 at the last. A sparse
+student has less to learn than one of few steps; at the rate of that it is further off after 80 steps."""
+WARMUP = 10
+BETAS = (0.9, 0.98)
 INNER = "inductor"
 """What compiles dense models, and the graphs of sparse ones once they are rewritten."""
 
@@ -141,7 +144,7 @@ def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
         nothing = {"encoder_hidden_states": unconditional(BATCH)}
         with torch.autocast("cpu", torch.bfloat16):
             loss = trainer.loss(video, {"encoder_hidden_states": text}, nothing)
-        _step(optimizer, loss, step, settings.consistency_steps)
+        _step(optimizer, loss, FEW_STEPS_RATE * _share(step, settings.consistency_steps))
         trainer.step()
         return loss.item()
 
@@ -220,7 +223,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
         with torch.autocast("cpu", torch.bfloat16):
             loss = distillation(**_inputs(torch.cat(states), settings.times, encode(prompts)))
         total = loss.output + loss.attention
-        _step(optimizer, total, step, settings.distillation_steps)
+        _step(optimizer, total, BRINGING_BACK_RATE * _share(step, settings.distillation_steps))
         return total.item()
 
     stage = Stage(
@@ -259,10 +262,14 @@ def _videos(numbers: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
     return to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
 
 
-def _step(optimizer: torch.optim.Optimizer, loss: Tensor, step: int, steps: int) -> None:
-    """At the rate of this step of so many."""
+def _share(step: int, steps: int) -> float:
+    """Of the greatest rate."""
+    return min(1, (step + 1) / WARMUP) * (1 - step / steps)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = RATE * min(1, (step + 1) / WARMUP) * (1 - step / steps)
+        group["lr"] = rate
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
