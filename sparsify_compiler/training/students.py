@@ -37,8 +37,8 @@ from sparsify_compiler.training.search import MENU, check_limits, search
 FORMAT = "sparsify-distill-2"
 BATCH = 4
 FEW_STEPS_RATE, BRINGING_BACK_RATE = 6e-4, 2e-4
-"""Of AdamW in stage 1 and stage 3, at most: it rises in the first `WARMUP` steps and falls to 0 at the last. A sparse
-student has less to learn than one of few steps; at the rate of that it is further off after 80 steps."""
+"""Of AdamW in stage 1 and stage 3, at most: it rises in the first `WARMUP` steps and falls to 0 at the last. A
+sparse student has less to learn than one of few steps; at the rate of that it is further off after 80 steps."""
 WARMUP = 10
 BETAS = (0.9, 0.98)
 INNER = "inductor"
