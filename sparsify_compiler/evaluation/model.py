@@ -51,7 +51,7 @@ def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
 
 
 class Spaced(nn.Module):
-    """Rotary positions of a video of which only every so manieth frame is there."""
+    """Rotary positions of a video of which only every `spacing`-th frame is there."""
 
     def __init__(self, rope: nn.Module, spacing: int) -> None:
         super().__init__()
