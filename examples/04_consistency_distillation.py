@@ -19,6 +19,7 @@ from torch import nn
 
 from sparsify_compiler import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
 from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import encode, load, to_model, to_pixels, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, sample
@@ -68,10 +69,10 @@ def main() -> None:
 def advance(
     trainer: ConsistencyTrainer, optimizer: torch.optim.Optimizer, step: int, frames: int, batch: int
 ) -> float:
-    """One step of training. Returns its loss. Products of matrices are in bfloat16."""
+    """One step of training. Returns its loss. Products of matrices are `fast_products`."""
     scenes = [world.scene(world.TRAINING, step * WIDEST + number) for number in range(batch)]
     video, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         loss = trainer.loss(
             video, {"encoder_hidden_states": text}, {"encoder_hidden_states": unconditional(batch)}
         )
@@ -87,7 +88,7 @@ def validate(trainer: ConsistencyTrainer, teacher: nn.Module, frames: int, count
     """Prints how far few steps are from many."""
     prompts = [world.scene(world.VALIDATION, number).prompt for number in range(count)]
     start, steps = noise(range(count), frames), trainer.config.segments
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         exact = sample(teacher, prompts, start, steps=EXACT_STEPS)
         found = {
             f"teacher, {steps} guided steps": sample(teacher, prompts, start, steps=steps),

@@ -30,6 +30,15 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
     return through
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU's products of bfloat16 matrices are as fast as those of float32, at least.
+
+    PyTorch hands them to oneDNN where the CPU has AVX-512 or the like. Elsewhere they run in a plain loop, and take
+    fifty times as long.
+    """
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def hint(size: Any) -> int | None:
     """The value a size has in this compilation, without guarding on it; None if it is known only at run time."""
     if isinstance(size, int):

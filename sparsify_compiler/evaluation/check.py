@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import classifier, files, report, world
-from sparsify_compiler.evaluation.machine import origin
+from sparsify_compiler.evaluation.machine import fast_products, origin
 from sparsify_compiler.evaluation.model import WEIGHTS, digest, encode, load, to_model, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noise, sample
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
     """Videos [prompts, 3, frames, height, width] of the prompts, the i-th from noise of seed i, RGB from 0 to 1."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         made = [
             sample(
                 model,

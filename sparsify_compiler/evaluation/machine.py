@@ -3,11 +3,17 @@
 import os
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from sparsify_compiler._torch import multiplies_bfloat16
 
 
 def machine() -> dict[str, Any]:
@@ -18,12 +24,46 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),  # of one minute: what else ran beside
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fast_products": "bfloat16" if multiplies_bfloat16() else "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     if torch.cuda.is_available():
         described["gpu"] = torch.cuda.get_device_name()
     return described
+
+
+def fast_products() -> torch.autocast:
+    """Inside, products of matrices are in bfloat16, but on CPUs that have no instructions for them in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
+
+
+def bfloat16_products() -> AbstractContextManager[object]:
+    """Inside, what asks for products of bfloat16 matrices gets them in reasonable time on every CPU, uncompiled."""
+    return nullcontext() if multiplies_bfloat16() else Widened()
+
+
+class Widened(TorchDispatchMode):
+    """Products and attention of bfloat16 tensors are computed in float32 and rounded."""
+
+    PRODUCTS = (
+        torch.ops.aten.mm,
+        torch.ops.aten.addmm,
+        torch.ops.aten.bmm,
+        torch.ops.aten.baddbmm,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+    )
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket not in self.PRODUCTS or args[0].dtype != torch.bfloat16:
+            return func(*args, **kwargs)
+        result = func(*tree_map_only(Tensor, Tensor.float, args), **kwargs)
+        if isinstance(result, Tensor):
+            return result.bfloat16()
+        return result[0].bfloat16(), *result[1:]  # attention's second result, the lse, is float32 anyway
 
 
 def origin() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import Velocity, noise, sample
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
     options = parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(stages=stages(options.stages))
+    recipe = Recipe(stages=stages(options.stages), end=options.end)
     checkpoint = options.out / "checkpoint.pt"
     if options.shipped and not checkpoint.exists():
         trainer = Trainer(load(), recipe, step=trained_steps())
@@ -56,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--shipped", action="store_true", help=f"start from {WEIGHTS.name} with fresh optimizers"
     )
+    result.add_argument(
+        "--end", type=int, help="the last step: the rates fall to 0 before it, and the run stops there"
+    )
     result.add_argument("--minutes", type=float, default=60.0, help="of the clock, after which to stop")
     result.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
     result.add_argument(
@@ -78,7 +83,8 @@ def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_
     """Trains for some minutes, and saves and looks at the model at the end and in between."""
     begin = saved = looked = time.monotonic()
     stage = None
-    while (now := time.monotonic()) < begin + 60 * minutes:
+    last = math.inf if trainer.recipe.end is None else trainer.recipe.end
+    while trainer.step < last and (now := time.monotonic()) < begin + 60 * minutes:
         if stage != (stage := trainer.recipe.stage(trainer.step)):
             trainer.compiled = compiled(spaced(trainer.model, stage.spacing), stage.frames)
         error = trainer.advance()
@@ -125,7 +131,7 @@ def look(trainer: Trainer, out: Path) -> None:
             out, {"step": trainer.step, "frames": stage.frames, "spacing": stage.spacing, "validation": found}
         )
         prompts = [world.scene(world.HELD_OUT, number).prompt for number in range(SAMPLES)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             videos = sample(model, prompts, noise(range(SAMPLES), stage.frames))
     strip(videos).save(out / f"samples_{trainer.step:06d}.png")
 

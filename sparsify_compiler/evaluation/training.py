@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.machine import bfloat16_products, fast_products
 from sparsify_compiler.evaluation.model import encode, to_model
 from sparsify_compiler.evaluation.sampling import Velocity
 
@@ -49,6 +50,10 @@ class Recipe:
     """Steps in which the rates rise, counted from where the optimizers started."""
     settle: int = 4000
     """The rates fall as 1 / sqrt(1 + step / settle)."""
+    end: int | None = None
+    """The last step, at which the rates have fallen to 0 in a straight line."""
+    cooldown: int = 250
+    """Steps of that line."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Norm of the gradient of AdamW's parameters (Muon's updates do not depend on it)."""
@@ -56,7 +61,7 @@ class Recipe:
     """Share of videos whose prompt is withheld, for guidance."""
     shift: float = 3.0
     """Of the noise levels drawn: above 1, more of them are near pure noise."""
-    power: float = 16.0
+    power: float = 64.0
     """The averaged weights are of about the last 1 / power of all steps, whenever one looks."""
     seed: int = world.TRAINING
 
@@ -107,8 +112,8 @@ def mixed(video: Tensor, noise: Tensor, level: Tensor, text: Tensor) -> Batch:
 
 
 def loss(model: Velocity, batch: Batch) -> Tensor:
-    """Mean squared error of the velocity per video: float32 [batch]. Products of matrices are in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """Mean squared error of the velocity per video: float32 [batch]. Products of matrices are `fast_products`."""
+    with fast_products():
         (velocity,) = model(batch.noisy, 1000 * batch.time, batch.text, return_dict=False)
     return (velocity.float() - batch.velocity).square().mean(dim=(1, 2, 3, 4))
 
@@ -158,12 +163,12 @@ class Trainer:
             raise FloatingPointError(f"the loss is {error.item()} at step {self.step}")
         error.backward()
         nn.utils.clip_grad_norm_(self.rest, self.recipe.clip)
-        scale = min(1, (self.step - self.start + 1) / self.recipe.warmup)
-        scale /= math.sqrt(1 + self.step / self.recipe.settle)
+        scale = self.scale()
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-            optimizer.step()
+            with bfloat16_products():  # Muon's
+                optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         keep = (1 - 1 / self.step) ** (self.recipe.power + 1)
@@ -171,6 +176,15 @@ class Trainer:
             for name, value in self.model.named_parameters():
                 self.average[name].lerp_(value, 1 - keep)
         return error.item()
+
+    def scale(self) -> float:
+        """Share of the peak rates at this step."""
+        recipe = self.recipe
+        scale = min(1, (self.step - self.start + 1) / recipe.warmup)
+        scale /= math.sqrt(1 + self.step / recipe.settle)
+        if recipe.end is not None:
+            scale *= min(1, max(0, recipe.end - self.step) / recipe.cooldown)
+        return scale
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sparsify_compiler.evaluation import classifier, files, world
+from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import encode, to_pixels
 from sparsify_compiler.evaluation.quality import motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, guided, noise, sample, times, trajectory
@@ -118,13 +119,13 @@ class Comparison:
 
 def generate(model: Model, steps: int, guidance: float, scenes: Sequence[Scene], start: Tensor) -> Tensor:
     """Videos of what prompts say from noise, RGB from 0 to 1; by a student where guidance is 1."""
-    with torch.autocast("cpu", torch.bfloat16), generation(steps, streams=1):
+    with fast_products(), generation(steps, streams=1):
         return sample(model, _prompts(scenes), start, steps=steps, guidance=guidance)
 
 
 def _way(model: Model, segments: int, scenes: Sequence[Scene], start: Tensor) -> Tensor:
     """The states at the times of a student on the exact way: [B, segments + 1, ...] of `start` [B, ...]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast_products():
         states = trajectory(model, _prompts(scenes), start, steps=EXACT_STEPS, guidance=GUIDANCE)
         return torch.stack(list(islice(states, 0, None, EXACT_STEPS // segments)), dim=1)
 
@@ -134,7 +135,7 @@ def _step_errors(model: Model, guidance: float, scenes: Sequence[Scene], way: Te
     """Of each step from the way's own states [B, segments + 1, ...]: [B, segments]."""
     segments = way.shape[1] - 1
     text, errors = encode(_prompts(scenes)), []
-    with torch.autocast("cpu", torch.bfloat16), generation(segments, streams=1):
+    with fast_products(), generation(segments, streams=1):
         pairs = zip(pairwise(times(segments).tolist()), pairwise(way.unbind(1)), strict=True)
         for (now, after), (begin, end) in pairs:
             landed = begin + (after - now) * guided(model, begin, now, text, guidance)

@@ -6,7 +6,7 @@
 
 A run is a folder: `settings.json`; `consistency.pt` and `distillation.pt`, the checkpoints of the first stage and
 the third; `policy.json`; `dense.safetensors` and `sparse.safetensors`, both students in bfloat16, as
-`evaluation.model.load` reads them. Products of matrices are in bfloat16 throughout.
+`evaluation.model.load` reads them. Products of matrices are `fast_products` throughout.
 """
 
 import copy
@@ -23,6 +23,7 @@ from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.calibration import FIRST
+from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import digest, encode, save, to_model, unconditional
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, times, trajectory
 from sparsify_compiler.evaluation.training import WIDEST
@@ -142,7 +143,7 @@ def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
     def advance(step: int) -> float:
         video, text = _videos(_numbers(step), settings.frames)
         nothing = {"encoder_hidden_states": unconditional(BATCH)}
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             loss = trainer.loss(video, {"encoder_hidden_states": text}, nothing)
         _step(optimizer, loss, FEW_STEPS_RATE * _share(step, settings.consistency_steps))
         trainer.step()
@@ -165,7 +166,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
     path = out / "policy.json"
     if not path.exists():
         torch.compiler.reset()
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r, total=settings.total)
         files.write(path, policy.save)
     return load_policy(path)
@@ -187,7 +188,7 @@ def _own_states(
     model: Callable[..., Any], prompts: Sequence[str], start: Tensor, settings: Settings
 ) -> list[Tensor]:
     """What a student is called with on its way to videos: at each of its times, of the shape of `start`."""
-    with torch.autocast("cpu", torch.bfloat16), generation(settings.segments, streams=1):
+    with fast_products(), generation(settings.segments, streams=1):
         *states, _ = trajectory(model, prompts, start, steps=settings.segments, guidance=1)
     return states
 
@@ -220,7 +221,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
         number = _numbers(settings.consistency_steps + step)[0]
         prompts = [world.scene(world.TRAINING, number).prompt]
         states = _own_states(guide, prompts, noise([number], settings.frames), settings)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             loss = distillation(**_inputs(torch.cat(states), settings.times, encode(prompts)))
         total = loss.output + loss.attention
         _step(optimizer, total, BRINGING_BACK_RATE * _share(step, settings.distillation_steps))

@@ -10,7 +10,8 @@ from sparsify_compiler.evaluation.model import CONFIG, build, encode, to_model
 from sparsify_compiler.evaluation.training import LEVELS, Recipe, Stage, Trainer, batch, validation
 
 TINY = CONFIG | {"num_attention_heads": 1, "num_layers": 1, "ffn_dim": 64}
-RECIPE = Recipe(stages=(Stage(frames=2, batch=3, steps=3), Stage(frames=4, batch=2, steps=1)), warmup=2)
+STAGES = (Stage(frames=2, batch=3, steps=3), Stage(frames=4, batch=2, steps=1))
+RECIPE = Recipe(stages=STAGES, warmup=2, power=2)
 
 
 def trainer(recipe=RECIPE, **options):
@@ -19,7 +20,7 @@ def trainer(recipe=RECIPE, **options):
 
 def test_stages_follow_each_other_and_the_last_does_not_end():
     assert [RECIPE.stage(step).frames for step in (0, 2, 3, 4, 1000)] == [2, 2, 4, 4, 4]
-    assert train.stages("2x3x3,4x2x1") == RECIPE.stages
+    assert train.stages("2x3x3,4x2x1") == STAGES
     assert train.stages("8@3x16x500") == (Stage(frames=8, batch=16, steps=500, spacing=3),)
 
 
@@ -98,6 +99,13 @@ def test_fresh_optimizers_warm_up_again():
     assert learner.optimizers[1].param_groups[0]["lr"] == pytest.approx(
         RECIPE.rate / 2 / (1 + 1000 / RECIPE.settle) ** 0.5
     )
+
+
+def test_rates_fall_in_a_straight_line_to_the_last_step():
+    recipe = Recipe(stages=STAGES, warmup=1, settle=10**9, end=6, cooldown=4)
+    scales = [trainer(recipe, step=step).scale() for step in range(8)]
+    assert scales == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+    assert trainer(step=10**6).scale() > 0
 
 
 def test_it_learns():
