@@ -13,7 +13,8 @@ on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it go
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import cycle
@@ -29,7 +30,7 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
-from sparsify_compiler.evaluation.machine import machine, origin
+from sparsify_compiler.evaluation.machine import bfloat16_products, machine, origin
 from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr, ssim
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
@@ -157,15 +158,16 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
                 for far_field in FAR_FIELDS
             ]
         budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
-        found.append(
+        found += [
             Configuration(
-                name=f"dsv {density:g} drop",
-                line="dsv drop",
+                name=f"dsv {density:g} {far_field}",
+                line=f"dsv {far_field}",
                 target=density,
-                options=budget,
+                options={**budget, "far_field": far_field},
                 predictor=predictor,
             )
-        )
+            for far_field in FAR_FIELDS
+        ]
     for path in settings.policies:
         name = f"policy {path.stem}"
         found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
@@ -347,7 +349,7 @@ class Bench:
         """Videos of the held-out prompts of these numbers, from noise of the same numbers."""
         prompts = [world.scene(world.VALIDATION, number).prompt for number in numbers]
         start = noise(numbers, self.settings.frames)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), generation(steps, streams=1):
+        with _rounded(autocast), generation(steps, streams=1):
             return sample(run, prompts, start, steps=steps, guidance=GUIDANCE)
 
     def compiled(self, options: Mapping[str, Any], **others: Any) -> Velocity:
@@ -497,7 +499,7 @@ class Bench:
         dense, sparse = caller(self.model), caller(run)
 
         def lowered() -> object:
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            with _rounded(autocast):
                 return sparse()
 
         with torch.no_grad(), generation(ROUNDS + 1, streams=1):
@@ -518,6 +520,16 @@ def _methods(
     kind = METHODS[options["method"]]
     method = kind(reference_frames=options["reference_frames"]) if kind is Tile else None
     return [(site, method) for site in dict.fromkeys(measured.site for measured in found)]
+
+
+@contextmanager
+def _rounded(products: bool) -> Iterator[None]:
+    """Inside, products of matrices are in bfloat16, where asked for."""
+    if products:
+        with bfloat16_products(), torch.autocast("cpu", torch.bfloat16):
+            yield
+    else:
+        yield
 
 
 def _each_anew(model: Velocity) -> Velocity:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsify_compiler.errors import unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.virtual_keys import VirtualKeys, virtual_keys
+from sparsify_compiler.kernels.virtual_keys import FarBlocks, VirtualKeys, virtual_keys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -44,6 +44,7 @@ def attention_with_far_field(
     *,
     far_field: str,
     min_gain: float | None = None,
+    far_blocks: FarBlocks | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
     provider: str = "auto",
@@ -55,6 +56,8 @@ def attention_with_far_field(
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
         min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
+        far_blocks: of a table of single keys, the blocks that answer for those a row does not list. None: the
+            blocks of the table do.
         sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
             table. A head does without the first order of `linear`, or without a far field, where that raises
             their summed squared error. 0: no guard, no recall.
@@ -68,6 +71,10 @@ def attention_with_far_field(
     if min_gain is not None and (far_field != "linear" or not min_gain >= 0):
         raise ValueError(
             f"min_gain must be at least 0, with far_field='linear', got {min_gain} and {far_field!r}"
+        )
+    if far_blocks is not None and (far_field == "drop" or min_gain is not None):
+        raise ValueError(
+            f"far_blocks are for a far field, without min_gain, got {far_field!r} and min_gain={min_gain}"
         )
     if sampled_rows < 0:
         raise ValueError(f"sampled_rows must be 0 or more, got {sampled_rows}")
@@ -100,6 +107,7 @@ def attention_with_far_field(
             table,
             linear=far_field == "linear",
             min_gain=min_gain,
+            blocks=far_blocks,
             key_bias=key_bias,
             scale=scale,
             provider=provider,
@@ -164,8 +172,9 @@ def _guard(
     near, near_lse = attention.block_sparse_attention(
         rows, key, value, table, key_bias=key_bias, scale=scale, provider=provider
     )
+    others = complement(table) if far.table is None else sample.rows_of(far.table)
     far_rows = attention.block_sparse_attention(
-        rows, far.key, far.value, complement(table), key_bias=far.bias, scale=scale, provider=provider
+        rows, far.key, far.value, others, key_bias=far.bias, scale=scale, provider=provider
     )
 
     def error(matrices: Tensor | None, limits: Tensor | None) -> Tensor:

@@ -29,10 +29,14 @@ def near_and_far(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the keys that `table` lists and of the virtual keys of the others, merged.
 
-    One op where nobody asks for gradients; else near field, far field and `merge_far_field`, which have them.
+    One op where nobody asks for gradients and the blocks are the table's; else near field, far field and
+    `merge_far_field`.
     """
-    tensors = (query, key, value, *far)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    *virtual, far_table = far
+    tensors = (query, key, value, *virtual)
+    if far_table is not None or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ):
 
         def attend(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, *rest: Any) -> Any:
             return torch.ops.sparsify.block_sparse_attention(
@@ -44,7 +48,7 @@ def near_and_far(
 
         return in_parts(attend, merge, query, key, value, table, far, key_bias, scale)
     return torch.ops.sparsify.near_and_far(
-        query, key, value, *table.tensors().values(), key_bias, *far, scale, provider
+        query, key, value, *table.tensors().values(), key_bias, *virtual, scale, provider
     )
 
 
@@ -61,7 +65,7 @@ def in_parts(
 ) -> tuple[Tensor, Tensor]:
     """`near_and_far` as it is defined: near field, far field, merge, by a provider's functions for these."""
     near = attend(query, key, value, table, key_bias, scale)
-    others = attend(query, far.key, far.value, complement(table), far.bias, scale)
+    others = attend(query, far.key, far.value, far.table or complement(table), far.bias, scale)
     return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 

@@ -19,8 +19,14 @@ What is best read is not what holds most mass: a block of like keys, or like val
 however much attention it gets. `min_gain` reads, beside what the table lists, the blocks that `linear` does badly:
 the second order, which it leaves out, is about P_ij s² E q²·var_j of how far values of j lie from the output, where
 P_ij is the share of block j in the attention of query block i (`gains`).
+
+A table of single keys has no blocks to stand for what it skips, so it comes with coarser ones (`FarBlocks`). Row i
+may then read some keys of block j and leave m_ij of n_j unread. These answer as the block does, but with the weight
+of m_ij keys: score + log m_ij - log n_j. To take out of the means what is read would need sums over the keys of
+every row.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,8 +39,21 @@ MOST_SECOND_ORDER = 0.5
 """Of a score: beyond it the third order is no smaller."""
 
 
+class FarBlocks(NamedTuple):
+    """Blocks of keys that answer for those of their keys which a row does not read; shared by batch and heads."""
+
+    order: Tensor
+    """[1, 1, S] int32, as `BlockTable.kv_order`."""
+    bounds: Tensor
+    """[1, 1, N+1] int32, as `BlockTable.kv_bounds`."""
+    keys: Tensor
+    """[B|1, H|1, N] int32, how many keys of each can be seen."""
+    left: Tensor
+    """[B, H, Nq, N] int32, how many of these each query block does not read."""
+
+
 class VirtualKeys(NamedTuple):
-    """The blocks of keys, each as one virtual key."""
+    """The blocks of keys, each as one virtual key, or with `FarBlocks` as one for each number of keys left."""
 
     key: Tensor
     """[B, G, N, D] in the dtype of the queries, G dividing their heads."""
@@ -46,6 +65,8 @@ class VirtualKeys(NamedTuple):
     """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
     limits: Tensor | None
     """Of s q M, [B, H, Nq, Dv]."""
+    table: BlockTable | None = None
+    """Which of them each query block reads; None: those of the blocks of keys that it does not."""
 
 
 def virtual_keys(
@@ -56,17 +77,20 @@ def virtual_keys(
     *,
     linear: bool,
     min_gain: float | None = None,
+    blocks: FarBlocks | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
 ) -> tuple[BlockTable, VirtualKeys, Tensor | None]:
-    """The table, with what `min_gain` adds to it; what answers for the blocks that a row of it does not list; and
-    with `min_gain` the attention mass that queries are estimated to read, [B, H].
+    """The table, with what `min_gain` adds to it; what answers for the keys that a row of it does not list, by
+    blocks of the table or by `blocks`; and with `min_gain` the attention mass that queries are estimated to read,
+    [B, H].
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
+    bounds, order = (table.kv_bounds, table.kv_order) if blocks is None else (blocks.bounds, blocks.order)
     log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
-        key, value, table.kv_bounds, table.kv_order, key_bias, covariance=linear, provider=provider
+        key, value, bounds, order, key_bias, covariance=linear, provider=provider
     )
     bias = _of_heads(log_weight, query.shape[1])
     matrices = limits = kept = None
@@ -79,7 +103,10 @@ def virtual_keys(
         second_order = scale**2 / 2 * _per_query_block(mean_of_all, key_variance.mT)[:, :, 0]
         bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
         scores = scale * _per_query_block(mean_query, key_mean.mT) + bias.detach()[:, :, None]
-        listed = table.block_mask()
+        if blocks is not None:
+            scores = scores + (blocks.left / blocks.keys.clamp(min=1)[:, :, None]).log()
+        else:
+            listed = table.block_mask()
         if min_gain is not None:
             with torch.no_grad():
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
@@ -89,14 +116,37 @@ def virtual_keys(
                 kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
                     query.shape[2], 1
                 )
-        shares = _shares(scores.masked_fill(listed, -torch.inf))
+        shares = _shares(scores if blocks is not None else scores.masked_fill(listed, -torch.inf))
         # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
         narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
         matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
         # Not 0, where a square root has no gradient.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
-    return table, VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits), kept
+    far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
+    return table, far if blocks is None else _for_each_number(far, table, blocks), kept
+
+
+def _for_each_number(far: VirtualKeys, table: BlockTable, blocks: FarBlocks) -> VirtualKeys:
+    """A virtual key for every number of keys, from 1 on, that a block may stand for: there are as many as keys."""
+    first = blocks.bounds[..., :-1]
+    tokens = torch.arange(blocks.order.shape[-1] + 1, dtype=torch.int32, device=first.device)
+    block = torch.repeat_interleave(blocks.bounds[0, 0].diff(), output_size=len(tokens) - 1)
+    number = tokens[1:] - first[0, 0][block]
+    of_one = far.bias - blocks.keys.clamp(min=1).log()
+    listed = table.listing(blocks.left > 0)
+    column = (first[:, :, None] + blocks.left - 1).clamp(min=0)
+    return far._replace(
+        key=far.key[:, :, block],
+        value=far.value[:, :, block],
+        bias=of_one[..., block] + number.log(),
+        table=replace(
+            listed,
+            kv_indices=column.gather(-1, listed.kv_indices.long()),
+            kv_bounds=tokens[None, None],
+            kv_order=None,
+        ),
+    )
 
 
 def gains(

@@ -16,13 +16,24 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.methods import predictor
-from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_share
+from sparsify_compiler.methods.grid import Cube, check_cube, cube_of_token, cut, middle_of_token
+from sparsify_compiler.methods.selection import (
+    Blocks,
+    Memory,
+    Selection,
+    Tokens,
+    check_count,
+    check_share,
+    key_counts,
+)
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -40,6 +51,8 @@ OBSERVED = ("learnt", "loss", "profiled", "critical")
 `missed` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
 CHOSEN_BY = ("all", "middle")
 """The queries of a group that may choose its keys; the first where neither an option nor a file says otherwise."""
+FAR_CUBE: Cube = (4, 4, 2)
+"""Of keys that answer together for those of them that are not read."""
 
 
 class Choice(NamedTuple):
@@ -76,7 +89,7 @@ class Dsv:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
-    far_fields: ClassVar[tuple[str, ...]] = ("drop",)
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
@@ -150,8 +163,9 @@ class Dsv:
         return replace(self, query_group=choice.group, kv_budget=choice.most)
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32, and who chooses for them: the
-        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin."""
+        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; who chooses for them: the
+        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin; and of the
+        far field's cubes of keys order, bounds, and as [V] int64 the one that each token lies in."""
         assert layout.grid is not None
         group = self.groups[0]
         order, bounds = cut(layout.grid, group)
@@ -160,7 +174,13 @@ class Dsv:
             chosen_by = {"voters": voters, "voter_bounds": begins}
         else:
             chosen_by = {"voters": middle_of_token(layout.grid, group)[voters[begins[:-1].long()]]}
-        return {"q_order": order, "q_bounds": bounds} | chosen_by
+        far_order, far_bounds = cut(layout.grid, FAR_CUBE)
+        far = {
+            "far_order": far_order,
+            "far_bounds": far_bounds,
+            "far_cube": cube_of_token(layout.grid, FAR_CUBE),
+        }
+        return {"q_order": order, "q_bounds": bounds} | chosen_by | far
 
     def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is forgotten with a video."""
@@ -253,6 +273,9 @@ class Dsv:
         voters: Tensor,
         weights: Tensor,
         shares: Tensor,
+        far_order: Tensor,
+        far_bounds: Tensor,
+        far_cube: Tensor,
         voter_bounds: Tensor | None = None,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """What this call reads. A head whose share is 1 reads everything, as one block."""
@@ -275,7 +298,10 @@ class Dsv:
         )
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        return Selection(table, kept, whole=False), ()
+        far = None
+        if tokens.far_field != "drop":
+            far = unread(tokens, Blocks(far_order, far_bounds), far_cube, counts, indices, is_dense)
+        return Selection(table, kept, whole=False, far_blocks=far), ()
 
     def budget_share(self, video: int) -> float:
         """`kv_budget` as a share of the video's keys."""
@@ -294,6 +320,28 @@ def most_share(most: float) -> float:
     return 2.0 ** math.ceil(math.log2(most)) if most > 0 else 2.0**-20
 
 
+def unread(
+    tokens: Tokens, cubes: Blocks, cube_of: Tensor, counts: Tensor, indices: Tensor, is_dense: Tensor
+) -> FarBlocks:
+    """What groups of video queries leave of each cube of video keys; nothing of the tokens before and after it.
+
+    Args:
+        cube_of: [V] int64, the cube of each video key.
+        counts, indices, is_dense: as for `single_key_table`.
+    """
+    layout, heads = tokens.layout, counts.shape[1]
+    seen = key_counts(tokens, cubes)
+    if seen.shape[1] > 1:
+        seen = seen.repeat_interleave(heads // seen.shape[1], 1)
+    columns = torch.arange(indices.shape[-1], dtype=torch.int32, device=indices.device)
+    used = (columns < counts[..., None]).int()
+    read = used.new_zeros(*counts.shape, seen.shape[-1]).scatter_add_(-1, cube_of[indices.long()], used)
+    left = (seen[:, :, None] - read).clamp(min=0).masked_fill(is_dense[None, :, None, None], 0)
+    others = int(layout.before > 0), int(layout.after > 0)
+    order, bounds = cubes.among(layout, heads)
+    return FarBlocks(order, bounds, keys=pad(seen, others, value=1), left=pad(left, others))
+
+
 def single_key_table(
     layout: TokenLayout, q_order: Tensor, q_bounds: Tensor, counts: Tensor, indices: Tensor, is_dense: Tensor
 ) -> BlockTable:
@@ -307,8 +355,7 @@ def single_key_table(
     before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
     last = tokens - layout.after
     edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
-    bounds = torch.nn.functional.pad(edges, (before, 0), value=0)
-    bounds = torch.nn.functional.pad(bounds, (0, after), value=tokens)
+    bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens)
     whole = torch.full_like(bounds, tokens)
     whole[0] = 0
     others = [torch.full_like(indices[..., :1], 0)] * before

@@ -13,6 +13,7 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import top_p_blocks
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -30,6 +31,8 @@ class Tokens:
     provider: str
     key_bias: Tensor | None = None
     """[B|1, H|1, S] added to the scaled scores; -inf hides a key."""
+    far_field: str = "drop"
+    """What becomes of the keys that are not read."""
 
     def video(self) -> tuple[Tensor, Tensor]:
         """The query and key of the video tokens alone."""
@@ -56,6 +59,8 @@ class Selection(NamedTuple):
     """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
     min_gain: float | None = None
     """With the linear far field: what else is worth reading (`kernels.virtual_keys.gains`)."""
+    far_blocks: FarBlocks | None = None
+    """With a far field, where the table reads single keys: the blocks that answer for the others."""
 
 
 class Blocks(NamedTuple):

@@ -158,10 +158,10 @@ class _Work:
         operands, memory = self._sort(query, inputs)
         kept = query.new_full((1, 1, 1), torch.nan)
         learnt: tuple[Tensor, ...] = ()
-        whole, min_gain = True, None
+        whole, min_gain, far_blocks = True, None, None
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole, min_gain), learnt = method.select(
+                (table, kept, whole, min_gain, far_blocks), learnt = method.select(
                     self._tokens(query, key, key_bias), memory, **operands
                 )
         else:
@@ -175,6 +175,7 @@ class _Work:
             table,
             far_field=plan.far_field,
             min_gain=min_gain,
+            far_blocks=far_blocks,
             key_bias=key_bias,
             scale=plan.site.scale,
             provider=plan.provider,
@@ -226,6 +227,7 @@ class _Work:
             scale=plan.site.scale,
             provider=plan.provider,
             key_bias=None if key_bias is None else key_bias.detach(),
+            far_field=plan.far_field,
         )
 
     def _sort(self, query: Tensor, inputs: list[Tensor | None]) -> tuple[dict[str, Any], Memory]:

@@ -71,10 +71,16 @@ def far_field_attention(
     table: BlockTable,
     far_field: str,
     *,
+    cubes: list[list[int]] | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) in float64 of near keys and approximated blocks, query by query from the formulas; no guard."""
+    """(out, lse) in float64 of near keys and approximated blocks, query by query from the formulas; no guard.
+
+    Args:
+        cubes: tokens of the blocks of keys that answer for those of them which a row does not read; None: the
+            blocks of the table do.
+    """
     q, k, v = query.double(), key.double(), value.double()
     batch, heads, q_tokens, head_dim = q.shape
     s = head_dim**-0.5 if scale is None else scale
@@ -86,17 +92,25 @@ def far_field_attention(
         keys, values = k[b, kv_head], v[b, kv_head]
         rows, columns, listed = _blocks_of(table, b, h, q_tokens, k.shape[2])
         bias, columns, groups = _groups(keys, values, columns, key_bias, b, h)
+        blocks = columns
+        if cubes is not None:
+            _, blocks, groups = _groups(keys, values, cubes, key_bias, b, h)
         for row, near in zip(rows, listed, strict=True):
-            far = [j for j in groups if j not in near]
             near_tokens = [t for j in near for t in columns[j]]
+            left = {j: [t for t in blocks[j] if t not in near_tokens] for j in groups}
+            far = [j for j in groups if left[j]]
+            weight = {j: math.log(len(left[j]) / len(blocks[j])) for j in far}
 
             def far_scores(
-                x: Tensor, far: list[int] = far, groups: dict[int, Any] = groups, square: Tensor = square
+                x: Tensor,
+                weight: dict[int, float] = weight,
+                groups: dict[int, Any] = groups,
+                square: Tensor = square,
             ) -> Tensor:
                 scores = []
-                for j in far:
+                for j, share in weight.items():
                     log_weight, mean, _, variance, _, _ = groups[j]
-                    score = s * x.dot(mean) + log_weight
+                    score = s * x.dot(mean) + log_weight + share
                     if far_field == "linear":
                         score = score + (s * s / 2 * square.dot(variance)).clamp(max=0.5).detach()
                     scores.append(score)

@@ -7,6 +7,7 @@ random tokens. Between and beyond the two the cost is taken to grow by the densi
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.kernels import attention
-from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.dsv import Dsv, single_key_table
+from sparsify_compiler.kernels.far_field import attention_with_far_field
+from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.grid import Cube
-from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.site import GUARD_ROWS
 from sparsify_compiler.timing import timed
 
 
@@ -37,15 +39,16 @@ DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
 """Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
 REPEATS = 3
+NOTHING = Memory(torch.tensor(False), ())
+"""`dsv` remembers nothing."""
 
 
-def measured_cost(
-    site: AttentionSite, layout: TokenLayout, method: Dsv, group: Cube, rank: int, provider: str
-) -> Cost:
-    """Of forward and backward, with selection, where queries choose their keys by groups.
+def measured_cost(plan: AttentionPlan, method: Dsv, group: Cube, rank: int) -> Cost:
+    """Of forward and backward, with selection and far field, where queries choose their keys by groups.
 
     The first call for a shape takes a few dense attentions' time.
     """
+    site, layout = plan.site, plan.layout
     return _measure(
         layout.grid or (1, 1, layout.video_tokens),
         group,
@@ -55,7 +58,8 @@ def measured_cost(
         site.head_dim,
         site.dtype,
         site.device,
-        provider,
+        plan.far_field,
+        plan.provider,
         torch.get_num_threads(),
     )
 
@@ -70,6 +74,7 @@ def _measure(
     head_dim: int,
     dtype: str,
     device: str,
+    far_field: str,
     provider: str,
     threads: int,
 ) -> Cost:
@@ -82,26 +87,33 @@ def _measure(
     ]
     query, key, value = inputs
     layout = TokenLayout(tokens=tokens, grid=grid)
+    seen = Tokens(
+        query=query.detach(),
+        key=key.detach(),
+        layout=layout,
+        scale=head_dim**-0.5,
+        provider=provider,
+        far_field=far_field,
+    )
+    weights = torch.randn(head_dim, rank, generator=generator).expand(2 * heads, -1, -1).to(device)
+
     method = Dsv(query_group=group, chosen_by=chosen_by)
     constants = {name: tensor.to(device) for name, tensor in method.constants(layout).items()}
-    order, bounds, voters = (constants[name] for name in ("q_order", "q_bounds", "voters"))
-    weights = torch.randn(head_dim, rank, generator=generator).to(device)
 
     def sparse(density: float) -> Tensor:
-        keys = max(1, round(density * tokens))
+        budgeted, shares = replace(method, kv_budget=density), torch.full((heads,), density, device=device)
         with torch.no_grad():
-            budget = torch.full((1, heads), keys, dtype=torch.int32, device=device)
-            counts, indices = top_k_keys(
-                query[:, :, voters].float() @ weights,
-                key.float() @ weights,
-                budget,
-                width=1 << (keys - 1).bit_length(),
-                q_bounds=constants.get("voter_bounds"),
-                provider=provider,
-            )
-            is_dense = torch.zeros(heads, dtype=torch.bool, device=device)
-            table = single_key_table(layout, order, bounds, counts, indices, is_dense)
-        return attention.block_sparse_attention(query, key, value, table, provider=provider)[0]
+            chosen, _ = budgeted.select(seen, NOTHING, weights=weights, shares=shares, **constants)
+        return attention_with_far_field(
+            query,
+            key,
+            value,
+            chosen.table,
+            far_field=far_field,
+            far_blocks=chosen.far_blocks,
+            provider=provider,
+            sampled_rows=0 if far_field == "drop" else GUARD_ROWS,
+        )[0]
 
     dense_time = _time(lambda: scaled_dot_product_attention(query, key, value), inputs)
     low, high = (_time(functools.partial(sparse, density), inputs) for density in DENSITIES)

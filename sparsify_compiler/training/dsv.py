@@ -403,9 +403,7 @@ class DSVTrainer:
         """Of a group, the same on all ranks."""
         if self.break_even is not None:
             return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
-        plan = site.plan
-        rank = site.weights.shape[-1]
-        measured = measured_cost(plan.site, plan.layout, site.method, group, rank, plan.provider)
+        measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])
         return Cost(*_mean(torch.tensor(measured)).tolist())
 
 

@@ -1,5 +1,6 @@
 """The far field over any table, against its formulas token by token, and what it promises."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sparsify_compiler.kernels.far_field import (
 )
 from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
 from sparsify_compiler.kernels.providers import load
-from sparsify_compiler.kernels.virtual_keys import virtual_keys
+from sparsify_compiler.kernels.virtual_keys import FarBlocks, virtual_keys
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
@@ -92,6 +93,83 @@ def test_equals_the_formulas(provider, problem, far_field):
         torch.testing.assert_close(one.double(), like, rtol=tolerance, atol=tolerance)
     assert got[0].transpose(1, 2).is_contiguous()
     assert got[2].recall.isnan().all()
+
+
+@st.composite
+def partly_read(draw: st.DrawFn):
+    """(query, key, value, table of single keys, bias, cubes of keys, `FarBlocks`): any choice, keys hidden too."""
+    batch, heads, kv_heads, tokens = 2, 4, draw(st.sampled_from([1, 4])), draw(st.sampled_from([12, 21]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    q_sizes = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)))
+    hidden = torch.rand(batch, 1, tokens, generator=g) < draw(st.sampled_from([0.0, 0.3]))
+    bias = torch.zeros(batch, 1, tokens).masked_fill(hidden, -torch.inf) if hidden.any() else None
+    share = torch.rand(batch, heads, len(q_sizes), 1, generator=g) * draw(st.sampled_from([0.0, 0.6, 1.6]))
+    read = (torch.rand(batch, heads, len(q_sizes), tokens, generator=g) < share) & ~hidden[:, :, None]
+    table = BlockTable.from_block_mask(read, q_sizes[None, None], torch.ones(1, 1, tokens))
+    edges = sorted({0, tokens, *draw(st.lists(st.integers(0, tokens), max_size=3))})
+    order = torch.randperm(tokens, generator=g)
+    cubes = [order[x:y].tolist() for x, y in itertools.pairwise(edges)]
+    blocks = FarBlocks(
+        order[None, None].int(),
+        torch.tensor(edges)[None, None].int(),
+        keys=torch.stack([(~hidden[:, :, cube]).sum(-1).int() for cube in cubes], -1),
+        left=torch.stack([(~hidden[:, :, None] & ~read)[..., cube].sum(-1).int() for cube in cubes], -1),
+    )
+    tensors = qkv(batch, heads, kv_heads, int(q_sizes.sum()), tokens, 16, 8, dtype)
+    return *tensors, table, bias, cubes, blocks
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@given(problem=partly_read(), far_field=st.sampled_from(["mean", "linear"]))
+@settings(max_examples=EXAMPLES)
+def test_blocks_answer_for_as_many_keys_as_are_left_of_them(provider, problem, far_field):
+    query, key, value, table, bias, cubes, blocks = problem
+    exact = oracles.far_field_attention(query, key, value, table, far_field, cubes=cubes, key_bias=bias)
+    options = {"far_field": far_field, "key_bias": bias, "provider": provider, "sampled_rows": 0}
+    got = attention_with_far_field(query, key, value, table, far_blocks=blocks, **options)
+    tolerance = TOLERANCE[query.dtype]
+    for one, like in zip(got[:2], exact, strict=True):
+        torch.testing.assert_close(one.double(), like, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("far_field", ["mean", "linear"])
+def test_gradients_flow_to_the_keys_that_are_left(provider, far_field):
+    """Of the formulas, by autograd in float64; and the guard takes rows of both tables."""
+    query, key, value = (t.requires_grad_() for t in qkv(1, 2, 2, 12, 12, 16, 16, torch.float32))
+    read = torch.rand(1, 2, 3, 12, generator=torch.Generator().manual_seed(0)) < 0.4
+    table = BlockTable.from_block_mask(read, torch.full((1, 1, 3), 4), torch.ones(1, 1, 12))
+    cubes = [[0, 3, 4, 7, 11], [1, 2, 5, 6, 8, 9, 10]]
+    blocks = FarBlocks(
+        torch.tensor(cubes[0] + cubes[1])[None, None].int(),
+        torch.tensor([[[0, 5, 12]]], dtype=torch.int32),
+        keys=torch.tensor([[[5, 7]]], dtype=torch.int32),
+        left=torch.stack([(~read)[..., cube].sum(-1).int() for cube in cubes], -1),
+    )
+    out, lse, report = attention_with_far_field(
+        query, key, value, table, far_field=far_field, far_blocks=blocks, provider=provider, sampled_rows=12
+    )
+    assert (report.gate == 1).all()
+    # The guard may leave the first order out of a head: the formulas have it in all or none.
+    exact, exact_lse = oracles.far_field_attention(query, key, value, table, "mean", cubes=cubes)
+    if far_field == "linear":
+        out, lse, _ = attention_with_far_field(
+            query,
+            key,
+            value,
+            table,
+            far_field=far_field,
+            far_blocks=blocks,
+            provider=provider,
+            sampled_rows=0,
+        )
+        exact, exact_lse = oracles.far_field_attention(query, key, value, table, "linear", cubes=cubes)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad((out * weights).sum() + lse.sum(), (query, key, value))
+    expected = torch.autograd.grad((exact * weights).sum() + exact_lse.sum(), (query, key, value))
+    for one, like in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), like.double(), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("far_field", FAR_FIELDS)

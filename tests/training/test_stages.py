@@ -173,9 +173,12 @@ def test_the_predictor_learns_and_stage_2_begins_by_its_loss():
     assert ((torch.cat(shares) > 0) & (torch.cat(shares) <= 1)).all()
 
 
-def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("far_field", ["drop", "linear"])
+def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(
+    far_field: str, tmp_path: Path
+) -> None:
     model, inputs = made()
-    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
+    fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"far_field": far_field})
     dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
     for _ in range(4):
         step(fast, inputs)
@@ -189,7 +192,12 @@ def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(tmp_
     dsv.save_predictor(path)
     other = CASES["wan"].make(GRID, 1)[0]
     other.load_state_dict(model.state_dict())
-    options = {"method": "dsv", "predictor": str(path), "inner_backend": "eager"}
+    options = {
+        "method": "dsv",
+        "predictor": str(path),
+        "inner_backend": "eager",
+        "far_field": far_field,
+    }
     loaded = torch.compile(other.eval(), backend="sparsify", options=options)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs, return_dict=False)[0], trained, atol=1e-5, rtol=0)
@@ -216,7 +224,9 @@ def test_joint_attention_and_masks(family: str) -> None:
     assert dsv.stage == 2
     torch.testing.assert_close(whole(**inputs, return_dict=False)[0], eager, atol=2e-5, rtol=0)
     model, inputs = made(family, batch=2)
-    fewer = torch.compile(model, backend="sparsify", options=OPTIONS | {"kv_budget": 40})
+    fewer = torch.compile(
+        model, backend="sparsify", options=OPTIONS | {"kv_budget": 40, "far_field": "linear"}
+    )
     dsv = DSVTrainer(fewer, threshold=10.0, profile_every=(1, 1), break_even=1.0)
     for _ in range(3):
         step(fewer, inputs)
