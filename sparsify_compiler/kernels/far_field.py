@@ -100,7 +100,7 @@ def attention_with_far_field(
                     )
                     report = report._replace(recall=_recall(sample.take(lse), exact_lse))
             return out, lse, report
-        table, far, kept = virtual_keys(
+        table, far, others, kept = virtual_keys(
             query,
             key,
             value,
@@ -115,10 +115,12 @@ def attention_with_far_field(
         gate, recall = torch.ones_like(nothing), nothing
         if sample is not None:
             with torch.no_grad():
-                far, gate, recall = _guard(sample, query, key, value, table, far, key_bias, scale, provider)
+                far, gate, recall = _guard(
+                    sample, query, key, value, table, far, others, key_bias, scale, provider
+                )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
         out, lse = near_and_far(
-            query, key, value, table, far, key_bias=key_bias, scale=scale, provider=provider
+            query, key, value, table, far, others=others, key_bias=key_bias, scale=scale, provider=provider
         )
     return out, lse, report
 
@@ -162,6 +164,7 @@ def _guard(
     value: Tensor,
     table: BlockTable,
     far: VirtualKeys,
+    others: BlockTable | None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
@@ -172,7 +175,7 @@ def _guard(
     near, near_lse = attention.block_sparse_attention(
         rows, key, value, table, key_bias=key_bias, scale=scale, provider=provider
     )
-    others = complement(table) if far.table is None else sample.rows_of(far.table)
+    others = complement(table) if others is None else sample.rows_of(others)
     far_rows = attention.block_sparse_attention(
         rows, far.key, far.value, others, key_bias=far.bias, scale=scale, provider=provider
     )

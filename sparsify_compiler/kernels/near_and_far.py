@@ -23,6 +23,7 @@ def near_and_far(
     table: BlockTable,
     far: VirtualKeys,
     *,
+    others: BlockTable | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
@@ -32,9 +33,8 @@ def near_and_far(
     One op where nobody asks for gradients and the blocks are the table's; else near field, far field and
     `merge_far_field`.
     """
-    *virtual, far_table = far
-    tensors = (query, key, value, *virtual)
-    if far_table is not None or (
+    tensors = (query, key, value, *far)
+    if others is not None or (
         torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     ):
 
@@ -46,9 +46,9 @@ def near_and_far(
         def merge(*arguments: Any) -> Any:
             return torch.ops.sparsify.merge_far_field(*arguments, provider)
 
-        return in_parts(attend, merge, query, key, value, table, far, key_bias, scale)
+        return in_parts(attend, merge, query, key, value, table, far, key_bias, scale, others)
     return torch.ops.sparsify.near_and_far(
-        query, key, value, *table.tensors().values(), key_bias, *virtual, scale, provider
+        query, key, value, *table.tensors().values(), key_bias, *far, scale, provider
     )
 
 
@@ -62,11 +62,12 @@ def in_parts(
     far: VirtualKeys,
     key_bias: Tensor | None,
     scale: float,
+    others: BlockTable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`near_and_far` as it is defined: near field, far field, merge, by a provider's functions for these."""
     near = attend(query, key, value, table, key_bias, scale)
-    others = attend(query, far.key, far.value, far.table or complement(table), far.bias, scale)
-    return merge(query, *near, *others, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
+    rest = attend(query, far.key, far.value, others or complement(table), far.bias, scale)
+    return merge(query, *near, *rest, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
 @torch.library.custom_op("sparsify::near_and_far", mutates_args=())

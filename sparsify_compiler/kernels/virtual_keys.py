@@ -65,8 +65,6 @@ class VirtualKeys(NamedTuple):
     """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
     limits: Tensor | None
     """Of s q M, [B, H, Nq, Dv]."""
-    table: BlockTable | None = None
-    """Which of them each query block reads; None: those of the blocks of keys that it does not."""
 
 
 def virtual_keys(
@@ -81,10 +79,14 @@ def virtual_keys(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[BlockTable, VirtualKeys, Tensor | None]:
-    """The table, with what `min_gain` adds to it; what answers for the keys that a row of it does not list, by
-    blocks of the table or by `blocks`; and with `min_gain` the attention mass that queries are estimated to read,
-    [B, H].
+) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None]:
+    """What answers for the keys that a row of a table does not list: the table's own blocks, or `blocks`.
+
+    Returns:
+        table: with what `min_gain` adds to it.
+        far: the virtual keys.
+        others: which of these each row reads; None, where they are the table's blocks: those it does not list.
+        kept: with `min_gain` the attention mass that queries are estimated to read, [B, H].
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -124,11 +126,16 @@ def virtual_keys(
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
-    return table, far if blocks is None else _for_each_number(far, table, blocks), kept
+    if blocks is None:
+        return table, far, None, kept
+    return table, *_for_each_number(far, table, blocks), kept
 
 
-def _for_each_number(far: VirtualKeys, table: BlockTable, blocks: FarBlocks) -> VirtualKeys:
-    """A virtual key for every number of keys, from 1 on, that a block may stand for: there are as many as keys."""
+def _for_each_number(
+    far: VirtualKeys, table: BlockTable, blocks: FarBlocks
+) -> tuple[VirtualKeys, BlockTable]:
+    """A virtual key for every number of keys, from 1 on, that a block may stand for, as many as there are keys; and
+    which of them each query block of `table` reads."""
     first = blocks.bounds[..., :-1]
     tokens = torch.arange(blocks.order.shape[-1] + 1, dtype=torch.int32, device=first.device)
     block = torch.repeat_interleave(blocks.bounds[0, 0].diff(), output_size=len(tokens) - 1)
@@ -136,17 +143,13 @@ def _for_each_number(far: VirtualKeys, table: BlockTable, blocks: FarBlocks) -> 
     of_one = far.bias - blocks.keys.clamp(min=1).log()
     listed = table.listing(blocks.left > 0)
     column = (first[:, :, None] + blocks.left - 1).clamp(min=0)
-    return far._replace(
+    far = far._replace(
         key=far.key[:, :, block],
         value=far.value[:, :, block],
         bias=of_one[..., block] + number.log(),
-        table=replace(
-            listed,
-            kv_indices=column.gather(-1, listed.kv_indices.long()),
-            kv_bounds=tokens[None, None],
-            kv_order=None,
-        ),
     )
+    indices = column.gather(-1, listed.kv_indices.long())
+    return far, replace(listed, kv_indices=indices, kv_bounds=tokens[None, None], kv_order=None)
 
 
 def gains(

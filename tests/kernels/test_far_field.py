@@ -289,7 +289,7 @@ def test_what_is_worth_reading_is_read(provider, problem, min_gain):
     options: dict[str, Any] = {"key_bias": bias, "scale": 0.4, "provider": provider}
     exact, attention_of_blocks = oracles.gains(query, key, value, table, bias, 0.4)
     listed = table.block_mask().expand(exact.shape)
-    got, far, kept = virtual_keys(query, key, value, table, linear=True, min_gain=min_gain, **options)
+    got, far, _, kept = virtual_keys(query, key, value, table, linear=True, min_gain=min_gain, **options)
     read = got.block_mask()
     slack = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(query.dtype, 1e-4)
     clear = (exact - min_gain).abs() > slack * exact.max().clamp(min=1e-3)
@@ -400,7 +400,7 @@ def test_opcheck_with_strided_views(provider, grad):
 @pytest.mark.parametrize("linear", [False, True])
 def test_opcheck_of_both_fields(provider, linear):
     tensors, table = qkv(2, 4, 2, 40, 40, 24, 16, torch.float32), some_table()
-    _, far, _ = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
+    _, far, *_ = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
     arguments = (*tensors, *table.tensors().values(), None, *far, 0.3, provider)
     torch.library.opcheck(torch.ops.sparsify.near_and_far.default, arguments)
 
@@ -418,7 +418,7 @@ def test_both_fields_at_once_are_both_merged(provider, dtype, head_dims, queries
     blocks[1] = False  # nothing is near
     table = uniform_table(blocks, queries, 5, kv_order=torch.randperm(keys).int()[None, None])
     options = {"key_bias": torch.randn(1, 4, keys), "scale": head_dims[0] ** -0.5, "provider": provider}
-    _, far, _ = virtual_keys(query, key, value, table, linear=True, **options)
+    _, far, *_ = virtual_keys(query, key, value, table, linear=True, **options)
     bias = far.bias.clone()
     bias[:, 1] = -torch.inf
     far = far._replace(bias=bias)
@@ -504,10 +504,10 @@ def test_only_linear_has_matrices():
     """Those of a query head each, from statistics of a key head each."""
     tensors = qkv(1, 4, 2, 40, 40, 16, 24, torch.float32)
     options: dict[str, Any] = {"key_bias": None, "scale": 0.25, "provider": "reference"}
-    _, far, _ = virtual_keys(*tensors, some_table(), linear=True, **options)
+    _, far, *_ = virtual_keys(*tensors, some_table(), linear=True, **options)
     assert far.matrices.shape == (1, 4, 4, 16, 24)
     assert far.limits.shape == (1, 4, 4, 24)
-    _, far, _ = virtual_keys(*tensors, some_table(), linear=False, **options)
+    _, far, *_ = virtual_keys(*tensors, some_table(), linear=False, **options)
     assert far.matrices is far.limits is None
 
 
