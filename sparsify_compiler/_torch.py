@@ -33,8 +33,8 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
 def multiplies_bfloat16() -> bool:
     """Whether this CPU's products of bfloat16 matrices are as fast as those of float32, at least.
 
-    PyTorch hands them to oneDNN where the CPU has AVX-512 or the like. Elsewhere they run in a plain loop, and take
-    fifty times as long.
+    PyTorch hands them to oneDNN where the CPU has AVX-512 or bfloat16 instructions. Elsewhere they run in a plain
+    loop, and take fifty times as long.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -3,7 +3,7 @@
 The same held-out prompts and noises are generated dense and with every configuration: what differs is the
 attention alone. Methods are compared at matched densities: `tile` by the number of reference frames that comes
 nearest, `svg2` and `cubes` by the `top_p` or, with the linear far field, the `min_gain` that short generations of
-another prompt find, `dsv` by its budget.
+another prompt find, `keys` and `dsv` by their budget.
 Densities are of the steps that run sparse; the first ones, `dense_steps`, are dense for all.
 
 A run is a folder: `quality.json`, to which a row is added as soon as it is finished, so that the same command goes
@@ -157,6 +157,15 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
                 )
                 for far_field in FAR_FIELDS
             ]
+        found += [
+            Configuration(
+                name=f"keys {density:g} {far_field}",
+                line=f"keys {far_field}",
+                target=density,
+                options={"method": "keys", "kv_budget": float(density), "far_field": far_field},
+            )
+            for far_field in FAR_FIELDS
+        ]
         budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
         found += [
             Configuration(

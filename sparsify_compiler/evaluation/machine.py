@@ -44,7 +44,7 @@ def bfloat16_products() -> AbstractContextManager[object]:
 
 
 class Widened(TorchDispatchMode):
-    """Products and attention of bfloat16 tensors are computed in float32 and rounded."""
+    """Products and attention of bfloat16 tensors are computed in float32 and rounded, uncompiled ones."""
 
     PRODUCTS = (
         torch.ops.aten.mm,
@@ -60,10 +60,15 @@ class Widened(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket not in self.PRODUCTS or args[0].dtype != torch.bfloat16:
             return func(*args, **kwargs)
-        result = func(*tree_map_only(Tensor, Tensor.float, args), **kwargs)
+        wide_args, wide_kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        result = func(*wide_args, **wide_kwargs)
         if isinstance(result, Tensor):
             return result.bfloat16()
         return result[0].bfloat16(), *result[1:]  # attention's second result, the lse, is float32 anyway
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def origin() -> dict[str, Any]:

@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 FAR_FIELD_STYLES = {"drop": ("o", ":"), "mean": ("s", "--"), "linear": ("^", "-")}
 """Marker and line."""
-METHOD_COLOURS = {"tile": "C0", "svg2": "C1", "cubes": "C2", "dsv": "C3"}
+METHOD_COLOURS = {"tile": "C0", "svg2": "C1", "cubes": "C2", "dsv": "C3", "keys": "C4"}
 
 
 def least_density(points: Iterable[Point], level: float) -> float | None:

@@ -59,7 +59,9 @@ def parser() -> argparse.ArgumentParser:
         "--shipped", action="store_true", help=f"start from {WEIGHTS.name} with fresh optimizers"
     )
     result.add_argument(
-        "--end", type=int, help="the last step: the rates fall to 0 before it, and the run stops there"
+        "--end",
+        type=int,
+        help="the last step, where rates have fallen to 0; to be said again to go on",
     )
     result.add_argument("--minutes", type=float, default=60.0, help="of the clock, after which to stop")
     result.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")

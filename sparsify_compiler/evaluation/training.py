@@ -65,6 +65,10 @@ class Recipe:
     """The averaged weights are of about the last 1 / power of all steps, whenever one looks."""
     seed: int = world.TRAINING
 
+    def __post_init__(self) -> None:
+        if self.cooldown < 1:
+            raise ValueError(f"cooldown must be at least 1 step, got {self.cooldown}")
+
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to."""
         for stage in self.stages[:-1]:

@@ -81,6 +81,8 @@ def attention_with_far_field(
     device = query.device.type
     query, key, value = attention.cast(query, key, value)
     attention.check(query, key, value, table, key_bias)
+    if far_blocks is not None:
+        far_blocks.check(query, key, table)
     provider = providers.choose(
         provider, device=device, dtype=query.dtype, head_dim=query.shape[-1], value_dim=value.shape[-1]
     ).name

@@ -51,6 +51,28 @@ class FarBlocks(NamedTuple):
     left: Tensor
     """[B, H, Nq, N] int32, how many of these each query block does not read."""
 
+    def check(self, query: Tensor, key: Tensor, table: BlockTable) -> None:
+        """Raise ValueError unless these blocks are of such keys and a table of such rows. Looks at no value."""
+        batch, heads, rows = *query.shape[:2], table.q_bounds.shape[-1] - 1
+        tokens, blocks = key.shape[2], self.bounds.shape[-1] - 1
+        shapes: dict[str, list[tuple[int, ...]]] = {
+            "order": [(1,), (1,), (tokens,)],
+            "bounds": [(1,), (1,), (blocks + 1,)],
+            "keys": [(1, batch), (1, heads), (blocks,)],
+            "left": [(batch,), (heads,), (rows,), (blocks,)],
+        }
+        for name, allowed in shapes.items():
+            tensor = getattr(self, name)
+            fits = len(tensor.shape) == len(allowed) and all(
+                size in sizes for size, sizes in zip(tensor.shape, allowed, strict=True)
+            )
+            if not fits or tensor.dtype != torch.int32 or tensor.device != query.device:
+                wanted = ", ".join(" or ".join(map(str, sorted(set(sizes)))) for sizes in allowed)
+                raise ValueError(
+                    f"{name} of far_blocks must be int32 [{wanted}] on {query.device}, "
+                    f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                )
+
 
 class VirtualKeys(NamedTuple):
     """The blocks of keys, each as one virtual key, or with `FarBlocks` as one for each number of keys left."""
@@ -106,7 +128,8 @@ def virtual_keys(
         bias = bias + second_order.clamp(max=MOST_SECOND_ORDER)
         scores = scale * _per_query_block(mean_query, key_mean.mT) + bias.detach()[:, :, None]
         if blocks is not None:
-            scores = scores + (blocks.left / blocks.keys.clamp(min=1)[:, :, None]).log()
+            share = blocks.left.to(bias.dtype) / blocks.keys.clamp(min=1)[:, :, None].to(bias.dtype)
+            scores = (scores + share.log()).masked_fill(share == 0, -torch.inf)
         else:
             listed = table.block_mask()
         if min_gain is not None:
@@ -136,17 +159,18 @@ def _for_each_number(
 ) -> tuple[VirtualKeys, BlockTable]:
     """A virtual key for every number of keys, from 1 on, that a block may stand for, as many as there are keys; and
     which of them each query block of `table` reads."""
-    first = blocks.bounds[..., :-1]
+    first, sizes = blocks.bounds[..., :-1], blocks.bounds.diff(dim=-1)
     tokens = torch.arange(blocks.order.shape[-1] + 1, dtype=torch.int32, device=first.device)
-    block = torch.repeat_interleave(blocks.bounds[0, 0].diff(), output_size=len(tokens) - 1)
+    block = torch.repeat_interleave(sizes[0, 0], output_size=len(tokens) - 1)
     number = tokens[1:] - first[0, 0][block]
-    of_one = far.bias - blocks.keys.clamp(min=1).log()
+    of_one = far.bias - blocks.keys.clamp(min=1).to(far.bias.dtype).log()
     listed = table.listing(blocks.left > 0)
-    column = (first[:, :, None] + blocks.left - 1).clamp(min=0)
+    # A number beyond a block's keys, which no method gives, is taken for all of them.
+    column = (first[:, :, None] + torch.minimum(blocks.left, sizes[:, :, None]) - 1).clamp(min=0)
     far = far._replace(
         key=far.key[:, :, block],
         value=far.value[:, :, block],
-        bias=of_one[..., block] + number.log(),
+        bias=of_one[..., block] + number.to(far.bias.dtype).log(),
     )
     indices = column.gather(-1, listed.kv_indices.long())
     return far, replace(listed, kv_indices=indices, kv_bounds=tokens[None, None], kv_order=None)

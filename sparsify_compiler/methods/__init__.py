@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.dsv import Dsv
+from sparsify_compiler.methods.keys import Keys
 from sparsify_compiler.methods.selection import Memory, Selection, Tokens
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
@@ -89,4 +90,4 @@ class LearningMethod(DynamicMethod, Protocol):
         the CPU, what the trainer says of the call."""
 
 
-METHODS: dict[str, type[Any]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes, Dsv)}
+METHODS: dict[str, type[Any]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes, Keys, Dsv)}

@@ -16,26 +16,23 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.methods import predictor
-from sparsify_compiler.methods.grid import Cube, check_cube, cube_of_token, cut, middle_of_token
-from sparsify_compiler.methods.selection import (
-    Blocks,
-    Memory,
-    Selection,
-    Tokens,
-    check_count,
-    check_share,
-    key_counts,
+from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
+from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_share
+from sparsify_compiler.methods.single_keys import (
+    check_budget,
+    check_fits,
+    far_cubes,
+    keys_of,
+    room,
+    single_key_table,
+    unread,
 )
 from sparsify_compiler.plan import AttentionSite, TokenLayout
-from sparsify_compiler.table import BlockTable
 
 GROUPS: tuple[Cube, ...] = ((2, 4, 4), (2, 2, 2), (1, 2, 2), (1, 1, 1))
 """Cubes of queries to choose among, largest first; each divides the one before."""
@@ -51,8 +48,6 @@ OBSERVED = ("learnt", "loss", "profiled", "critical")
 `missed` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
 CHOSEN_BY = ("all", "middle")
 """The queries of a group that may choose its keys; the first where neither an option nor a file says otherwise."""
-FAR_CUBE: Cube = (4, 4, 2)
-"""Of keys that answer together for those of them that are not read."""
 
 
 class Choice(NamedTuple):
@@ -103,13 +98,7 @@ class Dsv:
         if self.chosen_by is None and self.predictor is None:
             object.__setattr__(self, "chosen_by", CHOSEN_BY[0])
         if (budget := self.kv_budget) is not None:
-            whole = integer(budget)
-            number = share(budget) if whole is None else whole
-            if number is None or number <= 0:
-                raise OptionError(
-                    f"kv_budget must be an integer of at least 1 or a share in (0.0, 1.0], got {budget!r}"
-                )
-            object.__setattr__(self, "kv_budget", number)
+            object.__setattr__(self, "kv_budget", check_budget(budget))
         if self.predictor is not None:
             if not isinstance(self.predictor, (str, Path)):
                 raise OptionError(f"predictor must be the path of a file, got {self.predictor!r}")
@@ -121,10 +110,7 @@ class Dsv:
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "Dsv":
         """With a rank, and with what the predictor's file says, where there is one."""
-        if isinstance(self.kv_budget, int) and self.kv_budget > layout.video_tokens:
-            raise OptionError(
-                f"kv_budget must be at most the {layout.video_tokens} tokens of the video, got {self.kv_budget}"
-            )
+        check_fits(self.kv_budget, layout)
         if self.predictor is None:
             rank = self.rank or RANK
             if rank > site.head_dim:
@@ -164,8 +150,8 @@ class Dsv:
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
         """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; who chooses for them: the
-        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin; and of the
-        far field's cubes of keys order, bounds, and as [V] int64 the one that each token lies in."""
+        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin; and
+        `far_cubes`."""
         assert layout.grid is not None
         group = self.groups[0]
         order, bounds = cut(layout.grid, group)
@@ -174,13 +160,7 @@ class Dsv:
             chosen_by = {"voters": voters, "voter_bounds": begins}
         else:
             chosen_by = {"voters": middle_of_token(layout.grid, group)[voters[begins[:-1].long()]]}
-        far_order, far_bounds = cut(layout.grid, FAR_CUBE)
-        far = {
-            "far_order": far_order,
-            "far_bounds": far_bounds,
-            "far_cube": cube_of_token(layout.grid, FAR_CUBE),
-        }
-        return {"q_order": order, "q_bounds": bounds} | chosen_by | far
+        return {"q_order": order, "q_bounds": bounds} | chosen_by | far_cubes(layout)
 
     def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is forgotten with a video."""
@@ -273,10 +253,8 @@ class Dsv:
         voters: Tensor,
         weights: Tensor,
         shares: Tensor,
-        far_order: Tensor,
-        far_bounds: Tensor,
-        far_cube: Tensor,
         voter_bounds: Tensor | None = None,
+        **far: Tensor,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """What this call reads. A head whose share is 1 reads everything, as one block."""
         layout = tokens.layout
@@ -298,10 +276,8 @@ class Dsv:
         )
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        far = None
-        if tokens.far_field != "drop":
-            far = unread(tokens, Blocks(far_order, far_bounds), far_cube, counts, indices, is_dense)
-        return Selection(table, kept, whole=False, far_blocks=far), ()
+        left = unread(tokens, counts, indices, is_dense, **far)
+        return Selection(table, kept, whole=False, far_blocks=left), ()
 
     def budget_share(self, video: int) -> float:
         """`kv_budget` as a share of the video's keys."""
@@ -310,64 +286,9 @@ class Dsv:
 
     def width(self, video: int) -> int:
         """Keys that a row of the table has room for, a power of two where the video allows."""
-        budget = self.kv_budget or 1
-        most = budget if isinstance(budget, int) else math.ceil(budget * video - 1e-6)
-        return 1 << (max(1, most) - 1).bit_length()
+        return room(keys_of(self.kv_budget or 1, video))
 
 
 def most_share(most: float) -> float:
     """A share rounded up to a power of two."""
     return 2.0 ** math.ceil(math.log2(most)) if most > 0 else 2.0**-20
-
-
-def unread(
-    tokens: Tokens, cubes: Blocks, cube_of: Tensor, counts: Tensor, indices: Tensor, is_dense: Tensor
-) -> FarBlocks:
-    """What groups of video queries leave of each cube of video keys; nothing of the tokens before and after it.
-
-    Args:
-        cube_of: [V] int64, the cube of each video key.
-        counts, indices, is_dense: as for `single_key_table`.
-    """
-    layout, heads = tokens.layout, counts.shape[1]
-    seen = key_counts(tokens, cubes)
-    if seen.shape[1] > 1:
-        seen = seen.repeat_interleave(heads // seen.shape[1], 1)
-    columns = torch.arange(indices.shape[-1], dtype=torch.int32, device=indices.device)
-    used = (columns < counts[..., None]).int()
-    read = used.new_zeros(*counts.shape, seen.shape[-1]).scatter_add_(-1, cube_of[indices.long()], used)
-    left = (seen[:, :, None] - read).clamp(min=0).masked_fill(is_dense[None, :, None, None], 0)
-    others = int(layout.before > 0), int(layout.after > 0)
-    order, bounds = cubes.among(layout, heads)
-    return FarBlocks(order, bounds, keys=pad(seen, others, value=1), left=pad(left, others))
-
-
-def single_key_table(
-    layout: TokenLayout, q_order: Tensor, q_bounds: Tensor, counts: Tensor, indices: Tensor, is_dense: Tensor
-) -> BlockTable:
-    """The table in which groups of video queries read single video keys, and the tokens before and after it.
-
-    Args:
-        counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
-        is_dense: [H] bool, heads that read everything: for them the first block, of queries and of keys, is all
-            of them, and the others are empty.
-    """
-    before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
-    last = tokens - layout.after
-    edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
-    bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens)
-    whole = torch.full_like(bounds, tokens)
-    whole[0] = 0
-    others = [torch.full_like(indices[..., :1], 0)] * before
-    others += [torch.full_like(indices[..., :1], bounds.shape[0] - 2)] * after
-    listed = torch.cat([*others, indices + before], -1)
-    dense = is_dense[None, :, None]
-    all_queries = torch.full_like(q_bounds, layout.video_tokens)
-    all_queries[..., 0] = 0
-    return BlockTable(
-        q_bounds=torch.where(dense, all_queries, q_bounds),
-        q_order=q_order,
-        kv_bounds=torch.where(dense, whole, bounds),
-        kv_num_blocks=torch.where(dense, 1, counts + before + after),
-        kv_indices=torch.where(dense[..., None], 0, listed),
-    )

@@ -42,19 +42,13 @@ class Svg2(BlockMethod):
         BlockMethod.__post_init__(self)  # slots leave no super()
         checked = {
             "seed": check_count("seed", self.seed, 0),
-            "kmeans_iters": self._iterations(),
+            "kmeans_iters": check_iterations(self.kmeans_iters),
         }
         for name in ("q_clusters", "kv_clusters"):
             if (value := getattr(self, name)) is not None:
                 checked[name] = check_count(name, value)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-
-    def _iterations(self) -> tuple[int, int]:
-        pair = self.kmeans_iters
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise OptionError(f"kmeans_iters must be two integers (first, later), got {pair!r}")
-        return check_count("kmeans_iters[0]", pair[0]), check_count("kmeans_iters[1]", pair[1])
 
     def refusal(self, layout: TokenLayout) -> str:
         """The method needs to know which tokens are the video's."""
@@ -118,6 +112,13 @@ class Svg2(BlockMethod):
                 tokens.video(), memory.tensors, (q_start, kv_start), strict=True
             )
         ]
+
+
+def check_iterations(value: object) -> tuple[int, int]:
+    """`value` as two ints of at least 1; OptionError else."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise OptionError(f"kmeans_iters must be two integers (first, later), got {value!r}")
+    return check_count("kmeans_iters[0]", value[0]), check_count("kmeans_iters[1]", value[1])
 
 
 def clusters_for(tokens: int) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def rows_of(folder: Path):
 def test_every_configuration_has_a_row_and_pictures(folder):
     rows = rows_of(folder)
     assert list(rows)[:2] == ["floor: another kernel", "floor: bfloat16"]
-    far = [f"{method} {far}" for method in ("tile", "svg2", "cubes", "dsv") for far in FAR_FIELDS]
+    far = [f"{method} {far}" for method in ("tile", "svg2", "cubes", "keys", "dsv") for far in FAR_FIELDS]
     assert [row["line"] for row in rows.values()][2:] == far
     assert all(row["seconds"] > 0 and row["dense_seconds"] > 0 for row in rows.values())
     for name in ("videos.png", "pareto.png"):
@@ -95,7 +95,8 @@ def test_densities_are_matched(folder):
         assert tried[row["options"]["min_gain"]] == pytest.approx(0.5, rel=0.15)
         assert row["density"] == pytest.approx(0.5, rel=0.5)
     for far_field in FAR_FIELDS:
-        assert rows[f"dsv 0.5 {far_field}"]["density"] == pytest.approx(0.5, abs=1 / 384)
+        for name in ("keys", "dsv"):
+            assert rows[f"{name} 0.5 {far_field}"]["density"] == pytest.approx(0.5, abs=1 / 384)
     # 1 of 4 frames for all: 4 + 2 * 3 pairs of 16; 2 of 4: 4 + 2 * 5.
     assert rows["tile 1:3 linear"]["density"] == pytest.approx(10 / 16)
 

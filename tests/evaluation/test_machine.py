@@ -1,9 +1,8 @@
-"""Products of bfloat16 matrices are the same numbers on every CPU."""
+"""Products in the dtype that the CPU multiplies, and bfloat16 products for CPUs that do not."""
 
 import pytest
 import torch
 
-from sparsify_compiler import _torch
 from sparsify_compiler.evaluation import machine
 
 
@@ -16,25 +15,24 @@ def test_fast_products_are_in_what_the_cpu_multiplies(monkeypatch, supported):
     assert machine.machine()["fast_products"] == str(wanted).removeprefix("torch.")
 
 
-def test_this_cpu_is_known_by_what_pytorch_says_of_it():
-    assert _torch.multiplies_bfloat16() == torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def test_widened_products_round_once_as_bfloat16_products_do():
     """Against float64, for every product that a model, attention or Muon takes; others are left alone."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(48, 32).bfloat16()
     x, y = torch.randn(2, 5, 48).bfloat16(), torch.randn(2, 48, 7).bfloat16()
     q = torch.randn(1, 2, 9, 16).bfloat16()
+    mask = torch.randn(9, 9).bfloat16()
     attend = torch.nn.functional.scaled_dot_product_attention
     with torch.no_grad(), machine.Widened():
-        found = [linear(x), x @ y, torch.baddbmm(x[..., :7], x, y, beta=2.0), attend(q, q, q), x + x]
+        masked = attend(q, q, q, attn_mask=mask)
+        found = [linear(x), x @ y, torch.baddbmm(x[..., :7], x, y, beta=2.0), attend(q, q, q), masked, x + x]
         float32 = x.float() @ y.float()
     exact = [
         x.double() @ linear.weight.double().T + linear.bias.double(),
         x.double() @ y.double(),
         2 * x[..., :7].double() + x.double() @ y.double(),
         attend(q.double(), q.double(), q.double()),
+        attend(q.double(), q.double(), q.double(), attn_mask=mask.double()),
         2 * x.double(),
     ]
     for one, like in zip(found, exact, strict=True):

@@ -102,8 +102,10 @@ def partly_read(draw: st.DrawFn):
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     q_sizes = torch.tensor(draw(st.lists(st.integers(0, 5), min_size=1, max_size=4)))
-    hidden = torch.rand(batch, 1, tokens, generator=g) < draw(st.sampled_from([0.0, 0.3]))
-    bias = torch.zeros(batch, 1, tokens).masked_fill(hidden, -torch.inf) if hidden.any() else None
+    hidden = torch.rand(batch, draw(st.sampled_from([1, heads])), tokens, generator=g) < draw(
+        st.sampled_from([0.0, 0.3])
+    )
+    bias = torch.randn(hidden.shape, generator=g).masked_fill(hidden, -torch.inf) if hidden.any() else None
     share = torch.rand(batch, heads, len(q_sizes), 1, generator=g) * draw(st.sampled_from([0.0, 0.6, 1.6]))
     read = (torch.rand(batch, heads, len(q_sizes), tokens, generator=g) < share) & ~hidden[:, :, None]
     table = BlockTable.from_block_mask(read, q_sizes[None, None], torch.ones(1, 1, tokens))
@@ -131,6 +133,45 @@ def test_blocks_answer_for_as_many_keys_as_are_left_of_them(provider, problem, f
     tolerance = TOLERANCE[query.dtype]
     for one, like in zip(got[:2], exact, strict=True):
         torch.testing.assert_close(one.double(), like, rtol=tolerance, atol=tolerance)
+
+
+def test_far_blocks_that_do_not_fit():
+    query, key, value = qkv(1, 2, 2, 12, 12, 8, 8, torch.float32)
+    table = BlockTable.from_block_mask(
+        torch.eye(3, 12).bool()[None, None], torch.full((1, 1, 3), 4), torch.ones(1, 1, 12)
+    )
+    good = FarBlocks(
+        torch.arange(12, dtype=torch.int32)[None, None],
+        torch.tensor([[[0, 5, 12]]], dtype=torch.int32),
+        keys=torch.tensor([[[5, 7]]], dtype=torch.int32),
+        left=torch.full((1, 2, 3, 2), 5, dtype=torch.int32),
+    )
+    attention_with_far_field(query, key, value, table, far_field="mean", far_blocks=good)
+    bad: dict[str, list[Any]] = {
+        "order": [good.order[..., :5], good.order.long(), good.order[0]],
+        "bounds": [good.bounds.expand(2, -1, -1), good.bounds[..., :2]],
+        "keys": [good.keys[..., :1], good.keys.float(), good.keys.expand(3, -1, -1)],
+        "left": [good.left[..., :1], good.left[:, :1], good.left[:, :, :2], good.left.long()],
+    }
+    for name, tensors in bad.items():
+        for tensor in tensors:
+            with pytest.raises(ValueError, match="of far_blocks must be int32"):
+                attention_with_far_field(
+                    *(query, key, value, table),
+                    far_field="linear",
+                    far_blocks=good._replace(**{name: tensor}),
+                )
+    for others in ({"far_field": "drop"}, {"far_field": "linear", "min_gain": 0.1}):
+        with pytest.raises(ValueError, match="far_blocks are for a far field, without min_gain"):
+            attention_with_far_field(query, key, value, table, far_blocks=good, **others)
+    # More than there is counts as all there is.
+    most, all_ = (
+        attention_with_far_field(
+            *(query, key, value, table), far_field="mean", far_blocks=good._replace(left=good.left * 0 + left)
+        )[0]
+        for left in (10**6, 7)
+    )
+    assert torch.equal(most, all_)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -146,9 +146,12 @@ def test_cubes_answer_for_the_keys_that_are_not_read(data: st.DataObject) -> Non
     layout = TokenLayout(tokens=before + video + after, grid=grid, before=before, after=after)
     kv_heads, keys = data.draw(st.sampled_from([1, 2])), data.draw(st.integers(1, video))
     query, key, _ = qkv(2, 2, kv_heads, layout.tokens, layout.tokens, 8, 8, torch.float32)
-    hidden = torch.rand(2, 1, layout.tokens) < data.draw(st.sampled_from([0.0, 0.4]))
+    hidden = torch.rand(2, data.draw(st.sampled_from([1, 2])), layout.tokens) < data.draw(
+        st.sampled_from([0.0, 0.4])
+    )
     hidden[:, :, before : before + 1] = False
-    bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if hidden.any() else None
+    bias = torch.randn(hidden.shape).masked_fill(hidden, -torch.inf) if hidden.any() else None
+    hidden = hidden.expand(-1, 2, -1)
     shares = torch.tensor([keys / video, 1.0 if data.draw(st.booleans()) else keys / video])
     method = Dsv(rank=8, query_group=(2, 2, 1), kv_budget=keys)
     got = select(method, query, key, layout, "cpu", shares, key_bias=bias, far_field="mean")
@@ -165,13 +168,15 @@ def test_cubes_answer_for_the_keys_that_are_not_read(data: st.DataObject) -> Non
                 continue
             assert got.table.q_order is not None
             row = mask[b, h, int(got.table.q_order[0, 0, x])]
-            left = [sum(not row[t] and not hidden[b, 0, t] for t in cube) for cube in cubes]
+            left = [sum(not row[t] and not hidden[b, h, t] for t in cube) for cube in cubes]
             assert far.left[b, h, g].tolist() == left
-    for b in range(2):
+    for b, h in itertools.product(range(2), range(2)):
         of_video = [cube for cube in cubes if before <= cube[0] < before + video]
-        seen = [sum(not hidden[b, 0, t] for t in cube) for cube in of_video]
+        seen = [sum(not hidden[b, h, t] for t in cube) for cube in of_video]
         first = int(before > 0)
-        assert far.keys[b % far.keys.shape[0], 0, first : first + len(seen)].tolist() == seen
+        assert (
+            far.keys[b % far.keys.shape[0], h % far.keys.shape[1], first : first + len(seen)].tolist() == seen
+        )
         assert all(max(cube) < before + video for cube in of_video)
     assert select(method, query, key, layout, "cpu", shares, key_bias=bias).far_blocks is None
 

@@ -1,0 +1,122 @@
+"""Method `keys`: clusters of queries read single keys, and cubes of the other keys answer by their means.
+
+Between two papers. As in Sparse VideoGen2 (arXiv 2505.18875) the queries of a head are clustered by k-means, warm
+from call to call; but keys are not: each cluster's centroid is multiplied with every key, and the K best are read,
+one by one, as in DSV (arXiv 2502.07590), yet without a predictor to be trained. What sticks out of attention is so
+read exactly wherever it lies, and what is left is even enough for the means of coarse cubes
+(`kernels/virtual_keys.py`).
+
+K is the same for all clusters, so what is read is known before: no density to tune, no rows of uneven length. To
+multiply C centroids with S keys costs C / 2S of dense attention, an iteration of k-means as much.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count
+from sparsify_compiler.methods.single_keys import (
+    Budget,
+    check_budget,
+    check_fits,
+    far_cubes,
+    keys_of,
+    room,
+    single_key_table,
+    unread,
+)
+from sparsify_compiler.methods.svg2 import check_iterations, clusters_for
+from sparsify_compiler.plan import AttentionSite, TokenLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keys:
+    """Options of the method."""
+
+    kv_budget: Budget = 0.1
+    """Keys that every cluster of queries reads: a number, or a share of the video's."""
+    q_clusters: int | None = None
+    """Clusters of queries; if None twice as many as `svg2` makes, as one centroid chooses for all of a cluster."""
+    kmeans_iters: tuple[int, int] = (50, 2)
+    """Iterations of k-means in the first call of a video and in later ones."""
+    seed: int = 0
+    """Of the queries that clusters start from."""
+
+    name: ClassVar[str] = "keys"
+    dense_steps: ClassVar[float] = 0.2
+    dense_layers: ClassVar[float] = 0.03
+    far_field: ClassVar[str] = "mean"
+    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
+    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_budget", check_budget(self.kv_budget))
+        if self.q_clusters is not None:
+            object.__setattr__(self, "q_clusters", check_count("q_clusters", self.q_clusters))
+        object.__setattr__(self, "kmeans_iters", check_iterations(self.kmeans_iters))
+        object.__setattr__(self, "seed", check_count("seed", self.seed, 0))
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """The method needs to know where the tokens lie in the video."""
+        return layout.reason if layout.grid is None else ""
+
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Keys":
+        """With the number of clusters filled in."""
+        tokens = layout.video_tokens
+        check_fits(self.kv_budget, layout)
+        if (asked := self.q_clusters) is not None and asked > tokens:
+            raise OptionError(f"q_clusters must be at most the {tokens} tokens of the video, got {asked}")
+        return replace(self, q_clusters=asked or min(tokens, 2 * clusters_for(tokens)[0]))
+
+    def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
+        """The queries that clusters start from, [clusters] int64, drawn without repetition; and `far_cubes`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randperm(layout.video_tokens, generator=generator)
+        return {"q_start": drawn[: self.q_clusters], **far_cubes(layout)}
+
+    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+        """The centroids: [B, H, q_clusters, D]."""
+        assert self.q_clusters is not None
+        return {"q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim)}
+
+    def observe(self, tokens: Tokens, memory: Memory, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
+        """Cluster, so that the first sparse step finds warm centroids; returns the new memory."""
+        return (self._cluster(tokens, memory, q_start)[0],)
+
+    def select(
+        self, tokens: Tokens, memory: Memory, q_start: Tensor, **far: Tensor
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads, and the new memory."""
+        assert self.q_clusters is not None
+        layout, bias = tokens.layout, tokens.key_bias
+        _, key = tokens.video()
+        centroids, labels = self._cluster(tokens, memory, q_start)
+        order, bounds = sort_by_label(labels, self.q_clusters, provider=tokens.provider)
+        budget = keys_of(self.kv_budget, layout.video_tokens)
+        counts, indices = top_k_keys(
+            centroids.to(key.dtype),
+            key,
+            torch.full((1, 1), budget, dtype=torch.int32, device=key.device),
+            width=room(budget),
+            scale=tokens.scale,
+            key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
+            provider=tokens.provider,
+        )
+        table = single_key_table(layout, order, bounds, counts, indices)
+        kept = tokens.query.new_full((1, 1, 1), torch.nan)
+        left = unread(tokens, counts, indices, None, **far)
+        return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
+
+    def _cluster(self, tokens: Tokens, memory: Memory, q_start: Tensor) -> tuple[Tensor, Tensor]:
+        """(centroids, labels) of the queries."""
+        first, later = self.kmeans_iters
+        query, _ = tokens.video()
+        return kmeans(
+            query, memory.tensors[0], q_start, memory.warm, first=first, later=later, provider=tokens.provider
+        )

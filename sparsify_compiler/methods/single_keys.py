@@ -1,0 +1,144 @@
+"""What methods share that read single keys of the video: a budget of keys, the table, and a far field of cubes."""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparsify_compiler.config import integer, share
+from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.virtual_keys import FarBlocks
+from sparsify_compiler.methods.grid import Cube, cube_of_token, cut
+from sparsify_compiler.methods.selection import Blocks, Tokens
+from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.table import BlockTable
+
+FAR_CUBE: Cube = (4, 4, 2)
+"""Of keys that answer together for those of them that are not read."""
+
+Budget = int | float
+"""Keys that a group of queries reads: a number, or a share of the video's."""
+
+
+def check_budget(value: object) -> Budget:
+    """`value` as an int of at least 1 or a float in (0, 1]; OptionError else."""
+    whole = integer(value)
+    number = share(value) if whole is None else whole
+    if number is None or number <= 0:
+        raise OptionError(
+            f"kv_budget must be an integer of at least 1 or a share in (0.0, 1.0], got {value!r}"
+        )
+    return number
+
+
+def check_fits(budget: Budget | None, layout: TokenLayout) -> None:
+    """OptionError where a budget is more than there is."""
+    if isinstance(budget, int) and budget > layout.video_tokens:
+        raise OptionError(
+            f"kv_budget must be at most the {layout.video_tokens} tokens of the video, got {budget}"
+        )
+
+
+def keys_of(budget: Budget, video: int) -> int:
+    """A budget as a number of keys."""
+    return budget if isinstance(budget, int) else max(1, math.ceil(budget * video - 1e-6))
+
+
+def room(keys: int) -> int:
+    """What a row of the table has room for: a power of two."""
+    return 1 << (keys - 1).bit_length()
+
+
+def far_cubes(layout: TokenLayout) -> dict[str, Tensor]:
+    """Order and bounds of the far field's cubes of keys, [1, 1, V] and [1, 1, N+1] int32, and as [V] int64 the one
+    that each token lies in."""
+    assert layout.grid is not None
+    order, bounds = cut(layout.grid, FAR_CUBE)
+    return {"far_order": order, "far_bounds": bounds, "far_cube": cube_of_token(layout.grid, FAR_CUBE)}
+
+
+def unread(
+    tokens: Tokens,
+    counts: Tensor,
+    indices: Tensor,
+    is_dense: Tensor | None,
+    *,
+    far_order: Tensor,
+    far_bounds: Tensor,
+    far_cube: Tensor,
+) -> FarBlocks | None:
+    """What groups of video queries leave of each cube of video keys, nothing of the tokens before and after it.
+    None where that is dropped.
+
+    Args:
+        counts, indices, is_dense: as for `single_key_table`.
+        far_order, far_bounds, far_cube: of `far_cubes`.
+    """
+    if tokens.far_field == "drop":
+        return None
+    layout, seen = tokens.layout, far_bounds.diff(dim=-1)
+    if (bias := tokens.key_bias) is not None:
+        visible = bias[..., layout.before : layout.tokens - layout.after] != -torch.inf
+        cube = far_cube.expand(visible.shape)
+        seen = visible.new_zeros(*visible.shape[:2], seen.shape[-1], dtype=torch.int32)
+        seen = seen.scatter_add(-1, cube, visible.int())
+    columns = torch.arange(indices.shape[-1], dtype=torch.int32, device=indices.device)
+    used = (columns < counts[..., None]).int()
+    read = used.new_zeros(*counts.shape, seen.shape[-1]).scatter_add_(-1, far_cube[indices.long()], used)
+    left = (seen[:, :, None] - read).clamp(min=0)
+    if is_dense is not None:
+        left = left.masked_fill(is_dense[None, :, None, None], 0)
+    others = int(layout.before > 0), int(layout.after > 0)
+    order, bounds = Blocks(far_order, far_bounds).among(layout, counts.shape[1])
+    return FarBlocks(order, bounds, keys=pad(seen, others, value=1), left=pad(left, others))
+
+
+def single_key_table(
+    layout: TokenLayout,
+    q_order: Tensor,
+    q_bounds: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    is_dense: Tensor | None = None,
+) -> BlockTable:
+    """The table in which groups of video queries read single video keys, and the tokens before and after it.
+
+    Args:
+        q_order, q_bounds: of the groups, [1|B, 1|H, V] and [1|B, 1|H, N+1] int32.
+        counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
+        is_dense: [H] bool, heads that read everything: for them the first block, of queries and of keys, is all
+            of them, and the others are empty.
+    """
+    before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
+    last = tokens - layout.after
+    edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
+    bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens)
+    others = [torch.full_like(indices[..., :1], 0)] * before
+    others += [torch.full_like(indices[..., :1], bounds.shape[0] - 2)] * after
+    listed = torch.cat([*others, indices + before], -1)
+    table = BlockTable(
+        q_bounds=q_bounds,
+        q_order=q_order,
+        kv_bounds=bounds[None, None],
+        kv_num_blocks=counts + before + after,
+        kv_indices=listed,
+    )
+    if is_dense is None:
+        return table
+    dense = is_dense[None, :, None]
+    return replace(
+        table,
+        q_bounds=torch.where(dense, _one_block(q_bounds, layout.video_tokens), q_bounds),
+        kv_bounds=torch.where(dense, _one_block(bounds, tokens), bounds),
+        kv_num_blocks=torch.where(dense, 1, table.kv_num_blocks),
+        kv_indices=torch.where(dense[..., None], 0, listed),
+    )
+
+
+def _one_block(bounds: Tensor, tokens: int) -> Tensor:
+    """Bounds of as many blocks, of which the first has all tokens."""
+    result = torch.full_like(bounds, tokens)
+    result[..., 0] = 0
+    return result
