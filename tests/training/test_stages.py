@@ -316,7 +316,7 @@ def test_wrong_use_is_told():
     for options, message in (
         ({"rank": 17}, "rank must be at most the head dim 16, got 17"),
         ({"kv_budget": 316}, "kv_budget must be at most the 315 tokens"),
-        ({"far_field": "linear"}, "unknown far_field 'linear': must be one of drop"),
+        ({"far_field": "median"}, "unknown far_field 'median': must be one of drop, linear, mean"),
         ({"predictor": "nowhere"}, "predictor must be a safetensors file"),
     ):
         torch._dynamo.reset()
