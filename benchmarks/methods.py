@@ -28,9 +28,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
+from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
-from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.methods.keys import Keys
+from sparsify_compiler.methods.selection import BlockMethod, Memory, Selection, Tokens
 from sparsify_compiler.methods.svg2 import Svg2, clusters_for
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
@@ -101,10 +103,19 @@ def recorded(level: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     return heard
 
 
-def relative_error(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, far_field: str) -> float:
+def relative_error(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far_field: str,
+    far_blocks: FarBlocks | None = None,
+) -> float:
     """Of the attention's output."""
     dense = scaled_dot_product_attention(query, key, value)
-    out, _, _ = attention_with_far_field(query, key, value, table, far_field=far_field, provider="cpu")
+    out, _, _ = attention_with_far_field(
+        query, key, value, table, far_field=far_field, far_blocks=far_blocks, provider="cpu"
+    )
     return float((out - dense).norm() / dense.norm())
 
 
@@ -114,17 +125,31 @@ def mass_kept(query: Tensor, key: Tensor, table: BlockTable) -> float:
     return float((scores * table.mask()).sum(-1).mean())
 
 
-def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
-    """The table of a cold call."""
+def selection_of(
+    method: Any, query: Tensor, key: Tensor, layout: TokenLayout, far_field: str = "drop"
+) -> Selection:
+    """What a cold call of a dynamic method reads."""
     method = method.fit(site_of(query), layout)
-    if not isinstance(method, DynamicMethod):
-        return method.table(layout)
     zeros = (torch.zeros(shape) for shape in method.memory(site_of(query), layout).values())
-    tokens = Tokens(query=query, key=key, layout=layout, scale=query.shape[-1] ** -0.5, provider="cpu")
+    tokens = Tokens(
+        query=query,
+        key=key,
+        layout=layout,
+        scale=query.shape[-1] ** -0.5,
+        provider="cpu",
+        far_field=far_field,
+    )
     selection, _ = method.select(
         tokens, Memory(torch.tensor(False), tuple(zeros)), **method.constants(layout)
     )
-    return selection.table
+    return selection  # type: ignore[no-any-return]
+
+
+def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
+    """The table of a cold call."""
+    if isinstance(method, DynamicMethod):
+        return selection_of(method, query, key, layout).table
+    return method.fit(site_of(query), layout).table(layout)  # type: ignore[no-any-return]
 
 
 def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:
@@ -194,6 +219,16 @@ def keep_cases(
                         "density by gain": gain_density,
                     }
                 )
+            for clusters, method in single_keys(density, layout).items():
+                chosen = {far: selection_of(method, query, key, layout, far) for far in FAR_FIELDS}
+                table = chosen["drop"].table
+                errors = {
+                    far: relative_error(query, key, value, table, far, one.far_blocks)
+                    for far, one in chosen.items()
+                }
+                rows.setdefault(f"keys by {clusters} clusters", []).append(
+                    {"density": table.density(), "kept": mass_kept(query, key, table), **errors}
+                )
         yield {
             "kind": "keep",
             "problem": name,
@@ -203,6 +238,12 @@ def keep_cases(
                 for method, some in rows.items()
             },
         }
+
+
+def single_keys(density: float, layout: TokenLayout) -> dict[int, Keys]:
+    """`keys` by as many clusters of queries as svg2 has, and by twice and four times as many."""
+    usual, _ = clusters_for(layout.tokens)
+    return {n * usual: Keys(kv_budget=density, q_clusters=n * usual) for n in (1, 2, 4)}
 
 
 def cluster_cases(
@@ -293,6 +334,13 @@ class Site:
         return run
 
 
+def never_by_gain(method: Any, far_field: str) -> Any:
+    """The method with gains that are all too small, where it has them: they are estimated, but add nothing."""
+    if not isinstance(method, BlockMethod):
+        return method
+    return replace(method, min_gain=1e9 if far_field == "linear" else None)
+
+
 @torch.no_grad()
 def cost_case(
     name: str, method: Any, grid: Grid, heads: int, dtype: torch.dtype, repeats: int
@@ -309,11 +357,7 @@ def cost_case(
             out[:, some], lse[:, some], query[:, some], key[:, some], value[:, some], shared.mask()
         )
     calls: dict[str, Callable[[], object]] = {
-        # Gains are estimated where they choose, and are all too small, so that every call reads the same.
-        far: Site(
-            replace(method, min_gain=1e9 if far == "linear" else None), far, layout, query, key, value
-        ).call()
-        for far in FAR_FIELDS
+        far: Site(never_by_gain(method, far), far, layout, query, key, value).call() for far in FAR_FIELDS
     }
 
     def dense() -> Tensor:
@@ -370,9 +414,9 @@ def memory_case(name: str, method: Any, grid: Grid, heads: int) -> dict[str, Any
 
 
 def methods(density: float) -> dict[str, Any]:
-    """The dynamic methods with exactly this share of the key blocks."""
+    """The dynamic methods with exactly this share of the key blocks, or of the keys."""
     share = {"top_p": 1e-6, "min_kv_ratio": density}
-    return {"svg2": Svg2(**share), "cubes": Cubes(**share)}
+    return {"svg2": Svg2(**share), "cubes": Cubes(**share), "keys": Keys(kv_budget=density)}
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ class Keys:
     kv_budget: Budget = 0.1
     """Keys that every cluster of queries reads: a number, or a share of the video's."""
     q_clusters: int | None = None
-    """Clusters of queries; if None twice as many as `svg2` makes, as one centroid chooses for all of a cluster."""
+    """Clusters of queries; if None four times as many as `svg2` makes, as one centroid chooses for many."""
     kmeans_iters: tuple[int, int] = (50, 2)
     """Iterations of k-means in the first call of a video and in later ones."""
     seed: int = 0
@@ -72,7 +72,7 @@ class Keys:
         check_fits(self.kv_budget, layout)
         if (asked := self.q_clusters) is not None and asked > tokens:
             raise OptionError(f"q_clusters must be at most the {tokens} tokens of the video, got {asked}")
-        return replace(self, q_clusters=asked or min(tokens, 2 * clusters_for(tokens)[0]))
+        return replace(self, q_clusters=asked or min(tokens, 4 * clusters_for(tokens)[0]))
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
         """The queries that clusters start from, [clusters] int64, drawn without repetition; and `far_cubes`."""

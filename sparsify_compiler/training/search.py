@@ -63,12 +63,14 @@ from sparsify_compiler.timing import timed
 
 GAINS = (0.001, 0.005, 0.02, 0.1)
 MASSES = (0.3, 0.5, 0.7)
+BUDGETS = (0.05, 0.1, 0.2)
 _CUBES = {"method": "cubes", "cube": (4, 2, 2), "query_cube": (4, 2, 4)}
 MENU: tuple[Mapping[str, Any], ...] = (
     *({"method": "tile", "reference_frames": frames} for frames in (0.5, 0.25, 0.125, 1)),
     *({"method": "svg2", "min_gain": gain} for gain in GAINS),
     *({**_CUBES, "min_gain": gain} for gain in GAINS),
     *({**_CUBES, "far_field": "drop", "top_p": mass} for mass in MASSES),
+    *({"method": "keys", "kv_budget": budget} for budget in BUDGETS),
 )
 """Entries for a video of any size. Few tokens leave a far field no time to pay for itself: hence some without."""
 PARTS = 1000
