@@ -15,7 +15,7 @@ from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
-from sparsify_compiler.evaluation.sampling import Velocity, noise, sample
+from sparsify_compiler.evaluation.sampling import SHIFT, Velocity, noise, sample
 from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer, validation
 
 SAMPLES = 4
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
     options = parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(stages=stages(options.stages), end=options.end)
+    recipe = Recipe(stages=stages(options.stages), end=options.end, shift=options.shift)
     checkpoint = options.out / "checkpoint.pt"
     if options.shipped and not checkpoint.exists():
         trainer = Trainer(load(), recipe, step=trained_steps())
@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         "--end",
         type=int,
         help="the last step, where rates have fallen to 0; to be said again to go on",
+    )
+    result.add_argument(
+        "--shift",
+        type=float,
+        default=SHIFT,
+        help="of the noise levels drawn: the higher, the nearer to pure noise, where movement is decided",
     )
     result.add_argument("--minutes", type=float, default=60.0, help="of the clock, after which to stop")
     result.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.machine import bfloat16_products, fast_products
 from sparsify_compiler.evaluation.model import encode, to_model
-from sparsify_compiler.evaluation.sampling import Velocity
+from sparsify_compiler.evaluation.sampling import SHIFT, Velocity
 
 WIDEST = 1024
 """More than the largest batch: the step times this is the index of a step's first video."""
@@ -59,7 +59,7 @@ class Recipe:
     """Norm of the gradient of AdamW's parameters (Muon's updates do not depend on it)."""
     dropout: float = 0.12
     """Share of videos whose prompt is withheld, for guidance."""
-    shift: float = 3.0
+    shift: float = SHIFT
     """Of the noise levels drawn: above 1, more of them are near pure noise."""
     power: float = 64.0
     """The averaged weights are of about the last 1 / power of all steps, whenever one looks."""
