@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from math import pi
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ CONFIG: Mapping[str, Any] = {
     "rope_max_seq_len": 64,
 }
 """Of `WanTransformer3DModel`: 24 frames of 32 x 48 pixels are 24 x 8 x 12 = 2,304 tokens."""
+WAVES = 4
+"""A patch's place is told by waves of 1 to this many half periods over the frames, the height and the width."""
 MEAN, STD = 0.40, 0.25
 """Of the world's pixels: what the model sees has mean 0 and deviation 1."""
 
@@ -39,15 +42,47 @@ class WeightsError(SparsifyError):
 
 
 def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
-    """An untrained `WanTransformer3DModel`, the same for every call. It starts with an output of zero."""
+    """An untrained `WanTransformer3DModel` with `Placed` patches, the same for every call.
+
+    It starts with an output of zero.
+    """
     from diffusers import WanTransformer3DModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = WanTransformer3DModel(**config)
+        model.patch_embedding = Placed(model.patch_embedding)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
     return model
+
+
+class Placed(nn.Conv3d):
+    """A patch embedding that also tells each patch its place in the video.
+
+    Rotary positions are relative, and pure noise looks everywhere the same: without this, that a thing moving left
+    begins on the right can hardly be learnt.
+    """
+
+    def __init__(self, embedding: nn.Conv3d) -> None:
+        size, stride = embedding.kernel_size, embedding.stride
+        super().__init__(embedding.in_channels, embedding.out_channels, size, stride)  # type: ignore[arg-type]
+        self.load_state_dict(embedding.state_dict())
+        self.places = nn.Parameter(torch.randn(self.out_channels, 3 * 2 * WAVES) / 10)
+
+    def forward(self, videos: Tensor) -> Tensor:
+        """Of [B, channels, frames, height, width]: [B, out channels, frames, rows, columns] of patches."""
+        patches = super().forward(videos)
+        extents = patches.shape[2:]
+        waves = []
+        for axis, extent in enumerate(extents):
+            place = torch.arange(extent, device=patches.device) * (pi / extent)
+            angle = place * torch.arange(1, WAVES + 1, device=patches.device).unsqueeze(1)
+            along = [1, 1, 1]
+            along[axis] = extent
+            waves.append(torch.cat([angle.sin(), angle.cos()]).view(-1, *along).expand(-1, *extents))
+        places = torch.cat(waves).to(self.places.dtype)
+        return patches + torch.einsum("cw,wfhx->cfhx", self.places, places)
 
 
 class Spaced(nn.Module):

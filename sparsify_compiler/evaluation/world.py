@@ -1,7 +1,9 @@
 """A world of moving textured shapes: videos and their prompts, a pure function of (seed, index).
 
 The image is a torus: what leaves on the right comes back on the left, so that an object that went out of sight
-returns with the shape, colour and texture it had, and nothing in a video tells where the middle is.
+returns with the shape, colour and texture it had. What moves straight begins near the side that it leaves, and a
+background near the origin: what a prompt says of movement shows in the mean of all the videos it describes, and so
+can be learnt from pure noise.
 """
 
 from collections.abc import Sequence
@@ -46,6 +48,9 @@ ORBIT, PERIOD = 6.0, 12
 """Radius in pixels and frames per turn of a circling object."""
 PATTERN_PERIOD = 16
 """Pixels after which a background repeats; divides height and width."""
+BEGINNING = 0.25
+"""Of the height or width, counted from the side left, where things that move begin; of a background's period, its
+greatest offset."""
 HIGHLIGHT = 0.22
 """What the light parts of a background have more of, in every channel."""
 
@@ -105,7 +110,7 @@ class Scene:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene of a video. Its attributes are independent and uniform, except that colours do not repeat."""
+    """The scene of a video. All that its prompt says is independent and uniform, but colours do not repeat."""
     rng = np.random.default_rng([seed, index])
     colours = rng.permutation(list(COLOURS))[: rng.integers(1, MOST_OBJECTS + 1)]
     things = [
@@ -114,8 +119,11 @@ def scene(seed: int, index: int) -> Scene:
             colour=str(colour),
             texture=str(rng.choice(TEXTURES)),
             size=str(rng.choice(list(SIZES))),
-            motion=str(rng.choice(MOTIONS)),
-            start=(rng.uniform(0, HEIGHT), rng.uniform(0, WIDTH)),
+            motion=(motion := str(rng.choice(MOTIONS))),
+            start=(
+                beginning(rng.uniform(), STEPS.get(motion, STEPS["still"])[0], HEIGHT),
+                beginning(rng.uniform(), STEPS.get(motion, STEPS["still"])[1], WIDTH),
+            ),
             speed=rng.uniform(*SPEEDS),
             phase=rng.uniform(0, 2 * np.pi),
         )
@@ -126,8 +134,18 @@ def scene(seed: int, index: int) -> Scene:
         pattern=str(rng.choice(PATTERNS)),
         tone=str(rng.choice(list(TONES))),
         drift=str(rng.choice(DRIFTS)),
-        offset=(rng.uniform(0, PATTERN_PERIOD), rng.uniform(0, PATTERN_PERIOD)),
+        offset=(
+            rng.uniform(0, BEGINNING * PATTERN_PERIOD),
+            rng.uniform(0, BEGINNING * PATTERN_PERIOD),
+        ),
     )
+
+
+def beginning(place: float, direction: float, size: int) -> float:
+    """Where in `size` pixels a thing begins, for a place from 0 to 1: near the side that its direction leaves."""
+    if direction:
+        place *= BEGINNING
+    return size * (1 - place if direction < 0 else place)
 
 
 def render(scene: Scene, frames: int = FRAMES, spacing: int = 1) -> Array:

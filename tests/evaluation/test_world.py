@@ -83,6 +83,22 @@ def test_things_and_background_move_as_said_and_come_back_around(direction):
     np.testing.assert_allclose(video[:, 11], moved, atol=1e-4)
 
 
+def test_what_moves_begins_near_the_side_it_leaves_and_the_rest_anywhere():
+    starts = {motion: [] for motion in world.MOTIONS}
+    for index in range(400):
+        scene = world.scene(0, index)
+        assert 0 <= min(scene.offset) <= max(scene.offset) <= 4
+        for thing in scene.things:
+            starts[thing.motion].append(thing.start)
+    extent = {"left": (0, 32, 36, 48), "right": (0, 32, 0, 12), "up": (24, 32, 0, 48), "down": (0, 8, 0, 48)}
+    for motion, found in starts.items():
+        top, bottom, left, right = extent.get(motion, (0, 32, 0, 48))
+        rows, columns = np.array(found).T
+        for places, low, high in ((rows, top, bottom), (columns, left, right)):
+            assert low <= places.min() < low + 0.1 * (high - low)
+            assert high - 0.1 * (high - low) < places.max() <= high
+
+
 def test_what_circles_is_back_after_a_period_and_elsewhere_before():
     video = world.render(replace(STILL, things=(replace(THING, motion="circling"),)))
     np.testing.assert_allclose(video[:, world.PERIOD], video[:, 0], atol=1e-4)
