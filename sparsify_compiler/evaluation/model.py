@@ -60,8 +60,8 @@ def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
 class Placed(nn.Conv3d):
     """A patch embedding that also tells each patch its place in the video.
 
-    Rotary positions are relative, and pure noise looks everywhere the same: without this, that a thing moving left
-    begins on the right can hardly be learnt.
+    Rotary positions are relative, and pure noise looks everywhere the same; but there a prompt's movements decide
+    what is where.
     """
 
     def __init__(self, embedding: nn.Conv3d) -> None:
@@ -69,20 +69,19 @@ class Placed(nn.Conv3d):
         super().__init__(embedding.in_channels, embedding.out_channels, size, stride)  # type: ignore[arg-type]
         self.load_state_dict(embedding.state_dict())
         self.places = nn.Parameter(torch.randn(self.out_channels, 3 * 2 * WAVES) / 10)
+        """For frames, rows and columns in turn, of the sines and the cosines."""
 
     def forward(self, videos: Tensor) -> Tensor:
         """Of [B, channels, frames, height, width]: [B, out channels, frames, rows, columns] of patches."""
         patches = super().forward(videos)
-        extents = patches.shape[2:]
-        waves = []
-        for axis, extent in enumerate(extents):
-            place = torch.arange(extent, device=patches.device) * (pi / extent)
-            angle = place * torch.arange(1, WAVES + 1, device=patches.device).unsqueeze(1)
+        halves = torch.arange(1, WAVES + 1, device=patches.device)
+        for axis, weight in enumerate(self.places.chunk(3, dim=1)):
+            extent = patches.shape[2 + axis]
+            angle = torch.outer(halves, torch.arange(extent, device=patches.device) * (pi / extent))
             along = [1, 1, 1]
             along[axis] = extent
-            waves.append(torch.cat([angle.sin(), angle.cos()]).view(-1, *along).expand(-1, *extents))
-        places = torch.cat(waves).to(self.places.dtype)
-        return patches + torch.einsum("cw,wfhx->cfhx", self.places, places)
+            patches = patches + (weight @ torch.cat([angle.sin(), angle.cos()]).to(weight)).view(-1, *along)
+        return patches
 
 
 class Spaced(nn.Module):

@@ -1,5 +1,8 @@
 """Prompts reach the model as vectors, and weights come from a file or say why not."""
 
+import math
+from itertools import product
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,6 +110,25 @@ def test_the_shipped_weights_are_small_trained_and_can_be_trained_on():
 
 def untrained_loss(recipe, step):
     return loss(model.build(), batch(recipe, step)).mean().item()
+
+
+def test_patches_are_told_their_places_by_waves_over_the_video():
+    patches = model.build().patch_embedding
+    video = torch.randn(1, 3, 6, 8, 12)
+    plain = torch.nn.functional.conv3d(video, patches.weight, patches.bias, stride=(1, 4, 4))
+    told = (patches(video) - plain)[0].detach()
+    for frame, row, column in product(range(6), range(2), range(3)):
+        parts = (frame / 6, row / 2, column / 3)
+        waves = [
+            wave(count * math.pi * part)
+            for part in parts
+            for wave in (math.sin, math.cos)
+            for count in (1, 2, 3, 4)
+        ]
+        expected = (patches.places.detach() * torch.tensor(waves)).sum(dim=1)
+        torch.testing.assert_close(told[:, frame, row, column], expected, atol=1e-5, rtol=0)
+    some = (patches(video[:, :, ::3]) - plain[:, :, ::3])[0]
+    torch.testing.assert_close(some, told[:, ::3], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("spacing", [1, 3])
