@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsify_compiler.config import option_names
 from sparsify_compiler.errors import OptionError, PolicyError, SparsifyError, unknown_choice
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
@@ -79,8 +80,8 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
                     f"try {{'method': {others[0]!r}, {option!r}: ...}}"
                 )
             raise unknown_choice("option", option, ("method", "far_field", *ALL_OPTIONS))
-    if far_field not in (None, *kind.far_fields):
-        raise unknown_choice("far_field", far_field, kind.far_fields)
+    if far_field not in (None, *FAR_FIELDS):
+        raise unknown_choice("far_field", far_field, FAR_FIELDS)
     far_field = far_field or kind.far_field
     if own.get("min_gain") is not None and far_field != "linear":
         raise OptionError(

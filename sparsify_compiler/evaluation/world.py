@@ -120,10 +120,7 @@ def scene(seed: int, index: int) -> Scene:
             texture=str(rng.choice(TEXTURES)),
             size=str(rng.choice(list(SIZES))),
             motion=(motion := str(rng.choice(MOTIONS))),
-            start=(
-                beginning(rng.uniform(), STEPS.get(motion, STEPS["still"])[0], HEIGHT),
-                beginning(rng.uniform(), STEPS.get(motion, STEPS["still"])[1], WIDTH),
-            ),
+            start=start(rng, motion),
             speed=rng.uniform(*SPEEDS),
             phase=rng.uniform(0, 2 * np.pi),
         )
@@ -141,11 +138,15 @@ def scene(seed: int, index: int) -> Scene:
     )
 
 
-def beginning(place: float, direction: float, size: int) -> float:
-    """Where in `size` pixels a thing begins, for a place from 0 to 1: near the side that its direction leaves."""
-    if direction:
-        place *= BEGINNING
-    return size * (1 - place if direction < 0 else place)
+def start(rng: np.random.Generator, motion: str) -> tuple[float, float]:
+    """Centre (rows, columns) at frame 0, in pixels: near the side that a straight motion leaves, else anywhere."""
+
+    def along(direction: float, size: int) -> float:
+        place = rng.uniform() * (BEGINNING if direction else 1)
+        return size * (1 - place if direction < 0 else place)
+
+    down, right = STEPS.get(motion, STEPS["still"])
+    return along(down, HEIGHT), along(right, WIDTH)
 
 
 def render(scene: Scene, frames: int = FRAMES, spacing: int = 1) -> Array:

@@ -29,8 +29,6 @@ class Method(Protocol):
     """Default of the option: sites of a model that stay dense, a number or a share."""
     far_field: ClassVar[str]
     """Default of the option."""
-    far_fields: ClassVar[tuple[str, ...]]
-    """What the option may be."""
     otherwise: ClassVar[dict[str, dict[str, Any]]]
     """Other defaults of its options, for far fields other than its own."""
 

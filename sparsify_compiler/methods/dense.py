@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -16,7 +15,6 @@ class Dense:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def refusal(self, layout: TokenLayout) -> str:

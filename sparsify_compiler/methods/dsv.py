@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods import predictor
 from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
@@ -84,7 +83,6 @@ class Dsv:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:

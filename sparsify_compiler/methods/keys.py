@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count
 from sparsify_compiler.methods.single_keys import (
@@ -52,7 +51,6 @@ class Keys:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "mean"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:

@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import top_p_blocks
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
@@ -119,7 +118,6 @@ class BlockMethod:
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03
     far_field: ClassVar[str] = "linear"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {
         "drop": {"top_p": 0.9, "min_kv_ratio": 0.1, "min_gain": None},
         "mean": {"top_p": 0.5, "min_kv_ratio": 0.1, "min_gain": None},

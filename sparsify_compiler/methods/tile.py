@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -34,7 +33,6 @@ class Tile:
     dense_steps: ClassVar[int] = 0
     dense_layers: ClassVar[int] = 0
     far_field: ClassVar[str] = "drop"
-    far_fields: ClassVar[tuple[str, ...]] = FAR_FIELDS
     otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
