@@ -3,6 +3,7 @@
 A file is written under another name first and then put in place, so it is whole or not there.
 """
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
@@ -42,6 +43,11 @@ def refuse_others(out: Path, found: Mapping[str, Any], mine: Mapping[str, Any]) 
         raise OptionError(f"{out} holds a run of other settings: {told}. Give those, or another folder")
 
 
+def digest(path: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
     """The tensor in a file; made, and written there, if there is none."""
     if not path.exists():
@@ -60,8 +66,15 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record of finite numbers."""
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    """Writes a record.
+
+    Raises:
+        SparsifyError: one of its numbers is not finite.
+    """
+    try:
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise SparsifyError(f"every number of {path} must be finite: {error}") from error
     write(path, lambda partial: partial.write_text(text, "utf-8"))
 
 

@@ -8,14 +8,18 @@ from torch import Tensor
 from sparsify_compiler.errors import SparsifyError
 
 
+EXACT = 150.0
+"""dB that a video has which differs in nothing: far above what rounding leaves."""
+
+
 def mse(videos: Tensor, exact: Tensor) -> Tensor:
     """Mean squared difference of each video [B, ...], RGB from 0 to 1: [B]."""
     return (videos - exact).square().flatten(1).mean(1)
 
 
 def psnr(videos: Tensor, exact: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each video in dB, infinite for one that is exact: [B]."""
-    return -10 * mse(videos, exact).log10()
+    """Peak signal-to-noise ratio of each video in dB, at most `EXACT`: [B]."""
+    return (-10 * mse(videos, exact).log10()).clamp(max=EXACT)
 
 
 def ssim(videos: Tensor, exact: Tensor) -> Tensor:

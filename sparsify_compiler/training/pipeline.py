@@ -8,7 +8,6 @@ It says how good videos are after each stage, as `comparison` measures it. The f
 describes, what was compared, and `report.json` and `report.md`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.files import DamagedError
+from sparsify_compiler.evaluation.model import digest
 from sparsify_compiler.evaluation.quality import motion
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, noise
 from sparsify_compiler.evaluation.world import Scene
@@ -45,6 +45,8 @@ class Report:
     """What a run came to."""
 
     settings: Mapping[str, Any]
+    made: Mapping[str, str]
+    """Digests of what is compared: `dense`, `policy`, `sparse`."""
     machine: str
     seconds: Mapping[str, float]
     """Of one video by `base`, `dense` and `sparse`: medians of `ROUNDS`, timed in turn."""
@@ -68,9 +70,8 @@ class Report:
     def save(self, out: Path) -> None:
         """Writes `report.md`, then `report.json`."""
         speed = {"fewer steps": self.fewer_steps, "sparsity": self.sparsity}
-        content = json.dumps({**asdict(self), "speed-up": speed}, indent=1) + "\n"
         files.write(out / "report.md", lambda path: path.write_text(self.markdown(), "utf-8"))
-        files.write(out / "report.json", lambda path: path.write_text(content, "utf-8"))
+        files.write_json(out / "report.json", {**asdict(self), "speed-up": speed})
 
     def markdown(self) -> str:
         """The report as text."""
@@ -129,10 +130,10 @@ def distill(model: nn.Module, out: Path, settings: Settings) -> Report:
     Raises:
         SparsifyError: the folder is of another model or other settings, or something in it is damaged.
     """
-    made = students(model, out, settings)
-    if not (out / "report.json").exists():
+    made, path = students(model, out, settings), out / "report.json"
+    if not path.exists() or load_report(path).made != _digests(made, out):
         _judge(model, made, out, settings).save(out)
-    return load_report(out / "report.json")
+    return load_report(path)
 
 
 def load_report(path: Path) -> Report:
@@ -150,8 +151,17 @@ def load_report(path: Path) -> Report:
         raise DamagedError(f"{path} is no report ({error}): remove it, and it is made again") from error
 
 
+def _digests(made: Students, out: Path) -> dict[str, str]:
+    return {
+        "dense": digest(made.dense),
+        "policy": files.digest(out / "policy.json"),
+        "sparse": digest(made.sparse),
+    }
+
+
 def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> Report:
-    exact_motion, quality = _compare(model, made, out / "videos", settings)
+    digests = _digests(made, out)
+    exact_motion, quality = _compare(model, made, out / "videos", digests, settings)
     torch.compiler.reset()
     sparse = sparse_model(made.sparse, made.policy)
     seconds = _seconds(
@@ -163,7 +173,8 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
         settings.frames,
     )
     return Report(
-        settings=asdict(settings),
+        settings=settings.record,
+        made=digests,
         machine=made.policy.machine,
         seconds=seconds,
         choices={layer.mark.site: layer.choice for layer in made.policy.layers},
@@ -174,21 +185,26 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
 
 
 def _compare(
-    model: nn.Module, made: Students, folder: Path, settings: Settings
+    model: nn.Module, made: Students, folder: Path, digests: Mapping[str, str], settings: Settings
 ) -> tuple[float, tuple[Quality, ...]]:
-    """Motion of the exact videos, and how good those after each stage are."""
-    few = settings.segments
+    """Motion of the exact videos, and how good those after each stage are. Kept by what they were made of."""
+    few, policy = settings.segments, digests["policy"]
+    names = {
+        "dense": f"dense-{digests['dense']}",
+        "searched": f"searched-{digests['dense']}-{policy}",
+        "sparse": f"sparse-{digests['sparse']}-{policy}",
+    }
     base, student = dense_model(model), dense_model(made.dense)
     searched, sparse = (sparse_model(one, made.policy) for one in (made.dense, made.sparse))
     with files.progress() as bar:
         to = Comparison(base, folder, settings, bar)
-        dense = to.videos("dense", student, few, 1)
+        dense = to.videos(names["dense"], student, few, 1)
         return motion(to.exact).mean().item(), (
             to.quality("base", f"base, {STEPS} guided steps", base, STEPS, GUIDANCE),
             to.quality("base-few", f"base, {few} guided steps", base, few, GUIDANCE),
-            to.quality("dense", "stage 1: dense student", student, few, 1),
-            to.quality("searched", "stage 2: sparse by the policy", searched, few, 1, dense),
-            to.quality("sparse", "stage 3: sparse student", sparse, few, 1, dense),
+            to.quality(names["dense"], "stage 1: dense student", student, few, 1),
+            to.quality(names["searched"], "stage 2: sparse by the policy", searched, few, 1, dense),
+            to.quality(names["sparse"], "stage 3: sparse student", sparse, few, 1, dense),
         )
 
 

@@ -10,7 +10,7 @@ the third; `policy.json`; `dense.safetensors` and `sparse.safetensors`, both stu
 """
 
 import copy
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +73,13 @@ class Settings:
         _ = self.consistency
 
     @property
+    def record(self) -> dict[str, int | float | str]:
+        """By name, as JSON has it: infinity by its name."""
+        return {
+            name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()
+        }
+
+    @property
     def consistency(self) -> ConsistencyConfig:
         """Of the first stage; its times are those of the student everywhere."""
         return ConsistencyConfig(segments=self.segments, guidance=GUIDANCE, shift=SHIFT)
@@ -126,10 +133,10 @@ def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
     Raises:
         SparsifyError: it is one of others.
     """
-    path, mine = out / "settings.json", {"format": FORMAT, **asdict(settings), "weights": digest(teacher)}
+    path, mine = out / "settings.json", {"format": FORMAT, **settings.record, "weights": digest(teacher)}
     files.make_folder(out)
     if not path.exists():
-        files.write(path, lambda partial: partial.write_text(json.dumps(mine, indent=1) + "\n"))
+        files.write_json(path, mine)
     files.refuse_others(out, files.read_json(path), mine)
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from sparsify_compiler import OptionError, Policy, SparsifyError, cli
 from sparsify_compiler.evaluation import classifier, world
 from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.evaluation.files import DamagedError
-from sparsify_compiler.evaluation.quality import motion, mse, psnr
+from sparsify_compiler.evaluation.quality import EXACT, motion, mse, psnr
 from sparsify_compiler.evaluation.sampling import times
 from sparsify_compiler.evaluation.world import Scene
 from sparsify_compiler.policy import DENSE, load_policy
@@ -273,7 +274,10 @@ def test_the_report_is_of_the_videos(finished: tuple[Path, Report]) -> None:
     out, report = finished
 
     def videos(name: str) -> Tensor:
-        return torch.cat([torch.load(out / "videos" / f"{name}-{first}.pt") for first in (0, 1)])
+        kept = rf"{name}(-[0-9a-f]{{16}})*-[01]\.pt"
+        files = sorted(path for path in (out / "videos").iterdir() if re.fullmatch(kept, path.name))
+        assert len(files) == 2
+        return torch.cat([torch.load(path) for path in files])
 
     assert report.density == pytest.approx((10 / 16 + 1) / 2), "tile 1:3 keeps 3 F - 2 of F^2"
     assert report.choices == {"blocks.0.attn1": TILE, "blocks.1.attn1": DENSE}
@@ -367,6 +371,17 @@ def test_another_policy_than_the_third_stage_began_with_is_told(
     path.write_text(path.read_text().replace(f'"choice": "{TILE}"', f'"choice": "{DENSE}"'))
     with pytest.raises(DamagedError, match="json chooses otherwise"):
         distill(tiny(), out, SETTINGS)
+    # What it says to do: nothing of the old choice is told again.
+    (out / "distillation.pt").unlink()
+    report = distill(tiny(), out, SETTINGS)
+    assert set(report.choices.values()) == {DENSE}
+    assert report.density == 1.0
+    _, _, dense, searched, sparse = report.quality
+    assert searched.mse == sparse.mse == dense.mse != finished[1].quality[3].mse
+    assert searched.psnr_to_dense == EXACT
+    assert searched.mse_to_dense == 0
+    json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+    assert distill(tiny(), out, SETTINGS) == report
 
 
 @pytest.mark.parametrize(
