@@ -1,13 +1,12 @@
 """The command `sparsify`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.errors import OptionError, run_command
 
 app = typer.Typer(
     help="Block-sparse attention for video diffusion transformers, by torch.compile.",
@@ -135,8 +134,8 @@ def search(
     entries = MENU if menu is None else read_menu_file(menu)
     if (checkpoint is None) != (inputs is None):
         raise OptionError("a checkpoint and --inputs to calibrate it on must be given together, or neither")
-    if not out.parent.is_dir():
-        raise OptionError(f"the policy must be written to a folder that exists, got {str(out)!r}")
+    if out.is_dir() or not out.parent.is_dir():
+        raise OptionError(f"out must be a file in a folder that exists, got {str(out)!r}")
     if checkpoint is None or inputs is None:
         model, calls = evaluated.load(), calibration.calibration_inputs()
     else:
@@ -255,9 +254,5 @@ def sparsity(
 
 
 def main() -> None:
-    """The console script: a `SparsifyError` is one line and exit code 2."""
-    try:
-        app()
-    except SparsifyError as error:
-        print(f"sparsify: {error}", file=sys.stderr)
-        sys.exit(2)
+    """The console script."""
+    run_command(app)

@@ -6,8 +6,9 @@ caller that knows nothing of this package still catches it.
 
 import difflib
 import functools
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class SparsifyError(ValueError):
@@ -38,6 +39,15 @@ class SparsifyWarning(UserWarning):
 def warn_once(message: str) -> None:
     """Warn with `SparsifyWarning`, once per process and message."""
     warnings.warn(message, SparsifyWarning, stacklevel=3)
+
+
+def run_command(command: Callable[[], object]) -> None:
+    """Run a command of the shell: a `SparsifyError` is one line on stderr and exit code 2."""
+    try:
+        command()
+    except SparsifyError as error:
+        print(f"sparsify: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def unknown_choice(what: str, got: object, choices: Iterable[str]) -> OptionError:

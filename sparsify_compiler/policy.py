@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify_compiler.config import option_names
+from sparsify_compiler.config import integer, option_names
 from sparsify_compiler.errors import OptionError, PolicyError, SparsifyError, unknown_choice
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
@@ -236,6 +236,11 @@ class Policy:
                         + SEARCH_AGAIN
                     )
         names = [got.site for got in found]
+        if set(names) == known.keys():
+            return (
+                f"the graph calls {_few(names)} in this order, each once, where the policy lists them twice, in "
+                f"another order or as of several graphs; {SEARCH_AGAIN}"
+            )
         return (
             f"{self.model} must have the attentions {_few([*known])}, got {_few(names)}; {SEARCH_AGAIN}. "
             "Blocks compiled one by one are not known again: compile the model as a whole"
@@ -333,6 +338,11 @@ def load_policy(path: str | Path) -> Policy:
         )
     try:
         menu = {label: entry_of(options) for label, options in content["menu"].items()}
+        if not content["layers"]:
+            raise ValueError("there are no layers")
+        for name in ("r", "total"):
+            if not float(content[name]) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {content[name]!r}")
         return Policy(
             model=content["model"],
             r=float(content["r"]),
@@ -340,7 +350,7 @@ def load_policy(path: str | Path) -> Policy:
             menu=menu,
             layers=tuple(_layer(layer, menu) for layer in content["layers"]),
             together=float(content["loss of all together"]),
-            inputs=content["calibration inputs"],
+            inputs=_whole("calibration inputs", content["calibration inputs"]),
             machine=content["machine"],
             source=f"policy {str(path)!r}",
         )
@@ -354,16 +364,26 @@ def load_policy(path: str | Path) -> Policy:
 
 def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
     known = {f.name: content[f.name] for f in fields(Mark)}
+    for name in ("heads", "head_dim"):
+        _whole(name, known[name])
+    grid = tuple(_whole("each size of grid", size) for size in known["grid"])
     trials = {label: Trial(float(one["loss"]), float(one["ms"])) for label, one in content["trials"].items()}
     for label in (content["choice"], DENSE):
         if label not in trials or label not in menu:
             raise unknown_choice(f"choice of {known['site']}", label, trials.keys() & menu.keys())
     return Layer(
-        mark=Mark(**{**known, "grid": tuple(known["grid"])}),
-        graph=content["graph"],
+        mark=Mark(**{**known, "grid": grid}),
+        graph=_whole("graph", content["graph"]),
         choice=content["choice"],
         trials=trials,
     )
+
+
+def _whole(name: str, value: object) -> int:
+    number = integer(value)
+    if number is None:
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return number
 
 
 def _lines(content: Any, indent: str = "") -> str:

@@ -13,6 +13,7 @@ on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it go
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
 from sparsify_compiler.evaluation.machine import bfloat16_products, machine, origin
-from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
+from sparsify_compiler.evaluation.model import check_frames, digest, load, trained_steps, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr, ssim
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import Listen
@@ -85,7 +86,8 @@ class Settings:
     """Of `dsv`; learnt if None."""
 
     def __post_init__(self) -> None:
-        for name, least in (("seeds", 1), ("steps", 1), ("dense_steps", 0), ("frames", 1)):
+        check_frames(self.frames, least=2)
+        for name, least in (("seeds", 1), ("steps", 1), ("dense_steps", 0)):
             value = integer(getattr(self, name))
             if value is None or value < least:
                 raise OptionError(
@@ -101,6 +103,12 @@ class Settings:
                 raise OptionError(
                     f"there is no file {str(path)!r}: give the path of one that `sparsify search` or training wrote"
                 )
+        for path in self.policies:
+            for grid in {layer.mark.grid for layer in load_policy(path).layers}:
+                if grid[0] != self.frames:
+                    raise OptionError(
+                        f"{path} must be of {self.frames} frames, as the videos are, got {grid[0]}: search again"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +156,7 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
         for method, others in TUNED.items():
             found += [
                 Configuration(
-                    name=f"{method} {density:g} {far_field}",
+                    name=f"{method} {density} {far_field}",
                     line=f"{method} {far_field}",
                     target=density,
                     options={"method": method, **others, "far_field": far_field},
@@ -157,7 +165,7 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
             ]
         found += [
             Configuration(
-                name=f"keys {density:g} {far_field}",
+                name=f"keys {density} {far_field}",
                 line=f"keys {far_field}",
                 target=density,
                 options={"method": "keys", "kv_budget": float(density), "far_field": far_field},
@@ -167,7 +175,7 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
         budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
         found += [
             Configuration(
-                name=f"dsv {density:g} {far_field}",
+                name=f"dsv {density} {far_field}",
                 line=f"dsv {far_field}",
                 target=density,
                 options={**budget, "far_field": far_field},
@@ -175,8 +183,9 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
             )
             for far_field in FAR_FIELDS
         ]
+    stems = [path.stem for path in settings.policies]
     for path in settings.policies:
-        name = f"policy {path.stem}"
+        name = f"policy {path.stem if stems.count(path.stem) == 1 else path}"
         found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
     # Two densities may come to the same tile.
     return list({one.name: one for one in reversed(found)}.values())[::-1]
@@ -243,7 +252,8 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
             record["dense"] = {"motion": _number(motion(bench.dense).mean()), "loss": bench.dense_loss}
         for one in todo:
             bar.update(task, description=one.name)
-            if not any((row["name"], row["file"]) == (one.name, one.file) for row in record["rows"]):
+            known = any((row["name"], row["file"]) == (one.name, one.file) for row in record["rows"])
+            if not known or not bench.video_of(one.name).exists():
                 row = bench.row(one)
                 record["rows"] = [old for old in record["rows"] if old["name"] != one.name] + [row]
                 bench.save()
@@ -252,7 +262,11 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
     record["rows"].sort(key=lambda row: names.index(row["name"]) if row["name"] in names else len(names))
     record["least_density"] = report.least_densities(record["rows"], PSNR_LEVELS)
     bench.save()
-    kept = {row["name"]: files.read_tensors(bench.video_of(row["name"])) / 255 for row in record["rows"]}
+    kept = {
+        row["name"]: files.read_tensors(path) / 255
+        for row in record["rows"]
+        if (path := bench.video_of(row["name"])).exists()
+    }
     report.draw_videos({"dense": bench.dense[0], **kept}, out / "videos.png")
     report.draw_pareto(record["rows"], out / "pareto.png")
     return record
@@ -313,7 +327,11 @@ class Bench:
         path = self.out / "quality.json"
         if path.exists():
             self.record = files.read_json(path)
-            if self.record.get("format") != FORMAT:
+            if self.record.get("format") != FORMAT or not self.record.keys() >= {
+                "settings",
+                "calibrated",
+                "rows",
+            }:
                 raise OptionError(f"{path} is no result of `sparsify bench quality`: give another folder")
             files.refuse_others(self.out, self.record["settings"], mine)
         else:
@@ -514,7 +532,7 @@ class Bench:
 
     def video_of(self, name: str) -> Path:
         """File of a row's first video."""
-        return self.folder / f"{name.replace(' ', '-').replace(':', '_')}.pt"
+        return self.folder / f"{re.sub(r'[ /]', '-', name).replace(':', '_')}.pt"
 
 
 def _methods(

@@ -9,10 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.errors import OptionError
+from sparsify_compiler.errors import OptionError, run_command
 from sparsify_compiler.evaluation import classifier, files, report, world
 from sparsify_compiler.evaluation.machine import fast_products, origin
-from sparsify_compiler.evaluation.model import WEIGHTS, digest, encode, load, to_model, trained_steps
+from sparsify_compiler.evaluation.model import (
+    WEIGHTS,
+    check_frames,
+    digest,
+    encode,
+    load,
+    to_model,
+    trained_steps,
+)
 from sparsify_compiler.evaluation.pictures import strip
 from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import critical_shares
@@ -27,15 +35,18 @@ BATCH = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a JSON object, and writes it and the first samples into `--out`."""
     options = parser().parse_args(arguments)
+    for name in ("samples", "steps"):
+        if getattr(options, name) < 1:
+            raise OptionError(f"{name} must be at least 1, got {getattr(options, name)}")
     files.make_folder(options.out)
-    model = load(options.weights)
+    model, trained = load(options.weights), trained_steps(options.weights)
     scenes = [world.scene(world.HELD_OUT, number) for number in range(options.samples)]
     judge = classifier.train()
     prompts = [scene.prompt for scene in scenes]
     make = partial(samples, compiled(model, world.FRAMES), prompts, options.steps, options.guidance)
     seconds, videos = timed(make)
     record = {
-        "step": trained_steps(options.weights),
+        "step": trained,
         "validation": validation(model, world.FRAMES),
         "samples": {"count": len(scenes), "steps": options.steps, "guidance": options.guidance},
         "found_in_samples": classifier.found(judge, videos, scenes),
@@ -96,10 +107,10 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
     Raises:
         SparsifyError: numbers below 1; no weights; no folder.
     """
-    for name, value in (("videos", videos), ("frames", frames)):
-        if value < 1:
-            raise OptionError(f"{name} must be at least 1, got {value}")
-    model = load(weights)
+    if videos < 1:
+        raise OptionError(f"videos must be at least 1, got {videos}")
+    check_frames(frames)
+    model, trained = load(weights), trained_steps(weights)
     files.make_folder(out)
     levels: dict[float, Tensor] = {}
     with files.progress() as bar:
@@ -111,7 +122,7 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
         **origin(),
         "settings": {
             "weights": digest(model),
-            "trained_steps": trained_steps(weights),
+            "trained_steps": trained,
             "videos": videos,
             "frames": frames,
             "theta": 0.9,
@@ -125,4 +136,4 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

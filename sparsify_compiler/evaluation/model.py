@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.evaluation.world import MOST_OBJECTS
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")
@@ -31,6 +32,8 @@ CONFIG: Mapping[str, Any] = {
     "rope_max_seq_len": 64,
 }
 """Of `WanTransformer3DModel`: 24 frames of 32 x 48 pixels are 24 x 8 x 12 = 2,304 tokens."""
+MOST_FRAMES: int = CONFIG["rope_max_seq_len"]
+"""Frames times their spacing: what rotary positions reach to."""
 WAVES = 4
 """A patch's place is told by waves of 1 to this many half periods over the frames, the height and the width."""
 MEAN, STD = 0.40, 0.25
@@ -39,6 +42,18 @@ MEAN, STD = 0.40, 0.25
 
 class WeightsError(SparsifyError):
     """The weights of the evaluation model are missing, damaged or of another model."""
+
+
+def check_frames(frames: object, *, least: int = 1, spacing: int = 1) -> None:
+    """Raises:
+    OptionError: the model has no positions for such videos.
+    """
+    count = integer(frames)
+    if count is None or not least <= count <= MOST_FRAMES // spacing:
+        apart = f", {spacing} apart" if spacing > 1 else ""
+        raise OptionError(
+            f"frames must be an integer from {least} to {MOST_FRAMES // spacing}{apart}, got {frames!r}"
+        )
 
 
 def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
@@ -122,7 +137,12 @@ def encode(prompts: Sequence[str]) -> Tensor:
 
     Each phrase is a token: the sum of its words' vectors and of its place's. The background's phrase, the last,
     takes the last place; the places between it and the objects say that there is nothing.
+
+    Raises:
+        ValueError: no list of prompts, or one of more objects.
     """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
     embeddings = []
     for prompt in prompts:
         *objects, background = prompt.split("; ")
@@ -176,6 +196,9 @@ def load(path: Path = WEIGHTS) -> nn.Module:
             f"{path} holds another model: {len(odd)} of its tensors differ in name or shape, {odd[0]!r} first. "
             "Take the file that came with this version of the package."
         )
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise WeightsError(f"{path} must hold finite numbers of a floating type, {name!r} does not")
     model.load_state_dict(weights, strict=False)
     return model.eval()
 
@@ -191,11 +214,17 @@ def digest(model: nn.Module) -> str:
 
 def trained_steps(path: Path = WEIGHTS) -> int:
     """How many steps of training the weights have seen."""
-    return int(read(path)[1]["step"])
+    step = (read(path)[1] or {}).get("step", "")
+    if not step.isdecimal():
+        raise WeightsError(
+            f"{path} must say in its metadata how many steps of training it has seen, got {step!r}: save it with "
+            "sparsify_compiler.evaluation.model.save(model, path, step=...)"
+        )
+    return int(step)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file of weights."""
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """The tensors and the metadata, if it has any, of a file of weights."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -207,5 +236,5 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata()
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:  # OSError: a folder
         raise WeightsError(f"{path} is damaged ({error}): install the package again.") from error

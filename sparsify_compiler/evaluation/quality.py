@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sparsify_compiler.errors import SparsifyError
 
-
 EXACT = 150.0
 """dB that a video has which differs in nothing: far above what rounding leaves."""
 

@@ -4,6 +4,7 @@ The convention is Wan's: x_t = (1 - t) video + t noise for t from 0 to 1, the mo
 the velocity, noise - video.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -11,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation.model import encode, to_pixels, unconditional
 from sparsify_compiler.evaluation.world import FRAMES, HEIGHT, WIDTH
 
@@ -21,9 +24,24 @@ STEPS, GUIDANCE, SHIFT = 30, 3.0, 3.0
 
 
 def times(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
-    """The schedule, from 1 to 0: float32 [steps + 1]. A shift above 1 spends more steps near the noise."""
+    """The schedule, from 1 to 0: float32 [steps + 1]. A shift above 1 spends more steps near the noise.
+
+    Raises:
+        OptionError: no step, or a shift that is no positive number.
+    """
+    check_shift(shift)
+    if (integer(steps) or 0) < 1:
+        raise OptionError(f"steps must be an integer of at least 1, got {steps!r}")
     even = torch.linspace(1, 0, steps + 1)
     return shift * even / (1 + (shift - 1) * even)
+
+
+def check_shift(shift: float) -> None:
+    """Raises:
+    OptionError: it is no positive number.
+    """
+    if not 0 < shift < math.inf:
+        raise OptionError(f"shift must be a positive number, got {shift!r}")
 
 
 def noise(seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
@@ -61,6 +79,8 @@ def trajectory(
     shift: float = SHIFT,
 ) -> Iterator[Tensor]:
     """The way to them, in the model's own units: `start`, then where each step leads."""
+    if not math.isfinite(guidance):
+        raise OptionError(f"guidance must be a finite number, got {guidance!r}")
     yield start
     state, text = start, encode(prompts).to(start.device)
     for now, after in pairwise(times(steps, shift).tolist()):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify_compiler.evaluation import world
+from sparsify_compiler.errors import OptionError, run_command
+from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.evaluation.pictures import strip
@@ -25,8 +27,13 @@ SAMPLES = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
     options = parser().parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.minutes > 0 or not min(options.save_every, options.look_every) >= 0:
+        raise OptionError(
+            f"minutes must be above 0, save-every and look-every at least 0, got {options.minutes}, "
+            f"{options.save_every} and {options.look_every}"
+        )
     recipe = Recipe(stages=stages(options.stages), end=options.end, shift=options.shift)
+    files.make_folder(options.out)
     checkpoint = options.out / "checkpoint.pt"
     if options.shipped and not checkpoint.exists():
         trainer = Trainer(load(), recipe, step=trained_steps())
@@ -35,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if checkpoint.exists():
         trainer.restore(checkpoint)
         print(f"goes on from step {trainer.step} of {checkpoint}", flush=True)
+    if recipe.end is not None and recipe.end <= trainer.step:
+        raise OptionError(f"end must be after the {trainer.step} steps that are done, got {recipe.end}")
     run(
         trainer,
         options.out,
@@ -78,12 +87,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """`8@3x16x1500,24x4x1` as stages."""
+    """`8@3x16x1500,24x4x1` as stages.
+
+    Raises:
+        OptionError: the text says no stages, or such as the model cannot be trained in.
+    """
     found = []
     for stage in text.split(","):
-        frames, batch, steps = stage.split("x")
-        frames, _, spacing = frames.partition("@")
-        found.append(Stage(frames=int(frames), batch=int(batch), steps=int(steps), spacing=int(spacing or 1)))
+        match = re.fullmatch(r"(\d+)(?:@(\d+))?x(\d+)x(\d+)", stage)
+        if match is None:
+            raise OptionError(f"stages must be FRAMES[@SPACING]xBATCHxSTEPS,..., got {text!r}")
+        frames, spacing, batch, steps = (int(number or 1) for number in match.groups())
+        found.append(Stage(frames=frames, batch=batch, steps=steps, spacing=spacing))
     return tuple(found)
 
 
@@ -153,4 +168,4 @@ def log(out: Path, record: Mapping[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

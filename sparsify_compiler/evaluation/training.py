@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.evaluation import world
+from sparsify_compiler.evaluation.files import DamagedError, read_tensors
 from sparsify_compiler.evaluation.machine import bfloat16_products, fast_products
-from sparsify_compiler.evaluation.model import encode, to_model
-from sparsify_compiler.evaluation.sampling import SHIFT, Velocity
+from sparsify_compiler.evaluation.model import check_frames, encode, to_model
+from sparsify_compiler.evaluation.sampling import SHIFT, Velocity, check_shift
 
 WIDEST = 1024
 """More than the largest batch: the step times this is the index of a step's first video."""
@@ -34,6 +36,13 @@ class Stage:
     steps: int
     spacing: int = 1
     """Between the frames, which the model is told: more movement for the same tokens."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= WIDEST or min(self.steps, self.spacing) < 1:
+            raise OptionError(
+                f"a stage must have a batch of 1 to {WIDEST}, steps and a spacing of at least 1, got {self}"
+            )
+        check_frames(self.frames, spacing=self.spacing)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +76,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.cooldown < 1:
-            raise ValueError(f"cooldown must be at least 1 step, got {self.cooldown}")
+            raise OptionError(f"cooldown must be at least 1 step, got {self.cooldown}")
+        check_shift(self.shift)
 
     def stage(self, step: int) -> Stage:
         """The stage that a step belongs to."""
@@ -164,7 +174,7 @@ class Trainer:
         """One step of training. Returns the mean loss of its batch."""
         error = loss(self.compiled, batch(self.recipe, self.step)).mean()
         if not error.isfinite():
-            raise FloatingPointError(f"the loss is {error.item()} at step {self.step}")
+            raise SparsifyError(f"the loss must be finite, got {error.item()} at step {self.step}")
         error.backward()
         nn.utils.clip_grad_norm_(self.rest, self.recipe.clip)
         scale = self.scale()
@@ -223,11 +233,20 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Goes on from where `save` left off, with this trainer's own recipe."""
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        self.step, self.start = state["step"], state["start"]
-        self.assign(state["weights"])
-        for name, value in state["average"].items():
-            self.average[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        """Goes on from where `save` left off, with this trainer's own recipe.
+
+        Raises:
+            DamagedError: the file cannot be read, or is of another model.
+        """
+        state: dict[str, Any] = read_tensors(path)
+        try:
+            self.step, self.start = state["step"], state["start"]
+            self.assign(state["weights"])
+            for name, value in self.average.items():
+                value.copy_(state["average"][name])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DamagedError(
+                f"{path} is no checkpoint of this model ({error}): begin in another folder"
+            ) from error

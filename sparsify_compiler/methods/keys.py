@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count
+from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_seed
 from sparsify_compiler.methods.single_keys import (
     Budget,
     check_budget,
@@ -58,7 +58,7 @@ class Keys:
         if self.q_clusters is not None:
             object.__setattr__(self, "q_clusters", check_count("q_clusters", self.q_clusters))
         object.__setattr__(self, "kmeans_iters", check_iterations(self.kmeans_iters))
-        object.__setattr__(self, "seed", check_count("seed", self.seed, 0))
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def refusal(self, layout: TokenLayout) -> str:
         """The method needs to know where the tokens lie in the video."""

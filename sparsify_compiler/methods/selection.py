@@ -218,6 +218,14 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     return count
 
 
+def check_seed(value: object) -> int:
+    """`value` as a seed of torch's generators; OptionError else."""
+    seed = check_count("seed", value, 0)
+    if seed >= 2**64:
+        raise OptionError(f"seed must be below 2**64, got {seed}")
+    return seed
+
+
 def floor_blocks(min_kv_ratio: float, blocks: int) -> int:
     """The fewest blocks that a row may keep: `min_kv_ratio * blocks`, rounded up; at least one."""
     return max(1, math.ceil(min_kv_ratio * blocks - 1e-9))

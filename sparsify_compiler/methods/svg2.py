@@ -16,7 +16,15 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
-from sparsify_compiler.methods.selection import BlockMethod, Blocks, Memory, Selection, Tokens, check_count
+from sparsify_compiler.methods.selection import (
+    BlockMethod,
+    Blocks,
+    Memory,
+    Selection,
+    Tokens,
+    check_count,
+    check_seed,
+)
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
@@ -41,7 +49,7 @@ class Svg2(BlockMethod):
     def __post_init__(self) -> None:
         BlockMethod.__post_init__(self)  # slots leave no super()
         checked = {
-            "seed": check_count("seed", self.seed, 0),
+            "seed": check_seed(self.seed),
             "kmeans_iters": check_iterations(self.kmeans_iters),
         }
         for name in ("q_clusters", "kv_clusters"):

@@ -16,6 +16,8 @@ Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
 """(site, what its method's `settle` takes), for sites whose method learns."""
 Run = Callable[..., Any]
+Sizes = tuple[int, ...]
+"""The sizes that are free in Dynamo's graph, in one call; none for a phase that was compiled for all of them."""
 
 _COLD, _WARM = torch.tensor(False), torch.tensor(True)
 
@@ -64,7 +66,7 @@ class Program:
     """Whether anything is kept from call to call; not where gradients are needed."""
     learning_sites: tuple[AttentionPlan, ...] = ()
     """The plans of sites that are still to learn what they read."""
-    _phases: dict[tuple[Phase, Choices], Run] = field(default_factory=dict)
+    _phases: dict[tuple[Phase, Choices, Sizes], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed."""
@@ -99,7 +101,7 @@ class Program:
         if self.learning_sites:  # what is sparse depends on what will be learnt
             phases = ("dense",)
         for phase in phases:
-            self._phases[phase, ()] = self.compile(phase, (), inputs)
+            self._phases[phase, (), ()] = self.compile(phase, (), inputs)
 
     @property
     def _clocked(self) -> bool:
@@ -123,9 +125,14 @@ class Program:
         return "sparse", tuple((name, choices[name]) for name in names if name in choices)
 
     def _run(self, phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Any:
-        if (phase, choices) not in self._phases:
-            self._phases[phase, choices] = self.compile(phase, choices, inputs)
-        return self._phases[phase, choices](*inputs)
+        run = self._phases.get((phase, choices, ()))
+        if run is None:
+            # Free sizes are symbols only while Dynamo compiles: later, a phase is for the sizes of the call.
+            sizes = tuple(value for value in inputs if isinstance(value, int))
+            run = self._phases.get((phase, choices, sizes))
+            if run is None:
+                run = self._phases[phase, choices, sizes] = self.compile(phase, choices, inputs)
+        return run(*inputs)
 
 
 def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:

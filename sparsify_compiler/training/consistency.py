@@ -175,11 +175,14 @@ class ConsistencyTrainer:
             raise SparsifyError(
                 "state must be what ConsistencyTrainer.state_dict returned, got something else"
             )
+        draws = integer(state.get("draws"))
+        if draws is None or draws < 0 or not isinstance(state.get("target"), Mapping):
+            raise SparsifyError("the state must have the number of draws and the weights of the target")
         try:
             self._average.load_state_dict(state["target"])
         except RuntimeError as error:
             raise SparsifyError(f"the state is of another model: {error}") from error
-        self.draws = state["draws"]
+        self.draws = draws
 
 
 def consistency_loss(

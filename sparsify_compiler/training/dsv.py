@@ -282,6 +282,10 @@ class DSVTrainer:
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise SparsifyError("state must be what DSVTrainer.state_dict returned, got something else")
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise SparsifyError(
+                f"the state lacks {', '.join(missing)}: give one as DSVTrainer.state_dict returned it"
+            )
         if state["world_size"] != _world_size():
             raise SparsifyError(
                 f"the state is of {state['world_size']} ranks, this run has {_world_size()}: resume on as many"

@@ -31,6 +31,7 @@ sites x entries x inputs calls in all.
 import json
 import math
 import platform
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -113,10 +114,14 @@ def search(
     check_limits(r, total)
     entries = read_menu(menu)
     config = _config(options)
-    if isinstance(inputs, Mapping) or not inputs or not all(isinstance(one, Mapping) for one in inputs):
+    if (
+        not isinstance(inputs, Sequence)
+        or not inputs
+        or not all(isinstance(one, Mapping) and one for one in inputs)
+    ):
         raise OptionError(
-            f"inputs must be a list of the keyword arguments of at least one call, got {type(inputs).__name__} "
-            f"of {len(inputs)}: try [{{'hidden_states': ..., 'timestep': ...}}]"
+            "inputs must be a list of the keyword arguments of at least one call, such as [{'hidden_states': ..., "
+            f"'timestep': ...}}], got {reprlib.repr(inputs)}"
         )
     module = _torch.uncompiled(model)
     if getattr(module, "training", False):

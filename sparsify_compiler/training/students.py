@@ -24,7 +24,7 @@ from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, world
 from sparsify_compiler.evaluation.calibration import FIRST
 from sparsify_compiler.evaluation.machine import fast_products
-from sparsify_compiler.evaluation.model import digest, encode, save, to_model, unconditional
+from sparsify_compiler.evaluation.model import check_frames, digest, encode, save, to_model, unconditional
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, times, trajectory
 from sparsify_compiler.evaluation.training import WIDEST
 from sparsify_compiler.policy import DENSE, Policy, load_policy
@@ -64,20 +64,17 @@ class Settings:
     """Of all videos."""
 
     def __post_init__(self) -> None:
-        least = {"consistency_steps": 1, "distillation_steps": 1, "segments": 1, "frames": 2}
-        for name, lowest in least.items():
-            if (integer(getattr(self, name)) or 0) < lowest:
-                got = getattr(self, name)
-                raise OptionError(f"{name} must be an integer of at least {lowest}, got {got!r}")
+        for name in ("consistency_steps", "distillation_steps", "segments"):
+            if (integer(got := getattr(self, name)) or 0) < 1:
+                raise OptionError(f"{name} must be an integer of at least 1, got {got!r}")
+        check_frames(self.frames, least=2)
         check_limits(self.r, self.total)
         _ = self.consistency
 
     @property
     def record(self) -> dict[str, int | float | str]:
         """By name, as JSON has it: infinity by its name."""
-        return {
-            name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()
-        }
+        return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 
     @property
     def consistency(self) -> ConsistencyConfig:

@@ -137,6 +137,26 @@ def test_a_finished_row_is_not_computed_again(folder, weights, monkeypatch):
     assert rows_of(folder) == before
 
 
+def test_a_video_that_was_removed_is_made_again(folder, weights, monkeypatch):
+    before = rows_of(folder)
+    (video,) = folder.glob("run-*/floor_-bfloat16.pt")
+    whole = video.read_bytes()
+    video.write_bytes(whole[:100])
+    error = quality(folder, weights).exception
+    assert isinstance(error, SparsifyError), repr(error)
+    assert "remove it, and what it held is made again" in str(error)
+    video.unlink()
+
+    def row(self, one):
+        video.write_bytes(whole)
+        return before[one.name]
+
+    monkeypatch.setattr(Bench, "row", row)
+    assert quality(folder, weights).exit_code == 0
+    assert video.exists()
+    assert rows_of(folder) == before
+
+
 @pytest.mark.parametrize(
     ("others", "says"),
     [(("--steps", "3"), "steps 2 there and 3 now"), (("--seeds", "2"), "seeds 1 there and 2")],
@@ -167,6 +187,9 @@ def test_a_run_of_other_weights_is_refused(folder, weights, tmp_path):
         (("--policy", "nowhere.json"), "there is no file 'nowhere.json'"),
         (("--predictor", "nowhere"), "there is no file 'nowhere'"),
         (("--weights", "nowhere"), "no weights at nowhere"),
+        (("--frames", "1"), "frames must be an integer from 2 to 64, got 1"),
+        (("--frames", "65"), "frames must be an integer from 2 to 64, got 65"),
+        (("--policy", __file__), "must hold JSON"),
     ],
 )
 def test_mistakes_are_told(weights, tmp_path, others, says):
@@ -261,6 +284,11 @@ def test_a_policy_has_a_row(folder, weights, tmp_path):
         layer["choice"] = choice
     path.write_text(json.dumps(content))
     settings = Settings(seeds=1, steps=2, dense_steps=1, frames=4, densities=(), policies=(path,))
+    with pytest.raises(OptionError, match=r"mixed.json must be of 5 frames, as the videos are, got 4"):
+        Settings(frames=5, policies=(path,))
+    (tmp_path / "other").mkdir()
+    two = Settings(frames=4, policies=(path, policy.save(tmp_path / "other" / "mixed.json")))
+    assert len({one.name for one in configurations(two, tmp_path)[-2:] if one.policy}) == 2
     bench = Bench(model, folder, settings)
     bench.open(7)
     row = bench.row(configurations(settings, tmp_path)[-1])

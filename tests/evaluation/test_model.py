@@ -46,6 +46,12 @@ def test_the_order_of_things_is_part_of_the_prompt():
     assert not torch.equal(front[0], back[1])
 
 
+@pytest.mark.parametrize("prompts", [PROMPT, [], ""])
+def test_what_is_no_list_of_prompts_is_refused(prompts):
+    with pytest.raises(ValueError, match="a list of at least one prompt"):
+        model.encode(prompts)
+
+
 def test_a_prompt_of_too_many_things_is_refused():
     with pytest.raises(ValueError, match="at most 3 objects"):
         model.encode(["a; b; c; d; background"])
@@ -84,6 +90,28 @@ def test_a_damaged_file_says_so(saved, tmp_path):
     path.write_bytes(saved.read_bytes()[:100_000])
     with pytest.raises(model.WeightsError, match="damaged"):
         model.load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_weights_that_are_no_numbers_are_told(saved, tmp_path, value):
+    tensors = load_file(saved)
+    bias = tensors["proj_out.bias"]
+    tensors["proj_out.bias"] = bias.int() if value is None else bias.fill_(value)
+    save_file(tensors, tmp_path / "odd.safetensors", metadata={"step": "1"})
+    with pytest.raises(model.WeightsError, match=r"finite numbers.*'proj_out.bias' does not"):
+        model.load(tmp_path / "odd.safetensors")
+
+
+@pytest.mark.parametrize("metadata", [None, {"step": "abc"}, {"other": "1"}])
+def test_weights_that_do_not_say_their_step_are_told(saved, tmp_path, metadata):
+    save_file(load_file(saved), tmp_path / "other.safetensors", metadata=metadata)
+    with pytest.raises(model.WeightsError, match="how many steps of training"):
+        model.trained_steps(tmp_path / "other.safetensors")
+
+
+def test_a_folder_is_no_weights(tmp_path):
+    with pytest.raises(model.WeightsError, match="damaged"):
+        model.load(tmp_path)
 
 
 def test_weights_of_another_model_name_what_differs(saved, tmp_path):

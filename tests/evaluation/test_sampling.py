@@ -1,7 +1,9 @@
 """The sampler, against flows whose end is known."""
 
+import pytest
 import torch
 
+from sparsify_compiler import OptionError
 from sparsify_compiler.evaluation import model, sampling
 
 PROMPTS = ["large red plain disc still; navy grid still", "small blue plain ring up; grey waves still"]
@@ -40,6 +42,22 @@ def test_the_schedule_goes_from_1_to_0_and_dwells_near_the_noise():
     assert (times.diff() < 0).all()
     assert torch.allclose(sampling.times(4, shift=1), torch.tensor([1, 0.75, 0.5, 0.25, 0]))
     assert (times > 0.5).sum() > 7
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"steps": 2.5}, "steps must be an integer"),
+        ({"shift": 0}, "shift must be a positive number, got 0"),
+        ({"shift": float("inf")}, "shift must be a positive number, got inf"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+    ],
+)
+def test_samples_that_cannot_be_made_are_told(options, says):
+    start, video, other = worlds()
+    with pytest.raises(OptionError, match=says):
+        sampling.sample(ToOneVideo(video, other), PROMPTS, start, **options)
 
 
 def test_without_guidance_it_ends_at_the_prompts_video():

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.evaluation import train, world
 from sparsify_compiler.evaluation.model import CONFIG, build, encode, to_model
 from sparsify_compiler.evaluation.training import LEVELS, Recipe, Stage, Trainer, batch, validation
@@ -122,8 +123,51 @@ def test_it_learns():
 def test_a_loss_that_is_not_finite_stops_it():
     learner = trainer()
     torch.nn.init.constant_(learner.model.proj_out.bias, float("nan"))
-    with pytest.raises(FloatingPointError, match="nan at step 0"):
+    with pytest.raises(SparsifyError, match="got nan at step 0"):
         learner.advance()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--stages nonsense", "stages must be FRAMES[@SPACING]xBATCHxSTEPS,..., got 'nonsense'"),
+        ("--stages 2x1", "got '2x1'"),
+        ("--stages 0x1x1", "frames must be an integer from 1 to 64, got 0"),
+        ("--stages 24@3x1x1", "frames must be an integer from 1 to 21, 3 apart, got 24"),
+        ("--stages 2@0x1x1", "a spacing of at least 1"),
+        ("--stages 2x0x1", "a batch of 1 to 1024"),
+        ("--stages 2x2000x1", "a batch of 1 to 1024"),
+        ("--shift 0", "shift must be a positive number, got 0.0"),
+        ("--shift -1", "shift must be a positive number, got -1.0"),
+        ("--shift nan", "shift must be a positive number, got nan"),
+        ("--minutes nan", "minutes must be above 0"),
+        ("--minutes 0", "minutes must be above 0"),
+        ("--save-every -1", "at least 0"),
+        ("--end 0", "end must be after the 0 steps that are done, got 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_told_before_a_step(tmp_path, monkeypatch, words, says):
+    monkeypatch.setattr(train, "build", lambda: build(TINY))
+    with pytest.raises(SparsifyError) as error:
+        train.main(["--out", str(tmp_path / "run"), *words.split()])
+    assert says in str(error.value)
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_folder_or_checkpoint_that_is_none_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda: build(TINY))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SparsifyError, match="out must be a folder"):
+        train.main(["--out", str(tmp_path / "file")])
+    path = tmp_path / "checkpoint.pt"
+    trainer().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SparsifyError, match=r"checkpoint\.pt is damaged"):
+        train.main(["--out", str(tmp_path)])
+    Trainer(build(TINY | {"num_layers": 2}), RECIPE, compiled=False).save(path)
+    with pytest.raises(SparsifyError, match="is no checkpoint of this model"):
+        train.main(["--out", str(tmp_path)])
 
 
 def test_a_run_leaves_checkpoint_weights_log_and_picture(tmp_path):

@@ -391,7 +391,7 @@ def test_another_policy_than_the_third_stage_began_with_is_told(
         ({"r": -1.0}, "r must be a number of at least 0"),
         ({"r": math.nan}, "r must be a number of at least 0"),
         ({"total": -0.1}, "total must be a number of at least 0"),
-        ({"frames": 1}, "frames must be an integer of at least 2"),
+        ({"frames": 1}, "frames must be an integer from 2 to 64, got 1"),
         ({"consistency_steps": 0}, "consistency_steps must be an integer of at least 1"),
     ],
 )

@@ -450,7 +450,9 @@ marks = st.builds(
 whole_losses = st.floats(min_value=0, allow_nan=False)
 
 
-@given(st.data(), st.lists(marks, max_size=3), st.floats(min_value=0, allow_nan=False), whole_losses)
+@given(
+    st.data(), st.lists(marks, min_size=1, max_size=3), st.floats(min_value=0, allow_nan=False), whole_losses
+)
 def test_a_policy_comes_back_from_its_file(
     tmp_path_factory: pytest.TempPathFactory,
     data: st.DataObject,
@@ -536,7 +538,7 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
     smaller = {"video": inputs["video"][:, :, :3]}
     with pytest.raises(SparsifyError, match=r"one model and grid, got first of grid \(3, 7, 9\)"):
         search(model, [inputs, smaller], menu=SPARSE[:1])
-    for wrong in ([], inputs, [3]):
+    for wrong in ([], inputs, [3], None, [{}], "calls.pt"):
         with pytest.raises(OptionError, match="keyword arguments"):
             search(model, wrong)  # type: ignore[arg-type]
     for option in ({"method": "tile"}, {"dense_layers": 1}, {"gird": (5, 7, 9)}):
@@ -563,6 +565,7 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         ('{"format": "sparsify-policy-1"}', "got 'sparsify-policy-1'"),
         ('{"format": "sparsify-policy-2"}', "damaged .KeyError: 'menu'"),
         ('{"format": "sparsify-policy-2", "menu": {"a": {"method": "svg3"}}}', "Did you mean 'svg2'"),
+        ('{"format": "sparsify-policy-2", "menu": {}, "layers": []}', "there are no layers"),
     ],
 )
 def test_a_file_that_is_no_policy(tmp_path: Path, content: str | None, says: str) -> None:
@@ -571,6 +574,33 @@ def test_a_file_that_is_no_policy(tmp_path: Path, content: str | None, says: str
         path.write_text(content)
     with pytest.raises(PolicyError, match=says):
         configure({"policy": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("heads", "2", "heads must be an integer, got '2'"),
+        ("grid", "5x7x9", "each size of grid must be an integer, got '5'"),
+        ("graph", None, "graph must be an integer, got None"),
+        ("graph", 7, "or as of several graphs"),
+        ("r", "nan", "r must be at least 0, got 'nan'"),
+        ("total", -1, "total must be at least 0, got -1"),
+        ("calibration inputs", "x", "calibration inputs must be an integer"),
+        ("layers", "twice", "lists them twice"),
+    ],
+)
+def test_a_policy_edited_into_nonsense(
+    wan: tuple[nn.Module, Inputs], found: Policy, tmp_path: Path, name: str, value: Any, says: str
+) -> None:
+    path = found.save(tmp_path / "policy.json")
+    content = json.loads(path.read_text())
+    if value == "twice":
+        content["layers"].append(content["layers"][0])
+    else:
+        (content if name in content else content["layers"][0])[name] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(PolicyError, match=says):
+        answer(torch.compile(wan[0], backend="sparsify", options={"policy": str(path)}), wan[1])
 
 
 @pytest.mark.parametrize(
@@ -696,6 +726,7 @@ def test_the_evaluation_model_is_calibrated_at_every_noise_level() -> None:
         (["--r", "-1"], "r must be a number"),
         (["--inputs", "calls.pt"], "must be given together"),
         (["--out", "nowhere/policy.json"], "a folder that exists"),
+        (["--out", "."], "out must be a file in a folder that exists, got '.'"),
         (["nowhere", "--inputs", __file__], "inputs must be torch.save of a list"),
         (["--menu", "nowhere.json"], "the menu must be a JSON file"),
         (["--menu", __file__], "the menu must be a JSON file"),

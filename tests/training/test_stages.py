@@ -270,6 +270,27 @@ def test_resumes_exactly(cut: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, again["dsv"]["learned"][name]), name
 
 
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_batches_may_differ_in_stage_2(inner: str) -> None:
+    """What turns sparse is compiled after Dynamo is done, when a batch that it left free is a number."""
+    losses: dict[str, list[float]] = {}
+    for backend in ("eager", inner):
+        torch._dynamo.reset()
+        model, inputs = made()
+        fast = torch.compile(
+            model, backend="sparsify", options=OPTIONS | {"inner_backend": backend, "kv_budget": 0.2}
+        )
+        dsv = DSVTrainer(fast, threshold=10.0, profile_every=(1, 1), break_even=1.0)
+        for _ in range(3):
+            step(fast, inputs)
+            dsv.step()
+        assert dsv.stage == 2
+        batches = [made(batch=batch)[1] for batch in (1, 2, 3, 2)]
+        losses[backend] = [float(step(fast, batch)) for batch in batches]
+    assert losses[inner] == pytest.approx(losses["eager"], rel=1e-4)
+    assert len(set(losses["eager"])) == 3
+
+
 def test_states_of_others_are_refused():
     _, state = run(4)
     model, inputs = made()
