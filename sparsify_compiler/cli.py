@@ -196,6 +196,10 @@ def quality(
         list[float] | None,
         typer.Option("--density", help="share of the query-key pairs that methods are to read, in (0, 1]"),
     ] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--method", help="to be compared: tile, svg2, cubes, keys, dsv; all by default"),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="videos of each configuration")] = 8,
     steps: Annotated[int, typer.Option(help="of a generation")] = 16,
     dense_steps: Annotated[int, typer.Option(help="the first ones, which stay dense")] = 2,
@@ -221,6 +225,7 @@ def quality(
         dense_steps=dense_steps,
         frames=frames,
         densities=tuple(densities or benchmark.DENSITIES),
+        methods=tuple(methods or benchmark.COMPARED),
         policies=tuple(policies or ()),
         predictor=predictor,
     )

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.config import integer, share
-from sparsify_compiler.errors import OptionError
+from sparsify_compiler.errors import OptionError, unknown_choice
 from sparsify_compiler.evaluation import files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
 from sparsify_compiler.evaluation.machine import bfloat16_products, machine, origin
@@ -49,6 +49,7 @@ from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.timing import interleaved_medians
 
 FORMAT = "sparsify-quality-1"
+COMPARED = ("tile", "svg2", "cubes", "keys", "dsv")
 DENSITIES = (0.1, 0.2, 0.3)
 TUNED: Mapping[str, Mapping[str, Any]] = {
     "svg2": {"min_kv_ratio": 0.01},
@@ -81,6 +82,7 @@ class Settings:
     dense_steps: int = 2
     frames: int = world.FRAMES
     densities: tuple[float, ...] = DENSITIES
+    methods: tuple[str, ...] = COMPARED
     policies: tuple[Path, ...] = ()
     predictor: Path | None = None
     """Of `dsv`; learnt if None."""
@@ -98,6 +100,9 @@ class Settings:
         for density in self.densities:
             if not share(density):
                 raise OptionError(f"density must be a share in (0, 1], got {density!r}")
+        for method in self.methods:
+            if method not in COMPARED:
+                raise unknown_choice("method", method, COMPARED)
         for path in (*self.policies, *filter(None, (self.predictor,))):
             if not path.is_file():
                 raise OptionError(
@@ -187,8 +192,9 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
     for path in settings.policies:
         name = f"policy {path.stem if stems.count(path.stem) == 1 else path}"
         found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
+    wanted = [one for one in found if one.target is None or (one.options or {})["method"] in settings.methods]
     # Two densities may come to the same tile.
-    return list({one.name: one for one in reversed(found)}.values())[::-1]
+    return list({one.name: one for one in reversed(wanted)}.values())[::-1]
 
 
 def nearest_tile(frames: int, density: float) -> int:
@@ -244,7 +250,7 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
     predictor = settings.predictor or bench.folder / "predictor.safetensors"
     with files.progress() as bar:
         task = bar.add_task("predictor of dsv", total=None)
-        if not predictor.exists():
+        if "dsv" in settings.methods and not predictor.exists():
             learn(bench.model, predictor, settings.frames)
         todo = configurations(settings, predictor)
         bar.update(task, description="dense", total=len(todo))

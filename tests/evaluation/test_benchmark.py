@@ -182,6 +182,8 @@ def test_a_run_of_other_weights_is_refused(folder, weights, tmp_path):
     [
         (("--density", "0"), "density must be a share in (0, 1], got 0.0"),
         (("--density", "1.5"), "density must be a share in (0, 1], got 1.5"),
+        (("--method", "svg3"), "Did you mean 'svg2'"),
+        (("--method", "dense"), "unknown method 'dense'"),
         (("--seeds", "0"), "seeds must be an integer of at least 1, got 0"),
         (("--dense-steps", "2"), "dense_steps must be less than the 2 steps, got 2"),
         (("--policy", "nowhere.json"), "there is no file 'nowhere.json'"),
@@ -255,6 +257,12 @@ def test_how_much_to_read_is_found_in_few_tries(target, power, floor):
     before = len(tried)
     find_reading(density, known[much], known)
     assert len(tried) == before, "what is known is not measured again"
+
+
+def test_methods_can_be_compared_by_themselves(tmp_path):
+    settings = Settings(frames=4, densities=(0.3, 0.5), methods=("keys", "tile"))
+    lines = {one.line for one in configurations(settings, tmp_path)}
+    assert lines == {None, *(f"{name} {far}" for name in ("keys", "tile") for far in FAR_FIELDS)}
 
 
 def test_the_nearest_tile_is_nearest():
