@@ -1,6 +1,6 @@
 """Distil many guided steps into few, one call each: multistep latent consistency distillation.
 
-    python examples/04_consistency_distillation.py --steps 300   # some fifteen minutes on one core
+    python examples/04_consistency_distillation.py --steps 300   # six to fifteen minutes on one core
 
 Student and teacher are the shipped Wan of 4 M parameters. Reported is the PSNR of videos of held-out prompts
 against those that the teacher makes from the same noise in a hundred guided steps: of the teacher in as few steps
