@@ -158,10 +158,10 @@ def distill(
     segments: Annotated[int, typer.Option(help="steps that the student is to need; divides 50")] = 5,
     r: Annotated[
         float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
-    ] = 0.01,
+    ] = 0.015,
     total: Annotated[
         float, typer.Option(help="the most that the losses of all attentions may add up to")
-    ] = 0.025,
+    ] = 0.035,
     weights: Annotated[
         Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
     ] = None,

@@ -56,9 +56,9 @@ class Settings:
     """Of the third."""
     segments: int = 5
     """Steps that the student is to need; divides the teacher's 50."""
-    r: float = 0.01
+    r: float = 0.015
     """The most that an attention may lose by being sparse: relative squared error of the model's output."""
-    total: float = 0.025
+    total: float = 0.035
     """The most that the losses of all attentions may add up to."""
     frames: int = world.FRAMES
     """Of all videos."""
