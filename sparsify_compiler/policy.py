@@ -364,7 +364,7 @@ def load_policy(path: str | Path) -> Policy:
 
 def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
     known = {f.name: content[f.name] for f in fields(Mark)}
-    for name in ("heads", "head_dim"):
+    for name in ("heads", "kv_heads", "head_dim"):
         _whole(name, known[name])
     grid = tuple(_whole("each size of grid", size) for size in known["grid"])
     trials = {label: Trial(float(one["loss"]), float(one["ms"])) for label, one in content["trials"].items()}
