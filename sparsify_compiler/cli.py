@@ -217,15 +217,16 @@ def quality(
     """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
     from sparsify_compiler.evaluation import benchmark, report
     from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.evaluation.configurations import COMPARED, DENSITIES, Settings
     from sparsify_compiler.training.predictor import learn_predictor
 
-    settings = benchmark.Settings(
+    settings = Settings(
         seeds=seeds,
         steps=steps,
         dense_steps=dense_steps,
         frames=frames,
-        densities=tuple(densities or benchmark.DENSITIES),
-        methods=tuple(methods or benchmark.COMPARED),
+        densities=tuple(densities or DENSITIES),
+        methods=tuple(methods or COMPARED),
         policies=tuple(policies or ()),
         predictor=predictor,
     )

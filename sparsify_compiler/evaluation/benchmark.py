@@ -1,10 +1,8 @@
 """`sparsify bench quality`: what sparse attention does to the videos of the evaluation model.
 
 The same held-out prompts and noises are generated dense and with every configuration: what differs is the
-attention alone. Methods are compared at matched densities: `tile` by the number of reference frames that comes
-nearest, `svg2` and `cubes` by the `top_p` or, with the linear far field, the `min_gain` that short generations of
-another prompt find, `keys` and `dsv` by their budget.
-Densities are of the steps that run sparse; the first ones, `dense_steps`, are dense for all.
+attention alone. `configurations.py` says which there are. Densities are of the steps that run sparse; the
+first ones, `dense_steps`, are dense for all.
 
 A run is a folder: `quality.json`, to which a row is added as soon as it is finished, so that the same command goes
 on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it goes on from.
@@ -12,7 +10,6 @@ on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it go
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,17 +24,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.backend import sparsify
-from sparsify_compiler.config import integer, share
-from sparsify_compiler.errors import OptionError, unknown_choice
+from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, report, world
 from sparsify_compiler.evaluation.calibration import FIRST, calibration_inputs
+from sparsify_compiler.evaluation.configurations import (
+    TUNED,
+    Configuration,
+    Settings,
+    configurations,
+    find_reading,
+    reading,
+)
 from sparsify_compiler.evaluation.machine import bfloat16_products, machine, origin
-from sparsify_compiler.evaluation.model import check_frames, digest, load, trained_steps, unconditional
+from sparsify_compiler.evaluation.model import digest, load, trained_steps, unconditional
 from sparsify_compiler.evaluation.quality import motion, psnr, ssim
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import Listen
 from sparsify_compiler.evaluation.training import validation
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.measured import Measurement, stats
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.methods.dense import Dense
@@ -49,16 +52,8 @@ from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.timing import interleaved_medians
 
 FORMAT = "sparsify-quality-1"
-COMPARED = ("tile", "svg2", "cubes", "keys", "dsv")
-DENSITIES = (0.1, 0.2, 0.3)
-TUNED: Mapping[str, Mapping[str, Any]] = {
-    "svg2": {"min_kv_ratio": 0.01},
-    "cubes": {"cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_kv_ratio": 0.01},
-}
-"""Methods that decide by themselves what they read, with a floor below every density asked for."""
-CALIBRATION_STEPS, TRIES, NEAR = 6, 8, 0.03
-"""Steps of a generation that a density is looked for with; how many are tried; and the relative difference from
-the target that is good enough."""
+CALIBRATION_STEPS = 6
+"""Of a generation that a density is looked for with."""
 BATCH = 8
 """Videos that are made at once; guidance doubles them."""
 RECALL_SHARE = 0.01
@@ -70,169 +65,6 @@ PSNR_LEVELS = (30.0, 35.0)
 
 Learn = Callable[[nn.Module, Path, int], object]
 """Writes the predictor of `dsv` for a model and a number of frames into a file; the model stays as it is."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What is to be compared."""
-
-    seeds: int = 8
-    """Videos of each configuration."""
-    steps: int = 16
-    dense_steps: int = 2
-    frames: int = world.FRAMES
-    densities: tuple[float, ...] = DENSITIES
-    methods: tuple[str, ...] = COMPARED
-    policies: tuple[Path, ...] = ()
-    predictor: Path | None = None
-    """Of `dsv`; learnt if None."""
-
-    def __post_init__(self) -> None:
-        check_frames(self.frames, least=2)
-        for name, least in (("seeds", 1), ("steps", 1), ("dense_steps", 0)):
-            value = integer(getattr(self, name))
-            if value is None or value < least:
-                raise OptionError(
-                    f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}"
-                )
-        if self.dense_steps >= self.steps:
-            raise OptionError(f"dense_steps must be less than the {self.steps} steps, got {self.dense_steps}")
-        for density in self.densities:
-            if not share(density):
-                raise OptionError(f"density must be a share in (0, 1], got {density!r}")
-        for method in self.methods:
-            if method not in COMPARED:
-                raise unknown_choice("method", method, COMPARED)
-        for path in (*self.policies, *filter(None, (self.predictor,))):
-            if not path.is_file():
-                raise OptionError(
-                    f"there is no file {str(path)!r}: give the path of one that `sparsify search` or training wrote"
-                )
-        for path in self.policies:
-            for grid in {layer.mark.grid for layer in load_policy(path).layers}:
-                if grid[0] != self.frames:
-                    raise OptionError(
-                        f"{path} must be of {self.frames} frames, as the videos are, got {grid[0]}: search again"
-                    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Configuration:
-    """How the model is run in a row."""
-
-    name: str
-    line: str | None = None
-    """The line of the picture that it is a point of: method and far field; none for a noise floor."""
-    target: float | None = None
-    """The density to be matched."""
-    options: Mapping[str, Any] | None = None
-    """Of torch.compile; none: the model runs as it is. For a method of `TUNED`, `reading` is still to be found."""
-    autocast: bool = False
-    """Whether products of matrices are in bfloat16."""
-    policy: Path | None = None
-    predictor: Path | None = None
-
-    @property
-    def file(self) -> str | None:
-        """Digest of the file that the row depends on."""
-        path = self.policy or self.predictor
-        return None if path is None else files.digest(path)
-
-
-def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
-    """All rows: noise floors, methods at every density, policies."""
-    frames = settings.frames
-    everything = {"method": "tile", "reference_frames": frames, "far_field": "drop", "dense_steps": 0}
-    found = [
-        Configuration(name="floor: another kernel", options=everything),
-        Configuration(name="floor: bfloat16", autocast=True),
-    ]
-    for density in settings.densities:
-        k = nearest_tile(frames, density)
-        found += [
-            Configuration(
-                name=f"tile {k}:{frames - k} {far_field}",
-                line=f"tile {far_field}",
-                target=density,
-                options={"method": "tile", "reference_frames": k, "far_field": far_field},
-            )
-            for far_field in FAR_FIELDS
-        ]
-        for method, others in TUNED.items():
-            found += [
-                Configuration(
-                    name=f"{method} {density} {far_field}",
-                    line=f"{method} {far_field}",
-                    target=density,
-                    options={"method": method, **others, "far_field": far_field},
-                )
-                for far_field in FAR_FIELDS
-            ]
-        found += [
-            Configuration(
-                name=f"keys {density} {far_field}",
-                line=f"keys {far_field}",
-                target=density,
-                options={"method": "keys", "kv_budget": float(density), "far_field": far_field},
-            )
-            for far_field in FAR_FIELDS
-        ]
-        budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
-        found += [
-            Configuration(
-                name=f"dsv {density} {far_field}",
-                line=f"dsv {far_field}",
-                target=density,
-                options={**budget, "far_field": far_field},
-                predictor=predictor,
-            )
-            for far_field in FAR_FIELDS
-        ]
-    stems = [path.stem for path in settings.policies]
-    for path in settings.policies:
-        name = f"policy {path.stem if stems.count(path.stem) == 1 else path}"
-        found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
-    wanted = [one for one in found if one.target is None or (one.options or {})["method"] in settings.methods]
-    # Two densities may come to the same tile.
-    return list({one.name: one for one in reversed(wanted)}.values())[::-1]
-
-
-def nearest_tile(frames: int, density: float) -> int:
-    """Reference frames of the tile whose density is nearest."""
-    return min(range(1, frames + 1), key=lambda k: abs(frame_mask(frames, k).float().mean().item() - density))
-
-
-def reading(far_field: str, much: float) -> dict[str, float]:
-    """The option by which a method of `TUNED` reads from nothing, `much` 0, to everything, 1."""
-    return {"min_gain": 10.0 ** (1 - 7 * much)} if far_field == "linear" else {"top_p": much}
-
-
-def find_reading(
-    density_at: Callable[[float], float], target: float, known: dict[float, float], tries: int = TRIES
-) -> float:
-    """How much a method must read to come nearest to a density.
-
-    Between the two nearest values on both sides: where the straight line through the logarithms of their densities
-    meets the target, but never at their very ends, and in the middle, by turns; densities may rise all at once.
-
-    Args:
-        density_at: measures; rising.
-        known: what was measured before, `much` to density; what is measured is added.
-    """
-
-    def miss(much: float) -> float:
-        return abs(math.log(known[much] / target))
-
-    for attempt in range(tries):
-        if known and miss(min(known, key=miss)) <= NEAR:
-            break
-        low = max(((p, d) for p, d in known.items() if d < target), default=(0.0, target / 4))
-        high = min(((p, d) for p, d in known.items() if d >= target), default=(1.0, 1.0))
-        width = math.log(high[1] / low[1])
-        along = math.log(target / low[1]) / width if width > 0 and attempt % 2 == 0 else 0.5
-        much = low[0] + min(0.85, max(0.15, along)) * (high[0] - low[0])
-        known[much] = density_at(much)
-    return min(known, key=miss)
 
 
 def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[str, Any]:

@@ -14,9 +14,17 @@ from typer.testing import CliRunner
 
 from sparsify_compiler import OptionError, SparsifyError, cli
 from sparsify_compiler.evaluation import benchmark, report
+from sparsify_compiler.evaluation import configurations as compared
 from sparsify_compiler.evaluation import model as evaluated
-from sparsify_compiler.evaluation.benchmark import Bench, Settings, configurations, find_reading, nearest_tile
+from sparsify_compiler.evaluation.benchmark import Bench
 from sparsify_compiler.evaluation.calibration import calibration_inputs
+from sparsify_compiler.evaluation.configurations import (
+    TRIES,
+    Settings,
+    configurations,
+    find_reading,
+    nearest_tile,
+)
 from sparsify_compiler.evaluation.quality import ssim
 from sparsify_compiler.evaluation.sparsity import Listen
 from sparsify_compiler.training import predictor, search
@@ -39,7 +47,7 @@ def small_model():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluated, "build", partial(evaluated.build, evaluated.CONFIG | SMALL))
         patch.setattr(predictor, "learn_predictor", FEW)
-        patch.setattr(benchmark, "FAR_FIELDS", FAR_FIELDS)
+        patch.setattr(compared, "FAR_FIELDS", FAR_FIELDS)
         patch.setattr(benchmark, "ROUNDS", 1)
         yield
 
@@ -253,7 +261,7 @@ def test_how_much_to_read_is_found_in_few_tries(target, power, floor):
     known: dict[float, float] = {}
     much = find_reading(density, target, known)
     assert abs(density(much) / target - 1) < 0.1
-    assert len(tried) - 1 == len(known) <= benchmark.TRIES
+    assert len(tried) - 1 == len(known) <= TRIES
     before = len(tried)
     find_reading(density, known[much], known)
     assert len(tried) == before, "what is known is not measured again"
