@@ -15,7 +15,7 @@ from sparsify_compiler.methods.selection import Blocks, Tokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
-FAR_CUBE: Cube = (4, 4, 2)
+FAR_CUBE: Cube = (4, 2, 2)
 """Of keys that answer together for those of them that are not read."""
 
 Budget = int | float
