@@ -106,53 +106,30 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
         Configuration(name="floor: bfloat16", autocast=True),
     ]
     for density in settings.densities:
-        k = nearest_tile(frames, density)
+        k, budget = nearest_tile(frames, density), {"kv_budget": float(density)}
+        own: dict[str, Mapping[str, Any]] = {
+            "tile": {"reference_frames": k},
+            **TUNED,
+            "keys": budget,
+            "dsv": {"predictor": str(predictor), **budget},
+        }
         found += [
             Configuration(
-                name=f"tile {k}:{frames - k} {far_field}",
-                line=f"tile {far_field}",
+                name=f"{method} {f'{k}:{frames - k}' if method == 'tile' else density} {far_field}",
+                line=f"{method} {far_field}",
                 target=density,
-                options={"method": "tile", "reference_frames": k, "far_field": far_field},
+                options={"method": method, **own[method], "far_field": far_field},
+                predictor=predictor if method == "dsv" else None,
             )
-            for far_field in FAR_FIELDS
-        ]
-        for method, others in TUNED.items():
-            found += [
-                Configuration(
-                    name=f"{method} {density} {far_field}",
-                    line=f"{method} {far_field}",
-                    target=density,
-                    options={"method": method, **others, "far_field": far_field},
-                )
-                for far_field in FAR_FIELDS
-            ]
-        found += [
-            Configuration(
-                name=f"keys {density} {far_field}",
-                line=f"keys {far_field}",
-                target=density,
-                options={"method": "keys", "kv_budget": float(density), "far_field": far_field},
-            )
-            for far_field in FAR_FIELDS
-        ]
-        budget = {"method": "dsv", "predictor": str(predictor), "kv_budget": float(density)}
-        found += [
-            Configuration(
-                name=f"dsv {density} {far_field}",
-                line=f"dsv {far_field}",
-                target=density,
-                options={**budget, "far_field": far_field},
-                predictor=predictor,
-            )
+            for method in settings.methods
             for far_field in FAR_FIELDS
         ]
     stems = [path.stem for path in settings.policies]
     for path in settings.policies:
         name = f"policy {path.stem if stems.count(path.stem) == 1 else path}"
         found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
-    wanted = [one for one in found if one.target is None or (one.options or {})["method"] in settings.methods]
     # Two densities may come to the same tile.
-    return list({one.name: one for one in reversed(wanted)}.values())[::-1]
+    return list({one.name: one for one in reversed(found)}.values())[::-1]
 
 
 def nearest_tile(frames: int, density: float) -> int:

@@ -131,8 +131,9 @@ def distill(model: nn.Module, out: Path, settings: Settings) -> Report:
         SparsifyError: the folder is of another model or other settings, or something in it is damaged.
     """
     made, path = students(model, out, settings), out / "report.json"
-    if not path.exists() or load_report(path).made != _digests(made, out):
-        _judge(model, made, out, settings).save(out)
+    digests = _digests(made, out)
+    if not path.exists() or load_report(path).made != digests:
+        _judge(model, made, digests, out, settings).save(out)
     return load_report(path)
 
 
@@ -159,9 +160,10 @@ def _digests(made: Students, out: Path) -> dict[str, str]:
     }
 
 
-def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> Report:
-    digests = _digests(made, out)
-    exact_motion, quality = _compare(model, made, out / "videos", digests, settings)
+def _judge(
+    model: nn.Module, made: Students, digests: Mapping[str, str], out: Path, settings: Settings
+) -> Report:
+    exact_motion, quality = _compare(model, made, digests, out / "videos", settings)
     torch.compiler.reset()
     sparse = sparse_model(made.sparse, made.policy)
     seconds = _seconds(
@@ -185,7 +187,7 @@ def _judge(model: nn.Module, made: Students, out: Path, settings: Settings) -> R
 
 
 def _compare(
-    model: nn.Module, made: Students, folder: Path, digests: Mapping[str, str], settings: Settings
+    model: nn.Module, made: Students, digests: Mapping[str, str], folder: Path, settings: Settings
 ) -> tuple[float, tuple[Quality, ...]]:
     """Motion of the exact videos, and how good those after each stage are. Kept by what they were made of."""
     few, policy = settings.segments, digests["policy"]

@@ -133,7 +133,7 @@ def rising(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
         yield step, 0, now | {"timestep": 1000 - now["timestep"]}
 
 
-def generate(
+def check_generation(
     compiled: nn.Module, model: nn.Module, loop: Loop, inputs: Inputs, tables: Tables, steps: int = 10
 ) -> None:
     """Run a loop and hold every call to what it must be: dense, then what its tables say."""
@@ -175,7 +175,7 @@ def test_a_generation_is_dense_then_sparse(name: str, loop: Loop, method: dict, 
     model, inputs = CASES[name].build(GRID, batch=2 if loop is batched else 1)
     compiled = torch.compile(model, backend="sparsify", fullgraph=True, options=USUAL | method)
     with at_most_compilations(1):
-        generate(compiled, model, loop, inputs, tables)
+        check_generation(compiled, model, loop, inputs, tables)
     stats = sparsify_compiler.stats(compiled)
     assert stats.dense_calls == 2 * (1 if loop is batched else 2)
     assert {one.step for one in stats.measurements} == set(range(2, 10))
@@ -187,7 +187,9 @@ def test_a_generation_is_dense_then_sparse(name: str, loop: Loop, method: dict, 
 @pytest.mark.parametrize("loop", [second_order, rising])
 def test_other_schedules(loop: Loop, tables: Tables) -> None:
     model, inputs = CASES["wan"].build(GRID, batch=1)
-    generate(torch.compile(model, backend="sparsify", options=USUAL | SVG2), model, loop, inputs, tables)
+    check_generation(
+        torch.compile(model, backend="sparsify", options=USUAL | SVG2), model, loop, inputs, tables
+    )
 
 
 def test_time_steps_for_each_token(tables: Tables) -> None:
@@ -202,7 +204,7 @@ def test_time_steps_for_each_token(tables: Tables) -> None:
             times[:, : GRID[1] * GRID[2]] = 0
             yield step, stream, now | {"timestep": times}
 
-    generate(compiled, model, per_token, inputs, tables, steps=4)
+    check_generation(compiled, model, per_token, inputs, tables, steps=4)
 
 
 def centroids(model: nn.Module) -> list[Tensor]:
@@ -216,7 +218,7 @@ def test_a_second_video_starts_cold_and_gives_what_the_first_gave(tables: Tables
     runs = []
     for text_scale in (1.0, 0.3, 1.0):
         scaled = inputs | {conditioning(inputs): text_scale * inputs[conditioning(inputs)]}
-        generate(compiled, model, two_calls, scaled, tables, steps=5)
+        check_generation(compiled, model, two_calls, scaled, tables, steps=5)
         runs.append([tensor.clone() for tensor in centroids(model)])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
@@ -249,7 +251,7 @@ def test_two_models_of_one_class_share_programs_and_no_state(tables: Tables) -> 
     together = [centroids(model) for model, _ in made]
     for (model, inputs), expected in zip(made, together, strict=True):
         torch._dynamo.reset()
-        generate(
+        check_generation(
             torch.compile(model, backend="sparsify", options=USUAL | SVG2), model, batched, inputs, tables, 5
         )
         assert all(torch.equal(a, b) for a, b in zip(centroids(model), expected, strict=True))
