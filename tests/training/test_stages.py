@@ -270,7 +270,7 @@ def test_resumes_exactly(cut: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, again["dsv"]["learned"][name]), name
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 def test_batches_may_differ_in_stage_2(inner: str) -> None:
     """What turns sparse is compiled after Dynamo is done, when a batch that it left free is a number."""
     losses: dict[str, list[float]] = {}
