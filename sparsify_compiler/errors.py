@@ -31,6 +31,10 @@ class ProviderError(SparsifyError):
     """A provider was asked for by name and cannot run here."""
 
 
+class OperandError(SparsifyError):
+    """Tensors that do not fit together, or a table that points outside of the tensors it speaks of."""
+
+
 class SparsifyWarning(UserWarning):
     """Category of every warning of this package."""
 
