@@ -70,9 +70,17 @@ class BlockTable:
         )
 
     @classmethod
-    def of(cls, *tensors: Tensor | None) -> "BlockTable":
+    def of(cls, *tensors: Any) -> "BlockTable":
         """The table of tensors in the order of the fields, as `tensors` gives them."""
-        return cls(**dict(zip(cls.__slots__, tensors, strict=True)))
+        q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order = tensors
+        return cls(
+            q_bounds=q_bounds,
+            kv_bounds=kv_bounds,
+            kv_num_blocks=kv_num_blocks,
+            kv_indices=kv_indices,
+            q_order=q_order,
+            kv_order=kv_order,
+        )
 
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""

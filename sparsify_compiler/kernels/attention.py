@@ -215,24 +215,26 @@ for _device in AUTOCAST:
 
 def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
     """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise OperandError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
+    q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
+    for name, shape in (("query", q), ("key", k), ("value", v)):
+        if len(shape) != 4:
+            raise OperandError(f"{name} must have shape [B, H, S, D], got {tuple(shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != dtype or tensor.device != device:
             raise OperandError(
-                f"query, key and value must agree in dtype and device, got query {query.dtype} on {query.device}, "
+                f"query, key and value must agree in dtype and device, got query {dtype} on {device}, "
                 f"{name} {tensor.dtype} on {tensor.device}"
             )
-    batch, heads, _, head_dim = query.shape
-    kv_heads, kv_tokens = value.shape[1:3]
-    if key.shape != (batch, kv_heads, kv_tokens, head_dim) or value.shape[0] != batch:
+    batch, heads, _, head_dim = q
+    kv_heads, kv_tokens = k[1], k[2]
+    if k[0] != batch or k[3] != head_dim or v[:3] != k[:3]:
         raise OperandError(
             "key must be [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv] beside query [B, H, Sq, D], got "
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"
         )
     if kv_heads == 0 or heads % kv_heads:
         raise OperandError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
-    check_table(table, query, kv_tokens)
+    _check_table(table, q, kv_tokens, device)
     if key_bias is not None:
         shape = key_bias.shape
         fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == kv_tokens
@@ -242,38 +244,36 @@ def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias
             )
         if not key_bias.is_floating_point():
             raise OperandError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
-        if key_bias.device != query.device:
-            raise OperandError(f"key_bias must be on {query.device}, got {key_bias.device}")
+        if key_bias.device != device:
+            raise OperandError(f"key_bias must be on {device}, got {key_bias.device}")
 
 
-def check_table(table: BlockTable, query: Tensor, kv_tokens: int) -> None:
-    """Raise OperandError unless a table has the shapes, dtypes and device for a query [B, H, Sq, D]."""
-    batch, heads, q_tokens, _ = query.shape
-    indices, bounds = table.kv_indices.shape, table.kv_bounds.shape
-    blocks = indices[-2] if len(indices) > 1 else 0
-    expected = {
-        "q_bounds": (blocks + 1,),
-        "kv_bounds": (max(bounds[-1], 1) if bounds else 1,),
-        "kv_num_blocks": (blocks,),
-        "kv_indices": (blocks, *indices[-1:]),
-        "q_order": (q_tokens,),
-        "kv_order": (kv_tokens,),
-    }
-    for name, end in expected.items():
+def _check_table(table: BlockTable, query: Sequence[int], kv_tokens: int, device: torch.device) -> None:
+    """Raise OperandError unless a table has the shapes, dtypes and device for a query of shape [B, H, Sq, D]."""
+    batch, heads, q_tokens, _ = query
+    *_, blocks, width = (0, 0, *table.kv_indices.shape)
+    expected = (
+        ("q_bounds", (blocks + 1,)),
+        ("kv_bounds", None),
+        ("kv_num_blocks", (blocks,)),
+        ("kv_indices", (blocks, width)),
+        ("q_order", (q_tokens,)),
+        ("kv_order", (kv_tokens,)),
+    )
+    for name, end in expected:
         tensor = getattr(table, name)
         if tensor is None:
             continue
-        if tensor.dtype != torch.int32 or tensor.device != query.device:
+        if tensor.dtype != torch.int32 or tensor.device != device:
             raise OperandError(
-                f"table.{name} must be int32 on {query.device}, got {tensor.dtype} on {tensor.device}"
+                f"table.{name} must be int32 on {device}, got {tensor.dtype} on {tensor.device}"
             )
         shape = tensor.shape
         if len(shape) < 2 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
-            raise OperandError(
-                f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}"
-            )
-        if shape[2:] != end:
-            raise OperandError(f"table.{name} must end with {end}, got {tuple(shape)}")
+            raise OperandError(f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}")
+        if len(shape) != 3 or shape[2] == 0 if end is None else shape[2:] != end:
+            wanted = "(1 or more,)" if end is None else end
+            raise OperandError(f"table.{name} must end with {wanted}, got {tuple(shape)}")
 
 
 def check_values(query: Tensor, key: Tensor, table: BlockTable, provider: str) -> None:
