@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -46,11 +47,52 @@ def hint(size: Any) -> int | None:
     return size.node.hint if size.node.has_hint() else None
 
 
+def known(size: Any) -> int | None:
+    """A size that is fixed in this compilation; None if it is free."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """Sizes of inputs that the user marked dynamic and that are free so far, by what Dynamo calls them."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(list(example_inputs))
+    tracked = mode.shape_env.tracked_fakes if mode is not None and mode.shape_env is not None else None
+    found = {}
+    for one in tracked or ():
+        constraints = getattr(one.symbolic_context, "constraint_sizes", None) or ()
+        for dim, constraint in enumerate(constraints):
+            # A size that Dynamo itself made dynamic has a constraint that only warns.
+            insists = constraint is not None and not constraint.warn_only
+            if insists and known(size := one.fake.shape[dim]) is None:
+                found[f"{_name(one.source)}.size({dim})"] = size
+    return found
+
+
+def needs_dynamo(gm: fx.GraphModule) -> bool:
+    """Whether a graph can be compiled only while Dynamo is at it: it has symbols, or higher-order operators, whose
+    bodies may want some."""
+
+    def is_free(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
+        return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator)
+        or any(map(is_free, tree_leaves(node.meta.get("example_value"))))
+        for node in gm.graph.nodes
+    )
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
-    name = "" if source is None else source.name
-    return name() if callable(name) else name
+    return "" if source is None else _name(source)
+
+
+def _name(source: Any) -> str:
+    return source.name() if callable(source.name) else source.name
 
 
 def is_model_tensor(placeholder: fx.Node) -> bool:

@@ -34,6 +34,9 @@ class ProviderError(SparsifyError):
 class OperandError(SparsifyError):
     """Tensors that do not fit together, or a table that points outside of the tensors it speaks of."""
 
+    site: str | None = None
+    """The attention that the op belongs to, once it is known; its name stands in the message."""
+
 
 class SparsifyWarning(UserWarning):
     """Category of every warning of this package."""

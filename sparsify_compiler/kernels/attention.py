@@ -270,7 +270,9 @@ def _check_table(table: BlockTable, query: Sequence[int], kv_tokens: int, device
             )
         shape = tensor.shape
         if len(shape) < 2 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
-            raise OperandError(f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}")
+            raise OperandError(
+                f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}"
+            )
         if len(shape) != 3 or shape[2] == 0 if end is None else shape[2:] != end:
             wanted = "(1 or more,)" if end is None else end
             raise OperandError(f"table.{name} must end with {wanted}, got {tuple(shape)}")

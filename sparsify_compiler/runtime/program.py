@@ -1,16 +1,17 @@
 """The compiled form of one graph."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import warn_once
+from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import Prints
-from sparsify_compiler.runtime.state import Learned, ModelState, Spec, state_of
+from sparsify_compiler.runtime.site import Work
+from sparsify_compiler.runtime.state import Learned, ModelState, Spec, blank, state_of
 
 Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
@@ -19,7 +20,7 @@ Run = Callable[..., Any]
 Sizes = tuple[int, ...]
 """The sizes that are free in Dynamo's graph, in one call; none for a phase that was compiled for all of them."""
 
-_COLD, _WARM = torch.tensor(False), torch.tensor(True)
+_COLD, _WARM = (torch.tensor(warm, dtype=torch.bool, device="cpu") for warm in (False, True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +50,8 @@ class Held:
     def blank(self) -> list[Tensor]:
         """Extra inputs of a first call."""
         learned = [one.initial.to(one.device) for one in self.learned]
-        tensors = [torch.zeros(shape, device=device) for _, shape, device in self.specs]
-        return [*learned, _COLD, *tensors] if self.warm else [*learned, *tensors]
+        warm = [_COLD] if self.warm else []
+        return [*learned, *warm, *blank(self.specs)]
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -59,7 +60,11 @@ class Program:
 
     plan: GraphPlan
     inputs: Inputs
+    sizes: Mapping[int, tuple[int | None, ...]]
+    """Place -> the sizes of an input that its sites rest on, None for those that are free; none without a site."""
     held: Held
+    works: Collection[Work]
+    """What its phases call by name, which lives as long as the program."""
     compile: Callable[[Phase, Choices, Sequence[Any]], Run]
     """Compiles a phase for inputs like these."""
     remembers: bool
@@ -69,7 +74,12 @@ class Program:
     _phases: dict[tuple[Phase, Choices, Sizes], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed."""
+        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed.
+
+        Raises:
+            OperandError: sizes that the program is not for, which Dynamo's guards let through.
+        """
+        self._check_sizes(args)
         if not self.remembers and not self.held.learned:
             return self._run("sparse", (), args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
@@ -92,6 +102,21 @@ class Program:
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
         state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
         return result
+
+    def _check_sizes(self, args: Sequence[Any]) -> None:
+        for place, sizes in self.sizes.items():
+            shape = args[place].shape
+            if shape != sizes and (
+                len(shape) != len(sizes)
+                or any(size not in (None, got) for size, got in zip(sizes, shape, strict=True))
+            ):
+                sites = ", ".join(plan.site.name for plan in self.plan.sparse)
+                wanted = ", ".join("any" if size is None else str(size) for size in sizes)
+                raise OperandError(
+                    f"input {place} of a program must be [{wanted}], on which its attention rests ({sites}), got "
+                    f"{list(shape)}: other sizes need a program of their own, which torch.compile makes unless its "
+                    "guards are skipped"
+                )
 
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compile every phase that may be needed."""

@@ -1,7 +1,6 @@
 """Prediction: the C++ kernel of `csrc/prediction.cpp`, or the definition where it could not be built."""
 
 import ctypes
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,7 +41,12 @@ def top_k_keys(
         library.DTYPES.index(query.dtype),
         torch.get_num_threads(),
     )
-    library.launch(kernel, problem, check=partial(check_bounds, "q_bounds", q_bounds, queries))
+
+    def check() -> None:
+        assert q_bounds is not None
+        check_bounds("q_bounds", q_bounds, queries)
+
+    library.launch(kernel, problem, check=check)
     return outputs
 
 
