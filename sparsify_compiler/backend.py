@@ -12,13 +12,13 @@ from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_opt
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.passes import pipeline
-from sparsify_compiler.passes.fx import tensor_of
+from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of, load_policy
-from sparsify_compiler.runtime.program import Choices, Phase, Program
+from sparsify_compiler.runtime.program import Choices, Phase, Program, Sizes
 from sparsify_compiler.runtime.site import works_of
 
 DEFAULT_METHOD = "svg2"
@@ -111,14 +111,16 @@ def _check_marked(marked: Mapping[str, Any]) -> None:
         )
 
 
-def _sizes(gm: fx.GraphModule) -> dict[int, tuple[int | None, ...]]:
-    """Place among the inputs -> the sizes of a tensor that the caller gives, None for those that are free."""
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return {
-        place: tuple(map(_torch.known, value.shape))
-        for place, node in enumerate(placeholders)
-        if (value := tensor_of(node)) is not None and not _torch.is_model_tensor(node)
-    }
+def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
+    """What is fixed in this compilation of the inputs that the caller gives, by their places."""
+    found = {}
+    for place, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
+        value = value_of(node)
+        if isinstance(value, Tensor) and not _torch.is_model_tensor(node):
+            found[place] = Sizes(node.name, tuple(map(_torch.known, value.shape)))
+        elif isinstance(value, torch.SymInt) and (number := _torch.known(value)) is not None:
+            found[place] = Sizes(node.name, number)
+    return found
 
 
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:

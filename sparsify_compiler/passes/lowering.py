@@ -15,9 +15,6 @@ A site whose plan is dense gets the call back that the model had. What sites rem
 the graph, after all others, which they write to; `meta["held"]` describes them. Constants reach the bodies of
 higher-order operators as extra operands; a site there remembers nothing, since a body may run again (in
 backward), and then must find what it found the first time: what it chose is kept for that.
-
-The sizes that a sparse site rests on are made constants here, so that Dynamo guards on them: tokens, heads and dims
-of its query, key and value, what its layout rests on, and the batch where there is memory for one.
 """
 
 import re
@@ -31,7 +28,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import attention_nodes
-from sparsify_compiler.passes.fx import bodies, modules, tensor_of
+from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.passes.planning import learns
 from sparsify_compiler.passes.strides import lay_out, strides_to_restore
 from sparsify_compiler.plan import AttentionPlan
@@ -69,7 +66,6 @@ def lower(
         choices: what training chose for sites whose method learns.
         measure_recall: share of the queries to measure the true attention mass kept on.
     """
-    _fix_sizes(gm)
     first = next(iter(gm.graph.nodes))
     memory = _Memory(gm)
 
@@ -84,21 +80,6 @@ def lower(
     _lower_module(gm, lowering, operand, memory if remembers else None)
     gm.meta["held"] = memory.held()
     return gm
-
-
-def _fix_sizes(gm: fx.GraphModule) -> None:
-    """Make the sizes that sparse sites rest on constants; see the module's last paragraph."""
-    sparse = [node for module in modules(gm) for node in attention_nodes(module) if _is_sparse(node)]
-    if not sparse:
-        return
-    if (specialise := gm.meta.get("specialise")) is not None:
-        specialise()
-    for node in sparse:
-        for operand in node.args[:3]:
-            value = tensor_of(operand)
-            assert value is not None, "capture takes what Dynamo recorded"
-            for size in value.shape[1:]:
-                int(size)
 
 
 def _is_sparse(node: fx.Node) -> bool:
