@@ -133,8 +133,8 @@ class Program:
                 sites = ", ".join(plan.site.name for plan in self.plan.sparse)
                 got = getattr(args[place], "shape", args[place])
                 raise OperandError(
-                    f"the plan of attention {sites} rests on an input {sizes}, got {got}: other sizes need a program "
-                    "of their own, which torch.compile makes unless its guards are skipped"
+                    f"the plan of attention {sites} rests on an input {sizes}, got {got}: other sizes need a "
+                    "program of their own, which torch.compile makes unless its guards are skipped"
                 )
 
     def prepare(self, inputs: Sequence[Any]) -> None:
