@@ -4,6 +4,7 @@ Checked with torch 2.11 and 2.13. `torch._dynamo` is imported where it is used: 
 not cost its import.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import Module
+from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -46,11 +48,97 @@ def hint(size: Any) -> int | None:
     return size.node.hint if size.node.has_hint() else None
 
 
+def known(size: Any) -> int | None:
+    """A size that is fixed in this compilation; None if it is free."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
+def free_sizes(values: Iterable[Any]) -> dict[Any, Any]:
+    """Symbol -> size, of all sizes of inputs, and numbers that are inputs, that are free."""
+    found = {}
+    for value in values:
+        for size in value.shape if isinstance(value, Tensor) else (value,):
+            if isinstance(size, torch.SymInt) and known(size) is None and size.node.expr.is_Symbol:
+                found[size.node.expr] = size
+    return found
+
+
+def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
+    """What Dynamo recorded, a tensor or number, where symbols have these sizes; as it is where it has no such."""
+
+    def number(size: Any) -> Any:
+        plain = size if isinstance(size, int) else size.node.expr.subs(sizes)
+        return int(plain) if isinstance(plain, int) or plain.is_number else size
+
+    if isinstance(value, torch.SymInt):
+        return number(value)
+    if not _has_symbols(value):
+        return value
+    numbers = [number(size) for size in (*value.shape, *value.stride())]
+    if not all(isinstance(one, int) and one >= 0 for one in numbers):
+        return value
+    shape, strides = numbers[: value.dim()], numbers[value.dim() :]
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside, an operator that refuses fake tensors logs nothing."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _has_symbols(value: Any) -> bool:
+    """Whether a size or stride of a tensor is a symbol."""
+    return isinstance(value, Tensor) and any(
+        isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride())
+    )
+
+
+def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
+    """Sizes of inputs that the user marked dynamic and that are free so far, by what Dynamo calls them."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode(list(example_inputs))
+    tracked = mode.shape_env.tracked_fakes if mode is not None and mode.shape_env is not None else None
+    found = {}
+    for one in tracked or ():
+        for dim, constraint in enumerate(getattr(one.symbolic_context, "constraint_sizes", None) or ()):
+            # A size that Dynamo itself made dynamic has a constraint that only warns.
+            insists = constraint is not None and not constraint.warn_only
+            if insists and known(size := one.fake.shape[dim]) is None:
+                found[f"{_name(one.source)}.size({dim})"] = size
+    return found
+
+
+def needs_dynamo(gm: fx.GraphModule) -> bool:
+    """Whether a graph can be compiled only while Dynamo is at it: it has symbols, or higher-order operators, whose
+    bodies may want some."""
+
+    def is_free(value: Any) -> bool:
+        return _has_symbols(value) or isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator)
+        or any(map(is_free, tree_leaves(node.meta.get("example_value"))))
+        for node in gm.graph.nodes
+    )
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
-    name = "" if source is None else source.name
-    return name() if callable(name) else name
+    return "" if source is None else _name(source)
+
+
+def _name(source: Any) -> str:
+    return source.name() if callable(source.name) else source.name
 
 
 def is_model_tensor(placeholder: fx.Node) -> bool:

@@ -12,12 +12,14 @@ from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_opt
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of, load_policy
-from sparsify_compiler.runtime.program import Choices, Phase, Program
+from sparsify_compiler.runtime.program import Choices, Phase, Program, Sizes
+from sparsify_compiler.runtime.site import works_of
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
@@ -60,6 +62,7 @@ def sparsify(
 def _program(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: SparsifyConfig, mode: str | None
 ) -> Program:
+    marked = _torch.marked_dynamic(example_inputs)
     analysed = pipeline.analyse(gm, config)
     plan = graph_plan(analysed)
     # In training time steps are drawn at random, and what runs forward may run again.
@@ -68,28 +71,56 @@ def _program(
     )
     sparse = pipeline.rewrite(analysed, config, remembers=not trains)
     held = sparse.meta["held"]
+    _check_marked(marked)
+    works = works_of(sparse)
 
     def compile_phase(phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Callable[..., Any]:
         if phase == "sparse" and not choices:
             graph = sparse
         else:
             graph = pipeline.rewrite(analysed, config, phase, remembers=not trains, choices=choices)
+            works.update(works_of(graph))
         offload = long_lists if trains and config.offload_indices and phase == "sparse" else None
         return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
     program = Program(
         plan=plan,
         inputs=find_inputs(gm),
+        sizes=_sizes(gm) if plan.sparse else {},
         held=held,
+        works=works,
         compile=compile_phase,
         remembers=not trains and bool(plan.sparse),
         learning_sites=tuple(one for one in plan.sparse if learns(one)),
     )
-    # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
-    if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
+    # Now alone can guards on sizes be added, and has a size that only the run time knows its environment; and CUDA
+    # graphs want to know the model's tensors.
+    if trains or mode is not None or _torch.needs_dynamo(gm):
         extra = (_torch.example_like(example_inputs, tensor) for tensor in held.blank())
         program.prepare([*example_inputs, *extra])
     return program
+
+
+def _check_marked(marked: Mapping[str, Any]) -> None:
+    """Raise OptionError where a size that the user marked dynamic is one that a sparse plan rests on."""
+    fixed = [f"{name} = {size}" for name, one in marked.items() if (size := _torch.known(one)) is not None]
+    if fixed:
+        raise OptionError(
+            f"sizes that a grid of video tokens rests on must not be marked dynamic, got {', '.join(fixed)}: every "
+            "grid gets a program of its own. Leave out mark_dynamic, or take maybe_mark_dynamic"
+        )
+
+
+def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
+    """What is fixed in this compilation of the inputs that the caller gives, by their places."""
+    found = {}
+    for place, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
+        value = value_of(node)
+        if isinstance(value, Tensor) and not _torch.is_model_tensor(node):
+            found[place] = Sizes(node.name, tuple(map(_torch.known, value.shape)))
+        elif isinstance(value, torch.SymInt) and (number := _torch.known(value)) is not None:
+            found[place] = Sizes(node.name, number)
+    return found
 
 
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:

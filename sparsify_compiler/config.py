@@ -6,6 +6,7 @@ General options are the fields of `SparsifyConfig`; a method's own options are t
 
 import math
 import operator
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -93,6 +94,11 @@ def _grid(value: object) -> tuple[int, int, int]:
         raise GridError(f"grid must be three positive integers (frames, height, width), got {value!r}")
     return tuple(sizes)  # type: ignore[return-value]
 
+
+CHECK_TABLES = os.environ.get("SPARSIFY_CHECK_TABLES", "0") not in ("", "0")
+"""A switch for debugging, the environment variable SPARSIFY_CHECK_TABLES: whether ops on a GPU check every element
+of a table before a kernel reads memory by it, as ops on a CPU always do. They then wait for the device at every
+call, and CUDA graphs cannot be captured. Without it they check shapes, types and devices alone."""
 
 GENERAL = ("preset", *(f.name for f in fields(SparsifyConfig)))
 """Names of the options that belong to no method."""

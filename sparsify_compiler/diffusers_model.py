@@ -250,7 +250,7 @@ def _random_like(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
-        return torch.randn(value.shape).to(value.dtype)
+        return torch.randn(value.shape, dtype=torch.float32).to(value.dtype)
     return torch.ones(value.shape, dtype=value.dtype)
 
 

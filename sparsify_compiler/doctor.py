@@ -85,7 +85,9 @@ def proof(name: str, device: str) -> str:
     layout = TokenLayout(tokens=5 * 6 * 7 + 3, grid=(5, 6, 7), after=3)
     table = Tile(reference_frames=2).table(layout).to(device)
     generator = torch.Generator().manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, layout.tokens, 64, generator=generator).to(device, dtype)
+    query, key, value = torch.randn(3, 1, 2, layout.tokens, 64, generator=generator, dtype=torch.float32).to(
+        device, dtype
+    )
     # A report has to go on whatever a broken driver or compiler raises; it shows the error.
     try:
         out, lse = block_sparse_attention(query, key, value, table, provider=name)

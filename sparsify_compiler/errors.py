@@ -31,6 +31,13 @@ class ProviderError(SparsifyError):
     """A provider was asked for by name and cannot run here."""
 
 
+class OperandError(SparsifyError):
+    """Tensors that do not fit together, or a table that points outside of the tensors it speaks of."""
+
+    site: str | None = None
+    """The attention that the op belongs to, once it is known; its name stands in the message."""
+
+
 class SparsifyWarning(UserWarning):
     """Category of every warning of this package."""
 

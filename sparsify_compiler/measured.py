@@ -98,7 +98,7 @@ class RunStats:
         if not sites:
             raise SparsifyError("there is nothing to draw: nothing ran sparse since the last video began")
         calls = sorted({one.call for one in self.measurements})
-        image = torch.full((len(sites), len(calls)), math.nan)
+        image = torch.full((len(sites), len(calls)), math.nan, dtype=torch.float32)
         for row, some in enumerate(sites.values()):
             for one in some:
                 image[row, calls.index(one.call)] = one.density.mean()
@@ -169,7 +169,9 @@ def _measurements(call: int, record: Record) -> list[Measurement]:
             rows = record.reports[plan.site.name].cpu()
         elif plan.density is not None:
             nan = math.nan
-            rows = torch.tensor([plan.density, nan, nan, nan])[:, None, None].expand(-1, *shape)
+            rows = torch.tensor([plan.density, nan, nan, nan], dtype=torch.float32)[:, None, None].expand(
+                -1, *shape
+            )
         else:  # in the body of a higher-order operator, which reports nothing
             continue
         reported = dict(zip(REPORT, rows, strict=True))

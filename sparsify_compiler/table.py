@@ -4,11 +4,13 @@ The one data structure between methods (which fill it) and kernels (which read i
 H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, meaning shared.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparsify_compiler.errors import OperandError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -67,20 +69,47 @@ class BlockTable:
             kv_order=kv_order,
         )
 
+    @classmethod
+    def of(cls, *tensors: Any) -> "BlockTable":
+        """The table of tensors in the order of the fields, as `tensors` gives them."""
+        q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order = tensors
+        return cls(
+            q_bounds=q_bounds,
+            kv_bounds=kv_bounds,
+            kv_num_blocks=kv_num_blocks,
+            kv_indices=kv_indices,
+            q_order=q_order,
+            kv_order=kv_order,
+        )
+
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""
-        moved: dict[str, Any] = {name: t if t is None else t.to(device) for name, t in self.tensors().items()}
-        return BlockTable(**moved)
+        return self.of(*(t if t is None else t.to(device) for t in self.tensors().values()))
 
     def tensors(self) -> dict[str, Any]:
         """Field name -> tensor (or None), in the order of the attention op's arguments."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def check(self, q_tokens: int, kv_tokens: int) -> None:
+        """Raise OperandError unless the table speaks of so many tokens and no others. Waits for the device.
+
+        Shapes and types are what `kernels.attention.check` has seen. A block that a row lists twice is not found.
+        """
+        check_blocks("table.q_", self.q_bounds, self.q_order, q_tokens)
+        check_blocks("table.kv_", self.kv_bounds, self.kv_order, kv_tokens)
+        width, blocks = self.kv_indices.shape[-1], self.kv_bounds.shape[-1] - 1
+        check_range("table.kv_num_blocks", self.kv_num_blocks, width)
+        columns = torch.arange(width, device=self.kv_indices.device)
+        used = columns < self.kv_num_blocks.unsqueeze(-1)
+        check_range("table.kv_indices", self.kv_indices, blocks - 1, used)
 
     def block_mask(self) -> Tensor:
         """[B|1, H|1, Nq, Nk] bool: which key block each query block reads."""
         columns = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
         used = columns < self.kv_num_blocks.unsqueeze(-1)
-        lead = torch.broadcast_shapes(self.kv_indices.shape[:2], self.kv_bounds.shape[:2])
+        lead = torch.broadcast_shapes(
+            *(t.shape[:2] for t in (self.kv_indices, self.kv_num_blocks, self.kv_bounds))
+        )
         blocks = torch.zeros(
             *lead, used.shape[-2], self.kv_bounds.shape[-1] - 1, dtype=torch.int32, device=used.device
         )
@@ -137,6 +166,44 @@ class BlockTable:
         lead = torch.broadcast_shapes(block.shape[:2], order.shape[:2])
         order = order.long().expand(*lead, -1)
         return torch.empty_like(order).scatter_(-1, order, block.expand(*lead, -1))
+
+
+def check_blocks(prefix: str, bounds: Tensor, order: Tensor | None, tokens: int) -> None:
+    """Raise OperandError unless blocks, as those of one side of a table, have each token once."""
+    check_bounds(f"{prefix}bounds", bounds, tokens)
+    if order is not None:
+        check_order(f"{prefix}order", order, tokens)
+
+
+def check_bounds(name: str, bounds: Tensor, tokens: int) -> None:
+    """Raise OperandError unless bounds [..., N+1] go from 0 to `tokens` and never fall. Waits for the device."""
+    wrong = (bounds < 0) | (bounds > tokens)
+    wrong[..., 1:] |= bounds.diff(dim=-1) < 0
+    wrong[..., 0] |= bounds[..., 0] != 0
+    wrong[..., -1] |= bounds[..., -1] != tokens
+    _refuse(name, bounds, wrong, f"go from 0 to {tokens} and never fall")
+
+
+def check_order(name: str, order: Tensor, tokens: int) -> None:
+    """Raise OperandError unless an order [..., S] holds each token once. Waits for the device."""
+    place = order.argsort(dim=-1, stable=True)
+    wrong = torch.zeros_like(order, dtype=torch.bool)
+    wrong.scatter_(-1, place, order.gather(-1, place) != torch.arange(tokens, device=order.device))
+    _refuse(name, order, wrong, f"hold each of the tokens 0..{tokens - 1} once")
+
+
+def check_range(name: str, tensor: Tensor, most: int, used: Tensor | None = None) -> None:
+    """Raise OperandError unless the elements of a tensor, or those used, lie in 0..most. Waits for the device."""
+    wrong = (tensor < 0) | (tensor > most)
+    _refuse(name, tensor, wrong if used is None else wrong & used, f"lie in 0..{most}")
+
+
+def _refuse(name: str, tensor: Tensor, wrong: Tensor, must: str) -> None:
+    """Raise OperandError for the first element that is wrong, if there is one."""
+    if bool(wrong.any()):
+        at = wrong.nonzero()[0].tolist()
+        got = int(tensor.expand_as(wrong)[tuple(at)])
+        raise OperandError(f"{name} must {must}, got {got} at {at}")
 
 
 def _bounds(sizes: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.kernels.statistics import wide
 from sparsify_compiler.table import BlockTable
 
 
@@ -41,7 +43,7 @@ def block_sparse_attention(
             zeros in `out`, where a query reads no key or only hidden ones.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together.
+        OperandError: shapes, dtypes or devices that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
     query, key, value = cast(query, key, value)
@@ -78,21 +80,16 @@ def _op(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    table = BlockTable(
-        q_bounds=q_bounds,
-        kv_bounds=kv_bounds,
-        kv_num_blocks=kv_num_blocks,
-        kv_indices=kv_indices,
-        q_order=q_order,
-        kv_order=kv_order,
-    )
-    _check_dtypes(query, key, value)
+    table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
+    check(query, key, value, table, key_bias)
+    check_values(query, key, table, provider)
     return providers.load(provider, "attention").forward(query, key, value, table, key_bias, scale)
 
 
 @_op.register_fake
-def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    _check_dtypes(query, key, value)
+def _fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *tensors, key_bias, _, _ = rest
+    check(query, key, value, BlockTable.of(*tensors), key_bias)
     return empty_outputs(query, value)
 
 
@@ -100,8 +97,7 @@ def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised (out, lse) of the op: every provider returns exactly this layout."""
     batch, heads, tokens, _ = query.shape
     out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return out, query.new_empty(batch, heads, tokens, dtype=lse_dtype)
+    return out, query.new_empty(batch, heads, tokens, dtype=wide(query.dtype))
 
 
 @torch.library.custom_op("sparsify::block_sparse_attention_backward", mutates_args=())
@@ -123,14 +119,9 @@ def _backward_op(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    table = BlockTable(
-        q_bounds=q_bounds,
-        kv_bounds=kv_bounds,
-        kv_num_blocks=kv_num_blocks,
-        kv_indices=kv_indices,
-        q_order=q_order,
-        kv_order=kv_order,
-    )
+    table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
+    _check_backward(grad_out, grad_lse, out, lse, query, key, value, table, key_bias)
+    check_values(query, key, table, provider)
     return providers.load(provider, "attention").backward(
         grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale
     )
@@ -145,9 +136,34 @@ def _backward_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *_: Any,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, key_bias, _, _ = rest
+    _check_backward(grad_out, grad_lse, out, lse, query, key, value, BlockTable.of(*tensors), key_bias)
     return empty_gradients(query, key, value)
+
+
+def _check_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    key_bias: Tensor | None,
+) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    check(query, key, value, table, key_bias)
+    rows, dtype = tuple(query.shape[:3]), query.dtype
+    check_exactly(
+        query.device,
+        ("grad_out", grad_out, (*rows, value.shape[3]), dtype),
+        ("grad_lse", grad_lse, rows, wide(dtype)),
+        ("out", out, (*rows, value.shape[3]), dtype),
+        ("lse", lse, rows, wide(dtype)),
+    )
 
 
 def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +174,7 @@ def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, ctx.provider = inputs
     if ctx.needs_input_grad[9]:
-        raise ValueError("key_bias must not need a gradient: detach it, or leave this attention dense")
+        raise OperandError("key_bias must not need a gradient: detach it, or leave this attention dense")
     ctx.save_for_backward(*output, *tensors)
 
 
@@ -197,60 +213,82 @@ for _device in AUTOCAST:
     _library.impl("block_sparse_attention", _autocast, f"Autocast{_device.upper()}")
 
 
-def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """A kernel reads memory by the query's type: raise ValueError where another tensor has another one."""
+def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
+    for name, shape in (("query", q), ("key", k), ("value", v)):
+        if len(shape) != 4:
+            raise OperandError(f"{name} must have shape [B, H, S, D], got {tuple(shape)}")
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"query, key and value must agree in dtype and device, got query {query.dtype} on {query.device}, "
+        if tensor.dtype != dtype or tensor.device != device:
+            raise OperandError(
+                f"query, key and value must agree in dtype and device, got query {dtype} on {device}, "
                 f"{name} {tensor.dtype} on {tensor.device}"
             )
-
-
-def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
-    """Raise ValueError for shapes, dtypes and devices that do not fit together. Looks at no value."""
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
-    _check_dtypes(query, key, value)
-    batch, heads, q_tokens, head_dim = query.shape
-    kv_heads, kv_tokens = key.shape[1:3]
-    if key.shape != (batch, kv_heads, kv_tokens, head_dim) or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
+    batch, heads, _, head_dim = q
+    kv_heads, kv_tokens = k[1], k[2]
+    if k[0] != batch or k[3] != head_dim or v[:3] != k[:3]:
+        raise OperandError(
             "key must be [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv] beside query [B, H, Sq, D], got "
-            f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+            f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
-    blocks = table.kv_indices.shape[-2]
-    expected = {
-        "q_bounds": (blocks + 1,),
-        "kv_bounds": (table.kv_bounds.shape[-1],),
-        "kv_num_blocks": (blocks,),
-        "kv_indices": (blocks, table.kv_indices.shape[-1]),
-        "q_order": (q_tokens,),
-        "kv_order": (kv_tokens,),
-    }
-    for name, tensor in table.tensors().items():
+        raise OperandError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+    _check_table(table, q, kv_tokens, device)
+    if key_bias is not None:
+        shape = key_bias.shape
+        fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == kv_tokens
+        if not fits:
+            raise OperandError(
+                f"key_bias must be [1 or {batch}, 1 or {heads}, {kv_tokens}], got {tuple(shape)}"
+            )
+        if not key_bias.is_floating_point():
+            raise OperandError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
+        if key_bias.device != device:
+            raise OperandError(f"key_bias must be on {device}, got {key_bias.device}")
+
+
+def _check_table(table: BlockTable, query: Sequence[int], kv_tokens: int, device: torch.device) -> None:
+    """Raise OperandError unless a table has the shapes, dtypes and device for a query of shape [B, H, Sq, D]."""
+    batch, heads, q_tokens, _ = query
+    *_, blocks, width = (0, 0, *table.kv_indices.shape)
+    expected = (
+        ("q_bounds", (blocks + 1,)),
+        ("kv_bounds", None),
+        ("kv_num_blocks", (blocks,)),
+        ("kv_indices", (blocks, width)),
+        ("q_order", (q_tokens,)),
+        ("kv_order", (kv_tokens,)),
+    )
+    for name, end in expected:
+        tensor = getattr(table, name)
         if tensor is None:
             continue
-        if tensor.dtype != torch.int32 or tensor.device != query.device:
-            raise ValueError(
-                f"table.{name} must be int32 on {query.device}, got {tensor.dtype} on {tensor.device}"
+        if tensor.dtype != torch.int32 or tensor.device != device:
+            raise OperandError(
+                f"table.{name} must be int32 on {device}, got {tensor.dtype} on {tensor.device}"
             )
-        shape = tuple(tensor.shape)
+        shape = tensor.shape
         if len(shape) < 2 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
-            raise ValueError(f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {shape}")
-        if shape[2:] != expected[name]:
-            raise ValueError(f"table.{name} must end with {expected[name]}, got {shape}")
-    if key_bias is not None:
-        shape = tuple(key_bias.shape)
-        if (
-            len(shape) != 3
-            or shape[0] not in (1, batch)
-            or shape[1] not in (1, heads)
-            or shape[2] != kv_tokens
-        ):
-            raise ValueError(f"key_bias must be [1 or {batch}, 1 or {heads}, {kv_tokens}], got {shape}")
-        if not key_bias.is_floating_point():
-            raise ValueError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
+            raise OperandError(
+                f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}"
+            )
+        if len(shape) != 3 or shape[2] == 0 if end is None else shape[2:] != end:
+            wanted = "(1 or more,)" if end is None else end
+            raise OperandError(f"table.{name} must end with {wanted}, got {tuple(shape)}")
+
+
+def check_values(query: Tensor, key: Tensor, table: BlockTable, provider: str) -> None:
+    """Raise OperandError for a table that speaks of other tokens, unless the provider does or it would wait."""
+    if providers.checks_values(provider, query.device):
+        table.check(query.shape[2], key.shape[2])
+
+
+def check_exactly(device: torch.device, *expected: tuple[str, Tensor, tuple[int, ...], torch.dtype]) -> None:
+    """Raise OperandError unless each tensor, given with its name, has exactly this shape, dtype and device."""
+    for name, tensor, shape, dtype in expected:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
+            raise OperandError(
+                f"{name} must be {dtype} {shape} on {device}, "
+                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+            )

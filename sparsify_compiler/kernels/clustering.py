@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.table import check_range
 
 
 def kmeans(
@@ -47,7 +49,7 @@ def kmeans(
             carry its label. A point that is not finite still has a label in 0..C-1.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        OperandError: arguments that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
     name = _choose(provider, points)
@@ -69,7 +71,7 @@ def sort_by_label(labels: Tensor, clusters: int, *, provider: str = "auto") -> t
         bounds: [B, H, clusters + 1] int32: cluster c lies at positions bounds[c] : bounds[c + 1].
 
     Raises:
-        ValueError: arguments that do not fit together.
+        OperandError: arguments that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
     return torch.ops.sparsify.sort_by_label(labels, int(clusters), _choose(provider, labels))
@@ -109,7 +111,7 @@ def top_p_blocks(
         kept: [B, H, Nq] fp32, the sum of P over the kept clusters; 1 where all are kept.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        OperandError: arguments that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
     return torch.ops.sparsify.top_p_blocks(
@@ -137,6 +139,8 @@ def _kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int, provider: str
 ) -> tuple[Tensor, Tensor]:
     _check_kmeans(points, centroids, start, warm, first, later)
+    if providers.reads_values(points.device) and not bool(warm):
+        check_range("start", start, points.shape[2] - 1)
     with torch.autocast(points.device.type, enabled=False):
         return providers.load(provider, "clustering").kmeans(points, centroids, start, warm, first, later)
 
@@ -157,6 +161,8 @@ def empty_kmeans(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("sparsify::sort_by_label", mutates_args=())
 def _sort_by_label(labels: Tensor, clusters: int, provider: str) -> tuple[Tensor, Tensor]:
     _check_sort(labels, clusters)
+    if providers.checks_values(provider, labels.device):
+        check_range("labels", labels, clusters - 1)
     return providers.load(provider, "clustering").sort_by_label(labels, clusters)
 
 
@@ -221,39 +227,39 @@ def floor(kv_centroids: Tensor, top_p: float, min_blocks: int) -> int:
 def _check_kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
 ) -> None:
-    """Raise ValueError for arguments that do not fit together. Looks at no value."""
+    """Raise OperandError for arguments that do not fit together. Looks at no value."""
     if points.dim() != 4 or not points.is_floating_point():
-        raise ValueError(f"points must be a float tensor [B, H, S, D], got {_described(points)}")
+        raise OperandError(f"points must be a float tensor [B, H, S, D], got {_described(points)}")
     batch, heads, tokens, head_dim = points.shape
     if tokens == 0:
-        raise ValueError(f"points must hold at least one token, got shape {tuple(points.shape)}")
+        raise OperandError(f"points must hold at least one token, got shape {tuple(points.shape)}")
     fits = centroids.dim() == 4 and centroids.shape == (batch, heads, centroids.shape[2], head_dim)
     if not fits or centroids.dtype != torch.float32:
-        raise ValueError(
+        raise OperandError(
             f"centroids must be float32 [{batch}, {heads}, C, {head_dim}] beside points {tuple(points.shape)}, "
             f"got {_described(centroids)}"
         )
     clusters = centroids.shape[2]
     if clusters == 0:
-        raise ValueError(f"centroids must hold at least one cluster, got shape {tuple(centroids.shape)}")
+        raise OperandError(f"centroids must hold at least one cluster, got shape {tuple(centroids.shape)}")
     if start.shape != (clusters,) or start.dtype != torch.int64:
-        raise ValueError(
+        raise OperandError(
             f"start must be int64 [{clusters}], a token for each centroid, got {_described(start)}"
         )
     _check_devices(points=points, centroids=centroids, start=start)
     if warm.dim() != 0 or warm.dtype != torch.bool or warm.device.type != "cpu":
-        raise ValueError(
+        raise OperandError(
             f"warm must be a 0-d bool tensor on the CPU, got {_described(warm)} on {warm.device}"
         )
     if first < 1 or later < 1:
-        raise ValueError(f"first and later must be at least 1 iteration, got {first} and {later}")
+        raise OperandError(f"first and later must be at least 1 iteration, got {first} and {later}")
 
 
 def _check_sort(labels: Tensor, clusters: int) -> None:
     if labels.dim() != 3 or labels.dtype != torch.int32:
-        raise ValueError(f"labels must be int32 [B, H, S], got {_described(labels)}")
+        raise OperandError(f"labels must be int32 [B, H, S], got {_described(labels)}")
     if clusters < 1:
-        raise ValueError(f"clusters must be at least 1, got {clusters}")
+        raise OperandError(f"clusters must be at least 1, got {clusters}")
 
 
 def _check_top_p(
@@ -261,33 +267,33 @@ def _check_top_p(
 ) -> None:
     for name, tensor in (("q_centroids", q_centroids), ("kv_centroids", kv_centroids)):
         if tensor.dim() != 4 or tensor.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32 [B, H, N, D], got {_described(tensor)}")
+            raise OperandError(f"{name} must be float32 [B, H, N, D], got {_described(tensor)}")
     batch, heads, _, head_dim = q_centroids.shape
     kv_heads, clusters = kv_centroids.shape[1:3]
     if kv_centroids.shape != (batch, kv_heads, clusters, head_dim) or clusters == 0:
-        raise ValueError(
+        raise OperandError(
             f"kv_centroids must be [{batch}, Hkv, Nk, {head_dim}] beside q_centroids {tuple(q_centroids.shape)}, "
             f"with at least one cluster, got {_described(kv_centroids)}"
         )
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+        raise OperandError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
     shape = tuple(kv_sizes.shape)
     fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, kv_heads) and shape[2] == clusters
     if not fits or kv_sizes.dtype != torch.int32:
-        raise ValueError(
+        raise OperandError(
             f"kv_sizes must be int32 [1 or {batch}, 1 or {kv_heads}, {clusters}], got {_described(kv_sizes)}"
         )
     _check_devices(q_centroids=q_centroids, kv_centroids=kv_centroids, kv_sizes=kv_sizes)
     if not top_p >= 0:
-        raise ValueError(f"top_p must be a share of at least 0, got {top_p}")
+        raise OperandError(f"top_p must be a share of at least 0, got {top_p}")
     if min_blocks < 0:
-        raise ValueError(f"min_blocks must be at least 0, got {min_blocks}")
+        raise OperandError(f"min_blocks must be at least 0, got {min_blocks}")
 
 
 def _check_devices(**tensors: Tensor) -> None:
     if len({tensor.device for tensor in tensors.values()}) > 1:
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"these tensors must be on one device, got {places}")
+        raise OperandError(f"these tensors must be on one device, got {places}")
 
 
 def _described(tensor: Tensor) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import unknown_choice
+from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
 from sparsify_compiler.kernels.virtual_keys import FarBlocks, VirtualKeys, virtual_keys
@@ -69,15 +69,15 @@ def attention_with_far_field(
     if far_field not in FAR_FIELDS:
         raise unknown_choice("far_field", far_field, FAR_FIELDS)
     if min_gain is not None and (far_field != "linear" or not min_gain >= 0):
-        raise ValueError(
+        raise OperandError(
             f"min_gain must be at least 0, with far_field='linear', got {min_gain} and {far_field!r}"
         )
     if far_blocks is not None and (far_field == "drop" or min_gain is not None):
-        raise ValueError(
+        raise OperandError(
             f"far_blocks are for a far field, without min_gain, got {far_field!r} and min_gain={min_gain}"
         )
     if sampled_rows < 0:
-        raise ValueError(f"sampled_rows must be 0 or more, got {sampled_rows}")
+        raise OperandError(f"sampled_rows must be 0 or more, got {sampled_rows}")
     device = query.device.type
     query, key, value = attention.cast(query, key, value)
     attention.check(query, key, value, table, key_bias)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.virtual_keys import VirtualKeys
-from sparsify_compiler.table import BlockTable
+from sparsify_compiler.table import BlockTable, check_blocks
 
 
 def near_and_far(
@@ -90,21 +91,45 @@ def _near_and_far_op(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    table = BlockTable(
-        q_bounds=q_bounds,
-        kv_bounds=kv_bounds,
-        kv_num_blocks=kv_num_blocks,
-        kv_indices=kv_indices,
-        q_order=q_order,
-        kv_order=kv_order,
-    )
+    table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
     far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
+    _check_near_and_far(query, key, value, table, key_bias, far)
+    attention.check_values(query, key, table, provider)
     return providers.load(provider, "far_field").near_and_far(query, key, value, table, far, key_bias, scale)
 
 
 @_near_and_far_op.register_fake
-def _near_and_far_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _near_and_far_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    table, key_bias, far = BlockTable.of(*rest[:6]), rest[6], VirtualKeys(*rest[7:12])
+    _check_near_and_far(query, key, value, table, key_bias, far)
     return attention.empty_outputs(query, value)
+
+
+def _check_near_and_far(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    key_bias: Tensor | None,
+    far: VirtualKeys,
+) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    attention.check(query, key, value, table, key_bias)
+    batch, heads, _, head_dim = query.shape
+    blocks, groups = table.kv_bounds.shape[-1] - 1, far.key.shape[1] if far.key.dim() == 4 else 0
+    if groups == 0 or heads % groups:
+        raise OperandError(
+            f"far.key must be [{batch}, G, {blocks}, {head_dim}] with G dividing {heads} heads, "
+            f"got {tuple(far.key.shape)}"
+        )
+    wide = statistics.wide(query.dtype)
+    attention.check_exactly(
+        query.device,
+        ("far.key", far.key, (batch, groups, blocks, head_dim), query.dtype),
+        ("far.value", far.value, (batch, groups, blocks, value.shape[3]), query.dtype),
+        ("far.bias", far.bias, (batch, heads, blocks), wide),
+        *_linear_term(far.matrices, far.limits, query, value.shape[3], table.q_bounds),
+    )
 
 
 def complement(table: BlockTable) -> BlockTable:
@@ -171,7 +196,9 @@ def _merge_op(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits)
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order)
+    if providers.checks_values(provider, query.device):
+        check_blocks("q_", q_bounds, q_order, query.shape[2])
     return providers.load(provider, "far_field").merge(
         query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale
     )
@@ -186,9 +213,11 @@ def _merge_fake(
     far_lse: Tensor,
     matrices: Tensor | None,
     limits: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits)
+    _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order)
     return attention.empty_outputs(query, near_out)
 
 
@@ -262,25 +291,35 @@ def _check_merge(
     far_lse: Tensor,
     matrices: Tensor | None,
     limits: Tensor | None,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
 ) -> None:
-    """A kernel reads memory by the query's type: raise ValueError where a shape or type does not fit."""
-    wide = statistics.wide(query.dtype)
-    lead, head_dim, value_dim = tuple(query.shape[:3]), query.shape[3], near_out.shape[-1]
-    expected = [
-        ("near_out", near_out, (*lead, value_dim), query.dtype),
-        ("near_lse", near_lse, lead, wide),
-        ("far_out", far_out, (*lead, value_dim), query.dtype),
-        ("far_lse", far_lse, lead, wide),
-    ]
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    for name, tensor in (("query", query), ("near_out", near_out)):
+        if tensor.dim() != 4:
+            raise OperandError(f"{name} must have shape [B, H, Sq, D], got {tuple(tensor.shape)}")
+    statistics.check_block_shapes(query, query.shape[1], q_bounds, q_order, "q_")
+    wide, rows, value_dim = statistics.wide(query.dtype), tuple(query.shape[:3]), near_out.shape[3]
+    attention.check_exactly(
+        query.device,
+        ("near_out", near_out, (*rows, value_dim), query.dtype),
+        ("near_lse", near_lse, rows, wide),
+        ("far_out", far_out, (*rows, value_dim), query.dtype),
+        ("far_lse", far_lse, rows, wide),
+        *_linear_term(matrices, limits, query, value_dim, q_bounds),
+    )
+
+
+def _linear_term(
+    matrices: Tensor | None, limits: Tensor | None, query: Tensor, value_dim: int, q_bounds: Tensor
+) -> list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]:
+    """What `check_exactly` is to find of the linear term, if there is one."""
     if (matrices is None) != (limits is None):
-        raise ValueError("matrices and limits come together, got one without the other")
-    if matrices is not None and limits is not None:
-        lead = (*query.shape[:2], matrices.shape[2])
-        expected.append(("matrices", matrices, (*lead, head_dim, value_dim), wide))
-        expected.append(("limits", limits, (*lead, value_dim), wide))
-    for name, tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be {dtype} {shape} on {query.device}, "
-                f"got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-            )
+        raise OperandError("matrices and limits come together, got one without the other")
+    if matrices is None or limits is None:
+        return []
+    wide, lead = statistics.wide(query.dtype), (*query.shape[:2], q_bounds.shape[-1] - 1)
+    return [
+        ("matrices", matrices, (*lead, query.shape[3], value_dim), wide),
+        ("limits", limits, (*lead, value_dim), wide),
+    ]

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.table import check_bounds
 
 
 def top_k_keys(
@@ -60,7 +62,7 @@ def top_k_keys(
         kv_indices: [B, H, G, W] int32, the chosen keys by rising index, then zeros.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        OperandError: arguments that do not fit together.
         ProviderError: the provider asked for cannot run on these tensors.
     """
     return torch.ops.sparsify.top_k_keys(
@@ -96,6 +98,8 @@ def _top_k_keys(
     provider: str,
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, budget, q_bounds, key_bias, width)
+    if q_bounds is not None and providers.checks_values(provider, query.device):
+        check_bounds("q_bounds", q_bounds, query.shape[2])
     with torch.autocast(query.device.type, enabled=False):
         return providers.load(provider, "prediction").top_k_keys(
             query, key, budget, q_bounds, key_bias, width, scale
@@ -131,41 +135,41 @@ def _check(
     key_bias: Tensor | None,
     width: int,
 ) -> None:
-    """Raise ValueError for arguments that do not fit together. Looks at no value."""
+    """Raise OperandError for arguments that do not fit together. Looks at no value."""
     if query.dim() != 4 or not query.is_floating_point() or query.shape[3] == 0:
-        raise ValueError(f"query must be a float tensor [B, H, Q, R] with R >= 1, got {_described(query)}")
+        raise OperandError(f"query must be a float tensor [B, H, Q, R] with R >= 1, got {_described(query)}")
     batch, heads, _, rank = query.shape
     fits = key.dim() == 4 and key.shape == (batch, *key.shape[1:3], rank) and key.shape[2] > 0
     if not fits or key.dtype != query.dtype:
-        raise ValueError(
+        raise OperandError(
             f"key must be {str(query.dtype)[6:]} [{batch}, Hkv, S, {rank}] beside query {tuple(query.shape)}, "
             f"with at least one token, got {_described(key)}"
         )
     kv_heads, tokens = key.shape[1:3]
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
+        raise OperandError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
     fits = budget.dim() == 2 and budget.shape[0] in (1, batch) and budget.shape[1] in (1, heads)
     if not fits or budget.dtype != torch.int32:
-        raise ValueError(f"budget must be int32 [1 or {batch}, 1 or {heads}], got {_described(budget)}")
+        raise OperandError(f"budget must be int32 [1 or {batch}, 1 or {heads}], got {_described(budget)}")
     tensors = {"query": query, "key": key, "budget": budget}
     if q_bounds is not None:
         if q_bounds.dim() != 1 or q_bounds.shape[0] == 0 or q_bounds.dtype != torch.int32:
-            raise ValueError(f"q_bounds must be int32 [G + 1] or None, got {_described(q_bounds)}")
+            raise OperandError(f"q_bounds must be int32 [G + 1] or None, got {_described(q_bounds)}")
         tensors["q_bounds"] = q_bounds
     if key_bias is not None:
         shape = tuple(key_bias.shape)
         fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads) and shape[2] == tokens
         if not fits or not key_bias.is_floating_point():
-            raise ValueError(
+            raise OperandError(
                 f"key_bias must be a float tensor [1 or {batch}, 1 or {heads}, {tokens}] or None, "
                 f"got {_described(key_bias)}"
             )
         tensors["key_bias"] = key_bias
     if len({tensor.device for tensor in tensors.values()}) > 1:
         places = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"these tensors must be on one device, got {places}")
+        raise OperandError(f"these tensors must be on one device, got {places}")
     if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+        raise OperandError(f"width must be at least 1, got {width}")
 
 
 def _described(tensor: Tensor) -> str:

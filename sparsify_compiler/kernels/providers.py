@@ -13,6 +13,7 @@ from types import ModuleType
 
 import torch
 
+from sparsify_compiler import config
 from sparsify_compiler.errors import ProviderError, unknown_choice
 
 PROVIDERS = ("reference", "cpu", "triton")
@@ -30,6 +31,23 @@ class Choice:
 def load(provider: str, family: str) -> ModuleType:
     """A provider's module for a family of ops, imported on first use."""
     return importlib.import_module(f"sparsify_compiler.kernels.{provider}.{family}")
+
+
+def reads_values(device: torch.device) -> bool:
+    """Whether tensors of indices are checked element by element before a kernel reads memory by them.
+
+    On the CPU they are. On a GPU that waits for the device: only where SPARSIFY_CHECK_TABLES asks for it.
+    """
+    return device.type == "cpu" or config.CHECK_TABLES
+
+
+def checks_values(provider: str, device: torch.device) -> bool:
+    """Whether an op is to do so itself: the kernels of `cpu` do it before anything else."""
+    if provider == "cpu":
+        from sparsify_compiler.kernels.cpu import library
+
+        return library.build_info().library is None
+    return reads_values(device)
 
 
 def refusal(provider: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.table import check_blocks
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """(log_weight, key_mean, value_mean, key_variance, value_variance, covariance), see `block_statistics`."""
@@ -32,8 +34,7 @@ def block_means(
         mean: [B, H, N, D] fp32 (fp64 for fp64 input), the mean token; 0 for an empty block.
         mean_square: [B, H, N, D], alike of the squares. No gradient flows through it.
     """
-    _check_tokens("tokens", tokens)
-    _check_blocks(tokens, tokens.shape[1], bounds, order)
+    _check_means(tokens, bounds, order)
     return torch.ops.sparsify.block_means(tokens, bounds, order, _choose(provider, tokens, tokens))
 
 
@@ -72,22 +73,7 @@ def block_statistics(
         value_variance: [B, G, N, Dv], E (v - E v)².
         covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ.
     """
-    for name, tensor in (("key", key), ("value", value)):
-        _check_tokens(name, tensor)
-    if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or key.device != value.device:
-        raise ValueError(
-            "key [B, Hkv, S, D] and value [B, Hkv, S, Dv] must agree in all but the last dimension, in dtype and "
-            f"in device, got key {tuple(key.shape)} {key.dtype} on {key.device}, "
-            f"value {tuple(value.shape)} {value.dtype} on {value.device}"
-        )
-    heads = _heads(key, bounds, order, key_bias)
-    _check_blocks(key, heads, bounds, order)
-    if key_bias is not None:
-        _check_lead("key_bias", key_bias, key, heads, key.shape[2])
-        if not key_bias.is_floating_point():
-            raise ValueError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
-    if key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(f"heads of a table must be a multiple of key heads, got {heads} and {key.shape[1]}")
+    _check_statistics(key, value, bounds, order, key_bias)
     return torch.ops.sparsify.block_statistics(
         key, value, bounds, order, key_bias, covariance, _choose(provider, key, value)
     )
@@ -95,11 +81,19 @@ def block_statistics(
 
 @torch.library.custom_op("sparsify::block_means", mutates_args=())
 def _means_op(tokens: Tensor, bounds: Tensor, order: Tensor | None, provider: str) -> tuple[Tensor, Tensor]:
+    _check_means(tokens, bounds, order)
+    if providers.checks_values(provider, tokens.device):
+        check_blocks("", bounds, order, tokens.shape[2])
     return providers.load(provider, "statistics").block_means(tokens, bounds, order)
 
 
 @_means_op.register_fake
-def empty_means(tokens: Tensor, bounds: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _means_fake(tokens: Tensor, bounds: Tensor, order: Tensor | None, _: Any) -> tuple[Tensor, Tensor]:
+    _check_means(tokens, bounds, order)
+    return empty_means(tokens, bounds)
+
+
+def empty_means(tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     """Uninitialised results of `block_means`."""
     shape = (*tokens.shape[:2], bounds.shape[-1] - 1, tokens.shape[-1])
     return tokens.new_empty(shape, dtype=wide(tokens.dtype)), tokens.new_empty(
@@ -117,11 +111,27 @@ def _statistics_op(
     covariance: bool,
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_statistics(key, value, bounds, order, key_bias)
+    if providers.checks_values(provider, key.device):
+        check_blocks("", bounds, order, key.shape[2])
     module = providers.load(provider, "statistics")
     return module.block_statistics(key, value, bounds, order, key_bias, covariance)
 
 
 @_statistics_op.register_fake
+def _statistics_fake(
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    order: Tensor | None,
+    key_bias: Tensor | None,
+    covariance: bool,
+    _: Any,
+) -> Statistics:
+    _check_statistics(key, value, bounds, order, key_bias)
+    return empty_statistics(key, value, bounds, order, key_bias, covariance)
+
+
 def empty_statistics(
     key: Tensor,
     value: Tensor,
@@ -129,7 +139,6 @@ def empty_statistics(
     order: Tensor | None,
     key_bias: Tensor | None,
     covariance: bool,
-    *_: Any,
 ) -> Statistics:
     """Uninitialised results of `block_statistics`: every provider returns exactly this layout."""
     lead = key.shape[0], _heads(key, bounds, order, key_bias), bounds.shape[-1] - 1
@@ -205,7 +214,7 @@ def _statistics_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _statistics_setup(ctx: Any, inputs: Sequence[Any], output: Statistics) -> None:
     if ctx.needs_input_grad[4]:
-        raise ValueError("key_bias must not need a gradient: detach it, or leave this attention dense")
+        raise OperandError("key_bias must not need a gradient: detach it, or leave this attention dense")
     ctx.save_for_backward(*inputs[:5])
 
 
@@ -219,7 +228,7 @@ _statistics_op.register_autograd(_statistics_backward, setup_context=_statistics
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics."""
+    """The dtype of statistics, and of lse, for tensors of a dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -243,24 +252,57 @@ def _choose(provider: str, tokens: Tensor, others: Tensor) -> str:
 
 def _check_tokens(name: str, tensor: Tensor) -> None:
     if tensor.dim() != 4:
-        raise ValueError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+        raise OperandError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
 
 
-def _check_blocks(tokens: Tensor, heads: int, bounds: Tensor, order: Tensor | None) -> None:
-    _check_lead("bounds", bounds, tokens, heads)
+def _check_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    _check_tokens("tokens", tokens)
+    check_block_shapes(tokens, tokens.shape[1], bounds, order)
+
+
+def _check_statistics(
+    key: Tensor, value: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None
+) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    for name, tensor in (("key", key), ("value", value)):
+        _check_tokens(name, tensor)
+    if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or key.device != value.device:
+        raise OperandError(
+            "key [B, Hkv, S, D] and value [B, Hkv, S, Dv] must agree in all but the last dimension, in dtype and "
+            f"in device, got key {tuple(key.shape)} {key.dtype} on {key.device}, "
+            f"value {tuple(value.shape)} {value.dtype} on {value.device}"
+        )
+    heads = _heads(key, bounds, order, key_bias)
+    check_block_shapes(key, heads, bounds, order)
+    if key_bias is not None:
+        _check_lead("key_bias", key_bias, key, heads, key.shape[2])
+        if not key_bias.is_floating_point():
+            raise OperandError(f"key_bias must be a float tensor (-inf hides a key), got {key_bias.dtype}")
+    if key.shape[1] == 0 or heads % key.shape[1]:
+        raise OperandError(
+            f"heads of a table must be a multiple of key heads, got {heads} and {key.shape[1]}"
+        )
+
+
+def check_block_shapes(
+    tokens: Tensor, heads: int, bounds: Tensor, order: Tensor | None, prefix: str = ""
+) -> None:
+    """Raise OperandError for blocks of other shapes, dtypes or devices than those of tokens [B, H, S, D] have."""
+    _check_lead(f"{prefix}bounds", bounds, tokens, heads)
     if order is not None:
-        _check_lead("order", order, tokens, heads, tokens.shape[2])
+        _check_lead(f"{prefix}order", order, tokens, heads, tokens.shape[2])
     for name, tensor in (("bounds", bounds), ("order", order)):
         if tensor is not None and tensor.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+            raise OperandError(f"{prefix}{name} must be int32, got {tensor.dtype}")
 
 
 def _check_lead(name: str, tensor: Tensor, tokens: Tensor, heads: int, last: int | None = None) -> None:
-    """Raise ValueError unless a tensor is [B|1, H|1, last] on the device of the tokens."""
+    """Raise OperandError unless a tensor is [B|1, H|1, last] on the device of the tokens."""
     shape, batch = tuple(tensor.shape), tokens.shape[0]
     fits = len(shape) == 3 and shape[0] in (1, batch) and shape[1] in (1, heads)
-    if not fits or (last is not None and shape[2] != last):
+    if not fits or (shape[2] == 0 if last is None else shape[2] != last):
         end = "blocks + 1" if last is None else last
-        raise ValueError(f"{name} must be [1 or {batch}, 1 or {heads}, {end}], got {shape}")
+        raise OperandError(f"{name} must be [1 or {batch}, 1 or {heads}, {end}], got {shape}")
     if tensor.device != tokens.device:
-        raise ValueError(f"{name} must be on {tokens.device}, got {tensor.device}")
+        raise OperandError(f"{name} must be on {tokens.device}, got {tensor.device}")

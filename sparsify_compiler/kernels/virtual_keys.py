@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import statistics
 from sparsify_compiler.table import BlockTable
 
@@ -52,7 +53,7 @@ class FarBlocks(NamedTuple):
     """[B, H, Nq, N] int32, how many of these each query block does not read."""
 
     def check(self, query: Tensor, key: Tensor, table: BlockTable) -> None:
-        """Raise ValueError unless these blocks are of such keys and a table of such rows. Looks at no value."""
+        """Raise OperandError unless these blocks are of such keys and a table of such rows. Looks at no value."""
         batch, heads, rows = *query.shape[:2], table.q_bounds.shape[-1] - 1
         tokens, blocks = key.shape[2], self.bounds.shape[-1] - 1
         shapes: dict[str, list[tuple[int, ...]]] = {
@@ -68,7 +69,7 @@ class FarBlocks(NamedTuple):
             )
             if not fits or tensor.dtype != torch.int32 or tensor.device != query.device:
                 wanted = ", ".join(" or ".join(map(str, sorted(set(sizes)))) for sizes in allowed)
-                raise ValueError(
+                raise OperandError(
                     f"{name} of far_blocks must be int32 [{wanted}] on {query.device}, "
                     f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
                 )

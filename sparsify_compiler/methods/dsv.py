@@ -176,17 +176,18 @@ class Dsv:
         else:
             assert self.rank is not None
             weights = predictor.initial_weights(site.heads + site.kv_heads, site.head_dim, self.rank)
-            shares = torch.ones(site.heads)
+            shares = torch.ones(site.heads, dtype=torch.float32)
         return {"weights": weights, "shares": shares}
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
         assert self.rank is not None
         rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
-        return {
-            "gradients": torch.zeros(site.heads + site.kv_heads, site.head_dim, self.rank),
-            "observed": torch.zeros(rows, site.heads),
+        shapes = {
+            "gradients": (site.heads + site.kv_heads, site.head_dim, self.rank),
+            "observed": (rows, site.heads),
         }
+        return {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
 
     def observe(self, tokens: Tokens, memory: Memory, **tensors: Tensor) -> tuple[Tensor, ...]:
         """Nothing is remembered of a dense step."""

@@ -34,7 +34,7 @@ FORMAT = "sparsify-dsv-2"
 def initial_weights(heads: int, head_dim: int, rank: int) -> Tensor:
     """[heads, D, r] fp32: one projection for all, so that products are kept on average; the identity at r = D."""
     if rank == head_dim:
-        return torch.eye(head_dim).repeat(heads, 1, 1)
+        return torch.eye(head_dim, dtype=torch.float32).repeat(heads, 1, 1)
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(head_dim, rank, generator=generator, dtype=torch.float64))
     return (basis * math.sqrt(head_dim / rank)).float().repeat(heads, 1, 1)
@@ -152,7 +152,7 @@ def _profile_head(
     count = of_video.shape[-1]
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
-    measured = key_counts(torch.tensor(SHARES, device=scores.device), count) - 1
+    measured = key_counts(torch.tensor(SHARES, dtype=torch.float32, device=scores.device), count) - 1
     foretold = predicted.softmax(-1) if chosen_by == "all" else predicted
     missed, overlap, kept = [], [], []
     for middles, group in places:
@@ -183,7 +183,7 @@ def shares_to_keep(mass: float, missed: Tensor) -> Tensor:
         missed: [..., SHARES], mean squares, falling.
     """
     held = 1 - missed.sqrt()
-    shares = torch.tensor(SHARES, device=held.device)
+    shares = torch.tensor(SHARES, dtype=held.dtype, device=held.device)
     above = (held < mass).sum(-1, keepdim=True).clamp(max=len(SHARES) - 1)
     below = (above - 1).clamp(min=0)
     low, high = held.gather(-1, below), held.gather(-1, above)
@@ -198,7 +198,7 @@ def sampled_tokens(layout: TokenLayout, group: Cube, turn: int) -> Tensor:
     cubes = int(number.max()) + 1
     wanted = min(ROWS, layout.video_tokens // 16) // math.prod(group)
     step = cubes / max(1, wanted)
-    chosen = ((torch.arange(max(1, wanted)) * step).long() + turn) % cubes
+    chosen = ((torch.arange(max(1, wanted), dtype=torch.float32) * step).long() + turn) % cubes
     return torch.isin(number, chosen).nonzero()[:, 0]
 
 

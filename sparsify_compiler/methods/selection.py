@@ -132,10 +132,10 @@ class BlockMethod:
     def choose(
         self, tokens: Tokens, query: "Blocks", key: "Blocks", q_means: Tensor, kv_means: Tensor
     ) -> "Selection":
-        """What is read of these blocks, whose means are fp32 [B, H, Nq, D] and [B, Hkv, Nk, D]."""
+        """What is read of these blocks, whose means are [B, H, Nq, D] and [B, Hkv, Nk, D]."""
         counts, indices, kept = top_p_blocks(
-            q_means,
-            kv_means,
+            q_means.float(),
+            kv_means.float(),
             key_counts(tokens, key),
             scale=tokens.scale,
             top_p=self.top_p or 0.0,

@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def infer_layouts(gm: fx.GraphModule, *, grid: Grid | None = None) -> fx.GraphMo
         _check_grid(grid, sites)
     used = [found[node][0] for node in sites if node in found and node.meta["layout"].grid is not None]
     if used:
-        _specialise(gm, inputs, used)
+        gm.meta["specialise"] = partial(_specialise, gm, inputs, used)
     return gm
 
 

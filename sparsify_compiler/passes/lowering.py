@@ -4,8 +4,9 @@
 
     sparse   constants = get_attr(...)                     tables and the like, one set for each distinct plan
     phase    bias = where(m, 0, -inf)
-             out, lse = block_sparse_attention(q, k, v, *constants, bias, scale, provider)
+             out = TableSite(q, k, v, bias, *constants)    a table and one op
         or   out = SparseSite(q, k, v, bias, *constants, warm, *memory, report)
+             out = lay_out(out, strides)                   where somebody needs those that Dynamo recorded
 
     dense    out = scaled_dot_product_attention(q, k, v, ...)         the call that the model had
     phase    out = Observer(out, q, k, *constants, warm, *memory)     where a method learns from dense steps
@@ -19,20 +20,20 @@ backward), and then must find what it found the first time: what it chose is kep
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.passes.planning import learns
+from sparsify_compiler.passes.strides import lay_out, strides_to_restore
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.program import Choices, Held, Phase
-from sparsify_compiler.runtime.site import REPORT, Observer, SparseSite, settled, shapes_of
+from sparsify_compiler.runtime.site import REPORT, Observer, SparseSite, TableSite, settled, shapes_of
 from sparsify_compiler.runtime.state import Learned
 
 _LEAST = -1e30
@@ -79,6 +80,10 @@ def lower(
     _lower_module(gm, lowering, operand, memory if remembers else None)
     gm.meta["held"] = memory.held()
     return gm
+
+
+def _is_sparse(node: fx.Node) -> bool:
+    return node.meta["plan"].method != "dense"
 
 
 class _Lowering:
@@ -182,19 +187,21 @@ def _lower_module(
             asked.append((name, source))
         return nodes[name]
 
+    restored = strides_to_restore(gm) if lowering.phase == "sparse" else {}
     for node in attention_nodes(gm):
         original, result, plan = node.meta["original"], node.meta["result"], node.meta["plan"]
-        if plan.method == "dense" or lowering.phase == "dense":
+        if not _is_sparse(node) or lowering.phase == "dense":
             out = original
-            if plan.method != "dense" and (memory is not None or learns(plan)):
+            if _is_sparse(node) and (memory is not None or learns(plan)):
                 out = _emit_observer(gm, node, lowering, request, memory)
             result.replace_all_uses_with(out)
             _erase_inserted(gm.graph, result)
         else:
-            emit = _emit_op if _is_static(plan) else partial(_emit_site, gm, memory=memory)
-            out = emit(node, lowering, request)
+            out = _emit_site(gm, node, lowering, request, memory)
             node.replace_all_uses_with(out)
             gm.graph.erase_node(node)
+            if (strides := restored.get(node)) is not None:
+                lay_out(out if result is node else result, strides)
             if plan.site.spelling == "sdpa":  # what is left of attention by hand, the inner backend drops
                 gm.graph.erase_node(original)
     lowered: dict[int, list[tuple[str, Tensor | Learned]]] = {}
@@ -263,37 +270,24 @@ def _identifier(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def _emit_op(node: fx.Node, lowering: _Lowering, request: _Request) -> fx.Node:
-    plan: AttentionPlan = node.meta["plan"]
-    graph = node.graph
-    with graph.inserting_before(node):
-        query, key, value, bias, table, _ = _inputs(graph, node, lowering, request)
-        op = torch.ops.sparsify.block_sparse_attention.default
-        both = graph.call_function(
-            op, (query, key, value, *table.values(), bias, plan.site.scale, plan.provider)
-        )
-        out = graph.call_function(getitem, (both, 0))
-    _describe(node, both, out)
-    return out
-
-
 def _emit_site(
-    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, *, memory: _Memory | None
+    gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, memory: _Memory | None
 ) -> fx.Node:
     plan: AttentionPlan = node.meta["plan"]
     with gm.graph.inserting_before(node):
         query, key, value, bias, operands, observed = _inputs(gm.graph, node, lowering, request)
     held = _held_by(node, memory)
-    rows = round(lowering.measure_recall * plan.site.q_tokens) if held else 0
+    site: nn.Module = TableSite(plan)
+    if not _is_static(plan):
+        site = SparseSite(
+            plan,
+            tuple(operands),
+            remembers=bool(held),
+            observed=tuple(observed),
+            choice=lowering.choices.get(plan.site.name),
+            sampled_rows=round(lowering.measure_recall * plan.site.q_tokens) if held else 0,
+        )
     name = f"sparsify_site{plan.site.index}"
-    site = SparseSite(
-        plan,
-        tuple(operands),
-        remembers=bool(held),
-        observed=tuple(observed),
-        choice=lowering.choices.get(plan.site.name),
-        sampled_rows=rows,
-    )
     gm.add_submodule(name, site)
     with gm.graph.inserting_before(node):
         tensors = (*operands.values(), *observed.values(), *held)
@@ -353,9 +347,13 @@ def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
         mask = graph.call_method("select", (mask, -2, 0))
     for _ in range(dims - 1 if dims >= 2 else 1, 3):
         mask = graph.call_method("unsqueeze", (mask, 0))
-    if value.dtype != torch.bool:
-        # Kernels scale the bias, which must not make -inf of the least number: rows that see hidden keys alone
-        # weigh them all the same.
-        finite = graph.call_method("clamp", (mask, _LEAST))
-        return graph.call_function(torch.where, (graph.call_method("isneginf", (mask,)), mask, finite))
-    return graph.call_function(torch.where, (mask, 0.0, float("-inf")))
+    if value.dtype == torch.bool:
+        zeros = graph.call_function(torch.zeros_like, (mask,), {"dtype": torch.float32})
+        return graph.call_method(
+            "masked_fill", (zeros, graph.call_method("logical_not", (mask,)), -torch.inf)
+        )
+    # Kernels scale the bias, which must not make -inf of the least number: rows that see hidden keys alone weigh
+    # them all the same. Half precision has no number as low as that.
+    mask = graph.call_method("to", (mask, torch.promote_types(value.dtype, torch.float32)))
+    finite = graph.call_method("clamp", (mask, _LEAST))
+    return graph.call_function(torch.where, (graph.call_method("isneginf", (mask,)), mask, finite))

@@ -15,6 +15,7 @@ from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import plan_sites
+from sparsify_compiler.passes.sizes import fix_sizes
 from sparsify_compiler.runtime.program import Choices, Phase
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,12 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     """The passes that find out and decide: what `explain` runs. `device` as `plan_sites` has it."""
+    infer = partial(infer_layouts, grid=config.grid)
     return [
         capture,
-        partial(infer_layouts, grid=config.grid),
+        infer,
         partial(plan_sites, config=config, device=device),
+        partial(fix_sizes, infer=infer),
     ]
 
 

@@ -10,6 +10,7 @@ _CARRIES: dict[str, dict[str, type]] = {
     "capture": {"site": AttentionSite},
     "infer_layouts": {"site": AttentionSite, "layout": TokenLayout},
     "plan_sites": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
+    "fix_sizes": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
 }
 """Pass -> what the meta of every captured attention carries afterwards."""
 

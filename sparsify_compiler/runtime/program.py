@@ -1,25 +1,26 @@
 """The compiled form of one graph."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import warn_once
+from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import Prints
-from sparsify_compiler.runtime.state import Learned, ModelState, Spec, state_of
+from sparsify_compiler.runtime.site import Work
+from sparsify_compiler.runtime.state import Learned, ModelState, Spec, blank, state_of
 
 Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
 """(site, what its method's `settle` takes), for sites whose method learns."""
 Run = Callable[..., Any]
-Sizes = tuple[int, ...]
+Numbers = tuple[int, ...]
 """The sizes that are free in Dynamo's graph, in one call; none for a phase that was compiled for all of them."""
 
-_COLD, _WARM = torch.tensor(False), torch.tensor(True)
+_COLD, _WARM = (torch.tensor(warm, dtype=torch.bool, device="cpu") for warm in (False, True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,30 @@ class Inputs:
     """The time step."""
     others: dict[str, int]
     """All other tensors that are not the model's own, by name: latents, conditioning."""
+
+
+class Sizes(NamedTuple):
+    """What is fixed of an input: the sizes of a tensor, None for those that are free, or a number."""
+
+    name: str
+    fixed: tuple[int | None, ...] | int
+
+    def fit(self, value: Any) -> bool:
+        """Whether an input is so."""
+        if isinstance(self.fixed, int):
+            return bool(value == self.fixed)
+        shape = value.shape
+        return shape == self.fixed or (
+            len(shape) == len(self.fixed)
+            and all(size in (None, got) for size, got in zip(self.fixed, shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        if isinstance(self.fixed, int):
+            return f"{self.name} = {self.fixed}"
+        return (
+            f"{self.name} of shape [{', '.join('any' if size is None else str(size) for size in self.fixed)}]"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +74,8 @@ class Held:
     def blank(self) -> list[Tensor]:
         """Extra inputs of a first call."""
         learned = [one.initial.to(one.device) for one in self.learned]
-        tensors = [torch.zeros(shape, device=device) for _, shape, device in self.specs]
-        return [*learned, _COLD, *tensors] if self.warm else [*learned, *tensors]
+        warm = [_COLD] if self.warm else []
+        return [*learned, *warm, *blank(self.specs)]
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -59,17 +84,26 @@ class Program:
 
     plan: GraphPlan
     inputs: Inputs
+    sizes: Mapping[int, Sizes]
+    """Place -> what is fixed of an input; empty where nothing is sparse, so that nothing rests on it."""
     held: Held
+    works: Collection[Work]
+    """What its phases call by name, which lives as long as the program."""
     compile: Callable[[Phase, Choices, Sequence[Any]], Run]
     """Compiles a phase for inputs like these."""
     remembers: bool
     """Whether anything is kept from call to call; not where gradients are needed."""
     learning_sites: tuple[AttentionPlan, ...] = ()
     """The plans of sites that are still to learn what they read."""
-    _phases: dict[tuple[Phase, Choices, Sizes], Run] = field(default_factory=dict)
+    _phases: dict[tuple[Phase, Choices, Numbers], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed."""
+        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed.
+
+        Raises:
+            OperandError: sizes that the program is not for, which Dynamo's guards let through.
+        """
+        self._check_sizes(args)
         if not self.remembers and not self.held.learned:
             return self._run("sparse", (), args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
@@ -92,6 +126,16 @@ class Program:
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
         state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
         return result
+
+    def _check_sizes(self, args: Sequence[Any]) -> None:
+        for place, sizes in self.sizes.items():
+            if not sizes.fit(args[place]):
+                sites = ", ".join(plan.site.name for plan in self.plan.sparse)
+                got = getattr(args[place], "shape", args[place])
+                raise OperandError(
+                    f"the plan of attention {sites} rests on an input {sizes}, got {got}: other sizes need a "
+                    "program of their own, which torch.compile makes unless its guards are skipped"
+                )
 
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compile every phase that may be needed."""
@@ -128,10 +172,10 @@ class Program:
         run = self._phases.get((phase, choices, ()))
         if run is None:
             # Free sizes are symbols only while Dynamo compiles: later, a phase is for the sizes of the call.
-            sizes = tuple(value for value in inputs if isinstance(value, int))
-            run = self._phases.get((phase, choices, sizes))
+            numbers = tuple(value for value in inputs if isinstance(value, int))
+            run = self._phases.get((phase, choices, numbers))
             if run is None:
-                run = self._phases[phase, choices, sizes] = self.compile(phase, choices, inputs)
+                run = self._phases[phase, choices, numbers] = self.compile(phase, choices, inputs)
         return run(*inputs)
 
 

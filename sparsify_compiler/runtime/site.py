@@ -2,21 +2,28 @@
 
 Where gradients are needed the call is traced, op by op. Else it is one opaque op, `sparsify::site`: the many small
 operations round the kernels cost little to run and much to compile.
+
+Whatever a site computes lies in memory as [B, S, H, D], which models go on with. It checks the sizes that its plan
+rests on at every call, and puts its name before what its ops object to.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Memory, Tokens
-from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.plan import AttentionPlan, AttentionSite
+from sparsify_compiler.runtime.state import blank
 from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
@@ -26,6 +33,26 @@ REPORT = ("density", "kept", "recall", "far_field")
 """What a dynamic site reports of each call, for every batch and head: share of the token pairs computed; mean
 attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without; whether
 the far field is on, 1 or 0."""
+
+
+class TableSite(nn.Module):
+    """One attention call that reads the table of a static method, and nothing else."""
+
+    def __init__(self, plan: AttentionPlan) -> None:
+        super().__init__()
+        self.plan = plan
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *table: Tensor | None
+    ) -> Tensor:
+        """Attend: as `kernels.attention.block_sparse_attention`, with the fields of the table in order."""
+        site = self.plan.site
+        with _named(site.name):
+            _check_sizes(site, query, key, value)
+            out, _ = torch.ops.sparsify.block_sparse_attention(
+                query, key, value, *table, key_bias, site.scale, self.plan.provider
+            )
+        return out
 
 
 class SparseSite(nn.Module):
@@ -50,7 +77,8 @@ class SparseSite(nn.Module):
         """
         super().__init__()
         self.remembers = remembers
-        self._work = _Work(plan, operands, observed, choice, sampled_rows)
+        self.site = plan.site
+        self.work = _work(plan, operands, observed, choice, sampled_rows)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
@@ -62,12 +90,14 @@ class SparseSite(nn.Module):
             tensors: the operands; what is observed; then, if calls share a memory, `warm` (None where nothing but a
                 report is kept), the memory's tensors and the report [4, B, H], which are written to.
         """
+        name, work = self.site.name, self.work
         query, key, value = attention.cast(query, key, value)
-        operands, observed, held = self._work.split(tensors)
-        with torch.autocast(query.device.type, enabled=False):
-            out, reported, *learnt = self._work.attend(query, key, value, key_bias, [*operands, *held[:-1]])
+        operands, observed, held = work.split(tensors)
+        with _named(name), torch.autocast(query.device.type, enabled=False):
+            _check_sizes(self.site, query, key, value, batch=self.remembers)
+            out, reported, *learnt = work.attend(query, key, value, key_bias, [*operands, *held[:-1]], name)
             if observed:
-                self._work.learn(query, key, key_bias, operands, observed)
+                work.learn(query, key, key_bias, operands, observed, name)
         if self.remembers:
             _remember(held[1:], (*learnt, reported))
         return out
@@ -80,41 +110,42 @@ class Observer(nn.Module):
         self, plan: AttentionPlan, operands: tuple[str, ...], *, observed: tuple[str, ...] = ()
     ) -> None:
         super().__init__()
-        self._work = _Work(plan, operands, observed, None, 0)
+        self.site = plan.site
+        self.work = _work(plan, operands, observed, None, 0)
 
     def forward(
         self, out: Tensor, query: Tensor, key: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
         """`out`, the call's output, as it is; the tensors are those of `SparseSite`."""
+        name, work = self.site.name, self.work
         query, key, _ = attention.cast(query, key, key)
-        operands, observed, held = self._work.split(tensors)
-        with torch.autocast(query.device.type, enabled=False):
+        operands, observed, held = work.split(tensors)
+        with _named(name), torch.autocast(query.device.type, enabled=False):
+            _check_sizes(self.site, query, key, batch=not observed)
             if observed:
-                self._work.learn(query, key, key_bias, operands, observed)
+                work.learn(query, key, key_bias, operands, observed, name)
             else:
-                _remember(held[1:-1], self._work.observe(query, key, [*operands, *held[:-1]]))
+                _remember(held[1:-1], work.observe(query, key, [*operands, *held[:-1]], name))
         return out
 
 
-class _Work:
-    """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike."""
+class Work:
+    """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike.
+
+    Ops know it by its name. It lives as long as somebody holds it: a program does, whose phases call it.
+    """
 
     def __init__(
         self,
+        name: str,
         plan: AttentionPlan,
         operands: tuple[str, ...],
         observed: tuple[str, ...],
-        choice: Any,
+        method: Hashable,
         sampled_rows: int,
     ) -> None:
-        self.plan, self.operands, self.observed, self.sampled_rows = plan, operands, observed, sampled_rows
-        self.method = settled(plan, choice)
-        site = plan.site
-        shape = site.heads, site.kv_heads, site.head_dim, site.scale
-        method = plan.settings, self.method
-        text = repr((method, plan.layout, plan.far_field, shape, plan.provider, operands, observed))
-        self.name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
-        _works[self.name] = self
+        self.name, self.plan, self.method = name, plan, method
+        self.operands, self.observed, self.sampled_rows = operands, observed, sampled_rows
 
     def split(
         self, tensors: Sequence[Tensor | None]
@@ -124,16 +155,22 @@ class _Work:
         return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        site: str,
     ) -> list[Tensor]:
-        """[out, report, *learnt], as an op of its own where nobody asks for gradients."""
+        """[out, report, *learnt], as an op of its own where nobody asks for gradients. `site`: its name."""
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return self.trace(query, key, value, key_bias, inputs)
-        return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name)
+        return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name, site)
 
-    def observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+    def observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str) -> list[Tensor]:
         """What the method remembers of a dense call."""
-        return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name)
+        return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name, site)
 
     def learn(
         self,
@@ -142,11 +179,12 @@ class _Work:
         key_bias: Tensor | None,
         operands: list[Tensor | None],
         observed: list[Tensor | None],
+        site: str,
     ) -> None:
         """Write what the method learns from a call of training."""
         bias = None if key_bias is None else key_bias.detach()
         learnt = torch.ops.sparsify.learn_site(
-            query.detach(), key.detach(), bias, [*operands, *observed], self.name
+            query.detach(), key.detach(), bias, [*operands, *observed], self.name, site
         )
         _remember(observed[:-1], learnt)
 
@@ -199,7 +237,8 @@ class _Work:
         read, _ = exact_rows(
             query, key, value, others[None, None], key_bias, self.plan.site.scale, provider=self.plan.provider
         )
-        return torch.cat([read[:, :, : layout.before], out, read[:, :, layout.before :]], 2)
+        parts = read[:, :, : layout.before], out, read[:, :, layout.before :]
+        return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
     def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`observe`, op by op."""
@@ -238,13 +277,38 @@ class _Work:
         if warm is None:
             warm = torch.zeros((), dtype=torch.bool, device="cpu")
             site = replace(self.plan.site, batch=query.shape[0])
-            shapes = shapes_of(replace(self.plan, site=site)).values()
-            held = [torch.zeros(shape, device=query.device) for shape in shapes]
+            shapes = shapes_of(replace(self.plan, site=site)).items()
+            held = [*blank((name, shape, query.device) for name, shape in shapes)]
         return operands, Memory(warm, tuple(t for t in held if t is not None))
 
 
-_works: dict[str, _Work] = {}
+_works: WeakValueDictionary[str, Work] = WeakValueDictionary()
 """By name: an op takes no object."""
+
+
+def _work(
+    plan: AttentionPlan,
+    operands: tuple[str, ...],
+    observed: tuple[str, ...],
+    choice: Any,
+    sampled_rows: int,
+) -> Work:
+    """The arithmetic of a site, one object for all that are planned alike."""
+    site, method = plan.site, settled(plan, choice)
+    shape = site.heads, site.kv_heads, site.head_dim, site.scale
+    text = repr(
+        (plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, operands, observed)
+    )
+    name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
+    work = _works.get(name)
+    if work is None:
+        work = _works[name] = Work(name, plan, operands, observed, method, sampled_rows)
+    return work
+
+
+def works_of(module: nn.Module) -> set[Work]:
+    """What the sites of a lowered graph, and of its bodies, call by name."""
+    return {part.work for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
 @torch.library.custom_op("sparsify::site", mutates_args=())
@@ -255,25 +319,83 @@ def _site(
     key_bias: Tensor | None,
     inputs: list[Tensor | None],
     work: str,
+    site: str,
 ) -> list[Tensor]:
-    return _works[work].trace(query, key, value, key_bias, inputs)
+    with _named(site):
+        return _works[work].trace(query, key, value, key_bias, inputs)
 
 
 @torch.library.custom_op("sparsify::observe_site", mutates_args=())
-def _observe_site(query: Tensor, key: Tensor, inputs: list[Tensor | None], work: str) -> list[Tensor]:
-    return _works[work].trace_observe(query, key, inputs)
+def _observe_site(
+    query: Tensor, key: Tensor, inputs: list[Tensor | None], work: str, site: str
+) -> list[Tensor]:
+    with _named(site):
+        return _works[work].trace_observe(query, key, inputs)
 
 
 @torch.library.custom_op("sparsify::learn_site", mutates_args=())
 def _learn_site(
-    query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None], work: str
+    query: Tensor,
+    key: Tensor,
+    key_bias: Tensor | None,
+    inputs: list[Tensor | None],
+    work: str,
+    site: str,
 ) -> list[Tensor]:
-    return _works[work].trace_learn(query, key, key_bias, inputs)
+    with _named(site):
+        return _works[work].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _works[args[-1]].trace(*args[:-1]))
-_observe_site.register_fake(lambda *args: _works[args[-1]].trace_observe(*args[:-1]))
-_learn_site.register_fake(lambda *args: _works[args[-1]].fake_learn(args[-2]))
+_site.register_fake(lambda *args: _works[args[-2]].trace(*args[:-2]))
+_observe_site.register_fake(lambda *args: _works[args[-2]].trace_observe(*args[:-2]))
+_learn_site.register_fake(lambda *args: _works[args[-2]].fake_learn(args[-3]))
+
+
+@torch.library.custom_op("sparsify::lay_out", mutates_args=())
+def _lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy with these strides."""
+    return _lay_out_fake(tensor, strides).copy_(tensor)
+
+
+@_lay_out.register_fake
+def _lay_out_fake(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    return tensor.new_empty_strided(tensor.shape, strides)
+
+
+_lay_out.register_autograd(lambda ctx, grad: (grad, None))
+
+
+@contextmanager
+def _named(site: str) -> Iterator[None]:
+    """Put the name of a site before what its ops object to, unless it is there."""
+    try:
+        yield
+    except OperandError as error:
+        if error.site is not None:
+            raise
+        with_name = OperandError(f"attention {site!r}: {error}")
+        with_name.site = site
+        raise with_name from None
+
+
+def _check_sizes(
+    site: AttentionSite, query: Tensor, key: Tensor, value: Tensor | None = None, *, batch: bool = False
+) -> None:
+    """Raise OperandError unless a call has the sizes that its site was planned for; `batch`: this one too."""
+    expected: list[tuple[str, Tensor, int, int, int]] = [
+        ("query", query, site.heads, site.q_tokens, site.head_dim),
+        ("key", key, site.kv_heads, site.kv_tokens, site.head_dim),
+    ]
+    if value is not None:
+        expected.append(("value", value, site.kv_heads, site.kv_tokens, site.value_dim))
+    for name, tensor, *sizes in expected:
+        shape = tensor.shape
+        if shape[1:] != tuple(sizes) or (batch and shape[0] != site.batch):
+            wanted = ", ".join(map(str, (site.batch if batch else "B", *sizes)))
+            raise OperandError(
+                f"{name} must be [{wanted}], as when it was planned, got {list(shape)}: other sizes need a program "
+                "of their own, which torch.compile makes unless its guards are skipped"
+            )
 
 
 def settled(plan: AttentionPlan, choice: Any) -> Hashable:

@@ -23,6 +23,11 @@ Spec = tuple[str, tuple[int, ...], torch.device]
 """Name, shape and device of an fp32 tensor."""
 
 
+def blank(specs: Iterable[Spec]) -> list[Tensor]:
+    """The tensors that `specs` describe, all zeros."""
+    return [torch.zeros(shape, dtype=torch.float32, device=device) for _, shape, device in specs]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Learned:
     """A tensor that a site reads and a trainer writes."""
@@ -116,7 +121,7 @@ class ModelState:
         key = tuple(specs), number
         if key not in self._streams:
             with torch.inference_mode(False):  # a tensor made in it could not be written to out of it
-                self._streams[key] = Stream([torch.zeros(shape, device=device) for _, shape, device in specs])
+                self._streams[key] = Stream(blank(specs))
         return self._streams[key]
 
     def new_video(self) -> None:

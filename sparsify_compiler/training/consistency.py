@@ -138,7 +138,7 @@ class ConsistencyTrainer:
         generator = torch.Generator().manual_seed(seeds.getrandbits(32))
         steps = torch.randint(self.config.solver_steps, (len(video),), generator=generator)
         generator = torch.Generator(video.device).manual_seed(seeds.getrandbits(32))
-        noise = torch.randn(video.shape, generator=generator, device=video.device)
+        noise = torch.randn(video.shape, generator=generator, dtype=torch.float32, device=video.device)
         losses = consistency_loss(
             self.student,
             self.target,
@@ -234,7 +234,7 @@ def sample_few_steps(
     """
     state = noise.float()
     for here, end in pairwise(config.times[:: config.length].tolist()):
-        time = torch.full((len(noise),), here, device=noise.device)
+        time = torch.full((len(noise),), here, dtype=torch.float32, device=noise.device)
         state = state + (end - here) * velocity(model, state.to(noise.dtype), time, conditioning)
     return state.to(noise.dtype)
 

@@ -40,7 +40,7 @@ DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
 """Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
 REPEATS = 3
-NOTHING = Memory(torch.tensor(False), ())
+NOTHING = Memory(torch.tensor(False, device="cpu"), ())
 """`dsv` remembers nothing."""
 
 
@@ -83,7 +83,9 @@ def _measure(
     tokens = math.prod(grid)
     shape = (1, heads, tokens, head_dim)
     inputs = [
-        torch.randn(shape, generator=generator).to(device, getattr(torch, dtype)).requires_grad_()
+        torch.randn(shape, generator=generator, dtype=torch.float32)
+        .to(device, getattr(torch, dtype))
+        .requires_grad_()
         for _ in range(3)
     ]
     query, key, value = inputs
@@ -96,13 +98,18 @@ def _measure(
         provider=provider,
         far_field=far_field,
     )
-    weights = torch.randn(head_dim, rank, generator=generator).expand(2 * heads, -1, -1).to(device)
+    weights = (
+        torch.randn(head_dim, rank, generator=generator, dtype=torch.float32)
+        .expand(2 * heads, -1, -1)
+        .to(device)
+    )
 
     method = Dsv(query_group=group, chosen_by=chosen_by)
     constants = {name: tensor.to(device) for name, tensor in method.constants(layout).items()}
 
     def sparse(density: float) -> Tensor:
-        budgeted, shares = replace(method, kv_budget=density), torch.full((heads,), density, device=device)
+        budgeted = replace(method, kv_budget=density)
+        shares = torch.full((heads,), density, dtype=torch.float32, device=device)
         with torch.no_grad():
             chosen, _ = budgeted.select(seen, NOTHING, weights=weights, shares=shares, **constants)
         if far_field == "drop":  # without the report of the call below, which is for inference

@@ -242,7 +242,9 @@ class DSVTrainer:
         progress = self._look() if profiled else None
         self.progress = progress or self.progress
         overdue = bool(profiled) and progress is None
-        signal.copy_(torch.tensor([1, overdue or self._is_profiled(self.steps), self.steps]))
+        signal.copy_(
+            torch.tensor([1, overdue or self._is_profiled(self.steps), self.steps], dtype=signal.dtype)
+        )
         return progress
 
     def save_predictor(self, path: str | Path) -> None:
@@ -408,7 +410,7 @@ class DSVTrainer:
         if self.break_even is not None:
             return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
         measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])
-        return Cost(*_mean(torch.tensor(measured)).tolist())
+        return Cost(*_mean(torch.tensor(measured, dtype=torch.float32)).tolist())
 
 
 def _mean(tensor: Tensor) -> Tensor:

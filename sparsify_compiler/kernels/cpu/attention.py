@@ -1,6 +1,7 @@
 """Attention: the C++ kernel `csrc/attention.cpp`, or packed SDPA where it could not be built."""
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ def run(
     if kernel is None:
         return False
     problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
+    check = partial(table.check, query.shape[2], key.shape[2])
     if far is None:
-        kernel(ctypes.byref(problem), None)
+        library.launch(kernel, problem, None, check=check)
         return True
     tensors = [
         *(_rows(t) for t in (far.key, far.value)),
@@ -49,7 +51,7 @@ def run(
         far.limits if far.limits is None else far.limits.contiguous(),
     ]
     views = (library.view(t, *query.shape[:2]) for t in tensors)
-    kernel(ctypes.byref(problem), ctypes.byref(_FarField(*views, *far.key.shape[1:3])))
+    library.launch(kernel, problem, _FarField(*views, *far.key.shape[1:3]), check=check)
     return True
 
 
@@ -77,7 +79,8 @@ def backward(
     problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
     grad_out = _rows(grad_out)
     views = (library.view(t, *query.shape[:2]) for t in (grad_out, grad_lse, *gradients))
-    kernel(ctypes.byref(_BackwardProblem(problem, *views, key.shape[2])))
+    check = partial(table.check, query.shape[2], key.shape[2])
+    library.launch(kernel, _BackwardProblem(problem, *views), check=check)
     return gradients
 
 
@@ -92,7 +95,8 @@ def _describe(
     scale: float,
 ) -> tuple["_Problem", list[Tensor | None]]:
     """The problem, and what must live as long as it does: some tensors had to be copied."""
-    batch, heads, _, head_dim = query.shape
+    batch, heads, q_tokens, head_dim = query.shape
+    blocks, width = table.kv_indices.shape[-2:]
     tensors = [
         *(_rows(t) for t in (query, key, value, out)),
         lse,
@@ -101,7 +105,8 @@ def _describe(
     ]
     problem = _Problem(
         *(library.view(t, batch, heads) for t in tensors),
-        *(batch, heads, key.shape[1], table.kv_indices.shape[-2], head_dim, value.shape[-1]),
+        *(batch, heads, key.shape[1], q_tokens, key.shape[2]),
+        *(blocks, table.kv_bounds.shape[-1] - 1, width, head_dim, value.shape[-1]),
         scale,
         library.DTYPES.index(query.dtype),
         torch.get_num_threads(),
@@ -151,7 +156,8 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, library.View) for name in ("query", "key", "value", "out", "lse", "key_bias")),
         *((name, library.View) for name in BlockTable.__slots__),
-        *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "q_blocks", "head_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_tokens", "kv_tokens")),
+        *((name, ctypes.c_int64) for name in ("q_blocks", "kv_blocks", "width", "head_dim", "value_dim")),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
@@ -173,5 +179,4 @@ class _BackwardProblem(ctypes.Structure):
     _fields_ = (
         ("forward", _Problem),
         *((n, library.View) for n in ("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value")),
-        ("kv_tokens", ctypes.c_int64),
     )

@@ -1,6 +1,7 @@
 """Clustering: the C++ kernels of `csrc/clustering.cpp`, or the definition where they could not be built."""
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.reference import clustering as reference
+from sparsify_compiler.table import check_range
 
 
 def kmeans(
@@ -23,17 +25,14 @@ def kmeans(
     if points.stride(-1) != 1:
         points = points.contiguous()
     batch, heads, tokens, head_dim = points.shape
-    kernel(
-        ctypes.byref(
-            _KMeans(
-                *(library.view(t, batch, heads) for t in (points, means, labels)),
-                *(batch, heads, tokens, means.shape[2], head_dim),
-                later if is_warm else first,
-                library.DTYPES.index(points.dtype),
-                torch.get_num_threads(),
-            )
-        )
+    problem = _KMeans(
+        *(library.view(t, batch, heads) for t in (points, means, labels)),
+        *(batch, heads, tokens, means.shape[2], head_dim),
+        later if is_warm else first,
+        library.DTYPES.index(points.dtype),
+        torch.get_num_threads(),
     )
+    kernel(ctypes.byref(problem))
     return means, labels
 
 
@@ -45,7 +44,8 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
     order, bounds = empty_sort(labels, clusters)
     batch, heads, tokens = labels.shape
     views = (library.view(t, batch, heads) for t in (labels, order, bounds))
-    kernel(ctypes.byref(_Sort(*views, batch, heads, tokens, clusters, torch.get_num_threads())))
+    problem = _Sort(*views, batch, heads, tokens, clusters, torch.get_num_threads())
+    library.launch(kernel, problem, check=partial(check_range, "labels", labels, clusters - 1))
     return order, bounds
 
 
@@ -64,15 +64,12 @@ def top_p_blocks(
         kv_sizes.contiguous(),
         *outputs,
     ]
-    kernel(
-        ctypes.byref(
-            _TopP(
-                *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, kv_centroids.shape[1], rows, kv_centroids.shape[2], head_dim, floor),
-                *(top_p, scale, torch.get_num_threads()),
-            )
-        )
+    problem = _TopP(
+        *(library.view(t, batch, heads) for t in tensors),
+        *(batch, heads, kv_centroids.shape[1], rows, kv_centroids.shape[2], head_dim, floor),
+        *(top_p, scale, torch.get_num_threads()),
     )
+    kernel(ctypes.byref(problem))
     return outputs
 
 

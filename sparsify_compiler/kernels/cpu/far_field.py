@@ -4,6 +4,7 @@ Both together are one pass of `csrc/attention.cpp`; results of both are merged b
 """
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.cpu import attention, library
 from sparsify_compiler.kernels.reference import far_field as reference
 from sparsify_compiler.kernels.virtual_keys import VirtualKeys
-from sparsify_compiler.table import BlockTable
+from sparsify_compiler.table import BlockTable, check_blocks
 
 
 def near_and_far(
@@ -50,7 +51,7 @@ def merge(
             query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale
         )
     out, lse = empty_outputs(query, near_out)
-    batch, heads, _, head_dim = query.shape
+    batch, heads, tokens, head_dim = query.shape
     # The list keeps what `contiguous` may have copied alive until the kernel has run.
     tensors = [
         query if query.stride(-1) == 1 else query.contiguous(),
@@ -65,17 +66,14 @@ def merge(
         out,
         lse,
     ]
-    kernel(
-        ctypes.byref(
-            _Problem(
-                *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, q_bounds.shape[-1] - 1, head_dim, near_out.shape[-1]),
-                scale,
-                library.DTYPES.index(query.dtype),
-                torch.get_num_threads(),
-            )
-        )
+    problem = _Problem(
+        *(library.view(t, batch, heads) for t in tensors),
+        *(batch, heads, tokens, q_bounds.shape[-1] - 1, head_dim, near_out.shape[-1]),
+        scale,
+        library.DTYPES.index(query.dtype),
+        torch.get_num_threads(),
     )
+    library.launch(kernel, problem, check=partial(check_blocks, "q_", q_bounds, q_order, tokens))
     return out, lse
 
 
@@ -85,7 +83,7 @@ class _Problem(ctypes.Structure):
     _fields_ = (
         *((name, library.View) for name in ("query", "near_out", "near_lse", "far_out", "far_lse")),
         *((name, library.View) for name in ("matrices", "limits", "q_bounds", "q_order", "out", "lse")),
-        *((n, ctypes.c_int64) for n in ("batch", "heads", "q_blocks", "head_dim", "value_dim")),
+        *((n, ctypes.c_int64) for n in ("batch", "heads", "tokens", "q_blocks", "head_dim", "value_dim")),
         ("scale", ctypes.c_float),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),

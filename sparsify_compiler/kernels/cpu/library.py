@@ -92,14 +92,26 @@ def build_info() -> BuildInfo:
 
 
 @functools.cache
-def symbol(name: str, *structures: type[ctypes.Structure]) -> Callable[..., None] | None:
-    """The C function `name`, which takes pointers to `structures`; None where nothing could be built."""
+def symbol(name: str, *structures: type[ctypes.Structure]) -> Callable[..., bool] | None:
+    """The C function `name`, which takes pointers to `structures`; None where nothing could be built.
+
+    It returns False, and computes nothing, where a tensor of indices does not fit what it indexes.
+    """
     library = build_info().library
     if library is None:
         return None
     function = getattr(ctypes.CDLL(str(library)), name)
-    function.argtypes, function.restype = [ctypes.POINTER(one) for one in structures], None
+    function.argtypes, function.restype = [ctypes.POINTER(one) for one in structures], ctypes.c_bool
     return function
+
+
+def launch(
+    kernel: Callable[..., bool], *structures: ctypes.Structure | None, check: Callable[[], None]
+) -> None:
+    """Run a kernel. Where it refuses its tensors of indices, `check` raises and says why."""
+    if not kernel(*(None if one is None else ctypes.byref(one) for one in structures)):
+        check()
+        raise AssertionError("the kernel refused tensors that fit")
 
 
 def _build(compiler: str) -> tuple[Path, bool]:

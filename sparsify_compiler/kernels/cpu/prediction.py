@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.prediction import empty_top_k
 from sparsify_compiler.kernels.reference import prediction as reference
+from sparsify_compiler.table import check_bounds
 
 
 def top_k_keys(
@@ -33,17 +34,19 @@ def top_k_keys(
         key_bias if key_bias is None else key_bias.float().contiguous(),
         *outputs,
     ]
-    kernel(
-        ctypes.byref(
-            _TopK(
-                *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, key.shape[1], queries, outputs[0].shape[2], key.shape[2], rank, width),
-                scale,
-                library.DTYPES.index(query.dtype),
-                torch.get_num_threads(),
-            )
-        )
+    problem = _TopK(
+        *(library.view(t, batch, heads) for t in tensors),
+        *(batch, heads, key.shape[1], queries, outputs[0].shape[2], key.shape[2], rank, width),
+        scale,
+        library.DTYPES.index(query.dtype),
+        torch.get_num_threads(),
     )
+
+    def check() -> None:
+        assert q_bounds is not None
+        check_bounds("q_bounds", q_bounds, queries)
+
+    library.launch(kernel, problem, check=check)
     return outputs
 
 

@@ -1,6 +1,7 @@
 """The statistics of blocks: the C++ kernel `csrc/statistics.cpp`, or the reference where it could not be built."""
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.reference import statistics as reference
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
+from sparsify_compiler.table import check_blocks
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,7 +54,7 @@ def _launch(
 ) -> None:
     kernel = library.symbol("sparsify_block_statistics", _Problem)
     assert kernel is not None
-    batch, kv_heads = key.shape[:2]
+    batch, kv_heads, tokens = key.shape[:3]
     # The list keeps what `contiguous` may have copied alive until the kernel has run.
     tensors = [
         *(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (key, value)),
@@ -61,17 +63,14 @@ def _launch(
         key_bias if key_bias is None else key_bias.float().contiguous(),
         *results,
     ]
-    kernel(
-        ctypes.byref(
-            _Problem(
-                *(library.view(t, batch, heads) for t in tensors),
-                *(batch, heads, kv_heads, bounds.shape[-1] - 1),
-                *(key.shape[-1], 0 if value is None else value.shape[-1]),
-                library.DTYPES.index(key.dtype),
-                torch.get_num_threads(),
-            )
-        )
+    problem = _Problem(
+        *(library.view(t, batch, heads) for t in tensors),
+        *(batch, heads, kv_heads, tokens, bounds.shape[-1] - 1),
+        *(key.shape[-1], 0 if value is None else value.shape[-1]),
+        library.DTYPES.index(key.dtype),
+        torch.get_num_threads(),
     )
+    library.launch(kernel, problem, check=partial(check_blocks, "", bounds, order, tokens))
 
 
 class _Problem(ctypes.Structure):
@@ -81,7 +80,8 @@ class _Problem(ctypes.Structure):
         *((name, library.View) for name in ("key", "value", "bounds", "order", "key_bias")),
         *((name, library.View) for name in ("log_weight", "key_mean", "key_mean_square", "value_mean")),
         *((name, library.View) for name in ("key_variance", "value_variance", "covariance")),
-        *((n, ctypes.c_int64) for n in ("batch", "heads", "kv_heads", "blocks", "head_dim", "value_dim")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "tokens", "blocks")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim")),
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )

@@ -323,8 +323,9 @@ class FewWorker {
 };
 
 template <class Products, class T>
-void run(const Problem& problem, const FarField* far) {
-  std::vector<Tile> tiles = plan_tiles(problem);
+bool run(const Problem& problem, const FarField* far) {
+  std::vector<Tile> tiles;
+  if (!plan_tiles(problem, tiles)) return false;
   // Head by head, whose keys then stay in the caches; in a head the longest first, so that all threads end at
   // about the same time.
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) {
@@ -345,13 +346,14 @@ void run(const Problem& problem, const FarField* far) {
       }
     }
   }
+  return true;
 }
 
 }  // namespace
 
 // Without a far field, what the table does not list is dropped.
-extern "C" void sparsify_attention(const Problem* problem, const FarField* far) {
-  with_types(problem->dtype, [&](auto types) {
-    run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem, far);
+extern "C" bool sparsify_attention(const Problem* problem, const FarField* far) {
+  return with_types(problem->dtype, [&](auto types) {
+    return run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem, far);
   });
 }

@@ -30,7 +30,6 @@ namespace {
 struct BackwardProblem {
   Problem forward;
   View grad_out, grad_lse, grad_query, grad_key, grad_value;
-  int64_t kv_tokens;
 };
 
 // An lse beyond has too few digits after the point to compute weights from.
@@ -655,11 +654,12 @@ void store_key_grads(const BackwardProblem& problem, int64_t batch, int64_t head
 }
 
 template <class Products, class T>
-void run(const BackwardProblem& problem) {
+bool run(const BackwardProblem& problem) {
   const Problem& p = problem.forward;
-  const std::vector<Tile> tiles = plan_tiles(p);
+  std::vector<Tile> tiles;
+  if (!plan_tiles(p, tiles)) return false;
   const std::vector<Piece> pieces = plan_pieces<Products>(p, tiles);
-  const int64_t heads = p.batch * p.kv_heads, keys = problem.kv_tokens;
+  const int64_t heads = p.batch * p.kv_heads, keys = p.kv_tokens;
   std::vector<std::vector<int64_t>> of_head(heads), of_share(p.threads);  // the numbers of their pieces
   for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {
     of_head[pieces[i].batch * p.kv_heads + pieces[i].kv_head].push_back(i);
@@ -698,12 +698,13 @@ void run(const BackwardProblem& problem) {
       }
     }
   }
+  return true;
 }
 
 }  // namespace
 
-extern "C" void sparsify_attention_backward(const BackwardProblem* problem) {
-  with_types(problem->forward.dtype, [&](auto types) {
-    run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem);
+extern "C" bool sparsify_attention_backward(const BackwardProblem* problem) {
+  return with_types(problem->forward.dtype, [&](auto types) {
+    return run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem);
   });
 }

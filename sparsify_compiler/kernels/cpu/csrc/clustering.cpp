@@ -23,6 +23,7 @@
 #include <utility>
 #include <vector>
 
+#include "check.h"
 #include "view.h"
 #include "product.h"
 
@@ -232,7 +233,7 @@ void move_to_mean(const KMeans& p, int64_t b, int64_t h, const int32_t* tokens, 
 }
 
 template <class Math, class T>
-void run_kmeans(const KMeans& p) {
+bool run_kmeans(const KMeans& p) {
   const int64_t all_heads = p.batch * p.heads, tiles = ceil_div(p.tokens, kTilePoints);
   const int64_t groups = ceil_div(p.clusters, kClustersAtOnce);
   std::vector<Lanes<Math>> lanes;
@@ -269,6 +270,7 @@ void run_kmeans(const KMeans& p) {
       }
     }
   }
+  return true;
 }
 
 // ---- The choice of key clusters --------------------------------------------------------------------------
@@ -377,25 +379,31 @@ using BFloat16Math = Fp32;
 
 }  // namespace
 
-extern "C" void sparsify_kmeans(const KMeans* problem) {
+extern "C" bool sparsify_kmeans(const KMeans* problem) {
   switch (problem->dtype) {
     case kFloat32: return run_kmeans<Fp32, float>(*problem);
     case kFloat16: return run_kmeans<Fp32, Half>(*problem);
     case kBFloat16: return run_kmeans<BFloat16Math, BFloat16>(*problem);
   }
+  return false;
 }
 
-extern "C" void sparsify_sort_by_label(const Sort* problem) {
+extern "C" bool sparsify_sort_by_label(const Sort* problem) {
   const Sort& p = *problem;
+  const bool fits = all_fit(p.labels, p.batch, p.heads, [&](int64_t b, int64_t h) {
+    return all_below(p.labels.at<const int32_t>(b, h), p.tokens, p.clusters, p.labels.row);
+  });
+  if (!fits) return false;
 #pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.batch * p.heads; ++i) {
     const int64_t b = i / p.heads, h = i % p.heads;
     sort_tokens(p.labels.at<const int32_t>(b, h), p.labels.row, p.tokens, p.clusters,
                 p.order.at<int32_t>(b, h), p.bounds.at<int32_t>(b, h));
   }
+  return true;
 }
 
-extern "C" void sparsify_top_p_blocks(const TopP* problem) {
+extern "C" bool sparsify_top_p_blocks(const TopP* problem) {
   const TopP& p = *problem;
   const int64_t strips = ceil_div(p.rows, kStripLanes);
 #pragma omp parallel num_threads(p.threads)
@@ -407,4 +415,5 @@ extern "C" void sparsify_top_p_blocks(const TopP* problem) {
       selector.run(head / p.heads, head % p.heads, i % strips * kStripLanes);
     }
   }
+  return true;
 }

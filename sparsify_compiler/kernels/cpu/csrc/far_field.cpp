@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "check.h"
 #include "view.h"
 #include "product.h"
 
@@ -21,7 +22,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Problem {
   View query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, out, lse;
-  int64_t batch, heads, q_blocks, head_dim, value_dim;
+  int64_t batch, heads, tokens, q_blocks, head_dim, value_dim;
   float scale;
   int32_t dtype, threads;
 };
@@ -143,7 +144,11 @@ class Worker {
 };
 
 template <class T>
-void run(const Problem& problem) {
+bool run(const Problem& problem) {
+  if (!bounds_fit(problem.q_bounds, problem.batch, problem.heads, problem.q_blocks, problem.tokens) ||
+      !order_fits(problem.q_order, problem.batch, problem.heads, problem.tokens)) {
+    return false;
+  }
   const std::vector<Tile> tiles = plan_tiles(problem);
   const int64_t count = tiles.size();
 #pragma omp parallel num_threads(problem.threads)
@@ -152,14 +157,16 @@ void run(const Problem& problem) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < count; ++i) worker.run(tiles[i]);
   }
+  return true;
 }
 
 }  // namespace
 
-extern "C" void sparsify_merge_far_field(const Problem* problem) {
+extern "C" bool sparsify_merge_far_field(const Problem* problem) {
   switch (problem->dtype) {
     case kFloat32: return run<float>(*problem);
     case kFloat16: return run<Half>(*problem);
     case kBFloat16: return run<BFloat16>(*problem);
   }
+  return false;
 }

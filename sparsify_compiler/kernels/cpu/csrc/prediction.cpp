@@ -15,6 +15,7 @@
 #include <limits>
 #include <memory>
 
+#include "check.h"
 #include "view.h"
 #include "product.h"
 
@@ -270,7 +271,8 @@ class Chooser {
 };
 
 template <class T>
-void run_top_k(const TopK& p) {
+bool run_top_k(const TopK& p) {
+  if (!bounds_fit(p.q_bounds, p.batch, p.heads, p.groups, p.queries)) return false;
   const int64_t tile = Chooser<T>::tile_groups(p), tiles = ceil_div(p.groups, tile);
 #pragma omp parallel num_threads(p.threads)
   {
@@ -281,14 +283,16 @@ void run_top_k(const TopK& p) {
       chooser.run(head / p.heads, head % p.heads, i % tiles * tile);
     }
   }
+  return true;
 }
 
 }  // namespace
 
-extern "C" void sparsify_top_k_keys(const TopK* problem) {
+extern "C" bool sparsify_top_k_keys(const TopK* problem) {
   switch (problem->dtype) {
     case kFloat32: return run_top_k<float>(*problem);
     case kFloat16: return run_top_k<Half>(*problem);
     case kBFloat16: return run_top_k<BFloat16>(*problem);
   }
+  return false;
 }

@@ -17,7 +17,7 @@ struct Tile {
 struct Problem {
   View query, key, value, out, lse, key_bias;
   View q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order;
-  int64_t batch, heads, kv_heads, q_blocks, head_dim, value_dim;
+  int64_t batch, heads, kv_heads, q_tokens, kv_tokens, q_blocks, kv_blocks, width, head_dim, value_dim;
   float scale;
   int32_t dtype, threads;
 

@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 
+#include "check.h"
 #include "view.h"
 #include "product.h"
 
@@ -24,7 +25,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 struct Problem {
   View key, value, bounds, order, key_bias;
   View log_weight, key_mean, key_mean_square, value_mean, key_variance, value_variance, covariance;
-  int64_t batch, heads, kv_heads, blocks, head_dim, value_dim;
+  int64_t batch, heads, kv_heads, tokens, blocks, head_dim, value_dim;
   int32_t dtype, threads;
 };
 
@@ -191,7 +192,11 @@ class Worker {
 };
 
 template <class T>
-void run(const Problem& problem) {
+bool run(const Problem& problem) {
+  if (!bounds_fit(problem.bounds, problem.batch, problem.heads, problem.blocks, problem.tokens) ||
+      !order_fits(problem.order, problem.batch, problem.heads, problem.tokens)) {
+    return false;
+  }
   const int64_t count = problem.batch * problem.heads * problem.blocks;
 #pragma omp parallel num_threads(problem.threads)
   {
@@ -202,14 +207,16 @@ void run(const Problem& problem) {
       worker.run(head / problem.heads, head % problem.heads, i % problem.blocks);
     }
   }
+  return true;
 }
 
 }  // namespace
 
-extern "C" void sparsify_block_statistics(const Problem* problem) {
+extern "C" bool sparsify_block_statistics(const Problem* problem) {
   switch (problem->dtype) {
     case kFloat32: return run<float>(*problem);
     case kFloat16: return run<Half>(*problem);
     case kBFloat16: return run<BFloat16>(*problem);
   }
+  return false;
 }

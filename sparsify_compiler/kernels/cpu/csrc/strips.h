@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "check.h"
 #include "problem.h"
 #include "product.h"
 #include "amx.h"
@@ -48,13 +49,21 @@ inline std::unique_ptr<Vec[]> aligned_floats(int64_t count) {
 
 inline float* floats(const std::unique_ptr<Vec[]>& vecs) { return reinterpret_cast<float*>(vecs.get()); }
 
-// Up to kTileQueries queries of one block each, head by head.
-inline std::vector<Tile> plan_tiles(const Problem& p) {
-  std::vector<Tile> tiles;
+// Plans tiles of up to kTileQueries queries of one block each, head by head. Returns whether the table fits.
+inline bool plan_tiles(const Problem& p, std::vector<Tile>& tiles) {
+  if (!bounds_fit(p.q_bounds, p.batch, p.heads, p.q_blocks, p.q_tokens) ||
+      !bounds_fit(p.kv_bounds, p.batch, p.heads, p.kv_blocks, p.kv_tokens) ||
+      !order_fits(p.q_order, p.batch, p.heads, p.q_tokens) ||
+      !order_fits(p.kv_order, p.batch, p.heads, p.kv_tokens)) {
+    return false;
+  }
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads; ++h) {
       const int32_t* bounds = p.q_bounds.at<int32_t>(b, h);
       for (int64_t block = 0; block < p.q_blocks; ++block) {
+        const int32_t listed = *p.kv_num_blocks.at<int32_t>(b, h, block);
+        if (listed < 0 || listed > p.width) return false;
+        if (!all_below(p.kv_indices.at<int32_t>(b, h, block), listed, p.kv_blocks)) return false;
         const int64_t keys = KeyStream(p, b, h, block).count();
         for (int64_t first = bounds[block]; first < bounds[block + 1]; first += kTileQueries) {
           const int64_t last = std::min<int64_t>(first + kTileQueries, bounds[block + 1]);
@@ -63,7 +72,7 @@ inline std::vector<Tile> plan_tiles(const Problem& p) {
       }
     }
   }
-  return tiles;
+  return true;
 }
 
 // ---- Products --------------------------------------------------------------------------------------------
@@ -236,15 +245,15 @@ struct Types {
   using Element = T;
 };
 
-// Calls body(Types) with the products and the elements of tensors of `dtype`.
+// Returns body(Types) with the products and the elements of tensors of `dtype`.
 template <class Body>
-void with_types(int32_t dtype, Body body) {
+auto with_types(int32_t dtype, Body body) {
   if (dtype == kFloat32) return body(Types<InVectors<Fp32>, float>{});
   if (dtype == kFloat16) return body(Types<InVectors<Fp32>, Half>{});
 #if defined(HAVE_AMX)
   if (amx::granted()) return body(Types<InTiles, BFloat16>{});
 #endif
-  body(Types<BFloat16InVectors, BFloat16>{});
+  return body(Types<BFloat16InVectors, BFloat16>{});
 }
 
 // ---- Packing ---------------------------------------------------------------------------------------------
