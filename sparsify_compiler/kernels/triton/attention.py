@@ -32,8 +32,6 @@ def forward(
     """See `attention.block_sparse_attention`. `config`: other tiles than the shipped ones."""
     out, lse = attention.empty_outputs(query, value)
     config = config or configs.choose(query, key, value, table)
-    if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
-        query, key, value = query.float(), key.float(), value.float()
     if out.numel():
         forward_launch(query, key, value, table, key_bias, scale, out, lse, config)()
     return out, lse

@@ -34,8 +34,6 @@ def backward(
     config = config or configs.choose_backward(query, key, value, table)
     dtype = query.dtype
     d_query = query.new_empty(query.shape)
-    if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
-        query, key, value, grad_out = query.float(), key.float(), value.float(), grad_out.float()
     inputs = query, key, value, grad_out
     rows = empty_rows(query)
     rows_launch(query, key, out, grad_out, lse, grad_lse, table, key_bias, scale, *rows, config)()

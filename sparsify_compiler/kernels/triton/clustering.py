@@ -25,8 +25,6 @@ def kmeans(
     means, labels = empty_kmeans(points, centroids)
     is_warm = bool(warm)
     means.copy_(centroids if is_warm else points[:, :, start])
-    if points.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
-        points = points.float()
     for _ in range(later if is_warm else first):
         shifted, bias = shift(means, points.dtype)
         nearest(points, shifted, bias, labels)()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,18 @@ class Launch:
 
     def __call__(self) -> None:
         if all(self.grid):
-            device = next(t for t in self.arguments.values() if isinstance(t, Tensor))
-            with torch.cuda.device_of(device):
+            tensor = next(t for t in self.arguments.values() if isinstance(t, Tensor))
+            with _place(tensor):
                 self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def _place(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where a kernel with this tensor runs: its GPU, or the interpreter."""
+    if tensor.device.type == "cpu":
+        from sparsify_compiler.kernels.triton import interpreter
+
+        return interpreter.half_precision()
+    return torch.cuda.device_of(tensor)
 
 
 def stages_through(order: Tensor | None, config: Config) -> int:

@@ -26,8 +26,6 @@ def top_k_keys(
     """See `prediction.top_k_keys`."""
     counts, indices = empty_top_k(query, q_bounds, width)
     indices.zero_()
-    if query.device.type == "cpu":  # interpreted: there tl.dot takes the bits of a bf16 for an integer
-        query, key = query.float(), key.float()
     inputs = scored(query, key, budget, key_bias, scale)
     if q_bounds is None:
         choose(inputs, counts, indices)()

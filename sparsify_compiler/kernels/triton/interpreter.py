@@ -1,0 +1,129 @@
+"""Half precision in Triton's interpreter, as a GPU has it.
+
+NumPy has no bfloat16, so the interpreter stores its bits as integers, and takes them for integers in products and in
+arithmetic; it cuts off where a GPU rounds; and it takes products in TF32 in full. Inside `half_precision()` arithmetic
+on bfloat16 is done in fp32 and rounded to the nearest even, and operands of a TF32 product lose their last 13 bits.
+
+Reductions, scans and atomics of bfloat16 are refused: a GPU rounds after every step, in an order that cannot be
+known. Kernels take them in fp32.
+
+This file reaches into Triton's interpreter, which is private: of 3.6 and 3.7.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+
+TF32_BITS = np.uint32(0xFFFFE000)
+"""Those of an fp32 number that a product in TF32 reads."""
+
+
+def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The numbers that bits of bfloat16 stand for."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def rounded(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers; of two as near, the even one. NaN stays NaN."""
+    bits = np.ascontiguousarray(numbers).view(np.uint32).reshape(numbers.shape)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.where(np.isnan(numbers), np.uint32(0x7FC0), nearest).astype(np.uint16)
+
+
+@contextmanager
+def half_precision() -> Iterator[None]:
+    """Kernels that run inside compute with bfloat16 and TF32 as a GPU does."""
+    builder, check = interpreter.interpreter_builder, ReduceScanOpInterface.check_tensor
+    kind = type(builder)
+    builder.__class__ = _Builder
+    ReduceScanOpInterface.check_tensor = _check_tensor
+    try:
+        yield
+    finally:
+        builder.__class__, ReduceScanOpInterface.check_tensor = kind, check
+
+
+def _is_bfloat16(handle: Any) -> bool:
+    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+
+
+def _in_fp32(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation of a builder, whose operands and result may be bfloat16."""
+
+    def computed(self: Any, *operands: Any) -> Any:
+        wide = [TensorHandle(widened(o.data), tl.float32) if _is_bfloat16(o) else o for o in operands]
+        result = operation(self, *wide)
+        if not any(map(_is_bfloat16, operands)) or result.data.dtype != np.float32:
+            return result
+        return TensorHandle(rounded(result.data), tl.bfloat16)
+
+    return computed
+
+
+class _Builder(InterpreterBuilder):
+    """What the interpreter computes with."""
+
+    binary_op = _in_fp32(InterpreterBuilder.binary_op)
+    ternary_op = _in_fp32(InterpreterBuilder.ternary_op)
+    unary_op = _in_fp32(InterpreterBuilder.unary_op)
+    create_fma = _in_fp32(InterpreterBuilder.create_fma)
+    create_rsqrt = _in_fp32(InterpreterBuilder.create_rsqrt)
+    create_erf = _in_fp32(InterpreterBuilder.create_erf)
+
+    def get_bf16(self, value: float) -> Any:
+        """A constant."""
+        return TensorHandle(rounded(np.array([value], dtype=np.float32)), tl.bfloat16)
+
+    def cast_impl(self, src: Any, dst_type: Any) -> Any:
+        """A number in another type."""
+        if _is_bfloat16(src):
+            src = TensorHandle(widened(src.data), tl.float32)
+        if dst_type.scalar != tl.bfloat16:
+            return super().cast_impl(src, dst_type)
+        return TensorHandle(rounded(src.data.astype(np.float32)), tl.bfloat16)
+
+    def create_dot(self, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+        """a @ b + d, summed in the type of d."""
+        cuts = input_precision == interpreter._ir.INPUT_PRECISION.TF32
+        a, b = (_factor(handle, cuts) for handle in (a, b))
+        return super().create_dot(a, b, d, input_precision, *rest)
+
+    def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, *rest: Any) -> Any:
+        """An atomic operation on a type that has its like in NumPy."""
+        _refuse_bfloat16(val)
+        return super().create_atomic_rmw(rmwOp, ptr, val, *rest)
+
+
+def _factor(handle: Any, cuts: bool) -> Any:
+    """An operand of a product as the multiplier reads it."""
+    if _is_bfloat16(handle):
+        return TensorHandle(widened(handle.data), tl.float32)
+    if cuts and handle.dtype.scalar == tl.float32:
+        bits = np.ascontiguousarray(handle.data).view(np.uint32) & TF32_BITS
+        return TensorHandle(bits.view(np.float32), tl.float32)
+    return handle
+
+
+_plain_check = ReduceScanOpInterface.check_tensor
+
+
+def _check_tensor(self: Any, operands: Any) -> None:
+    """As the interpreter checks what it reduces or scans; and it must not be bfloat16."""
+    _plain_check(self, operands)
+    for operand in operands:
+        _refuse_bfloat16(operand.handle)
+
+
+def _refuse_bfloat16(handle: Any) -> None:
+    if _is_bfloat16(handle):
+        raise NotImplementedError(
+            "reductions, scans and atomics of bfloat16 cannot be interpreted as a GPU would compute them: "
+            "take them in float32"
+        )
