@@ -11,15 +11,19 @@ from sparsify_compiler.evaluation.machine import machine
 __all__ = ["machine", "write_json"]
 
 
-def write_json(path: Path, cases: list[dict[str, Any]]) -> None:
-    """The cases, with the machine, the date and the command beside them."""
+def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: str) -> None:
+    """The cases, with the machine, the date, the command and what is said `about` them. `lines`: a line for each."""
     module = sys.modules["__main__"].__spec__
     command = ["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
     record = {
         "command": " ".join(command),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "cases": cases,
+        **about,
+        "cases": [] if lines else cases,
     }
+    text = json.dumps(record, indent=2)
+    if lines:
+        text = text.replace('"cases": []', '"cases": [\n' + ",\n".join(map(json.dumps, cases)) + "\n]")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(text + "\n")

@@ -105,23 +105,23 @@ def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Conf
     """The tiles for these tensors, from their shapes alone: nothing is read from the device."""
     if query.device.type == "cpu":
         return INTERPRETED
-    width = next(w for w in (64, 128, 256) if max(query.shape[-1], value.shape[-1]) <= w)
+    widest = width(max(query.shape[-1], value.shape[-1]))
     if query.dtype == torch.float32:
-        return SINGLE[width]
+        return SINGLE[widest]
     q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
     short = query.shape[2] < SHORT_QUERIES * q_blocks or key.shape[2] < SHORT_KEYS * kv_blocks
-    return HALF[generation(query.device), width][short]
+    return HALF[generation(query.device), widest][short]
 
 
 def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> BackwardConfig:
     """Likewise for the backward pass, whose way also depends on `torch.are_deterministic_algorithms_enabled()`."""
-    width = next(w for w in (64, 128, 256) if max(query.shape[-1], value.shape[-1]) <= w)
+    widest = width(max(query.shape[-1], value.shape[-1]))
     if query.device.type == "cpu":
         queries = keys = INTERPRETED, INTERPRETED
     elif query.dtype == torch.float32:
-        queries = keys = BACKWARD_SINGLE[width], BACKWARD_SINGLE[width]
+        queries = keys = BACKWARD_SINGLE[widest], BACKWARD_SINGLE[widest]
     else:
-        queries, keys = BACKWARD_HALF[generation(query.device), width]
+        queries, keys = BACKWARD_HALF[generation(query.device), widest]
     q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
     if 2 * key.shape[2] >= keys[0].block_n * kv_blocks:  # they fill half of a tile on average
         return BackwardConfig(queries[query.shape[2] < SHORT_QUERIES * q_blocks], keys[0])
@@ -130,8 +130,17 @@ def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable
     return BackwardConfig(queries[1], None)
 
 
+def width(head_dim: int) -> int:
+    """The width of the tables' rows that serves a head dim."""
+    return next(w for w in (64, 128, 256) if head_dim <= w)
+
+
 @functools.cache
 def generation(device: torch.device) -> int:
-    """The row of the table that serves a GPU."""
-    major, _ = torch.cuda.get_device_capability(device)
+    """The row of the tables that serves a GPU."""
+    return row(torch.cuda.get_device_capability(device)[0])
+
+
+def row(major: int) -> int:
+    """Likewise, from the first number of its compute capability."""
     return {9: 90, 10: 100, 11: 100}.get(major, 80)

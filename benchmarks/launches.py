@@ -1,0 +1,236 @@
+"""Example launches of every Triton kernel, on meta tensors: every shipped choice of tiles, for every data type.
+
+Tensors are views [B, H, S, D] of [B, S, H, D], as models pass them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler.kernels import clustering as clustering_ops
+from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.prediction import empty_top_k
+from sparsify_compiler.kernels.statistics import empty_means, empty_statistics
+from sparsify_compiler.kernels.triton import (
+    attention,
+    backward,
+    clustering,
+    configs,
+    far_field,
+    prediction,
+    statistics,
+)
+from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
+from sparsify_compiler.kernels.triton.launcher import Launch
+from sparsify_compiler.table import BlockTable
+
+BATCH, HEADS, TOKENS, BLOCKS = 2, 8, 32768, 21
+BFLOAT16, FLOAT16, FLOAT32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 128, 256)
+ODD_HEAD_DIMS = (48, 72, 80, 96)
+"""Between powers of two: of some kernels there is a line each."""
+RANKS = (16, 64, 128)
+"""Head dims of what predicts."""
+CLUSTERS = (1000, 9450, 20000)
+"""Of keys, of which a query cluster selects some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One launch, and what it is an example of."""
+
+    case: str
+    """Blocks and arguments, in words."""
+    head_dim: int | None
+    """None where no tensor has one."""
+    dtype: torch.dtype | None
+    launch: Launch
+
+    @property
+    def kernel(self) -> str:
+        """As in `benchmarks.kernels`."""
+        return str(self.launch.kernel.__name__)
+
+    @property
+    def name(self) -> str:
+        """One for each example of a GPU."""
+        words = self.kernel, self.case, self.head_dim and f"D {self.head_dim}", self.dtype and str(self.dtype)[6:]
+        return ", ".join(word for word in words if word)
+
+
+def examples(arch: int) -> Iterator[Example]:
+    """All of a GPU of this compute capability, 80 for 8.0."""
+    row = configs.row(arch // 10)
+    yield from _forward(row)
+    yield from _backward(row)
+    yield from _clustering()
+    yield from _far_field()
+    yield from _prediction()
+
+
+def _forward(row: int) -> Iterator[Example]:
+    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS):
+        width = configs.width(head_dim)
+        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
+            tiles = {"": configs.SINGLE[width]} if dtype == FLOAT32 else _by_length(configs.HALF[row, width])
+            q = _tensor(head_dim, dtype)
+            for length, config in tiles.items():
+                for words, table, bias in _tables(dtype, head_dim):
+                    launch = attention.forward_launch(
+                        q, q, q, table, bias, 0.1, *empty_outputs(q, q), config
+                    )
+                    yield Example(_words(length, words), head_dim, dtype, launch)
+
+
+def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
+    return dict(zip(("long blocks", "short blocks"), pair, strict=True))
+
+
+def _tables(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, BlockTable, Tensor | None]]:
+    """(words, table, key bias), with orders and a bias and without; one of them where the type or head dim says
+    little that is new."""
+    for ordered in (False, True):
+        for biased in (False, True):
+            if (dtype == FLOAT16 and not (ordered and biased)) or (head_dim not in HEAD_DIMS and ordered | biased):
+                continue
+            bias = torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
+            yield _words("orders" if ordered else "", "bias" if biased else ""), _table(ordered), bias
+
+
+def _backward(row: int) -> Iterator[Example]:
+    """With orders and a key bias, which take the most registers."""
+    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS[:2]):
+        width = configs.width(head_dim)
+        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
+            if dtype == FLOAT32:
+                queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
+            else:
+                queries, keys = configs.BACKWARD_HALF[row, width]
+            ways = {
+                "blocks": BackwardConfig(queries[0], keys[0]),
+                "groups of blocks": BackwardConfig(queries[1], keys[1], configs.WORD),
+                "atomics": BackwardConfig(queries[1], None),
+            }
+            for way, config in ways.items():
+                for launch in _backward_launches(head_dim, dtype, config):
+                    yield Example(way, head_dim, dtype, launch)
+    readers = _readers(_table(True))
+    yield Example("", None, None, backward.readers_launch(_table(True), readers))
+
+
+def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig) -> Iterator[Launch]:
+    q = _tensor(head_dim, dtype)
+    out, lse = empty_outputs(q, q)
+    rows, bias = backward.empty_rows(q), torch.empty(BATCH, 1, TOKENS, device="meta")
+    table = _table(True, kv_blocks=BLOCKS if config.group == 1 else TOKENS)
+    gradient = torch.empty(q.shape, dtype=dtype, device="meta")
+    sums = (None, None) if config.keys else (gradient.float(),) * 2
+    yield backward.queries_launch(q, q, q, out, table, bias, 0.1, *rows, gradient, *sums, config)
+    if config.keys:
+        yield backward.keys_launch(
+            *(q, q, q, out, table, _readers(table), bias, 0.1, *rows, gradient, gradient, config)
+        )
+        yield backward.rows_launch(q, q, out, out, lse, lse, table, bias, 0.1, *rows, config)
+
+
+def _clustering() -> Iterator[Example]:
+    labels = _index(BATCH, HEADS, TOKENS)
+    order, bounds = clustering_ops.empty_sort(labels, CLUSTERS[0])
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            points = _tensor(head_dim, dtype)
+            centroids = torch.empty(BATCH, HEADS, CLUSTERS[0], head_dim, device="meta")
+            bias = centroids[..., 0].contiguous()
+            launch = clustering.nearest(points, centroids.to(dtype), bias, labels)
+            yield Example("", head_dim, dtype, launch)
+            yield Example("", head_dim, dtype, clustering.move_to_means(points, order, bounds, centroids))
+    counts = _index(BATCH, HEADS, CLUSTERS[0], TOKENS // clustering.TILE)
+    yield Example("", None, None, clustering.rank(labels, labels, counts))
+    yield Example("", None, None, clustering.place(labels, labels, counts, bounds, order))
+    for head_dim in HEAD_DIMS:
+        q, k = (torch.empty(BATCH, HEADS, count, head_dim, device="meta") for count in (300, CLUSTERS[0]))
+        launch = clustering.scores(q, k, torch.empty(BATCH, HEADS, 300, CLUSTERS[0], device="meta"))
+        yield Example("", head_dim, FLOAT32, launch)
+    for clusters in CLUSTERS:
+        q, k = (torch.empty(BATCH, HEADS, count, 64, device="meta") for count in (300, clusters))
+        products = torch.empty(BATCH, HEADS, 300, clusters, device="meta")
+        sizes = _index(1, 1, clusters).expand(BATCH, HEADS, -1)
+        launch = clustering.select(products, sizes, *clustering_ops.empty_top_p(q, k), 0.1, 0.9, 1)
+        yield Example(f"{clusters} clusters", None, None, launch)
+
+
+def _far_field() -> Iterator[Example]:
+    bounds = _index(1, HEADS, BLOCKS + 1)
+    for head_dim in (*HEAD_DIMS, 96):
+        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16, FLOAT32):
+            for ordered in (False, True):
+                order = _index(1, HEADS, TOKENS) if ordered else None
+                bias = torch.empty(BATCH, 1, TOKENS, device="meta") if ordered else None
+                words, tokens = "orders" if ordered else "", _tensor(head_dim, dtype)
+                launch = statistics.means_launch(tokens, bounds, order, *empty_means(tokens, bounds))
+                yield Example(words, head_dim, dtype, launch)
+                found = empty_statistics(tokens, tokens, bounds, order, bias, True)
+                launch = statistics.statistics_launch(tokens, tokens, bounds, order, bias, found)
+                yield Example(_words(words, "bias" if ordered else ""), head_dim, dtype, launch)
+                out, lse = empty_outputs(tokens, tokens)
+                matrices = torch.empty(BATCH, HEADS, BLOCKS, head_dim, head_dim, device="meta")
+                linear = matrices, matrices[..., 0], bounds, order, 0.1, out, lse
+                yield Example(
+                    words, head_dim, dtype, far_field.merge_launch(tokens, out, lse, out, lse, *linear)
+                )
+
+
+def _prediction() -> Iterator[Example]:
+    groups, width = 2048, 4096
+    for rank in RANKS:
+        for dtype in DTYPES:
+            query, key = (
+                torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta") for count in (groups, TOKENS)
+            )
+            highest = torch.empty(BATCH, HEADS, groups, device="meta")
+            bounds = _index(129)
+            scores = prediction.empty_scores(query, key, 128)
+            for hides in (False, True):
+                bias = torch.empty(BATCH, 1, TOKENS, dtype=dtype, device="meta") if hides else None
+                inputs = prediction.scored(query, key, _index(1, HEADS), bias, 0.25)
+                chosen = empty_top_k(query, None, width)
+                for launch in (
+                    prediction.choose(inputs, *chosen),
+                    prediction.softmax(inputs, highest, highest),
+                    prediction.add_up(inputs, highest, highest, bounds, scores),
+                ):
+                    yield Example("bias" if hides else "", rank, dtype, launch)
+    chosen = empty_top_k(query, bounds, width)
+    yield Example("stored scores", None, None, prediction.choose_stored(scores, inputs, *chosen))
+
+
+def _words(*words: str) -> str:
+    return ", ".join(word for word in words if word)
+
+
+def _tensor(head_dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(BATCH, TOKENS, HEADS, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _index(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def _table(ordered: bool, kv_blocks: int = BLOCKS) -> BlockTable:
+    order = _index(1, HEADS, TOKENS) if ordered else None
+    return BlockTable(
+        q_bounds=_index(1, HEADS, BLOCKS + 1),
+        kv_bounds=_index(1, HEADS, kv_blocks + 1),
+        kv_num_blocks=_index(1, HEADS, BLOCKS),
+        kv_indices=_index(1, HEADS, BLOCKS, 16),
+        q_order=order,
+        kv_order=order,
+    )
+
+
+def _readers(table: BlockTable) -> Tensor:
+    blocks = table.kv_bounds.shape[-1] - 1
+    words = -(-blocks // configs.WORD)
+    return torch.empty(1, HEADS, words, BLOCKS, dtype=torch.int64, device="meta")

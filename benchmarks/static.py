@@ -1,0 +1,247 @@
+"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs, on a machine that needs none.
+
+Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line says: registers
+of a thread, bytes of a thread that are spilled, shared memory of a program against the most a program may have,
+programs that a multiprocessor holds, the instructions that multiply matrices, and what one warp runs of the main loop
+for 128 keys: instructions, barriers and exponentials. What the loop may skip, as where no block of keys ends within a
+tile, stands apart, after a +.
+
+Nothing is timed. The lines are kept in `benchmarks/results/static.json`, to which the tests hold the package.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import sass
+from benchmarks.harness import write_json
+from benchmarks.launches import Example, examples
+from sparsify_compiler.kernels.triton.launcher import Launch
+
+RESULTS = Path(__file__).parent / "results" / "static.json"
+PROCESSES = 2
+KEYS = 128
+"""What instructions of a loop are counted for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Limits of a compute capability, from the CUDA programming guide."""
+
+    program_memory: int
+    """Bytes of shared memory that one program may have."""
+    memory: int
+    """Bytes of a multiprocessor, of which every program takes 1 KB for the system."""
+    warps: int
+    programs: int
+
+
+GPUS = {
+    80: Gpu(163 * 1024, 164 * 1024, 64, 32),
+    89: Gpu(99 * 1024, 100 * 1024, 48, 24),
+    90: Gpu(227 * 1024, 228 * 1024, 64, 32),
+    100: Gpu(227 * 1024, 228 * 1024, 64, 32),
+}
+REGISTERS = 65536
+"""Of a multiprocessor, given to warps by 256."""
+TENSOR_COLUMNS = 512
+"""Of a multiprocessor's tensor memory, on 10.0."""
+
+PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+"""Instructions of tensor cores: their name here and in PTX."""
+
+STEPS = {
+    "add_up_kernel": "BLOCK_M",
+    "block_means_kernel": "BLOCK",
+    "block_sparse_attention_kernel": "BLOCK_N",
+    "block_statistics_kernel": "BLOCK",
+    "keys_kernel": "BLOCK_M",
+    "means_kernel": "BLOCK",
+    "nearest_kernel": "BLOCK_N",
+    "queries_kernel": "BLOCK_N",
+    "rows_kernel": "BLOCK_N",
+    "softmax_kernel": "BLOCK_N",
+    "top_k_kernel": "BLOCK_N",
+}
+"""Which argument says how many keys (tokens, queries, centroids) the main loop of a kernel takes at a time."""
+
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
+"""Triton's names of the types that tensors have."""
+
+
+def compiled(launch: Launch, arch: int) -> Any:
+    """The kernel as the launch would compile it: its arguments are specialised as Triton does (an integer of 1
+    becomes a constant, pointers and multiples of 16 are known to be such)."""
+    types, constants, hints = {}, {}, {}
+
+    def specialise(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialise((*path, i), item) for i, item in enumerate(value))
+        constant = value is None or (isinstance(value, int) and value == 1)
+        if constant or launch.kernel.params[path[0]].is_constexpr:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            hints[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[str(value.dtype)[6:]]}"
+        return "fp32" if isinstance(value, float) else "i32"
+
+    for position, name in enumerate(launch.kernel.arg_names):
+        types[name] = specialise((position,), launch.arguments[name])
+    return triton.compile(
+        ASTSource(launch.kernel, types, constants, hints),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+    )
+
+
+def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
+    """What a compiled kernel is made of. `step`: keys that its main loop takes at a time."""
+    gpu, meta = GPUS[arch], kernel.metadata
+    usage, listing = _printed(kernel, "-res-usage"), _printed(kernel, "-sass")
+    registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    bounds = [
+        REGISTERS // (-(-registers * 32 // 256) * 256 * meta.num_warps),
+        gpu.memory // (meta.shared + 1024),
+        gpu.warps // meta.num_warps,
+        gpu.programs,
+    ]
+    if meta.tmem_size:
+        bounds.append(TENSOR_COLUMNS // meta.tmem_size)
+    ptx = kernel.asm["ptx"]
+    found = {
+        "registers": registers,
+        "spilled": spilled,  # our kernels have no arrays: what lies in local memory was a register
+        "shared": meta.shared,
+        "shared_limit": gpu.program_memory,
+        "programs": min(bounds),
+        "products": next((name for name, text in PRODUCTS.items() if text in ptx), "none"),
+        "async_copies": kernel.asm["ttgir"].count("async_copy_global_to_local"),
+        "float_atomics": len(re.findall(r"\b(?:red|atom)\.global\S*\.f32", ptx)),
+        "wide_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
+    }
+    if step is not None and (loop := sass.main_loop(sass.instructions(listing))) is not None:
+        for name, body in (("loop", loop.always), ("skipped", loop.skipped)):
+            found[name] = {
+                "instructions": _for_keys(len(body), step),
+                "barriers": _for_keys(_count(body, "BAR."), step),
+                "exponentials": _for_keys(_count(body, "MUFU.EX2"), step),
+            }
+    return found
+
+
+def _for_keys(count: int, step: int) -> float:
+    return round(count * KEYS / step, 1)
+
+
+def _count(body: tuple[sass.Instruction, ...], name: str) -> int:
+    return sum(instruction.name.startswith(name) for instruction in body)
+
+
+def _printed(kernel: Any, option: str) -> str:
+    """What cuobjdump says of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def tiles(launch: Launch) -> str:
+    """How a launch is cut up, in words."""
+    sizes = [
+        f"{name}={launch.arguments[name]}"
+        for name, parameter in zip(launch.kernel.arg_names, launch.kernel.params, strict=True)
+        if parameter.is_constexpr
+    ]
+    return ", ".join([*sizes, f"{launch.num_warps} warps", f"{launch.num_stages} stages"])
+
+
+def case(arch: int, example: Example) -> dict[str, Any]:
+    """A line of the table, without the facts: what is compiled, which takes no time to say."""
+    return {
+        "gpu": f"sm_{arch}",
+        "kernel": example.kernel,
+        "case": example.case,
+        "head_dim": example.head_dim,
+        "dtype": example.dtype and str(example.dtype)[6:],
+        "tiles": tiles(example.launch),
+    }
+
+
+@cache
+def of_gpu(arch: int) -> tuple[Example, ...]:
+    """The examples, by number."""
+    return tuple(examples(arch))
+
+
+def measured(place: tuple[int, int]) -> dict[str, Any]:
+    """The line of a GPU's example of that number."""
+    arch, number = place
+    example = of_gpu(arch)[number]
+    step = STEPS.get(example.kernel)
+    kernel = compiled(example.launch, arch)
+    return case(arch, example) | facts(kernel, arch, step and example.launch.arguments[step])
+
+
+def line(found: dict[str, Any]) -> tuple[str, ...]:
+    """What is printed of a case."""
+    loop, skipped = found.get("loop", {}), found.get("skipped", {})
+    return (
+        found["gpu"],
+        found["kernel"].removesuffix("_kernel"),
+        found["case"],
+        str(found["head_dim"] or ""),
+        found["dtype"] or "",
+        str(found["registers"]),
+        str(found["spilled"]),
+        f"{found['shared'] / 1024:.0f}/{found['shared_limit'] // 1024}",
+        str(found["programs"]),
+        found["products"],
+        *(
+            f"{loop[name]:g}" + (f" + {skipped[name]:g}" if skipped[name] else "") if loop else ""
+            for name in ("instructions", "barriers", "exponentials")
+        ),
+    )
+
+
+HEADER = (
+    *("gpu", "kernel", "case", "D", "dtype", "registers", "spilled", "shared KB", "programs", "products"),
+    *("instructions", "barriers", "exponentials"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    places = [(arch, number) for arch in GPUS for number in range(len(of_gpu(arch)))]
+    cases = []
+    print(" | ".join(HEADER))
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        for found in pool.map(measured, places, chunksize=8):
+            cases.append(found)
+            print(" | ".join(line(found)), flush=True)
+    write_json(options.json, cases, lines=True, triton=triton.__version__)
+
+
+if __name__ == "__main__":
+    main()
