@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from random import Random
 from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
 
 T = TypeVar("T")
 Level = Literal["analysis", "end to end"]
@@ -44,6 +46,27 @@ class Draw:
         return self.of(*(n for n in range(1, number + 1) if number % n == 0))
 
 
+class Draft:
+    """A program as far as it is drawn: every statement runs at once, so that the next one knows what it meets."""
+
+    def __init__(self, **names: Any) -> None:
+        self.names = {"torch": torch, "F": F, **names}
+        """The variables."""
+        self.moves: list[str] = []
+
+    def add(self, move: str) -> bool:
+        """Append statements, if they run; whether they do."""
+        names = dict(self.names)
+        try:
+            with torch.no_grad():
+                exec(move, names)
+        except Exception:
+            return False
+        self.names = names
+        self.moves.append(move)
+        return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """What a program is for: a video, text beside it, and how the video comes in."""
@@ -78,18 +101,23 @@ class Case:
     """Options of the backend."""
     calls: tuple[dict[str, Any], ...] = ()
     """For the kind `calls`: how the compiled program is called, call by call."""
+    tolerance: float = 1e-3
+    """Largest difference of two outputs that is rounding, relative to the largest number."""
+
+    @property
+    def parameters(self) -> str:
+        """Of the program: the calls of a model have a time as well."""
+        return "m, video, text, t" if self.calls else "m, video, text"
 
     @property
     def source(self) -> str:
         """The program as Python."""
         lines = [line for move in self.moves for line in move.splitlines()]
-        return "\n".join(["def program(m, video, text):", *(f"    {line}" for line in [*lines, "return x"]), ""])
+        return "\n".join([f"def program({self.parameters}):", *(f"    {line}" for line in [*lines, "return x"]), ""])
 
     def program(self) -> Callable[..., Any]:
         """The program as a new function, with a code object that Dynamo has not seen."""
-        import torch
-
-        names: dict[str, Any] = {"torch": torch, "F": torch.nn.functional}
+        names: dict[str, Any] = {"torch": torch, "F": F}
         exec(compile(self.source, f"<{self.kind}>", "exec"), names)
         return names["program"]  # type: ignore[no-any-return]
 
@@ -166,11 +194,6 @@ def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
             yield tuple(item for at, item in enumerate(items) if at not in (i, j))
 
 
-def random_case(kind: str, seed: int, number: int, draw: Callable[[Draw], Case]) -> Case:
-    """Case `number` of a seed: the same each time, whatever was drawn before."""
-    return draw(Draw(Random(f"{kind}/{seed}/{number}").randint))
-
-
 SCRIPT = '''"""{outcome}: {message}
 
 Exits with 1 while that stands. {origin}
@@ -192,6 +215,7 @@ if __name__ == "__main__":
         scene={scene!r},
         options={options!r},
         calls={calls!r},
+        tolerance={tolerance!r},
     )
 '''
 
@@ -203,7 +227,7 @@ def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str, or
     (folder / f"{name}.json").write_text(json.dumps({"level": level, "case": json.loads(case.as_json())}) + "\n")
     script = folder / f"{name}.py"
     message = verdict.message.replace("\\", "/").replace('"""', "'''")
-    parts = {key: getattr(case, key) for key in ("kind", "scene", "options", "calls")}
+    parts = {key: getattr(case, key) for key in ("kind", "scene", "options", "calls", "tolerance")}
     text = SCRIPT.format(
         outcome=verdict.outcome, message=message, origin=origin, source=case.source, level=level, **parts
     )

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsify_compiler.testing.fuzzing.cases import Scene
 
+Program = Callable[..., Any]
+"""program(m, video, text) -> a tensor, or several."""
+
 CHANNELS, WIDTH, HEADS = 4, 16, 2
 """Channels of a video, of a token, and heads of an attention."""
 
@@ -55,6 +58,8 @@ class Machine:
     """A factor that changes numbers and leaves codes as they are."""
     one: float
     """A summand that does."""
+    zero: float
+    """A factor that hides tokens: they are where they were."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -87,13 +92,14 @@ class Machine:
 class Numbers(Machine):
     """A small model with seeded weights. Attention is dense, as PyTorch has it."""
 
-    two, one = 2.0, 1.0
+    two, one, zero = 2.0, 1.0, 0.0
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
         self._linear: dict[int, Tensor] = {}
         self._kernels: dict[tuple[int, ...], Tensor] = {}
         self._mix = _randn(WIDTH, WIDTH, 3) / 6
+        self._bank = _randn(64, WIDTH, seed=4)
 
     def inputs(self) -> list[Tensor]:
         """The video and the text, new tensors each time."""
@@ -178,6 +184,18 @@ class Numbers(Machine):
         """The softmax between its products."""
         return scores.softmax(-1)
 
+    def sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        """scaled_dot_product_attention as it is called."""
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+    def hidden(self, scores: Tensor) -> Tensor:
+        """Scores before a softmax that the program spells: as they are."""
+        return scores
+
+    def bank(self, count: int, width: int) -> Tensor:
+        """[count, width]: a memory of the model."""
+        return self._bank[:count, :width]
+
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
         """`attend` in a body of its own."""
         return checkpoint(self_attention, x, scale_of(tag), use_reentrant=False)  # type: ignore[no-any-return]
@@ -205,6 +223,19 @@ class Masked(Numbers):
     def weights(self, scores: Tensor, tag: int) -> Tensor:
         mask = self._by_tag[tag]
         return super().weights(scores if mask is None else scores.masked_fill(~mask, -torch.inf), tag)
+
+    def sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        mask, own = next(self._masks), kwargs.pop("attn_mask", None)
+        if own is not None and mask is not None:
+            hidden = ~mask | ~own if own.dtype == torch.bool else ~mask
+            mask = torch.zeros_like(own, dtype=torch.float32) if own.dtype == torch.bool else own
+            mask = mask.masked_fill(hidden, -torch.inf)
+        return super().sdpa(*args, **kwargs, attn_mask=own if mask is None else mask)
+
+    def hidden(self, scores: Tensor) -> Tensor:
+        """Scores under the mask."""
+        mask = next(self._masks)
+        return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
 
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
         return self.attend(x, tag)
@@ -247,7 +278,7 @@ class Places(Machine):
     Operators that keep every token in its place, whatever they do to its channels, keep codes.
     """
 
-    two, one = 1.0, 0.0
+    two, one, zero = 1.0, 0.0, 1.0
 
     def __init__(self, scene: Scene) -> None:
         super().__init__(scene)
@@ -381,7 +412,3 @@ def _video_shape(scene: Scene) -> tuple[int, ...]:
     if scene.source == "frames first":
         return scene.batch, pixels[0], CHANNELS, *pixels[1:]
     return scene.batch, CHANNELS, *pixels
-
-
-Program = Callable[..., Any]
-"""program(m, video, text) -> a tensor, or several."""

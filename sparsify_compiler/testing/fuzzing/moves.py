@@ -352,17 +352,13 @@ RETURNING: tuple[Move, ...] = (returning,)
 MOVED: tuple[Move, ...] = (moved, regridded, cropped, mixed, wrong_mesh)
 
 
-def _flip_alias(t: Tokens, draw: Draw) -> str:
-    return "y.copy_(y.flip(1))"
-
-
 def alias(t: Tokens, draw: Draw) -> str:
     """Another name for the memory of the tokens, or of some of them, taken before they are written."""
     at, _ = _cut(t, draw)
     view = draw.of("x", "x[:]", f"x[:, {at}:]", f"x[:, :{at}]", "x.transpose(0, 1)", "x.mT", f"x[:, {at - 1}]", "x[0]",
                    "x[:, ::2]", f"x.unflatten(1, ({draw.divisor(t.count)}, -1))", "x.view(x.shape)", "x.detach()",
                    f"x.chunk(2, 1)[{draw.integer(0, 1)}]", "x.unbind(0)[-1]", "x.diagonal(0, 0, 1)", "x[..., :8]",
-                   f"x.flatten(0, 1)", "x.expand_as(x)", "x.as_strided(x.shape, x.stride())", "x.unfold(1, 2, 1)")  # fmt: skip
+                   f"x.flatten(0, 1)", "x.expand_as(x)", "x.as_strided(x.shape, x.stride())", "x.unfold(1, 1, 1)")  # fmt: skip
     return draw.of(f"y = {view}", f"x = x.clone()\ny = {view}", f"x = x.contiguous()\ny = {view}")
 
 
@@ -427,11 +423,10 @@ def write_moved(t: Tokens, draw: Draw) -> str:
         f"y.view({t.batch}, {a}, {size // a}, -1).copy_(x.view({t.batch}, {a}, {size // a}, -1).flip(2))",
         f"y.view({t.batch}, {a}, {size // a}, -1).copy_(x.view({t.batch}, {size // a}, {a}, -1).transpose(1, 2))",
         f"a, b = y.split([{at}, {rest}], 1)\na.copy_(x[:, {rest}:])\nb.copy_(x[:, :{rest}])",
-        "y[0] = x[-1]", "y[:1], y[1:] = x[-1:], x[:-1]", "y.copy_(x.flip(0))", f"y[:, :{half}] = x[:, {half}:{2 * half}]",
-        f"y.narrow(1, 0, {half}).copy_(x.narrow(1, {size - half}, {half}))", f"y[:, {i}] = 0", f"y[:, {i}:].zero_()",
+        "y[0] = x[-1]", "y[:1], y[1:] = x[-1:], x[:-1]", "y.copy_(x.flip(0))", f"y[:, :{half}] = x[:, {half}:{2 * half}]", f"y[:, {i}] *= m.zero", f"y[:, {i}:].mul_(m.zero)",
+        f"y.narrow(1, 0, {half}).copy_(x.narrow(1, {size - half}, {half}))",
         f"y[:, 1:] = x[:, :-1]", "y[:, 0] = x[:, 1]", "torch.add(x.flip(1), 0.0, out=y)", "y[..., :8] = x.flip(1)[..., :8]",
         f"y.masked_scatter_(torch.ones_like(y, dtype=torch.bool), x.flip(1))", "y.index_put_((torch.arange(len(y)),), x.flip(0))",
-        f"y.index_fill_(1, torch.tensor([{i}]), 0.0)", f"y.masked_fill_(torch.arange({size})[:, None] == {i}, 0.0)",
         f"y[:, [{i}, {j}]] = x[:, [{j}, {i}]]", "y.unbind(0)[0].copy_(x[0].flip(0))", f"y.select(1, {i}).copy_(x[:, {j}])",
         f"torch.index_select(x, 1, torch.tensor({perm}), out=y)", "torch.cat([x[:, 1:], x[:, :1]], 1, out=y)",
         "y.swapaxes(0, 1)[0] = x[:, -1]", f"y.diagonal(0, 0, 1).copy_(x.flip(1).diagonal(0, 0, 1))",
@@ -449,13 +444,13 @@ def write_moved(t: Tokens, draw: Draw) -> str:
 
 def write_alias(t: Tokens, draw: Draw) -> str:
     """Writes through an alias that was taken before."""
-    if not t.has("y"):
+    if "y" not in t.names:
         return ""
     return draw.of(
-        "y.copy_(y.flip(1))", "y[:, 0] = y[:, -1]", "y.copy_(y.roll(1, 1))", "y.zero_()", "y[0].copy_(y[-1])", "y.mul_(m.two)",
+        "y.copy_(y.flip(1))", "y[:, 0] = y[:, -1]", "y.copy_(y.roll(1, 1))", "y.mul_(m.zero)", "y[0].copy_(y[-1])", "y.mul_(m.two)",
         "y.copy_(y.flip(0))", "y[:, ::2], y[:, 1::2] = y[:, 1::2].clone(), y[:, ::2].clone()", "y[...] = y.flip(-2)",
         "y.add_(m.one)", "y[-1], y[0] = y[0].clone(), y[-1].clone()", "torch.add(y.flip(1), 0.0, out=y)", "x = y",
-        "x.copy_(y)", "y[:, 1] = 0", "y[:] = y.flip(1)",
+        "x.copy_(y)", "y[:, 1] *= m.zero", "y[:] = y.flip(1)",
     )  # fmt: skip
 
 

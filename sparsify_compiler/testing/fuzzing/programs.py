@@ -1,18 +1,14 @@
 """Programs of tokens: patches are cut, tokens move, attention runs over them; kinds `tokens` and `writes`.
 
-A program is drawn move by move (`moves.py`), and every move runs at once on places, so that the next one knows the
-shapes it meets. What cannot run is left out.
+A program is drawn move by move (`moves.py`). What cannot run is left out.
 """
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparsify_compiler.testing.fuzzing.cases import Case, Draw, Scene
+from sparsify_compiler.testing.fuzzing.cases import Case, Draft, Draw, Scene
 from sparsify_compiler.testing.fuzzing.machines import CHANNELS, WIDTH, Places
 
 Move = Callable[["Tokens", Draw], str]
@@ -23,38 +19,23 @@ GRIDS = ((3, 2, 4), (3, 3, 3), (4, 2, 3), (5, 3, 2), (2, 3, 4), (3, 4, 2))
 """(frames, rows, columns) of the videos that programs are for."""
 
 
-class Tokens:
-    """A program as far as it is drawn. Between moves, x is [batch, tokens, WIDTH]."""
+class Tokens(Draft):
+    """A program of tokens, drawn on places. Between moves, x is [batch, tokens, WIDTH]."""
 
     def __init__(self, scene: Scene) -> None:
+        places = Places(scene)
+        video, text = places.inputs()
+        super().__init__(m=places, video=video, text=text)
         self.scene = scene
         self.before = self.after = 0
         """Tokens of text in the sequence."""
-        self.moves: list[str] = []
         self.tags = 0
         """Attentions so far."""
-        places = Places(scene)
-        video, text = places.inputs()
-        self._names: dict[str, Any] = {"torch": torch, "F": F, "m": places, "video": video, "text": text}
-
-    def add(self, move: str) -> bool:
-        """Append statements, if they run; whether they do."""
-        try:
-            with torch.no_grad():
-                exec(move, self._names)
-        except Exception:
-            return False
-        self.moves.append(move)
-        return True
-
-    def has(self, name: str) -> bool:
-        """Whether a variable exists."""
-        return name in self._names
 
     @property
     def x(self) -> Tensor:
         """The tokens."""
-        return self._names["x"]  # type: ignore[no-any-return]
+        return self.names["x"]  # type: ignore[no-any-return]
 
     @property
     def batch(self) -> int:
