@@ -1,0 +1,255 @@
+"""`python -m benchmarks.fuzz --cases 1000 --seed 0 1 2`: many random programs, and every fault that they find.
+
+Cases are numbered: case 7 of seed 0 is the same program each time (`sparsify_compiler.testing.fuzzing`). They run in
+chunks, each in a process of its own, so that one that crashes takes no other with it. What is done is appended to
+`progress.jsonl` in the folder of `--save`, and `--resume` goes on from there; each fault is shrunk and saved in the
+same folder, as a script that exits with 1 while it stands. Exits with 1 if there is a fault.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import write_json
+from sparsify_compiler.testing.fuzzing import KINDS, Case, Level, Verdict, judge, random_case, save, shrink
+
+SHARES: dict[tuple[str, Level], float] = {
+    ("tokens", "analysis"): 0.55,
+    ("writes", "analysis"): 0.37,
+    ("tokens", "end to end"): 0.03,
+    ("writes", "end to end"): 0.02,
+    ("spellings", "end to end"): 0.025,
+    ("calls", "end to end"): 0.005,
+}
+"""How many of all cases are of each kind: the more, the less one takes."""
+
+CHUNK = {"analysis": 1000, "end to end": 200}
+"""Cases that share a process."""
+
+SHRUNK = 10
+"""Faults of a chunk that are shrunk, at most: where everything fails, a few are enough."""
+
+PATIENCE = 300.0
+"""Seconds without a word after which a process is taken for dead."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some cases in a row."""
+
+    kind: str
+    level: Level
+    seed: int
+    first: int
+    count: int
+
+
+@dataclass
+class Result:
+    """What came of a chunk."""
+
+    chunk: Chunk
+    outcomes: dict[str, int] = field(default_factory=dict)
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    """Number, outcome, message and the (shrunk) case of each fault."""
+    cpu_seconds: float = 0.0
+
+    def count(self, verdict: Verdict) -> None:
+        """One more case of this outcome."""
+        self.outcomes[verdict.outcome] = self.outcomes.get(verdict.outcome, 0) + 1
+
+
+def chunks(cases: int, seeds: list[int], kinds: list[str], levels: list[str]) -> Iterator[Chunk]:
+    """`cases` of each seed, divided among kinds."""
+    chosen = {key: share for key, share in SHARES.items() if key[0] in kinds and key[1] in levels}
+    for seed in seeds:
+        for (kind, level), share in chosen.items():
+            count = max(1, round(cases * share / sum(chosen.values())))
+            for first in range(0, count, CHUNK[level]):
+                yield Chunk(kind, level, seed, first, min(CHUNK[level], count - first))
+
+
+def work(chunk: Chunk, first: int, connection: Connection) -> None:
+    """Judge the cases of a chunk from number `first` on, in a process of its own; says what it begins and what came."""
+    quiet()
+    shrunk = 0
+    for number in range(first, chunk.first + chunk.count):
+        connection.send(("begins", number))
+        case = random_case(chunk.kind, chunk.seed, number)
+        verdict = judge(case, chunk.level)
+        connection.send(("judged", number, verdict, case, time.process_time()))
+        if verdict.is_fault and shrunk < SHRUNK:
+            shrunk += 1
+            small, found = shrink(case, lambda one: judge(one, chunk.level))
+            connection.send(("shrunk", number, found, small, time.process_time()))
+
+
+def quiet() -> None:
+    """One thread, and no word of what is tried on purpose."""
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+
+def run(chunk: Chunk) -> Result:
+    """Judge a chunk; a case that ends its process is a crash, and the rest go on in a new one."""
+    result, first = Result(chunk), chunk.first
+    while first < chunk.first + chunk.count:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(chunk, first, sender))
+        process.start()
+        sender.close()
+        begun, judged, cpu = first, first - 1, 0.0
+        try:
+            while receiver.poll(PATIENCE):
+                what, number, *rest = receiver.recv()
+                if what == "begins":
+                    begun = number
+                    continue
+                verdict, case, cpu = rest
+                if what == "judged":
+                    judged = number
+                    result.count(verdict)
+                elif verdict.is_fault:
+                    result.faults.pop()
+                if verdict.is_fault:
+                    result.faults.append(fault(number, verdict, case))
+        except EOFError:
+            pass
+        process.join(5.0)
+        ended = f"ended with {exit_name(process.exitcode)}" if process.exitcode else "went silent"
+        process.kill()
+        result.cpu_seconds += cpu
+        first = max(begun, judged) + 1
+        if begun > judged:  # neither judged nor refused: it ended the process
+            case = random_case(chunk.kind, chunk.seed, begun)
+            result.count(verdict := Verdict("CRASH", f"the process {ended}"))
+            result.faults.append(fault(begun, verdict, case))
+    return result
+
+
+def exit_name(code: int) -> str:
+    """`SIGSEGV`, or `exit code 1`."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def fault(number: int, verdict: Verdict, case: Case) -> dict[str, Any]:
+    """A fault as it is written down."""
+    return {"number": number, **asdict(verdict), "case": case.as_json()}
+
+
+def keep(result: Result, folder: Path, seen: set[str]) -> None:
+    """Append a chunk to the progress, and save those of its faults that are of no kind seen yet."""
+    chunk = result.chunk
+    for found in result.faults:
+        case, verdict = Case.from_json(found["case"]), Verdict(found["outcome"], found["message"])
+        signature = re.sub(r"\d+", "N", f"{chunk.kind} {verdict.outcome} {case.moves}")
+        if signature in seen:
+            continue
+        seen.add(signature)
+        name = f"{chunk.kind}-{chunk.level.replace(' ', '-')}-{chunk.seed}-{found['number']}"
+        save(case, chunk.level, verdict, folder, name)
+        print(f"{verdict.outcome} {folder / name}.py: {verdict.message}", flush=True)
+    with (folder / "progress.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(result)) + "\n")
+
+
+def done(folder: Path) -> dict[Chunk, Result]:
+    """What `keep` has written."""
+    path = folder / "progress.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    results = [Result(Chunk(**row.pop("chunk")), **row) for row in rows]
+    return {result.chunk: result for result in results}
+
+
+def table(results: list[Result]) -> list[dict[str, Any]]:
+    """Counts by kind and level, then the faults."""
+    rows = []
+    for kind, level in SHARES:
+        same = [one for one in results if (one.chunk.kind, one.chunk.level) == (kind, level)]
+        if same:
+            outcomes = sum((Counter(one.outcomes) for one in same), Counter())
+            rows.append(
+                {
+                    "kind": kind,
+                    "level": level,
+                    "seeds": sorted({one.chunk.seed for one in same}),
+                    "cases": outcomes.total(),
+                    **{name: outcomes[name] for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")},
+                    "cpu_seconds": round(sum(one.cpu_seconds for one in same), 1),
+                }
+            )
+    faults = [
+        {
+            "fault": f"{one.chunk.kind}/{one.chunk.seed}/{found['number']}",
+            "outcome": found["outcome"],
+            "message": found["message"],
+            "program": list(Case.from_json(found["case"]).moves),
+        }
+        for one in results
+        for found in one.faults
+    ]
+    return rows + faults
+
+
+def replay(path: Path) -> Verdict:
+    """Judge a saved case again."""
+    saved = json.loads(path.read_text())
+    case = Case.from_json(json.dumps(saved["case"]))
+    print(case.source)
+    return judge(case, saved["level"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=1000, help="of each seed, divided among the kinds")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--levels", nargs="+", choices=list(CHUNK), default=list(CHUNK))
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
+    parser.add_argument("--out", type=Path, help="JSON of counts by kind and outcome, and of all faults")
+    parser.add_argument("--save", type=Path, default=Path(tempfile.gettempdir()) / "sparsify-fuzz")
+    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder of --save")
+    parser.add_argument("--replay", type=Path, help="judge the case of a saved JSON file, and nothing else")
+    args = parser.parse_args()
+    if args.replay:
+        quiet()
+        verdict = replay(args.replay)
+        print(verdict.outcome, verdict.message)
+        sys.exit(verdict.is_fault)
+    args.save.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        (args.save / "progress.jsonl").unlink(missing_ok=True)
+    finished, seen = done(args.save), set[str]()
+    wanted = list(chunks(args.cases, args.seed, args.kinds, args.levels))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(run, [chunk for chunk in wanted if chunk not in finished]):
+            keep(result, args.save, seen)
+            finished[result.chunk] = result
+    rows = table([finished[chunk] for chunk in wanted])
+    for row in rows:
+        if "kind" in row:
+            print(json.dumps(row))
+    if args.out:
+        write_json(args.out, rows)
+    sys.exit(any("fault" in row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

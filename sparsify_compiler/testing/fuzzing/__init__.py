@@ -1,0 +1,68 @@
+"""The fuzzer: random programs, each held to what is true by construction or by eager PyTorch.
+
+    case = draw_case(kind, Draw)        cases.py: a program as source code, drawn choice by choice
+    verdict = judge(case, level)        judging.py, spellings.py, calls.py: what came of it
+    case, verdict = shrink(case, judge) cases.py: the part of it that still fails
+    save(case, ...)                     cases.py: a script that exits with 1 while the fault stands
+
+Kinds: `tokens` and `writes` (`programs.py`, `moves.py`): where are the tokens that a layout speaks of? `spellings`: is what
+was taken for attention that attention? `calls`: does one compiled model serve sizes, types and modes in any order?
+`python -m benchmarks.fuzz` runs many of them; tests run a few, drawn by hypothesis (`strategies.cases`).
+"""
+
+import sys
+from collections.abc import Callable
+from random import Random
+from typing import Any, NamedTuple
+
+from sparsify_compiler.testing.fuzzing.calls import draw_calls, judge_calls
+from sparsify_compiler.testing.fuzzing.cases import Case, Draw, Level, Scene, Verdict, save, shrink
+from sparsify_compiler.testing.fuzzing.judging import judge_tokens
+from sparsify_compiler.testing.fuzzing.machines import Program
+from sparsify_compiler.testing.fuzzing.programs import draw_program
+from sparsify_compiler.testing.fuzzing.spellings import draw_spelling, judge_spelling
+
+__all__ = ["KINDS", "Case", "Draw", "Scene", "Verdict", "check_script", "draw_case", "judge", "random_case", "save", "shrink"]
+
+
+class Kind(NamedTuple):
+    """A kind of programs."""
+
+    draw: Callable[[Draw], Case]
+    judge: Callable[[Case, Level, Program], Verdict]
+    levels: tuple[Level, ...]
+    """How far its cases can be taken."""
+
+
+KINDS: dict[str, Kind] = {
+    "tokens": Kind(lambda draw: draw_program("tokens", draw), judge_tokens, ("analysis", "end to end")),
+    "writes": Kind(lambda draw: draw_program("writes", draw), judge_tokens, ("analysis", "end to end")),
+    "spellings": Kind(draw_spelling, judge_spelling, ("end to end",)),
+    "calls": Kind(draw_calls, judge_calls, ("end to end",)),
+}
+
+
+def draw_case(kind: str, draw: Draw) -> Case:
+    """A case of a kind."""
+    return KINDS[kind].draw(draw)
+
+
+def random_case(kind: str, seed: int, number: int) -> Case:
+    """Case `number` of a seed: the same each time, whatever was drawn before."""
+    return draw_case(kind, Draw(Random(f"{kind}/{seed}/{number}").randint))
+
+
+def judge(case: Case, level: Level = "end to end", program: Program | None = None) -> Verdict:
+    """What comes of a case.
+
+    Args:
+        program: in place of the case's own, which is compiled anew.
+    """
+    return KINDS[case.kind].judge(case, level, program or case.program())
+
+
+def check_script(program: Program, *, level: Level, **fields: Any) -> None:
+    """Judge the program of a script; print the verdict and exit with 1 if it is a fault."""
+    verdict = judge(Case(moves=(), **fields), level, program)
+    print(verdict.outcome, verdict.message)
+    sys.exit(verdict.is_fault)

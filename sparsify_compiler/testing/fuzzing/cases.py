@@ -1,0 +1,235 @@
+"""A case of the fuzzer: a random program as source code, the inputs that it is for, and what came of it."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+T = TypeVar("T")
+Level = Literal["analysis", "end to end"]
+"""How far a case is taken: plans alone, from a graph recorded without Dynamo; or compiled, run and compared."""
+
+Outcome = Literal["sparse", "dense", "refused", "WRONG", "CRASH", "invalid"]
+"""`sparse`: something is sparse, and right. `dense`: nothing is. `refused`: a SparsifyError. `WRONG`: a claim or a
+number that is not true. `CRASH`: an exception that eager does not raise. `invalid`: eager raises as well."""
+
+FAULTS: tuple[Outcome, ...] = ("WRONG", "CRASH")
+
+
+class Draw:
+    """Random choices, from wherever: `Draw(Random(7).randint)`, or hypothesis (see `cases` in `strategies.py`)."""
+
+    def __init__(self, integer: Callable[[int, int], int]) -> None:
+        self.integer = integer
+        """An integer from the first number to the second, both included."""
+
+    def of(self, *choices: T) -> T:
+        """One of the choices; the first is the simplest."""
+        return choices[self.integer(0, len(choices) - 1)]
+
+    def chance(self, percent: int) -> bool:
+        """True so often."""
+        return self.integer(0, 99) >= 100 - percent
+
+    def permutation(self, count: int) -> list[int]:
+        """The numbers below `count` in any order."""
+        rest = list(range(count))
+        return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(count)]
+
+    def divisor(self, number: int) -> int:
+        """A divisor of a number, itself and 1 among them."""
+        return self.of(*(n for n in range(1, number + 1) if number % n == 0))
+
+
+class Draft:
+    """A program as far as it is drawn: every statement runs at once, so that the next one knows what it meets."""
+
+    def __init__(self, **names: Any) -> None:
+        self.names = {"torch": torch, "F": F, **names}
+        """The variables."""
+        self.moves: list[str] = []
+
+    def add(self, move: str) -> bool:
+        """Append statements, if they run; whether they do."""
+        names = dict(self.names)
+        try:
+            with torch.no_grad():
+                exec(move, names)
+        except Exception:
+            return False
+        self.names = names
+        self.moves.append(move)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What a program is for: a video, text beside it, and how the video comes in."""
+
+    grid: tuple[int, int, int] = (3, 2, 3)
+    """(frames, rows, columns) of its tokens."""
+    batch: int = 2
+    text: int = 5
+    """Tokens of the text."""
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Pixels of a token along each axis."""
+    source: Literal["channels first", "frames first", "packed"] = "channels first"
+    """The video as [B, C, F, H, W], as [B, F, C, H, W], or as tokens [B, S, WIDTH]."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the video."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A program and what it is run with. It is data: it can be printed, stored, shrunk and run again."""
+
+    kind: str
+    """Which kind of faults it looks for: a key of `KINDS`."""
+    scene: Scene
+    moves: tuple[str, ...]
+    """Statements in order, each of one or more lines: the body of `program(m, video, text)`, which returns x."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the backend."""
+    calls: tuple[dict[str, Any], ...] = ()
+    """For the kind `calls`: how the compiled program is called, call by call."""
+    tolerance: float = 1e-3
+    """Largest difference of two outputs that is rounding, relative to the largest number."""
+
+    @property
+    def parameters(self) -> str:
+        """Of the program: the calls of a model have a time as well."""
+        return "m, video, text, t" if self.calls else "m, video, text"
+
+    @property
+    def source(self) -> str:
+        """The program as Python."""
+        lines = [line for move in self.moves for line in move.splitlines()]
+        return "\n".join([f"def program({self.parameters}):", *(f"    {line}" for line in [*lines, "return x"]), ""])
+
+    def program(self) -> Callable[..., Any]:
+        """The program as a new function, with a code object that Dynamo has not seen."""
+        names: dict[str, Any] = {"torch": torch, "F": F}
+        exec(compile(self.source, f"<{self.kind}>", "exec"), names)
+        return names["program"]  # type: ignore[no-any-return]
+
+    def as_json(self) -> str:
+        """All of it, to be read by `from_json`."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Case":
+        """The case that `as_json` wrote."""
+        fields = json.loads(text)
+        scene = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("scene").items()}
+        moves, calls = tuple(fields.pop("moves")), tuple(fields.pop("calls"))
+        return Case(scene=Scene(**scene), moves=moves, calls=calls, **fields)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of a case."""
+
+    outcome: Outcome
+    message: str = ""
+    """Of a fault or refusal: what was seen, and what is right."""
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether something is wrong with the compiler."""
+        return self.outcome in FAULTS
+
+    def like(self, other: "Verdict") -> bool:
+        """Whether both are the same kind of fault: a smaller case must not fail for another reason."""
+        crash = [v.message.partition(":")[0] for v in (self, other)] if self.outcome == "CRASH" else ["", ""]
+        return self.outcome == other.outcome and crash[0] == crash[1]
+
+
+def shrink(case: Case, judge: Callable[[Case], Verdict], most: int = 300) -> tuple[Case, Verdict]:
+    """The case without the moves and calls that its fault does not need, and the verdict on it.
+
+    Greedy: runs of statements are left out, long ones first, then pairs, as long as the same kind of fault is left.
+
+    Args:
+        judge: says what comes of a case.
+        most: cases to try at most.
+    """
+    verdict, tried = judge(case), 0
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _smaller(case):
+            if (tried := tried + 1) > most:
+                return case, verdict
+            found = judge(candidate)
+            if found.like(verdict):
+                case, verdict, smaller = candidate, found, True
+                break
+    return case, verdict
+
+
+def _smaller(case: Case) -> Iterator[Case]:
+    for moves in _without_some(case.moves):
+        yield replace(case, moves=moves)
+    for calls in _without_some(case.calls):
+        yield replace(case, calls=calls)
+
+
+def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """The items without a run of them, longest runs first; then without any two."""
+    count = len(items)
+    for run in range(count - 1, 0, -1):
+        for start in range(count - run + 1):
+            yield (*items[:start], *items[start + run :])
+    for i, j in itertools.combinations(range(count), 2):
+        if j > i + 1:
+            yield tuple(item for at, item in enumerate(items) if at not in (i, j))
+
+
+SCRIPT = '''"""{outcome}: {message}
+
+Exits with 1 while that stands. {origin}
+"""
+
+import torch
+import torch.nn.functional as F
+
+from sparsify_compiler.testing.fuzzing import Scene, check_script
+
+
+{source}
+
+if __name__ == "__main__":
+    check_script(
+        program,
+        kind={kind!r},
+        level={level!r},
+        scene={scene!r},
+        options={options!r},
+        calls={calls!r},
+        tolerance={tolerance!r},
+    )
+'''
+
+
+def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str, origin: str = "") -> Path:
+    """Write a fault to a folder: `name.py`, which runs by itself and exits with 1 while it stands, and `name.json`,
+    which `python -m benchmarks.fuzz --replay` reads. Returns the path of the script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"level": level, "case": json.loads(case.as_json())}) + "\n")
+    script = folder / f"{name}.py"
+    message = verdict.message.replace("\\", "/").replace('"""', "'''")
+    parts = {key: getattr(case, key) for key in ("kind", "scene", "options", "calls", "tolerance")}
+    text = SCRIPT.format(
+        outcome=verdict.outcome, message=message, origin=origin, source=case.source, level=level, **parts
+    )
+    script.write_text(text)
+    return script

@@ -1,0 +1,169 @@
+"""Is it right? What the compiler claims is held to where the tokens really are, and what it computes to dense attention
+under the mask that follows from there."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from sparsify_compiler.backend import configure, sparsify
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.testing.fuzzing.cases import Case, Level, Verdict
+from sparsify_compiler.testing.fuzzing.machines import Call, Masked, Numbers, Places, Program, scale_of
+from sparsify_compiler.testing.fuzzing.tracing import record
+
+OPTIONS = {"method": "tile", "reference_frames": 1, "inner_backend": "eager"}
+"""Of three frames and more, frames see themselves and the first: a wrong grid is a wrong output."""
+
+@torch.no_grad()
+def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
+    """Run a program of tokens that move, and see whether what is claimed of them is true."""
+    options = OPTIONS | case.options
+    places, numbers = Places(case.scene), Numbers(case.scene)
+    try:
+        places_out = program(places, *places.inputs())
+        dense = program(numbers, *numbers.inputs())
+    except Exception as error:
+        return Verdict("invalid", described(error))
+    assert places_out.stride() == dense.stride(), "memory is laid out alike on places and on numbers"
+    out = None
+    try:
+        if level == "analysis":
+            gm = record(lambda *inputs: program(numbers, *inputs), *numbers.inputs())
+            plans = list(graph_plan(pipeline.analyse(gm, configure(options))))
+        else:
+            plans, out = compiled(program, options, numbers, *numbers.inputs())
+    except SparsifyError as error:
+        return Verdict("refused", described(error))
+    except Exception as error:
+        return Verdict("CRASH", described(error))
+    claims = list(zip(places.calls, claims_of(plans, places.calls), strict=True))
+    for call, plan in claims:
+        if plan is not None and (fault := fault_of(plan.layout, call, places)):
+            return Verdict("WRONG", f"attention {call.tag} is planned on {claimed(plan.layout)}, but {fault}")
+    sparse = [plan is not None and plan.method != "dense" for _, plan in claims]
+    if out is not None:
+        expected = dense
+        if any(sparse):
+            masks = [_mask(plan.layout, call, places) if plan else None for call, plan in claims]
+            masked = Masked(case.scene, masks)
+            expected = program(masked, *masked.inputs())
+        if difference := differs(out, expected, case.tolerance):
+            return Verdict("WRONG", f"off dense attention under the true mask by {difference}")
+    return Verdict("sparse" if any(sparse) else "dense")
+
+
+def compiled(program: Program, options: dict[str, Any], *args: Any) -> tuple[list[AttentionPlan], Any]:
+    """The plans of `program(*args)` compiled, and its output.
+
+    The program must be new to Dynamo: one that is compiled anew for every case needs no reset in between.
+    """
+    plans: list[AttentionPlan] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = sparsify(gm, inputs, options=options)
+        plans.extend(compiled.plan)
+        return compiled
+
+    out = torch.compile(program, backend=backend, dynamic=False)(*args)
+    return plans, out
+
+
+def claims_of(plans: Sequence[AttentionPlan], calls: Sequence[Call]) -> list[AttentionPlan | None]:
+    """For each call the plan for it, which has its scale; None where no plan has a grid for it."""
+    found: list[AttentionPlan | None] = []
+    for at, call in enumerate(calls):
+        same = [plan for plan in plans if abs(plan.site.scale - scale_of(call.tag)) < 1e-6]
+        before = sum(one.tag == call.tag for one in calls[:at])
+        count = sum(one.tag == call.tag for one in calls)
+        assert len(same) in (0, 1, count), "plans must be of as many calls as there are, or be shared by all"
+        plan = same[before if len(same) == count else 0] if same else None
+        found.append(plan if plan is not None and plan.layout.grid is not None else None)
+    return found
+
+
+def claimed(layout: TokenLayout) -> str:
+    """`5 + (3, 2, 3) + 0`: the tokens before, the grid, those after."""
+    return f"{layout.before} + {layout.grid} + {layout.after}"
+
+
+def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
+    """What is not true of a layout, or "".
+
+    In every row of the batch and every head, token (t, y, x) of the grid must be at frame f(t), row r(y), column c(x)
+    of one video, where f, r and c rise; and keys must be where queries are.
+    """
+    assert layout.grid is not None
+    video = slice(layout.before, layout.tokens - layout.after)
+    found = []
+    for name, codes in (("query", call.query), ("key", call.key)):
+        if codes.shape[-2] != layout.tokens:
+            return f"there are {codes.shape[-2]} tokens of the {name}"
+        at = places.places(codes[..., video, :].flatten(0, -3))  # [rows, tokens, D, 4]
+        if (at < 0).any():
+            token = int((at < 0).flatten(2).any(-1).nonzero()[0][1])
+            return f"token {token} of the {name} is no token of the video"
+        if (at != at[:, :, :1]).any():
+            return f"a token of the {name} is several tokens of the video"
+        found.append(at[:, :, 0])
+    at = found[0]
+    if (at != at[:, :1])[..., 0].any():
+        return "its tokens are those of several videos"
+    grid = at[..., 1:].unflatten(1, layout.grid)  # [rows, F, H, W, 3]
+    for axis, name in enumerate(("frame", "row", "column")):
+        there = grid[..., axis].movedim(axis + 1, 1).flatten(2)  # [rows, n, others]
+        if (there != there[..., :1]).any() or (there[:, 1:, 0] <= there[:, :-1, 0]).any():
+            shown = at[0, :, axis + 1].tolist()
+            return f"its tokens are of {name} {shown}"
+    if found[1].shape != at.shape or (found[1] != at).any():
+        return "keys are not where queries are"
+    return ""
+
+
+def _mask(layout: TokenLayout, call: Call, places: Places) -> Tensor:
+    """[S, S] of what the tokens of a call see, by the frames where they really are."""
+    frame = torch.full((layout.tokens,), -1)
+    video = slice(layout.before, layout.tokens - layout.after)
+    frame[video] = places.places(call.query.flatten(0, -3)[0, video, 0])[:, 1]
+    return seen(frame)
+
+
+def seen(frame: Tensor) -> Tensor:
+    """[S, S] bool of tile attention with one reference frame: a frame sees itself and the first, what is none all.
+
+    Args:
+        frame: [S], the frame of every token; -1 for what is not of the video.
+    """
+    sees_all = (frame == frame[frame >= 0].min()) | (frame < 0)
+    return (frame[:, None] == frame) | sees_all[:, None] | sees_all
+
+
+def differs(got: Any, expected: Any, tolerance: float) -> str:
+    """How far two outputs are apart, or "" where that is rounding; `tolerance` is relative to the largest number."""
+    for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        if not isinstance(b, Tensor):
+            if a != b:
+                return f"{a} in place of {b}"
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return f"{tuple(a.shape)} {a.dtype} in place of {tuple(b.shape)} {b.dtype}"
+        x, y = a.detach().double(), b.detach().double()
+        if not torch.equal(x.isnan(), y.isnan()):
+            return f"{int(x.isnan().sum())} NaN in place of {int(y.isnan().sum())}"
+        error = float(torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(0.0).max()) if x.numel() else 0.0
+        size = float(y[y.isfinite()].abs().max()) if y.isfinite().any() else 0.0
+        if not error <= tolerance * max(size, 1e-3):
+            return f"{error:.1e} of {size:.1e}"
+    return ""
+
+
+def described(error: BaseException) -> str:
+    """`RuntimeError: its first line`."""
+    cause = getattr(error, "inner_exception", None) or error
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0][:200]}"

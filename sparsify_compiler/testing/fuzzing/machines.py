@@ -1,0 +1,414 @@
+"""What programs call, twice: on numbers, as a model would, and on places, which says where every token really is.
+
+A program moves tokens with plain PyTorch and calls `m` for all else. On `Numbers` that is a small model. On `Places`
+every element of a token is the token's code, what mixes channels hands codes through, and attention writes down the
+codes that reach it: so where a token of the video ends up is read from data that moved, and not from any label.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.compiler import nested_compile_region
+from torch.utils.checkpoint import checkpoint
+
+from sparsify_compiler.testing.fuzzing.cases import Scene
+
+Program = Callable[..., Any]
+"""program(m, video, text) -> a tensor, or several."""
+
+CHANNELS, WIDTH, HEADS = 4, 16, 2
+"""Channels of a video, of a token, and heads of an attention."""
+
+MIXED = torch.nan
+"""The code of what comes of several tokens."""
+
+
+def scale_of(tag: int) -> float:
+    """The scale of attention number `tag` of a program: no two have the same, so a plan says which one it is for."""
+    return 0.5 + tag / 64
+
+
+def heads(x: Tensor) -> Tensor:
+    """[B, HEADS, S, D] of [B, S, C]: a view."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def joined(x: Tensor) -> Tensor:
+    """[B, S, C] of [B, HEADS, S, D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def self_attention(x: Tensor, scale: float) -> Tensor:
+    """[B, S, C] to the same."""
+    return joined(F.scaled_dot_product_attention(heads(2 * x.sin()), heads(x.cos()), heads(x), scale=scale))
+
+
+_region = nested_compile_region(self_attention)
+
+
+class Machine:
+    """What is the same on numbers and on places."""
+
+    two: float
+    """A factor that changes numbers and leaves codes as they are."""
+    one: float
+    """A summand that does."""
+    zero: float
+    """A factor that hides tokens: they are where they were."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    heads = staticmethod(heads)
+    joined = staticmethod(joined)
+
+    def attend(self, x: Tensor, tag: int) -> Tensor:
+        """Self-attention of [B, S, C]."""
+        return self.attend_to(x, x, tag)
+
+    def attend_to(self, x: Tensor, y: Tensor, tag: int) -> Tensor:
+        """Attention of the tokens of x to those of y."""
+        q, k, v = heads(self.sin(x)), heads(self.cos(y)), heads(y)
+        return joined(self.attention(q, k, v, tag))
+
+    def sin(self, x: Tensor) -> Tensor:
+        """Some function of every element, in new memory."""
+        raise NotImplementedError
+
+    def cos(self, x: Tensor) -> Tensor:
+        """Another one."""
+        raise NotImplementedError
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
+        """scaled_dot_product_attention of [B, H, S, D]."""
+        raise NotImplementedError
+
+
+class Numbers(Machine):
+    """A small model with seeded weights. Attention is dense, as PyTorch has it."""
+
+    two, one, zero = 2.0, 1.0, 0.0
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self._linear: dict[int, Tensor] = {}
+        self._kernels: dict[tuple[int, ...], Tensor] = {}
+        self._mix = _randn(WIDTH, WIDTH, 3) / 6
+        self._bank = _randn(64, WIDTH, seed=4)
+
+    def inputs(self) -> list[Tensor]:
+        """The video and the text, new tensors each time."""
+        scene, shape = self.scene, _video_shape(self.scene)
+        return [_randn(*shape, seed=1), _randn(scene.batch, scene.text, WIDTH, seed=2)]
+
+    def conv3d(self, video: Tensor) -> Tensor:
+        """[B, C, F, H, W] in pixels to [B, WIDTH, F, H, W] in tokens."""
+        patch = self.scene.patch
+        return F.conv3d(video, self._kernel(video.shape[1], *patch), stride=patch)
+
+    def conv2d(self, images: Tensor) -> Tensor:
+        """[N, C, H, W] in pixels to [N, WIDTH, H, W] in tokens."""
+        patch = self.scene.patch[1:]
+        return F.conv2d(images, self._kernel(images.shape[1], *patch), stride=patch)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """The last dimension, of any size, to WIDTH."""
+        width = x.shape[-1]
+        if width not in self._linear:
+            self._linear[width] = _randn(WIDTH, width, seed=width) / width**0.5
+        return F.linear(x, self._linear[width])
+
+    def _kernel(self, *shape: int) -> Tensor:
+        if shape not in self._kernels:
+            self._kernels[shape] = _randn(WIDTH, *shape, seed=3) / 4
+        return self._kernels[shape]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Layer norm over the channels."""
+        return F.layer_norm(x, x.shape[-1:])
+
+    def act(self, x: Tensor) -> Tensor:
+        """An activation."""
+        return F.silu(x)
+
+    def sin(self, x: Tensor) -> Tensor:
+        return 2 * x.sin()
+
+    def cos(self, x: Tensor) -> Tensor:
+        return x.cos()
+
+    def conv1d(self, x: Tensor) -> Tensor:
+        """A convolution along the tokens, which stay where they are."""
+        return F.conv1d(x.transpose(1, 2), self._mix, padding=1).transpose(1, 2)
+
+    def cumsum(self, x: Tensor) -> Tensor:
+        """Sums of all tokens up to each."""
+        return x.cumsum(1) / 8
+
+    def softmax(self, x: Tensor) -> Tensor:
+        """Over the tokens."""
+        return x.softmax(1) * 8
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """The mean of all tokens, [B, 1, C]: what is added to all alike moves nothing."""
+        return x.mean(1, keepdim=True)
+
+    def mesh(self, frames: int, rows: int, columns: int, how: str = "meshgrid") -> Tensor:
+        """[1, F * H * W, WIDTH] of positions on a grid, row-major."""
+        sizes = (frames, rows, columns)
+        if how == "meshgrid":
+            places = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, 2)
+            return places.float().repeat(1, 6)[None, :, :WIDTH].cos()
+        f, h, w = (torch.arange(size).float() for size in sizes)
+        if how == "repeats":
+            f = f.repeat_interleave(rows * columns)
+            h = h.repeat_interleave(columns).repeat(frames)
+            w = w.repeat(frames * rows)
+            return torch.stack([f, h, w], -1).repeat(1, 6)[None, :, :WIDTH].cos()
+        sums = f[:, None, None] + 0.3 * h[None, :, None] + 0.1 * w[None, None, :]
+        return sums.reshape(1, -1, 1).expand(-1, -1, WIDTH).cos()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale_of(tag))
+
+    def scores(self, q: Tensor, k: Tensor, tag: int) -> Tensor:
+        """The first half of an attention by hand: [..., Sq, Sk]."""
+        return q @ k.transpose(-1, -2) * scale_of(tag)
+
+    def weights(self, scores: Tensor, tag: int) -> Tensor:
+        """The softmax between its products."""
+        return scores.softmax(-1)
+
+    def sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        """scaled_dot_product_attention as it is called."""
+        return F.scaled_dot_product_attention(*args, **kwargs)
+
+    def hidden(self, scores: Tensor) -> Tensor:
+        """Scores before a softmax that the program spells: as they are."""
+        return scores
+
+    def bank(self, count: int, width: int) -> Tensor:
+        """[count, width]: a memory of the model."""
+        return self._bank[:count, :width]
+
+    def checkpointed(self, x: Tensor, tag: int) -> Tensor:
+        """`attend` in a body of its own."""
+        return checkpoint(self_attention, x, scale_of(tag), use_reentrant=False)  # type: ignore[no-any-return]
+
+    def region(self, x: Tensor, tag: int) -> Tensor:
+        """`attend` in a body that all calls with this tag may share."""
+        return _region(x, scale_of(tag))  # type: ignore[no-any-return]
+
+
+class Masked(Numbers):
+    """The same model, whose attention calls see what a mask each of them is given lets them see."""
+
+    def __init__(self, scene: Scene, masks: Sequence[Tensor | None]) -> None:
+        super().__init__(scene)
+        self._masks, self._by_tag = iter(masks), dict[int, Tensor | None]()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
+        mask = next(self._masks)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale_of(tag))
+
+    def scores(self, q: Tensor, k: Tensor, tag: int) -> Tensor:
+        self._by_tag[tag] = next(self._masks)
+        return super().scores(q, k, tag)
+
+    def weights(self, scores: Tensor, tag: int) -> Tensor:
+        mask = self._by_tag[tag]
+        return super().weights(scores if mask is None else scores.masked_fill(~mask, -torch.inf), tag)
+
+    def sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        mask, own = next(self._masks), kwargs.pop("attn_mask", None)
+        if own is not None and mask is not None:
+            hidden = ~mask | ~own if own.dtype == torch.bool else ~mask
+            mask = torch.zeros_like(own, dtype=torch.float32) if own.dtype == torch.bool else own
+            mask = mask.masked_fill(hidden, -torch.inf)
+        return super().sdpa(*args, **kwargs, attn_mask=own if mask is None else mask)
+
+    def hidden(self, scores: Tensor) -> Tensor:
+        """Scores under the mask."""
+        mask = next(self._masks)
+        return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+
+    def checkpointed(self, x: Tensor, tag: int) -> Tensor:
+        return self.attend(x, tag)
+
+    def region(self, x: Tensor, tag: int) -> Tensor:
+        return self.attend(x, tag)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An attention call of a run on places."""
+
+    tag: int
+    query: Tensor
+    """[B, H, S, D] of codes, as they were when scores were taken."""
+    key: Tensor
+
+
+def _laid_out(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A method of `Places` whose result has the strides that it has on numbers.
+
+    So what is a view and what a copy, and which names share memory, is the same on both.
+    """
+
+    @wraps(method)
+    def laid_out(self: "Places", *args: Any) -> Tensor:
+        blanks = (
+            torch.empty_strided(a.shape, a.stride()).zero_() if isinstance(a, Tensor) else a for a in args
+        )
+        like = getattr(self.numbers, method.__name__)(*blanks)
+        codes = method(self, *args)
+        return torch.empty_strided(like.shape, like.stride(), dtype=torch.float64).copy_(codes)
+
+    return laid_out
+
+
+class Places(Machine):
+    """Every element of a token is the token's code; 0 is what is not of the video.
+
+    Operators that keep every token in its place, whatever they do to its channels, keep codes.
+    """
+
+    two, one, zero = 1.0, 0.0, 1.0
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        self.numbers = Numbers(scene)
+        self.calls: list[Call] = []
+        """The attention calls so far, in order."""
+        count = scene.batch * scene.tokens
+        generator = torch.Generator().manual_seed(0)
+        # Codes are numbers far apart, so that the mean of two is hardly ever a third one.
+        drawn = torch.randint(1, 2**16, (count,), generator=generator).double()
+        self._codes = (drawn + 2**16 * torch.arange(1, count + 1)).reshape(scene.batch, *scene.grid)
+
+    def inputs(self) -> list[Tensor]:
+        """The video in codes, and text."""
+        scene = self.scene
+        text = torch.zeros(scene.batch, scene.text, WIDTH, dtype=torch.float64)
+        if scene.source == "packed":
+            return [self._codes.flatten(1)[..., None].repeat(1, 1, WIDTH), text]
+        video = self._codes[:, None]
+        for dim, size in enumerate(scene.patch):
+            video = video.repeat_interleave(size, dim + 2)
+        video = video.repeat(1, CHANNELS, 1, 1, 1)
+        return [video.transpose(1, 2).contiguous() if scene.source == "frames first" else video, text]
+
+    def places(self, codes: Tensor) -> Tensor:
+        """[..., 4] int64: the video of the batch, frame, row and column of every code; -1 for other codes."""
+        known = self._codes.flatten()
+        at = torch.searchsorted(known, codes.nan_to_num(0.0).contiguous()).clamp(max=len(known) - 1)
+        found = torch.stack(torch.unravel_index(at, self._codes.shape), -1)
+        return found.where((known[at] == codes)[..., None], -1)
+
+    @_laid_out
+    def conv3d(self, video: Tensor) -> Tensor:
+        """The code that all pixels of a patch have."""
+        return _patches(video, self.scene.patch)
+
+    @_laid_out
+    def conv2d(self, images: Tensor) -> Tensor:
+        """The same of images."""
+        return _patches(images, self.scene.patch[1:])
+
+    @_laid_out
+    def linear(self, x: Tensor) -> Tensor:
+        """The code that all channels have."""
+        return _one(x, WIDTH)
+
+    @_laid_out
+    def norm(self, x: Tensor) -> Tensor:
+        """The same."""
+        return _one(x, x.shape[-1])
+
+    @_laid_out
+    def act(self, x: Tensor) -> Tensor:
+        """Every code; so do the next ones."""
+        return x
+
+    @_laid_out
+    def sin(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def cos(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def conv1d(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def cumsum(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def softmax(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def pooled(self, x: Tensor) -> Tensor:
+        """Moves nothing."""
+        return torch.zeros_like(x[:, :1])
+
+    @_laid_out
+    def mesh(self, frames: int, rows: int, columns: int, how: str = "meshgrid") -> Tensor:
+        """Positions move nothing."""
+        return torch.zeros(1, frames * rows * columns, WIDTH, dtype=torch.float64)
+
+    @_laid_out
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
+        """An output token is where its query is."""
+        self.calls.append(Call(tag, q.clone(), k.clone()))
+        return _one(q, v.shape[-1])
+
+    @_laid_out
+    def scores(self, q: Tensor, k: Tensor, tag: int) -> Tensor:
+        """Scores that send every query to the key of its number, after the softmax."""
+        self.calls.append(Call(tag, q.clone(), k.clone()))
+        return torch.eye(q.shape[-2], k.shape[-2], dtype=torch.float64).expand(*q.shape[:-2], -1, -1)
+
+    @_laid_out
+    def weights(self, scores: Tensor, tag: int) -> Tensor:
+        return scores
+
+    def checkpointed(self, x: Tensor, tag: int) -> Tensor:
+        return self.attend(x, tag)
+
+    def region(self, x: Tensor, tag: int) -> Tensor:
+        return self.attend(x, tag)
+
+
+def _patches(pixels: Tensor, patch: Sequence[int]) -> Tensor:
+    """[N, WIDTH, ...] of [N, C, ...]: of every patch the code that all of its pixels have."""
+    for dim, size in enumerate(patch):
+        pixels = pixels.unflatten(dim + 2, (-1, size)).movedim(dim + 3, -1)
+    return _one(pixels.flatten(-len(patch)).movedim(1, -1).flatten(-2), WIDTH).movedim(-1, 1)
+
+
+def _one(x: Tensor, width: int) -> Tensor:
+    """[..., width]: the code that all of the last dimension has; MIXED where there are several."""
+    first = x[..., :1]
+    return first.where((x == first).all(-1, keepdim=True), MIXED).repeat(*[1] * (x.dim() - 1), width)
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _video_shape(scene: Scene) -> tuple[int, ...]:
+    if scene.source == "packed":
+        return scene.batch, scene.tokens, WIDTH
+    pixels = [n * size for n, size in zip(scene.grid, scene.patch, strict=True)]
+    if scene.source == "frames first":
+        return scene.batch, pixels[0], CHANNELS, *pixels[1:]
+    return scene.batch, CHANNELS, *pixels
