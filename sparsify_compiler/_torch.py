@@ -46,6 +46,14 @@ def hint(size: Any) -> int | None:
     return size.node.hint if size.node.has_hint() else None
 
 
+def storage_of(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor, real or fake, from others while it lives; None where it has none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers of functorch
+        return None
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
