@@ -11,7 +11,17 @@ import sparsify_compiler
 
 ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
-    {"__init__", "cli", "demo", "doctor", "diffusers_model", "explanation", "training", "export"},
+    {
+        "__init__",
+        "cli",
+        "demo",
+        "doctor",
+        "diffusers_model",
+        "explanation",
+        "uncompiled",
+        "training",
+        "export",
+    },
     {"evaluation"},
     {"backend", "measured"},
     {"passes"},

@@ -106,7 +106,7 @@ def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node,
         graphs = graphs_in(module, node)
         if name == "autograd_function_apply":
             graphs = graphs[:1]  # the second is its backward pass
-        for graph in graphs if not _KERNEL.search(name) else ():
+        for graph in graphs if not is_attention_kernel(name) else ():
             if id(graph) not in seen:
                 seen.add(id(graph))
                 yield graph, (outer, f"inside {name}, which the compiler does not go into")
@@ -150,13 +150,18 @@ def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
 
 def _kernel(node: fx.Node) -> Call | None:
     """A call of an attention kernel, by its name: FlexAttention, ATen's own kernels, those of other libraries."""
-    if node.op != "call_function" or not _KERNEL.search(name := _name(node)):
+    if node.op != "call_function" or not is_attention_kernel(name := _name(node)):
         return None
     tensors = [one for one in node.args[:3] if isinstance(one, fx.Node) and tensor_of(one) is not None]
     why = f"a call of {name}; write it with scaled_dot_product_attention"
     if len(tensors) == 3 and (name == "flex_attention" or "_scaled_dot_product" in name):
         return Call(node=node, operands=tuple(map(Operand, tensors)), refusal=why)
     return Call(node=node, refusal=why) if tensors else None
+
+
+def is_attention_kernel(name: str) -> bool:
+    """Whether an operator of this name computes attention."""
+    return _KERNEL.search(name) is not None
 
 
 def _name(node: fx.Node) -> str:
