@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -94,6 +95,14 @@ class GraphBreak(NamedTuple):
     line: int
     why: str
     """In Dynamo's words, on one line."""
+
+    def __str__(self) -> str:
+        return f"Dynamo ends a graph at {place_text(self.file, self.line)} ({self.why})"
+
+
+def place_text(file: str, line: int) -> str:
+    """`models/attention.py:57`"""
+    return f"{'/'.join(Path(file).parts[-2:])}:{line}"
 
 
 def graph_breaks() -> list[GraphBreak]:

@@ -119,10 +119,10 @@ class Uncompiled(TorchDispatchMode):
         """Args:
         places: (file, line) of the calls that lead to the attention, innermost first.
         """
-        here = f"outside every graph, at {place_text(*places[0])}" if places else "outside every graph"
+        here = f"outside every graph, at {_torch.place_text(*places[0])}" if places else "outside every graph"
         breaks = _torch.graph_breaks()[self._breaks :]
         found = {(one.file, one.line): one for one in breaks}
-        cause = next((break_text(found[place]) for place in places if place in found), "")
+        cause = next((str(found[place]) for place in places if place in found), "")
         cause = cause or next(
             (f"the model is not compiled ({one.why})" for one in breaks if one.file == _DOOR), ""
         )
@@ -135,13 +135,3 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
         if not frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
             yield frame
         frame = frame.f_back
-
-
-def place_text(file: str, line: int) -> str:
-    """`models/attention.py:57`"""
-    return f"{'/'.join(Path(file).parts[-2:])}:{line}"
-
-
-def break_text(found: _torch.GraphBreak) -> str:
-    """Where Dynamo ends a graph, and why, in words."""
-    return f"Dynamo ends a graph at {place_text(found.file, found.line)} ({found.why})"
