@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import ROOT, without_wrappers
 from sparsify_compiler.passes.capture import is_attention_kernel
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 
@@ -32,10 +33,8 @@ class Uncompiled(TorchDispatchMode):
 
     def __init__(self, model: object) -> None:
         super().__init__()
-        self._modules = {
-            id(module): name
-            for name, module in (model.named_modules() if isinstance(model, nn.Module) else ())
-        }
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        self._modules = {id(module): without_wrappers(name) for name, module in modules}
         self._breaks = len(_torch.graph_breaks())
         self._in_graph = 0
         self._names: dict[str, int] = {}
@@ -92,7 +91,7 @@ class Uncompiled(TorchDispatchMode):
             for one in frames
             for argument in one.f_code.co_varnames[: one.f_code.co_argcount]
         )
-        name = next((self._modules[owner] for owner in owners if owner in self._modules), "") or "attention"
+        name = next((self._modules[owner] for owner in owners if owner in self._modules), "") or ROOT
         self._names[name] = self._names.get(name, 0) + 1
         (batch, heads, queries, channels), (_, kv_heads, keys, _), (*_, value_channels) = (
             sizes or [(0,) * 4] * 3

@@ -29,7 +29,7 @@ LAYERS = (
     {"methods"},
     {"kernels"},
     {"table"},
-    {"plan", "config", "errors", "_torch", "pictures"},
+    {"plan", "config", "errors", "names", "_torch", "pictures"},
 )
 """From those that may import all below to those that may import their own layer alone."""
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify_compiler.names import ROOT
 from sparsify_compiler.passes.fx import (
     Operand,
     body_of,
@@ -203,7 +204,7 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
     Args:
         place: the node whose module it stands in, where the call's own does not tell.
     """
-    name = module_path(call.node) or module_path(place) or "attention"
+    name = module_path(call.node) or module_path(place) or ROOT
     names[name] = names.get(name, 0) + 1
     name = name if names[name] == 1 else f"{name}#{names[name]}"
     unknown = AttentionSite(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import without_wrappers
 
 
 class Body(NamedTuple):
@@ -162,7 +163,8 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
     path = re.sub(r"\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
-    return re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
+    path = re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
+    return without_wrappers(path)
 
 
 def module_class(node: fx.Node) -> str:

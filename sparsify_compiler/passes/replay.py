@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from sparsify_compiler import _torch
 from sparsify_compiler.passes.fx import Step, sizes_of, step_through, tensor_of, value_of
-from sparsify_compiler.passes.unfused import Sizes, Unfused, factors, is_cast, softmax_dim
+from sparsify_compiler.passes.unfused import Sizes, Unfused, factors, softmax_dim
 
 MOST_SCORES = 2**22
 """Numbers in the scores beyond which nothing is run."""
@@ -47,8 +47,8 @@ class _Outside:
 class _Call:
     """A call between the products, or one of them."""
 
-    function: str | Callable[..., Any] | None
-    """A method by name, or a function; None for a cast."""
+    function: str | Callable[..., Any]
+    """A method by name, or a function."""
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
@@ -110,17 +110,17 @@ def _form_of(found: Unfused) -> _Form:
             return _Slot(numbers[value]) if value in numbers else argument(value_of(value))
         if isinstance(value, (tuple, list)):
             return tuple(map(argument, value))
+        if _is_device(value):
+            return "cpu"
         return _torch.hint(value) if isinstance(value, torch.SymInt) else value
 
     return _Form(
         outside=tuple(_outside(tensor_of(node)) for node in tensors),  # type: ignore[arg-type]
         calls=tuple(
             _Call(
-                None if is_cast(node) else node.target,
-                argument(node.args[:1] if is_cast(node) else node.args),
-                ()
-                if is_cast(node)
-                else tuple((name, argument(value)) for name, value in node.kwargs.items()),
+                node.target,
+                argument(node.args),
+                tuple((name, argument(value)) for name, value in node.kwargs.items()),
                 tensor_of(node).dtype,  # type: ignore[union-attr]
                 factors(node) is not None or softmax_dim(node) is not None,
             )
@@ -132,6 +132,15 @@ def _form_of(found: Unfused) -> _Form:
         finish=found.finish,
         dtype=tensor_of(found.chain[0]).dtype,  # type: ignore[union-attr]
     )
+
+
+def _is_device(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value = torch.device(value)
+        except RuntimeError:  # the equation of an einsum
+            return False
+    return isinstance(value, torch.device)
 
 
 def _outside(tensor: Tensor) -> _Outside:
@@ -218,11 +227,9 @@ def _run(form: _Form, tensors: Sequence[Tensor]) -> Tensor:
         return found.to(dtype) if dtype is not None and found.is_floating_point() else found
 
     for call in form.calls:
-        wanted = _wide(call.dtype) if call.adds_up else call.dtype if call.function is None else None
-        args, kwargs = filled(call.args, wanted), dict(filled(call.kwargs, None))
-        if call.function is None:
-            out = args[0]
-        elif isinstance(call.function, str):
+        args = filled(call.args, _wide(call.dtype) if call.adds_up else None)
+        kwargs = dict(filled(call.kwargs, None))
+        if isinstance(call.function, str):
             out = getattr(args[0], call.function)(*args[1:], **kwargs)
         else:
             out = call.function(*args, **kwargs)

@@ -185,7 +185,7 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
     if added is not None:
         reads["mask"] = added.node, product
     for before, node in pairwise(chain[:middle]):
-        if is_cast(node) or _is_regroup(node, before):
+        if _is_cast(node) or _is_regroup(node, before):
             continue
         if (number := _factor(node, before)) is not None:
             if mask is not None:
@@ -209,7 +209,7 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
         if _is(node, _DROPOUTS):
             if _argument(node, 2, "training", True) and _argument(node, 1, "p", 0.5) > 0:
                 refusal = "dropout inside attention"
-        elif not (is_cast(node) or _is_regroup(node, before)):
+        elif not (_is_cast(node) or _is_regroup(node, before)):
             raise NotRead(f"its weights go through {_name(node)}")
     weights = chain[-2]
     value, finish = _second_product(last, weights)
@@ -363,7 +363,7 @@ def _permuted(operand: Operand, have: list[str], want: list[str]) -> Operand:
 # ---- Between the products ----------------------------------------------------------------------------------------
 
 
-def is_cast(node: fx.Node) -> bool:
+def _is_cast(node: fx.Node) -> bool:
     """Whether a node changes type or strides at most."""
     return _is(node, _CASTS)
 
