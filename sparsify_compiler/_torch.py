@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -131,6 +132,14 @@ def needs_dynamo(gm: fx.GraphModule) -> bool:
     )
 
 
+def storage_of(tensor: Tensor) -> int | None:
+    """What tells the memory of a tensor, real or fake, from others while it lives; None where it has none."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers of functorch
+        return None
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -165,6 +174,42 @@ def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> 
         return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
 
     body.meta.setdefault("_checkpoint_context_fn", partial(create_selective_checkpoint_contexts, policy))
+
+
+class GraphBreak(NamedTuple):
+    """Where Dynamo ended a graph before the end of the code."""
+
+    file: str
+    line: int
+    why: str
+    """In Dynamo's words, on one line."""
+
+    def __str__(self) -> str:
+        return f"Dynamo ends a graph at {place_text(self.file, self.line)} ({self.why})"
+
+
+def place_text(file: str, line: int) -> str:
+    """`models/attention.py:57`"""
+    return f"{'/'.join(Path(file).parts[-2:])}:{line}"
+
+
+def graph_breaks() -> list[GraphBreak]:
+    """All since the process began, or `torch.compiler.reset`."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    return [found for one in graph_break_reasons if (found := _graph_break(one)) is not None]
+
+
+def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
+    """What ended Dynamo's graph; None where that is the end of the code."""
+    return _graph_break(getattr(gm, "compile_subgraph_reason", None))
+
+
+def _graph_break(reason: Any) -> GraphBreak | None:
+    if reason is None or not reason.graph_break or not reason.user_stack:
+        return None
+    place = reason.user_stack[-1]
+    return GraphBreak(place.filename, place.lineno, reason.reason.partition("\n")[0].rstrip("."))
 
 
 def is_last_program() -> bool:

@@ -1,5 +1,6 @@
 """The front door: `torch.compile(model, backend="sparsify", options={...})`."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def sparsify(
         program = _program(gm, example_inputs, config, mode)
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
-    _tell(program.plan, options or {})
+    _tell(program.plan, options or {}, _torch.graph_break(gm))
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: beyond it, other shapes run uncompiled "
@@ -168,16 +169,29 @@ def _policy(options: Mapping[str, Any]) -> Policy:
     return asked if isinstance(asked, Policy) else load_policy(asked)
 
 
-def _tell(plan: GraphPlan, options: Mapping[str, Any]) -> None:
-    """Say once what a user should know who did not ask."""
-    if not plan.sparse:
-        if options.get("method") != "dense" and options.get("policy") is None:
-            warn_once(
-                "sparsify found no attention to rewrite in a graph: it is compiled as it is. "
-                "sparsify_compiler.explain(model, ...) shows why."
-            )
-    elif not {"method", "preset", "policy"} & set(options):
+def _tell(plan: GraphPlan, options: Mapping[str, Any], end: _torch.GraphBreak | None) -> None:
+    """Say once what a user should know who did not ask.
+
+    Args:
+        end: what ended the graph before the end of the code.
+    """
+    if options.get("method") == "dense":
+        return
+    left = Counter(one.reason for one in plan if one.site.refusal or not plan.sparse)
+    causes = "; ".join(f"{reason} ({count})" for reason, count in left.items())
+    if not plan.sparse and options.get("policy") is None:
+        what = f" Its {len(plan)} attention calls: {causes}." if left else f" {end}." if end else ""
+        warn_once(
+            f"sparsify found no attention to rewrite in a graph: it is compiled as it is.{what} "
+            "sparsify_compiler.explain(model, ...) shows why."
+        )
+    if plan.sparse and not {"method", "preset", "policy"} & set(options):
         warn_once(
             "sparsify rewrites attention to be sparse, which is lossy. The default is method='svg2' with a linear "
             "far field; options={'top_p': p} reads more (up to 1) or less, {'method': 'dense'} is none of it."
+        )
+    if plan.sparse and left:
+        warn_once(
+            f"sparsify leaves {left.total()} of {len(plan)} attention calls of a graph as they are: {causes}. "
+            "sparsify_compiler.explain(model, ...) names them."
         )

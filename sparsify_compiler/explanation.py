@@ -21,6 +21,7 @@ from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.runtime.clock import USUAL_STEPS
 from sparsify_compiler.table import BlockTable
+from sparsify_compiler.uncompiled import Uncompiled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,11 +44,13 @@ class Explanation:
     graph_plans: tuple[GraphPlan, ...]
     hints: tuple[str, ...] = ()
     """What to try next, in words."""
+    outside: tuple[AttentionPlan, ...] = ()
+    """Attention calls that ran outside every graph, in order: dense, and why."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
-        """The plan of every attention call, over all graphs."""
-        return [plan for graph in self.graph_plans for plan in graph]
+        """The plan of every attention call, over all graphs; then of those outside."""
+        return [*(plan for graph in self.graph_plans for plan in graph), *self.outside]
 
     @property
     def graphs(self) -> int:
@@ -156,6 +159,9 @@ def explain(
     plans: list[GraphPlan] = []
     errors: list[SparsifyError] = []
 
+    model = _torch.uncompiled(model)
+    uncompiled = Uncompiled(model)
+
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
             try:
@@ -169,16 +175,15 @@ def explain(
         except SparsifyError as error:
             errors.append(error)
             raise _torch.unwrapped(error) from None
-        return gm.forward
+        return uncompiled.in_graph()(gm.forward)
 
-    model = _torch.uncompiled(model)
     try:
         gradients = nullcontext() if getattr(model, "training", False) else torch.no_grad()
-        with gradients, _torch.tracing(record, _call) as call:
+        with gradients, _torch.tracing(record, _call) as call, uncompiled:
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
-    return Explanation(tuple(plans), tuple(_hints(plans, options or {})))
+    return Explanation(tuple(plans), tuple(_hints(plans, options or {})), tuple(uncompiled.plans))
 
 
 def _device_type(device: str | None) -> str | None:
@@ -288,11 +293,13 @@ def density_text(plan: AttentionPlan) -> str:
 
 
 def _heads_text(plan: AttentionPlan) -> str:
-    return f"{plan.site.heads} x {plan.site.head_dim}"
+    return f"{plan.site.heads} x {plan.site.head_dim}" if plan.site.heads else "-"
 
 
 def _tokens_text(plan: AttentionPlan) -> str:
     q_tokens, kv_tokens = plan.site.q_tokens, plan.site.kv_tokens
+    if not q_tokens:
+        return "-"
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 

@@ -17,6 +17,8 @@ class AttentionSite:
 
     name: str
     """Where it stands in the model, e.g. `blocks.0.attn1`: stable from compile to compile."""
+    known_as: str = ""
+    """Its name where something was learnt for it, if that is another: paths of wrappers differ."""
     index: int
     """Its place among the attention calls of the graph, from 0."""
     module: str = ""

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sparsify_compiler.config import integer, option_names
 from sparsify_compiler.errors import OptionError, PolicyError, SparsifyError, unknown_choice
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
+from sparsify_compiler.names import align
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 if TYPE_CHECKING:
@@ -111,6 +113,12 @@ class Mark:
     kv_heads: int
     head_dim: int
     grid: tuple[int, int, int]
+
+    def differs_in(self, other: "Mark") -> list[str]:
+        """The fields in which two sites of one name differ. Of the model itself the class may not be known."""
+        names = [f.name for f in fields(Mark) if f.name != "site"]
+        unknown = () if self.module and other.module else ("module",)
+        return [name for name in names if name not in unknown and getattr(self, name) != getattr(other, name)]
 
 
 def mark(site: AttentionSite, layout: TokenLayout) -> Mark:
@@ -215,28 +223,34 @@ class Policy:
             PolicyError: they are those of another model, or of another grid.
         """
         found = [mark(site, layout) for site, layout in sites]
+        if not found:
+            return []
         graphs = [list(layers) for _, layers in groupby(self.layers, key=lambda layer: layer.graph)]
-        for layers in graphs if found else ():
-            if [layer.mark for layer in layers] == found:
-                return [(self.menu[layer.choice], layer.why(self.r, self.total)) for layer in layers]
-        if found:
+        cuts = [(cut, layers) for layers in graphs if (cut := _cut(found, layers)) is not None]
+        if not cuts:
             raise PolicyError(f"{self.source} is for another model or grid: {self._difference(found)}")
-        return []
+        least = min(cuts, key=itemgetter(0))[0]
+        layers, *others = (layers for cut, layers in cuts if cut == least)
+        if any([one.choice for one in other] != [one.choice for one in layers] for other in others):
+            raise PolicyError(
+                f"{self.source} has several models with the attentions {_few([got.site for got in found])}, and "
+                f"they differ; {SEARCH_AGAIN}"
+            )
+        return [(self.menu[layer.choice], layer.why(self.r, self.total)) for layer in layers]
 
     def _difference(self, found: Sequence[Mark]) -> str:
         """What sets the sites of a graph apart from those of the policy, in words."""
         known = {layer.mark.site: layer.mark for layer in self.layers}
+        aligned = align([got.site for got in found], known)
+        same = {} if aligned is None else aligned.names
         for got in found:
-            expected = known.get(got.site)
-            for f in fields(Mark) if expected else ():
-                want, have = getattr(expected, f.name), getattr(got, f.name)
-                if want != have:
-                    return (
-                        f"{got.site} of {self.model} must have {f.name} {_text(want)}, got {_text(have)}; "
-                        + SEARCH_AGAIN
-                    )
+            expected = known.get(same.get(got.site, got.site))
+            if expected is not None and (different := got.differs_in(expected)):
+                name = different[0]
+                want, have = (_text(getattr(one, name)) for one in (expected, got))
+                return f"{got.site} of {self.model} must have {name} {want}, got {have}; {SEARCH_AGAIN}"
         names = [got.site for got in found]
-        if set(names) == known.keys():
+        if {same.get(name, name) for name in names} == known.keys():
             return (
                 f"the graph calls {_few(names)} in this order, each once, where the policy lists them twice, in "
                 f"another order or as of several graphs; {SEARCH_AGAIN}"
@@ -315,6 +329,16 @@ class Policy:
             f"{self.milliseconds:.1f} ms a call for {self.dense_milliseconds:.1f} ms dense, on {self.machine}; "
             f"loss of all together {self.together:.2e}, {self.inputs} calibration inputs."
         )
+
+
+def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:
+    """How much of a wrapper's path sets the sites of a graph apart from layers; None if they are not the same."""
+    marks = [layer.mark for layer in layers]
+    aligned = align([one.site for one in found], [one.site for one in marks])
+    if aligned is None or [aligned.names[one.site] for one in found] != [one.site for one in marks]:
+        return None
+    differ = any(one.differs_in(other) for one, other in zip(found, marks, strict=True))
+    return None if differ else aligned.cut
 
 
 def load_policy(path: str | Path) -> Policy:

@@ -11,7 +11,17 @@ import sparsify_compiler
 
 ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
-    {"__init__", "cli", "demo", "doctor", "diffusers_model", "explanation", "training", "export"},
+    {
+        "__init__",
+        "cli",
+        "demo",
+        "doctor",
+        "diffusers_model",
+        "explanation",
+        "uncompiled",
+        "training",
+        "export",
+    },
     {"evaluation"},
     {"backend", "measured"},
     {"passes"},
@@ -19,7 +29,7 @@ LAYERS = (
     {"methods"},
     {"kernels"},
     {"table"},
-    {"plan", "config", "errors", "_torch", "pictures"},
+    {"plan", "config", "errors", "names", "_torch", "pictures"},
 )
 """From those that may import all below to those that may import their own layer alone."""
 

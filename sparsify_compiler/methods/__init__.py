@@ -4,6 +4,7 @@ A method is a frozen dataclass in a file of its own. Its fields are its options;
 token layout, and for a dynamic method of the tokens too. To add one, write the file and name it here.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -73,6 +74,10 @@ class LearningMethod(DynamicMethod, Protocol):
     @property
     def learns(self) -> bool:
         """Whether they are still to be learnt; else `learned` has them, and nothing below is called."""
+
+    def known_as(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Site -> its name where what was learnt is kept, of all sites of a graph that read it; raises
+        OptionError."""
 
     def settle(self, choice: Any) -> Self:
         """The method with what training chose for a site; None before it chose."""

@@ -10,6 +10,7 @@ that pays. Tokens outside the grid (text, references) see everything and are see
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -134,6 +135,10 @@ class Dsv:
     def learns(self) -> bool:
         """Whether what it reads is still to be learnt."""
         return self.predictor is None
+
+    def known_as(self, names: Sequence[str]) -> Mapping[str, str]:
+        """Site -> its name in the predictor's file; empty where it is still to be learnt."""
+        return {} if self.predictor is None else predictor.names_in(self.predictor, names)
 
     @property
     def groups(self) -> tuple[Cube, ...]:

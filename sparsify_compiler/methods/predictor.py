@@ -10,16 +10,18 @@ same bits with and without it.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods.grid import Cube, cube_of_token, middle_of_token
+from sparsify_compiler.names import align
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 COSINE, NORM = 0.95, 0.05
@@ -232,12 +234,45 @@ def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
     save_file(tensors, path, metadata={"format": FORMAT, **words})
 
 
+def names_in(path: Path, names: Sequence[str]) -> Mapping[str, str]:
+    """Site -> its name in a file, for sites of one graph; it may lack the path of a wrapper or have one.
+
+    Raises:
+        OptionError: no such file, not a predictor, or one of another model.
+    """
+    with _opened(path) as (_, metadata):
+        groups = json.loads(metadata["groups"])
+    if (found := align(names, groups)) is None:
+        unknown = next((name for name in names if name not in groups), names[0])
+        raise OptionError(
+            f"predictor {path} knows no attention {unknown!r} but {', '.join(groups)}: it is of another "
+            "model, or of one that was compiled as a whole"
+        )
+    return found.names
+
+
 def load_predictor(path: Path, site: AttentionSite) -> Trained:
     """What a file says of a site.
 
     Raises:
         OptionError: no such file, not a predictor, or one of another model.
     """
+    name = site.known_as or names_in(path, [site.name])[site.name]
+    with _opened(path) as (file, metadata):
+        groups, chosen_by = (json.loads(metadata[words]) for words in ("groups", "chosen_by"))
+        weights, shares = (file.get_tensor(f"{name}.{part}") for part in ("weights", "shares"))
+    if weights.shape[:2] != (site.heads + site.kv_heads, site.head_dim) or shares.shape != (site.heads,):
+        raise OptionError(
+            f"predictor {path} is of another model: for {site.name} it has weights {list(weights.shape)}, must "
+            f"have [{site.heads} + {site.kv_heads} heads, {site.head_dim}, rank]"
+        )
+    first, second, third = groups[name]
+    return Trained(weights=weights, shares=shares, group=(first, second, third), chosen_by=chosen_by[name])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """(a predictor's file, its metadata)."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -247,20 +282,6 @@ def load_predictor(path: Path, site: AttentionSite) -> Trained:
                 raise OptionError(
                     f"predictor must be a file that DSVTrainer.save_predictor wrote, got {path}"
                 )
-            groups, chosen_by = (json.loads(metadata[words]) for words in ("groups", "chosen_by"))
-            if site.name not in groups:
-                raise OptionError(
-                    f"predictor {path} knows no attention {site.name!r} but {', '.join(groups)}: it is of another "
-                    "model, or of one that was compiled as a whole"
-                )
-            weights, shares = (file.get_tensor(f"{site.name}.{part}") for part in ("weights", "shares"))
+            yield file, metadata
     except (OSError, SafetensorError) as error:
         raise OptionError(f"predictor must be a safetensors file, got {path}: {error}") from None
-    if weights.shape[:2] != (site.heads + site.kv_heads, site.head_dim) or shares.shape != (site.heads,):
-        raise OptionError(
-            f"predictor {path} is of another model: for {site.name} it has weights {list(weights.shape)}, must "
-            f"have [{site.heads} + {site.kv_heads} heads, {site.head_dim}, rank]"
-        )
-    first, second, third = groups[site.name]
-    group = first, second, third
-    return Trained(weights=weights, shares=shares, group=group, chosen_by=chosen_by[site.name])

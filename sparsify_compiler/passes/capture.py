@@ -4,25 +4,46 @@
     after    out = attention(q, k, v, m, scale)        node.meta["site"]: AttentionSite
 
 The call that was there stays in the graph, unused, as node.meta["original"], so that lowering can put it back
-as it was. A call that cannot be rewritten is left alone; its site says why.
+as it was. A call that cannot be rewritten is left alone; its site says why. So it is in the bodies that passes do
+not go into: those of conditions, maps, loops and custom autograd functions.
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from sparsify_compiler.passes.fx import insert_after, module_class, module_path, modules, sizes_of, tensor_of
-from sparsify_compiler.passes.unfused import match_unfused
+from sparsify_compiler.names import ROOT
+from sparsify_compiler.passes.fx import (
+    Operand,
+    body_of,
+    graphs_in,
+    module_class,
+    module_path,
+    modules,
+    sizes_of,
+    tensor_of,
+)
+from sparsify_compiler.passes.replay import differs
+from sparsify_compiler.passes.unfused import NotRead, Unfused, find_chain, read_chain
+from sparsify_compiler.passes.writes import reshaped_after, reshaping_nodes
 from sparsify_compiler.plan import AttentionSite
 
+_SDPA = (
+    F.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+)
 _MODULE = (
     "inside nn.MultiheadAttention, which Dynamo keeps as one call; write it with scaled_dot_product_attention"
 )
+_KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
+"""In the names of operators that compute attention, of whatever library."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -34,34 +55,41 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     raise AssertionError("lowering replaces every attention node")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One attention call as the graph has it, whatever its spelling."""
 
     node: fx.Node
     """Its output."""
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    mask: fx.Node | None
-    scale: float | None
-    spelling: str
+    operands: tuple[Operand, ...] = ()
+    """Query, key and value; none where it is not known which tensors these are."""
+    mask: Operand | None = None
+    scale: float | None = None
+    unfused: Unfused | None = None
+    """How attention by hand was read."""
+    spelling: Literal["sdpa", "unfused"] = "sdpa"
     refusal: str = ""
-    finish: Callable[[fx.Node], fx.Node] | None = None
-    """Brings [B, H, Sq, Dv] into the layout of `node`, where that differs."""
 
 
 def capture(gm: fx.GraphModule) -> fx.GraphModule:
     """Retarget every attention call, in higher-order bodies too, to `attention`; see the module's picture."""
     names: dict[str, int] = {}
     index = 0
-    for module in modules(gm):
+    for module, inside in _graphs(gm):
+        reshaping = reshaping_nodes(module.graph)
         for node in list(module.graph.nodes):
-            call = _match(node)
+            call = _match(module, node)
             if call is None:
                 continue
-            site = _site(call, index, names)
+            tensors = [*call.operands, *([] if call.mask is None else [call.mask])]
+            if inside:
+                call = replace(call, refusal=inside[1])
+            elif reshaped_after(node, [node, *(one.node for one in tensors)], reshaping):
+                call = replace(call, refusal="one of its tensors is reshaped in place later on")
+            site = _site(call, index, names, inside[0] if inside else node)
             index += 1
+            if not site.refusal and call.unfused is not None:
+                site = replace(site, refusal=differs(call.unfused))
             if site.refusal:
                 node.meta["site"] = site
             else:
@@ -70,17 +98,77 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _match(node: fx.Node) -> Call | None:
-    if node.op != "call_function":
+def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node, str] | None]]:
+    """(graph, None) of those that passes go into; (graph, (outermost call, why not)) of the bodies of others."""
+    seen: set[int] = set()
+
+    def closed(module: fx.GraphModule, node: fx.Node, outer: fx.Node) -> Iterator[tuple[fx.GraphModule, Any]]:
+        name = _name(node)
+        graphs = graphs_in(module, node)
+        if name == "autograd_function_apply":
+            graphs = graphs[:1]  # the second is its backward pass
+        for graph in graphs if not is_attention_kernel(name) else ():
+            if id(graph) not in seen:
+                seen.add(id(graph))
+                yield graph, (outer, f"inside {name}, which the compiler does not go into")
+                for inner in graph.graph.nodes:
+                    yield from closed(graph, inner, outer)
+
+    for module in modules(gm):
+        yield module, None
+        for node in module.graph.nodes:
+            if isinstance(node.target, torch._ops.HigherOrderOperator) and not body_of(module, node):
+                yield from closed(module, node, node)
+
+
+def _match(gm: fx.GraphModule, node: fx.Node) -> Call | None:
+    if node.op not in ("call_function", "call_method"):
         return None
-    if node.target is F.scaled_dot_product_attention:
+    if node.target in _SDPA:
         return _sdpa(node, *node.args, **node.kwargs)
     if node.target is F.multi_head_attention_forward:
-        named = dict(zip(("query", "key", "value"), node.args, strict=False)) | node.kwargs
-        query, key, value = (named[name] for name in ("query", "key", "value"))
-        return Call(node, query, key, value, None, None, "sdpa", _MODULE)  # type: ignore[arg-type]
-    match = match_unfused(node)
-    return None if match is None else Call(node=node, spelling="unfused", **match)
+        return Call(node=node, refusal=_MODULE)
+    if (chain := find_chain(node)) is not None:
+        return _unfused(gm, chain)
+    return _kernel(node)
+
+
+def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
+    try:
+        found = read_chain(gm, chain)
+    except NotRead as why:
+        return Call(node=chain[-1], spelling="unfused", refusal=str(why))
+    return Call(
+        node=chain[-1],
+        operands=(found.query, found.key, found.value),
+        mask=found.mask,
+        scale=found.scale,
+        unfused=found,
+        spelling="unfused",
+        refusal=found.refusal,
+    )
+
+
+def _kernel(node: fx.Node) -> Call | None:
+    """A call of an attention kernel, by its name: FlexAttention, ATen's own kernels, those of other libraries."""
+    if node.op != "call_function" or not is_attention_kernel(name := _name(node)):
+        return None
+    tensors = [one for one in node.args[:3] if isinstance(one, fx.Node) and tensor_of(one) is not None]
+    why = f"a call of {name}; write it with scaled_dot_product_attention"
+    if len(tensors) == 3 and (name == "flex_attention" or "_scaled_dot_product" in name):
+        return Call(node=node, operands=tuple(map(Operand, tensors)), refusal=why)
+    return Call(node=node, refusal=why) if tensors else None
+
+
+def is_attention_kernel(name: str) -> bool:
+    """Whether an operator of this name computes attention."""
+    return _KERNEL.search(name) is not None
+
+
+def _name(node: fx.Node) -> str:
+    """Of the function that a node calls; with its library, of an operator."""
+    operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
+    return str(node.target) if operator else str(getattr(node.target, "__name__", node.target))
 
 
 def _sdpa(
@@ -101,29 +189,42 @@ def _sdpa(
         refusal = f"dropout inside attention (dropout_p = {dropout_p})"
     elif not (scale is None or isinstance(scale, (int, float))):
         refusal = "its scale is computed in the graph"
-    return Call(node, query, key, value, attn_mask, scale if not refusal else None, "sdpa", refusal)
+    return Call(
+        node=node,
+        operands=(Operand(query), Operand(key), Operand(value)),
+        mask=None if attn_mask is None else Operand(attn_mask),
+        scale=None if refusal else scale,
+        refusal=refusal,
+    )
 
 
-def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
-    """Describe a call from the fake tensors Dynamo recorded; a call that can't be described is refused."""
-    name = module_path(call.node) or "attention"
+def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> AttentionSite:
+    """Describe a call from the fake tensors Dynamo recorded; a call that can't be described is refused.
+
+    Args:
+        place: the node whose module it stands in, where the call's own does not tell.
+    """
+    name = module_path(call.node) or module_path(place) or ROOT
     names[name] = names.get(name, 0) + 1
     name = name if names[name] == 1 else f"{name}#{names[name]}"
     unknown = AttentionSite(
         name=name, index=index, module=module_class(call.node), batch=0,
         heads=0, kv_heads=0, q_tokens=0, kv_tokens=0, head_dim=0, value_dim=0,
-        dtype="", device="", scale=0.0, spelling=call.spelling,  # type: ignore[arg-type]
+        dtype="", device="", scale=0.0, spelling=call.spelling,
     )  # fmt: skip
-    tensors = [tensor_of(node) for node in (call.query, call.key, call.value, call.node)]
-    if any(t is None for t in tensors):
+    tensors = [one.value for one in call.operands]
+    out = tensor_of(call.node)
+    if not tensors or any(t is None for t in tensors):
         return replace(unknown, refusal=call.refusal or "its tensors were not recorded by Dynamo")
-    q, k, v, out = tensors
+    q, k, v = tensors
     shapes = [sizes_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
     if any(shape is None for shape in shapes):
-        return replace(unknown, refusal="its sizes are known only at run time")
+        return replace(unknown, refusal=call.refusal or "its sizes are known only at run time")
     q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)  # type: ignore[arg-type]
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
-        return replace(unknown, refusal=f"query must have 3 or 4 dimensions, got {len(q_shape)}")
+        return replace(
+            unknown, refusal=call.refusal or f"query must have 3 or 4 dimensions, got {len(q_shape)}"
+        )
     site = replace(
         unknown,
         batch=q_shape[0],
@@ -143,8 +244,14 @@ def _site(call: Call, index: int, names: dict[str, int]) -> AttentionSite:
     )
 
 
-def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> torch.dtype:
-    """The output's, as SDPA and autocast have it; the widest of the inputs' where they differ by hand."""
+def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> torch.dtype:
+    """The output's, as SDPA and autocast have it; the widest of the inputs' where they differ by hand.
+
+    Args:
+        out: None of a call with several outputs.
+    """
+    if out is None:
+        return q.dtype
     if q.dtype == k.dtype == v.dtype or out.dtype not in (q.dtype, k.dtype, v.dtype):
         return out.dtype
     return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -158,6 +265,8 @@ def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _shape_refusal(site: AttentionSite, key: tuple[int, ...], value: tuple[int, ...]) -> str:
     if key[0] != site.batch or value[0] != site.batch or value[1] != key[1]:
         return f"batch or heads are broadcast: key {key}, value {value}"
+    if key[2:] != (site.kv_tokens, site.head_dim) or value[2] != site.kv_tokens:
+        return f"tokens or channels are broadcast: key {key}, value {value}, query head dim {site.head_dim}"
     if site.kv_heads == 0 or site.heads % site.kv_heads:
         return f"{site.heads} query heads over {site.kv_heads} key heads"
     return ""
@@ -166,7 +275,7 @@ def _shape_refusal(site: AttentionSite, key: tuple[int, ...], value: tuple[int, 
 def _mask_refusal(call: Call, site: AttentionSite) -> str:
     if call.mask is None:
         return ""
-    mask = tensor_of(call.mask)
+    mask = call.mask.value
     shape = None if mask is None else sizes_of(mask)
     if mask is None or shape is None:
         return "its mask was not recorded by Dynamo"
@@ -180,25 +289,23 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
 
 
 def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
-    node, mask = call.node, call.mask
-    tensors = [call.query, call.key, call.value]
-    values = [tensor_of(one) for one in (*tensors, node)]
-    flat = values[0].dim() == 3  # type: ignore[union-attr]
-    mixed = site.spelling == "unfused" and len({value.dtype for value in values}) > 1  # type: ignore[union-attr]
-    if flat:
-        tensors = [insert_after(one, "unsqueeze", 1) for one in tensors]
-        if mask is not None and tensor_of(mask).dim() == 3:  # type: ignore[union-attr]
-            mask = insert_after(mask, "unsqueeze", 1)
-    if mixed:
-        tensors = [insert_after(one, "to", getattr(torch, site.dtype)) for one in tensors]
+    """Place `attention` and what brings its tensors into its form right before the call, where SDPA would read."""
+    node, operands, mask = call.node, call.operands, call.mask
+    finish = () if call.unfused is None else call.unfused.finish
+    values = [*(one.value for one in operands), tensor_of(node)]
+    if values[0].dim() == 3:  # type: ignore[union-attr]
+        operands = tuple(one.then(("unsqueeze", 1)) for one in operands)
+        finish = (("squeeze", 1), *finish)
+        if mask is not None and mask.value.dim() == 3:  # type: ignore[union-attr]
+            mask = mask.then(("unsqueeze", 1))
+    if call.unfused is not None and len({value.dtype for value in values}) > 1:  # type: ignore[union-attr]
+        operands = tuple(one.then(("to", getattr(torch, site.dtype))) for one in operands)
+        finish = (("to", values[-1].dtype), *finish)  # type: ignore[union-attr]
+    tensors = [one.insert_before(node) for one in operands]
+    bias = None if mask is None else mask.insert_before(node)
     with graph.inserting_before(node):
-        new = result = graph.call_function(attention, (*tensors, mask, site.scale))
-    if mixed:
-        result = insert_after(result, "to", values[-1].dtype)  # type: ignore[union-attr]
-    if flat:
-        result = insert_after(result, "squeeze", 1)
-    if call.finish is not None:
-        result = call.finish(result)
+        new = graph.call_function(attention, (*tensors, bias, site.scale))
+    result = Operand(new, finish).insert_before(node)
     node.replace_all_uses_with(result)
     new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     new.meta |= {"site": site, "original": node, "result": result, "inserted": True}
@@ -210,6 +317,6 @@ def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def all_sites(gm: fx.GraphModule) -> list[fx.Node]:
-    """Every node that carries a site, captured or refused, in the graph and its bodies, by site index."""
-    nodes = [node for module in modules(gm) for node in module.graph.nodes if "site" in node.meta]
+    """Every node that carries a site, captured or refused, in the graph and all bodies, by site index."""
+    nodes = [node for module, _ in _graphs(gm) for node in module.graph.nodes if "site" in node.meta]
     return sorted(nodes, key=lambda node: node.meta["site"].index)

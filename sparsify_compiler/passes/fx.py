@@ -2,15 +2,15 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import without_wrappers
 
 
 class Body(NamedTuple):
@@ -34,7 +34,8 @@ class Body(NamedTuple):
 def body_of(gm: fx.GraphModule, node: fx.Node) -> Body | None:
     """The body of a higher-order call of the form op(..., body, ..., *operands); None for any other node.
 
-    Operators with several bodies (conditions, loops, custom autograd functions) are not of this form.
+    Operators with several bodies (conditions, loops, custom autograd functions) are not of this form, nor those
+    that take their operands in lists (maps, scans).
     """
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
@@ -49,7 +50,9 @@ def body_of(gm: fx.GraphModule, node: fx.Node) -> Body | None:
     arg, module = bodies[0]
     body = Body(node, str(arg.target), module)
     after = len(node.args) - 1 - node.args.index(arg)
-    return body if body.arity <= after else None
+    if body.arity > after or any(isinstance(operand, (tuple, list, dict)) for operand in body.operands):
+        return None
+    return body
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[Body]:
@@ -57,6 +60,12 @@ def bodies(gm: fx.GraphModule) -> Iterator[Body]:
     for node in gm.graph.nodes:
         if node.op == "call_function" and (body := body_of(gm, node)):
             yield body
+
+
+def graphs_in(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a node is given: the bodies of a higher-order call, whatever its form."""
+    names = (str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr")
+    return [graph for name in names if isinstance(graph := getattr(gm, name, None), fx.GraphModule)]
 
 
 def modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
@@ -84,8 +93,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
             key: twins.get(value, value) if isinstance(value, fx.Node) else value
             for key, value in node.meta.items()
         }
-    for body in list(bodies(twin)):
-        setattr(twin, body.attribute, copy_graph(body.module))
+    for name in dict.fromkeys(str(node.target) for node in twin.graph.nodes if node.op == "get_attr"):
+        if isinstance(body := getattr(twin, name, None), fx.GraphModule):
+            setattr(twin, name, copy_graph(body))
     return twin
 
 
@@ -106,22 +116,44 @@ def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None if None in sizes else tuple(size for size in sizes if size is not None)
 
 
-def insert_after(node: fx.Node, function: Any, *arguments: Any) -> fx.Node:
-    """The result of a function or method (by name) on `node`, placed right after it, marked as inserted.
+Step = tuple[Any, ...]
+"""The name of a tensor's method, and its arguments."""
 
-    Its fake tensor is recorded as Dynamo would have, where `node` has one.
-    """
-    method = isinstance(function, str)
-    with node.graph.inserting_after(node):
-        new = node.graph.create_node(
-            "call_method" if method else "call_function", function, (node, *arguments)
-        )
-    new.meta["inserted"] = True
-    if (value := tensor_of(node)) is not None:
-        with getattr(value, "fake_mode", nullcontext()):
-            apply = getattr(value, function) if method else partial(function, value)
-            new.meta["example_value"] = apply(*arguments)
-    return new
+
+class Operand(NamedTuple):
+    """A tensor of a graph, and the methods that bring it into another form."""
+
+    node: fx.Node
+    steps: tuple[Step, ...] = ()
+
+    def then(self, *steps: Step) -> "Operand":
+        """With further steps at the end."""
+        return Operand(self.node, (*self.steps, *steps))
+
+    @property
+    def value(self) -> Tensor | None:
+        """The fake tensor after the steps; None where Dynamo recorded none."""
+        value = tensor_of(self.node)
+        return None if value is None else step_through(value, self.steps)
+
+    def insert_before(self, place: fx.Node) -> fx.Node:
+        """Place the steps right before a node, marked as inserted: they read what the tensor holds there."""
+        node, value = self.node, tensor_of(self.node)
+        for step in self.steps:
+            with place.graph.inserting_before(place):
+                node = place.graph.call_method(step[0], (node, *step[1:]))
+            node.meta["inserted"] = True
+            if value is not None:
+                value = node.meta["example_value"] = step_through(value, [step])
+        return node
+
+
+def step_through(value: Tensor, steps: Iterable[Step]) -> Tensor:
+    """The tensor after the steps; a fake one stays in its mode."""
+    with getattr(value, "fake_mode", nullcontext()):
+        for method, *arguments in steps:
+            value = getattr(value, method)(*arguments)
+    return value
 
 
 def module_path(node: fx.Node) -> str:
@@ -131,7 +163,8 @@ def module_path(node: fx.Node) -> str:
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
     path = re.sub(r"\['(\w+)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
-    return re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
+    path = re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
+    return without_wrappers(path)
 
 
 def module_class(node: fx.Node) -> str:

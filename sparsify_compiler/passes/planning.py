@@ -49,9 +49,9 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
     refusals = [refusal(*pair) for pair in pairs]
     eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
-    entries = iter(
-        _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
-    )
+    decided = _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
+    known_as = _known_as(eligible, decided)
+    entries = iter(decided)
     densities: dict[object, float | None] = {}
     plans = []
     for (site, layout), why in zip(pairs, refusals, strict=True):
@@ -59,6 +59,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         if entry is None or entry.method.name == "dense":
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=reason))
             continue
+        site = replace(site, known_as=known_as.get(site.name, ""))
         method = entry.method.fit(site, layout)
         provider = providers.choose(
             config.provider,
@@ -112,6 +113,18 @@ def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[tuple[Entry | N
     """The same by a policy, which speaks of sites with a grid alone."""
     chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
     return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
+
+
+def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, str]]) -> dict[str, str]:
+    """Site -> its name where something was learnt for it, of sites that read what was learnt."""
+    readers: dict[LearningMethod, list[str]] = {}
+    for (site, _), (entry, _) in zip(eligible, entries, strict=True):
+        if entry is not None and isinstance(entry.method, LearningMethod):
+            readers.setdefault(entry.method, []).append(site.name)
+    found: dict[str, str] = {}
+    for method, names in readers.items():
+        found |= method.known_as(names)
+    return found
 
 
 def _until(method: object) -> str:

@@ -1,286 +1,507 @@
 """Attention written by hand: softmax(scale * q kᵀ + mask) v, in the spellings people use.
 
-Read backwards from the second product. Products: `@`, `matmul`, `bmm`, `baddbmm` (the first), `einsum`. Between
-them: casts, `* scale` or `/ scale` with a number, `+ mask` or `masked_fill(mask, -inf)`, softmax over the last
-dimension, dropout. Anything else, and it is not attention to us.
+What looks like attention is a softmax over the keys between two products. It is found from its second product
+backwards, then read strictly from its first. Products are `@`, `matmul`, `bmm`, `baddbmm` (the first) and `einsum`.
+Between them stand, in this order, casts to types that hold the scores, `* scale` or `/ scale` by numbers, a mask
+(`+ mask`, `masked_fill(mask, -inf)`, `where(mask, scores, -inf)`), softmax over the last dimension, and dropout.
+Batch dimensions may be regrouped. Anything else, or another order, and the call stays as it is, with the reason.
+
+Rewritten attention reads its tensors where the second product stands, so nothing may write to them in between.
 """
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify_compiler.passes.fx import insert_after, tensor_of
+from sparsify_compiler.passes.fx import Operand, Step, sizes_of, tensor_of
+from sparsify_compiler.passes.writes import may_be_written
 
-_MATMUL = (torch.matmul, operator.matmul, torch.bmm)
-_CASTS = ("to", "float", "half", "bfloat16", "type", "type_as", "contiguous")
-_WRITERS = (operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv)
-_REGROUPS = ("view", "reshape", "flatten", "unflatten", torch.flatten, torch.reshape)
+_MATMULS = {operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
+_BADDBMMS = {torch.baddbmm, "baddbmm"}
+_ADDED_MATMULS = {*_BADDBMMS, torch.addmm, "addmm"}
+_EINSUMS = {torch.einsum}
+_SOFTMAXES = {F.softmax, torch.softmax, "softmax"}
+_LIKE_SOFTMAX = {*_SOFTMAXES, F.softmin, F.log_softmax, torch.log_softmax, "log_softmax"}
+_DROPOUTS = {F.dropout}
+_CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous"}
+_REGROUPS = {"view", "reshape", "flatten", "unflatten", torch.flatten, torch.reshape, torch.unflatten}
+_TRANSPOSES = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
+_PERMUTES = {"permute", torch.permute}
+_TIMES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
+_DIVIDES = {
+    operator.truediv,
+    operator.itruediv,
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+    "div",
+    "div_",
+    "divide",
+}
+_PLUS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_FILLS = {torch.masked_fill, "masked_fill", "masked_fill_"}
+_CHOOSES = {torch.where, "where"}
+_INVERTS = {operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", "__invert__"}
 _HIDDEN = -1e9
 """A score filled with this or less weighs nothing beside others, and among its like all weigh the same."""
+_HIDING = -1e30
+"""Added to any score, it is that score's only digits."""
+_MOST_NODES = 16
+"""Looked at between a product and the softmax."""
+
+Sizes = tuple[int, ...]
 
 
-def match_unfused(node: fx.Node) -> dict[str, Any] | None:
-    """The parts of the attention whose second product is `node`, as fields of `capture.Call`, or None."""
-    second = _product(node)
-    if second is None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfused:
+    """Attention by hand: output = finish(softmax(scale * q kᵀ + mask) v)."""
+
+    chain: tuple[fx.Node, ...]
+    """From the first product to the second; each reads the one before."""
+    query: Operand
+    """[*lead, Sq, D] beside scores [*lead, Sq, Sk]"""
+    key: Operand
+    """[*lead, Sk, D]"""
+    value: Operand
+    """[*lead, Sk, Dv]"""
+    mask: Operand | None
+    """Additive, or boolean with True where a key is seen; broadcasts to the scores."""
+    scale: float
+    finish: tuple[Step, ...]
+    """Bring [*lead, Sq, Dv] into the form of the output."""
+    refusal: str
+    """Why it cannot be rewritten; empty if it can."""
+
+
+class NotRead(Exception):
+    """The message says what keeps a softmax between two products from being read as attention."""
+
+
+def find_chain(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The nodes from the first product to `node`, if that is the second product of what looks like attention."""
+    for weights, dim in _contracted(node):
+        after = _climb(weights, dim, lambda one, dim: softmax_dim(one) == dim)
+        if after is None:
+            continue
+        scores = _argument(after[-1][0], 0, "input")
+        before = _climb(scores, after[-1][1], lambda one, _: bool(factors(one)))
+        if before is not None:
+            return (*(one for one, _ in (*reversed(before), *reversed(after))), node)
+    return None
+
+
+def _contracted(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """(operand, its dimension, from the end, that is summed over) of a product."""
+    if (parsed := _einsum(node)) is not None:
+        left, right, out, a, b = parsed
+        for letters, others, operand in ((left, right, a), (right, left, b)):
+            summed = [i for i, letter in enumerate(letters) if letter in others and letter not in out]
+            if len(summed) == 1:
+                yield operand, summed[0] - len(letters)
+    elif both := factors(node):
+        yield both[0], -1
+        yield both[1], -2
+
+
+def _climb(start: Any, dim: int, found: Callable[[fx.Node, int], bool]) -> list[tuple[fx.Node, int]] | None:
+    """The way from `start` up to a node that is looked for, along tensors that have its dimension `dim`."""
+    ways = [[(start, dim)]] if isinstance(start, fx.Node) else []
+    seen: set[fx.Node] = set()
+    while ways and len(seen) < _MOST_NODES:
+        way = ways.pop()
+        node, dim = way[-1]
+        if node in seen:
+            continue
+        seen.add(node)
+        if found(node, dim):
+            return way
+        ways += [[*way, step] for step in _carried(node, dim)]
+    return None
+
+
+def _carried(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
+    """(input, where it has the dimension `dim` of the output) of a call that keeps the last sizes."""
+    if node.op not in ("call_function", "call_method") or factors(node):
+        return []
+    out = _sizes(node)
+    if (order := _order(node, len(out))) is not None:
+        return [(node.args[0], order[dim] - len(out))]  # type: ignore[list-item]
+    sizes = [(one, _sizes(one)) for one in reversed(node.all_input_nodes)]
+    return [(one, dim) for one, have in sizes if have and out and have[min(dim, -2) :] == out[min(dim, -2) :]]
+
+
+def _order(node: fx.Node, rank: int) -> list[int] | None:
+    """Where each dimension of the output lies in the input, of a call that moves dimensions."""
+    dims = list(range(rank))
+    if _is(node, _PERMUTES):
+        given = node.args[1] if len(node.args) == 2 else node.args[1:]
+        moved = list(given) if isinstance(given, (tuple, list)) else []
+        whole = len(moved) == rank and all(isinstance(dim, int) for dim in moved)
+        return [dim % rank for dim in moved] if whole else None
+    if node.target is getattr and node.args[1:] in (("mT",), ("T",)):
+        swapped: tuple[Any, ...] = (-1, -2)
+    elif _is(node, _TRANSPOSES):
+        swapped = node.args[1:]
+    else:
         return None
-    weights, value, finish = second
+    if rank < 2 or len(swapped) != 2 or not all(isinstance(dim, int) for dim in swapped):
+        return None
+    a, b = swapped
+    dims[a], dims[b] = dims[b], dims[a]
+    return dims
+
+
+def softmax_dim(node: fx.Node) -> int | None:
+    """The dimension, from the end, of a softmax or its logarithm."""
+    if not _is(node, _LIKE_SOFTMAX):
+        return None
+    dim, rank = _argument(node, 1, "dim"), len(_sizes(node))
+    return dim % rank - rank if isinstance(dim, int) and rank else None
+
+
+def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
+    """Attention as the chain of `find_chain` has it.
+
+    Raises:
+        NotRead: something between its products is no part of attention, or not in this order.
+    """
+    product, last = chain[0], chain[-1]
+    middle = next(i for i, node in enumerate(chain) if softmax_dim(node) is not None)
+    _check_types(chain, middle)
+    query, key, scale, added = _first_product(product)
+    lead_node = next((node for node in chain[:-1] if len(_sizes(node)) == 4), product)
+    lead = _sizes(lead_node)[:-2]
+    if len(lead) not in (1, 2):
+        raise NotRead(f"its scores have {len(lead) + 2} dimensions")
+    mask = None if added is None else _led(added, product, lead_node, broadcasts=True)
+    reads = {"query": (query.node, product), "key": (key.node, product)}
+    if added is not None:
+        reads["mask"] = added.node, product
+    for before, node in pairwise(chain[:middle]):
+        if _is_cast(node) or _is_regroup(node, before):
+            continue
+        if (number := _factor(node, before)) is not None:
+            if mask is not None:
+                raise NotRead("its mask is scaled with its scores")
+            scale *= number
+        elif (found := _mask(node, before)) is not None:
+            if mask is not None:
+                raise NotRead("it has two masks")
+            read, reader = found
+            mask = _led(read, node, lead_node, broadcasts=True)
+            reads["mask"] = read.node, reader
+        else:
+            raise NotRead(f"its scores go through {_name(node)}")
+    softmax = chain[middle]
+    if not _is(softmax, _SOFTMAXES):
+        raise NotRead(f"its weights are those of {_name(softmax)}")
+    if softmax_dim(softmax) != -1:
+        raise NotRead("its softmax does not run over the last dimension")
     refusal = ""
-    weights = _skip_views(weights)
-    if _is(weights, F.dropout):
-        arguments = dict(zip(("input", "p", "training"), weights.args, strict=False)) | dict(weights.kwargs)
-        if arguments.get("training", True) and arguments.get("p", 0.5) > 0:
-            refusal = "dropout inside attention"
-        weights = _skip_views(arguments["input"])
-    scores = _softmax_input(weights)
-    if scores is None:
-        return None
-    lead = tuple(tensor_of(weights).shape[:-2])  # type: ignore[union-attr]
-    scores, mask = _mask(_skip_views(scores))
-    scores, scale = _scale(scores)
-    first = _scores_product(scores)
-    if first is None:
-        return None
-    query, key, factor, added = first
-    if len(lead) not in (1, 2) or (added is not None and mask is not None):
-        return None
-    operands = query, key, value()
-    if not _private(scores, node) or any(map(_written, operands)):
-        return None
-    query, key, values = (_led_by(operand, lead) for operand in operands)
-    return {
-        "query": query,
-        "key": key,
-        "value": values,
-        "mask": mask if added is None else added,
-        "scale": scale * factor,
-        "refusal": refusal,
-        "finish": _finish(node, lead, finish),
-    }
-
-
-def _is(node: Any, *targets: Any) -> bool:
-    """Whether a node calls one of these functions, or a method of one of these names."""
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return False
-    return any(node.target is target or node.target == target for target in targets)
-
-
-def _plain(node: Any, *targets: Any) -> bool:
-    """As `_is`, and the call has nothing but positional arguments: no `out`, no `alpha`, no rounding mode."""
-    return _is(node, *targets) and not node.kwargs
-
-
-def _private(first: fx.Node, last: fx.Node) -> bool:
-    """Whether nothing but the way from `first` to `last` sees what lies on it, so that nothing can change it."""
-    while first is not last:
-        if len(first.users) != 1:
-            return False
-        first = next(iter(first.users))
-    return True
-
-
-def _written(node: fx.Node) -> bool:
-    """Whether some call writes into this tensor."""
-    return any(
-        (user.args[:1] == (node,) and _in_place(user)) or user.kwargs.get("out") is node
-        for user in node.users
+    for before, node in pairwise(chain[middle:-1]):
+        if _is(node, _DROPOUTS):
+            if _argument(node, 2, "training", True) and _argument(node, 1, "p", 0.5) > 0:
+                refusal = "dropout inside attention"
+        elif not (_is_cast(node) or _is_regroup(node, before)):
+            raise NotRead(f"its weights go through {_name(node)}")
+    weights = chain[-2]
+    value, finish = _second_product(last, weights)
+    parts = {"query": (query, product), "key": (key, product), "value": (value, weights)}
+    query, key, value = (
+        _led(operand, place, lead_node, name=name) for name, (operand, place) in parts.items()
+    )
+    return Unfused(
+        chain=chain,
+        query=query,
+        key=key,
+        value=value,
+        mask=mask,
+        scale=scale,
+        finish=(*_regrouping(lead_node, weights), *finish),
+        refusal=refusal
+        or _watched(chain, middle)
+        or _written(gm, reads, last)
+        or _ungraded(chain, query, key),
     )
 
 
-def _in_place(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    name = getattr(node.target, "__name__", "")
+def _check_types(chain: Sequence[fx.Node], middle: int) -> None:
+    """Raise NotRead where scores or weights pass through a type that does not hold them, or another device."""
+    tensors = [tensor_of(node) for node in chain]
+    if any(tensor is None for tensor in tensors):
+        raise NotRead("its tensors were not recorded by Dynamo")
+    first, last = tensors[0], tensors[-1]
+    for i, (node, tensor) in enumerate(zip(chain, tensors, strict=True)):
+        held = first.dtype if i <= middle else last.dtype  # type: ignore[union-attr]
+        what = "scores" if i <= middle else "weights"
+        dtype = tensor.dtype  # type: ignore[union-attr]
+        if not dtype.is_floating_point or torch.promote_types(dtype, held) != dtype:
+            raise NotRead(f"its {what} are cast from {held} to {dtype}")
+        if tensor.device != first.device:  # type: ignore[union-attr]
+            raise NotRead(f"its {what} change device")
+        if not _sizes(node):
+            raise NotRead("its sizes are known only at run time")
+    if first.dtype != last.dtype and _autocasts(chain[-1]):  # type: ignore[union-attr]
+        raise NotRead("autocast is not the same at both of its products")
+
+
+def _autocasts(product: fx.Node) -> bool:
+    """Whether autocast is on at a product: its output has not the type that its operands promote to."""
+    dtypes = [tensor_of(one).dtype for one in (*factors(product), product)]  # type: ignore[misc, union-attr]
+    return torch.promote_types(dtypes[0], dtypes[1]) != dtypes[2]
+
+
+def _watched(chain: Sequence[fx.Node], middle: int) -> str:
+    """Whether something else reads, or writes, what lies between the products; in words."""
+    for i, (node, following) in enumerate(pairwise(chain)):
+        if set(node.users) != {following}:
+            return f"its {'weights' if i >= middle else 'scores'} are used elsewhere too"
+    return ""
+
+
+def _written(gm: fx.GraphModule, reads: Mapping[str, tuple[fx.Node, fx.Node]], last: fx.Node) -> str:
+    """Whether something may write to a tensor between the node that reads it and the second product; in words."""
+    for name, (node, reader) in reads.items():
+        if may_be_written(gm, node, reader, last):
+            return f"its {name} is written to between its products"
+    return ""
+
+
+def _ungraded(chain: Sequence[fx.Node], query: Operand, key: Operand) -> str:
+    """Whether gradients end between the products though they would go on; in words."""
+    *between, last = (tensor_of(node).requires_grad for node in chain)  # type: ignore[union-attr]
+    wanted = any(tensor_of(one.node).requires_grad for one in (query, key))  # type: ignore[union-attr]
+    return "gradients are switched off between its products" if last and wanted and not all(between) else ""
+
+
+# ---- Products ----------------------------------------------------------------------------------------------------
+
+
+def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two tensors that a node multiplies as matrices."""
+    if (parsed := _einsum(node)) is not None:
+        return parsed[3], parsed[4]
+    start = 1 if _is(node, _ADDED_MATMULS) else 0 if _is(node, _MATMULS) else None
+    if start is None or len(node.args) != start + 2:
+        return None
+    a, b = node.args[start:]
+    return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
+
+
+def _first_product(node: fx.Node) -> tuple[Operand, Operand, float, Operand | None]:
+    """(query, key, factor, added mask) of q kᵀ."""
+    if _is(node, _BADDBMMS) and node.kwargs.keys() <= {"beta", "alpha"}:
+        added, query, key_t = node.args
+        beta, alpha = (_number(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
+        if beta not in (0.0, 1.0) or alpha is None:
+            raise NotRead("its first product is a baddbmm with a factor for its mask")
+        mask = Operand(added) if beta else None  # type: ignore[arg-type]
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), alpha, mask  # type: ignore[arg-type]
+    if _is(node, _MATMULS) and not node.kwargs:
+        query, key_t = node.args
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), 1.0, None  # type: ignore[arg-type]
+    if (parsed := _einsum(node)) is None or len(parsed[2]) < 2:
+        raise NotRead(f"its first product is a {_name(node)} with options")
+    left, right, out, a, b = parsed
+    *batch, i, j = out
+    if i not in left:
+        left, right, a, b = right, left, b, a
+    inner = [letter for letter in left if letter in right and letter not in out]
+    query, key = Operand(a), Operand(b)
+    return _permuted(query, left, [*batch, i, *inner]), _permuted(key, right, [*batch, j, *inner]), 1.0, None
+
+
+def _second_product(node: fx.Node, weights: fx.Node) -> tuple[Operand, tuple[Step, ...]]:
+    """(value, steps from [..., Sq, Dv] to the output)."""
+    if _is(node, _MATMULS) and not node.kwargs:
+        first, value = node.args
+        if first is not weights or value is weights:
+            raise NotRead("its second product does not have the weights on the left")
+        return Operand(value), ()  # type: ignore[arg-type]
+    if (parsed := _einsum(node)) is None:
+        raise NotRead(f"its second product is a {_name(node)} with options")
+    left, right, out, a, b = parsed
+    if a is not weights:
+        left, right, a, b = right, left, b, a
+    *batch, i, j = left
+    rest = [letter for letter in right if letter not in left]
+    natural = [*batch, i, *rest]
+    if b is weights or len(rest) != 1 or sorted(out) != sorted(natural):
+        raise NotRead("its second product is an einsum that sums over more than the keys")
+    finish = () if out == natural else (("permute", *[natural.index(letter) for letter in out]),)
+    return _permuted(Operand(b), right, [*batch, j, *rest]), finish
+
+
+def _einsum(node: fx.Node) -> tuple[list[str], list[str], list[str], fx.Node, fx.Node] | None:
+    """(left, right and output letters, left and right operand) of a two-operand einsum without ellipsis."""
+    if not _is(node, _EINSUMS) or node.kwargs:
+        return None
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    equation = equation.replace(" ", "") if isinstance(equation, str) else ""
+    if len(operands) != 2 or "." in equation or "->" not in equation:
+        return None
+    inputs, out = equation.split("->")
+    left, right = inputs.split(",")
+    return list(left), list(right), list(out), *operands  # type: ignore[return-value]
+
+
+def _permuted(operand: Operand, have: list[str], want: list[str]) -> Operand:
+    if sorted(have) != sorted(want) or len(set(have)) != len(have):
+        raise NotRead("its einsum is no product of matrices")
+    return operand if have == want else operand.then(("permute", *[have.index(letter) for letter in want]))
+
+
+# ---- Between the products ----------------------------------------------------------------------------------------
+
+
+def _is_cast(node: fx.Node) -> bool:
+    """Whether a node changes type or strides at most."""
+    return _is(node, _CASTS)
+
+
+def _is_regroup(node: fx.Node, before: fx.Node) -> bool:
+    """Whether a node reshapes the batch dimensions of scores, and nothing else."""
     return (
-        node.target in _WRITERS
-        or (name.endswith("_") and not name.endswith("__"))
-        or bool(node.kwargs.get("inplace"))
+        _is(node, _REGROUPS)
+        and _sizes(node)[-2:] == _sizes(before)[-2:]
+        and tensor_of(node).dtype == tensor_of(before).dtype  # type: ignore[union-attr]
     )
 
 
-def _skip_views(node: Any) -> Any:
-    """Through casts, and through reshapes that regroup the batch dimensions of scores alone."""
-    while _is(node, *_CASTS, *_REGROUPS):
-        if _is(node, *_REGROUPS):
-            after, before = tensor_of(node), tensor_of(node.args[0])
-            if after is None or before is None or after.shape[-2:] != before.shape[-2:]:
-                break
-        node = node.args[0]
-    return node
+def _factor(node: fx.Node, scores: fx.Node) -> float | None:
+    """The number that scores are multiplied by."""
+    if node.kwargs or len(node.args) != 2:
+        return None
+    a, b = node.args
+    if _is(node, _TIMES):
+        return _number(b if a is scores else a)
+    if _is(node, _DIVIDES) and a is scores and (number := _number(b)):
+        return 1.0 / number
+    return None
 
 
-def _led_by(node: fx.Node, lead: tuple[Any, ...]) -> fx.Node:
-    """`node` with batch dimensions `lead` (and its last two), regrouped where it has others."""
+def _mask(node: fx.Node, scores: fx.Node) -> tuple[Operand, fx.Node] | None:
+    """(mask, the node that reads it) where one is added to scores, or hides some of them."""
+    if _is(node, _PLUS) and not node.kwargs and len(node.args) == 2 and _sizes(node) == _sizes(scores):
+        a, b = node.args
+        mask = b if a is scores else a
+        value = tensor_of(mask)
+        if value is None or not value.dtype.is_floating_point or mask is scores:
+            return None
+        return Operand(mask), node  # type: ignore[arg-type]
+    if _is(node, _FILLS) and _argument(node, 0, "input") is scores:
+        hidden, fill = _argument(node, 1, "mask"), _argument(node, 2, "value")
+        return _hiding(node, scores, hidden, fill, seen=False)
+    if _is(node, _CHOOSES) and len(node.args) == 3 and not node.kwargs:
+        # where(condition, x, y), x.where(condition, y)
+        x, condition, y = (
+            node.args if node.op == "call_method" else (node.args[1], node.args[0], node.args[2])
+        )
+        if x is scores:
+            return _hiding(node, scores, condition, y, seen=True)
+        if y is scores:
+            return _hiding(node, scores, condition, x, seen=False)
+    return None
+
+
+def _hiding(
+    node: fx.Node, scores: fx.Node, condition: Any, fill: Any, *, seen: bool
+) -> tuple[Operand, fx.Node] | None:
+    """(mask, the node that reads it) where scores are kept or filled by a condition.
+
+    Args:
+        seen: whether the condition is true where scores are kept.
+    """
+    number = _number(fill)
+    hides = max(_HIDDEN, torch.finfo(tensor_of(scores).dtype).min)  # type: ignore[union-attr]
+    if number is None or not number <= hides or not _is_bool(condition) or _sizes(node) != _sizes(scores):
+        return None
+    reader = node
+    if _is(condition, _INVERTS) and _is_bool(condition.args[0]):
+        condition, reader, seen = condition.args[0], condition, not seen
+    mask = Operand(condition)
+    if number == -math.inf:
+        return (mask if seen else mask.then(("logical_not",))), reader
+    hidden = mask.then(("logical_not",)) if seen else mask
+    return hidden.then(("to", torch.float32), ("mul", _HIDING)), reader
+
+
+def _is_bool(node: Any) -> bool:
     value = tensor_of(node)
-    if value is None or value.dim() - 2 == len(lead):
-        return node
+    return value is not None and value.dtype == torch.bool
+
+
+# ---- Batch dimensions --------------------------------------------------------------------------------------------
+
+
+def _led(
+    operand: Operand, place: fx.Node, lead_node: fx.Node, *, broadcasts: bool = False, name: str = "mask"
+) -> Operand:
+    """An operand of scores or weights `place` with the batch dimensions of those of `lead_node`.
+
+    Args:
+        broadcasts: whether the operand may have fewer or smaller dimensions, as a mask.
+    """
+    value = operand.value
+    sizes = None if value is None else sizes_of(value)
+    if sizes is None:
+        raise NotRead(f"its {name} was not recorded by Dynamo")
+    here = _sizes(place)[:-2]
+    steps = _regrouping(place, lead_node)
+    if broadcasts:
+        if len(sizes) < len(here) + 2 or not steps:
+            return operand
+        if sizes[:-2] == (1,):
+            return operand.then(("unsqueeze", 0))
+    if sizes[:-2] != here:
+        raise NotRead(f"its {name} has the sizes {sizes} beside scores {_sizes(place)}")
+    return operand.then(*steps)
+
+
+def _regrouping(before: fx.Node, after: fx.Node) -> tuple[Step, ...]:
+    """Bring the batch dimensions of scores `before` into those of `after`."""
+    have, want = _sizes(before)[:-2], _sizes(after)[:-2]
+    if have == want:
+        return ()
+    if math.prod(have) == math.prod(want) and {len(have), len(want)} == {1, 2}:
+        if len(want) == 1:
+            return (("flatten", 0, 1),)
+        return (("unflatten", 0, (-1, int(tensor_of(after).shape[1]))),)  # type: ignore[union-attr]
+    raise NotRead(f"its batch dimensions {list(have)} are regrouped to {list(want)}")
+
+
+# ---- Nodes -------------------------------------------------------------------------------------------------------
+
+
+def _is(node: Any, targets: Collection[Any]) -> bool:
+    """Whether a node calls one of these functions, or a method of one of these names."""
     return (
-        insert_after(node, "flatten", 0, 1)
-        if len(lead) == 1
-        else insert_after(node, "unflatten", 0, tuple(map(int, lead)))
+        isinstance(node, fx.Node) and node.op in ("call_function", "call_method") and node.target in targets
     )
 
 
-def _finish(node: fx.Node, lead: tuple[Any, ...], finish: "_Finish | None") -> "_Finish | None":
-    """Also regroup the output's batch dimensions, where the second product had others than the scores."""
-    out = tensor_of(node)
-    if finish is not None or out is None or out.dim() - 2 == len(lead):
-        return finish
-    if len(lead) == 1:
-        sizes = tuple(int(size) for size in out.shape[:-2])
-        return lambda result: insert_after(result, "unflatten", 0, sizes)
-    return lambda result: insert_after(result, "flatten", 0, 1)
+def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _softmax_input(node: Any) -> fx.Node | None:
-    if not _is(node, F.softmax, torch.softmax, "softmax"):
-        return None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    out = tensor_of(node)
-    if out is None or not isinstance(dim, int) or dim % out.dim() != out.dim() - 1:
-        return None
-    return node.args[0] if node.args else node.kwargs.get("input")
+def _sizes(node: Any) -> Sizes:
+    """The sizes of a node's tensor, not specialised; none where it has none, or they are known only at run time."""
+    value = tensor_of(node)
+    return () if value is None else sizes_of(value) or ()
 
 
-def _mask(node: Any) -> tuple[Any, fx.Node | None]:
-    """(scores without their mask, the mask: additive, or boolean with True where a key is seen)."""
-    if _plain(node, operator.add, torch.add, "add", operator.iadd):
-        a, b = node.args
-        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            a_tensor, b_tensor = tensor_of(a), tensor_of(b)
-            if a_tensor is not None and b_tensor is not None and a_tensor.is_floating_point():
-                scores, mask = (a, b) if a_tensor.numel() >= b_tensor.numel() else (b, a)
-                if tensor_of(mask).is_floating_point():  # type: ignore[union-attr]
-                    return _skip_views(scores), mask
-    if _plain(node, "masked_fill", torch.masked_fill):
-        scores, hidden, fill = node.args
-        if isinstance(hidden, fx.Node) and (number := _number(fill)) is not None and number <= _HIDDEN:
-            exact = number == -torch.inf
-            return _skip_views(scores), _negated(hidden) if exact else insert_after(
-                hidden, torch.where, number, 0.0
-            )
-    return node, None
-
-
-def _negated(mask: fx.Node) -> fx.Node:
-    """The boolean mask that is true where `mask` is not."""
-    if _is(mask, operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not"):
-        return mask.args[0]  # type: ignore[return-value]
-    return insert_after(mask, "logical_not")
-
-
-def _scale(node: Any) -> tuple[Any, float]:
-    """(scores before a multiplication by a number, that number)."""
-    if _plain(node, operator.mul, torch.mul, "mul", operator.imul):
-        for x, factor in (node.args, node.args[::-1]):
-            if isinstance(x, fx.Node) and (number := _number(factor)) is not None:
-                return _skip_views(x), number
-    if _plain(node, operator.truediv, torch.div, "div", operator.itruediv):
-        number = _number(node.args[1])
-        if number:
-            return _skip_views(node.args[0]), 1.0 / number
-    return node, 1.0
-
-
-def _scores_product(node: Any) -> tuple[fx.Node, fx.Node, float, fx.Node | None] | None:
-    """(query, key, factor, added mask) of the first product q kᵀ."""
-    if (
-        _is(node, torch.baddbmm, "baddbmm")
-        and len(node.args) == 3
-        and node.kwargs.keys() <= {"beta", "alpha"}
-    ):
-        added, query, key_t = node.args
-        beta, alpha = _number(node.kwargs.get("beta", 1)), _number(node.kwargs.get("alpha", 1))
-        if beta not in (0.0, 1.0) or alpha is None:
-            return None
-        return query, _transposed(key_t), alpha, added if beta else None
-    if _plain(node, *_MATMUL, "matmul", "bmm", "__matmul__"):
-        query, key_t = node.args
-        return query, _transposed(key_t), 1.0, None
-    if (parsed := _einsum(node)) is None:
-        return None
-    left, right, out, a, b = parsed
-    if len(out) not in (3, 4):
-        return None
-    *batch, i, j = out
-    if i not in left:
-        left, right, a, b = right, left, b, a
-    inner = [letter for letter in left if letter in right and letter not in out]
-    if (
-        len(inner) != 1
-        or sorted(left) != sorted([*batch, i, *inner])
-        or sorted(right) != sorted([*batch, j, *inner])
-    ):
-        return None
-    return _permuted(a, left, [*batch, i, *inner]), _permuted(b, right, [*batch, j, *inner]), 1.0, None
-
-
-_Finish = Callable[[fx.Node], fx.Node]
-
-
-def _product(node: fx.Node) -> tuple[Any, Callable[[], fx.Node], _Finish | None] | None:
-    """(weights, how to get the value as [..., Sk, Dv], how to finish the output) of the second product."""
-    if _plain(node, *_MATMUL, "matmul", "bmm", "__matmul__"):
-        weights, value = node.args
-        if isinstance(weights, fx.Node) and isinstance(value, fx.Node):
-            return weights, lambda: value, None
-    if (parsed := _einsum(node)) is None:
-        return None
-    left, right, out, a, b = parsed
-    if len(left) not in (3, 4):
-        return None
-    *batch, i, j = left
-    rest = [letter for letter in right if letter not in left]
-    if len(rest) != 1 or j not in right or sorted(right) != sorted([*batch, j, *rest]):
-        return None
-    natural = [*batch, i, *rest]
-    if sorted(out) != sorted(natural):
-        return None
-
-    def finish(result: fx.Node) -> fx.Node:
-        return insert_after(result, "permute", *[natural.index(letter) for letter in out])
-
-    return a, lambda: _permuted(b, right, [*batch, j, *rest]), None if out == natural else finish
-
-
-def _einsum(node: Any) -> tuple[list[str], list[str], list[str], fx.Node, fx.Node] | None:
-    """(left, right and output letters, left and right operand) of a two-operand einsum without ellipsis."""
-    if not _plain(node, torch.einsum):
-        return None
-    equation, *operands = node.args
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = list(operands[0])
-    equation = equation.replace(" ", "") if isinstance(equation, str) else ""
-    if len(operands) != 2 or "..." in equation or "->" not in equation:
-        return None
-    inputs, out = equation.split("->")
-    left, right = inputs.split(",")
-    return list(left), list(right), list(out), *operands
-
-
-def _permuted(node: fx.Node, have: list[str], want: list[str]) -> fx.Node:
-    if have == want:
-        return node
-    dims = [have.index(letter) for letter in want]
-    return insert_after(node, "permute", *dims)
-
-
-def _transposed(node: fx.Node) -> fx.Node:
-    """The key, given its transpose; reuses the tensor that was transposed."""
-    if _is(node, "transpose", torch.transpose) and len(node.args) == 3:
-        x, a, b = node.args
-        value = tensor_of(x)
-        if value is not None and isinstance(a, int) and isinstance(b, int):
-            last = {value.dim() - 1, value.dim() - 2}
-            if {a % value.dim(), b % value.dim()} == last:
-                return x  # type: ignore[return-value]
-    return insert_after(node, "transpose", -1, -2)
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

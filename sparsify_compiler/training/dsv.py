@@ -31,6 +31,7 @@ from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
+from sparsify_compiler.names import ROOT, align, without_wrappers
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
 from sparsify_compiler.training.cost import Cost, measured_cost
@@ -211,6 +212,7 @@ class DSVTrainer:
         self.steps = 0
         self.progress: Progress | None = None
         """Of the last profile."""
+        self._modules = [without_wrappers(name) or ROOT for name, _ in module.named_modules()]
         self._state = share_state(module.parameters())
         self._learning = self._state.learning = Learning()
         self._sites: dict[str, _Site] = {}
@@ -292,10 +294,35 @@ class DSVTrainer:
             raise SparsifyError(
                 f"the state is of {state['world_size']} ranks, this run has {_world_size()}: resume on as many"
             )
+        state = self._renamed(state)
         self.steps, self._learning.sparse = state["steps"], state["sparse"]
         self._learning.choices = {name: Choice(*choice) for name, choice in state["choices"].items()}
         self._state.learned = {name: tensor.clone() for name, tensor in state["learned"].items()}
         self._sites, self._optimizer, self._loaded = {}, None, state
+
+    def _renamed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The state with its sites named as in this model, where they differ by the path of a wrapper."""
+        sites = {name: name.partition("#") for name in state["profiles"]}
+        aligned = align(list(dict.fromkeys(module for module, *_ in sites.values())), self._modules)
+        if aligned is None:
+            return state
+        names = {name: "".join((aligned.names[module], *rest)) for name, (module, *rest) in sites.items()}
+
+        def rename(name: str) -> str:
+            return names.get(name, name)
+
+        def rename_part(name: str) -> str:
+            site, dot, part = name.rpartition(".")
+            return f"{rename(site)}{dot}{part}"
+
+        return {
+            **state,
+            "learned": {rename_part(name): tensor for name, tensor in state["learned"].items()},
+            **{
+                part: {rename(name): held for name, held in state[part].items()}
+                for part in ("profiles", "choices")
+            },
+        }
 
     def _find_sites(self) -> None:
         """Take notice of the sites that programs have called."""

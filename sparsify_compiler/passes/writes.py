@@ -1,0 +1,173 @@
+"""Whether a tensor still holds, later in a graph, what it held where it was read.
+
+Tensors are known by their storage: the fake tensors that Dynamo recorded for a view and for its base share one, as
+do those of inputs that overlap. A node that cannot be proved to only read writes to every tensor that it is given.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from types import BuiltinFunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsify_compiler import _torch
+from sparsify_compiler.passes.fx import graphs_in, sizes_of, value_of
+
+_WRITERS = (
+    operator.setitem, operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift,
+    operator.imatmul, operator.imod, operator.imul, operator.ior, operator.ipow, operator.irshift, operator.isub,
+    operator.itruediv, operator.ixor,
+)  # fmt: skip
+"""Operators of Python that write to their first operand."""
+
+
+def may_be_written(gm: fx.GraphModule, tensor: fx.Node, reader: fx.Node, place: fx.Node) -> bool:
+    """Whether something may write to a tensor from the node that reads it on, and before `place`.
+
+    Args:
+        reader, place: nodes of the graph of `gm`, in this order.
+    """
+    held = _storages(tensor)
+    node = place
+    while node is not reader:
+        node = node.prev
+        written = _written(gm, node)
+        if held is None or written is None or held & written:
+            return True
+        # Another call may bring inputs that overlap.
+        if written and written & (inputs := _inputs(gm)) and held & inputs:
+            return True
+    return False
+
+
+def reshaping_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The calls that give a tensor another shape or memory in place: Dynamo records the last it has alone."""
+    return [node for node in graph.nodes if _reshapes(node)]
+
+
+def reshaped_after(place: fx.Node, nodes: Sequence[fx.Node], reshaping: Sequence[fx.Node]) -> bool:
+    """Whether one of these tensors is reshaped in place after `place`, by calls of `reshaping_nodes`."""
+    values = [value_of(node) for node in nodes] if reshaping else []
+    return any(
+        place < node
+        and any(value is value_of(one) is not None for value in values for one in node.all_input_nodes)
+        for node in reshaping
+    )
+
+
+def _reshapes(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = name.partition(".")[0]
+    packet = getattr(torch.ops.aten, name, None) if name.endswith("_") else None
+    return packet is not None and any(
+        torch.Tag.inplace_view in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def _storages(node: fx.Node) -> frozenset[int] | None:
+    """Those of all tensors that Dynamo recorded for a node; None where one has none."""
+    leaves = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
+    found = [storage for leaf in leaves if (storage := _torch.storage_of(leaf)) is not None]
+    return frozenset(found) if len(found) == len(leaves) else None
+
+
+def _inputs(gm: fx.GraphModule) -> frozenset[int]:
+    return _union(_storages(node) for node in gm.graph.nodes if node.op == "placeholder") or frozenset()
+
+
+def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
+    """The storages that a node may write to; None: any."""
+    if _only_reads(node):
+        return frozenset()
+    touched = _union(_storages(one) for one in node.all_input_nodes)
+    if not touched:
+        return touched
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        graphs = graphs_in(gm, node)
+        return (
+            _union(_written(body, one) for body in graphs for one in body.graph.nodes) if graphs else touched
+        )
+    try:
+        return _written_by_running(node)
+    except Exception:  # any operator may refuse fake tensors
+        return touched
+
+
+def _union(sets: Iterable[frozenset[int] | None]) -> frozenset[int] | None:
+    """Of all; None if one is None."""
+    found: frozenset[int] = frozenset()
+    for one in sets:
+        if one is None:
+            return None
+        found |= one
+    return found
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether the name and the schema of what a node calls say that it writes to nothing; False if they may not."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if "out" in node.kwargs:
+        return False
+    target = node.target
+    if node.op == "call_method":
+        name = str(target)
+        in_place = (
+            name.startswith("__i") or name == "__setitem__" if name.endswith("__") else name.endswith("_")
+        )
+        return not in_place
+    if isinstance(target, torch._ops.OpOverload):
+        return not target._schema.is_mutable
+    return (
+        isinstance(target, BuiltinFunctionType)
+        and target not in _WRITERS
+        and not target.__name__.endswith("_")
+    )
+
+
+def _written_by_running(node: fx.Node) -> frozenset[int]:
+    """The storages that a call writes to, on fake tensors of its own."""
+    owners: dict[int | None, frozenset[int]] = {}
+
+    def fake(value: Any) -> Any:
+        if isinstance(value, torch.SymInt):
+            return _torch.hint(value)
+        if not isinstance(value, Tensor):
+            return value
+        sizes, strides = sizes_of(value), tuple(map(_torch.hint, value.stride()))
+        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)  # type: ignore[arg-type]
+        owners[_torch.storage_of(twin)] = frozenset([_torch.storage_of(value)])  # type: ignore[list-item]
+        return twin
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Writes() as writes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: tree_map(fake, value_of(one)))
+        if node.op == "call_method":
+            getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            node.target(*args, **kwargs)  # type: ignore[operator]
+    return frozenset().union(*(owners.get(storage, frozenset()) for storage in writes.storages))
+
+
+class _Writes(TorchDispatchMode):
+    """Notes the storages of tensors that an operator writes to, as its schema has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int | None] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                self.storages |= {
+                    _torch.storage_of(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)
+                }
+        return func(*args, **kwargs)
