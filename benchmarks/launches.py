@@ -56,7 +56,12 @@ class Example:
     @property
     def name(self) -> str:
         """One for each example of a GPU."""
-        words = self.kernel, self.case, self.head_dim and f"D {self.head_dim}", self.dtype and str(self.dtype)[6:]
+        words = (
+            self.kernel,
+            self.case,
+            self.head_dim and f"D {self.head_dim}",
+            self.dtype and str(self.dtype)[6:],
+        )
         return ", ".join(word for word in words if word)
 
 
@@ -78,10 +83,12 @@ def _forward(row: int) -> Iterator[Example]:
             q = _tensor(head_dim, dtype)
             for length, config in tiles.items():
                 for words, table, bias in _tables(dtype, head_dim):
-                    launch = attention.forward_launch(
-                        q, q, q, table, bias, 0.1, *empty_outputs(q, q), config
-                    )
-                    yield Example(_words(length, words), head_dim, dtype, launch)
+                    outputs = empty_outputs(q, q)
+                    for launch in attention.forward_launches(q, q, q, table, bias, 0.1, *outputs, config):
+                        tail = (
+                            f"tails of {launch.arguments['BLOCK_M']}" if launch.arguments["TAIL_OF"] else ""
+                        )
+                        yield Example(_words(length, tail, words), head_dim, dtype, launch)
 
 
 def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
@@ -93,7 +100,9 @@ def _tables(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, BlockTable
     little that is new."""
     for ordered in (False, True):
         for biased in (False, True):
-            if (dtype == FLOAT16 and not (ordered and biased)) or (head_dim not in HEAD_DIMS and ordered | biased):
+            if (dtype == FLOAT16 and not (ordered and biased)) or (
+                head_dim not in HEAD_DIMS and ordered | biased
+            ):
                 continue
             bias = torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
             yield _words("orders" if ordered else "", "bias" if biased else ""), _table(ordered), bias
@@ -187,7 +196,8 @@ def _prediction() -> Iterator[Example]:
     for rank in RANKS:
         for dtype in DTYPES:
             query, key = (
-                torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta") for count in (groups, TOKENS)
+                torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta")
+                for count in (groups, TOKENS)
             )
             highest = torch.empty(BATCH, HEADS, groups, device="meta")
             bounds = _index(129)

@@ -1,6 +1,6 @@
 """Machine code of NVIDIA GPUs: its instructions, and the loop in which a kernel spends its time.
 
-    instructions -> basic blocks -> dominators -> natural loops -> the main one
+instructions -> basic blocks -> dominators -> natural loops -> the main one
 """
 
 import re

@@ -1,22 +1,21 @@
-"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs, on a machine that needs none.
+"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs. The machine needs none.
 
-Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line says: registers
-of a thread, bytes of a thread that are spilled, shared memory of a program against the most a program may have,
-programs that a multiprocessor holds, the instructions that multiply matrices, and what one warp runs of the main loop
-for 128 keys: instructions, barriers and exponentials. What the loop may skip, as where no block of keys ends within a
-tile, stands apart, after a +.
+Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line gives the
+registers of a thread, the bytes of a thread that are spilled, the shared memory of a program beside the most that
+it may have, the programs that a multiprocessor holds, and the instructions that multiply matrices. Then it gives
+what one warp runs of the main loop for 128 keys: instructions, barriers and exponentials. What some passes of the
+loop skip follows a +: a tile in which no block of keys ends skips it.
 
-Nothing is timed. The lines are kept in `benchmarks/results/static.json`, to which the tests hold the package.
+Nothing is timed. The lines are kept in `benchmarks/results/static.json`, and the tests hold the package to them.
 """
 
 import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any

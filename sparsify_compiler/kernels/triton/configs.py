@@ -32,6 +32,8 @@ class Config:
     num_warps: int
     num_stages: int
     """Key tiles in shared memory at a time: one in use, the others on their way."""
+    tails: tuple["Config", ...] = ()
+    """Shorter tiles of queries, of falling length, for what the full ones leave of a query block."""
 
 
 WORD = 64
@@ -76,7 +78,7 @@ SINGLE = {
 }
 
 # Small, so that small tests have many tiles.
-INTERPRETED = Config(32, 32, 16, 4, 1)
+INTERPRETED = Config(32, 32, 16, 4, 1, tails=(Config(16, 32, 16, 4, 1),))
 
 # (compute capability, widest head dim): tiles of `queries_kernel` for long blocks and for short ones, tiles of
 # `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, with
