@@ -11,7 +11,7 @@ from sparsify_compiler.evaluation.machine import machine
 __all__ = ["machine", "write_json"]
 
 
-def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: str) -> None:
+def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: Any) -> None:
     """The cases, with the machine, the date, the command and what else is said `about` them.
 
     lines: each case in a line of its own.

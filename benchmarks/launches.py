@@ -5,6 +5,7 @@ Tensors are views [B, H, S, D] of [B, S, H, D], as models pass them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -76,36 +77,34 @@ def examples(arch: int) -> Iterator[Example]:
 
 
 def _forward(row: int) -> Iterator[Example]:
-    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS):
+    for head_dim in HEAD_DIMS:
         width = configs.width(head_dim)
-        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
+        for dtype in DTYPES:
             tiles = {"": configs.SINGLE[width]} if dtype == FLOAT32 else _by_length(configs.HALF[row, width])
-            q = _tensor(head_dim, dtype)
             for length, config in tiles.items():
-                for words, table, bias in _tables(dtype, head_dim):
-                    outputs = empty_outputs(q, q)
-                    for launch in attention.forward_launches(q, q, q, table, bias, 0.1, *outputs, config):
+                for ordered, biased in product((False, True), repeat=2):
+                    if dtype == FLOAT16 and not (ordered and biased):
+                        continue  # its code is that of bfloat16
+                    words = _words(length, "orders" if ordered else "", "bias" if biased else "")
+                    for launch in _forward_launches(head_dim, dtype, config, ordered, biased):
                         tail = (
                             f"tails of {launch.arguments['BLOCK_M']}" if launch.arguments["TAIL_OF"] else ""
                         )
-                        yield Example(_words(length, tail, words), head_dim, dtype, launch)
+                        yield Example(_words(words, tail), head_dim, dtype, launch)
+    for head_dim in ODD_HEAD_DIMS:
+        config, _ = configs.HALF[row, configs.width(head_dim)]
+        yield Example("long blocks", head_dim, BFLOAT16, next(_forward_launches(head_dim, BFLOAT16, config)))
+
+
+def _forward_launches(
+    head_dim: int, dtype: torch.dtype, config: Config, ordered: bool = False, biased: bool = False
+) -> Iterator[Launch]:
+    q, bias = _tensor(head_dim, dtype), torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
+    return attention.forward_launches(q, q, q, _table(ordered), bias, 0.1, *empty_outputs(q, q), config)
 
 
 def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
     return dict(zip(("long blocks", "short blocks"), pair, strict=True))
-
-
-def _tables(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, BlockTable, Tensor | None]]:
-    """(words, table, key bias), with orders and a bias and without; one of them where the type or head dim says
-    little that is new."""
-    for ordered in (False, True):
-        for biased in (False, True):
-            if (dtype == FLOAT16 and not (ordered and biased)) or (
-                head_dim not in HEAD_DIMS and ordered | biased
-            ):
-                continue
-            bias = torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
-            yield _words("orders" if ordered else "", "bias" if biased else ""), _table(ordered), bias
 
 
 def _backward(row: int) -> Iterator[Example]:

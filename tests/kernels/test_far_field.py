@@ -387,8 +387,7 @@ def test_exact_rows_are_rows_of_dense_attention(provider):
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exact_rows_read_their_keys_in_parts(provider, dtype, monkeypatch):
-    """Four parts of uneven length, of which hidden keys leave one with nothing to see, and one head with none at all;
-    with gradients, those of a lse too."""
+    """Four parts of uneven length. Hidden keys leave nothing to see in one part, and nothing at all to one head."""
     monkeypatch.setattr(far_field, "_parts", lambda *_: 4)
     query, key, value = (t.requires_grad_() for t in qkv(2, 4, 2, 30, 25, 16, 24, dtype))
     generator = torch.Generator().manual_seed(0)

@@ -217,11 +217,12 @@ def select_kernel(
     floor,
     WIDTH: tl.constexpr,
 ):
-    """One program chooses the clusters of one row, WIDTH of them at a time and without sorting them. It computes their
-    weights again in every pass.
+    """One program chooses the clusters of one row, WIDTH of them at a time and without sorting them. It computes
+    their weights again in every pass.
 
-    The bits of floats from 0 up rise with them. So each of 16 passes finds two bits of the largest threshold such that
-    the weights from there up hold the share, and are `floor` at least. Of those exactly there, the first few are kept.
+    The bits of floats from 0 up rise with them. So each of 16 passes finds two bits of the largest threshold such
+    that the weights from there up hold the share, and are `floor` at least. Of those exactly there, the first few
+    are kept.
     """
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
