@@ -109,23 +109,30 @@ def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
 
 def _backward(row: int) -> Iterator[Example]:
     """With orders and a key bias, which take the most registers."""
-    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS[:2]):
-        width = configs.width(head_dim)
-        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
-            if dtype == FLOAT32:
-                queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
-            else:
-                queries, keys = configs.BACKWARD_HALF[row, width]
-            ways = {
-                "blocks": BackwardConfig(queries[0], keys[0]),
-                "groups of blocks": BackwardConfig(queries[1], keys[1], configs.WORD),
-                "atomics": BackwardConfig(queries[1], None),
-            }
-            for way, config in ways.items():
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            for way, config in _ways(row, head_dim, dtype).items():
                 for launch in _backward_launches(head_dim, dtype, config):
                     yield Example(way, head_dim, dtype, launch)
-    readers = _readers(_table(True))
-    yield Example("", None, None, backward.readers_launch(_table(True), readers))
+    for head_dim in ODD_HEAD_DIMS[:2]:
+        way, config = next(iter(_ways(row, head_dim, BFLOAT16).items()))
+        *_, launch = _backward_launches(head_dim, BFLOAT16, config)
+        yield Example(way, head_dim, BFLOAT16, launch)
+    yield Example("", None, None, backward.readers_launch(_table(True), _readers(_table(True))))
+
+
+def _ways(row: int, head_dim: int, dtype: torch.dtype) -> dict[str, BackwardConfig]:
+    """What is shipped, by where the gradients of keys are added up."""
+    width = configs.width(head_dim)
+    if dtype == FLOAT32:
+        queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
+    else:
+        queries, keys = configs.BACKWARD_HALF[row, width]
+    return {
+        "blocks": BackwardConfig(queries[0], keys[0]),
+        "groups of blocks": BackwardConfig(queries[1], keys[1], configs.WORD),
+        "atomics": BackwardConfig(queries[1], None),
+    }
 
 
 def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig) -> Iterator[Launch]:
@@ -135,12 +142,13 @@ def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig
     table = _table(True, kv_blocks=BLOCKS if config.group == 1 else TOKENS)
     gradient = torch.empty(q.shape, dtype=dtype, device="meta")
     sums = (None, None) if config.keys else (gradient.float(),) * 2
+    if config.keys:
+        yield backward.rows_launch(q, q, out, out, lse, lse, table, bias, 0.1, *rows, config)
     yield backward.queries_launch(q, q, q, out, table, bias, 0.1, *rows, gradient, *sums, config)
     if config.keys:
         yield backward.keys_launch(
             *(q, q, q, out, table, _readers(table), bias, 0.1, *rows, gradient, gradient, config)
         )
-        yield backward.rows_launch(q, q, out, out, lse, lse, table, bias, 0.1, *rows, config)
 
 
 def _clustering() -> Iterator[Example]:

@@ -47,7 +47,7 @@ class Loop:
 
 def instructions(listing: str) -> list[Instruction]:
     """Those of one kernel, from what `cuobjdump -sass` prints."""
-    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P[0-9T]+ )?\s*([A-Z][A-Z0-9_.]*)([^;]*);"
+    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P[0-9T]+ )?\s*([A-Z][A-Za-z0-9_.]*)([^;]*);"
     return [
         Instruction(int(found[1], 16), (found[2] or "").strip(), found[3], found[4].strip())
         for found in re.finditer(pattern, listing)

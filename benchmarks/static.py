@@ -116,7 +116,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
     """What a compiled kernel is made of. `step`: keys that its main loop takes at a time."""
     gpu, meta = GPUS[arch], kernel.metadata
-    usage, listing = _printed(kernel, "-res-usage"), _printed(kernel, "-sass")
+    usage, listing = printed(kernel, "-res-usage"), printed(kernel, "-sass")
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     bounds = [
         REGISTERS // (-(-registers * 32 // 256) * 256 * meta.num_warps),
@@ -156,7 +156,7 @@ def _count(body: tuple[sass.Instruction, ...], name: str) -> int:
     return sum(instruction.name.startswith(name) for instruction in body)
 
 
-def _printed(kernel: Any, option: str) -> str:
+def printed(kernel: Any, option: str) -> str:
     """What cuobjdump says of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
