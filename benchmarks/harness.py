@@ -11,8 +11,11 @@ from sparsify_compiler.evaluation.machine import machine
 __all__ = ["machine", "write_json"]
 
 
-def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: str) -> None:
-    """The cases, with the machine, the date, the command and what is said `about` them. `lines`: a line for each."""
+def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: Any) -> None:
+    """The cases, with the machine, the date, the command and what else is said `about` them.
+
+    lines: each case in a line of its own.
+    """
     module = sys.modules["__main__"].__spec__
     command = ["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
     record = {

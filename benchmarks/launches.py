@@ -5,6 +5,7 @@ Tensors are views [B, H, S, D] of [B, S, H, D], as models pass them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -56,7 +57,12 @@ class Example:
     @property
     def name(self) -> str:
         """One for each example of a GPU."""
-        words = self.kernel, self.case, self.head_dim and f"D {self.head_dim}", self.dtype and str(self.dtype)[6:]
+        words = (
+            self.kernel,
+            self.case,
+            self.head_dim and f"D {self.head_dim}",
+            self.dtype and str(self.dtype)[6:],
+        )
         return ", ".join(word for word in words if word)
 
 
@@ -71,53 +77,62 @@ def examples(arch: int) -> Iterator[Example]:
 
 
 def _forward(row: int) -> Iterator[Example]:
-    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS):
+    for head_dim in HEAD_DIMS:
         width = configs.width(head_dim)
-        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
+        for dtype in DTYPES:
             tiles = {"": configs.SINGLE[width]} if dtype == FLOAT32 else _by_length(configs.HALF[row, width])
-            q = _tensor(head_dim, dtype)
             for length, config in tiles.items():
-                for words, table, bias in _tables(dtype, head_dim):
-                    launch = attention.forward_launch(
-                        q, q, q, table, bias, 0.1, *empty_outputs(q, q), config
-                    )
-                    yield Example(_words(length, words), head_dim, dtype, launch)
+                for ordered, biased in product((False, True), repeat=2):
+                    if dtype == FLOAT16 and not (ordered and biased):
+                        continue  # its code is that of bfloat16
+                    words = _words(length, "orders" if ordered else "", "bias" if biased else "")
+                    for launch in _forward_launches(head_dim, dtype, config, ordered, biased):
+                        tail = (
+                            f"tails of {launch.arguments['BLOCK_M']}" if launch.arguments["TAIL_OF"] else ""
+                        )
+                        yield Example(_words(words, tail), head_dim, dtype, launch)
+    for head_dim in ODD_HEAD_DIMS:
+        config, _ = configs.HALF[row, configs.width(head_dim)]
+        yield Example("long blocks", head_dim, BFLOAT16, next(_forward_launches(head_dim, BFLOAT16, config)))
+
+
+def _forward_launches(
+    head_dim: int, dtype: torch.dtype, config: Config, ordered: bool = False, biased: bool = False
+) -> Iterator[Launch]:
+    q, bias = _tensor(head_dim, dtype), torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
+    return attention.forward_launches(q, q, q, _table(ordered), bias, 0.1, *empty_outputs(q, q), config)
 
 
 def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
     return dict(zip(("long blocks", "short blocks"), pair, strict=True))
 
 
-def _tables(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, BlockTable, Tensor | None]]:
-    """(words, table, key bias), with orders and a bias and without; one of them where the type or head dim says
-    little that is new."""
-    for ordered in (False, True):
-        for biased in (False, True):
-            if (dtype == FLOAT16 and not (ordered and biased)) or (head_dim not in HEAD_DIMS and ordered | biased):
-                continue
-            bias = torch.empty(BATCH, 1, TOKENS, device="meta") if biased else None
-            yield _words("orders" if ordered else "", "bias" if biased else ""), _table(ordered), bias
-
-
 def _backward(row: int) -> Iterator[Example]:
     """With orders and a key bias, which take the most registers."""
-    for head_dim in (*HEAD_DIMS, *ODD_HEAD_DIMS[:2]):
-        width = configs.width(head_dim)
-        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
-            if dtype == FLOAT32:
-                queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
-            else:
-                queries, keys = configs.BACKWARD_HALF[row, width]
-            ways = {
-                "blocks": BackwardConfig(queries[0], keys[0]),
-                "groups of blocks": BackwardConfig(queries[1], keys[1], configs.WORD),
-                "atomics": BackwardConfig(queries[1], None),
-            }
-            for way, config in ways.items():
+    for head_dim in HEAD_DIMS:
+        for dtype in DTYPES:
+            for way, config in _ways(row, head_dim, dtype).items():
                 for launch in _backward_launches(head_dim, dtype, config):
                     yield Example(way, head_dim, dtype, launch)
-    readers = _readers(_table(True))
-    yield Example("", None, None, backward.readers_launch(_table(True), readers))
+    for head_dim in ODD_HEAD_DIMS[:2]:
+        way, config = next(iter(_ways(row, head_dim, BFLOAT16).items()))
+        *_, launch = _backward_launches(head_dim, BFLOAT16, config)
+        yield Example(way, head_dim, BFLOAT16, launch)
+    yield Example("", None, None, backward.readers_launch(_table(True), _readers(_table(True))))
+
+
+def _ways(row: int, head_dim: int, dtype: torch.dtype) -> dict[str, BackwardConfig]:
+    """What is shipped, by where the gradients of keys are added up."""
+    width = configs.width(head_dim)
+    if dtype == FLOAT32:
+        queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
+    else:
+        queries, keys = configs.BACKWARD_HALF[row, width]
+    return {
+        "blocks": BackwardConfig(queries[0], keys[0]),
+        "groups of blocks": BackwardConfig(queries[1], keys[1], configs.WORD),
+        "atomics": BackwardConfig(queries[1], None),
+    }
 
 
 def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig) -> Iterator[Launch]:
@@ -127,12 +142,13 @@ def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig
     table = _table(True, kv_blocks=BLOCKS if config.group == 1 else TOKENS)
     gradient = torch.empty(q.shape, dtype=dtype, device="meta")
     sums = (None, None) if config.keys else (gradient.float(),) * 2
+    if config.keys:
+        yield backward.rows_launch(q, q, out, out, lse, lse, table, bias, 0.1, *rows, config)
     yield backward.queries_launch(q, q, q, out, table, bias, 0.1, *rows, gradient, *sums, config)
     if config.keys:
         yield backward.keys_launch(
             *(q, q, q, out, table, _readers(table), bias, 0.1, *rows, gradient, gradient, config)
         )
-        yield backward.rows_launch(q, q, out, out, lse, lse, table, bias, 0.1, *rows, config)
 
 
 def _clustering() -> Iterator[Example]:
@@ -187,7 +203,8 @@ def _prediction() -> Iterator[Example]:
     for rank in RANKS:
         for dtype in DTYPES:
             query, key = (
-                torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta") for count in (groups, TOKENS)
+                torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta")
+                for count in (groups, TOKENS)
             )
             highest = torch.empty(BATCH, HEADS, groups, device="meta")
             bounds = _index(129)

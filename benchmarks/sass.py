@@ -1,6 +1,6 @@
 """Machine code of NVIDIA GPUs: its instructions, and the loop in which a kernel spends its time.
 
-    instructions -> basic blocks -> dominators -> natural loops -> the main one
+instructions -> basic blocks -> dominators -> natural loops -> the main one
 """
 
 import re
@@ -17,7 +17,7 @@ class Instruction:
 
     address: int
     predicate: str
-    """`@P0`, `@!UP2`, or empty where it always runs."""
+    """`@P0`, or empty where it always runs. Branches may have theirs among the operands."""
     name: str
     """With its modifiers: `BAR.SYNC.DEFER_BLOCKING`."""
     operands: str
@@ -27,6 +27,12 @@ class Instruction:
         """Where a branch goes."""
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name.split(".")[0] == "BRA" else None
         return None if found is None else int(found[1], 16)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next instruction may follow."""
+        leaves = self.name.split(".")[0] in ("EXIT", "RET", "BRA")
+        return not leaves or bool(self.predicate) or "," in self.operands
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Loop:
 
 def instructions(listing: str) -> list[Instruction]:
     """Those of one kernel, from what `cuobjdump -sass` prints."""
-    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P[0-9T]+ )?\s*([A-Z][A-Z0-9_.]*)([^;]*);"
+    pattern = r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P[0-9T]+ )?\s*([A-Z][A-Za-z0-9_.]*)([^;]*);"
     return [
         Instruction(int(found[1], 16), (found[2] or "").strip(), found[3], found[4].strip())
         for found in re.finditer(pattern, listing)
@@ -50,10 +56,18 @@ def instructions(listing: str) -> list[Instruction]:
 
 def main_loop(code: list[Instruction]) -> Loop | None:
     """Of the loops that hold no other, the one with most products of matrices; then the one with most instructions;
-    then the first. None where there is no loop."""
+    then the first. None where there is no loop. A loop that only waits for a barrier is none."""
     starts, follow = _blocks(code)
     dominators = _dominators(follow)
-    loops = _natural_loops(follow, dominators)
+
+    def inside(blocks: Iterable[int]) -> tuple[Instruction, ...]:
+        return tuple(i for block in sorted(blocks) for i in code[starts[block] : starts[block + 1]])
+
+    loops = {
+        head: loop
+        for head, loop in _natural_loops(follow, dominators).items()
+        if not all(i.name.startswith(("SYNCS", "YIELD", "BRA")) for i in inside(loop[0]))
+    }
     innermost = [
         (body, latches)
         for head, (body, latches) in loops.items()
@@ -61,9 +75,6 @@ def main_loop(code: list[Instruction]) -> Loop | None:
     ]
     if not innermost:
         return None
-
-    def inside(blocks: Iterable[int]) -> tuple[Instruction, ...]:
-        return tuple(i for block in sorted(blocks) for i in code[starts[block] : starts[block + 1]])
 
     def weight(loop: tuple[set[int], set[int]]) -> tuple[int, int]:
         body = inside(loop[0])
@@ -88,8 +99,7 @@ def _blocks(code: list[Instruction]) -> tuple[list[int], list[list[int]]]:
     follow: list[list[int]] = []
     for block, end in enumerate(starts[1:]):
         last = code[end - 1]
-        ends = last.name.split(".")[0] in ("EXIT", "RET", "BRA") and not last.predicate
-        after = [] if ends or end == len(code) else [block + 1]
+        after = [block + 1] if last.goes_on and end < len(code) else []
         if last.target in place:
             after.append(block_at[place[last.target]])
         follow.append(after)

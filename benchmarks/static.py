@@ -1,34 +1,38 @@
-"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs, on a machine that needs none.
+"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs. The machine needs none.
 
-Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line says: registers
-of a thread, bytes of a thread that are spilled, shared memory of a program against the most a program may have,
-programs that a multiprocessor holds, the instructions that multiply matrices, and what one warp runs of the main loop
-for 128 keys: instructions, barriers and exponentials. What the loop may skip, as where no block of keys ends within a
-tile, stands apart, after a +.
+Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line gives the
+registers of a thread, the bytes of a thread that are spilled, the shared memory of a program beside the most that
+it may have, the programs that a multiprocessor holds, and the instructions that multiply matrices. Then it gives
+what one warp runs of the main loop for 128 keys: instructions, barriers and exponentials. What some passes of the
+loop skip follows a +: a tile in which no block of keys ends skips it.
 
-Nothing is timed. The lines are kept in `benchmarks/results/static.json`, to which the tests hold the package.
+Nothing is timed. The lines are kept in `benchmarks/results/static.json`, and the tests hold the package to them.
 """
 
 import argparse
+import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import sass
 from benchmarks.harness import write_json
 from benchmarks.launches import Example, examples
+from sparsify_compiler.kernels.clustering import kmeans
+from sparsify_compiler.kernels.triton import configs
+from sparsify_compiler.kernels.triton.configs import Config
 from sparsify_compiler.kernels.triton.launcher import Launch
 
 RESULTS = Path(__file__).parent / "results" / "static.json"
@@ -94,9 +98,9 @@ def compiled(launch: Launch, arch: int) -> Any:
         if constant or launch.kernel.params[path[0]].is_constexpr:
             constants[path] = value
             return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             hints[path] = [["tt.divisibility", 16]]
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return f"*{TYPES[str(value.dtype)[6:]]}"
         return "fp32" if isinstance(value, float) else "i32"
 
@@ -112,7 +116,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
     """What a compiled kernel is made of. `step`: keys that its main loop takes at a time."""
     gpu, meta = GPUS[arch], kernel.metadata
-    usage, listing = _printed(kernel, "-res-usage"), _printed(kernel, "-sass")
+    usage, listing = printed(kernel, "-res-usage"), printed(kernel, "-sass")
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     bounds = [
         REGISTERS // (-(-registers * 32 // 256) * 256 * meta.num_warps),
@@ -152,13 +156,36 @@ def _count(body: tuple[sass.Instruction, ...], name: str) -> int:
     return sum(instruction.name.startswith(name) for instruction in body)
 
 
-def _printed(kernel: Any, option: str) -> str:
+def printed(kernel: Any, option: str) -> str:
     """What cuobjdump says of a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def cluster_sizes(tokens: int, clusters: int) -> Tensor:
+    """Sizes of clusters as k-means makes them of tokens like those of a video: a smooth field, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(1, 64, 7, 8, 8, generator=generator)
+    frame = math.isqrt(tokens // 21)
+    fine = torch.nn.functional.interpolate(coarse, size=(21, frame, frame), mode="trilinear")
+    points = 2 * fine.flatten(2).mT[None] + torch.randn(1, 1, 21 * frame**2, 64, generator=generator)
+    start = torch.arange(clusters) * points.shape[2] // clusters
+    blank, cold = torch.empty(1, 1, clusters, 64), torch.tensor(False)
+    _, labels = kmeans(points, blank, start, cold, first=10, later=1)
+    return labels.flatten().bincount(minlength=clusters)
+
+
+def row_fill(sizes: Tensor, config: Config) -> float:
+    """The share of the rows of all tiles that hold a query, for query blocks of these sizes."""
+    tails = sizes % config.block_m
+    rows = sizes - tails
+    last = torch.zeros_like(sizes)
+    for tiles in (config, *config.tails):
+        last = torch.where((tails > 0) & (tails <= tiles.block_m), tiles.block_m, last)
+    return float(sizes.sum() / (rows + last).sum())
 
 
 def tiles(launch: Launch) -> str:
@@ -240,7 +267,15 @@ def main() -> None:
         for found in pool.map(measured, places, chunksize=8):
             cases.append(found)
             print(" | ".join(line(found)), flush=True)
-    write_json(options.json, cases, lines=True, triton=triton.__version__)
+    sizes = cluster_sizes(18_900, 75)
+    tails, _ = configs.HALF[90, 128]
+    fill = {
+        "mean_size": round(float(sizes.float().mean()), 1),
+        "alone": round(row_fill(sizes, replace(tails, tails=())), 3),
+        "with_tails": round(row_fill(sizes, tails), 3),
+    }
+    print(f"rows of tiles of {tails.block_m} queries that hold one: {fill}")
+    write_json(options.json, cases, lines=True, triton=triton.__version__, row_fill=fill)
 
 
 if __name__ == "__main__":

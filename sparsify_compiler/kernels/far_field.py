@@ -22,6 +22,11 @@ from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
 
+PART_OF_KEYS = 1024
+"""Keys of a part, at least, where exact rows read them in parts."""
+ROWS_AT_ONCE = 1024
+"""Exact rows times parts, at most, where there are several parts."""
+
 
 class Report(NamedTuple):
     """What is known of a call, by head: fp32 tensors [B, H] on the device."""
@@ -143,20 +148,46 @@ def exact_rows(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of a few queries: (out [B, H, R, Dv], lse [B, H, R]).
 
+    The rows read the keys in parts, once for each part, and the parts are merged by their lse.
+
     Args:
         rows: [B|1, H|1, R] int, the tokens of `query` to compute.
     """
-    tokens = torch.arange(2, dtype=torch.int32, device=query.device)
-    one = torch.ones(1, 1, 1, dtype=torch.int32, device=query.device)
-    everything = BlockTable(
-        q_bounds=(tokens * rows.shape[-1])[None, None],
-        kv_bounds=(tokens * key.shape[2])[None, None],
-        kv_num_blocks=one,
-        kv_indices=torch.zeros_like(one)[..., None],
+    count, tokens = rows.shape[-1], key.shape[2]
+    parts = _parts(count, tokens, query.device.type)
+    bounds = torch.arange(parts + 1, dtype=torch.int32, device=query.device)
+    numbers = bounds[None, None, :-1]
+    table = BlockTable(
+        q_bounds=(bounds * count)[None, None],
+        kv_bounds=(bounds * tokens // parts)[None, None],
+        kv_num_blocks=torch.ones_like(numbers),
+        kv_indices=numbers[..., None],
     )
-    return attention.block_sparse_attention(
-        _take(query, rows), key, value, everything, key_bias=key_bias, scale=scale, provider=provider
+    once_for_each = _take(query, rows)[:, :, None].expand(-1, -1, parts, -1, -1).flatten(2, 3)
+    out, lse = attention.block_sparse_attention(
+        once_for_each, key, value, table, key_bias=key_bias, scale=scale, provider=provider
     )
+    if parts == 1:
+        return out, lse
+    return _merged(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
+
+
+def _parts(rows: int, keys: int, device: str) -> int:
+    """How many parts of its keys a few rows of a head read at a time. A head keeps a core of a CPU busy; but a GPU
+    has more multiprocessors than a model has heads."""
+    return 1 if device == "cpu" else max(1, min(keys // PART_OF_KEYS, ROWS_AT_ONCE // max(rows, 1)))
+
+
+def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to all keys, from that to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
+    top = lse.detach().amax(2, keepdim=True)
+    top = top.masked_fill(top.isinf(), 0.0)  # an infinity is not subtracted from itself
+    weights = (lse - top).exp()
+    total = weights.sum(2)
+    blind = total == 0
+    total = total.masked_fill(blind, 1.0)
+    merged = (weights[..., None] * out).sum(2) / total[..., None]
+    return merged.to(out.dtype), (top.squeeze(2) + total.log()).masked_fill(blind, -torch.inf)
 
 
 def _guard(

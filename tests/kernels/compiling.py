@@ -1,64 +1,82 @@
-"""Launches compiled for a GPU on a machine that needs none: what the tests of Triton kernels share.
+"""Example launches compiled for GPUs on a machine that needs none, and held to `benchmarks/results/static.json`.
 
-Compiled is what a launch would compile: its arguments on meta tensors, specialised as Triton does (an integer
-of 1 becomes a constant, pointers and multiples of 16 are known to be such).
+The table has a line for every example of every GPU. Compiled here are those that take the most registers: of all
+with one kernel, head dim, type and tiles the one with the most tensors. They are in bfloat16; on 9.0 also in fp32,
+and the attention kernel in fp16.
 """
 
-import re
-import subprocess
+import functools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the package
 
-from sparsify_compiler.kernels.triton.launcher import Launch  # noqa: E402
+from benchmarks import static  # noqa: E402
+from benchmarks.launches import BFLOAT16, FLOAT16, FLOAT32, Example  # noqa: E402
 
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-"""Bytes a block of threads may use. What is compiled for 8.0, which has 163 KB, also serves GPUs with 99 KB."""
+MODULES = ("kernel", "backward_kernels", "clustering_kernels", "far_field_kernels", "prediction_kernels")
+"""Each has a test file that compiles its kernels."""
 
-TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
-"""Triton's names of the types that tensors have."""
+FEW = 32
+"""Bytes of a thread that Triton 3.6, which torch 2.11 brings, may spill more than 3.7."""
 
 
-def compiled(launch: Launch, arch: int) -> Any:
-    """The kernel as the launch would compile it."""
-    types, constants, hints = {}, {}, {}
-
-    def specialise(path: tuple[int, ...], value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(specialise((*path, i), item) for i, item in enumerate(value))
-        constant = value is None or (isinstance(value, int) and value == 1)
-        if constant or launch.kernel.params[path[0]].is_constexpr:
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
-            hints[path] = [["tt.divisibility", 16]]
-        if isinstance(value, torch.Tensor):
-            return f"*{TYPES[str(value.dtype)[6:]]}"
-        return "fp32" if isinstance(value, float) else "i32"
-
-    for position, name in enumerate(launch.kernel.arg_names):
-        types[name] = specialise((position,), launch.arguments[name])
-    return triton.compile(
-        ASTSource(launch.kernel, types, constants, hints),
-        target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
-    )
+@functools.cache
+def table() -> dict[str, Any]:
+    """What is committed."""
+    return json.loads(static.RESULTS.read_text())
 
 
-def spilled_bytes(kernel: Any, directory: Path) -> int:
-    """Local memory of a thread: our kernels have no arrays, so it holds spilled registers."""
-    (directory / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", directory / "kernel.cubin"]
-    usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(re.search(r"STACK:(\d+)", usage)[1])
+def line_of(arch: int, example: Example) -> dict[str, Any]:
+    """What the table says of an example."""
+    asked = static.case(arch, example)
+    line = next((line for line in table()["cases"] if asked.items() <= line.items()), None)
+    assert line is not None, f"static.json does not have {asked}: run python -m benchmarks.static"
+    return line
+
+
+def hardest(module: str) -> list[Any]:
+    """Parameters of a test, (arch, number of the example): what is compiled here of a file's kernels."""
+    chosen: dict[tuple[Any, ...], tuple[int, int]] = {}
+    for arch in (80, 90, 100):
+        for number, example in enumerate(static.of_gpu(arch)):
+            if not example.launch.kernel.__module__.endswith(f".{module}") or not is_tried(arch, example):
+                continue
+            key = arch, example.kernel, example.head_dim, example.dtype, static.tiles(example.launch)
+            if key not in chosen or tensors(example) >= tensors(static.of_gpu(arch)[chosen[key][1]]):
+                chosen[key] = arch, number
+    return [
+        pytest.param(arch, number, id=f"sm_{arch}, {static.of_gpu(arch)[number].name}")
+        for arch, number in chosen.values()
+    ]
+
+
+def is_tried(arch: int, example: Example) -> bool:
+    """Whether a type is compiled here."""
+    if example.dtype == FLOAT16:
+        return arch == 90 and example.kernel == "block_sparse_attention_kernel"
+    return example.dtype in (None, BFLOAT16) or (example.dtype == FLOAT32 and arch == 90)
+
+
+def tensors(example: Example) -> int:
+    """How many an example launch has."""
+    return sum(value is not None for value in example.launch.arguments.values())
+
+
+def assert_as_in_the_table(arch: int, number: int) -> None:
+    """It spills no more than the table says, fits shared memory, and multiplies, copies, loads and adds alike."""
+    found, line = static.measured((arch, number)), line_of(arch, static.of_gpu(arch)[number])
+    assert found["spilled"] <= line["spilled"] + (FEW if triton.__version__ < "3.7" else 0)
+    assert found["shared"] <= found["shared_limit"]
+    assert found["products"] == line["products"]
+    assert found["async_copies"] >= line["async_copies"]
+    assert found["float_atomics"] == line["float_atomics"]
+    assert found["wide_loads"] >= line["wide_loads"]

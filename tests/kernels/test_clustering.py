@@ -347,6 +347,22 @@ def test_selection_keeps_the_fewest_that_hold_the_share(provider, data, min_bloc
         before = selected[0]
 
 
+@pytest.mark.parametrize(("top_p", "min_blocks"), [(0.0, 1500), (0.7, 0), (0.7, 2000), (0.99, 1)])
+def test_selection_among_thousands(provider, top_p, min_blocks):
+    """More than a program of the Triton kernel has in registers. Scores are integers, so many shares are alike."""
+    random, device = generator(0), device_of(provider)
+    q, k = (torch.randint(-1, 2, (1, 1, n, 16), generator=random).float() for n in (2, 2500))
+    sizes = torch.randint(5, (1, 1, 2500), generator=random).int()
+    q, k, sizes = (t.to(device) for t in (q, k, sizes))
+    selected = top_p_blocks(q, k, sizes, scale=0.5, top_p=top_p, min_blocks=min_blocks, provider=provider)
+    shares = estimated_shares(q, k, sizes, 0.5)
+    assert_selected(selected, shares, top_p, min_blocks)
+    counts, indices = (t[0, 0].tolist() for t in selected[:2])
+    for count, row, share in zip(counts, indices, shares[0, 0].tolist(), strict=True):
+        by_share = sorted(range(2500), key=lambda j: (-share[j], j))
+        assert row[:count] == sorted(by_share[:count])
+
+
 @pytest.mark.parametrize(
     ("sizes", "top_p", "min_blocks", "expected"),
     [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsify_compiler import BlockTable
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels import attention, far_field
 from sparsify_compiler.kernels.far_field import (
     FAR_FIELDS,
     attention_with_far_field,
@@ -382,6 +382,37 @@ def test_exact_rows_are_rows_of_dense_attention(provider):
     torch.testing.assert_close(lse.double(), dense_lse.gather(2, rows), rtol=1e-5, atol=1e-5)
     index = rows[..., None].expand(-1, -1, -1, 24)
     torch.testing.assert_close(out.double(), dense.gather(2, index), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_exact_rows_read_their_keys_in_parts(provider, dtype, monkeypatch):
+    """Four parts of uneven length. Hidden keys leave nothing to see in one part, and nothing at all to one head."""
+    monkeypatch.setattr(far_field, "_parts", lambda *_: 4)
+    query, key, value = (t.requires_grad_() for t in qkv(2, 4, 2, 30, 25, 16, 24, dtype))
+    generator = torch.Generator().manual_seed(0)
+    bias = torch.randn(2, 4, 25, generator=generator)
+    bias[..., :7] = bias[1, 3] = -torch.inf
+    rows = torch.rand(2, 4, 30, generator=generator).argsort(-1)[..., :7]
+    out, lse = exact_rows(query, key, value, rows, bias, 0.3, provider=provider)
+    assert (out.dtype, out.shape, lse.shape) == (dtype, (2, 4, 7, 24), (2, 4, 7))
+    given = torch.randn_like(out), torch.randn_like(lse)
+    d_query, d_key, d_value = torch.autograd.grad((out, lse), (query, key, value), given)
+    index = rows[..., None].expand(-1, -1, -1, 16)
+    dense = query.detach().gather(2, index), key.detach(), value.detach(), torch.ones(7, 25, dtype=torch.bool)
+    oracles.assert_close_to_float64(out.detach(), lse.detach(), *dense, key_bias=bias, scale=0.3)
+    oracles.assert_gradients_close_to_float64(
+        (d_query.gather(2, index), d_key, d_value), *given, *dense, key_bias=bias, scale=0.3
+    )
+    assert not d_query.scatter(2, index, 0.0).any(), "a row that was not asked for has a gradient"
+
+
+def test_exact_rows_of_many_keys_fill_a_gpu():
+    """Of 40 heads with 75,600 keys; text tokens, which are many, are not repeated more often than that takes."""
+    assert 40 * far_field._parts(16, 75600, "cuda") >= 8 * 132
+    assert far_field._parts(512, 75600, "cuda") == 2
+    assert far_field._parts(2000, 75600, "cuda") == far_field._parts(16, 300, "cuda") == 1
+    assert far_field._parts(0, 0, "cuda") == far_field._parts(16, 75600, "cpu") == 1
 
 
 @given(st.data())

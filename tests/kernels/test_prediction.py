@@ -392,6 +392,32 @@ def test_triton_takes_groups_a_few_at_a_time(monkeypatch):
     assert all(torch.equal(got, was) for got, was in zip(in_turn, at_once, strict=True))
 
 
+@pytest.mark.skipif(not IS_SLOW, reason="needs the interpreter, where a kernel's functions can be replaced")
+@pytest.mark.parametrize("budget", [3, 40])
+def test_triton_writes_no_more_than_was_asked_for_whatever_the_last_pass_finds(monkeypatch, budget):
+    """The pass that writes sees other scores than the passes before it: all keys are better than the threshold."""
+    from sparsify_compiler.kernels.triton import prediction as launches
+    from sparsify_compiler.kernels.triton import prediction_kernels as kernels
+
+    scores, seen = kernels._scores, []
+
+    def changed(*arguments):
+        seen.append(arguments)
+        return scores(*arguments) + (1e6 if len(seen) > 16 * 2 else 0.0)
+
+    monkeypatch.setattr(kernels, "_scores", changed)
+    query, key = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 40, 16)  # two tiles of keys, each seen 17 times
+    counts = torch.full((1, 1, 5), -1, dtype=torch.int32)
+    memory = torch.full((1, 1, 5, 64), -1, dtype=torch.int32)
+    inputs = launches.scored(query, key, budgets(budget), None, 0.25)
+    launches.choose(inputs, counts, memory[..., :4])()
+    wanted = min(budget, 4)
+    assert len(seen) == 17 * 2
+    assert counts.tolist() == [[[wanted] * 5]]
+    assert memory[0, 0, :, :wanted].tolist() == [[*range(wanted)]] * 5
+    assert (memory[..., wanted:] == -1).all()
+
+
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_result_does_not_depend_on_threads(dtype, grouped):

@@ -1,5 +1,7 @@
 """Attention: tiles chosen from the shapes, then the launch. Nothing is read back from the device."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from sparsify_compiler.kernels import attention
@@ -33,11 +35,12 @@ def forward(
     out, lse = attention.empty_outputs(query, value)
     config = config or configs.choose(query, key, value, table)
     if out.numel():
-        forward_launch(query, key, value, table, key_bias, scale, out, lse, config)()
+        for launch in forward_launches(query, key, value, table, key_bias, scale, out, lse, config):
+            launch()
     return out, lse
 
 
-def forward_launch(
+def forward_launches(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -47,11 +50,11 @@ def forward_launch(
     out: Tensor,
     lse: Tensor,
     config: Config,
-) -> Launch:
-    """Fills `out` and `lse`."""
+) -> Iterator[Launch]:
+    """Fill `out` and `lse`: full tiles, then each length of tails."""
     batch, heads, tokens, head_dim = query.shape
     q_blocks = table.kv_num_blocks.shape[-1]
-    arguments = {
+    inputs = {
         **with_strides(query=query, key=key, value=value, out=out, lse=lse),
         **with_shared_strides(**table.tensors()),
         "key_bias": key_bias,
@@ -61,12 +64,19 @@ def forward_launch(
         "scale": scale,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value.shape[-1],
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "CHUNK": config.chunk,
         "ALIGN": alignment(query, key, value, out),
     }
-    # No table of these shapes has more tiles; those it has not end at once.
-    grid = tokens // config.block_m + q_blocks, heads, batch
-    stages = stages_through(table.kv_order, config)
-    return Launch(block_sparse_attention_kernel, grid, arguments, config.num_warps, stages)
+    lengths = [tiles.block_m for tiles in (config, *config.tails)] + [0]
+    for tiles, shorter in zip((config, *config.tails), lengths[1:], strict=True):
+        arguments = inputs | {
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "CHUNK": tiles.chunk,
+            "TAIL_OF": 0 if tiles is config else config.block_m,
+            "LEAST": shorter,
+        }
+        # No table of these shapes has more tiles; those it has not end at once.
+        programs = tokens // tiles.block_m + q_blocks if tiles is config else q_blocks
+        stages = stages_through(table.kv_order, tiles)
+        grid = programs, heads, batch
+        yield Launch(block_sparse_attention_kernel, grid, arguments, tiles.num_warps, stages)

@@ -104,8 +104,8 @@ def rows_kernel(
     block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    q_token, is_query, is_used = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
-    if not is_used:
+    q_token, is_query, rows = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
+    if rows <= 0:
         return
 
     o = _load_rows(_at(out, out_strides, batch, head), q_token, is_query, out_strides, VALUE_DIM, ALIGN)
@@ -139,14 +139,14 @@ def rows_kernel(
             row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             for chunk in range(0, listed_blocks, CHUNK):
-                first, distances, jump, keys = _lay_end_to_end(
+                first, sizes, distances, keys = _lay_end_to_end(
                     kv_indices, kv_bounds, chunk, listed_blocks, CHUNK
                 )
-                distance, range_end = _range_at(0, first, jump)
+                distance, range_end = _range_at(0, first, sizes, distances)
                 for start in range(0, keys, BLOCK_N):
                     is_key = start + tl.arange(0, BLOCK_N) < keys
                     token, distance, range_end = _tile_at(
-                        start, first, distances, jump, distance, range_end, BLOCK_N
+                        start, first, sizes, distances, distance, range_end, BLOCK_N
                     )
                     if kv_order is not None:
                         token = tl.load(kv_order + token, mask=is_key, other=0)
@@ -215,8 +215,8 @@ def queries_kernel(
     block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    q_token, is_query, is_used = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
-    if not is_used:
+    q_token, is_query, rows = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
+    if rows <= 0:
         return
 
     query = _at(query, query_strides, batch, head)
@@ -244,11 +244,13 @@ def queries_kernel(
     acc = tl.zeros([BLOCK_M, _padded(HEAD_DIM)], tl.float32)
 
     for chunk in range(0, listed_blocks, CHUNK):
-        first, distances, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
-        distance, range_end = _range_at(0, first, jump)
+        first, sizes, distances, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
+        distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, keys, BLOCK_N):
             is_key = start + tl.arange(0, BLOCK_N) < keys
-            token, distance, range_end = _tile_at(start, first, distances, jump, distance, range_end, BLOCK_N)
+            token, distance, range_end = _tile_at(
+                start, first, sizes, distances, distance, range_end, BLOCK_N
+            )
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
             bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)
@@ -355,8 +357,8 @@ def keys_kernel(
     batch = tl.program_id(2).to(tl.int64)
     group_bounds = _at(group_bounds, group_bounds_strides, batch, head)
     group = _block_of_tile(tile, group_bounds, tl.cdiv(kv_blocks, GROUP), BLOCK_N)
-    position, is_key, is_used = _tokens_of_tile(tile, group, group_bounds, None, BLOCK_N)
-    if not is_used:
+    position, is_key, rows = _tokens_of_tile(tile, group, group_bounds, None, BLOCK_N)
+    if rows <= 0:
         return
 
     query = _at(query, query_strides, batch, head)
@@ -388,15 +390,15 @@ def keys_kernel(
     acc_v = tl.zeros([BLOCK_N, _padded(VALUE_DIM)], tl.float32)
 
     for chunk in range(0, q_blocks, CHUNK):
-        words, first, distances, jump, queries = _lay_readers_end_to_end(
+        words, first, sizes, distances, queries = _lay_readers_end_to_end(
             readers, bits, q_bounds, chunk, q_blocks, CHUNK
         )
-        distance, range_end = _range_at(0, first, jump)
+        distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, queries, BLOCK_M):
             is_query = start + tl.arange(0, BLOCK_M) < queries
             if GROUP == 1:
                 q_token, distance, range_end = _tile_at(
-                    start, first, distances, jump, distance, range_end, BLOCK_M
+                    start, first, sizes, distances, distance, range_end, BLOCK_M
                 )
             else:
                 block = _blocks_of(start, first, BLOCK_M)
@@ -453,11 +455,6 @@ def _lay_readers_end_to_end(readers, bits, q_bounds, chunk, q_blocks, CHUNK: tl.
     word = tl.load(readers + block, mask=is_block, other=0)
     begin = tl.load(q_bounds + block, mask=is_block, other=0)
     end = tl.load(q_bounds + block + 1, mask=is_block, other=0)
-    size = tl.where((word & bits) != 0, end - begin, 0)
-    # Blocks are neighbours: what lies between is the block before, where it is left out.
-    has_before = is_block & (block > chunk)
-    word_before = tl.load(readers + block - 1, mask=has_before, other=0)
-    begin_before = tl.load(q_bounds + block - 1, mask=has_before, other=0)
-    jump = tl.where((word_before & bits) != 0, 0, begin - begin_before)
-    first = tl.cumsum(size, axis=0) - size
-    return word, first, begin - first, jump, tl.sum(size)
+    sizes = tl.where((word & bits) != 0, end - begin, 0)
+    first = tl.cumsum(sizes, axis=0) - sizes
+    return word, first, sizes, begin - first, tl.sum(sizes)

@@ -16,6 +16,8 @@ TILE = 512
 """Tokens sorted by one program: longer tiles compare more pairs of tokens, shorter ones need more counts."""
 CHUNK = 16
 """Tokens that a tile is compared with at one time."""
+SELECTED_AT_ONCE = 1024
+"""Clusters whose weights one program has in registers."""
 
 
 def kmeans(
@@ -172,7 +174,7 @@ def select(
 ) -> Launch:
     """The choice from the products."""
     batch, heads, rows, clusters = products.shape
-    width = triton.next_power_of_2(clusters)
+    width = min(SELECTED_AT_ONCE, triton.next_power_of_2(clusters))
     return Launch(
         kernels.select_kernel,
         (rows, heads, batch),
@@ -182,6 +184,6 @@ def select(
             **{"clusters": clusters, "queries_per_key_head": heads // kv_sizes.shape[1]},
             **{"scale": scale, "top_p": top_p, "floor": floor, "WIDTH": width},
         },
-        num_warps=min(8, max(1, width // 256)),
+        num_warps=min(8, max(1, width // 128)),
         num_stages=1,
     )

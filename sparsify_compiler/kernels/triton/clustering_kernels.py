@@ -217,53 +217,121 @@ def select_kernel(
     floor,
     WIDTH: tl.constexpr,
 ):
-    """One program chooses the clusters of one row, without sorting them.
+    """One program chooses the clusters of one row, WIDTH of them at a time and without sorting them. It computes
+    their weights again in every pass.
 
-    The bits of floats from 0 up rise with them, so bisection finds the largest bits such that the weights from
-    there up hold the share, and are `floor` at least. Of those exactly there, the first few are kept.
+    The bits of floats from 0 up rise with them. So each of 16 passes finds two bits of the largest threshold such
+    that the weights from there up hold the share, and are `floor` at least. Of those exactly there, the first few
+    are kept.
     """
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    is_cluster = column < clusters
     kv_sizes = _at(kv_sizes, kv_sizes_strides, batch, head // queries_per_key_head)
-    size = tl.load(kv_sizes + column * kv_sizes_strides[2], mask=is_cluster, other=0)
     scores = _at(scores, scores_strides, batch, head) + row.to(tl.int64) * scores_strides[2]
-    score = tl.load(scores + column, mask=is_cluster, other=float("-inf")) * (scale * LOG2_E)
-    score = tl.where(size == 0, float("-inf"), score)
+    scale = scale * LOG2_E
+
+    highest = tl.full([WIDTH], float("-inf"), tl.float32)
+    for start in range(0, clusters, WIDTH):
+        score, size = _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH)
+        highest = tl.maximum(highest, tl.where(size == 0, float("-inf"), score * scale))
+    top = tl.max(highest)
+    masses = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, clusters, WIDTH):
+        masses += _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
     # Where no score is above -inf, the weights are NaN.
-    weight = tl.where(is_cluster, size * tl.exp2(score - tl.max(score)), 0.0)
-    total = tl.sum(weight)
+    total = tl.sum(masses)
     target = top_p * total
-    bits = tl.where(is_cluster, weight.to(tl.int32, bitcast=True), -1)
 
-    low = 0
-    high = tl.max(bits) + 1
-    while low < high:
-        middle = low + (high - low + 1) // 2
-        is_above = bits >= middle
-        enough = tl.sum(tl.where(is_above, weight, 0.0)) >= target
-        if enough & (tl.sum(is_above.to(tl.int32)) >= floor):
-            low = middle
+    threshold = tl.full([], 0, tl.uint32)
+    reached = clusters  # weights that are no less
+    beyond = 0  # weights that are more, and their sum
+    beyond_mass = 0.0
+    for step in range(16):
+        shift = 30 - 2 * step
+        third = threshold | (tl.full([], 3, tl.uint32) << shift)
+        second = threshold | (tl.full([], 2, tl.uint32) << shift)
+        first = threshold | (tl.full([], 1, tl.uint32) << shift)
+        third_masses = tl.zeros([WIDTH], tl.float32)
+        second_masses = tl.zeros([WIDTH], tl.float32)
+        first_masses = tl.zeros([WIDTH], tl.float32)
+        third_counts = tl.zeros([WIDTH], tl.int32)
+        second_counts = tl.zeros([WIDTH], tl.int32)
+        first_counts = tl.zeros([WIDTH], tl.int32)
+        for start in range(0, clusters, WIDTH):
+            weight = _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
+            bits = weight.to(tl.uint32, bitcast=True)
+            third_masses += tl.where(bits >= third, weight, 0.0)
+            second_masses += tl.where(bits >= second, weight, 0.0)
+            first_masses += tl.where(bits >= first, weight, 0.0)
+            third_counts += (bits >= third).to(tl.int32)
+            second_counts += (bits >= second).to(tl.int32)
+            first_counts += (bits >= first).to(tl.int32)
+        third_mass, third_count = tl.sum(third_masses), tl.sum(third_counts)
+        second_mass, second_count = tl.sum(second_masses), tl.sum(second_counts)
+        first_mass, first_count = tl.sum(first_masses), tl.sum(first_counts)
+        if (third_mass >= target) & (third_count >= floor):
+            threshold = third
+            reached = third_count
+        elif (second_mass >= target) & (second_count >= floor):
+            threshold = second
+            reached = second_count
+            beyond = third_count
+            beyond_mass = third_mass
+        elif (first_mass >= target) & (first_count >= floor):
+            threshold = first
+            reached = first_count
+            beyond = second_count
+            beyond_mass = second_mass
         else:
-            high = middle - 1
+            beyond = first_count
+            beyond_mass = first_mass
 
-    is_above = bits > low
-    is_tied = bits == low
-    tied_weight = tl.max(tl.where(is_tied, weight, 0.0))
-    missing = target - tl.sum(tl.where(is_above, weight, 0.0))
-    wanted = tl.where(missing > 0.0, tl.ceil(missing / tl.where(tied_weight > 0.0, tied_weight, 1.0)), 0.0)
-    wanted = tl.maximum(wanted.to(tl.int32), floor - tl.sum(is_above.to(tl.int32)))
-    is_first = is_tied & (tl.cumsum(is_tied.to(tl.int32), axis=0) <= wanted)
+    weight = tl.where(reached > beyond, threshold.to(tl.float32, bitcast=True), 0.0)
+    missing = tl.maximum(target - beyond_mass, 0.0)
+    ties = tl.minimum(tl.ceil(missing / tl.where(weight > 0.0, weight, 1.0)), clusters).to(tl.int32)
+    ties = tl.minimum(tl.maximum(ties, floor - beyond), reached - beyond)
     keeps_all = (floor >= clusters) | ~(total > 0.0)
-    is_kept = is_cluster & (is_above | is_first | keeps_all)
-
-    count = tl.sum(is_kept.to(tl.int32))
-    kept_before = tl.cumsum(is_kept.to(tl.int32), axis=0) - is_kept.to(tl.int32)
-    place = tl.where(is_kept, kept_before, count + column - kept_before)
-    kv_indices = _at(kv_indices, kv_indices_strides, batch, head) + row.to(tl.int64) * kv_indices_strides[2]
-    tl.store(kv_indices + place, column, mask=is_cluster)
+    count = tl.where(keeps_all, clusters, beyond + ties)
     tl.store(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + row, count)
-    share = tl.sum(tl.where(is_kept, weight, 0.0)) / total
-    tl.store(_at(kept, kept_strides, batch, head) + row, tl.where(count == clusters, 1.0, share))
+    share = tl.where(count == clusters, 1.0, (beyond_mass + ties * weight) / total)
+    tl.store(_at(kept, kept_strides, batch, head) + row, share)
+
+    kv_indices = _at(kv_indices, kv_indices_strides, batch, head) + row.to(tl.int64) * kv_indices_strides[2]
+    above_before = 0
+    tied_before = 0
+    for start in range(0, clusters, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        is_cluster = column < clusters
+        weights = _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
+        bits = weights.to(tl.uint32, bitcast=True)
+        is_above = (is_cluster & (bits > threshold)).to(tl.int32)
+        is_tied = (is_cluster & (bits == threshold)).to(tl.int32)
+        # One scan counts both, the ties in the upper half.
+        counts = is_above + (is_tied << 16)
+        before = tl.cumsum(counts, axis=0) - counts
+        tied = tied_before + (before >> 16)
+        kept_before = above_before + (before & 0xFFFF) + tl.minimum(tied, ties)
+        is_kept = (is_above | (is_tied & (tied < ties).to(tl.int32))) > 0
+        place = tl.where(is_kept, kept_before, count + column - kept_before)
+        place = tl.where(keeps_all, column, place)
+        tl.store(kv_indices + place, column, mask=is_cluster & (place < clusters))
+        above_before += tl.sum(is_above)
+        tied_before += tl.sum(is_tied)
+
+
+@triton.jit
+def _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH: tl.constexpr):
+    """(scores, sizes) of the clusters start : start + WIDTH. What is not there has size 0."""
+    column = start + tl.arange(0, WIDTH)
+    is_cluster = column < clusters
+    size = tl.load(kv_sizes + column * kv_sizes_strides[2], mask=is_cluster, other=0)
+    return tl.load(scores + column, mask=is_cluster, other=0.0), size
+
+
+@triton.jit
+def _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH: tl.constexpr):
+    """size exp2(score - top), the same bits in every pass; 0 where there is no cluster."""
+    score, size = _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH)
+    score = tl.fma(score, scale, -top)  # by name: the compiler might fuse in one pass alone
+    return tl.where(size == 0, 0.0, size * tl.exp2(score))

@@ -32,6 +32,8 @@ class Config:
     num_warps: int
     num_stages: int
     """Key tiles in shared memory at a time: one in use, the others on their way."""
+    tails: tuple["Config", ...] = ()
+    """Shorter tiles of queries, of falling length, for what the full ones leave of a query block."""
 
 
 WORD = 64
@@ -51,19 +53,39 @@ class BackwardConfig:
 
 
 # (compute capability, widest head dim): tiles for long blocks, tiles for short blocks. fp16 and bf16.
-# No row spills a register, with orders and a key bias or without, but for 32 bytes at (100, 256) with short blocks
-# and both; in Triton 3.6 and 3.7. Three rows give something up for that: 9.0 at 64 and 10.0 at 128 lay fewer long
-# blocks end to end, so they fill and drain the loop more often, and 10.0 at 128 has key tiles half as long; 8.0 at
-# 64 copies short blocks three ahead, which on GPUs of 99 KB leaves room for one program a multiprocessor.
+# Long blocks are laid 32 at a time: that many fit a warp, and a block that ends within a tile costs fewer barriers.
+# 10.0 at 128 lays 16, where 32 would spill with orders and a key bias.
+_LAST = Config(32, 128, 32, 4, 2)
 HALF = {
-    (80, 64): (Config(128, 64, 32, 8, 3), Config(64, 64, 128, 4, 4)),
-    (80, 128): (Config(128, 64, 64, 8, 3), Config(64, 64, 256, 8, 3)),
+    (80, 64): (
+        Config(128, 128, 32, 8, 2, tails=(Config(64, 128, 32, 4, 2), _LAST)),
+        Config(64, 64, 128, 4, 4),
+    ),
+    (80, 128): (
+        Config(128, 64, 32, 8, 3, tails=(Config(64, 64, 32, 4, 2), _LAST)),
+        Config(64, 64, 256, 8, 3),
+    ),
     (80, 256): (Config(64, 32, 32, 8, 2), Config(64, 32, 256, 8, 2)),
-    (90, 64): (Config(128, 128, 32, 8, 3), Config(64, 64, 256, 4, 3)),
-    (90, 128): (Config(128, 64, 64, 8, 3), Config(64, 64, 128, 4, 3)),
-    (90, 256): (Config(128, 32, 64, 8, 2), Config(64, 32, 256, 8, 2)),
-    (100, 64): (Config(128, 64, 32, 8, 3), Config(64, 64, 256, 4, 3)),
-    (100, 128): (Config(128, 32, 16, 8, 3), Config(64, 64, 256, 8, 3)),
+    (90, 64): (
+        Config(128, 128, 32, 8, 3, tails=(Config(64, 128, 32, 4, 3), _LAST)),
+        Config(64, 64, 256, 4, 3),
+    ),
+    (90, 128): (
+        Config(128, 128, 32, 8, 2, tails=(Config(64, 64, 32, 4, 2), _LAST)),
+        Config(64, 64, 128, 4, 3),
+    ),
+    (90, 256): (
+        Config(128, 32, 32, 8, 2, tails=(Config(64, 64, 32, 8, 2), Config(32, 64, 32, 4, 2))),
+        Config(64, 32, 256, 8, 2),
+    ),
+    (100, 64): (
+        Config(128, 64, 32, 8, 3, tails=(Config(64, 64, 32, 4, 3), _LAST)),
+        Config(64, 64, 256, 4, 3),
+    ),
+    (100, 128): (
+        Config(128, 64, 16, 8, 2, tails=(Config(64, 64, 16, 4, 2), _LAST)),
+        Config(64, 64, 256, 8, 3),
+    ),
     (100, 256): (Config(64, 32, 32, 8, 2), Config(64, 32, 256, 8, 2)),
 }
 
@@ -76,7 +98,7 @@ SINGLE = {
 }
 
 # Small, so that small tests have many tiles.
-INTERPRETED = Config(32, 32, 16, 4, 1)
+INTERPRETED = Config(32, 32, 16, 4, 1, tails=(Config(16, 32, 16, 4, 1),))
 
 # (compute capability, widest head dim): tiles of `queries_kernel` for long blocks and for short ones, tiles of
 # `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, with

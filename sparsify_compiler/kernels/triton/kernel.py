@@ -11,6 +11,13 @@ Block i takes tiles q_bounds[i] // BLOCK_M + i onwards. Rounding leaves room for
 tiles before the next block's first one, and first tiles rise with i, so a program finds its block by
 bisection, with no tile map to build. A tile number that no block uses ends at once.
 
+Where tiles are long, a block's last one may be mostly empty. Then the last rows go into a shorter tile, of the
+least length that holds them, and each length is a launch of its own, which has a program for each block. A
+program ends at once where its block leaves no rows for that length.
+
+    tiles of 128    | t0  | t1  |     t3      | t4  | t5  | t6  |                block 1 has 100 rows
+    tails of 64                 |b0|                            |b2|
+
 The listed key blocks are laid end to end, CHUNK of them at a time, and cut into tiles of BLOCK_N keys: block
 sizes do not matter, only the last tile of a chunk is partly empty.
 
@@ -18,10 +25,9 @@ sizes do not matter, only the last tile of a chunk is partly empty.
     end to end      |  block 0  | block 2 |   block 3   |
     key tiles       |  n0  |  n1  |  n2  |  n3  |  n4  |
 
-Within a chunk, key number f lies at position f + sum of jump[c] over the listed blocks c with first[c] <= f,
-where first[c] is the number of block c's first key and jump[c] the distance from the end of the block listed
-before it. A tile with no jump inside (n0, n2, n3, n4: neighbours merge of themselves) is a plain range. Else
-(n1) each lane finds its block, by counting the blocks that begin at it and before it.
+Within a chunk, key number f of listed block c lies at position f + distances[c]. Blocks that are neighbours have
+one distance, so they merge of themselves. A tile in which the distance does not change (n0, n2, n3, n4) is a plain
+range. Else (n1) each lane finds its block, by counting the blocks that begin at it and before it.
 
 Softmax is online and in base 2: log2(e) is folded into the scale and the bias. Lanes beyond the chunk have
 key and value 0 and bias -inf, so no score needs a mask of its own.
@@ -71,20 +77,23 @@ def block_sparse_attention_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
+    TAIL_OF: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
     """Args: tensors as in `attention.block_sparse_attention`, and the strides of each in elements, 0 where a
     batch or head is shared. ALIGN: bytes of which every row of query, key, value and out starts at a multiple.
+    TAIL_OF: BLOCK_M of the full tiles, in a launch of tails; else 0. LEAST: so few rows go into shorter tails.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
 
     q_bounds = _at(q_bounds, q_bounds_strides, batch, head)
-    block = _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
+    block = tile if TAIL_OF else _block_of_tile(tile, q_bounds, q_blocks, BLOCK_M)
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    q_token, is_query, is_used = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
-    if not is_used:
+    q_token, is_query, rows = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M, TAIL_OF)
+    if (rows <= LEAST) | ((TAIL_OF > 0) & (rows > BLOCK_M)):
         return
 
     query = _at(query, query_strides, batch, head)
@@ -104,11 +113,13 @@ def block_sparse_attention_kernel(
     acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)
 
     for chunk in range(0, listed_blocks, CHUNK):
-        first, distances, jump, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
-        distance, range_end = _range_at(0, first, jump)
+        first, sizes, distances, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
+        distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, keys, BLOCK_N):
             is_key = start + tl.arange(0, BLOCK_N) < keys
-            token, distance, range_end = _tile_at(start, first, distances, jump, distance, range_end, BLOCK_N)
+            token, distance, range_end = _tile_at(
+                start, first, sizes, distances, distance, range_end, BLOCK_N
+            )
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
 
@@ -124,14 +135,14 @@ def block_sparse_attention_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
             row_max = new_max
 
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     # Found again rather than kept through the loop, whose every register is in use.
-    q_token, is_query, _ = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
+    q_token, is_query, _ = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M, TAIL_OF)
+    lse = _at(lse, lse_strides, batch, head)
+    tl.store(lse + q_token, (_finite(row_max) + tl.log2(row_sum)) * LN_2, mask=is_query)
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     out = _at(out, out_strides, batch, head)
     elements, mask = _rows(out, q_token, is_query, out_strides, VALUE_DIM, ALIGN)
     tl.store(elements, acc.to(out.dtype.element_ty), mask=mask)
-    lse = _at(lse, lse_strides, batch, head)
-    tl.store(lse + q_token, (_finite(row_max) + tl.log2(row_sum)) * LN_2, mask=is_query)
 
 
 @triton.jit
@@ -155,41 +166,40 @@ def _block_of_tile(tile, bounds, blocks, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr):
-    """(tokens of a tile, which of them are tokens of its block, whether any is).
+def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl.constexpr = 0):
+    """(tokens of a tile, which of them are tokens of its block, how many tokens the block has from its first on).
 
-    The volatile loads keep the compiler from making one of two calls.
+    TAIL_OF: the tile holds what tiles of this length leave of its block. The volatile load keeps the compiler from
+    making one of two calls.
     """
     begin = tl.load(bounds + block, volatile=True)
     end = tl.load(bounds + block + 1)
-    first_row = begin + (tile - begin // BLOCK - block) * BLOCK
+    first_row = end - (end - begin) % TAIL_OF if TAIL_OF else begin + (tile - begin // BLOCK - block) * BLOCK
     token = first_row + tl.arange(0, BLOCK)
     is_token = token < end
     if order is not None:
-        token = tl.load(order + token, mask=is_token, other=0, volatile=True)
-    return token, is_token, first_row < end
+        token = tl.load(order + token, mask=is_token, other=0)
+    return token, is_token, end - first_row
 
 
 @triton.jit
 def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.constexpr):
-    """(first, distances, jump, keys) of the listed blocks chunk : chunk + CHUNK.
+    """(first, sizes, distances, keys) of the listed blocks chunk : chunk + CHUNK.
 
-    distances: position - number in each block. keys: how many they hold in all.
+    first: number of each block's first key; lanes that list no block begin nowhere. distances: position - number.
+    keys: how many they hold in all.
     """
     entry = chunk + tl.arange(0, CHUNK)
     is_listed = entry < listed_blocks
     block = tl.load(kv_indices + entry, mask=is_listed, other=0)
-    before = tl.load(kv_indices + entry - 1, mask=is_listed & (entry > chunk), other=-1)
     begin = tl.load(kv_bounds + block, mask=is_listed, other=0)
-    size = tl.load(kv_bounds + block + 1, mask=is_listed, other=0) - begin
-    # Before the chunk's first block there is none; bound 0, which is 0, then stands for its end.
-    jump = begin - tl.load(kv_bounds + before + 1, mask=is_listed, other=0)
-    first = tl.cumsum(size, axis=0) - size
-    return first, begin - first, jump, tl.sum(size)
+    sizes = tl.load(kv_bounds + block + 1, mask=is_listed, other=0) - begin
+    first = tl.where(is_listed, tl.cumsum(sizes, axis=0) - sizes, 2147483647)
+    return first, sizes, begin - first, tl.sum(sizes)
 
 
 @triton.jit
-def _tile_at(start, first, distances, jump, distance, range_end, BLOCK: tl.constexpr):
+def _tile_at(start, first, sizes, distances, distance, range_end, BLOCK: tl.constexpr):
     """(positions of the tokens numbered start : start + BLOCK, `_range_at` the next tile's start)."""
     number = start + tl.arange(0, BLOCK)
     position = number + distance
@@ -197,7 +207,7 @@ def _tile_at(start, first, distances, jump, distance, range_end, BLOCK: tl.const
     if start + BLOCK >= range_end:
         if start + BLOCK > range_end:
             position = number + tl.gather(distances, _blocks_of(start, first, BLOCK), axis=0)
-        distance, range_end = _range_at(start + BLOCK, first, jump)
+        distance, range_end = _range_at(start + BLOCK, first, sizes, distances)
     return position, distance, range_end
 
 
@@ -210,10 +220,10 @@ def _blocks_of(start, first, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _range_at(number, first, jump):
+def _range_at(number, first, sizes, distances):
     """The range of neighbouring keys that `number` lies in: (its position - number, number of its end)."""
-    distance = tl.sum(tl.where(first <= number, jump, 0))
-    return distance, tl.min(tl.where((first > number) & (jump != 0), first, 2147483647))
+    distance = tl.sum(tl.where((first <= number) & (number - first < sizes), distances, 0))
+    return distance, tl.min(tl.where((first > number) & (distances != distance), first, 2147483647))
 
 
 @triton.jit

@@ -121,10 +121,13 @@ def top_k_kernel(
             is_chosen = (is_above | (is_tied & (tied < ties[:, None]).to(tl.int32))) > 0
             place = above + tl.minimum(tied, ties[:, None])
             token = (start + tl.arange(0, BLOCK_N))[None, :]
-            tl.store(row[:, None] + place, token, mask=is_chosen & is_group[:, None])
+            # Whatever this pass finds, it writes no more than was asked for.
+            has_room = place < wanted
+            tl.store(row[:, None] + place, token, mask=is_chosen & has_room & is_group[:, None])
             above_before += tl.sum(is_above, axis=1)
             tied_before += tl.sum(is_tied, axis=1)
-        tl.store(kv_num_blocks, above_before + tl.minimum(tied_before, ties), mask=is_group)
+        found = tl.minimum(above_before + tl.minimum(tied_before, ties), wanted)
+        tl.store(kv_num_blocks, found, mask=is_group)
 
 
 @triton.jit
