@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
+DIRECTORY = str(Path(torch.__file__).parent)
+"""Of PyTorch's own files."""
+
 
 def unwrapped(error: SparsifyError) -> SparsifyError:
     """The same error, of a class that Dynamo lets pass through a backend instead of wrapping it."""
@@ -177,9 +180,10 @@ def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> 
 
 
 class GraphBreak(NamedTuple):
-    """Where Dynamo ended a graph before the end of the code."""
+    """Where Dynamo ended a graph before the end of the code; of calls into PyTorch, where PyTorch is called."""
 
     file: str
+    function: str
     line: int
     why: str
     """In Dynamo's words, on one line."""
@@ -208,8 +212,9 @@ def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
 def _graph_break(reason: Any) -> GraphBreak | None:
     if reason is None or not reason.graph_break or not reason.user_stack:
         return None
-    place = reason.user_stack[-1]
-    return GraphBreak(place.filename, place.lineno, reason.reason.partition("\n")[0].rstrip("."))
+    ours = [place for place in reason.user_stack if not place.filename.startswith(DIRECTORY)]
+    place = (ours or reason.user_stack)[-1]
+    return GraphBreak(place.filename, place.name, place.lineno, reason.reason.partition("\n")[0].rstrip("."))
 
 
 def is_last_program() -> bool:

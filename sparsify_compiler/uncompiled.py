@@ -22,7 +22,7 @@ _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 _SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _DOOR = str(Path(__file__).with_name("explanation.py"))
 """From where the model is called."""
-_NOT_THE_MODEL = (__file__, _DOOR, str(Path(torch.__file__).parent), "<")
+_NOT_THE_MODEL = (__file__, _DOOR, _torch.DIRECTORY, "<")
 """How the files begin whose frames are not the model's."""
 
 
@@ -109,23 +109,30 @@ class Uncompiled(TorchDispatchMode):
             dtype=str(tensor.dtype).removeprefix("torch."),
             device=tensor.device.type,
             scale=0.0,
-            refusal=self._why([(one.f_code.co_filename, one.f_lineno) for one in frames]),
+            refusal=self._why(frames),
         )
         layout = TokenLayout(tokens=queries)
         self.plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=site.refusal))
 
-    def _why(self, places: Sequence[tuple[str, int]]) -> str:
+    def _why(self, frames: Sequence[FrameType]) -> str:
         """Args:
-        places: (file, line) of the calls that lead to the attention, innermost first.
+        frames: those that lead to the attention, innermost first.
         """
-        here = f"outside every graph, at {_torch.place_text(*places[0])}" if places else "outside every graph"
         breaks = _torch.graph_breaks()[self._breaks :]
-        found = {(one.file, one.line): one for one in breaks}
-        cause = next((str(found[place]) for place in places if place in found), "")
-        cause = cause or next(
-            (f"the model is not compiled ({one.why})" for one in breaks if one.file == _DOOR), ""
-        )
-        return f"{here}: {cause}" if cause else here
+        places = [(one.f_code.co_filename, one.f_code.co_name, one.f_lineno) for one in frames]
+        causes = [
+            *(str(one) for file, _, line in places for one in breaks if (one.file, one.line) == (file, line)),
+            # A function that Dynamo cannot go on with in the middle, it does not compile at all.
+            *(
+                str(one)
+                for file, name, _ in places
+                for one in breaks
+                if one.file == file and one.function in name
+            ),
+            *(f"the model is not compiled ({one.why})" for one in breaks if one.file == _DOOR),
+        ]
+        file, _, line = places[0]
+        return ": ".join([f"outside every graph, at {_torch.place_text(file, line)}", *causes[:1]])
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

@@ -1,11 +1,16 @@
 """`explain`: the plans that compiling would follow, whatever was compiled before; as text and as picture."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch._higher_order_ops import while_loop
+from torch._higher_order_ops.map import map as map_rows
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparsify_compiler
@@ -63,6 +68,142 @@ def test_plans_carry_what_was_decided(explained):
     assert len(refiner) == 2
     dense = 2 * TEXT**2
     assert explained.density == pytest.approx((4 * kept + dense) / (4 * tokens**2 + dense))
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return scaled_dot_product_attention(x, x, x)
+
+
+class ByHand(nn.Module):
+    def forward(self, x):
+        weights = (x @ x.mT).softmax(-1)
+        return weights @ x, weights
+
+
+class Uncompiled(Attention):
+    forward = torch.compiler.disable(Attention.forward)
+
+
+class UncompiledByHand(ByHand):
+    forward = torch.compiler.disable(ByHand.forward)
+
+
+class Rows(nn.Module):
+    """Breaks where Dynamo cannot go on behind: in a generator."""
+
+    def rows(self, x):
+        torch._dynamo.graph_break()
+        yield scaled_dot_product_attention(x, x, x)
+
+    def forward(self, x):
+        return next(iter(self.rows(x)))
+
+
+class Passed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return scaled_dot_product_attention(x, x, x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@torch.library.custom_op("sparsify_tests::flash_attn", mutates_args=())
+def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q + k + v
+
+
+flash_attn.register_fake(lambda q, k, v: torch.empty_like(q))
+
+
+class Hidden(nn.Module):
+    """Attention where the compiler does not rewrite it."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch, self.returned = Attention(), ByHand()
+        self.module = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        y = torch.cond(x.sum() > 0, self.branch, torch.cos, (x,))
+        y = y + map_rows(lambda row: scaled_dot_product_attention(row, row, row), x)
+        _, y = while_loop(
+            lambda i, _: i < 2, lambda i, y: (i + 1, self.branch(y).clone()), (torch.tensor(0), y)
+        )
+        y = y + Passed.apply(x) + flex_attention(*[x.detach()] * 3)
+        y = y + torch.ops.sparsify_tests.flash_attn(x, x, x)
+        out, weights = self.returned(y)
+        return out, weights, self.module(x[0], x[0], x[0], need_weights=True)
+
+
+def test_attention_that_is_not_rewritten_is_listed():
+    x = torch.randn(1, 2, 8, 16, requires_grad=True)
+    explained = sparsify_compiler.explain(Hidden().train(), x)
+    reasons = {
+        "branch": "inside cond, which",
+        "branch#2": "inside while_loop, which",
+        "returned": "its weights are used elsewhere too",
+        "module": "inside nn.MultiheadAttention",
+    }
+    found = {plan.site.name: plan for plan in explained.plans}
+    for name, reason in reasons.items():
+        assert reason in found.pop(name).reason
+    others = sorted(plan.reason for plan in found.values())
+    expected = [
+        "a call of flex_attention",
+        "a call of sparsify_tests.flash_attn",
+        "inside autograd",
+        "inside map",
+    ]
+    assert [other.startswith(one) for other, one in zip(others, expected, strict=True)] == [True] * 4, others
+    assert [plan.site.index for plan in explained.plans] == list(range(len(explained.plans)))
+    assert "1 graph, 0 of 8 attention calls sparse" in str(explained)
+    known = [plan for plan in explained.plans if plan.site.heads]
+    assert all((plan.site.q_tokens, plan.site.head_dim) == (8, 16) for plan in known)
+    assert len(known) == 6
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_outside_every_graph_is_listed(device):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([Attention(), Uncompiled(), Uncompiled(), Rows()])
+            self.returned = UncompiledByHand()
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x) + 1
+            return self.returned(x)
+
+    x = torch.randn(1, 2, 8, 16, device=device)
+    explained = sparsify_compiler.explain(Model(), x)
+    assert [plan.site.name for plan in explained.outside] == ["blocks.1", "blocks.2", "blocks.3", "returned"]
+    sites = [plan.site for plan in explained.outside]
+    assert all((site.heads, site.q_tokens, site.kv_tokens, site.value_dim) == (2, 8, 8, 16) for site in sites)
+    lines = dict(enumerate(Path(__file__).read_text().splitlines(), 1))
+    called = ["scaled_dot_product", "scaled_dot_product", "scaled_dot_product", "weights @ x"]
+    for plan, words in zip(explained.outside, called, strict=True):
+        place, cause = re.findall(r"test_explain.py:(\d+)", plan.reason)
+        assert plan.reason.startswith("outside every graph, at tests/test_explain.py:")
+        assert words in lines[int(place)]
+        assert "Dynamo ends a graph at tests" in plan.reason
+        assert "block(x)" in lines[int(cause)]
+        assert "torch.compiler.disable" in plan.reason
+    assert "0 of 5 attention calls sparse" in str(explained)
+    assert "outside every graph" in str(explained)
+
+
+def test_a_model_that_is_not_compiled_at_all():
+    model = Attention()
+    model.forward = torch.compiler.disable(model.forward)
+    explained = sparsify_compiler.explain(model, torch.randn(1, 2, 8, 16))
+    (plan,) = explained.plans
+    assert explained.graphs == 0
+    assert "torch.compiler.disable" in plan.reason
+    assert "0 graphs, 0 of 1 attention call sparse" in str(explained)
 
 
 def test_text_folds_layers_and_gives_the_reasons(explained):

@@ -309,6 +309,7 @@ def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
     node.replace_all_uses_with(result)
     new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     new.meta |= {"site": site, "original": node, "result": result, "inserted": True}
+    result.meta["example_value"] = values[-1]
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:

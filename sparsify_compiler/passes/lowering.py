@@ -331,11 +331,13 @@ def _held_by(node: fx.Node, memory: _Memory | None) -> list[fx.Node | None]:
 
 
 def _describe(node: fx.Node, *new: fx.Node) -> None:
-    """Carry over where a call stands in the model, and what is done there."""
+    """Carry over where a call stands in the model, and what is done there; to the last node its output too."""
     for one in new:
         one.meta = {
             k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "site", "plan") if k in node.meta
         }
+    if "example_value" in node.meta:
+        new[-1].meta["example_value"] = node.meta["example_value"]
 
 
 def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:

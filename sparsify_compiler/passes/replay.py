@@ -89,10 +89,12 @@ def differs(found: Unfused) -> str:
     sizes = sizes_of(tensor_of(found.chain[0]))  # type: ignore[arg-type]
     if sizes is None or not 0 < math.prod(sizes) <= MOST_SCORES:
         return ""
-    return _difference(_form_of(found))
+    form = _form_of(found)
+    return "one of its tensors has sizes known only at run time" if form is None else _difference(form)
 
 
-def _form_of(found: Unfused) -> _Form:
+def _form_of(found: Unfused) -> _Form | None:
+    """None where sizes are known only at run time."""
     parts = [found.query, found.key, found.value, *([] if found.mask is None else [found.mask])]
     tensors = list(dict.fromkeys(part.node for part in parts))
     chain = list(found.chain)
@@ -114,8 +116,11 @@ def _form_of(found: Unfused) -> _Form:
             return "cpu"
         return _torch.hint(value) if isinstance(value, torch.SymInt) else value
 
+    outside = [_outside(tensor_of(node)) for node in tensors]  # type: ignore[arg-type]
+    if None in outside:
+        return None
     return _Form(
-        outside=tuple(_outside(tensor_of(node)) for node in tensors),  # type: ignore[arg-type]
+        outside=tuple(outside),  # type: ignore[arg-type]
         calls=tuple(
             _Call(
                 node.target,
@@ -143,9 +148,10 @@ def _is_device(value: Any) -> bool:
     return isinstance(value, torch.device)
 
 
-def _outside(tensor: Tensor) -> _Outside:
+def _outside(tensor: Tensor) -> _Outside | None:
     sizes = sizes_of(tensor)
-    assert sizes is not None
+    if sizes is None:
+        return None
     held = (1 if _torch.hint(step) == 0 else size for size, step in zip(sizes, tensor.stride(), strict=True))
     return _Outside(tuple(held), sizes, tensor.dtype)
 

@@ -1,6 +1,7 @@
 """Whole models through the backend: what is planned, what comes out, and what a user is told."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
@@ -379,6 +381,35 @@ def test_the_default_says_that_it_is_lossy() -> None:
     asked = {"method": "tile", "inner_backend": "eager"}
     torch._dynamo.reset()
     assert not _warnings_of(partial(torch.compile(Attend(), backend="sparsify", options=asked), VIDEO))
+
+
+def test_attention_that_stays_is_told_with_its_cause() -> None:
+    def branch(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: F.scaled_dot_product_attention(x, x, x), torch.cos, (x,))
+
+    def outside(x: Tensor) -> Tensor:
+        return torch.compiler.disable(F.scaled_dot_product_attention)(x.sin(), x, x)
+
+    class Returned(Attend):
+        def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
+            out = super().forward(video)
+            weights = (out @ out.mT).softmax(-1)
+            return weights @ out, weights
+
+    def told(model: Any, x: Tensor, **options: Any) -> list[str]:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="sparsify", options={"inner_backend": "eager", **options})
+        return _warnings_of(partial(fast, x))
+
+    x = torch.randn(1, 2, 8, 16)
+    (message,) = told(branch, x)
+    assert "inside cond" in message
+    message, *_ = told(outside, x)
+    assert re.search(r"ends a graph at models/test_compiled.py:\d+ \(Skip", message)
+    (message,) = told(Returned(), VIDEO, method="tile")
+    assert "leaves 1 of 2 attention calls" in message
+    assert "its weights are used elsewhere too (1)" in message
+    assert not told(branch, x, method="dense")
 
 
 def test_dynamos_graph_is_left_alone() -> None:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import sparsify_compiler
-from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, cli
+from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, cli, explain
 from sparsify_compiler.backend import configure
 from sparsify_compiler.evaluation import calibration
 from sparsify_compiler.evaluation import model as evaluated
@@ -628,6 +628,29 @@ def test_a_policy_for_another_grid_is_refused_where_it_is_compiled(
     says = r"blocks.0.attn1 of WanTransformer3DModel must have grid 5x7x9, got 3x7x9.*search"
     with pytest.raises(PolicyError, match=says):
         answer(fast, CASES["wan"].build((3, 7, 9), batch=1)[1])
+
+
+class Wrapper(nn.Module):
+    """A trainer's wrapper."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def test_a_policy_of_the_bare_model_does_for_a_wrapped_one(
+    wan: tuple[nn.Module, Inputs], found: Policy
+) -> None:
+    model, inputs = wan
+    policy = mixed(found, TILE1, TILE2)
+    bare, wrapped = (explain(one, **inputs, options={"policy": policy}) for one in (model, Wrapper(model)))
+    assert sum(plan.method == "tile" for plan in wrapped.plans) == 2
+    names = [plan.site.name for plan in wrapped.plans]
+    assert names == [f"module.{plan.site.name}" for plan in bare.plans]
+    assert [plan.settings for plan in wrapped.plans] == [plan.settings for plan in bare.plans]
 
 
 @pytest.mark.parametrize(

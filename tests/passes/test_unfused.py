@@ -1,0 +1,580 @@
+"""Attention by hand: what is read as attention computes the same, and what is not stays as it is and says why."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from sparsify_compiler.backend import configure
+from sparsify_compiler.passes import pipeline, replay, unfused
+from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.plan import AttentionPlan
+
+B, H, D = 2, 2, 8
+GRID = (3, 1, 5)
+S = math.prod(GRID)
+OPTIONS = {"method": "tile", "reference_frames": GRID[0], "grid": GRID, "inner_backend": "eager"}
+"""Every frame sees every other: a table whose output is that of full attention."""
+
+X = torch.randn(B, S, H * D, generator=torch.Generator().manual_seed(0))
+SEEN = torch.rand(B, 1, 1, S, generator=torch.Generator().manual_seed(1)) > 0.3
+SEEN[..., 0] = True
+BIAS = 3 * torch.randn(B, 1, 1, S, generator=torch.Generator().manual_seed(2))
+FLAT_BIAS = BIAS.view(B, 1, S).repeat_interleave(H, 0)
+"""[B H, 1, S]"""
+MEMORY = torch.arange(7.0 * D).view(7, D).sin()
+
+Function = Callable[[Tensor], Tensor]
+Outcome = tuple[Tensor, Tensor, AttentionPlan]
+"""Output compiled and by eager, and the plan of its one attention."""
+
+
+def outcomes(functions: dict[str, Function], x: Tensor = X, **options: Any) -> dict[str, Outcome]:
+    """Of functions of tokens [B, S, H D], which are one graph: most of the time goes into tracing."""
+    plans: list[AttentionPlan] = []
+
+    def together(x: Tensor) -> list[Tensor]:
+        return [function(x.clone()) for function in functions.values()]
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        config = configure(OPTIONS)
+        analysed = pipeline.analyse(gm, config)
+        plans.extend(graph_plan(analysed))
+        return pipeline.rewrite(analysed, config).forward
+
+    torch._dynamo.reset()
+    exact = together(x)
+    got = torch.compile(together, backend=backend, fullgraph=True, **options)(x)
+    return {name: found for name, *found in zip(functions, got, exact, plans, strict=True)}  # type: ignore[misc]
+
+
+def is_rewritten(outcome: Outcome) -> None:
+    """It is sparse, and its numbers are eager's."""
+    got, exact, plan = outcome
+    assert plan.method == "tile", plan.reason
+    assert plan.site.spelling == "unfused"
+    error = 1e-5 if exact.dtype in (torch.float32, torch.float64) else 4 * torch.finfo(exact.dtype).eps
+    torch.testing.assert_close(got, exact, rtol=error, atol=error * float(exact.detach().abs().max()))
+
+
+def stays(outcome: Outcome, reason: str) -> None:
+    """It is dense with that reason, and its bits are eager's."""
+    got, exact, plan = outcome
+    assert plan.method == "dense"
+    assert reason in plan.reason
+    assert torch.equal(got, exact)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (H, D)).transpose(1, 2)
+
+
+def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return heads(2 * x), heads(2 * x.sin()), heads(x.cos().cumsum(-1))
+
+
+def flat(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project(x)
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, H, D]"""
+    q, k, v = project(x)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def spelled(
+    scores: Function = lambda s: s, weights: Function = lambda w: w, dtype: torch.dtype = torch.float32
+) -> Function:
+    """softmax(scores(q kᵀ)), changed by `weights`, times v."""
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = project(x.to(dtype))
+        return weights(scores(q @ k.mT).softmax(-1)) @ v
+
+    return function
+
+
+def multiplied(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor], of: Callable[[Tensor], Any] = project
+) -> Function:
+    """A function of q, k and v."""
+    return lambda x: product(*of(x))
+
+
+def in_operators(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores *= 0.5
+    scores += BIAS
+    return scores.softmax(-1) @ v
+
+
+def regrouped_for_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.bmm(q, k.mT).view(B, H, S, S) + BIAS
+    return torch.bmm(scores.view(B * H, S, S).softmax(-1), v).view(B, H, S, D)
+
+
+HALF = torch.finfo(torch.float16).min
+NO = -math.inf
+ATTENTION: dict[str, Function] = {
+    "scale, then mask": spelled(lambda s: s * 0.5 + BIAS),
+    "mask first, expanded": spelled(lambda s: BIAS.expand(B, H, S, S) + s / 2),
+    "two scales": spelled(lambda s: torch.multiply(s, 0.5).div_(3)),
+    "negative scale": spelled(lambda s: s * -0.5),
+    "zero scale": spelled(lambda s: s * 0),
+    "hidden by -inf": spelled(lambda s: s.masked_fill(mask=~SEEN, value=NO)),
+    "hidden by a number": spelled(lambda s: s.masked_fill(SEEN.logical_not(), -1e9)),
+    "hidden by the least number": spelled(lambda s: s.masked_fill(~SEEN, torch.finfo(s.dtype).min)),
+    "hidden by the least number, fp16": spelled(lambda s: s.masked_fill(~SEEN, HALF), dtype=torch.float16),
+    "all hidden by a number": spelled(lambda s: (30 * s).masked_fill(SEEN >= SEEN, -1e9)),
+    "hidden where 0": spelled(lambda s: s.masked_fill((2.0 * SEEN).logical_not(), NO)),
+    "chosen where seen": spelled(lambda s: torch.where(SEEN, s, NO)),
+    "chosen where seen, by a method": spelled(lambda s: (s * 0.3).where(SEEN, NO)),
+    "chosen where not hidden": spelled(lambda s: torch.where(~SEEN, -1e10, s)),
+    "chosen where seen is hidden": spelled(lambda s: torch.where(SEEN, -1e10, s)),
+    "wider scores": spelled(lambda s: s.double(), lambda w: w.float()),
+    "wider weights": spelled(weights=lambda w: w.float().to(torch.bfloat16), dtype=torch.bfloat16),
+    "wider softmax": multiplied(lambda q, k, v: F.softmax(q @ k.mT, -1, dtype=torch.float64).to(v) @ v),
+    "in operators": multiplied(in_operators),
+    "added by baddbmm": multiplied(
+        lambda q, k, v: torch.bmm(torch.baddbmm(FLAT_BIAS, q, k.mT, alpha=0.5).softmax(-1), v), flat
+    ),
+    "added by baddbmm, then regrouped": multiplied(
+        lambda q, k, v: torch.baddbmm(FLAT_BIAS, q, k.mT).view(B, H, S, S).softmax(-1) @ v.view(B, H, S, D),
+        flat,
+    ),
+    "nothing added by baddbmm": multiplied(
+        lambda q, k, v: torch.baddbmm(FLAT_BIAS * NO, q, k.mT, beta=0, alpha=0.3).softmax(-1) @ v, flat
+    ),
+    "regrouped for the softmax": multiplied(regrouped_for_the_softmax, flat),
+    "einsum": multiplied(
+        lambda q, k, v: torch.einsum(
+            "bhij,bjhd->bihd", (torch.einsum("bihd,bjhd->bhij", q, k) * 0.3).softmax(-1), v
+        ),
+        rows,
+    ),
+    "einsum, value first": multiplied(
+        lambda q, k, v: torch.einsum("bjhd,bhij->bihd", v, torch.einsum("bihd,bjhd->bhij", q, k).softmax(-1)),
+        rows,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def rewritten() -> dict[str, Outcome]:
+    return outcomes(ATTENTION)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_spellings_of_attention(name: str, rewritten: dict[str, Outcome]) -> None:
+    is_rewritten(rewritten[name])
+
+
+def mask_added_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = BIAS.expand(B, H, S, S).clone()
+    mask += q @ k.mT
+    return mask.softmax(-1) @ v
+
+
+def in_statements(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.mul_(0.5)
+    return scores.softmax(-1) @ v
+
+
+def clamped_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.view(-1).clamp_(-3, 3)
+    return scores.softmax(-1) @ v
+
+
+def cut_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    weights[..., 0] = 0
+    return weights @ v
+
+
+def returned_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v + weights.sum()
+
+
+def returned_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return scores.softmax(-1) @ v + scores.sum()
+
+
+def twice_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    return (scores + scores).softmax(-1) @ v
+
+
+def squared_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ weights
+
+
+NOT_READ: dict[str, tuple[Function, str]] = {
+    # scale and mask in another order
+    "mask scaled": (spelled(lambda s: (s + BIAS) * 0.5), "its mask is scaled"),
+    "mask scaled, of baddbmm": (
+        multiplied(lambda q, k, v: (torch.baddbmm(FLAT_BIAS, q, k.mT) / 2).softmax(-1) @ v, flat),
+        "its mask is scaled",
+    ),
+    "mask with a factor": (
+        multiplied(lambda q, k, v: torch.baddbmm(FLAT_BIAS, q, k.mT, beta=2).softmax(-1) @ v, flat),
+        "a factor for its mask",
+    ),
+    "hidden, then scaled": (spelled(lambda s: s.masked_fill(~SEEN, -1e9) * 1e-3), "its mask is scaled"),
+    "two masks": (spelled(lambda s: s.masked_fill(~SEEN, NO) + BIAS), "two masks"),
+    "alpha": (spelled(lambda s: torch.add(s, BIAS, alpha=2)), "go through add"),
+    "mask subtracted": (spelled(lambda s: s - BIAS), "go through sub"),
+    "boolean mask added": (spelled(lambda s: s + SEEN), "go through add"),
+    "hidden by a small number": (spelled(lambda s: s.masked_fill(~SEEN, -3.0)), "go through masked_fill"),
+    "filled by a large number": (spelled(lambda s: s.masked_fill(~SEEN, 1e9)), "go through masked_fill"),
+    "chosen from a tensor": (spelled(lambda s: torch.where(SEEN, s, BIAS)), "go through where"),
+    "scores twice": (multiplied(twice_scores), "go through add"),
+    "mask of more batches": (
+        lambda x: (heads(x[:1]) @ heads(x[:1]).mT + BIAS).softmax(-1) @ heads(x),
+        "go through add",
+    ),
+    # other types
+    "to integers": (spelled(lambda s: s.to(torch.int32).float()), "cast from torch.float32 to torch.int32"),
+    "to fewer digits": (spelled(lambda s: s.bfloat16(), lambda w: w.float()), "to torch.bfloat16"),
+    "bfloat16 to float16": (
+        spelled(lambda s: s.half(), lambda w: w.bfloat16(), torch.bfloat16),
+        "from torch.bfloat16 to torch.float16",
+    ),
+    "softmax in fewer digits": (
+        multiplied(lambda q, k, v: (q @ k.mT).softmax(-1, dtype=torch.float16).float() @ v),
+        "to torch.float16",
+    ),
+    "weights to fewer digits": (spelled(weights=lambda w: w.half().float()), "weights are cast"),
+    "weights to integers": (spelled(weights=lambda w: (255 * w).byte().float()), "weights are cast"),
+    "other bits": (spelled(lambda s: s.view(torch.int32).view(torch.float32)), "to torch.int32"),
+    # other functions of the scores
+    "clamped": (spelled(lambda s: s.clamp(-5, 5)), "go through clamp"),
+    "capped": (spelled(lambda s: 20 * torch.tanh(s / 20)), "go through tanh"),
+    "without sign": (spelled(lambda s: s.abs()), "go through abs"),
+    "less their largest": (spelled(lambda s: s - s.amax(-1, keepdim=True)), "go through sub"),
+    "times a tensor": (spelled(lambda s: s * torch.tensor([1.0, 2.0]).view(H, 1, 1)), "go through mul"),
+    "divisor of a number": (spelled(lambda s: 2 / s), "go through truediv"),
+    "rounded": (spelled(lambda s: torch.div(s, 2, rounding_mode="trunc")), "go through div"),
+    # other weights
+    "weights hidden": (spelled(weights=lambda w: w * SEEN), "weights go through mul"),
+    "weights of weights": (spelled(weights=lambda w: w.softmax(-1)), "weights go through softmax"),
+    "weights detached": (spelled(weights=lambda w: w.detach()), "weights go through detach"),
+    "logarithm": (multiplied(lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v), "those of log_softmax"),
+    "softmin": (multiplied(lambda q, k, v: F.softmin(q @ k.mT, -1) @ v), "those of softmin"),
+    "weights squared": (multiplied(squared_weights), "weights on the left"),
+    "weights transposed": (
+        multiplied(lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).permute(0, 1, 3, 2)),
+        "weights go through permute",
+    ),
+    "keys first": (multiplied(lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v), "go through getattr"),
+    "softmax in the middle": (
+        multiplied(
+            lambda q, k, v: torch.einsum(
+                "bijh,bjhd->bihd", torch.einsum("bihd,bjhd->bijh", q, k).softmax(2), v
+            ),
+            rows,
+        ),
+        "",
+    ),
+    "heads summed": (
+        multiplied(lambda q, k, v: torch.einsum("bhij,bgjd->bhid", (q @ k.mT).softmax(-1), v)),
+        "sums over more",
+    ),
+    "added to the output": (
+        multiplied(lambda q, k, v: torch.baddbmm(q, (q @ k.mT).softmax(-1), v), flat),
+        "second product",
+    ),
+    # other sizes
+    "memory bank": (lambda x: (heads(x) @ MEMORY.t()).softmax(-1) @ MEMORY, "its key has the sizes (7, 8)"),
+    "keys of two dimensions": (
+        lambda x: (x[..., :D] @ MEMORY.t()).softmax(-1) @ MEMORY,
+        "its key has the sizes (7, 8)",
+    ),
+    "values of two dimensions": (
+        multiplied(lambda q, k, v: (q @ k.mT).softmax(-1) @ v[0, 0]),
+        "its value has the sizes (15, 8)",
+    ),
+    "keys of three dimensions": (
+        multiplied(lambda q, k, v: (q @ k[0].mT).softmax(-1) @ v),
+        "its key has the sizes (2, 15, 8)",
+    ),
+    "one batch of queries": (
+        multiplied(lambda q, k, v: (q[:1] @ k.mT).softmax(-1) @ v),
+        "its query has the sizes (1,",
+    ),
+    "one batch of values": (
+        multiplied(lambda q, k, v: (q @ k.mT).softmax(-1) @ v[:1]),
+        "its value has the sizes (1,",
+    ),
+    "one value": (
+        multiplied(lambda q, k, v: torch.einsum("bhij,bhjd->bhid", (q @ k.mT).softmax(-1), v[:, :, :1])),
+        "tokens or channels are broadcast",
+    ),
+    "one channel": (
+        multiplied(lambda q, k, v: torch.einsum("bhid,bhjd->bhij", q[..., :1], k).softmax(-1) @ v),
+        "tokens or channels are broadcast",
+    ),
+    "two dimensions": (
+        multiplied(lambda q, k, v: (q[0, 0] @ k[0, 0].T).softmax(-1) @ v[0, 0]),
+        "its scores have 2 dimensions",
+    ),
+    "five dimensions": (
+        multiplied(lambda q, k, v: (q[None] @ k[None].mT).softmax(-1) @ v[None]),
+        "its scores have 5 dimensions",
+    ),
+    # seen from elsewhere
+    "weights returned": (multiplied(returned_weights), "its weights are used elsewhere"),
+    "scores returned": (multiplied(returned_scores), "its scores are used elsewhere"),
+    "weights cut": (multiplied(cut_weights), "its weights are used elsewhere"),
+    "changed by statements": (multiplied(in_statements), "its scores are used elsewhere"),
+    "clamped through a view": (multiplied(clamped_in_place), "its scores are used elsewhere"),
+    "added to the mask": (multiplied(mask_added_to), "its mask is written to"),
+}
+"""Function -> it and a part of the reason."""
+
+
+@pytest.fixture(scope="module")
+def unread() -> dict[str, Outcome]:
+    return outcomes({name: function for name, (function, _) in NOT_READ.items()})
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_is_not_attention_says_why(name: str, unread: dict[str, Outcome]) -> None:
+    stays(unread[name], NOT_READ[name][1])
+
+
+# ---- Writes between the products ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sparsify_tests::overwrite", mutates_args=("out",))
+def overwrite(out: Tensor, source: Tensor) -> None:
+    out.copy_(source)
+
+
+@torch.library.custom_op("sparsify_tests::look", mutates_args=())
+def look(x: Tensor) -> Tensor:
+    return x + 1
+
+
+look.register_fake(torch.empty_like)
+
+
+@torch.compiler.allow_in_graph
+def kept_whole(x: Tensor) -> Tensor:
+    return x.zero_().sum()
+
+
+class Tensors:
+    """What attention is made of: k is a view of y, q of z, v of w."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.y, self.z, self.w = x, 2 * x.sin(), 2 * x, x.cos().cumsum(-1)
+        self.q, self.k, self.v = heads(self.z), heads(self.y), heads(self.w)
+        self.m = BIAS + 0
+
+
+def writing(write: Callable[[Tensors], object], when: str = "after the product") -> Function:
+    """Attention during which something is written."""
+
+    def function(x: Tensor) -> Tensor:
+        t = Tensors(x)
+        scores = t.q @ t.k.mT * 0.5
+        if when == "after the product":
+            write(t)
+        scores = scores + t.m
+        if when == "after the mask":
+            write(t)
+        weights = scores.softmax(-1)
+        if when == "after the softmax":
+            write(t)
+        out = weights @ t.v
+        if when == "after all":
+            write(t)
+        return out + 0
+
+    return function
+
+
+WRITTEN: dict[str, Function] = {
+    "key": writing(lambda t: t.k.zero_()),
+    "its base": writing(lambda t: t.y.zero_(), "after the softmax"),
+    "base of the query": writing(lambda t: t.z.mul_(3)),
+    "another view": writing(lambda t: t.y.view(-1)[::2].fill_(2.0)),
+    "setitem": writing(lambda t: t.z.__setitem__((slice(None), 0), 5.0)),
+    "setitem by a mask": writing(lambda t: t.y.__setitem__(t.y > 0, 0.0)),
+    "as_strided": writing(lambda t: t.y.as_strided((5,), (3,)).fill_(9.0)),
+    "a piece": writing(lambda t: t.y.chunk(2, 1)[1].zero_()),
+    "a row": writing(lambda t: t.y.unbind(1)[3].zero_()),
+    "detached": writing(lambda t: t.y.detach().zero_()),
+    "data": writing(lambda t: t.y.data.zero_()),
+    "bits": writing(lambda t: t.y.view(torch.int32).zero_()),
+    "out": writing(lambda t: torch.add(t.z, 1, out=t.y)),
+    "operator": writing(lambda t: t.y.__iadd__(1)),
+    "foreach": writing(lambda t: torch._foreach_mul_([t.w, t.y], 2.0)),
+    "in place by a flag": writing(lambda t: F.relu(t.y, True)),
+    "ATen": writing(lambda t: torch.ops.aten.mul_.Tensor(t.y, 2)),
+    "index_put": writing(lambda t: t.y.index_put_((torch.tensor([0]),), torch.tensor(3.0))),
+    "custom operator": writing(lambda t: torch.ops.sparsify_tests.overwrite(t.y.view(-1), t.z.view(-1))),
+    "function kept whole": writing(lambda t: kept_whole(t.y)),
+    "checkpointed body": writing(lambda t: checkpoint(lambda y: y.mul_(2).sum(), t.y, use_reentrant=False)),
+    "other memory": writing(lambda t: t.y.set_(t.z)),
+    "mask": writing(lambda t: t.m.zero_(), "after the mask"),
+    "view of the mask": writing(lambda t: t.m.view(-1).zero_(), "after the softmax"),
+}
+UNTOUCHED: dict[str, Function] = {
+    "input": writing(lambda t: t.x.zero_()),
+    "value": writing(lambda t: t.w.mul_(2)),
+    "copy of the key": writing(lambda t: t.k.clone().zero_()),
+    "mask that is not read yet": writing(lambda t: t.m.mul_(2)),
+    "read by a custom operator": writing(lambda t: torch.ops.sparsify_tests.look(t.y)),
+    "read by a function": writing(lambda t: F.layer_norm(t.y, (H * D,))),
+    "read by a condition": writing(lambda t: torch.cond(t.x.sum() > 0, torch.sum, torch.mean, (t.y,))),
+    "after all": writing(lambda t: (t.y.zero_(), t.z.zero_(), t.m.zero_()), "after all"),
+}
+
+
+@pytest.fixture(scope="module")
+def written() -> dict[str, Outcome]:
+    return outcomes(WRITTEN)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_writes_between_the_products(name: str, written: dict[str, Outcome]) -> None:
+    stays(written[name], "is written to between its products")
+
+
+@pytest.fixture(scope="module")
+def untouched() -> dict[str, Outcome]:
+    return outcomes(UNTOUCHED)
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_other_writes_do_not_matter(name: str, untouched: dict[str, Outcome]) -> None:
+    is_rewritten(untouched[name])
+
+
+def test_inverted_masks_are_read_where_they_are_inverted() -> None:
+    def early(x: Tensor) -> Tensor:
+        mask = SEEN.clone()
+        hidden = ~mask
+        mask.fill_(True)
+        q, k, v = project(x)
+        return (q @ k.mT).masked_fill(hidden, NO).softmax(-1) @ v
+
+    stays(outcomes({"early": early})["early"], "its mask is written to")
+
+
+@pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+def test_inputs_may_overlap_in_another_call() -> None:
+    """Dynamo's guards do not tell: two inputs of the first call are apart."""
+
+    def together(x: Tensor, keys: Tensor, other: Tensor) -> Tensor:
+        scores = heads(x) @ heads(keys).mT
+        other.mul_(3)
+        return scores.softmax(-1) @ heads(x.cos())
+
+    torch._dynamo.reset()
+    options = {"method": "tile", "grid": GRID, "reference_frames": GRID[0], "inner_backend": "eager"}
+    fast = torch.compile(together, backend="sparsify", options=options)
+    fast(X, X.sin(), torch.ones(1))
+    keys = X.sin()
+    exact = together(X, keys.clone(), torch.ones(1))
+    assert torch.equal(fast(X, keys, keys.view(-1)[:1]), exact)
+
+
+def test_tensors_that_are_reshaped_later_on() -> None:
+    """Dynamo records the last shape alone. Before the call it does not matter."""
+
+    def later(x: Tensor) -> Tensor:
+        q, k, v = (t.contiguous() for t in project(x))
+        out = F.scaled_dot_product_attention(q, k, v)
+        q.transpose_(1, 2)
+        return out + q.sum()
+
+    stays(outcomes({"later": later})["later"], "reshaped in place")
+
+
+# ---- Types, gradients, sizes -------------------------------------------------------------------------------------
+
+
+def scores_in_full(x: Tensor) -> Tensor:
+    q, k, v = project(x)
+    with torch.autocast("cpu", enabled=False):
+        scores = q @ k.mT
+    return scores.softmax(-1) @ v
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcomes({"all": ATTENTION["scale, then mask"], "scores in full": scores_in_full})
+    is_rewritten(found["all"])
+    assert found["all"][2].site.dtype == "bfloat16"
+    stays(found["scores in full"], "autocast is not the same")
+
+
+def test_gradients_that_end_between_the_products() -> None:
+    def without(x: Tensor) -> Tensor:
+        q, k, v = project(x)
+        with torch.no_grad():
+            weights = (q @ k.mT).softmax(-1)
+        return weights @ v
+
+    found = outcomes({"without": without, "with": spelled()}, X.clone().requires_grad_())
+    stays(found["without"], "gradients are switched off")
+    is_rewritten(found["with"])
+    with torch.no_grad():
+        is_rewritten(outcomes({"without": without})["without"])
+
+
+def test_free_sizes() -> None:
+    is_rewritten(outcomes({"free": ATTENTION["scale, then mask"]}, dynamic=True)["free"])
+
+
+# ---- The second look ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("clamp", spelled(lambda s: s.clamp(-60, 60))),
+        ("tanh", spelled(lambda s: 4 * s.tanh())),
+        ("abs", spelled(lambda s: s.abs())),
+        ("exp", spelled(weights=lambda w: w.exp())),
+        ("bfloat16", spelled(lambda s: s.bfloat16().float())),
+    ],
+)
+def test_what_a_wrong_reading_lets_pass_is_seen_by_running_it(
+    name: str, function: Function, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfused, "_CASTS", {*unfused._CASTS, name})
+    monkeypatch.setattr(unfused, "_check_types", lambda *_: None)
+    stays(outcomes({name: function})[name], "on random tensors it is not the attention")
+
+
+def test_alike_layers_are_run_once_and_draw_no_random_numbers() -> None:
+    replay._difference.cache_clear()
+    before = torch.get_rng_state()
+    layers = {str(i): partial(ATTENTION["hidden by a number"]) for i in range(4)}
+    found = outcomes({**layers, "another": ATTENTION["hidden by -inf"]})
+    for outcome in found.values():
+        is_rewritten(outcome)
+    assert replay._difference.cache_info().misses == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_too_many_scores_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_SCORES", B * H * S * S - 1)
+    monkeypatch.setattr(replay, "_difference", None)
+    is_rewritten(outcomes({"plain": spelled()})["plain"])
