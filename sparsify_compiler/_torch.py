@@ -143,6 +143,11 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
+def is_transformed(tensor: Tensor | None) -> bool:
+    """Whether a tensor lives in a transform of `torch.func`; outside of it it has other sizes."""
+    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)

@@ -35,7 +35,7 @@ def align(names: Sequence[str], known: Collection[str]) -> Aligned | None:
     """The known names of sites, which may differ by the path of a wrapper; None where they are other sites.
 
     One path is cut from the front of all names, and one is put there instead. Both may be there only where all
-    known names are met, and these are several or share two components: else any site would do as well.
+    known names are met; and of a single name two components must stay, and the paths begin with other ones.
     """
     if not names:
         return Aligned({}, 0)
@@ -45,9 +45,11 @@ def align(names: Sequence[str], known: Collection[str]) -> Aligned | None:
         found: dict[int, list[dict[str, str]]] = {}
         for cut, put in _moves(places[0], targets):
             moved = [_moved(place, cut, put) for place in places]
-            sure = len(names) > 1 or len(places[0].path) - len(cut) > 1
-            if cut and put and not (sure and len(names) == len(known)):
-                continue
+            alike = len(places[0].path) - len(cut)
+            if cut and put:  # else any site would do as well as another
+                sure = len(names) > 1 or (alike > 1 and cut[0] != put[0])
+                if not sure or len(names) != len(known):
+                    continue
             if targets.keys() >= set(moved):
                 pairs = zip(names, moved, strict=True)
                 met = {name: targets[place] for name, place in pairs if place is not None}

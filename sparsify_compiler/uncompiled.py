@@ -66,7 +66,8 @@ class Uncompiled(TorchDispatchMode):
         """Look at a call of an operator: products make scores, softmax makes weights of them."""
         if is_attention_kernel(str(func)) and tensors:
             sizes = [tuple(tensor.shape) for tensor in tensors[:3]]
-            self._add(tensors[0], sizes if "_scaled_dot_product" in str(func) else [])
+            known = "_scaled_dot_product" in str(func) and all(len(one) == 4 for one in sizes)
+            self._add(tensors[0], sizes if known else [])
             return
         if not isinstance(out, Tensor):
             return

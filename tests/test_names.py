@@ -131,6 +131,7 @@ def test_single_sites_roots_and_several_models(asked: list[str], known: list[str
     [
         (["blocks.1.attn"], ["blocks.0.attn"]),
         (["high.attn"], ["low.attn"]),
+        (["stages.1.blocks.0.attn"], ["stages.0.blocks.0.attn"]),
         (["attn"], ["high.attn", "low.attn"]),
         (["refiner.0.attn", "refiner.1.attn"], ["blocks.0.attn", "blocks.1.attn", "blocks.2.attn"]),
     ],

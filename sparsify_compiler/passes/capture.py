@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from sparsify_compiler import _torch
 from sparsify_compiler.names import ROOT
 from sparsify_compiler.passes.fx import (
     Operand,
@@ -124,13 +125,15 @@ def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node,
 def _match(gm: fx.GraphModule, node: fx.Node) -> Call | None:
     if node.op not in ("call_function", "call_method"):
         return None
+    chain = find_chain(node)
+    if (chain or node.target in _SDPA) and _torch.is_transformed(tensor_of(node)):
+        spelling: Literal["sdpa", "unfused"] = "unfused" if chain else "sdpa"
+        return Call(node=node, spelling=spelling, refusal="inside a transform of torch.func (vmap, grad)")
     if node.target in _SDPA:
         return _sdpa(node, *node.args, **node.kwargs)
     if node.target is F.multi_head_attention_forward:
         return Call(node=node, refusal=_MODULE)
-    if (chain := find_chain(node)) is not None:
-        return _unfused(gm, chain)
-    return _kernel(node)
+    return _kernel(node) if chain is None else _unfused(gm, chain)
 
 
 def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:

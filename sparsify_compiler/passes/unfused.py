@@ -35,16 +35,7 @@ _REGROUPS = {"view", "reshape", "flatten", "unflatten", torch.flatten, torch.res
 _TRANSPOSES = {"transpose", torch.transpose, "swapaxes", torch.swapaxes}
 _PERMUTES = {"permute", torch.permute}
 _TIMES = {operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"}
-_DIVIDES = {
-    operator.truediv,
-    operator.itruediv,
-    torch.div,
-    torch.divide,
-    torch.true_divide,
-    "div",
-    "div_",
-    "divide",
-}
+_DIVIDES = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div", "div_", "true_divide"}
 _PLUS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _FILLS = {torch.masked_fill, "masked_fill", "masked_fill_"}
 _CHOOSES = {torch.where, "where"}
@@ -207,7 +198,7 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
     refusal = ""
     for before, node in pairwise(chain[middle:-1]):
         if _is(node, _DROPOUTS):
-            if _argument(node, 2, "training", True) and _argument(node, 1, "p", 0.5) > 0:
+            if _argument(node, 2, "training", True) and _number(_argument(node, 1, "p", 0.5)) != 0:
                 refusal = "dropout inside attention"
         elif not (_is_cast(node) or _is_regroup(node, before)):
             raise NotRead(f"its weights go through {_name(node)}")
@@ -378,15 +369,16 @@ def _is_regroup(node: fx.Node, before: fx.Node) -> bool:
 
 
 def _factor(node: fx.Node, scores: fx.Node) -> float | None:
-    """The number that scores are multiplied by."""
+    """The finite number that scores are multiplied by."""
     if node.kwargs or len(node.args) != 2:
         return None
     a, b = node.args
     if _is(node, _TIMES):
-        return _number(b if a is scores else a)
-    if _is(node, _DIVIDES) and a is scores and (number := _number(b)):
-        return 1.0 / number
-    return None
+        number = _number(b if a is scores else a)
+    else:
+        number = _number(b) if _is(node, _DIVIDES) and a is scores else None
+        number = 1.0 / number if number else None
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _mask(node: fx.Node, scores: fx.Node) -> tuple[Operand, fx.Node] | None:

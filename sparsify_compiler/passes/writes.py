@@ -87,6 +87,8 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
     if _only_reads(node):
         return frozenset()
     touched = _union(_storages(one) for one in node.all_input_nodes)
+    if touched is None or any(_is_unrecorded(gm, one) for one in node.all_input_nodes):
+        return None
     if not touched:
         return touched
     if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -98,6 +100,12 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
         return _written_by_running(node)
     except Exception:  # any operator may refuse fake tensors
         return touched
+
+
+def _is_unrecorded(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a tensor of the graph's own that Dynamo recorded nothing of."""
+    held = node.op == "get_attr" and value_of(node) is None
+    return held and isinstance(getattr(gm, str(node.target), None), Tensor)
 
 
 def _union(sets: Iterable[frozenset[int] | None]) -> frozenset[int] | None:

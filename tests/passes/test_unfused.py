@@ -542,6 +542,23 @@ def test_free_sizes() -> None:
     is_rewritten(outcomes({"free": ATTENTION["scale, then mask"]}, dynamic=True)["free"])
 
 
+def test_transforms() -> None:
+    """Their tensors have other sizes outside, and our operators no rule for them."""
+
+    def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+    by_hand = spelled()
+    functions: dict[str, Function] = {
+        "vmap": lambda x: torch.vmap(multiplied(called))(x[None])[0],
+        "vmap by hand": lambda x: torch.vmap(by_hand)(x[None])[0],
+        "grad": lambda x: torch.func.grad(lambda x: multiplied(called)(x).sum())(x),
+        "grad by hand": lambda x: torch.func.grad(lambda x: by_hand(x).sum())(x),
+    }
+    for outcome in outcomes(functions).values():
+        stays(outcome, "inside a transform of torch.func")
+
+
 # ---- The second look ---------------------------------------------------------------------------------------------
 
 
