@@ -74,7 +74,7 @@ def test_head_dims(head_dim, dtype):
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_what_full_tiles_leave_of_a_block(ordered):
-    """Nothing, or what fills a tail of each length, or leaves one row of it empty, or is one row too long for it."""
+    """Nothing; what fills a tail of each length, leaves one row of it empty, or is one row too long for it."""
     sizes = [64, 1, 15, 0, 16, 17, 31, 32, 33, 63, 64 + 16, 64 + 32, 64 + 33, 128, 128 + 1]
     tokens = sum(sizes)
     generator = torch.Generator().manual_seed(0)
