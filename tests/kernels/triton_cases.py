@@ -16,7 +16,8 @@ from sparsify_compiler.testing.oracles import assert_close_to_float64
 from sparsify_compiler.testing.strategies import qkv, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILES = [Config(16, 16, 16, 4, 2), Config(32, 16, 64, 4, 2), Config(64, 32, 16, 4, 2)]
+TAILS = Config(32, 32, 32, 4, 2), Config(16, 16, 16, 4, 2)
+TILES = [Config(16, 16, 16, 4, 2), Config(32, 16, 64, 4, 2), Config(64, 32, 16, 4, 2, tails=TAILS)]
 """Small, so that blocks are cut, joined and chunked in every way on few tokens."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
@@ -69,6 +70,23 @@ def test_any_table(data):
 def test_head_dims(head_dim, dtype):
     table = table_of([[1, 0, 1], [0, 1, 1]], [40, 23], [5, 33, 25])
     check(*qkv(1, 1, 1, 63, 63, head_dim, head_dim, dtype, device=DEVICE), table)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_what_full_tiles_leave_of_a_block(ordered):
+    """Nothing; what fills a tail of each length, leaves one row of it empty, or is one row too long for it."""
+    sizes = [64, 1, 15, 0, 16, 17, 31, 32, 33, 63, 64 + 16, 64 + 32, 64 + 33, 128, 128 + 1]
+    tokens = sum(sizes)
+    generator = torch.Generator().manual_seed(0)
+    table = BlockTable.from_block_mask(
+        torch.rand(1, 1, len(sizes), 5, generator=generator) < 0.7,
+        torch.tensor(sizes)[None, None],
+        torch.tensor([9, 0, 20, 3, 8])[None, None],
+        q_order=torch.randperm(tokens, generator=generator).int()[None, None] if ordered else None,
+    ).to(DEVICE)
+    q, k, v = qkv(1, 1, 1, tokens, 40, 16, 16, torch.float32, device=DEVICE)
+    out, lse = forward(q, k, v, table, None, 0.3, config=TILES[-1])
+    assert_close_to_float64(out, lse, q, k, v, table.mask(), scale=0.3)
 
 
 def test_a_thousand_tokens_in_uneven_blocks():

@@ -456,5 +456,5 @@ def _lay_readers_end_to_end(readers, bits, q_bounds, chunk, q_blocks, CHUNK: tl.
     begin = tl.load(q_bounds + block, mask=is_block, other=0)
     end = tl.load(q_bounds + block + 1, mask=is_block, other=0)
     sizes = tl.where((word & bits) != 0, end - begin, 0)
-    first = tl.cumsum(sizes, axis=0) - sizes
+    first = tl.where(is_block, tl.cumsum(sizes, axis=0) - sizes, 2147483647)
     return word, first, sizes, begin - first, tl.sum(sizes)
