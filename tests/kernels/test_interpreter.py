@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
-from sparsify_compiler.kernels.triton.interpreter import half_precision, rounded, widened
+from sparsify_compiler.kernels.triton.interpreter import interpreting, rounded, widened
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
 EVERY = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -20,7 +20,7 @@ EVERY = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(to
 
 @pytest.fixture
 def builder():
-    with half_precision():
+    with interpreting():
         yield interpreter.interpreter_builder
 
 
@@ -106,7 +106,9 @@ def test_products_of_bfloat16_are_summed_in_fp32(builder):
     a, b, d = torch.randn(16, 64, generator=g), torch.randn(64, 32, generator=g), torch.randn(16, 32)
     a, b = a.bfloat16(), b.bfloat16()
     found = builder.create_dot(handle(a), handle(b), handle(d), PRECISION.IEEE, 0)
-    torch.testing.assert_close(numbers(found).double(), a.double() @ b.double() + d.double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        numbers(found).double(), a.double() @ b.double() + d.double(), rtol=0, atol=1e-4
+    )
 
 
 def test_tf32_reads_eleven_bits_and_ieee_reads_all(builder):
@@ -128,9 +130,13 @@ def test_what_depends_on_an_order_is_refused(builder):
 
 
 def test_nothing_stays_behind():
-    check = interpreter.ReduceScanOpInterface.check_tensor
-    with pytest.raises(KeyError), half_precision():
+    def fails() -> None:
         assert type(interpreter.interpreter_builder) is not InterpreterBuilder
         raise KeyError
+
+    before = interpreter.ReduceScanOpInterface.check_tensor, interpreter.InterpretedFunction.__call__
+    with pytest.raises(KeyError), interpreting():
+        fails()
     assert type(interpreter.interpreter_builder) is InterpreterBuilder
-    assert interpreter.ReduceScanOpInterface.check_tensor is check
+    after = interpreter.ReduceScanOpInterface.check_tensor, interpreter.InterpretedFunction.__call__
+    assert after == before

@@ -1,11 +1,15 @@
-"""Half precision in Triton's interpreter, as a GPU has it.
+"""Triton's interpreter, with half precision as a GPU has it.
 
-NumPy has no bfloat16, so the interpreter stores its bits as integers, and takes them for integers in products and in
-arithmetic; it cuts off where a GPU rounds; and it takes products in TF32 in full. Inside `half_precision()` arithmetic
-on bfloat16 is done in fp32 and rounded to the nearest even, and operands of a TF32 product lose their last 13 bits.
+NumPy has no bfloat16, so the interpreter stores its bits as integers, and takes them for integers in products and
+in arithmetic; it cuts off where a GPU rounds; and it takes products in TF32 in full. Inside `interpreting()`
+arithmetic on bfloat16 is done in fp32 and rounded to the nearest even, and operands of a TF32 product lose their
+last 13 bits.
 
 Reductions, scans and atomics of bfloat16 are refused: a GPU rounds after every step, in an order that cannot be
 known. Kernels take them in fp32.
+
+The interpreter also patches Triton's language anew at every call of a function, which is two fifths of its time.
+Inside, once for each module and launch.
 
 This file reaches into Triton's interpreter, which is private: of 3.6 and 3.7.
 """
@@ -18,7 +22,12 @@ import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import (
+    InterpretedFunction,
+    InterpreterBuilder,
+    ReduceScanOpInterface,
+    TensorHandle,
+)
 
 TF32_BITS = np.uint32(0xFFFFE000)
 """Those of an fp32 number that a product in TF32 reads."""
@@ -38,20 +47,33 @@ def rounded(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 @contextmanager
-def half_precision() -> Iterator[None]:
-    """Kernels that run inside compute with bfloat16 and TF32 as a GPU does."""
-    builder, check = interpreter.interpreter_builder, ReduceScanOpInterface.check_tensor
-    kind = type(builder)
-    builder.__class__ = _Builder
+def interpreting() -> Iterator[None]:
+    """One launch of a kernel inside computes with bfloat16 and TF32 as a GPU does."""
+    builder = interpreter.interpreter_builder
+    before = type(builder), InterpretedFunction.__call__, ReduceScanOpInterface.check_tensor
+    patched: set[int] = set()
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        return self.rewrite()(*arguments, **options)
+
+    builder.__class__, InterpretedFunction.__call__ = _Builder, call
     ReduceScanOpInterface.check_tensor = _check_tensor
     try:
         yield
     finally:
-        builder.__class__, ReduceScanOpInterface.check_tensor = kind, check
+        builder.__class__, InterpretedFunction.__call__, ReduceScanOpInterface.check_tensor = before
 
 
 def _is_bfloat16(handle: Any) -> bool:
-    return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
+    # Its NumPy type first, which is found faster.
+    return (
+        isinstance(handle, TensorHandle)
+        and handle.data.dtype == np.uint16
+        and handle.dtype.scalar == tl.bfloat16
+    )
 
 
 def _in_fp32(operation: Callable[..., Any]) -> Callable[..., Any]:

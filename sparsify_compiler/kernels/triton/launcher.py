@@ -34,7 +34,7 @@ def _place(tensor: Tensor) -> AbstractContextManager[object]:
     if tensor.device.type == "cpu":
         from sparsify_compiler.kernels.triton import interpreter
 
-        return interpreter.half_precision()
+        return interpreter.interpreting()
     return torch.cuda.device_of(tensor)
 
 

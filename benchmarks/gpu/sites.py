@@ -1,0 +1,300 @@
+"""Every method as a model calls it: selection, attention and far field of a site, Triton beside the reference.
+
+What a method selects may differ in a few blocks between providers, by rounding: a point may lie between two
+clusters. So the reference is run twice on the same inputs. With the selection of the Triton site it has to give the
+same output; with its own, an output as near to dense attention.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.inputs import by_heads, named, randn, site_of, some_rows
+from benchmarks.gpu.runner import Case
+from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.methods import DynamicMethod, LearningMethod
+from sparsify_compiler.methods.cubes import Cubes
+from sparsify_compiler.methods.dsv import Choice, Dsv, most_share
+from sparsify_compiler.methods.keys import Keys
+from sparsify_compiler.methods.svg2 import Svg2
+from sparsify_compiler.methods.tile import Tile
+from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.site import REPORT, SparseSite, settled, shapes_of
+from sparsify_compiler.testing import oracles
+
+SAME = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+"""|one - other| / |other| of two providers that read the same."""
+
+Grid = tuple[int, int, int]
+VIDEO: Grid = (21, 45, 80)
+"""Wan at 720p: 75,600 tokens."""
+
+METHODS = ("svg2", "cubes", "keys", "dsv", "tile")
+DENSITIES = (0.1, 0.2, 0.3)
+
+
+def method_of(device: Device, name: str, density: float, min_gain: float | None) -> Any:
+    """The method with about this share of the keys; in a dry run with few iterations and small blocks.
+
+    Args:
+        min_gain: of the methods that have one, with the linear far field.
+    """
+    by_share = {"top_p": 1e-6, "min_kv_ratio": density, "min_gain": min_gain}
+    match name:
+        case "svg2":
+            small = {"q_clusters": 2, "kv_clusters": 4, "kmeans_iters": (1, 1)}
+            return Svg2(**by_share, **device.size({}, small))
+        case "cubes":
+            return Cubes(**by_share, **device.size({}, {"cube": (2, 2, 2), "query_cube": (2, 2, 4)}))
+        case "keys":
+            return Keys(kv_budget=density, **device.size({}, {"q_clusters": 2, "kmeans_iters": (1, 1)}))
+        case "dsv":
+            return Dsv(query_group=(2, 4, 4))
+        case _:
+            frames = dict(zip(DENSITIES, (1, 2, 3), strict=True))
+            return Tile(reference_frames=device.size(frames[density], 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Of a site."""
+
+    layout: TokenLayout
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_bias: Tensor | None = None
+
+
+def planted(
+    device: Device, layout: TokenLayout, heads: int, kv_heads: int, width: int, dtype: torch.dtype
+) -> Inputs:
+    """Queries look like keys of their own kind, of which there are some tens; values follow the kind in part."""
+    tokens, kinds = layout.tokens, device.size(60, 4)
+    kind = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(0)).to(device.name)
+
+    def of_kind(heads: int, strength: float, seed: int, shared: int) -> Tensor:
+        centre = randn(device, kinds, kv_heads, width, seed=shared).repeat_interleave(heads // kv_heads, 1)
+        found = strength * (centre[kind] + 0.5 * randn(device, tokens, heads, width, seed=seed))
+        return found.to(dtype)[None].transpose(1, 2)
+
+    return Inputs(
+        layout=layout,
+        query=of_kind(heads, 1.0, seed=1, shared=9),
+        key=of_kind(kv_heads, 0.7, seed=2, shared=9),
+        value=of_kind(kv_heads, 1.0, seed=3, shared=8),
+    )
+
+
+class Site:
+    """A site of a model with a method, its constants and its memory, that a provider runs."""
+
+    def __init__(
+        self, device: Device, method: Any, density: float, far_field: str, provider: str, inputs: Inputs
+    ) -> None:
+        """Args:
+        density: share of the keys that heads read, of a method that training tells.
+        """
+        site, layout = site_of(inputs.query, inputs.key), inputs.layout
+        assert not (why := method.refusal(layout)), why
+        fitted = method.fit(site, layout)
+        self.plan = AttentionPlan(
+            site=site,
+            layout=layout,
+            method=method.name,
+            settings=fitted,
+            provider=provider,
+            far_field=far_field,
+            reason="",
+        )
+        if isinstance(fitted, DynamicMethod):
+            tensors = fitted.constants(layout)
+        else:
+            tensors = {n: t for n, t in fitted.table(layout).tensors().items() if t is not None}
+        choice = None
+        if isinstance(fitted, LearningMethod):
+            shares = {"shares": torch.full((site.heads,), density)}
+            tensors = tensors | fitted.learned(site, layout) | shares
+            choice = Choice(fitted.groups[0], most_share(density), "all")
+        self.method = settled(self.plan, choice)
+        self.operands = {n: t.to(device.name) for n, t in tensors.items()}
+        self.memory = [torch.zeros(shape, device=device.name) for shape in shapes_of(self.plan).values()]
+        self.report = torch.zeros(len(REPORT), 1, site.heads, device=device.name)
+        self.module = SparseSite(self.plan, tuple(self.operands), remembers=True, choice=choice)
+        self.inputs, self.cold, self.warm = inputs, torch.tensor(False), torch.tensor(True)
+
+    def call(self, warm: bool = True) -> Tensor:
+        """A call of a generation: its first, or a later one, which goes on from what it remembers."""
+        given = self.inputs
+        state = (self.warm if warm else self.cold), *self.memory, self.report
+        return self.module(
+            given.query, given.key, given.value, given.key_bias, *self.operands.values(), *state
+        )
+
+    def reported(self) -> dict[str, float]:
+        """Means over the heads of what the last call reported."""
+        return {name: float(row.nan_to_num().mean()) for name, row in zip(REPORT, self.report, strict=True)}
+
+
+@contextmanager
+def selecting_by_triton(method: Any) -> Iterator[None]:
+    """Inside, the method selects by the Triton kernels, whatever provider its site has."""
+    kind = type(method)
+    if not isinstance(method, DynamicMethod):
+        yield
+        return
+    plain = kind.select
+
+    def select(self: Any, tokens: Any, *rest: Any, **constants: Any) -> Any:
+        return plain(self, replace(tokens, provider="triton"), *rest, **constants)
+
+    with mock.patch.object(kind, "select", select):
+        yield
+
+
+TINY: Grid = (2, 2, 4)
+"""Of a dry run."""
+
+
+def cases(name: str, device: Device) -> Iterable[Case]:
+    """One method: small in every type, with text, hidden keys and grouped heads; larger; and at video size, where
+    the reference takes too long, without synchronising and in a graph."""
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    for dtype, far_field in device.size(tuple(product(dtypes, FAR_FIELDS)), ((torch.float16, "mean"),)):
+        what = f"{name} {far_field} {named(dtype)}, text, hidden keys, grouped heads"
+        yield what, partial(check_small, device, name, far_field, dtype)
+    for far_field in device.size(FAR_FIELDS, ("linear",)):
+        yield f"{name} {far_field} of a short video", partial(check_short, device, name, far_field)
+    for far_field in device.size(FAR_FIELDS, ("linear",)):
+        yield f"{name} {far_field} at video size", partial(check_video, device, name, far_field)
+
+
+def check_small(device: Device, name: str, far_field: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Text before and after the video, hidden keys, two query heads to a key head."""
+    grid: Grid = device.size((6, 10, 12), TINY)
+    before, after = 5, 3
+    layout = TokenLayout(tokens=before + math.prod(grid) + after, grid=grid, before=before, after=after)
+    bias = torch.zeros(1, 1, layout.tokens, device=device.name)
+    bias[..., ::9] = -torch.inf
+    inputs = planted(device, layout, *device.size((4, 2, 64), (2, 1, 16)), dtype)
+    return compare(device, name, 0.3, far_field, replace(inputs, key_bias=bias))
+
+
+def check_short(device: Device, name: str, far_field: str) -> dict[str, Any]:
+    """A video of 8,640 tokens."""
+    return compare(device, name, 0.2, far_field, video_inputs(device, (9, 24, 40), 4))
+
+
+def video_inputs(device: Device, grid: Grid, heads: int) -> Inputs:
+    """In bfloat16 with a head dim of 128."""
+    grid = device.size(grid, TINY)
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+    return planted(device, layout, *device.size((heads, heads, 128), (1, 1, 16)), torch.bfloat16)
+
+
+def check_video(device: Device, name: str, far_field: str) -> dict[str, Any]:
+    """With eight heads, which is what 40 are compiled as."""
+    inputs = video_inputs(device, VIDEO, 8)
+    method = method_of(device, name, 0.1, gain(far_field))
+    site = Site(device, method, 0.1, far_field, "triton", inputs)
+    for warm in device.size((False, True), ()):  # compiled before anything may not synchronise
+        site.call(warm)
+    for warm in (False, True):
+        with device.not_synchronising():
+            out = site.call(warm)
+    assert out.isfinite().all(), "not all of the output is finite"
+    return {"density": round(site.reported()["density"], 4)} | check_graph(device, site)
+
+
+def gain(far_field: str) -> float | None:
+    """The default of methods that have one."""
+    return 0.02 if far_field == "linear" else None
+
+
+def check_graph(device: Device, site: Site) -> dict[str, Any]:
+    """A graph of a later call, replayed with other inputs, gives what a call gives."""
+    start = [t.clone() for t in site.memory]
+
+    def rewind() -> None:
+        for held, was in zip(site.memory, start, strict=True):
+            held.copy_(was)
+
+    out, replay = device.captured(site.call)
+    given = site.inputs
+    for tensor in (given.query, given.key, given.value):
+        tensor.copy_(tensor.flip(2) + 0.1 * tensor.roll(1, 2))
+    rewind()
+    expected = site.call().clone()
+    rewind()
+    replay()
+    device.synchronise()
+    off = difference(out, expected)
+    assert off <= 1e-3, f"the replay of a graph is {off:.1e} off"
+    return {"graph_off": off}
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other|."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def compare(device: Device, name: str, density: float, far_field: str, inputs: Inputs) -> dict[str, Any]:
+    """A first and a later call by both providers."""
+    method = method_of(device, name, density, gain(far_field))
+
+    def new(provider: str) -> Site:
+        return Site(device, method, density, far_field, provider, inputs)
+
+    ours, following, alone = new("triton"), new("reference"), new("reference")
+    worst = 0.0
+    for warm in (False, True):
+        out = ours.call(warm)
+        assert out.isfinite().all(), "not all of the output is finite"
+        with selecting_by_triton(method):
+            same = following.call(warm)
+        # A head whose far field is judged otherwise, on rows that differ by rounding, is another attention.
+        agree = (ours.report[3] == following.report[3])[0]
+        assert agree.any(), "the far field is judged otherwise for every head"
+        worst = max(worst, difference(out[:, agree], same[:, agree]))
+        assert worst <= SAME[out.dtype], f"{worst:.1e} from the reference with the same selection"
+    alone.call(warm=False)
+    of_dense = [distance_from_dense(one, inputs) for one in (out, alone.call())]
+    assert of_dense[0] <= 1.15 * of_dense[1] + SAME[out.dtype], (
+        f"{of_dense[0]:.2e} from dense attention, the reference {of_dense[1]:.2e}"
+    )
+    report = ours.reported()
+    return {
+        "off": worst,
+        "from_dense": of_dense[0],
+        "reference_from_dense": of_dense[1],
+        "density": round(report["density"], 4),
+        "far_field_on": report["far_field"],
+        "heads_judged_otherwise": int((~agree).sum()),
+    }
+
+
+def distance_from_dense(out: Tensor, inputs: Inputs) -> float:
+    """|out - dense| / |dense| on a few rows, dense in float64."""
+    rows = some_rows(inputs.layout.tokens, 32, out)
+    everything = torch.ones(1, dtype=torch.bool, device=out.device)
+    off = size = 0.0
+    for some, of_keys in by_heads(out.shape[1], inputs.key.shape[1]):
+        exact, _ = oracles.masked_attention(
+            inputs.query[:, some][:, :, rows],
+            inputs.key[:, of_keys],
+            inputs.value[:, of_keys],
+            everything,
+            key_bias=inputs.key_bias,
+        )
+        off += float((out[:, some][:, :, rows].double() - exact).square().sum())
+        size += float(exact.square().sum())
+    return math.sqrt(off / size)

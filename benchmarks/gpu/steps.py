@@ -1,0 +1,36 @@
+"""The list of steps, with the seconds after which each is killed.
+
+What they are expected to take on an H200 with 16 cores, estimated and not measured. In the first groups all steps
+run at once and mostly compile: some 400 kernels of 0.3 to 3 s each on one core (`triton.compile` for 9.0, an EPYC),
+40 s of them in the longest step; with slower cores and 15 processes that start at once 90 s. Alone: tiles 60 s, the
+site of a method 30 s, the others 60 s. In all some six minutes of the eight.
+"""
+
+from functools import partial
+
+from benchmarks.gpu import attention, blocks, clusters, prediction, sites, speed
+from benchmarks.gpu.inputs import DTYPES, named
+from benchmarks.gpu.runner import CORRECT, SITES, SPEED, Step
+
+STEPS = (
+    # The longest first: they run beside each other.
+    *(
+        Step(name=f"{way} {named(dtype)}", function=partial(function, dtype), seconds=180, group=CORRECT)
+        for way, function in (("backward", attention.backward_cases), ("forward", attention.forward_cases))
+        for dtype in DTYPES
+    ),
+    Step(name="tiles", function=attention.candidate_cases, seconds=120, group=CORRECT),
+    Step(name="blocks", function=blocks.cases, seconds=120, group=CORRECT),
+    Step(name="clusters", function=clusters.cases, seconds=120, group=CORRECT),
+    Step(name="prediction", function=prediction.cases, seconds=120, group=CORRECT),
+    *(
+        Step(name=f"site {name}", function=partial(sites.cases, name), seconds=200, group=SITES)
+        for name in sites.METHODS
+    ),
+    Step(name="speed tiles", function=speed.tile_cases, seconds=150, group=SPEED),
+    *(
+        Step(name=f"speed {name}", function=partial(speed.site_cases, name), seconds=90, group=SPEED)
+        for name in sites.METHODS
+    ),
+    Step(name="speed others", function=speed.other_cases, seconds=150, group=SPEED),
+)
