@@ -191,7 +191,10 @@ def table(results: list[Result]) -> list[dict[str, Any]]:
                     "level": level,
                     "seeds": sorted({one.chunk.seed for one in same}),
                     "cases": outcomes.total(),
-                    **{name: outcomes[name] for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")},
+                    **{
+                        name: outcomes[name]
+                        for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")
+                    },
                     "cpu_seconds": round(sum(one.cpu_seconds for one in same), 1),
                 }
             )
@@ -217,7 +220,9 @@ def replay(path: Path) -> Verdict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000, help="of each seed, divided among the kinds")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
