@@ -17,7 +17,6 @@ from sparsify_compiler.testing.fuzzing.cases import Draw, lines
 from sparsify_compiler.testing.fuzzing.machines import WIDTH
 from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens
 
-
 OTHERS = lines("""
     x.flip(1)
     x.roll({n}, 1)
@@ -56,9 +55,9 @@ NUMBERS: dict[str, Callable[[Tokens, Draw], Any]] = {
     "other": lambda t, draw: filled(draw.of(*OTHERS), t, draw),
 }
 """B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in the
-sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the grid,
-an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is written in
-part, one that is written all over. other: the tokens in another order."""
+sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the
+grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is
+written in part, one that is written all over. other: the tokens in another order."""
 
 
 def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
@@ -477,7 +476,7 @@ write_in_place = table("""
     x = x.contiguous(); F.relu(x, inplace=True)
     y = torch.empty_like(x); y.copy_(x); x = y
     y = torch.empty_like(x); torch.mul(x, m.two, out=y); x = y
-    y = torch.empty_like(x); y.view(-1).copy_(x.reshape(-1)); x = y
+    y = x.new_empty(x.shape); y.view(-1).copy_(x.reshape(-1)); x = y
     y = torch.zeros_like(x); y[:] = x; x = y
     y = torch.zeros_like(x); y += x; x = y
     y = x.new_zeros(x.shape); y[:, :] = x; x = y

@@ -1,7 +1,7 @@
 """Attention by hand and by call, in right spellings and in wrong ones; kind `spellings`.
 
 Eager is the oracle. With every frame a reference, no output may differ from it. With one reference frame, an
-attention that was rewritten must equal the program itself with the mask of the true frames right before its softmax.
+attention that was rewritten must equal the program itself with the mask of the true frames before its softmax.
 """
 
 from typing import Any
