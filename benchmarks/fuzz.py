@@ -1,9 +1,9 @@
 """`python -m benchmarks.fuzz --cases 1000 --seed 0 1 2`: many random programs, and every fault that they find.
 
-Cases are numbered: case 7 of seed 0 is the same program each time (`sparsify_compiler.testing.fuzzing`). They run in
-chunks, each in a process of its own, so that one that crashes takes no other with it. What is done is appended to
-`progress.jsonl` in the folder of `--save`, and `--resume` goes on from there; each fault is shrunk and saved in the
-same folder, as a script that exits with 1 while it stands. Exits with 1 if there is a fault.
+Case 7 of a seed is the same program each time (`sparsify_compiler.testing.fuzzing`). Cases run in chunks, each in a
+process of its own, so that one that kills its process takes no other with it. Every chunk is appended to
+`progress.jsonl` in the folder of `--save`, and `--resume` goes on from there. Every fault is shrunk, and one of
+each sort is saved there as a script that exits with 1 while the fault stands. Exits with 1 if there is one.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,16 +37,16 @@ SHARES: dict[tuple[str, Level], float] = {
     ("spellings", "end to end"): 0.025,
     ("calls", "end to end"): 0.005,
 }
-"""How many of all cases are of each kind: the more, the less one takes."""
+"""Share of each kind among all cases: the larger, the less time a case takes."""
 
 CHUNK = {"analysis": 1000, "end to end": 200}
 """Cases that share a process."""
 
 SHRUNK = 10
-"""Faults of a chunk that are shrunk, at most: where everything fails, a few are enough."""
+"""Faults of a chunk that are shrunk, at most."""
 
 PATIENCE = 300.0
-"""Seconds without a word after which a process is taken for dead."""
+"""Seconds without a message after which a process is killed."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def chunks(cases: int, seeds: list[int], kinds: list[str], levels: list[str]) ->
 
 
 def work(chunk: Chunk, first: int, connection: Connection) -> None:
-    """Judge the cases of a chunk from number `first` on, in a process of its own; says what it begins and what came."""
+    """Judge the cases of a chunk from number `first` on, and send each as it begins, is judged and is shrunk."""
     quiet()
     shrunk = 0
     for number in range(first, chunk.first + chunk.count):
@@ -101,21 +101,21 @@ def work(chunk: Chunk, first: int, connection: Connection) -> None:
 
 
 def quiet() -> None:
-    """One thread, and no word of what is tried on purpose."""
+    """One thread, no logs and no warnings: most programs are wrong on purpose."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
 
-def run(chunk: Chunk) -> Result:
-    """Judge a chunk; a case that ends its process is a crash, and the rest go on in a new one."""
+def run(chunk: Chunk, work: Callable[[Chunk, int, Connection], None] = work, start: str = "spawn") -> Result:
+    """Judge a chunk. A case that ends its process is a crash; a new process goes on with the next one."""
     result, first = Result(chunk), chunk.first
     while first < chunk.first + chunk.count:
         receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(chunk, first, sender))
+        process = multiprocessing.get_context(start).Process(target=work, args=(chunk, first, sender))
         process.start()
         sender.close()
-        begun, judged, cpu = first, first - 1, 0.0
+        begun, judged, cpu = first - 1, first - 1, 0.0
         try:
             while receiver.poll(PATIENCE):
                 what, number, *rest = receiver.recv()
@@ -135,9 +135,11 @@ def run(chunk: Chunk) -> Result:
         process.join(5.0)
         ended = f"ended with {exit_name(process.exitcode)}" if process.exitcode else "went silent"
         process.kill()
+        if begun < first:
+            raise RuntimeError(f"no case of {chunk} began: the process {ended}")
         result.cpu_seconds += cpu
-        first = max(begun, judged) + 1
-        if begun > judged:  # neither judged nor refused: it ended the process
+        first = begun + 1
+        if begun > judged:
             case = random_case(chunk.kind, chunk.seed, begun)
             result.count(verdict := Verdict("CRASH", f"the process {ended}"))
             result.faults.append(fault(begun, verdict, case))
@@ -155,7 +157,7 @@ def fault(number: int, verdict: Verdict, case: Case) -> dict[str, Any]:
 
 
 def keep(result: Result, folder: Path, seen: set[str]) -> None:
-    """Append a chunk to the progress, and save those of its faults that are of no kind seen yet."""
+    """Append a chunk to the progress, and save those of its faults whose sort was not seen yet."""
     chunk = result.chunk
     for found in result.faults:
         case, verdict = Case.from_json(found["case"]), Verdict(found["outcome"], found["message"])
@@ -191,7 +193,10 @@ def table(results: list[Result]) -> list[dict[str, Any]]:
                     "level": level,
                     "seeds": sorted({one.chunk.seed for one in same}),
                     "cases": outcomes.total(),
-                    **{name: outcomes[name] for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")},
+                    **{
+                        name: outcomes[name]
+                        for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")
+                    },
                     "cpu_seconds": round(sum(one.cpu_seconds for one in same), 1),
                 }
             )
@@ -217,7 +222,9 @@ def replay(path: Path) -> Verdict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000, help="of each seed, divided among the kinds")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
@@ -239,7 +246,8 @@ def main() -> None:
     finished, seen = done(args.save), set[str]()
     wanted = list(chunks(args.cases, args.seed, args.kinds, args.levels))
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(run, [chunk for chunk in wanted if chunk not in finished]):
+        for future in as_completed([pool.submit(run, chunk) for chunk in wanted if chunk not in finished]):
+            result = future.result()
             keep(result, args.save, seen)
             finished[result.chunk] = result
     rows = table([finished[chunk] for chunk in wanted])

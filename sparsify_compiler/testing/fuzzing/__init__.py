@@ -1,13 +1,18 @@
 """The fuzzer: random programs, each held to what is true by construction or by eager PyTorch.
 
-    case = draw_case(kind, Draw)        cases.py: a program as source code, drawn choice by choice
-    verdict = judge(case, level)        judging.py, spellings.py, calls.py: what came of it
-    case, verdict = shrink(case, judge) cases.py: the part of it that still fails
-    save(case, ...)                     cases.py: a script that exits with 1 while the fault stands
+    case = random_case(kind, seed, 7)       a program as source code, drawn choice by choice
+    verdict = judge(case, level)            what came of it
+    case, verdict = shrink(case, judge)     the part of it that still fails
+    save(case, level, verdict, folder, …)   a script that exits with 1 while the fault stands
 
-Kinds: `tokens` and `writes` (`programs.py`, `moves.py`): where are the tokens that a layout speaks of? `spellings`: is what
-was taken for attention that attention? `calls`: does one compiled model serve sizes, types and modes in any order?
-`python -m benchmarks.fuzz` runs many of them; tests run a few, drawn by hypothesis (`strategies.cases`).
+| kind | question | files |
+| --- | --- | --- |
+| `tokens` | do the tokens of a layout lie where it says? | `programs.py`, `moves.py`, `judging.py` |
+| `writes` | do they still, after writes and through aliases? | the same |
+| `spellings` | is attention what was taken for attention? | `spellings.py` |
+| `calls` | does one compiled model serve any sizes, types and modes? | `calls.py` |
+
+`python -m benchmarks.fuzz` runs many cases; tests run a few, which hypothesis draws (`strategies.cases`).
 """
 
 import sys
@@ -22,7 +27,19 @@ from sparsify_compiler.testing.fuzzing.machines import Program
 from sparsify_compiler.testing.fuzzing.programs import draw_program
 from sparsify_compiler.testing.fuzzing.spellings import draw_spelling, judge_spelling
 
-__all__ = ["KINDS", "Case", "Draw", "Scene", "Verdict", "check_script", "draw_case", "judge", "random_case", "save", "shrink"]
+__all__ = [
+    "KINDS",
+    "Case",
+    "Draw",
+    "Scene",
+    "Verdict",
+    "check_script",
+    "draw_case",
+    "judge",
+    "random_case",
+    "save",
+    "shrink",
+]
 
 
 class Kind(NamedTuple):

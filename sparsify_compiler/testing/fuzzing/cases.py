@@ -46,6 +46,11 @@ class Draw:
         return self.of(*(n for n in range(1, number + 1) if number % n == 0))
 
 
+def lines(text: str) -> tuple[str, ...]:
+    """The lines of a text, without what they are indented by: a table of moves."""
+    return tuple(line.strip() for line in text.strip().splitlines())
+
+
 class Draft:
     """A program as far as it is drawn: every statement runs at once, so that the next one knows what it meets."""
 
@@ -55,7 +60,8 @@ class Draft:
         self.moves: list[str] = []
 
     def add(self, move: str) -> bool:
-        """Append statements, if they run; whether they do."""
+        """Append statements, if they run; whether they do. `; ` begins a new line."""
+        move = move.replace("; ", "\n")
         names = dict(self.names)
         try:
             with torch.no_grad():
@@ -113,13 +119,15 @@ class Case:
     def source(self) -> str:
         """The program as Python."""
         lines = [line for move in self.moves for line in move.splitlines()]
-        return "\n".join([f"def program({self.parameters}):", *(f"    {line}" for line in [*lines, "return x"]), ""])
+        return "\n".join(
+            [f"def program({self.parameters}):", *(f"    {line}" for line in [*lines, "return x"]), ""]
+        )
 
     def program(self) -> Callable[..., Any]:
         """The program as a new function, with a code object that Dynamo has not seen."""
         names: dict[str, Any] = {"torch": torch, "F": F}
         exec(compile(self.source, f"<{self.kind}>", "exec"), names)
-        return names["program"]  # type: ignore[no-any-return]
+        return names["program"]
 
     def as_json(self) -> str:
         """All of it, to be read by `from_json`."""
@@ -129,7 +137,8 @@ class Case:
     def from_json(text: str) -> "Case":
         """The case that `as_json` wrote."""
         fields = json.loads(text)
-        scene = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("scene").items()}
+        scene: dict[str, Any] = fields.pop("scene")
+        scene |= {name: tuple(scene[name]) for name in ("grid", "patch")}
         moves, calls = tuple(fields.pop("moves")), tuple(fields.pop("calls"))
         return Case(scene=Scene(**scene), moves=moves, calls=calls, **fields)
 
@@ -224,7 +233,9 @@ def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str, or
     """Write a fault to a folder: `name.py`, which runs by itself and exits with 1 while it stands, and `name.json`,
     which `python -m benchmarks.fuzz --replay` reads. Returns the path of the script."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"level": level, "case": json.loads(case.as_json())}) + "\n")
+    (folder / f"{name}.json").write_text(
+        json.dumps({"level": level, "case": json.loads(case.as_json())}) + "\n"
+    )
     script = folder / f"{name}.py"
     message = verdict.message.replace("\\", "/").replace('"""', "'''")
     parts = {key: getattr(case, key) for key in ("kind", "scene", "options", "calls", "tolerance")}

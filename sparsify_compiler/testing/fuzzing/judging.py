@@ -1,5 +1,8 @@
-"""Is it right? What the compiler claims is held to where the tokens really are, and what it computes to dense attention
-under the mask that follows from there."""
+"""The verdict on programs of tokens.
+
+The grid that the compiler claims is held to where the tokens really are, and its output to dense attention under
+the mask that follows from there.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +22,7 @@ from sparsify_compiler.testing.fuzzing.tracing import record
 
 OPTIONS = {"method": "tile", "reference_frames": 1, "inner_backend": "eager"}
 """Of three frames and more, frames see themselves and the first: a wrong grid is a wrong output."""
+
 
 @torch.no_grad()
 def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
@@ -95,8 +99,8 @@ def claimed(layout: TokenLayout) -> str:
 def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
     """What is not true of a layout, or "".
 
-    In every row of the batch and every head, token (t, y, x) of the grid must be at frame f(t), row r(y), column c(x)
-    of one video, where f, r and c rise; and keys must be where queries are.
+    In every row of the batch and every head, token (t, y, x) of the grid must be at frame f(t), row r(y) and column
+    c(x) of one video, where f, r and c rise; and keys must be where queries are.
     """
     assert layout.grid is not None
     video = slice(layout.before, layout.tokens - layout.after)
@@ -144,7 +148,7 @@ def seen(frame: Tensor) -> Tensor:
 
 
 def differs(got: Any, expected: Any, tolerance: float) -> str:
-    """How far two outputs are apart, or "" where that is rounding; `tolerance` is relative to the largest number."""
+    """How far two outputs are apart, or "" within `tolerance`, which is relative to the largest number."""
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if not isinstance(b, Tensor):
             if a != b:

@@ -1,8 +1,8 @@
-"""What programs call, twice: on numbers, as a model would, and on places, which says where every token really is.
+"""What programs call: `Numbers`, a small model, or `Places`, on which every token carries where it comes from.
 
-A program moves tokens with plain PyTorch and calls `m` for all else. On `Numbers` that is a small model. On `Places`
-every element of a token is the token's code, what mixes channels hands codes through, and attention writes down the
-codes that reach it: so where a token of the video ends up is read from data that moved, and not from any label.
+A program moves tokens with plain PyTorch and calls `m` for all else. On places every element of a token is the code
+of the token, operators that mix channels keep codes, and attention records the codes that reach it. So the place of
+a token is read from data that moved, never from a label.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ MIXED = torch.nan
 
 
 def scale_of(tag: int) -> float:
-    """The scale of attention number `tag` of a program: no two have the same, so a plan says which one it is for."""
+    """The scale of attention number `tag` of a program. It is its own, so that its plan is known by it."""
     return 0.5 + tag / 64
 
 
@@ -100,6 +100,7 @@ class Numbers(Machine):
         self._kernels: dict[tuple[int, ...], Tensor] = {}
         self._mix = _randn(WIDTH, WIDTH, 3) / 6
         self._bank = _randn(64, WIDTH, seed=4)
+        self._bias = _randn(WIDTH, seed=5) / 8
 
     def inputs(self) -> list[Tensor]:
         """The video and the text, new tensors each time."""
@@ -121,7 +122,7 @@ class Numbers(Machine):
         width = x.shape[-1]
         if width not in self._linear:
             self._linear[width] = _randn(WIDTH, width, seed=width) / width**0.5
-        return F.linear(x, self._linear[width])
+        return F.linear(x, self._linear[width], self._bias if width == WIDTH else None)
 
     def _kernel(self, *shape: int) -> Tensor:
         if shape not in self._kernels:
@@ -158,20 +159,38 @@ class Numbers(Machine):
         """The mean of all tokens, [B, 1, C]: what is added to all alike moves nothing."""
         return x.mean(1, keepdim=True)
 
+    def causal(self, x: Tensor) -> Tensor:
+        """An attention that stays dense whatever its tokens are."""
+        return joined(F.scaled_dot_product_attention(heads(self.sin(x)), heads(x), heads(x), is_causal=True))
+
+    def turned(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+        """Rotary positions of a grid, as complex numbers, [B, F * H * W, C]."""
+        f, h, w = (torch.arange(size).float() for size in (frames, rows, columns))
+        angles = (f[:, None, None] + 0.3 * h[:, None] + 0.1 * w).flatten()[:, None] * torch.arange(1, 9)
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(2)
+
     def mesh(self, frames: int, rows: int, columns: int, how: str = "meshgrid") -> Tensor:
         """[1, F * H * W, WIDTH] of positions on a grid, row-major."""
-        sizes = (frames, rows, columns)
-        if how == "meshgrid":
-            places = torch.stack(torch.meshgrid(*map(torch.arange, sizes), indexing="ij"), -1).flatten(0, 2)
-            return places.float().repeat(1, 6)[None, :, :WIDTH].cos()
-        f, h, w = (torch.arange(size).float() for size in sizes)
-        if how == "repeats":
-            f = f.repeat_interleave(rows * columns)
-            h = h.repeat_interleave(columns).repeat(frames)
-            w = w.repeat(frames * rows)
-            return torch.stack([f, h, w], -1).repeat(1, 6)[None, :, :WIDTH].cos()
-        sums = f[:, None, None] + 0.3 * h[None, :, None] + 0.1 * w[None, None, :]
-        return sums.reshape(1, -1, 1).expand(-1, -1, WIDTH).cos()
+        places = torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij")
+        f, h, w = places
+        match how:
+            case "index":
+                return (self._bank[f] + self._bank[h].sin() + self._bank[w].cos()).reshape(1, -1, WIDTH)
+            case "embedding":
+                at = torch.stack([f, h + 8, w + 16])
+                return F.embedding(at, self._bank).sum(0).flatten(0, 2)[None]
+            case "repeats":
+                f, h, w = (torch.arange(size) for size in (frames, rows, columns))
+                f = f.repeat_interleave(rows * columns)
+                h = h.repeat_interleave(columns).repeat(frames)
+                places = f, h, w.repeat(frames * rows)
+            case "sums":
+                f, h, w = (torch.arange(size) for size in (frames, rows, columns))
+                sums = f[:, None, None] + 0.3 * h[None, :, None] + 0.1 * w[None, None, :]
+                return sums.reshape(1, -1, 1).expand(-1, -1, WIDTH).cos()
+        table = torch.stack(places, -1).reshape(1, -1, 3).float()
+        return table.repeat(1, 1, 6)[..., :WIDTH].cos()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale_of(tag))
@@ -198,11 +217,11 @@ class Numbers(Machine):
 
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
         """`attend` in a body of its own."""
-        return checkpoint(self_attention, x, scale_of(tag), use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(self_attention, x, scale_of(tag), use_reentrant=False)
 
     def region(self, x: Tensor, tag: int) -> Tensor:
         """`attend` in a body that all calls with this tag may share."""
-        return _region(x, scale_of(tag))  # type: ignore[no-any-return]
+        return _region(x, scale_of(tag))
 
 
 class Masked(Numbers):
@@ -210,7 +229,7 @@ class Masked(Numbers):
 
     def __init__(self, scene: Scene, masks: Sequence[Tensor | None]) -> None:
         super().__init__(scene)
-        self._masks, self._by_tag = iter(masks), dict[int, Tensor | None]()
+        self._masks, self._first, self._by_tag = iter(masks), masks[0], dict[int, Tensor | None]()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
         mask = next(self._masks)
@@ -233,9 +252,8 @@ class Masked(Numbers):
         return super().sdpa(*args, **kwargs, attn_mask=own if mask is None else mask)
 
     def hidden(self, scores: Tensor) -> Tensor:
-        """Scores under the mask."""
-        mask = next(self._masks)
-        return scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        """Scores under the mask of the one attention that such a program has."""
+        return scores if self._first is None else scores.masked_fill(~self._first, -torch.inf)
 
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
         return self.attend(x, tag)
@@ -353,6 +371,14 @@ class Places(Machine):
 
     @_laid_out
     def softmax(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def causal(self, x: Tensor) -> Tensor:
+        return x
+
+    @_laid_out
+    def turned(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         return x
 
     @_laid_out

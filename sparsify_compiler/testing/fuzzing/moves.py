@@ -1,482 +1,688 @@
-"""Everything that a program may do with its tokens: one line for each move.
+"""Everything that a program may do with its tokens, x [batch, tokens, WIDTH].
 
-Three tables. `KEPT`: every token is where it was, in ways that the compiler is to follow. `RETURNING`: every token is
-where it was, by a way that it need not follow. `MOVED`: tokens are elsewhere, or no tokens of one video any more, or
-only some of them. Places decide what is true, the tables only how often a program is sparse.
+Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn when the line is.
+`; ` begins a new line of the program. The tables decide how often a program is sparse; places decide what is true.
+
+`KEPT`        every token stays in its place, in ways that the compiler should follow
+`RETURNING`   every token comes back to its place, in ways that the compiler need not follow
+`MOVED`       tokens are elsewhere, or only some of them are left, or they are no longer tokens of one video
 """
 
-from sparsify_compiler.testing.fuzzing.cases import Draw
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sparsify_compiler.testing.fuzzing.cases import Draw, lines
 from sparsify_compiler.testing.fuzzing.machines import WIDTH
-from sparsify_compiler.testing.fuzzing.programs import Move, Tokens
+from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens
+
+OTHERS = lines("""
+    x.flip(1)
+    x.roll({n}, 1)
+    torch.cat([x[:, {n}:], x[:, :{n}]], 1)
+    x.flip(0)
+    F.pad(x, (0, 0, -1, 1))
+""")
+"""Tokens in another order."""
 
 
-def _numbers(values: list[int]) -> str:
-    return "[" + ", ".join(map(str, values)) + "]"
-
-
-def _grid(t: Tokens) -> str:
-    return "({}, {}, {})".format(*t.scene.grid)
-
-
-def _cut(t: Tokens, draw: Draw) -> tuple[int, int]:
-    """A place within the sequence, now and then between two frames, and the tokens after it."""
+def _place(t: Tokens, draw: Draw) -> int:
+    """Between two tokens; now and then between two frames."""
     frame = t.scene.tokens // t.scene.grid[0]
-    at = draw.of(draw.integer(1, max(t.count - 1, 1)), t.before + frame, t.before + t.scene.tokens - frame)
-    return at, t.count - at
+    return draw.of(draw.integer(1, max(t.count - 1, 1)), t.before + frame, t.before + t.scene.tokens - frame)
 
 
-def text_before(t: Tokens, draw: Draw) -> str:
-    """Joins the text to the front of the sequence."""
-    if not t.add("x = torch.cat([text, x], 1)"):
-        return ""
-    t.before += t.scene.text
-    return ""
+NUMBERS: dict[str, Callable[[Tokens, Draw], Any]] = {
+    "B": lambda t, draw: t.batch,
+    "S": lambda t, draw: t.count,
+    "C": lambda t, draw: WIDTH,
+    "f": lambda t, draw: t.scene.grid[0],
+    "h": lambda t, draw: t.scene.grid[1],
+    "w": lambda t, draw: t.scene.grid[2],
+    "g": lambda t, draw: f"x.unflatten(1, {t.scene.grid})",
+    "n": _place,
+    "i": lambda t, draw: draw.integer(0, t.count - 1),
+    "j": lambda t, draw: draw.integer(0, t.count - 1),
+    "a": lambda t, draw: draw.divisor(t.count),
+    "perm": lambda t, draw: draw.permutation(t.count),
+    "axis": lambda t, draw: draw.integer(1, 3),
+    "order": lambda t, draw: ", ".join(str(1 + axis) for axis in draw.permutation(3)),
+    "k": lambda t, draw: draw.integer(0, min(t.scene.grid) - 1),
+    "tag": lambda t, draw: t.tag(),
+    "copy": lambda t, draw: draw.of("x.clone()", "torch.zeros_like(x)", "x.contiguous().clone()"),
+    "blank": lambda t, draw: draw.of("torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()"),
+    "other": lambda t, draw: filled(draw.of(*OTHERS), t, draw),
+}
+"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in the
+sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the
+grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is
+written in part, one that is written all over. other: the tokens in another order."""
 
 
-def text_after(t: Tokens, draw: Draw) -> str:
-    """Joins the text to its end."""
-    if t.add(draw.of("x = torch.cat([x, text], 1)", "x = torch.cat((x, m.linear(text)), dim=-2)")):
-        t.after += t.scene.text
-    return ""
+def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
+    """A line of a table with its numbers, as statements."""
+    names = {name for _, name, _, _ in string.Formatter().parse(line) if name}
+    numbers = {name: NUMBERS[name](t, draw) for name in sorted(names - more.keys())}
+    return line.format(**numbers, **more)
 
 
-def text_cut(t: Tokens, draw: Draw) -> str:
-    """Cuts text off again."""
-    end = t.count - t.after
-    way = draw.of(f"x[:, {t.before}:]", f"x[:, {t.before}:{end}]", f"x.narrow(1, {t.before}, {end - t.before})",
-                  f"x.split([{t.before}, {end - t.before}, {t.after}], 1)[1]")  # fmt: skip
-    if t.add(f"x = {way}"):
-        t.before, t.after = 0, t.after if way.endswith(":]") else 0
-    return ""
+@dataclass(frozen=True)
+class Table:
+    """The move that is any of these lines."""
+
+    lines: tuple[str, ...]
+    video: bool
+    """Whether it is for the tokens of a video alone."""
+
+    def __call__(self, t: Tokens, draw: Draw) -> None:
+        """Append one of the lines to a program."""
+        if t.is_video or not self.video:
+            t.add(filled(draw.of(*self.lines), t, draw))
 
 
-def padded(t: Tokens, draw: Draw) -> str:
-    """Pads the sequence with tokens of nothing."""
-    a, b = draw.integer(0, 3), draw.integer(0, 3)
-    if t.add(draw.of(f"x = F.pad(x, (0, 0, {a}, {b}))",
-                     f"x = torch.cat([x.new_zeros({t.batch}, {a}, {WIDTH}), x, x.new_zeros({t.batch}, {b}, {WIDTH})], 1)")):  # fmt: skip
-        t.before, t.after = t.before + a, t.after + b
-    return ""
+def table(text: str, *, inside: str = "{line}", video: bool = False) -> Table:
+    """The lines of a text.
+
+    Args:
+        inside: what each of them stands in.
+        video: whether they are for the tokens of a video alone.
+    """
+    return Table(tuple(inside.replace("{line}", line) for line in lines(text)), video)
 
 
-def mesh(t: Tokens, draw: Draw) -> str:
-    """Adds positions, padded where there is text."""
-    sizes, how = ", ".join(map(str, t.scene.grid)), draw.of("meshgrid", "repeats", "sums")
-    position = f"m.mesh({sizes}, {how!r})"
-    if t.before or t.after:
-        position = draw.of(
-            f"F.pad({position}, (0, 0, {t.before}, {t.after}))",
-            f"torch.cat([x.new_zeros(1, {t.before}, {WIDTH}), {position}, x.new_zeros(1, {t.after}, {WIDTH})], 1)",
+# Moves that keep every token in its place, where the compiler is to follow.
+
+content = table("""
+    x = m.norm(x)
+    x = m.linear(x)
+    x = m.act(x)
+    x = (x + m.linear(m.norm(x))) / 2
+    x = x * m.two
+    x = m.linear(torch.cat([x, x], -1))
+    x = x + m.pooled(x)
+    x = m.causal(x)
+    x = m.linear(m.causal(m.norm(x)))
+    x = torch.maximum(x, m.norm(x))
+    x = x.clone()
+    x = x.contiguous()
+    x = x.to(x.dtype)
+    x = F.dropout(x, 0.5, False)
+    x = x.detach()
+    x = torch.lerp(x, x, 0.5)
+    x = x[None].expand(3, -1, -1, -1)[1]
+    x = torch.stack([x, x])[0]
+    x = torch.where(x == x, x, x)
+    x = x.repeat(1, 1, 2)[..., :{C}]
+    x = x.repeat_interleave(2, 0)[::2]
+    x = x.repeat(2, 1, 1)[:{B}]
+    x, y = m.linear(x).clone(), x
+    x = x[:, None][:, 0]
+    a, b = x.unflatten(-1, (2, -1)).unbind(2); x = torch.cat([a, b], -1)
+    x = x.type_as(x)
+    x = x.unfold(2, 8, 8).flatten(2)
+    x = x.view_as(x)[...]
+""")
+
+reshaped = table("""
+    x = x.reshape({B}, {a}, {S} // {a}, -1).reshape({B}, {S}, -1)
+    x = x.unflatten(1, ({a}, -1)).flatten(1, 2)
+    x = x.flatten(0, 1).unflatten(0, ({B}, -1))
+    x = m.linear(x.flatten(0, 1)).view({B}, {S}, -1)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    x = x.mT.contiguous().mT
+    x = x.permute(2, 0, 1).permute(1, 2, 0)
+    x = x.movedim(1, 0).movedim(0, 1)
+    x = x.unsqueeze(1).squeeze(1)
+    x = x.unflatten(-1, (4, -1)).flatten(2)
+    x = x.view({B}, {a}, {S} // {a}, {C}).transpose(1, 2).transpose(1, 2).reshape(x.shape)
+    x = x.swapaxes(1, 2).swapaxes(-1, 1)
+    x = x.reshape(-1).reshape({B}, {S}, -1)
+""")
+
+rejoined = table("""
+    x = torch.cat([x[:, :{n}], x[:, {n}:]], 1)
+    a, b = x.split([{n}, {S} - {n}], 1); x = torch.cat([a, b], 1)
+    x = torch.cat(x.tensor_split([{n}], 1), 1)
+    x = torch.cat(x.chunk(3, 1), 1)
+    a = x[:, :{n}]; b = m.norm(x[:, {n}:]); x = torch.cat((a, b), dim=1)
+    x = torch.cat([x.narrow(1, 0, {n}), x.narrow(1, {n}, {S} - {n})], -2)
+    x = torch.stack(x.unbind(0))
+    x = torch.cat([one[None] for one in x.unbind(0)])
+    a, b = x.split([{C} // 2, {C} // 2], -1); x = torch.cat([a, b], -1)
+    x = torch.cat([x[:, :{n}], m.act(x[:, {n}:])], 1)
+""")
+
+
+def attend_in_part(t: Tokens, draw: Draw) -> None:
+    """Attention within frames, or along time: the rest of the video's axes go to the batch and come back."""
+    turn = draw.of("", ".transpose(1, 2)")
+    if t.is_video:
+        t.add(
+            f"y = m.attend(x.unflatten(1, ({t.scene.grid[0]}, -1)){turn}.flatten(0, 1), {t.tag()})\n"
+            f"x = y.unflatten(0, ({t.batch}, -1)){turn}.flatten(1, 2)"
         )
-    return f"x = x + {position}"
 
 
-def wrong_mesh(t: Tokens, draw: Draw) -> str:
-    """Adds positions of another grid of as many tokens."""
-    f, h, w = t.scene.grid
-    sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
-    return "x = x + m.mesh({}, {}, {})".format(*sizes)
-
-
-def _windowed(t: Tokens, draw: Draw, inside: str) -> str:
-    """Windows of rows and columns go to the batch, and come back."""
+def windows(t: Tokens, draw: Draw) -> None:
+    """Windows of rows and columns go to the batch and come back, with an attention in between or none."""
     f, h, w = t.scene.grid
     a, b = draw.divisor(h), draw.divisor(w)
     if not t.is_video:
-        return ""
-    return (
+        return
+    between = draw.of("", f"y = m.attend(y, {t.tag()})\n")
+    t.add(
         f"y = x.view({t.batch}, {f}, {h // a}, {a}, {w // b}, {b}, {WIDTH}).permute(0, 2, 4, 1, 3, 5, 6)\n"
-        f"y = y.reshape({t.batch * (h // a) * (w // b)}, {f * a * b}, {WIDTH})\n{inside}"
+        f"y = y.reshape({t.batch * (h // a) * (w // b)}, {f * a * b}, {WIDTH})\n{between}"
         f"y = y.view({t.batch}, {h // a}, {w // b}, {f}, {a}, {b}, {WIDTH}).permute(0, 3, 1, 4, 2, 5, 6)\n"
         f"x = y.reshape({t.batch}, {f * h * w}, {WIDTH})"
     )
 
 
-def windows(t: Tokens, draw: Draw) -> str:
-    """Partition and reverse, with an attention in between or none."""
-    return _windowed(t, draw, draw.of("", f"y = m.attend(y, {t.tag()})\n"))
-
-
-def within_frames(t: Tokens, draw: Draw) -> str:
-    """An attention whose batch are the frames."""
-    if not t.is_video:
-        return ""
-    f = t.scene.grid[0]
-    return (
-        f"y = m.attend(x.unflatten(1, ({f}, -1)).flatten(0, 1), {t.tag()})\n"
-        f"x = y.unflatten(0, ({t.batch}, {f})).flatten(1, 2)"
-    )
-
-
-def along_time(t: Tokens, draw: Draw) -> str:
-    """An attention whose batch are rows and columns."""
-    if not t.is_video:
-        return ""
-    f = t.scene.grid[0]
-    return (
-        f"y = m.attend(x.unflatten(1, ({f}, -1)).transpose(1, 2).flatten(0, 1), {t.tag()})\n"
-        f"x = y.unflatten(0, ({t.batch}, -1)).transpose(1, 2).flatten(1, 2)"
-    )
-
-
-def attend(t: Tokens, draw: Draw) -> str:
-    """An attention, in one spelling or another."""
-    tag = t.tag()
-    return draw.of(
-        f"x = m.attend(x, {tag})",
-        f"x = (x + m.attend(x, {tag})) / 2",
-        f"q, k, v = m.heads(m.sin(x)), m.heads(m.cos(x)), m.heads(x)\nx = m.joined(m.attention(q, k, v, {tag}))",
-        f"q, k, v = m.heads(x), m.heads(x), m.heads(x)\nx = m.joined(m.weights(m.scores(q, k, {tag}), {tag}) @ v)",
-        f"x = m.weights(m.scores(x, m.cos(x), {tag}), {tag}) @ x",
-        f"x = m.checkpointed(x, {tag})",
-        f"x = m.region(x, {tag})",
-    )
-
-
-def attend_again(t: Tokens, draw: Draw) -> str:
-    """The shared body of an attention, called with tokens in two orders."""
-    tag = t.tag()
-    moved = draw.of("x.flip(1)", "x.roll(1, 1)", "x[:, 1:]", "x", "x.flip(0)")
-    return f"y = m.region({moved}, {tag})\nx = m.region(x, {tag})"
-
-
-def attend_elsewhere(t: Tokens, draw: Draw) -> str:
-    """Queries of these tokens, keys of tokens that were moved."""
-    moved = draw.of("x.flip(0)", "x.roll(1, 0)", "x.flip(1)", "x.roll(1, 1)", "torch.cat([x[:, 1:], x[:, :1]], 1)",
-                    "x[:1].expand_as(x)", f"x[{_numbers([*range(t.batch)][::-1])}]", "torch.cat([x[1:], x[:1]])",
-                    "x", "m.norm(x)", "torch.stack(x.unbind(0)[::-1])", "x[:, 1:]")  # fmt: skip
-    return f"x = m.attend_to(x, {moved}, {t.tag()})"
-
-
-def _reorder(t: Tokens, order: list[int]) -> str:
-    """The three axes of the grid in another order."""
-    dims = [1 + axis for axis in order]
-    return f"x.unflatten(1, {_grid(t)}).permute(0, {dims[0]}, {dims[1]}, {dims[2]}, 4).flatten(1, 3)"
-
-
-def there_and_back(t: Tokens, draw: Draw) -> str:
+def there_and_back(t: Tokens, draw: Draw) -> None:
     """The axes of the grid in another order, something, and back."""
     if not t.is_video:
-        return ""
+        return
     order = draw.permutation(3)
-    sizes = ", ".join(str(t.scene.grid[axis]) for axis in order)
-    back = [str(1 + order.index(axis)) for axis in range(3)]
+    there = ", ".join(str(1 + axis) for axis in order)
+    back = ", ".join(str(1 + order.index(axis)) for axis in range(3))
+    sizes = tuple(t.scene.grid[axis] for axis in order)
     between = draw.of("", "x = m.norm(x)\n", f"x = m.attend(x, {t.tag()})\n")
-    return (
-        f"x = {_reorder(t, order)}\n{between}"
-        f"x = x.unflatten(1, ({sizes})).permute(0, {', '.join(back)}, 4).flatten(1, 3)"
+    t.add(
+        f"x = x.unflatten(1, {t.scene.grid}).permute(0, {there}, 4).flatten(1, 3)\n{between}"
+        f"x = x.unflatten(1, {sizes}).permute(0, {back}, 4).flatten(1, 3)"
     )
 
 
-def rejoined(t: Tokens, draw: Draw) -> str:
-    """Cut in two or more and joined again."""
-    at, rest = _cut(t, draw)
-    return draw.of(
-        f"x = torch.cat([x[:, :{at}], x[:, {at}:]], 1)",
-        f"a, b = x.split([{at}, {rest}], 1)\nx = torch.cat([a, b], 1)",
-        f"x = torch.cat(x.tensor_split([{at}], 1), 1)",
-        f"x = torch.cat(x.chunk({draw.integer(2, 4)}, 1), 1)",
-        f"a = x[:, :{at}]\nb = m.norm(x[:, {at}:])\nx = torch.cat((a, b), dim=1)",
-        f"x = torch.cat([x.narrow(1, 0, {at}), x.narrow(1, {at}, {rest})], -2)",
-        "x = torch.stack(x.unbind(0))",
-        "x = torch.cat([one[None] for one in x.unbind(0)])",
-        "x = torch.stack(x.unbind(1), 1)",
-        f"a, b = x.split([{WIDTH // 2}, {WIDTH // 2}], -1)\nx = torch.cat([a, b], -1)",
+def text_joined(t: Tokens, draw: Draw) -> None:
+    """The text comes before or after."""
+    front = draw.chance(50)
+    before = ("x = torch.cat([text, x], 1)", "x = torch.cat((text.clone(), x), -2)")
+    after = ("x = torch.cat([x, text], 1)", "x = torch.cat((x, m.linear(text)), dim=1)")
+    if t.add(draw.of(*(before if front else after))):
+        t.before += t.scene.text * front
+        t.after += t.scene.text * (not front)
+
+
+def text_cut(t: Tokens, draw: Draw) -> None:
+    """What is before and after the video's tokens goes."""
+    end = t.count - t.after
+    way = draw.of(
+        f"x = x[:, {t.before}:{end}]",
+        f"x = x.narrow(1, {t.before}, {end - t.before})",
+        f"x = x.split([{t.before}, {end - t.before}, {t.after}], 1)[1]",
+        f"x = x[:, {t.before}:]\nx = x[:, :{end - t.before}]",
     )
+    if t.add(way):
+        t.before = t.after = 0
 
 
-def reshaped(t: Tokens, draw: Draw) -> str:
-    """Reshaped and back, transposed and back."""
-    a = draw.divisor(t.count)
-    return draw.of(
-        f"x = x.reshape({t.batch}, {a}, {t.count // a}, -1).reshape({t.batch}, {t.count}, -1)",
-        f"x = x.unflatten(1, ({a}, -1)).flatten(1, 2)",
-        f"x = x.flatten(0, 1).unflatten(0, ({t.batch}, -1))",
-        f"x = m.linear(x.flatten(0, 1)).view({t.batch}, {t.count}, -1)",
-        "x = x.transpose(0, 1).contiguous().transpose(0, 1)",
-        "x = x.mT.contiguous().mT",
-        "x = x.permute(2, 0, 1).permute(1, 2, 0)",
-        "x = x.movedim(1, 0).movedim(0, 1)",
-        "x = x.unsqueeze(1).squeeze(1)",
-        f"x = x.unflatten(-1, (4, -1)).flatten(2)",
-        f"x = x.view({t.batch}, {a}, {t.count // a}, {WIDTH}).transpose(1, 2).transpose(1, 2).reshape(x.shape)",
-        "x = x.swapaxes(1, 2).swapaxes(-1, 1)",
-        f"x = x.reshape(-1).reshape({t.batch}, {t.count}, -1)",
-    )
+def padded(t: Tokens, draw: Draw) -> None:
+    """Tokens of nothing come before and after."""
+    a, b = draw.integer(0, 3), draw.integer(0, 3)
+    first, last = (f"x.new_zeros({t.batch}, {n}, {WIDTH})" for n in (a, b))
+    if t.add(draw.of(f"x = F.pad(x, (0, 0, {a}, {b}))", f"x = torch.cat([{first}, x, {last}], 1)")):
+        t.before, t.after = t.before + a, t.after + b
 
 
-def content(t: Tokens, draw: Draw) -> str:
-    """What changes tokens and leaves them where they are."""
-    return draw.of(
-        "x = m.norm(x)", "x = m.linear(x)", "x = m.act(x)", "x = (x + m.linear(m.norm(x))) / 2", "x = x * m.two",
-        "x = m.linear(torch.cat([x, x], -1))", "x = x + m.pooled(x)", "x = torch.maximum(x, m.norm(x))",
-        "x = x.clone()", "x = x.contiguous()", "x = x.to(x.dtype)", "x = F.dropout(x, 0.5, False)", "x = x.detach()",
-        "x = torch.lerp(x, x, 0.5)", "x = x[None].expand(3, -1, -1, -1)[1]", "x = torch.stack([x, x])[0]",
-        "x = torch.where(x == x, x, x)", "x = x.repeat(1, 1, 2)[..., :16]", "x, y = m.linear(x).clone(), x",
-        "x = x.repeat_interleave(2, 0)[::2]", f"x = x.repeat(2, 1, 1)[:{t.batch}]", "x = x.real", "x = x[...]",
-        "x = x[:]", "x = x[:, :, :]", "x = x[:, None][:, 0]", "a, b = x.unflatten(-1, (2, -1)).unbind(2)\n"
-        "x = torch.cat([a, b], -1)", "x = x.expand_as(x)", "x = torch.atleast_3d(x)", "x = x.type_as(x)",
-        "x = torch.addcmul(x, x, x, value=0.0)", "x = x.unfold(2, 8, 8).flatten(2)",
-    )  # fmt: skip
+def positions(t: Tokens, draw: Draw) -> None:
+    """Positions of the video's grid are added, padded where there are other tokens; or they turn the tokens."""
+    sizes = "{}, {}, {}".format(*t.scene.grid)
+    if t.is_video and draw.chance(30):
+        t.add(f"x = m.turned(x, {sizes})")
+        return
+    mesh = f"m.mesh({sizes}, {draw.of(*MESHES)!r})"
+    if t.before or t.after:
+        mesh = draw.of(
+            f"F.pad({mesh}, (0, 0, {t.before}, {t.after}))",
+            f"torch.cat([x.new_zeros(1, {t.before}, {WIDTH}), {mesh}, x.new_zeros(1, {t.after}, {WIDTH})], 1)",
+        )
+    t.add(f"x = x + {mesh}")
 
 
-def returning(t: Tokens, draw: Draw) -> str:
-    """Away and back again."""
-    n, size = draw.integer(1, max(t.count - 1, 1)), t.count
-    perm = draw.permutation(size)
-    back = [perm.index(i) for i in range(size)]
-    return draw.of(
-        f"x = x.roll({n}, 1)\nx = x.roll(-{n}, 1)", "x = x.flip(1).flip(1)", "x = x.flip(0).flip(0)",
-        f"x = x[:, {_numbers(perm)}]\nx = x[:, {_numbers(back)}]",
-        "x = m.conv1d(x)", "x = m.cumsum(x)", "x = m.softmax(x)",
-        f"x = x[:, torch.arange({size})]", f"x = x.index_select(1, torch.arange({size}))",
-        f"x = x.gather(1, torch.arange({size})[None, :, None].expand({t.batch}, -1, x.shape[-1]))",
-        "x = x.repeat_interleave(2, 1)[:, ::2]", "x = x[:, ::1]", f"x = x[:, -{size}:]",
-        f"x = torch.eye({size}, dtype=x.dtype) @ x",
-        f"x = torch.einsum('st,btc->bsc', torch.eye({size}, dtype=x.dtype), x)",
-        f"x = torch.cat([x[:, {n}:], x[:, :{n}]], 1)\nx = torch.cat([x[:, {size - n}:], x[:, :{size - n}]], 1)",
-        f"x = F.pad(x, (0, 0, {n}, 0))[:, {n}:]", f"x = F.pad(x, (0, 0, 2, 3))[:, 2:-3]",
-        "x = x.flip(-1)", "x = x.roll(1, 0)", "x = x[torch.arange(len(x))]", "x = x.flip(0)",
-        f"x = torch.stack([x[:, 0::2], x[:, 1::2]], 2).flatten(1, 2)", "x = x[:, :, torch.randperm(16)]",
-        f"x = x.rot90(1, (1, 2)).rot90(-1, (1, 2))", "x = x.as_strided(x.shape, x.stride())",
-        "x = F.pixel_shuffle(F.pixel_unshuffle(x[:, None], 1), 1)[:, 0]", "x = x.unfold(1, 1, 1)[..., 0]",
-        "x = torch.cat([x[:1], x[1:]])", "x = F.avg_pool1d(x.mT, 1).mT", "x = torch.vmap(lambda one: one * 1)(x)",
-        "x = x.scatter(1, torch.zeros(len(x), 1, 16, dtype=torch.int64), x[:, :1])", "x = torch.hstack([x])",
-    )  # fmt: skip
+attend = table("""
+    x = m.attend(x, {tag})
+    x = (x + m.attend(x, {tag})) / 2
+    q, k, v = m.heads(m.sin(x)), m.heads(m.cos(x)), m.heads(x); x = m.joined(m.attention(q, k, v, {tag}))
+    q, k, v = m.heads(x), m.heads(x), m.heads(x); x = m.joined(m.weights(m.scores(q, k, {tag}), {tag}) @ v)
+    x = m.weights(m.scores(x, m.cos(x), {tag}), {tag}) @ x
+    x = m.checkpointed(x, {tag})
+    x = m.region(x, {tag})
+""")
 
+attend_twice = table("""
+    y = m.region(x.flip(1), {tag}); x = m.region(x, {tag})
+    y = m.region(x.roll(1, 1), {tag}); x = m.region(x, {tag})
+    y = m.region(x[:, 1:], {tag}); x = m.region(x, {tag})
+    y = m.region(m.norm(x), {tag}); x = m.region(x, {tag})
+    y = m.region(x.flip(0), {tag}); x = m.region(x, {tag})
+""")
+"""One body, called with tokens in two orders."""
 
-def moved(t: Tokens, draw: Draw) -> str:
-    """Tokens elsewhere."""
-    size, frame = t.count, t.scene.tokens // t.scene.grid[0]
-    n = draw.of(draw.integer(1, max(size - 1, 1)), frame)
-    half, a = size // 2, draw.divisor(size)
-    perm = _numbers(draw.permutation(size))
-    return draw.of(
-        f"x = x.roll({n}, 1)", "x = x.flip(1)", f"x = x[:, {perm}]", f"x = x[:, torch.tensor({perm})]",
-        f"x = torch.cat([x[:, {n}:], x[:, :{n}]], 1)", "x = torch.cat([x[:, ::2], x[:, 1::2]], 1)",
-        f"x = x.index_select(1, torch.tensor({perm}))", f"x = x.take_along_dim(torch.tensor({perm})[None, :, None], 1)",
-        f"x = x.gather(1, torch.tensor({perm})[None, :, None].expand({t.batch}, -1, x.shape[-1]))",
-        f"x = torch.eye({size}, dtype=x.dtype)[{perm}] @ x",
-        f"x = F.linear(x.mT, torch.eye({size}, dtype=x.dtype)[{perm}]).mT",
-        f"x = torch.stack([x[:, :{half}], x[:, {half}:{2 * half}]], 2).flatten(1, 2)",
-        f"x = x.unflatten(1, ({a}, -1)).transpose(1, 2).flatten(1, 2)",
-        f"x = x.reshape({t.batch}, {size // a}, {a}, -1).transpose(1, 2).reshape({t.batch}, {size}, -1)",
-        f"x = torch.stack(x.unbind(1)[::-1], 1)", f"x = torch.cat(x.chunk({draw.integer(2, 3)}, 1)[::-1], 1)",
-        f"x = x.unflatten(1, ({a}, -1)).flip(1).flatten(1, 2)", f"x = x.unflatten(1, ({a}, -1)).flip(2).flatten(1, 2)",
-        f"x = x.unflatten(1, ({a}, -1)).roll(1, 2).flatten(1, 2)", f"x = x.unflatten(1, ({a}, -1)).roll((1, 1), (1, 2)).flatten(1, 2)",
-        f"x = x[:, x[0, :, 0].argsort(descending=True)]", "x = x.sort(1, descending=True)[0]", "x = x.rot90(2, (1, 2))",
-        f"x = torch.cat([x[:, {n}:], x.new_zeros({t.batch}, {n}, x.shape[-1])], 1)",
-        f"a, b = x.split([{n}, {size - n}], 1)\nx = torch.cat([b, a], 1)",
-        f"x = x.scatter(1, torch.tensor({perm})[None, :, None].expand({t.batch}, -1, x.shape[-1]), x)",
-        f"x = x.index_copy(1, torch.tensor({perm}), x)", f"x = x[:, [{n}, *range({n}), *range({n + 1}, {size})]]",
-        f"x = F.pixel_shuffle(x.unflatten(1, (-1, 4)).mT.flatten(0, 1)[..., None], 2).flatten(1).view(x.shape)",
-    )  # fmt: skip
-
-
-def regridded(t: Tokens, draw: Draw) -> str:
-    """The grid's axes in another order, cut, or exchanged with the batch or the channels."""
-    if not t.is_video:
-        return ""
-    f, h, w = t.scene.grid
-    b = t.batch
-    x = f"x.unflatten(1, {_grid(t)})"
-    axis, order = draw.integer(1, 3), draw.permutation(3)
-    n = draw.integer(0, t.scene.grid[axis - 1] - 1)
-    return draw.of(
-        f"x = {_reorder(t, order)}",
-        f"x = {x}.transpose({draw.integer(1, 3)}, {draw.integer(1, 3)}).flatten(1, 3)",
-        f"x = {x}.flip({axis}).flatten(1, 3)", f"x = {x}.roll({n + 1}, {axis}).flatten(1, 3)",
-        f"x = {x}.narrow({axis}, {n}, {t.scene.grid[axis - 1] - n}).flatten(1, 3)",
-        f"x = {x}.select({axis}, {n}).flatten(1, 2)",
-        f"x = x.unflatten(1, ({f}, -1)).transpose(0, 1).reshape({b}, {f * h * w}, -1)",
-        f"x = x.unflatten(1, ({f}, -1)).transpose(0, 1).reshape({f}, {b * h * w}, -1)",
-        f"x = x.unflatten(1, ({f}, -1)).transpose(0, 1).flatten(1, 2)",
-        f"x = {x}.permute(1, 0, 2, 3, 4).flatten(1, 3)", f"x = {x}.permute(2, 0, 1, 3, 4).flatten(1, 3)",
-        f"x = {x}.permute(3, 0, 1, 2, 4).flatten(1, 3)", f"x = {x}.permute(1, 2, 0, 3, 4).flatten(1, 3)",
-        f"x = m.linear({x}.permute(0, 4, 1, 2, 3).flatten(1, 3)[..., None])",
-        f"x = m.linear({x}.permute(0, 4, 2, 3, 1).flatten(1, 3))", f"x = m.linear({x}.permute(0, 1, 4, 2, 3).flatten(1, 3))",
-        f"x = m.linear({x}.permute(0, 2, 3, 1, 4).flatten(3))", f"x = m.linear({x}.flatten(3)).flatten(1, 2)",
-        f"x = m.linear({x}.permute(0, 1, 2, 4, 3).flatten(3)).flatten(1, 2)", "x = x.flatten(0, 1)[None]",
-        f"x = {x}.mean({axis}).flatten(1, 2)", f"x = {x}.amax({axis}).flatten(1, 2)",
-        f"x = {x}[:, :, :, ::2].flatten(1, 3)", f"x = {x}[:, ::2].flatten(1, 3)", f"x = {x}[:, :, ::2].flatten(1, 3)",
-        f"x = torch.stack({x}.unbind({axis})[::-1], {axis}).flatten(1, 3)",
-        f"x = torch.cat([{x}[:, 1:], {x}[:, :1]], 1).flatten(1, 3)",
-        f"x = torch.cat([{x}[:, :, :, 1:], {x}[:, :, :, :1]], 3).flatten(1, 3)",
-        f"x = torch.cat([{x}, {x}], {axis}).flatten(1, 3)",
-        f"x = F.pad({x}, (0, 0, -1, 1)).flatten(1, 3)", f"x = F.pad({x}, (0, 0, 0, 0, 0, 0, -1, 1)).flatten(1, 3)",
-        f"x = F.pad({x}, (0, 0, 0, 0, -1, 1)).flatten(1, 3)", f"x = F.pad({x}, (0, 0, 0, 0, 0, 0, 1, -1)).flatten(1, 3)",
-        f"x = {x}.repeat_interleave(2, {axis}).flatten(1, 3)",
-        f"x = {x}.repeat_interleave(2, {axis}).narrow({axis}, 0, {t.scene.grid[axis - 1]}).flatten(1, 3)",
-        f"x = x.mT.reshape({b}, {f * h * w}, -1)", f"x = x.reshape({b}, {WIDTH}, -1).mT",
-        f"x = x.transpose(0, 1).reshape({b}, {f * h * w}, -1)", f"x = x.reshape({f * h * w}, {b}, -1).transpose(0, 1)",
-    )  # fmt: skip
-
-
-def cropped(t: Tokens, draw: Draw) -> str:
-    """Fewer tokens, or as many of which some are not what they were."""
-    size, frame = t.count, t.scene.tokens // t.scene.grid[0]
-    n = draw.of(draw.integer(1, max(size - 2, 1)), frame)
-    return draw.of(
-        f"x = x[:, {n}:]", f"x = x[:, :-{n}]", f"x = x[:, ::2]", f"x = x[:, 1::2]", f"x = F.pad(x, (0, 0, -{n}, {n}))",
-        f"x = F.pad(x, (0, 0, {n}, -{n}))", f"x = F.pad(x, (0, 0, -1, 0))", f"x = F.pad(x, (0, 0, 0, -{n}))",
-        f"x = F.pad(x[:, {n}:], (0, 0, {n}, 0))", f"x = F.pad(x, (0, 0, {n}, 0))[:, :{size}]",
-        f"x = x.repeat_interleave(2, 1)[:, :{size}]", "x = x.repeat_interleave(2, 1)", "x = x.repeat(1, 2, 1)",
-        "x = torch.cat([x, x], 1)", f"x = torch.cat([x[:, :{n}], x], 1)", f"x = torch.cat([x[:, :{n}], x[:, :{size - n}]], 1)",
-        f"x = torch.cat([x[:, -{n}:], x[:, {n}:]], 1)", "x = F.interpolate(x.mT, scale_factor=2.0).mT",
-        f"x = x.unfold(1, 2, 2)[..., 0]", f"x = F.avg_pool1d(x.mT, 2).mT", f"x = F.max_pool1d(x.mT, 3, 1, 1).mT",
-        f"x = torch.cat([x[:1], x[:1]])", f"x = x[:1].expand({t.batch}, -1, -1)", f"x = x[[0] * {t.batch}]",
-        f"x = x.as_strided(({t.batch}, {size}, x.shape[-1]), ({size} * x.shape[-1], 1, {size}))",
-    )  # fmt: skip
-
-
-def mixed(t: Tokens, draw: Draw) -> str:
-    """Tokens that are two at once, or now one and now the other."""
-    size = t.count
-    n = draw.integer(1, max(size - 1, 1))
-    other = draw.of("x.flip(1)", f"x.roll({n}, 1)", f"torch.cat([x[:, {n}:], x[:, :{n}]], 1)", "x.flip(0)",
-                    f"x[:, torch.arange({size - 1}, -1, -1)]", "F.pad(x, (0, 0, -1, 1))")  # fmt: skip
-    return draw.of(
-        f"x = (x + {other}) / 2", f"x = torch.lerp({other}, x, 0.5)", f"x = torch.maximum(x, {other})",
-        f"x = torch.where(torch.arange({size})[:, None] % 2 == 0, x, {other})",
-        f"x = torch.cat([x[..., :8], ({other})[..., 8:]], -1)", f"x = torch.stack([x, {other}]).mean(0)",
-        f"x = torch.stack([x, {other}])[1]", f"x = ({other} + x) / 2", f"x = torch.minimum({other}, x)",
-        f"x = torch.stack([x, {other}], 1).flatten(0, 1)[::2]", f"x = torch.stack([x, {other}], 1).flatten(0, 1)[:{t.batch}]",
-    )  # fmt: skip
-
+attend_elsewhere = table("""
+    x = m.attend_to(x, x, {tag})
+    x = m.attend_to(x, m.norm(x), {tag})
+    x = m.attend_to(x, x.flip(0), {tag})
+    x = m.attend_to(x, x.roll(1, 0), {tag})
+    x = m.attend_to(x, torch.stack(x.unbind(0)[::-1]), {tag})
+    x = m.attend_to(x, torch.cat([x[1:], x[:1]]), {tag})
+    x = m.attend_to(x, x[:1].expand_as(x), {tag})
+    x = m.attend_to(x, x[list(range({B}))[::-1]], {tag})
+    x = m.attend_to(x, x.flip(1), {tag})
+    x = m.attend_to(x, x.roll(1, 1), {tag})
+    x = m.attend_to(x, torch.cat([x[:, 1:], x[:, :1]], 1), {tag})
+    x = m.attend_to(x, x[:, 1:], {tag})
+""")
+"""Queries of these tokens, keys of tokens that were moved or are another video's."""
 
 KEPT: tuple[Move, ...] = (
-    content, content, reshaped, reshaped, rejoined, rejoined, text_before, text_after, text_cut, padded, mesh, windows,
-    within_frames, along_time, attend, there_and_back,
+    content, content, reshaped, reshaped, rejoined, rejoined, text_joined, text_joined, text_cut, padded, positions,
+    windows, attend_in_part, attend_in_part, attend, there_and_back,
 )  # fmt: skip
-RETURNING: tuple[Move, ...] = (returning,)
-MOVED: tuple[Move, ...] = (moved, regridded, cropped, mixed, wrong_mesh)
+
+RETURNING: tuple[Move, ...] = (
+    table("""
+    x = x.roll({n}, 1); x = x.roll(-{n}, 1)
+    x = x.flip(1).flip(1)
+    x = x.flip(0).flip(0)
+    x = x.flip(0)
+    x = x.roll(1, 0)
+    x = x[:, {perm}]; x = x[:, torch.tensor({perm}).argsort()]
+    x = x[:, torch.arange({S})]
+    x = x[torch.arange({B})]
+    x = x.index_select(1, torch.arange({S}))
+    x = x.gather(1, torch.arange({S})[None, :, None].expand({B}, -1, x.shape[-1]))
+    x = m.conv1d(x)
+    x = m.cumsum(x)
+    x = m.softmax(x)
+    x = x.repeat_interleave(2, 1)[:, ::2]
+    x = x[:, ::1]
+    x = x[:, -{S}:]
+    x = torch.stack(x.unbind(1), 1)
+    x = torch.eye({S}, dtype=x.dtype) @ x
+    x = torch.einsum('st,btc->bsc', torch.eye({S}, dtype=x.dtype), x)
+    x = torch.cat([x[:, {n}:], x[:, :{n}]], 1); x = torch.cat([x[:, {S} - {n}:], x[:, :{S} - {n}]], 1)
+    x = F.pad(x, (0, 0, {n}, 0))[:, {n}:]
+    x = F.pad(x, (0, 0, 2, 3))[:, 2:-3]
+    x = F.pad(F.pad(x, (0, 0, 2, 1)), (0, 0, -2, -1))
+    x = x.flip(-1)
+    x = x[:, :, torch.arange({C} - 1, -1, -1)]
+    x = x.rot90(1, (1, 2)).rot90(-1, (1, 2))
+    x = x.as_strided(x.shape, x.stride())
+    x = x.unfold(1, 1, 1)[..., 0]
+    x = torch.cat([x[:1], x[1:]])
+    x = F.avg_pool1d(x.mT, 1).mT
+    x = torch.vmap(lambda one: one * 1)(x)
+    x = x.scatter(1, torch.zeros({B}, 1, x.shape[-1], dtype=torch.int64), x[:, :1])
+"""),
+)
+
+# Moves after which tokens are elsewhere.
+
+moved = table("""
+    x = x.roll({n}, 1)
+    x = x.flip(1)
+    x = x[:, {perm}]
+    x = x[:, torch.tensor({perm})]
+    x = torch.cat([x[:, {n}:], x[:, :{n}]], 1)
+    x = torch.cat([x[:, ::2], x[:, 1::2]], 1)
+    a, b = x.split([{n}, {S} - {n}], 1); x = torch.cat([b, a], 1)
+    x = x.index_select(1, torch.tensor({perm}))
+    x = x.take_along_dim(torch.tensor({perm})[None, :, None], 1)
+    x = x.gather(1, torch.tensor({perm})[None, :, None].expand({B}, -1, x.shape[-1]))
+    x = torch.eye({S}, dtype=x.dtype)[{perm}] @ x
+    x = F.linear(x.mT, torch.eye({S}, dtype=x.dtype)[{perm}]).mT
+    x = torch.einsum('st,btc->bsc', torch.eye({S}, dtype=x.dtype)[{perm}], x)
+    x = torch.stack([x[:, :{S} // 2], x[:, {S} // 2:2 * ({S} // 2)]], 2).flatten(1, 2)
+    x = x.unflatten(1, ({a}, -1)).transpose(1, 2).flatten(1, 2)
+    x = x.reshape({B}, {S} // {a}, {a}, -1).transpose(1, 2).reshape({B}, {S}, -1)
+    x = torch.stack(x.unbind(1)[::-1], 1)
+    x = torch.cat(x.chunk(2, 1)[::-1], 1)
+    x = torch.cat(x.chunk(3, 1)[::-1], 1)
+    x = x.unflatten(1, ({a}, -1)).flip(1).flatten(1, 2)
+    x = x.unflatten(1, ({a}, -1)).flip(2).flatten(1, 2)
+    x = x.unflatten(1, ({a}, -1)).roll(1, 2).flatten(1, 2)
+    x = x.unflatten(1, ({a}, -1)).roll((1, 1), (1, 2)).flatten(1, 2)
+    x = x[:, x[0, :, 0].argsort(descending=True)]
+    x = x.sort(1, descending=True)[0]
+    x = x.rot90(2, (1, 2))
+    x = torch.cat([x[:, {n}:], x.new_zeros({B}, {n}, x.shape[-1])], 1)
+    x = x.scatter(1, torch.tensor({perm})[None, :, None].expand({B}, -1, x.shape[-1]), x)
+    x = x.index_copy(1, torch.tensor({perm}), x)
+    x = x[:, [{n}, *range({n}), *range({n} + 1, {S})]]
+    x = F.pixel_shuffle(x.unflatten(1, (-1, 4)).mT.flatten(0, 1)[..., None], 2).flatten(1).view(x.shape)
+    x = F.embedding(torch.tensor({perm}), x[0])[None].repeat({B}, 1, 1)
+""")
+
+regridded = table(
+    """
+    x = {g}.permute(0, {order}, 4).flatten(1, 3)
+    x = {g}.permute(0, {order}, 4).reshape({B}, {S}, -1)
+    x = {g}.flip({axis}).flatten(1, 3)
+    x = {g}.roll({k} + 1, {axis}).flatten(1, 3)
+    x = {g}.narrow({axis}, {k}, 2).flatten(1, 3)
+    x = {g}.select({axis}, {k}).flatten(1, 2)
+    x = {g}.unbind({axis})[{k}].flatten(1, 2)
+    x = x.unflatten(1, ({f}, -1)).transpose(0, 1).reshape({B}, {S}, -1)
+    x = x.unflatten(1, ({f}, -1)).transpose(0, 1).reshape({f}, -1, {C})
+    x = x.unflatten(1, ({f}, -1)).transpose(0, 1).flatten(1, 2)
+    x = {g}.permute(1, 0, 2, 3, 4).flatten(1, 3)
+    x = {g}.permute(2, 0, 1, 3, 4).flatten(1, 3)
+    x = {g}.permute(3, 0, 1, 2, 4).flatten(1, 3)
+    x = {g}.permute(1, 2, 0, 3, 4).flatten(1, 3)
+    x = m.linear({g}.permute(0, 4, 1, 2, 3).flatten(1, 3)[..., None])
+    x = m.linear({g}.permute(0, 4, 2, 3, 1).flatten(1, 3))
+    x = m.linear({g}.permute(0, 1, 4, 2, 3).flatten(1, 3))
+    x = m.linear({g}.permute(0, 2, 3, 1, 4).flatten(3)).flatten(1, 2)
+    x = m.linear({g}.permute(0, 1, 2, 4, 3).flatten(3)).flatten(1, 2)
+    x = x.flatten(0, 1)[None]
+    x = {g}.mean({axis}).flatten(1, 2)
+    x = {g}.amax({axis}).flatten(1, 2)
+    x = {g}[:, ::2].flatten(1, 3)
+    x = {g}[:, :, ::2].flatten(1, 3)
+    x = {g}[:, :, :, ::2].flatten(1, 3)
+    x = {g}[:, 1:].flatten(1, 3)
+    x = {g}[:, :, 1:, 1:].flatten(1, 3)
+    x = torch.stack({g}.unbind({axis})[::-1], {axis}).flatten(1, 3)
+    x = torch.cat([{g}[:, 1:], {g}[:, :1]], 1).flatten(1, 3)
+    x = torch.cat([{g}[:, :, :, 1:], {g}[:, :, :, :1]], 3).flatten(1, 3)
+    x = torch.cat([{g}, {g}], {axis}).flatten(1, 3)
+    x = F.pad({g}, (0, 0, -1, 1)).flatten(1, 3)
+    x = F.pad({g}, (0, 0, 0, 0, -1, 1)).flatten(1, 3)
+    x = F.pad({g}, (0, 0, 0, 0, 0, 0, -1, 1)).flatten(1, 3)
+    x = F.pad({g}, (0, 0, 0, 0, 0, 0, 1, -1)).flatten(1, 3)
+    x = {g}.repeat_interleave(2, {axis}).flatten(1, 3)
+    x = {g}.repeat_interleave(2, {axis}).narrow({axis}, 0, 2).flatten(1, 3)
+    x = {g}.repeat(1, 2, 1, 1, 1).flatten(1, 3)
+    x = x.mT.reshape({B}, {S}, -1)
+    x = x.reshape({B}, {C}, -1).mT
+    x = x.transpose(0, 1).reshape({B}, {S}, -1)
+    x = x.reshape({S}, {B}, -1).transpose(0, 1)
+""",
+    video=True,
+)
+"""The grid's axes in another order, cut, or exchanged with the batch or the channels."""
+
+cropped = table("""
+    x = x[:, {n}:]
+    x = x[:, :-{n}]
+    x = x[:, ::2]
+    x = x[:, 1::2]
+    x = F.pad(x, (0, 0, -{n}, {n}))
+    x = F.pad(x, (0, 0, {n}, -{n}))
+    x = F.pad(x, (0, 0, -1, 0))
+    x = F.pad(x, (0, 0, 0, -{n}))
+    x = F.pad(x[:, {n}:], (0, 0, {n}, 0))
+    x = F.pad(x, (0, 0, {n}, 0))[:, :{S}]
+    x = x.repeat_interleave(2, 1)[:, :{S}]
+    x = x.repeat_interleave(2, 1)
+    x = x.repeat(1, 2, 1)
+    x = torch.cat([x, x], 1)
+    x = torch.cat([x[:, :{n}], x], 1)
+    x = torch.cat([x[:, :{n}], x[:, :{S} - {n}]], 1)
+    x = torch.cat([x[:, -{n}:], x[:, {n}:]], 1)
+    x = F.interpolate(x.mT, scale_factor=2.0).mT
+    x = x.unfold(1, 2, 2)[..., 0]
+    x = F.avg_pool1d(x.mT, 2).mT
+    x = F.max_pool1d(x.mT, 3, 1, 1).mT
+    x = torch.cat([x[:1], x[:1]])
+    x = x[:1].expand({B}, -1, -1)
+    x = x[[0] * {B}]
+    x = x.as_strided(({B}, {S}, x.shape[-1]), ({S} * x.shape[-1], 1, {S}))
+""")
+"""Fewer tokens; or as many, of which some are not what they were."""
+
+mixed = table("""
+    x = (x + {other}) / 2
+    x = ({other} + x) / 2
+    x = torch.lerp({other}, x, 0.5)
+    x = torch.maximum(x, {other})
+    x = torch.minimum({other}, x)
+    x = torch.where(torch.arange({S})[:, None] % 2 == 0, x, {other})
+    x = torch.cat([x[..., :8], ({other})[..., 8:]], -1)
+    x = torch.stack([x, {other}]).mean(0)
+    x = torch.stack([x, {other}])[1]
+    x = torch.stack([x, {other}], 1).flatten(0, 1)[::2]
+    x = torch.stack([x, {other}], 1).flatten(0, 1)[:{B}]
+""")
+"""Tokens that are two at once, or now one and now the other."""
 
 
-def alias(t: Tokens, draw: Draw) -> str:
-    """Another name for the memory of the tokens, or of some of them, taken before they are written."""
-    at, _ = _cut(t, draw)
-    view = draw.of("x", "x[:]", f"x[:, {at}:]", f"x[:, :{at}]", "x.transpose(0, 1)", "x.mT", f"x[:, {at - 1}]", "x[0]",
-                   "x[:, ::2]", f"x.unflatten(1, ({draw.divisor(t.count)}, -1))", "x.view(x.shape)", "x.detach()",
-                   f"x.chunk(2, 1)[{draw.integer(0, 1)}]", "x.unbind(0)[-1]", "x.diagonal(0, 0, 1)", "x[..., :8]",
-                   f"x.flatten(0, 1)", "x.expand_as(x)", "x.as_strided(x.shape, x.stride())", "x.unfold(1, 1, 1)")  # fmt: skip
-    return draw.of(f"y = {view}", f"x = x.clone()\ny = {view}", f"x = x.contiguous()\ny = {view}")
+def wrong_positions(t: Tokens, draw: Draw) -> None:
+    """Positions of another grid of as many tokens are added."""
+    f, h, w = t.scene.grid
+    sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
+    t.add(f"x = x + m.mesh{sizes}")
 
 
-def write_in_place(t: Tokens, draw: Draw) -> str:
-    """What changes tokens where they are."""
-    return draw.of(
-        "x = x.clone()\nx.mul_(m.two)", "x = x.clone()\nx.add_(m.one)", "x = x.clone()\nx[:, :2] *= m.two",
-        "x = x.clone()\ny = x[:, 1:]\ny.mul_(m.two)", "x = x.clone()\nx += m.one", "x = x.clone()\nx[:] = m.linear(x)",
-        "y = torch.empty_like(x)\ny.copy_(x)\nx = y", "y = torch.zeros_like(x)\ny[:] = x\nx = y",
-        "y = torch.zeros_like(x)\ny += x\nx = y", "y = torch.empty_like(x)\ntorch.mul(x, m.two, out=y)\nx = y",
-        "y = x.new_zeros(x.shape)\ny[:, :] = x\nx = y", "x = x.clone()\nx.copy_(m.linear(x))", "x = x.clone()\nx.relu_()",
-        "y = x.clone()\ny.mul_(m.two)\ny.copy_(x)\nx = y", "x = x.clone()\ny = x.unflatten(-1, (2, -1))\ny.mul_(m.two)",
-        "y = torch.empty_like(x)\ny.view(-1).copy_(x.reshape(-1))\nx = y", "x = x.contiguous()\nF.relu(x, inplace=True)",
-        "x = x.clone()\nx[0] *= m.two", "x = x.clone()\nx.transpose(0, 1).add_(m.one)", "x = x.clone()\nx[..., :3] += m.one",
-    )  # fmt: skip
+MOVED: tuple[Move, ...] = (moved, regridded, cropped, mixed, wrong_positions)
+
+# Writes and aliases.
+
+write_in_place = table("""
+    x = x.clone(); x.mul_(m.two)
+    x = x.clone(); x.add_(m.one)
+    x = x.clone(); x[:, :2] *= m.two
+    x = x.clone(); y = x[:, 1:]; y.mul_(m.two)
+    x = x.clone(); x += m.one
+    x = x.clone(); x[:] = m.linear(x)
+    x = x.clone(); x.copy_(m.linear(x))
+    x = x.clone(); x.relu_()
+    x = x.clone(); x[0] *= m.two
+    x = x.clone(); x[:, {i}] *= m.zero
+    x = x.clone(); x.transpose(0, 1).add_(m.one)
+    x = x.clone(); x[..., :3] += m.one
+    x = x.clone(); y = x.unflatten(-1, (2, -1)); y.mul_(m.two)
+    x = x.contiguous(); F.relu(x, inplace=True)
+    y = torch.empty_like(x); y.copy_(x); x = y
+    y = torch.empty_like(x); torch.mul(x, m.two, out=y); x = y
+    y = x.new_empty(x.shape); y.view(-1).copy_(x.reshape(-1)); x = y
+    y = torch.zeros_like(x); y[:] = x; x = y
+    y = torch.zeros_like(x); y += x; x = y
+    y = x.new_zeros(x.shape); y[:, :] = x; x = y
+    y = x.clone(); y.mul_(m.two); y.copy_(x); x = y
+""")
 
 
-def write_whole(t: Tokens, draw: Draw) -> str:
-    """A buffer that is filled part by part, every token where it belongs."""
-    at, size = _cut(t, draw)[0], t.count
-    new = draw.of("torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()", f"x.new_zeros({t.batch}, {size}, x.shape[-1])")
-    write = draw.of(
-        f"y[:, :{at}] = x[:, :{at}]\ny[:, {at}:] = x[:, {at}:]", "y[:, ::2] = x[:, ::2]\ny[:, 1::2] = x[:, 1::2]",
-        f"y[:, {at}:] = x[:, {at}:]\ny[:, :{at}] = x[:, :{at}]", f"y[:, torch.arange({size})] = x",
-        f"for i in range({size}):\n    y[:, i] = x[:, i]", "y[0] = x[0]\ny[1:] = x[1:]", "y[..., :8], y[..., 8:] = x[..., :8], x[..., 8:]",
-        f"y[:, :{at}].copy_(x[:, :{at}])\ny[:, {at}:].copy_(x[:, {at}:])", "y.mT.copy_(x.mT)",
-        f"a, b = y.split([{at}, {size - at}], 1)\na.copy_(x[:, :{at}])\nb.copy_(x[:, {at}:])",
-    )  # fmt: skip
-    return f"y = {new}\n{write}\nx = y"
+write_whole = table(
+    """
+    y[:, :{n}] = x[:, :{n}]; y[:, {n}:] = x[:, {n}:]
+    y[:, {n}:] = x[:, {n}:]; y[:, :{n}] = x[:, :{n}]
+    y[:, ::2] = x[:, ::2]; y[:, 1::2] = x[:, 1::2]
+    y[:, torch.arange({S})] = x
+    for i in range({S}): y[:, i] = x[:, i]
+    y[0] = x[0]; y[1:] = x[1:]
+    y[..., :8], y[..., 8:] = x[..., :8], x[..., 8:]
+    y[:, :{n}].copy_(x[:, :{n}]); y[:, {n}:].copy_(x[:, {n}:])
+    y.mT.copy_(x.mT)
+    a, b = y.split([{n}, {S} - {n}], 1); a.copy_(x[:, :{n}]); b.copy_(x[:, {n}:])
+""",
+    inside="y = {blank}; {line}; x = y",
+)
+"""A buffer is filled part by part, every token where it belongs."""
 
 
-def write_with_text(t: Tokens, draw: Draw) -> str:
-    """A buffer for text and tokens."""
-    n, size = t.scene.text, t.count
-    if t.batch != t.scene.batch:
-        return ""
-    first = draw.chance(50)
-    where = (f"[:, :{n}]", f"[:, {n}:]") if first else (f"[:, {size}:]", f"[:, :{size}]")
+def write_with_text(t: Tokens, draw: Draw) -> None:
+    """A buffer is filled with the text and the tokens."""
+    n, size, front = t.scene.text, t.count, draw.chance(50)
+    text, video = (f"y[:, :{n}]", f"y[:, {n}:]") if front else (f"y[:, {size}:]", f"y[:, :{size}]")
     new = draw.of("x.new_zeros", "x.new_empty")
-    write = draw.of("y{0} = text\ny{1} = x", "y{1} = x\ny{0} = text", "y{0}.copy_(text)\ny{1}.copy_(x)").format(*where)
-    if t.add(f"y = {new}({t.batch}, {size + n}, {WIDTH})\n{write}\nx = y"):
-        t.before, t.after = t.before + n * first, t.after + n * (not first)
-    return ""
+    writes = (
+        [f"{text} = text", f"{video} = x"]
+        if draw.chance(60)
+        else [f"{video}.copy_(x)", f"{text}.copy_(text)"]
+    )
+    if t.add("\n".join([f"y = {new}({t.batch}, {size + n}, {WIDTH})", *writes, "x = y"])):
+        t.before, t.after = t.before + n * front, t.after + n * (not front)
 
 
-def write_moved(t: Tokens, draw: Draw) -> str:
-    """A copy or a buffer, written from elsewhere."""
-    at, rest = _cut(t, draw)
-    size = t.count
-    i, j = draw.integer(0, size - 1), draw.integer(0, size - 1)
-    a = draw.divisor(size)
-    perm = _numbers(draw.permutation(size))
-    new = draw.of("x.clone()", "torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()", "x.contiguous().clone()")
-    half = size // 2
-    write = draw.of(
-        "y[:, ::2], y[:, 1::2] = x[:, 1::2], x[:, ::2]", f"y[:, {i}], y[:, {j}] = x[:, {j}], x[:, {i}]",
-        f"y[:, :{at}], y[:, {at}:] = x[:, {rest}:], x[:, :{rest}]", "y.copy_(x.flip(1))", "y[:] = x.roll(1, 1)",
-        f"y[:, {perm}] = x", f"y[:, torch.tensor({perm})] = x", f"y.index_copy_(1, torch.tensor({perm}), x)",
-        f"y.scatter_(1, torch.tensor({perm})[None, :, None].expand({t.batch}, -1, x.shape[-1]), x)",
-        f"y[:, {i}:{i} + 1] = x[:, {j}:{j} + 1]", f"y[:, {i}].copy_(x[:, {j}])", "y.mT.copy_(x.flip(1).mT)",
-        f"y.unflatten(1, ({a}, -1))[:, 0] = x.unflatten(1, ({a}, -1))[:, -1]",
-        f"y.view({t.batch}, {a}, {size // a}, -1).copy_(x.view({t.batch}, {a}, {size // a}, -1).flip(2))",
-        f"y.view({t.batch}, {a}, {size // a}, -1).copy_(x.view({t.batch}, {size // a}, {a}, -1).transpose(1, 2))",
-        f"a, b = y.split([{at}, {rest}], 1)\na.copy_(x[:, {rest}:])\nb.copy_(x[:, :{rest}])",
-        "y[0] = x[-1]", "y[:1], y[1:] = x[-1:], x[:-1]", "y.copy_(x.flip(0))", f"y[:, :{half}] = x[:, {half}:{2 * half}]", f"y[:, {i}] *= m.zero", f"y[:, {i}:].mul_(m.zero)",
-        f"y.narrow(1, 0, {half}).copy_(x.narrow(1, {size - half}, {half}))",
-        f"y[:, 1:] = x[:, :-1]", "y[:, 0] = x[:, 1]", "torch.add(x.flip(1), 0.0, out=y)", "y[..., :8] = x.flip(1)[..., :8]",
-        f"y.masked_scatter_(torch.ones_like(y, dtype=torch.bool), x.flip(1))", "y.index_put_((torch.arange(len(y)),), x.flip(0))",
-        f"y[:, [{i}, {j}]] = x[:, [{j}, {i}]]", "y.unbind(0)[0].copy_(x[0].flip(0))", f"y.select(1, {i}).copy_(x[:, {j}])",
-        f"torch.index_select(x, 1, torch.tensor({perm}), out=y)", "torch.cat([x[:, 1:], x[:, :1]], 1, out=y)",
-        "y.swapaxes(0, 1)[0] = x[:, -1]", f"y.diagonal(0, 0, 1).copy_(x.flip(1).diagonal(0, 0, 1))",
-        f"y.as_strided(y.shape, y.stride()).copy_(x.flip(1))", "y.set_(x.flip(1))", "y.data.copy_(x.flip(1))",
-        "z = y\nz.copy_(x.flip(1))", "z = y[:, 1:]\nz[:, 0] = x[:, 0]", "y.lerp_(x.flip(1), 1.0)", "y.sub_(y).add_(x.flip(1))",
-        "torch._foreach_copy_([y], [x.flip(1)])", "y.index_add_(1, torch.tensor([0]), x[:, -1:])", "y.resize_(y.shape).copy_(x.flip(1))",
-    )  # fmt: skip
-    if size > 2 and draw.chance(20):
-        frames, rows, columns = t.scene.grid
-        if t.is_video:
-            axis = draw.integer(1, 3)
-            write = f"y.view({t.batch}, {frames}, {rows}, {columns}, -1).copy_(x.unflatten(1, {_grid(t)}).flip({axis}))"
-    return f"y = {new}\n{write}\n" + draw.of("x = y", "x = y", "x = y", "")
+alias = table("""
+    y = x
+    y = x[:]
+    y = x[:, {n}:]
+    y = x[:, :{n}]
+    y = x.transpose(0, 1)
+    y = x.mT
+    y = x[:, {i}]
+    y = x[0]
+    y = x[:, ::2]
+    y = x.unflatten(1, ({a}, -1))
+    y = x.view(x.shape)
+    y = x.detach()
+    y = x.chunk(2, 1)[1]
+    y = x.unbind(0)[-1]
+    y = x.diagonal(0, 0, 1)
+    y = x[..., :8]
+    y = x.flatten(0, 1)
+    y = x.expand_as(x)
+    y = x.as_strided(x.shape, x.stride())
+    y = x.unfold(1, 1, 1)
+    x = x.clone(); y = x
+    x = x.clone(); y = x.flatten(0, 1)
+    x = x.clone(); y = x[:, {n}:]
+    x = x.contiguous(); y = x.view({B}, {a}, -1, x.shape[-1])
+""")
+"""Another name for the memory of the tokens, or of some of them, before they are written."""
 
 
-def write_alias(t: Tokens, draw: Draw) -> str:
-    """Writes through an alias that was taken before."""
-    if "y" not in t.names:
-        return ""
-    return draw.of(
-        "y.copy_(y.flip(1))", "y[:, 0] = y[:, -1]", "y.copy_(y.roll(1, 1))", "y.mul_(m.zero)", "y[0].copy_(y[-1])", "y.mul_(m.two)",
-        "y.copy_(y.flip(0))", "y[:, ::2], y[:, 1::2] = y[:, 1::2].clone(), y[:, ::2].clone()", "y[...] = y.flip(-2)",
-        "y.add_(m.one)", "y[-1], y[0] = y[0].clone(), y[-1].clone()", "torch.add(y.flip(1), 0.0, out=y)", "x = y",
-        "x.copy_(y)", "y[:, 1] *= m.zero", "y[:] = y.flip(1)",
-    )  # fmt: skip
+write_moved = table(
+    """
+    y[:, ::2], y[:, 1::2] = x[:, 1::2], x[:, ::2]
+    y[:, {i}], y[:, {j}] = x[:, {j}], x[:, {i}]
+    y[:, :{n}], y[:, {n}:] = x[:, {S} - {n}:], x[:, :{S} - {n}]
+    y.copy_(x.flip(1))
+    y.copy_(x.flip(0))
+    y[:] = x.roll(1, 1)
+    y[:, {perm}] = x
+    y[:, torch.tensor({perm})] = x
+    y.index_copy_(1, torch.tensor({perm}), x)
+    y.scatter_(1, torch.tensor({perm})[None, :, None].expand({B}, -1, x.shape[-1]), x)
+    y[:, {i}:{i} + 1] = x[:, {j}:{j} + 1]
+    y[:, {i}].copy_(x[:, {j}])
+    y.select(1, {i}).copy_(x[:, {j}])
+    y[:, [{i}, {j}]] = x[:, [{j}, {i}]]
+    y.mT.copy_(x.flip(1).mT)
+    y.unflatten(1, ({a}, -1))[:, 0] = x.unflatten(1, ({a}, -1))[:, -1]
+    y.view({B}, {a}, {S} // {a}, -1).copy_(x.view({B}, {a}, {S} // {a}, -1).flip(2))
+    y.view({B}, {a}, {S} // {a}, -1).copy_(x.view({B}, {S} // {a}, {a}, -1).transpose(1, 2))
+    a, b = y.split([{n}, {S} - {n}], 1); a.copy_(x[:, {S} - {n}:]); b.copy_(x[:, :{S} - {n}])
+    y[0] = x[-1]
+    y[:1], y[1:] = x[-1:], x[:-1]
+    y[:, :{S} // 2] = x[:, {S} // 2:2 * ({S} // 2)]
+    y.narrow(1, 0, {S} // 2).copy_(x.narrow(1, {S} - {S} // 2, {S} // 2))
+    y[:, {i}:].mul_(m.zero)
+    y[:, 1:] = x[:, :-1]
+    y[:, 0] = x[:, 1]
+    torch.add(x.flip(1), 0.0, out=y)
+    torch.index_select(x, 1, torch.tensor({perm}), out=y)
+    torch.cat([x[:, 1:], x[:, :1]], 1, out=y)
+    y[..., :8] = x.flip(1)[..., :8]
+    y.masked_scatter_(torch.ones_like(y, dtype=torch.bool), x.flip(1))
+    y.index_put_((torch.arange({B}),), x.flip(0))
+    y.unbind(0)[0].copy_(x[0].flip(0))
+    y.swapaxes(0, 1)[0] = x[:, -1]
+    y.diagonal(0, 0, 1).copy_(x.flip(1).diagonal(0, 0, 1))
+    y.as_strided(y.shape, y.stride()).copy_(x.flip(1))
+    y.set_(x.flip(1))
+    y.data.copy_(x.flip(1))
+    z = y; z.copy_(x.flip(1))
+    z = y[:, 1:]; z[:, 0] = x[:, 0]
+    y.lerp_(x.flip(1), 1.0)
+    y.sub_(y).add_(x.flip(1))
+    torch._foreach_copy_([y], [x.flip(1)])
+    y.index_add_(1, torch.tensor([0]), x[:, -1:])
+    y.resize_(y.shape).copy_(x.flip(1))
+""",
+    inside="y = {copy}; {line}; x = y",
+)
+"""A copy or a buffer is written from elsewhere."""
 
 
-def write_around_attention(t: Tokens, draw: Draw) -> str:
-    """q, k, v, or what they are views of, written before, between and after the products of attention by hand."""
-    tag, at = t.tag(), _cut(t, draw)[0]
-    of = [draw.of(f"m.{f}(x)", f"m.{f}(x).contiguous()", "x", "x.clone()") for f in ("sin", "cos", "act")]
-    lines = [f"{name}0 = {one}" for name, one in zip("qkv", of, strict=True)]
-    heads = draw.of("m.heads({}0)", "m.heads({}0)", "{}0")
-    lines += [f"{name} = {heads.format(name)}" for name in "qkv"]
+write_grid = table(
+    """
+    y = x.clone(); y.view({B}, {f}, {h}, {w}, -1).copy_({g}.flip({axis})); x = y
+    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, 0], z[:, -1] = {g}[:, -1], {g}[:, 0]; x = y
+    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, :, 0] = {g}[:, :, -1]; x = y
+    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, :, :, 0] = {g}[:, :, :, -1]; x = y
+    y = torch.zeros_like(x); z = y.view({B}, {f}, {h}, {w}, -1); z[:, {k}] = {g}[:, {k}]; x = y
+""",
+    video=True,
+)
+"""Frames, rows or columns are written in another order."""
+
+write_alias = table("""
+    y.copy_(y.flip(1))
+    y[:, 0] = y[:, -1]
+    y.copy_(y.roll(1, 1))
+    y.mul_(m.zero)
+    y[0].copy_(y[-1])
+    y.mul_(m.two)
+    y.copy_(y.flip(0))
+    y[:, ::2], y[:, 1::2] = y[:, 1::2].clone(), y[:, ::2].clone()
+    y[...] = y.flip(-2)
+    y.add_(m.one)
+    y[-1], y[0] = y[0].clone(), y[-1].clone()
+    torch.add(y.flip(1), 0.0, out=y)
+    x = y
+    x.copy_(y)
+    y[:, 1] *= m.zero
+    y[:] = y.flip(1)
+""")
+"""Writes through a name that was taken before."""
+
+
+AROUND = table("""
+    {y}.mul_(m.two)
+    {y}.add_(m.one)
+    {y}.copy_({y}.flip({dim}))
+    {y}.copy_({y}.roll(1, {dim}))
+    {y} *= m.two
+    {y}[..., :3] += m.one
+    {y}.copy_({y}.flip(0))
+    z = {y}[..., 2:]; z.mul_(m.two)
+    {y}.transpose(-1, -2).add_(m.one)
+    torch.mul({y}, m.two, out={y})
+    z = {y}.detach(); z.add_(m.one)
+    F.relu({y}, inplace=True)
+    {y}.narrow({dim}, 0, {n}).mul_(m.two)
+    {y}[0].mul_(m.two)
+    torch._foreach_mul_([{y}], m.two)
+""")
+"""Writes into y, whose tokens are dimension dim."""
+
+
+def write_around_attention(t: Tokens, draw: Draw) -> None:
+    """q, k, v or their bases are written before, between or after the products of attention by hand."""
+    tag = t.tag()
+    sources = [
+        draw.of(f"m.{f}(x)", f"m.{f}(x).contiguous()", "x", "x.clone()") for f in ("sin", "cos", "act")
+    ]
+    split = draw.chance(70)
+    steps = [
+        f"s = m.scores(q, k, {tag})",
+        f"w = m.weights(s, {tag})",
+        "x = m.joined(w @ v)" if split else "x = w @ v",
+    ]
     name = draw.of("q", "k", "v", "q0", "k0", "v0", "x", "x", "k")
-    tokens = 2 if heads != "{}0" and not name.endswith("0") and name != "x" else 1
-    write = draw.of(
-        "{0}.mul_(m.two)", "{0}.add_(m.one)", "{0}.copy_({0}.flip({1}))", "{0}.copy_({0}.roll(1, {1}))", "{0} *= m.two",
-        "{0}[..., :3] += m.one", "{0}.copy_({0}.flip(0))", "z = {0}[..., 2:]\nz.mul_(m.two)", "{0}.transpose(-1, -2).add_(m.one)",
-        "torch.mul({0}, m.two, out={0})", "z = {0}.detach()\nz.add_(m.one)", "F.relu({0}, inplace=True)",
-        f"{{0}}.narrow({{1}}, 0, {at}).mul_(m.two)", "{0}[0].mul_(m.two)", "torch._foreach_mul_([{0}], m.two)",
-    ).format(name, tokens)  # fmt: skip
-    product = draw.of("m.joined(w @ v)", "m.joined(w.matmul(v))") if heads != "{}0" else "w @ v"
-    steps = [f"s = m.scores(q, k, {tag})", f"w = m.weights(s, {tag})", f"x = {product}"]
-    steps.insert(draw.of(1, 2, 1, 2, 0, 3), write)
-    return "\n".join([*lines, *steps])
+    dim = 2 if split and name in ("q", "k", "v") else 1  # of the tokens
+    steps.insert(draw.of(1, 2, 1, 2, 0, 3), filled(draw.of(*AROUND.lines), t, draw, y=name, dim=dim))
+    operands = [f"{one}0 = {source}" for one, source in zip("qkv", sources, strict=True)]
+    operands += [f"{one} = m.heads({one}0)" if split else f"{one} = {one}0" for one in "qkv"]
+    t.add("\n".join([*operands, *steps]))
 
 
-KEPT_WRITES: tuple[Move, ...] = (*KEPT, write_in_place, write_in_place, write_whole, write_whole, write_with_text, alias)
-MOVED_WRITES: tuple[Move, ...] = (alias, write_moved, write_moved, write_alias, write_alias, moved)
+KEPT_WRITES: tuple[Move, ...] = (
+    *KEPT, write_in_place, write_in_place, write_whole, write_whole, write_with_text, alias,
+)  # fmt: skip
+MOVED_WRITES: tuple[Move, ...] = (
+    alias,
+    write_moved,
+    write_moved,
+    write_grid,
+    write_alias,
+    write_alias,
+    moved,
+)
 
 TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
     "tokens": (KEPT, MOVED),
@@ -485,7 +691,7 @@ TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
 """Kind of program -> (moves that keep tokens where they are, all others)."""
 
 ATTEND: dict[str, tuple[Move, ...]] = {
-    "tokens": (attend, attend, attend, attend_elsewhere, attend_again),
+    "tokens": (attend, attend, attend, attend_elsewhere, attend_twice),
     "writes": (attend, write_around_attention, write_around_attention),
 }
-"""What ends a program."""
+"""Kind of program -> what it ends with."""

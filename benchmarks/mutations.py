@@ -1,0 +1,369 @@
+"""`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
+
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`) or of the
+conditions of a layout (`passes/layout.py`). It is caught where a case of the fuzzer becomes wrong, crashes or loses
+its grid, or else where a test fails. What survives is printed by name.
+"""
+
+import argparse
+import ast
+import inspect
+import multiprocessing
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.fuzz import quiet
+from benchmarks.harness import write_json
+from sparsify_compiler.passes import axes, axis_rules, layout
+from sparsify_compiler.passes.axes import Label, fresh, length
+from sparsify_compiler.passes.axis_rules import RULES, AxisTracker, Rule
+from sparsify_compiler.testing.fuzzing import Verdict, judge, random_case
+
+CaseId = tuple[str, int]
+"""Kind and number of a case of seed 0."""
+
+TESTS = ("tests/passes", "tests/models/test_zoo.py")
+MODULES: tuple[ModuleType, ...] = (axes, axis_rules, layout)
+SECONDS = 20
+"""After which a case is said to hang."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A way to break a function."""
+
+    name: str
+    target: str
+    """The function, `axes.cut`, that a case must call to see it."""
+    install: Callable[[], Callable[[], None]]
+    """Breaks it, and returns what mends it again."""
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, it is broken."""
+        mend = self.install()
+        try:
+            yield
+        finally:
+            mend()
+
+
+# Broken copies of rules: whatever a rule says, it says one of these instead.
+
+
+def by_size(rule: Rule) -> Rule:
+    """Believes sizes: every dimension has the label of the first input's first dimension of that size."""
+
+    def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
+        tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
+        labels = list(tracker.of(tensors[0])) if tensors else []
+        found = []
+        for size in output.shape:
+            at = next((i for i, label in enumerate(labels) if length(label) == size), None)
+            found.append(fresh(size) if at is None else labels.pop(at))
+        return found
+
+    return broken
+
+
+def exchanged(rule: Rule) -> Rule:
+    """Exchanges the labels of two dimensions of one size."""
+
+    def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
+        labels = rule(tracker, output, *args, **kwargs)
+        pairs = [
+            (i, j) for i in range(len(labels)) for j in range(i) if length(labels[i]) == length(labels[j]) > 1
+        ]
+        for i, j in pairs[:1]:
+            labels = [
+                labels[j] if at == i else labels[i] if at == j else one for at, one in enumerate(labels)
+            ]
+        return labels
+
+    return broken
+
+
+def forgetful(rule: Rule) -> Rule:
+    """Knows nothing, not even that the tokens were a video's."""
+    return lambda tracker, output, *args, **kwargs: [fresh(size) for size in output.shape]
+
+
+BROKEN_RULES = (by_size, exchanged, forgetful)
+
+
+def rule_mutants() -> Iterator[Mutant]:
+    """Every rule, broken in every way of `BROKEN_RULES`."""
+    names: dict[Rule, list[str]] = {}
+    for name, rule in RULES.items():
+        names.setdefault(rule, []).append(name)
+    for rule, operators in names.items():
+        for way in BROKEN_RULES:
+            name = f"rule of {', '.join(operators[:3])}{', ...' if len(operators) > 3 else ''} {way.__name__}"
+            yield Mutant(name, full_name(rule), lambda rule=rule, way=way: replace_rule(rule, way(rule)))
+
+
+def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
+    """Put `broken` in the place of `rule`; returns what puts it back."""
+    before = dict(RULES)
+    RULES.update({name: broken for name, one in before.items() if one is rule})
+    return lambda: RULES.update(before)
+
+
+# Broken source: a check left out, an operand dropped, a bound moved by one.
+
+
+class Edit(ast.NodeTransformer):
+    """Makes edit number `wanted` of all that can be made to a function, and says which it was."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self.seen, self.said = wanted, -1, ""
+
+    def turn(self, node: ast.AST, into: Callable[[], ast.AST], said: str) -> ast.AST:
+        self.seen += 1
+        if self.seen != self.wanted:
+            return node
+        self.said = f"line {node.lineno}: {said}"  # type: ignore[attr-defined]
+        return ast.copy_location(into(), node)
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        never = lambda: ast.If(ast.Constant(False), node.body, node.orelse)  # noqa: E731
+        return self.turn(node, never, f"never {ast.unparse(node.test)}")
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
+        self.generic_visit(node)
+        result: ast.AST = node
+        for dropped in node.values:
+            if "isinstance" in ast.unparse(dropped):
+                continue  # without it, other types fail: no other claim
+            rest = [one for one in node.values if one is not dropped]
+            less = lambda rest=rest: rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest)  # noqa: E731
+            result = self.turn(result, less, f"without {ast.unparse(dropped)}") if result is node else result
+        return result
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        other = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+        swap = other.get(type(node.ops[0]))
+        if swap is None:
+            return node
+        return self.turn(
+            node,
+            lambda: ast.Compare(node.left, [swap(), *node.ops[1:]], node.comparators),
+            f"off: {ast.unparse(node)}",
+        )
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        other = {ast.Add: ast.Sub, ast.Sub: ast.Add}
+        swap = other.get(type(node.op))
+        if swap is None or any(isinstance(one, (ast.List, ast.JoinedStr)) for one in ast.walk(node)):
+            return node
+        return self.turn(node, lambda: ast.BinOp(node.left, swap(), node.right), f"sign: {ast.unparse(node)}")
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in ("any", "all"):
+            value = node.func.id == "all"
+            return self.turn(node, lambda: ast.Constant(value), f"{value}: {ast.unparse(node)}")
+        return node
+
+
+def edited(function: FunctionType, number: int) -> tuple[str, CodeType] | None:
+    """What edit `number` of a function does, and the code that it makes; None beyond the last."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    definition = tree.body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    edit = Edit(number)
+    tree = ast.fix_missing_locations(edit.visit(tree))
+    if not edit.said:
+        return None
+    names: dict[str, Any] = {}
+    exec(compile(tree, inspect.getsourcefile(function) or "", "exec"), function.__globals__, names)
+    return edit.said, names[function.__name__].__code__
+
+
+def functions() -> Iterator[tuple[str, FunctionType]]:
+    """(`axes.Atom.rank`, function) of everything defined in the modules, methods and properties too."""
+    for module in MODULES:
+        for holder in (module, *(one for one in vars(module).values() if isinstance(one, type))):
+            if holder.__dict__.get("__module__", module.__name__) != module.__name__:
+                continue
+            for value in vars(holder).values():
+                function = inspect.unwrap(value.fget if isinstance(value, property) else value)
+                if isinstance(function, FunctionType) and function.__module__ == module.__name__:
+                    try:
+                        inspect.getsource(function)
+                    except OSError:  # made by a dataclass
+                        continue
+                    yield full_name(function), function
+
+
+def full_name(function: Callable[..., Any]) -> str:
+    """`axes.cut`."""
+    return f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
+
+
+def source_mutants() -> Iterator[Mutant]:
+    """Every edit of every function. An edit replaces its code, so every reference to it calls the broken one."""
+    for name, function in functions():
+        number = 0
+        while (made := edited(function, number)) is not None:
+            said, code = made
+            number += 1
+            if code.co_freevars == function.__code__.co_freevars:
+                yield Mutant(f"{name}, {said}", name, lambda f=function, code=code: replace_code(f, code))
+
+
+def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
+    """Give a function other code; returns what gives it back its own."""
+    before = function.__code__
+    function.__code__ = code
+
+    def mend() -> None:
+        function.__code__ = before
+
+    return mend
+
+
+@cache
+def mutants() -> dict[str, Mutant]:
+    """All of them, by name."""
+    return {mutant.name: mutant for mutant in (*rule_mutants(), *source_mutants())}
+
+
+# Running them.
+
+
+class Hangs(BaseException):
+    """A case takes too long."""
+
+
+def outcome(case_id: CaseId) -> Verdict:
+    """What comes of a case by analysis."""
+
+    def hang(*_: object) -> None:
+        raise Hangs
+
+    signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    try:
+        kind, number = case_id
+        return judge(random_case(kind, 0, number), "analysis")
+    except Hangs:
+        return Verdict("CRASH", "hangs")
+    finally:
+        signal.alarm(0)
+
+
+def baseline(case_id: CaseId) -> tuple[CaseId, Verdict, set[str]]:
+    """A case, what comes of it while nothing is broken, and the functions that it calls."""
+    quiet()
+    called: set[str] = set()
+    names = {function.__code__: name for name, function in functions()}
+
+    def note(frame: Any, event: str, _: object) -> None:
+        if event == "call" and (name := names.get(frame.f_code)):
+            called.add(name)
+
+    sys.setprofile(note)
+    try:
+        return case_id, outcome(case_id), called
+    finally:
+        sys.setprofile(None)
+
+
+def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
+    """How the first of some cases that sees a mutant does: what is wrong, or which grid is lost; or ""."""
+    quiet()
+    with mutants()[name].installed():
+        for case_id, before in cases:
+            now = outcome(case_id)
+            if now.is_fault:
+                return f"{case_id[0]}/0/{case_id[1]} {now.outcome}: {now.message}"
+            if before.outcome == "sparse" and now.outcome != "sparse":
+                return f"{case_id[0]}/0/{case_id[1]} is no longer sparse"
+    return ""
+
+
+def failing_test(name: str) -> str:
+    """The first test that fails with a mutant, or ""."""
+    command = [sys.executable, "-m", "benchmarks.mutations", "--mutant", name]
+    run = subprocess.run(command, capture_output=True, text=True)
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return (failed or ["the tests end with an error"])[0][:160] if run.returncode else ""
+
+
+def test(name: str) -> int:
+    """Run the tests with a mutant; pytest's exit code."""
+    import pytest
+
+    with mutants()[name].installed():
+        return int(pytest.main([*TESTS, "-x", "-q", "-rf", "-p", "no:cacheprovider", "--tb=no"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--cases", type=int, default=3000, help="of the fuzzer, from which those are taken that matter"
+    )
+    parser.add_argument(
+        "--most", type=int, default=400, help="cases to try on a mutant before it survives the fuzzer"
+    )
+    parser.add_argument("--only", default="", help="only mutants whose name begins so")
+    parser.add_argument(
+        "--no-tests", action="store_true", help="do not run the tests on what survives the fuzzer"
+    )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--mutant", help="run the tests with this mutant, and nothing else")
+    args = parser.parse_args()
+    if args.mutant:
+        sys.exit(test(args.mutant))
+    quiet()
+    ids: list[CaseId] = [(kind, number) for number in range(args.cases // 2) for kind in ("tokens", "writes")]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        before = [one for one in pool.map(baseline, ids, chunksize=50) if not one[1].is_fault]
+        chosen = [mutant for mutant in mutants().values() if mutant.name.startswith(args.only)]
+        seeing = [
+            [(case_id, verdict) for case_id, verdict, called in before if mutant.target in called][
+                : args.most
+            ]
+            for mutant in chosen
+        ]
+        names = [mutant.name for mutant in chosen]
+        for name, cases, how in zip(names, seeing, pool.map(caught, names, seeing), strict=True):
+            how = how or ("" if args.no_tests else failing_test(name))
+            rows.append({"mutant": name, "caught_by": how, "cases": len(cases)})
+            print(
+                f"{'caught  ' if how else 'SURVIVES'} {name}: {how or f'of {len(cases)} cases'}", flush=True
+            )
+    survivors = [row["mutant"] for row in rows if not row["caught_by"]]
+    print(f"caught {len(rows) - len(survivors)} of {len(rows)}")
+    print(*survivors, sep="\n")
+    if args.out:
+        write_json(
+            args.out,
+            [{"mutants": len(rows), "caught": len(rows) - len(survivors), "survivors": survivors}, *rows],
+        )
+
+
+if __name__ == "__main__":
+    main()
