@@ -79,6 +79,12 @@ def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> 
     body.meta.setdefault("_checkpoint_context_fn", partial(create_selective_checkpoint_contexts, policy))
 
 
+def name_body(call: fx.Node, name: str) -> None:
+    """Tell a call of a nested compile region which body it calls: bodies of one name are compiled once."""
+    if call.target is torch.ops.higher_order.invoke_subgraph:
+        call.update_arg(1, name)
+
+
 def is_last_program() -> bool:
     """Whether Dynamo's recompile limit is reached with the program that is being compiled now."""
     from torch._dynamo import config
