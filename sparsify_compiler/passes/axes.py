@@ -25,7 +25,7 @@ class Source:
     """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `weight`: those of a
     parameter. `position`: an arange. `part`: tensors that were stacked, or joined along their first dimension.
     `lost`: video tokens that may have been moved, so that no other label may be believed. `opaque`: something else
-    that is not known. `blank`: uninitialised, constant or broadcast, so that any other label says more."""
+    that is not known. `repeat`: broadcast; `blank`: uninitialised or constant: any other label says more."""
     sizes: tuple[int, ...]
     of: tuple["Label", ...] = ()
     """For a conv: the labels of its input's dimensions, batch and channels first."""
@@ -33,6 +33,8 @@ class Source:
     """For `lost` and `opaque`: the axes that it was made from."""
     of_batch: bool = False
     """For `lost` and `opaque`: whether positions on it may be videos of a batch."""
+    features: bool = False
+    """For `lost` and `opaque`: whether each position on it is a sum over channels, or over such."""
     serial: int = field(default_factory=partial(next, _serials))
     """Orders sources by age."""
 
@@ -79,8 +81,13 @@ class Atom:
         """How much this says about where a token lies; the higher rank wins where two labels meet."""
         if self.source.kind == "input":
             patches = self.stride > 1 and self.extent is None
-            return 5 if patches or self.size == self.source.sizes[self.dim] else _PIECE
+            return 6 if patches or self.size == self.source.sizes[self.dim] else _PIECE
         return _RANKS[self.source.kind]
+
+    @property
+    def blank(self) -> bool:
+        """Whether this says nothing that another label could contradict."""
+        return self.rank <= _RANKS["repeat"]
 
     @property
     def of_video(self) -> bool:
@@ -95,8 +102,8 @@ class Atom:
         return kind == "part" or (kind == "input" and self.dim == 0) or self.source.of_batch
 
 
-_PIECE = 2
-_RANKS = {"lost": 7, "conv": 6, "opaque": 4, "part": 4, "position": 3, "weight": 1, "blank": 0}
+_PIECE = 3
+_RANKS = {"lost": 8, "conv": 7, "opaque": 5, "part": 5, "position": 4, "weight": 2, "repeat": 1, "blank": 0}
 _CONV = _RANKS["conv"]
 
 
@@ -148,7 +155,7 @@ def single(labels: Iterable[Label]) -> set[Atom]:
 
 def axes_of(label: Label) -> set[Axis]:
     """All axes that a label claims."""
-    return {claim.axis for atom in atoms(label) for claim in atom.claims if claim.rank}
+    return {claim.axis for atom in atoms(label) for claim in atom.claims if not claim.blank}
 
 
 def unknown(size: int, *origins: Label, summed: bool = False) -> Label:
@@ -158,20 +165,22 @@ def unknown(size: int, *origins: Label, summed: bool = False) -> Label:
     """
     if size == 1:
         return ()
-    claims = [claim for label in origins for atom in atoms(label) for claim in atom.claims]
+    claims = [claim for label in origins for atom in atoms(label) for claim in atom.claims if not claim.blank]
     of_batch = any(claim.of_batch and not (summed and claim.source.of_batch) for claim in claims)
+    features = summed or (bool(claims) and all(claim.source.features for claim in claims))
     roots: set[Axis] = set()
     for claim in claims:
         if claim.source.kind in ("input", "conv", "part"):
             roots.add(claim.axis)
         roots |= claim.source.roots
     kind = "lost" if any(claim.of_video for claim in claims) else "opaque"
-    return (Atom(Source(kind, (size,), roots=frozenset(roots), of_batch=of_batch), 0, size),)
+    source = Source(kind, (size,), roots=frozenset(roots), of_batch=of_batch, features=features)
+    return (Atom(source, 0, size),)
 
 
 def is_blank(label: Label) -> bool:
     """Whether the label says nothing that another one could contradict."""
-    return all(atom.rank == 0 for atom in atoms(label))
+    return all(atom.blank for atom in atoms(label))
 
 
 # Runs along one axis: split, joined, cut.
@@ -368,14 +377,16 @@ def cut(label: Label, start: int, stop: int) -> Label:
                 pieces.append(cut(part, a, b))
             at += length(part)
         return cat(pieces)
+    if stop - start == 1:
+        return tuple(pick(label, start))
     outer, run = label[0], length(label[1:])
     if isinstance(outer, Cat) or start % run or stop % run:
         return unknown(stop - start, label)
     return (_run(outer, start // run, (stop - start) // run), *label[1:])
 
 
-def pick(label: Label, index: int) -> frozenset[Atom]:
-    """Where position `index` of a dimension lies: a run of one position along each of its axes."""
+def pick(label: Label, index: int) -> list[Atom]:
+    """Where position `index` of a dimension lies: a run of one position along each of its axes, the outer first."""
     found: list[Atom] = []
     for factor in reversed(label):
         index, at = divmod(index, factor.size)
@@ -384,10 +395,10 @@ def pick(label: Label, index: int) -> frozenset[Atom]:
             continue
         for part in factor.parts:
             if at < length(part):
-                found += pick(part, at)
+                found += reversed(pick(part, at))
                 break
             at -= length(part)
-    return frozenset(found)
+    return found[::-1]
 
 
 # Labels that meet.
@@ -398,12 +409,14 @@ def merge(a: Label, b: Label) -> Label:
 
     A convolution's axes say where a token lies, whatever else is there: of these the first are kept, alone.
     """
-    if a == b or is_blank(b):
+    if a == b or (is_blank(b) and _rank(a) >= _rank(b)):
         return a if a else b
     if is_blank(a):
         return b
     assert length(a) == length(b)
     if (pairs := aligned(a, b)) is not None:
+        if _elsewhere(a, b, pairs):
+            return unknown(length(a), a, b)
         return joined([factor for x, y in pairs for factor in _meet(x, y)])
     kinds = [{atom.source.kind for atom in atoms(label)} for label in (a, b)]
     best = max(_rank(a), _rank(b))
@@ -423,9 +436,18 @@ def either(a: Label, b: Label) -> Label:
     if is_blank(a):
         return b
     pairs = aligned(a, b)
-    if pairs is None:
+    if pairs is None or _elsewhere(a, b, pairs):
         return unknown(length(a), a, b)
     return joined([factor for x, y in pairs for factor in _share(x.factor, y.factor)])
+
+
+def _elsewhere(a: Label, b: Label, pairs: "list[tuple[_Piece, _Piece]]") -> bool:
+    """Whether one label has nothing to say where the other claims an axis which it has itself, elsewhere."""
+    return any(
+        (is_blank((x.factor,)) and axes_of((y.factor,)) & axes_of(a))
+        or (is_blank((y.factor,)) and axes_of((x.factor,)) & axes_of(b))
+        for x, y in pairs
+    )
 
 
 def implies(label: Label, other: Label) -> bool:
@@ -433,7 +455,9 @@ def implies(label: Label, other: Label) -> bool:
     if label == other:
         return True
     pairs = aligned(label, other)
-    return pairs is not None and all(_covers(x.factor, y.factor) for x, y in pairs)
+    if pairs is None or not single([other]) <= single([label]):
+        return False
+    return all(_covers(x.factor, y.factor) for x, y in pairs)
 
 
 def _rank(label: Label) -> int:
@@ -496,7 +520,7 @@ def _meet(a: _Piece, b: _Piece) -> Label:
 
 def _meet_atoms(best: Atom, other: Atom) -> Label:
     """What two runs along axes say together, of which the first says as much as the second at least."""
-    if other.rank == 0:
+    if other.blank:
         return (best,)
     if any(_clash(p, q) for p in best.claims for q in other.claims):
         return unknown(best.size, (best,), (other,))
@@ -540,7 +564,7 @@ def _share(x: Factor, y: Factor) -> Label:
 
 def _twins(x: Atom, y: Atom) -> bool:
     """Whether two claims are alike but for the input they are of: its batch, or an axis of two videos."""
-    inputs = x.source.kind == y.source.kind == "input"
+    inputs = x.source.kind == y.source.kind == "input" and x.source is not y.source
     videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4
     alike = replace(x, source=y.source, dim=y.dim) == y
     return inputs and alike and (x.dim == y.dim == 0 or (videos and 0 not in (x.dim, y.dim)))

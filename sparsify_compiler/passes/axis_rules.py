@@ -9,7 +9,7 @@ labels of all tensors that share the memory (see `writes.py`).
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -17,7 +17,6 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsify_compiler.passes.axes import (
@@ -25,11 +24,13 @@ from sparsify_compiler.passes.axes import (
     Label,
     Source,
     atoms,
+    axes_of,
     axis,
     cat,
     cut,
     either,
     fresh,
+    is_blank,
     length,
     merge,
     pick,
@@ -81,7 +82,7 @@ class AxisTracker(TorchDispatchMode):
         """What is known of a tensor; nothing of one that was not seen before."""
         found = self._known.get(tensor)
         if found is None:
-            self.put(tensor, [fresh(int(size)) for size in tensor.shape])
+            self.put(tensor, Known([fresh(int(size)) for size in tensor.shape]))
             found = self._known[tensor]
         return found
 
@@ -89,14 +90,14 @@ class AxisTracker(TorchDispatchMode):
         """The labels of a tensor's dimensions."""
         return list(self.known(tensor).labels)
 
-    def put(self, tensor: Tensor, labels: Sequence[Label], fixed: frozenset[Atom] = frozenset()) -> None:
+    def put(self, tensor: Tensor, known: Known) -> None:
         """Set what is known of a tensor that was not seen before, or now lies elsewhere."""
-        self._set(tensor, Known(labels, fixed))
+        self._set(tensor, known)
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
 
-    def take(self, positions: frozenset[Atom]) -> None:
+    def take(self, positions: Iterable[Atom]) -> None:
         """By a rule: its output was taken from these positions, along axes that it does not have."""
-        self._taken |= positions
+        self._taken = self._taken.union(positions)
 
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
         """By a rule: weights are multiplied into `summed`, over all else that is kept."""
@@ -106,7 +107,7 @@ class AxisTracker(TorchDispatchMode):
 
     def derive(self, tensor: Tensor, operands: Sequence[Tensor]) -> None:
         """A tensor was made of others in a way that is not known."""
-        self.put(tensor, [self._lost(operands, size) for size in tensor.shape])
+        self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
 
     def lose(self, tensor: Tensor) -> None:
         """Something unknown was written to a tensor."""
@@ -133,12 +134,12 @@ class AxisTracker(TorchDispatchMode):
         targets = _written_arguments(func, args, kwargs)
         for number, target in enumerate(targets):
             self._write(target, number, func, args, kwargs)
-        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        for index, output in enumerate(t for t in tree_leaves(result) if isinstance(t, Tensor)):
+        operands = _tensors(args, kwargs)
+        for index, output in enumerate(_tensors(result)):
             if not any(output is target for target in targets):
                 where = {"index": index} if isinstance(result, (list, tuple)) else {}
                 labels = self._labelled(func, output, operands, args, {**where, **kwargs})
-                self.put(output, labels, self._fixed(operands, labels))
+                self.put(output, self._found(operands, labels))
         return result
 
     def _labelled(
@@ -159,13 +160,18 @@ class AxisTracker(TorchDispatchMode):
             labels = [self._lost(operands, size) for size in output.shape]
         return labels
 
-    def _fixed(self, operands: Sequence[Tensor], labels: Sequence[Label]) -> frozenset[Atom]:
-        """The positions that an operator's output was taken from, along axes that it does not have."""
-        fixed = {atom for atom in self._taken if _tells(atom)}
-        for known in map(self.known, operands):
-            fixed |= known.fixed
-            fixed |= {atom for atom in single(known.labels) if _tells(atom)}
-        return frozenset(fixed - single(labels))
+    def _found(self, operands: Sequence[Tensor], labels: Sequence[Label]) -> Known:
+        """What is known of an operator's output, of which a rule found the labels."""
+        each = [self.known(t) for t in operands]
+        constant = all(known.constant for known in each)
+        here = {run for run in self._taken if _tells(run)}
+        own = [{*known.fixed, *filter(_tells, single(known.labels))} for known in each]
+        taken = here.union(*own, *(known.taken for known in each))
+        if not taken:
+            return Known(labels, constant=constant)
+        fixed = {run for runs in own for run in runs if _of_all(run, own, each)}
+        kept = single(labels)
+        return Known(labels, frozenset(taken - kept), frozenset((here | fixed) - kept), constant)
 
     def _lost(self, operands: Sequence[Tensor], size: int) -> Label:
         """For an output whose relation to its inputs is not known: `lost` if video tokens went in."""
@@ -181,7 +187,7 @@ class AxisTracker(TorchDispatchMode):
         name = _name(func)
         if name in _MOVED:  # the tensor lies elsewhere; memory is as it was
             labels = self.known(target).labels
-            self.put(target, [unknown(int(size), *labels) for size in target.shape])
+            self.put(target, Known([unknown(int(size), *labels) for size in target.shape]))
             return
         met = name.endswith("_") and (name.startswith("_foreach_") or _is_pointwise(func.overloadpacket))
         if name.startswith("_foreach_"):
@@ -190,7 +196,7 @@ class AxisTracker(TorchDispatchMode):
         value = args[_VALUE[name]] if name in _VALUE else None
         if name in _FILLED or (name in _VALUE and not self._moves(value, target)):
             return
-        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        operands = _tensors(args, kwargs)
         if name == "copy_":
             met, operands = False, [args[1]]
         if met or name == "copy_":
@@ -200,11 +206,14 @@ class AxisTracker(TorchDispatchMode):
         else:  # an output that was handed in
             given = {key: each for key, each in kwargs.items() if each is not target}
             labels = self._labelled(func, target, operands, args, given)
-        self._spread(target, Known(labels, self._fixed(operands, labels)), replaced=not met)
+        self._spread(target, self._found(operands, labels), replaced=not met)
 
     def _moves(self, value: Any, target: Tensor) -> bool:
         """Whether writing `value` to `target` may bring something from elsewhere: no constant, and not itself."""
-        return isinstance(value, Tensor) and not self.known(value).blank and _place(value) != _place(target)
+        if not isinstance(value, Tensor) or _place(value) == _place(target):
+            return False
+        known = self.known(value)
+        return not (known.constant and all(map(is_blank, known.labels)))
 
     def _spread(self, target: Tensor, after: Known, *, replaced: bool) -> None:
         """Let all tensors of the memory know what `target` holds now."""
@@ -213,12 +222,12 @@ class AxisTracker(TorchDispatchMode):
         for one in self._sharing(target):
             known = self._known[one]
             if _place(one) == place:
-                fixed = after.fixed if replaced else known.fixed | after.fixed
-                self._set(one, Known(after.labels, fixed))
+                self._set(one, after)
             else:
-                self._set(
-                    one, Known([write.after(label) for label in known.labels], known.fixed | after.fixed)
-                )
+                labels = [write.after(label) for label in known.labels]
+                fixed = frozenset(filter(write.holds, known.fixed))
+                constant = known.constant and after.constant
+                self._set(one, Known(labels, known.taken | after.taken, fixed, constant))
 
     def _sharing(self, target: Tensor) -> list[Tensor]:
         """The tensors that are still there of those whose memory is `target`'s, it among them."""
@@ -265,6 +274,19 @@ def _is_pointwise(packet: Any) -> bool:
     return any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())
 
 
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operator."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict) and value:
+            found += _tensors(*value.values())
+    return found
+
+
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -280,6 +302,11 @@ def _inputs(labels: Sequence[Label]) -> frozenset[Atom]:
     return frozenset(claim for claim in runs if claim.source.kind == "input")
 
 
+def _of_all(run: Atom, fixed: Sequence[set[Atom]], each: Sequence[Known]) -> bool:
+    """Whether all that any of several tensors has of the axis of a run was taken from this run."""
+    return all(run in own or run.axis not in known.axes for own, known in zip(fixed, each, strict=True))
+
+
 def _tells(atom: Atom) -> bool:
     """Whether a position along this axis tells tensors apart: of an input, a convolution, a part of a batch."""
     return atom.source.kind in ("input", "conv") or atom.of_batch
@@ -290,7 +317,7 @@ def _written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+            written += _tensors(value)
     return written
 
 
@@ -303,21 +330,34 @@ def _broadcast(labels: Sequence[list[Label]], shape: Sequence[int]) -> list[Labe
             at = dim - len(shape) + len(one)
             if at >= 0 and length(one[at]) == size:
                 met = merge(met, one[at]) if met else one[at]
-        result.append(met if length(met) == size else fresh(size, "blank"))
+        result.append(met if length(met) == size else fresh(size, "repeat"))
     return result
 
 
 # Element by element: operators tagged `pointwise`, and these.
-_POINTWISE = ("copy", "clone", "_to_copy", "alias", "detach", "lift_fresh", "native_dropout", "bernoulli",
+_POINTWISE = ("clone", "_to_copy", "alias", "detach", "lift_fresh", "native_dropout", "bernoulli",
               "_conj", "_conj_physical", "resolve_conj", "real", "imag", "polar", "complex", "contiguous",
-              "_softmax", "_log_softmax", "cumsum", "nan_to_num", "masked_fill", "where", "type_as",
-              "view_as", "_safe_softmax", "glu_jvp", "expand_as", "dropout", "to")  # fmt: skip
+              "_softmax", "_log_softmax", "cumsum", "nan_to_num", "masked_fill", "_safe_softmax",
+              "glu_jvp", "dropout", "to")  # fmt: skip
 
 
 @rule(*_POINTWISE)
 def _pointwise(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
-    operands = [tracker.of(t) for t in tree_leaves(args) if isinstance(t, Tensor)]
+    operands = [tracker.of(t) for t in _tensors(args)]
     return _broadcast(operands, output.shape)
+
+
+@rule("where")
+def _where(tracker: AxisTracker, output: Tensor, condition: Tensor, *branches: Any) -> list[Label]:
+    """Every element is of one branch or the other."""
+    each = [tracker.known(branch) for branch in branches if isinstance(branch, Tensor)]
+    met = _side_by_side([Known(_broadcast([known.labels], output.shape), known.taken) for known in each])
+    return _broadcast([met, tracker.of(condition)], output.shape)
+
+
+@rule("copy")
+def _copy(tracker: AxisTracker, output: Tensor, x: Tensor, source: Tensor, *_: Any) -> list[Label]:
+    return _broadcast([tracker.of(source)], output.shape)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten")
@@ -347,10 +387,10 @@ def _expand(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any)
 
 @rule("repeat")
 def _repeat(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any) -> list[Label]:
-    """Tiling puts a blank factor outside of the dimension it repeats."""
+    """Tiling puts a repeat outside of the dimension it repeats."""
     labels = [()] * (output.dim() - x.dim()) + tracker.of(x)
     return [
-        (*fresh(size // length(label), "blank"), *label) if length(label) else fresh(size)
+        (*fresh(size // length(label), "repeat"), *label) if length(label) else fresh(size)
         for size, label in zip(output.shape, labels, strict=True)
     ]
 
@@ -362,7 +402,7 @@ def _repeat_interleave(
     if dim is None or not isinstance(repeats, int):
         return []
     labels = list(tracker.of(x))
-    labels[dim] = (*labels[dim], *fresh(repeats, "blank"))
+    labels[dim] = (*labels[dim], *fresh(repeats, "repeat"))
     return labels
 
 
@@ -409,14 +449,34 @@ def _split(
 def _cat(tracker: AxisTracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
     dim %= output.dim()  # ATen lets an empty 1-D tensor pass
     tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
-    labels = []
-    for d in range(output.dim()):
-        column = [tracker.of(t)[d] for t in tensors]
-        if d != dim:
-            labels.append(functools.reduce(either, column))
-        else:
-            labels.append(cat(_named(column) if dim == 0 and len(column) > 1 else column))
+    each = [tracker.known(t) for t in tensors]
+    column = [known.labels[dim] for known in each]
+    rest = [Known([*known.labels[:dim], *known.labels[dim + 1 :]], known.taken) for known in each]
+    labels = _side_by_side(rest)
+    labels.insert(dim, cat(_named(column) if dim == 0 and len(column) > 1 else column))
     return labels
+
+
+def _side_by_side(each: Sequence[Known]) -> list[Label]:
+    """The labels of the dimensions that tensors have in common which lie in one from now on."""
+    labels = []
+    for column in zip(*(known.labels for known in each), strict=True):
+        met = functools.reduce(either, column)
+        blank = [known for known, label in zip(each, column, strict=True) if is_blank(label)]
+        if any(
+            known.axes & axes_of(met) for known in blank
+        ):  # one position, repeated, is in the place of others
+            met = unknown(length(met), *column)
+        labels.append(met)
+    return labels
+
+
+def _without_features(known: Known) -> Known:
+    labels = [
+        tuple(run for run in label if not (isinstance(run, Atom) and run.source.features))
+        for label in known.labels
+    ]
+    return Known(labels, known.taken)
 
 
 def _named(labels: Sequence[Label]) -> list[Label]:
@@ -429,10 +489,8 @@ def _named(labels: Sequence[Label]) -> list[Label]:
 @rule("stack")
 def _stack(tracker: AxisTracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
     each = [tracker.known(t) for t in tensors]
-    labels = [
-        functools.reduce(either, column) for column in zip(*(known.labels for known in each), strict=True)
-    ]
-    alike = all(known == each[0] for known in each)
+    labels = _side_by_side(each)
+    alike = all(_without_features(known) == _without_features(each[0]) for known in each)
     labels.insert(dim % output.dim(), fresh(len(tensors), "opaque" if alike else "part"))
     return labels
 

@@ -201,28 +201,32 @@ def _not_the_same(site: Site) -> str:
 
 def _same_videos(query: Known, key: Known) -> bool:
     """Whether queries and keys are of the same videos of their batches, wherever the graph tells of any."""
-    sides = [_batch_sources(_runs(known)) for known in (query, key)]
-    told = _inputs(query.labels[2]) | (sides[0] & sides[1])
+    told = _inputs(query.labels[2]) | (_batches(query) & _batches(key))
     return _batch(query, told) == _batch(key, told)
 
 
 def _runs(known: Known) -> list[Atom]:
     """What the batch and the heads of a query or key run over, and where it was taken from along other axes."""
-    return [*atoms(known.labels[0]), *atoms(known.labels[1]), *known.fixed]
+    return [*atoms(known.labels[0]), *atoms(known.labels[1]), *known.taken]
 
 
-def _batch_sources(runs: Iterable[Atom]) -> set[Source]:
-    """Whose batches runs are of, or were made from."""
-    claims = (claim for run in runs for claim in run.claims if claim.of_batch)
-    return {source for claim in claims for source, _ in (claim.source.roots or {claim.axis})}
+def _batches(known: Known) -> set[Source]:
+    """The inputs of whose batches a query or key has something."""
+    return {claim.source for run in _runs(known) for claim in run.claims if claim.of_batch}
 
 
-def _batch(known: Known, sources: set[Source]) -> tuple[list[frozenset[Atom]], set[frozenset[Atom]]]:
-    """What a query or key runs over of the batches of these sources, in order, and where it was taken from them."""
+def _batch(known: Known, inputs: set[Source]) -> tuple[list[frozenset[Atom]], set[frozenset[Atom]]]:
+    """What a query or key runs over of batches, in order, and where along them it was taken from; of inputs, only
+    what concerns these."""
     told = [
-        frozenset(claim for claim in run.claims if _batch_sources([claim]) & sources) for run in _runs(known)
+        frozenset(
+            claim
+            for claim in run.claims
+            if claim.of_batch and (claim.source.kind != "input" or claim.source in inputs)
+        )
+        for run in _runs(known)
     ]
-    laid = len(told) - len(known.fixed)
+    laid = len(told) - len(known.taken)
     return [claims for claims in told[:laid] if claims], {claims for claims in told[laid:] if claims}
 
 
@@ -398,7 +402,7 @@ def _origins(run: Atom) -> list[Atom]:
 
 
 def _is_padding(run: Atom) -> bool:
-    return run.rank == 0 or (run.source.kind == "opaque" and not run.source.roots)
+    return run.blank or (run.source.kind == "opaque" and not run.source.roots)
 
 
 def _claims(label: Label) -> Iterator[Atom]:
@@ -475,7 +479,7 @@ def _follow(gm: fx.GraphModule) -> Followed:
                 if isinstance(value, Tensor):
                     kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
                     source = followed.inputs[node] = Source(kind, tuple(value.shape))
-                    tracker.put(value, [axis(source, dim) for dim in range(value.dim())])
+                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
             _Follower(gm, tracker, followed.sites).run(*values)
     torch.set_grad_enabled(grad_enabled)
     return followed
@@ -575,5 +579,5 @@ class _Follower(fx.Interpreter):
         q, k, v = (self.tracker.known(t) for t in (query, key, value))
         self.found[n] = Site(q, k)
         out = query.new_empty(*query.shape[:3], value.shape[3])
-        self.tracker.put(out, [*q.labels[:3], v.labels[3]], q.fixed | k.fixed | v.fixed)
+        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
         return out

@@ -15,7 +15,6 @@ from sparsify_compiler.passes.axes import (
     Factor,
     Label,
     atoms,
-    axes_of,
     cat,
     common_parts,
     cut,
@@ -34,13 +33,18 @@ class Known:
 
     labels: Sequence[Label]
     """Of its dimensions."""
+    taken: frozenset[Atom] = frozenset()
+    """Positions that its tokens were taken from, along axes that it does not have: of any of them."""
     fixed: frozenset[Atom] = frozenset()
-    """Positions along axes that it no longer has, of the tensors that it was taken from."""
+    """Those of all of them."""
+    constant: bool = False
+    """Whether nothing in it comes from an input."""
 
     @property
-    def blank(self) -> bool:
-        """Whether it holds nothing that lies along an axis: a constant."""
-        return not self.fixed and all(map(is_blank, self.labels))
+    def axes(self) -> set[Axis]:
+        """Every axis that anything of it lies along, or did."""
+        runs = [*self.taken, *(run for label in self.labels for run in atoms(label))]
+        return {axis for run in runs for claim in run.claims for axis in (claim.axis, *claim.source.roots)}
 
 
 class Write:
@@ -70,7 +74,7 @@ class Write:
                 doubtful.add(axis)
             else:
                 proved |= claims
-        self._axes = {*fixed, *(axis for label in before.labels for axis in axes_of(label))}
+        self._axes = {*fixed, *(run.axis for label in before.labels for run in atoms(label))}
         self._proved = _by_axis(claim for claim in proved if claim.axis not in doubtful)
         self._complete = {axis for axis, claims in self._proved.items() if _determine(claims)}
         self._written = after.labels
@@ -86,18 +90,24 @@ class Write:
             label = _fill(label, blank, by)
         return label
 
+    def holds(self, claim: Atom) -> bool:
+        """Whether what all of the memory was known to lie along it still does."""
+        same = (_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
+        return claim.axis in self._complete or any(same)
+
     def _kept(self, factor: Factor) -> Label:
         if isinstance(factor, Cat):
-            touched = self._axes & axes_of((factor,))
+            axes = [{run.axis for run in atoms(part)} for part in factor.parts]
+            here = self._axes & set().union(*axes)
             return cat(
                 [
-                    part if touched and axes_of(part) and not touched & axes_of(part) else self._part(part)
-                    for part in factor.parts
+                    part if here and own and not here & own else self._part(part)
+                    for part, own in zip(factor.parts, axes, strict=True)
                 ]
             )
-        if factor.rank == 0:  # where another dimension was written in part, its order is not known
+        if factor.blank:  # where another dimension was written in part, its order is not known
             return (factor,) if factor.source in self._blank else unknown(factor.size, *self._written)
-        kept = sorted(filter(self._holds, factor.claims), key=precedence)
+        kept = sorted(filter(self.holds, factor.claims), key=precedence)
         if not kept:
             return unknown(factor.size, (factor,))
         return (replace(kept[0], also=frozenset(kept[1:])),)
@@ -105,13 +115,9 @@ class Write:
     def _part(self, part: Label) -> Label:
         return joined([factor for old in part for factor in self._kept(old)])
 
-    def _holds(self, claim: Atom) -> bool:
-        same = (_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
-        return claim.axis in self._complete or any(same)
-
 
 def _claims(label: Label) -> set[Atom]:
-    return {claim for atom in atoms(label) for claim in atom.claims if claim.rank}
+    return {claim for atom in atoms(label) for claim in atom.claims if not claim.blank}
 
 
 def _unknowns(label: Label) -> set[Atom]:
@@ -147,7 +153,7 @@ def _fills(target: Label, written: Label) -> list[tuple[Atom, Label]]:
     found: list[tuple[Atom, Label]] = []
     for factor, by in _grouped(target, written):
         if isinstance(factor, Atom):
-            found += [(factor, by)] if factor.rank == 0 and not is_blank(by) else []
+            found += [(factor, by)] if factor.source.kind == "blank" and not is_blank(by) else []
         elif len(by) == 1 and isinstance(by[0], Cat):
             for part, new in common_parts(factor, by[0]) or []:
                 found += _fills(part, new)
