@@ -222,6 +222,12 @@ def _graph_break(reason: Any) -> GraphBreak | None:
     return GraphBreak(place.filename, place.name, place.lineno, reason.reason.partition("\n")[0].rstrip("."))
 
 
+def name_body(call: fx.Node, name: str) -> None:
+    """Tell a call of a nested compile region which body it calls: bodies of one name are compiled once."""
+    if call.target is torch.ops.higher_order.invoke_subgraph:
+        call.update_arg(1, name)
+
+
 def is_last_program() -> bool:
     """Whether Dynamo's recompile limit is reached with the program that is being compiled now."""
     from torch._dynamo import config

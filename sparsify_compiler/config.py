@@ -27,6 +27,9 @@ class SparsifyConfig:
     """A `Policy`, which says what each site does. Written as the path of its file in options."""
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video tokens, in place of what the graph says."""
+    text: tuple[int, int] | None = None
+    """(before, after): other tokens that come before and after the video's where they are in one sequence, beside
+    `grid`."""
     provider: str = "auto"
     """Implementation of the attention op: `reference`, `cpu`, `triton`, or `auto` for the device's fastest."""
     far_field: str | None = None
@@ -47,6 +50,12 @@ class SparsifyConfig:
     def __post_init__(self) -> None:
         if self.grid is not None:
             object.__setattr__(self, "grid", _grid(self.grid))
+        if self.text is not None:
+            object.__setattr__(self, "text", _text(self.text))
+            if self.grid is None:
+                raise OptionError(
+                    f"text says what is beside the grid: give grid too, got text={self.text!r} alone"
+                )
         for name in ("dense_steps", "dense_layers"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _count_or_share(name, value))
@@ -99,6 +108,14 @@ CHECK_TABLES = os.environ.get("SPARSIFY_CHECK_TABLES", "0") not in ("", "0")
 """A switch for debugging, the environment variable SPARSIFY_CHECK_TABLES: whether ops on a GPU check every element
 of a table before a kernel reads memory by it, as ops on a CPU always do. They then wait for the device at every
 call, and CUDA graphs cannot be captured. Without it they check shapes, types and devices alone."""
+
+
+def _text(value: object) -> tuple[int, int]:
+    counts = [integer(n) for n in value] if isinstance(value, (tuple, list)) else []
+    if len(counts) != 2 or any(n is None or n < 0 for n in counts):
+        raise OptionError(f"text must be two integers (before, after) of at least 0, got {value!r}")
+    return tuple(counts)  # type: ignore[return-value]
+
 
 GENERAL = ("preset", *(f.name for f in fields(SparsifyConfig)))
 """Names of the options that belong to no method."""

@@ -4,13 +4,17 @@ A `Label` says how one dimension of a tensor is made up of *axes* (a spatial axi
 of an input, an `arange`). It is a product of factors, the outer first, so that `flatten(2)` of (B, C, f, h, w)
 gives a dimension labelled `(f, h, w)`: row-major order is part of the label. A concatenation is one factor,
 `Cat`. Reshapes split and join factors exactly or give up with a fresh label; nothing is ever matched by size.
+Where two tensors meet element by element, a factor may claim several axes at once.
 """
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
+
+_serials = itertools.count()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -18,41 +22,89 @@ class Source:
     """Something that axes come from; compared by identity."""
 
     kind: str
-    """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `position`: an arange.
-    `lost`: video tokens that may have been moved, so that no other label may be believed. `opaque`: something
-    else that is not known. `blank`: uninitialised, constant or broadcast, so that any other label says more."""
+    """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `weight`: those of a
+    parameter. `position`: an arange. `part`: tensors that were stacked, or joined along their first dimension.
+    `lost`: video tokens that may have been moved, so that no other label may be believed. `opaque`: something else
+    that is not known. `repeat`: broadcast; `blank`: uninitialised or constant: any other label says more."""
     sizes: tuple[int, ...]
-    images: "Label" = ()
-    """For a conv over images: the label of its batch dimension, among whose axes the frames may be."""
+    of: tuple["Label", ...] = ()
+    """For a conv: the labels of its input's dimensions, batch and channels first."""
+    roots: frozenset["Axis"] = frozenset()
+    """For `lost` and `opaque`: the axes that it was made from."""
+    of_batch: bool = False
+    """For `lost` and `opaque`: whether positions on it may be videos of a batch."""
+    features: bool = False
+    """For `lost` and `opaque`: whether each position on it is a sum over channels, or over such."""
+    serial: int = field(default_factory=partial(next, _serials))
+    """Orders sources by age."""
+
+
+Axis = tuple[Source, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A run of positions along one axis: `(position // stride) % size`, or a slice that starts at `offset`."""
+    """A run of positions along one axis.
+
+    Position i lies where `(coordinate - base) // stride`, modulo `extent` if there is one, is `offset + i`.
+    """
 
     source: Source
     dim: int
     size: int
     stride: int = 1
+    base: int = 0
+    extent: int | None = None
+    """The axis goes on further out: this is a position within windows of so many, not the axis itself."""
     offset: int = 0
-    inner: bool = False
-    """The axis goes on further out: this is a position within a window of it, not the axis itself."""
-    owner: tuple[Source, int] | None = None
-    """Of a position: the axis of tokens that it was added to, so that the same mesh on other tokens differs."""
+    """Where the run starts within such a window; 0 without one."""
+    also: frozenset["Atom"] = frozenset()
+    """Other axes that run along here, from tensors that met this one element by element."""
+
+    @property
+    def axis(self) -> Axis:
+        """The axis that it runs along."""
+        return self.source, self.dim
+
+    @property
+    def claims(self) -> frozenset["Atom"]:
+        """Every axis that runs along here, each by itself."""
+        return self.also | {replace(self, also=frozenset())} if self.also else frozenset((self,))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the axis itself, all of it."""
+        return self.size == self.source.sizes[self.dim] and self.stride == 1 and self.extent is None
 
     @property
     def rank(self) -> int:
         """How much this says about where a token lies; the higher rank wins where two labels meet."""
-        patches = self.stride > 1 and not self.inner
-        whole = patches or self.size == self.source.sizes[self.dim]
-        ranks = {"lost": 6, "conv": 5, "input": 4 if whole else 1, "opaque": 3, "position": 2, "blank": 0}
-        return ranks[self.source.kind]
+        if self.source.kind == "input":
+            patches = self.stride > 1 and self.extent is None
+            return 6 if patches or self.size == self.source.sizes[self.dim] else _PIECE
+        return _RANKS[self.source.kind]
+
+    @property
+    def blank(self) -> bool:
+        """Whether this says nothing that another label could contradict."""
+        return self.rank <= _RANKS["repeat"]
 
     @property
     def of_video(self) -> bool:
         """Whether this is, or was, an axis of a video: of a convolution, or of an input with four axes or more."""
         kind = self.source.kind
         return kind in ("conv", "lost") or (kind == "input" and len(self.source.sizes) >= 4)
+
+    @property
+    def of_batch(self) -> bool:
+        """Whether positions along this may be videos of a batch: the first dimension of an input, or joined."""
+        kind = self.source.kind
+        return kind == "part" or (kind == "input" and self.dim == 0) or self.source.of_batch
+
+
+_PIECE = 3
+_RANKS = {"lost": 8, "conv": 7, "opaque": 5, "part": 5, "position": 4, "weight": 2, "repeat": 1, "blank": 0}
+_CONV = _RANKS["conv"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,51 +148,142 @@ def atoms(label: Label) -> list[Atom]:
     return found
 
 
-def unknown(size: int, *origins: Label) -> Label:
-    """For a dimension made of `origins` in a way that labels cannot tell: `lost` if that was video."""
-    return fresh(
-        size, "lost" if any(atom.of_video for label in origins for atom in atoms(label)) else "opaque"
-    )
+def single(labels: Iterable[Label]) -> set[Atom]:
+    """The factors of one position in labels."""
+    return {factor for label in labels for factor in label if isinstance(factor, Atom) and factor.size == 1}
+
+
+def axes_of(label: Label) -> set[Axis]:
+    """All axes that a label claims."""
+    return {claim.axis for atom in atoms(label) for claim in atom.claims if not claim.blank}
+
+
+def unknown(size: int, *origins: Label, summed: bool = False) -> Label:
+    """For a dimension made of `origins` in a way that labels cannot tell: `lost` if that was video.
+
+    `summed`: by a product with weights, each position out of all of them.
+    """
+    if size == 1:
+        return ()
+    claims = [claim for label in origins for atom in atoms(label) for claim in atom.claims if not claim.blank]
+    of_batch = any(claim.of_batch and not (summed and claim.source.of_batch) for claim in claims)
+    features = summed or (bool(claims) and all(claim.source.features for claim in claims))
+    roots: set[Axis] = set()
+    for claim in claims:
+        if claim.source.kind in ("input", "conv", "part"):
+            roots.add(claim.axis)
+        roots |= claim.source.roots
+    kind = "lost" if any(claim.of_video for claim in claims) else "opaque"
+    source = Source(kind, (size,), roots=frozenset(roots), of_batch=of_batch, features=features)
+    return (Atom(source, 0, size),)
 
 
 def is_blank(label: Label) -> bool:
     """Whether the label says nothing that another one could contradict."""
-    return all(atom.rank == 0 for atom in atoms(label))
+    return all(atom.blank for atom in atoms(label))
 
 
-def _joined(label: Sequence[Factor]) -> Label:
-    """Adjacent factors that are the outer and inner part of one axis become one again."""
+# Runs along one axis: split, joined, cut.
+
+
+def _split(atom: Factor, outer: int) -> tuple[Atom, Atom] | None:
+    """A factor as `outer` runs of equal length, or None where that cannot be said exactly."""
+    if isinstance(atom, Cat) or atom.size % outer:
+        return None
+    inner = atom.size // outer
+    also = [_split(claim, outer) for claim in atom.also]
+    if None in also or (atom.extent is not None and (atom.offset % inner or atom.extent % inner)):
+        return None
+    halves = list(zip(*also, strict=True)) or [(), ()]
+    head = replace(
+        atom,
+        size=outer,
+        stride=atom.stride * inner,
+        extent=None if atom.extent is None else atom.extent // inner,
+        offset=atom.offset // inner,
+        also=frozenset(halves[0]),
+    )
+    tail = replace(
+        atom,
+        size=inner,
+        base=atom.base % (atom.stride * inner),
+        extent=inner,
+        offset=0,
+        also=frozenset(halves[1]),
+    )
+    return head, tail
+
+
+def _join(outer: Atom, inner: Atom) -> Atom | None:
+    """The axis that was split into `outer` and `inner`, or None where these are not its parts."""
+    if (
+        outer.axis != inner.axis
+        or inner.extent != inner.size
+        or outer.stride != inner.stride * inner.size
+        or outer.base % outer.stride != inner.base
+    ):
+        return None
+    also = _paired(_join, outer.also, inner.also)
+    if also is None:
+        return None
+    return replace(
+        outer,
+        size=outer.size * inner.size,
+        stride=inner.stride,
+        extent=None if outer.extent is None else outer.extent * inner.size,
+        offset=outer.offset * inner.size,
+        also=also,
+    )
+
+
+def _follow(first: Atom, second: Atom) -> Atom | None:
+    """The run of `first` and then `second`, or None where the second does not go on where the first ends."""
+    if replace(first, size=1, base=0, offset=0, also=frozenset()) != replace(
+        second, size=1, base=0, offset=0, also=frozenset()
+    ):
+        return None
+    if first.extent is None:
+        adjacent = first.base + first.size * first.stride == second.base
+    else:
+        adjacent = first.base == second.base and first.offset + first.size == second.offset
+    also = _paired(_follow, first.also, second.also) if adjacent else None
+    return None if also is None else replace(first, size=first.size + second.size, also=also)
+
+
+def _paired(
+    join: Callable[[Atom, Atom], Atom | None], left: frozenset[Atom], right: frozenset[Atom]
+) -> frozenset[Atom] | None:
+    """Claims of two neighbours joined one by one, or None where they do not all have a partner."""
+    if len(left) != len(right):
+        return None
+    joined = frozenset(both for a in left for b in right if (both := join(a, b)) is not None)
+    return joined if len(joined) == len(left) else None
+
+
+def _run(atom: Atom, start: int, size: int) -> Atom:
+    """The positions `start` to `start + size` of an atom."""
+    also = frozenset(_run(claim, start, size) for claim in atom.also)
+    if atom.extent is None:
+        return replace(atom, size=size, base=atom.base + start * atom.stride, also=also)
+    return replace(atom, size=size, offset=atom.offset + start, also=also)
+
+
+def joined(label: Iterable[Factor]) -> Label:
+    """A label in which neighbours that are the outer and inner part of one axis are that axis again."""
     done: list[Factor] = []
     for factor in label:
         last = done[-1] if done else None
-        if (
-            isinstance(last, Atom)
-            and isinstance(factor, Atom)
-            and (last.source, last.dim) == (factor.source, factor.dim)
-            and factor.inner
-            and last.stride == factor.size * factor.stride
-            and last.offset == factor.offset == 0
-        ):
-            done[-1] = replace(last, size=last.size * factor.size, stride=factor.stride)
-        else:
+        both = _join(last, factor) if isinstance(last, Atom) and isinstance(factor, Atom) else None
+        if both is None:
             done.append(factor)
+        else:
+            done[-1] = both
     return tuple(done)
 
 
 def _proper(label: Label) -> list[Factor]:
     """The factors longer than 1."""
     return [factor for factor in label if factor.size > 1]
-
-
-def _split(factor: Factor, outer: int) -> tuple[Factor, Factor] | None:
-    """A factor as `outer` runs of equal length, or None where that cannot be said exactly."""
-    if isinstance(factor, Cat) or factor.size % outer or factor.offset:
-        return None
-    inner = factor.size // outer
-    return (
-        replace(factor, size=outer, stride=factor.stride * inner),
-        replace(factor, size=inner, inner=True),
-    )
 
 
 def reshape(labels: Sequence[Label], old: Sequence[int], new: Sequence[int]) -> list[Label]:
@@ -173,7 +316,7 @@ def reshape(labels: Sequence[Label], old: Sequence[int], new: Sequence[int]) -> 
                 have = size
             else:
                 return result + _reshape_rest(labels, old, new, position)
-        result.append(_joined(taken))
+        result.append(joined(taken))
     return result
 
 
@@ -200,11 +343,11 @@ def cat(labels: Sequence[Label]) -> Label:
         for part in nested:
             if length(part) == 0:
                 continue
-            joined = _rejoin(parts[-1], part) if parts else None
-            if joined is None:
+            both = _rejoin(parts[-1], part) if parts else None
+            if both is None:
                 parts.append(part)
             else:
-                parts[-1] = joined
+                parts[-1] = both
     if len(parts) == 1:
         return parts[0]
     return (Cat(tuple(parts)),)
@@ -215,11 +358,8 @@ def _rejoin(left: Label, right: Label) -> Label | None:
     if not left or not right or left[1:] != right[1:]:
         return None
     a, b = left[0], right[0]
-    if isinstance(a, Cat) or isinstance(b, Cat) or (a.source, a.dim) != (b.source, b.dim):
-        return None
-    if (a.stride, a.inner) != (b.stride, b.inner) or a.offset + a.size != b.offset:
-        return None
-    return (replace(a, size=a.size + b.size), *left[1:])
+    both = _follow(a, b) if isinstance(a, Atom) and isinstance(b, Atom) else None
+    return None if both is None else (both, *left[1:])
 
 
 def cut(label: Label, start: int, stop: int) -> Label:
@@ -237,28 +377,87 @@ def cut(label: Label, start: int, stop: int) -> Label:
                 pieces.append(cut(part, a, b))
             at += length(part)
         return cat(pieces)
+    if stop - start == 1:
+        return tuple(pick(label, start))
     outer, run = label[0], length(label[1:])
     if isinstance(outer, Cat) or start % run or stop % run:
         return unknown(stop - start, label)
-    return (replace(outer, size=(stop - start) // run, offset=outer.offset + start // run), *label[1:])
+    return (_run(outer, start // run, (stop - start) // run), *label[1:])
+
+
+def pick(label: Label, index: int) -> list[Atom]:
+    """Where position `index` of a dimension lies: a run of one position along each of its axes, the outer first."""
+    found: list[Atom] = []
+    for factor in reversed(label):
+        index, at = divmod(index, factor.size)
+        if isinstance(factor, Atom):
+            found.append(_run(factor, at, 1))
+            continue
+        for part in factor.parts:
+            if at < length(part):
+                found += reversed(pick(part, at))
+                break
+            at -= length(part)
+    return found[::-1]
+
+
+# Labels that meet.
 
 
 def merge(a: Label, b: Label) -> Label:
-    """The label of a dimension where two tensors meet element by element; `a` wins where both say as much."""
-    if a == b or is_blank(b):
+    """The label of a dimension where two tensors meet element by element: what either one says, while they agree.
+
+    A convolution's axes say where a token lies, whatever else is there: of these the first are kept, alone.
+    """
+    if a == b or (is_blank(b) and _rank(a) >= _rank(b)):
         return a if a else b
     if is_blank(a):
         return b
     assert length(a) == length(b)
-    if (aligned := _aligned(a, b)) is not None:
-        return _joined([factor for x, y in aligned for factor in _merge_factor(x, y)])
+    if (pairs := aligned(a, b)) is not None:
+        if _elsewhere(a, b, pairs):
+            return unknown(length(a), a, b)
+        return joined([factor for x, y in pairs for factor in _meet(x, y)])
     kinds = [{atom.source.kind for atom in atoms(label)} for label in (a, b)]
     best = max(_rank(a), _rank(b))
-    claims = all(kind & {"conv", "position"} for kind in kinds)
-    pieces = best < 5 and any(isinstance(factor, Cat) for factor in (*a, *b))
-    if claims or pieces:  # they say different things about where the tokens lie
-        return unknown(length(a), a, b)
+    if best != _CONV or all(kind & {"conv", "position"} for kind in kinds):
+        return unknown(length(a), a, b)  # they say different things about where the tokens lie
     return a if _rank(a) == best else b
+
+
+def either(a: Label, b: Label) -> Label:
+    """The label that holds of two tensors which lie in one from now on, side by side: what both say.
+
+    Batches of two inputs are taken to be one batch, and the axes of two videos (latents and their mask, whose
+    channels are joined) to be those of one.
+    """
+    if a == b or is_blank(b):
+        return a if a else b
+    if is_blank(a):
+        return b
+    pairs = aligned(a, b)
+    if pairs is None or _elsewhere(a, b, pairs):
+        return unknown(length(a), a, b)
+    return joined([factor for x, y in pairs for factor in _share(x.factor, y.factor)])
+
+
+def _elsewhere(a: Label, b: Label, pairs: "list[tuple[_Piece, _Piece]]") -> bool:
+    """Whether one label has nothing to say where the other claims an axis which it has itself, elsewhere."""
+    return any(
+        (is_blank((x.factor,)) and axes_of((y.factor,)) & axes_of(a))
+        or (is_blank((y.factor,)) and axes_of((x.factor,)) & axes_of(b))
+        for x, y in pairs
+    )
+
+
+def implies(label: Label, other: Label) -> bool:
+    """Whether all that `other` claims of its positions `label` claims of the same."""
+    if label == other:
+        return True
+    pairs = aligned(label, other)
+    if pairs is None or not single([other]) <= single([label]):
+        return False
+    return all(_covers(x.factor, y.factor) for x, y in pairs)
 
 
 def _rank(label: Label) -> int:
@@ -272,7 +471,7 @@ class _Piece(NamedTuple):
     rank: int
 
 
-def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
+def aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
     """Both labels cut into factors of equal sizes, or None where they do not divide each other."""
     left, right = ([_Piece(factor, _rank((factor,))) for factor in _proper(label)] for label in (a, b))
     pairs = []
@@ -286,28 +485,101 @@ def _aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
         if halves is None:
             return None
         known = isinstance(big.factor, Atom) and big.factor.source.kind in ("input", "position")
-        rank = min(big.rank, 1) if known else big.rank
+        rank = min(big.rank, _PIECE) if known else big.rank
         outer, inner = (_Piece(half, rank) for half in halves)
         rest.insert(0, inner)
         pairs.append((x, outer) if small is x else (outer, y))
     return pairs
 
 
-def _merge_factor(a: _Piece, b: _Piece) -> Label:
+def _meet(a: _Piece, b: _Piece) -> Label:
+    """One factor of `merge`."""
     x, y = a.factor, b.factor
-    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := _common_parts(x, y)):
-        return cat([merge(p, q) for p, q in parts])
-    if isinstance(x, Cat) or isinstance(y, Cat):
-        return (x,) if isinstance(x, Cat) and (not isinstance(y, Cat) or a.rank >= b.rank) else (y,)
-    best, other = (x, y) if a.rank >= b.rank else (y, x)
-    assert isinstance(best, Atom)
-    assert isinstance(other, Atom)
-    if best.source.kind == "position" and best.owner is None and other.rank > 0:
-        best = replace(best, owner=other.owner or (other.source, other.dim))
-    return (best,)
+    if isinstance(x, Atom) and isinstance(y, Atom):
+        if a.rank == b.rank and x.source.kind != "conv":
+            return _meet_atoms(*sorted((x, y), key=precedence))
+        return _meet_atoms(x, y) if a.rank >= b.rank else _meet_atoms(y, x)
+    if isinstance(x, Cat) and isinstance(y, Cat):
+        if (parts := common_parts(x, y)) is not None:
+            return cat([merge(p, q) for p, q in parts])
+        if (a.rank == _CONV) == (b.rank == _CONV):
+            return unknown(x.size, (x,), (y,))
+        return (x,) if a.rank == _CONV else (y,)
+    run, parts_of = (x, y) if isinstance(x, Atom) else (y, x)
+    assert isinstance(run, Atom)
+    assert isinstance(parts_of, Cat)
+    if run.source.kind not in ("input", "position", "weight"):
+        return (x,) if a.rank > b.rank or (a.rank == b.rank and x is run) else (y,)
+    starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
+    met = [
+        merge(cut((run,), at, at + length(part)), part)
+        for at, part in zip(starts, parts_of.parts, strict=False)
+    ]
+    return cat(met)
 
 
-def _common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
+def _meet_atoms(best: Atom, other: Atom) -> Label:
+    """What two runs along axes say together, of which the first says as much as the second at least."""
+    if other.blank:
+        return (best,)
+    if any(_clash(p, q) for p in best.claims for q in other.claims):
+        return unknown(best.size, (best,), (other,))
+    if best.source.kind == "conv":
+        return (best,)
+    claims = [*best.also, *other.claims]
+    also = {claim for claim in claims if claim.source.kind in ("input", "position")}
+    if best.source.kind == "input":  # of tokens that are not known, it keeps which they are
+        also |= set([claim for claim in claims if claim.source.kind in ("opaque", "part")][:1])
+    return (replace(best, also=frozenset(also - {replace(best, also=frozenset())})),)
+
+
+def _clash(x: Atom, y: Atom) -> bool:
+    """Whether two claims are of one thing in two orders: then what meets has no order."""
+    if x.source is y.source:
+        return x != y
+    return y.axis in x.source.roots or x.axis in y.source.roots
+
+
+def precedence(atom: Atom) -> tuple[int, int, int]:
+    """Orders claims: what says most first, then what has more dimensions, then the older one."""
+    return -atom.rank, -len(atom.source.sizes), atom.source.serial
+
+
+def _share(x: Factor, y: Factor) -> Label:
+    """One factor of `either`."""
+    if x == y or is_blank((y,)):
+        return (x,)
+    if is_blank((x,)):
+        return (y,)
+    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := common_parts(x, y)) is not None:
+        return cat([either(p, q) for p, q in parts])
+    if isinstance(x, Atom) and isinstance(y, Atom):
+        if common := sorted(x.claims & y.claims, key=precedence):
+            return (replace(common[0], also=frozenset(common[1:])),)
+        for p, q in itertools.product(x.claims, y.claims):
+            if _twins(p, q):
+                return (min(p, q, key=precedence),)
+    return unknown(x.size, (x,), (y,))
+
+
+def _twins(x: Atom, y: Atom) -> bool:
+    """Whether two claims are alike but for the input they are of: its batch, or an axis of two videos."""
+    inputs = x.source.kind == y.source.kind == "input" and x.source is not y.source
+    videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4
+    alike = replace(x, source=y.source, dim=y.dim) == y
+    return inputs and alike and (x.dim == y.dim == 0 or (videos and 0 not in (x.dim, y.dim)))
+
+
+def _covers(x: Factor, y: Factor) -> bool:
+    """One factor of `implies`."""
+    if x == y or is_blank((y,)):
+        return True
+    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := common_parts(x, y)) is not None:
+        return all(implies(p, q) for p, q in parts)
+    return isinstance(x, Atom) and isinstance(y, Atom) and y.claims <= x.claims
+
+
+def common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
     """Both concatenations cut where either one is; None if that would cut through more than one axis."""
     ends = [list(itertools.accumulate(map(length, factor.parts))) for factor in (x, y)]
     edges = sorted({0, *ends[0], *ends[1]})
@@ -319,19 +591,6 @@ def _common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
     return [(cut((x,), start, stop), cut((y,), start, stop)) for start, stop in spans]
 
 
-def substitute(label: Label, atom: Atom, by: Label) -> Label:
-    """`label` with an atom replaced by another label of its size."""
-    done: list[Factor] = []
-    for factor in label:
-        if factor == atom:
-            done += by
-        elif isinstance(factor, Cat):
-            done.append(Cat(tuple(substitute(part, atom, by) for part in factor.parts)))
-        else:
-            done.append(factor)
-    return _joined(done)
-
-
 def share_axis(a: Label, b: Label) -> bool:
     """Whether two labels run over parts of one axis."""
-    return bool({(x.source, x.dim) for x in atoms(a)} & {(x.source, x.dim) for x in atoms(b)})
+    return bool({atom.axis for atom in atoms(a)} & {atom.axis for atom in atoms(b)})

@@ -3,16 +3,20 @@
 `AxisTracker` is a dispatch mode: run a graph on fake tensors under it and every tensor gets a list of labels
 (see `axes.py`), one for each dimension. The vocabulary is ATen's, after composite operators have been taken
 apart, so it is small and does not depend on how a model is spelled. An operator that is not listed here gives
-fresh labels: layout inference then finds nothing, which is safe, rather than something wrong.
+fresh labels: layout inference then finds nothing, which is safe, rather than something wrong. A write changes the
+labels of all tensors that share the memory (see `writes.py`).
 """
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparsify_compiler.passes.axes import (
@@ -20,18 +24,21 @@ from sparsify_compiler.passes.axes import (
     Label,
     Source,
     atoms,
+    axes_of,
     axis,
     cat,
     cut,
+    either,
     fresh,
     is_blank,
     length,
     merge,
+    pick,
     reshape,
-    share_axis,
-    substitute,
+    single,
     unknown,
 )
+from sparsify_compiler.passes.axis_writes import Known, Write
 
 Rule = Callable[..., list[Label]]
 RULES: dict[str, Rule] = {}
@@ -48,91 +55,210 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A product of graph inputs with weights: the axes it runs over, and those that it is a sum over."""
+
+    kept: frozenset[Atom]
+    summed: frozenset[Atom]
+
+
 class AxisTracker(TorchDispatchMode):
-    """Labels every tensor that operators under this mode produce."""
+    """Labels every tensor that operators under this mode produce or write to."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._labels = WeakTensorKeyDictionary()
+        self._known = WeakTensorKeyDictionary()
+        self._memory: dict[int, list[ref[Tensor]]] = {}
+        """The tensors that were seen, by storage."""
+        self._taken: frozenset[Atom] = frozenset()
+        """Where its output was taken from, by the rule that runs."""
         self.positions: dict[int, Source] = {}
         """Of every length one: a mesh made once for queries and once for keys is the same mesh."""
+        self.embeddings: set[Embedding] = set()
+        """All that were met."""
+
+    def known(self, tensor: Tensor) -> Known:
+        """What is known of a tensor; nothing of one that was not seen before."""
+        found = self._known.get(tensor)
+        if found is None:
+            self.put(tensor, Known([fresh(int(size)) for size in tensor.shape]))
+            found = self._known[tensor]
+        return found
 
     def of(self, tensor: Tensor) -> list[Label]:
-        """The labels of a tensor's dimensions; fresh ones for a tensor not seen before."""
-        if tensor not in self._labels:
-            self._labels[tensor] = [fresh(int(size)) for size in tensor.shape]
-        return self._labels[tensor]
+        """The labels of a tensor's dimensions."""
+        return list(self.known(tensor).labels)
 
-    def put(self, tensor: Tensor, labels: Sequence[Label]) -> None:
-        """Set the labels of a tensor's dimensions."""
-        assert [length(label) for label in labels] == list(tensor.shape), (labels, tensor.shape)
-        self._labels[tensor] = list(labels)
+    def put(self, tensor: Tensor, known: Known) -> None:
+        """Set what is known of a tensor that was not seen before, or now lies elsewhere."""
+        self._set(tensor, known)
+        self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
+
+    def take(self, positions: Iterable[Atom]) -> None:
+        """By a rule: its output was taken from these positions, along axes that it does not have."""
+        self._taken = self._taken.union(positions)
+
+    def embed(self, kept: Sequence[Label], summed: Label) -> None:
+        """By a rule: weights are multiplied into `summed`, over all else that is kept."""
+        gone = _inputs([summed])
+        if gone or not summed:
+            self.embeddings.add(Embedding(_inputs(kept), gone))
+
+    def derive(self, tensor: Tensor, operands: Sequence[Tensor]) -> None:
+        """A tensor was made of others in a way that is not known."""
+        self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
+
+    def lose(self, tensor: Tensor) -> None:
+        """Something unknown was written to a tensor."""
+        before = self.known(tensor)
+        labels = [unknown(length(label), *before.labels) for label in before.labels]
+        self._spread(tensor, Known(labels), replaced=True)
+
+    def _set(self, tensor: Tensor, known: Known) -> None:
+        assert [length(label) for label in known.labels] == list(tensor.shape), (known, tensor.shape)
+        self._known[tensor] = known
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != "aten":
-            return func(*args, **kwargs)
+        aten = func.namespace == "aten"
         name = _name(func)
-        if name not in RULES and func._can_decompose():
+        if aten and name not in RULES and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        written = _written_arguments(func, args, kwargs)
-        if written:
-            for tensor in written:
-                self._write(tensor, func, args)
-            return result
-        known = RULES.get(name) or (_pointwise if torch.Tag.pointwise in func.tags else None)
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        for index, output in enumerate(outputs):
-            where = {"index": index} if isinstance(result, (list, tuple)) else {}
-            labels = known(self, output, *args, **where, **kwargs) if known else []
-            if [length(label) for label in labels] != list(output.shape):  # no rule, or it cannot say
-                labels = [self._lost(args, size) for size in output.shape]
-            self.put(output, labels)
+        targets = _written_arguments(func, args, kwargs)
+        for number, target in enumerate(targets):
+            self._write(target, number, func, args, kwargs)
+        operands = _tensors(args, kwargs)
+        for index, output in enumerate(_tensors(result)):
+            if not any(output is target for target in targets):
+                where = {"index": index} if isinstance(result, (list, tuple)) else {}
+                labels = self._labelled(func, output, operands, args, {**where, **kwargs})
+                self.put(output, self._found(operands, labels))
         return result
 
-    def _write(self, target: Tensor, func: Any, args: tuple[Any, ...]) -> None:
-        """An in-place operator wrote to `target`. A dimension that was blank takes the label of what was written,
-        in every view of that memory; one that was something else is no longer that in any other view."""
-        name = _name(func)
-        if name in ("fill_", "zero_"):
-            return
-        before, after = self.of(target), [self._lost(args, size) for size in target.shape]
-        if name == "copy_":
-            after = _broadcast([self.of(args[1])], target.shape)
-        elif torch.Tag.pointwise in func.tags or name.removesuffix("_") in _POINTWISE:
-            after = _pointwise(self, target, *args)
-        storage = target.untyped_storage()._cdata
-        views = [t for t in list(self._labels) if t is not target and t.untyped_storage()._cdata == storage]
-        for view in views:
-            labels = self.of(view)
-            for old, new in zip(before, after, strict=True):
-                if old == new or is_blank(new):
-                    continue
-                if is_blank(old) and len(old) == 1 and isinstance(old[0], Atom):
-                    labels = [substitute(label, old[0], new) for label in labels]
-                else:
-                    labels = [unknown(length(la), new) if share_axis(la, old) else la for la in labels]
-            # Where it is blank still, only a part of it was written, in an order that is not known.
-            self.put(view, [unknown(length(la), *after) if la and is_blank(la) else la for la in labels])
-        self.put(target, [old if is_blank(new) else new for old, new in zip(before, after, strict=True)])
+    def _labelled(
+        self,
+        func: Any,
+        output: Tensor,
+        operands: Sequence[Tensor],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> list[Label]:
+        """The labels of an output by the operator's rule; such of which nothing is known where there is none."""
+        self._taken = frozenset()
+        labels: list[Label] = []
+        if func.namespace == "aten":
+            known = RULES.get(_name(func)) or (_pointwise if _is_pointwise(func.overloadpacket) else None)
+            labels = known(self, output, *args, **kwargs) if known else []
+        if [length(label) for label in labels] != list(output.shape):  # no rule, or it cannot say
+            labels = [self._lost(operands, size) for size in output.shape]
+        return labels
 
-    def _lost(self, args: Any, size: int) -> Label:
+    def _found(self, operands: Sequence[Tensor], labels: Sequence[Label]) -> Known:
+        """What is known of an operator's output, of which a rule found the labels."""
+        each = [self.known(t) for t in operands]
+        constant = all(known.constant for known in each)
+        here = {run for run in self._taken if _tells(run)}
+        own = [{*known.fixed, *filter(_tells, single(known.labels))} for known in each]
+        taken = here.union(*own, *(known.taken for known in each))
+        if not taken:
+            return Known(labels, constant=constant)
+        fixed = {run for runs in own for run in runs if _of_all(run, own, each)}
+        kept = single(labels)
+        return Known(labels, frozenset(taken - kept), frozenset((here | fixed) - kept), constant)
+
+    def _lost(self, operands: Sequence[Tensor], size: int) -> Label:
         """For an output whose relation to its inputs is not known: `lost` if video tokens went in."""
-        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-        return unknown(size, *(label for t in tensors for label in self.of(t)))
+        return unknown(size, *(label for t in operands for label in self.known(t).labels))
+
+    def _write(
+        self, target: Tensor, number: int, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """An operator wrote to `target`, the one with this number of all that it wrote to."""
+        if func.namespace != "aten":
+            self.lose(target)
+            return
+        name = _name(func)
+        if name in _MOVED:  # the tensor lies elsewhere; memory is as it was
+            labels = self.known(target).labels
+            self.put(target, Known([unknown(int(size), *labels) for size in target.shape]))
+            return
+        met = name.endswith("_") and (name.startswith("_foreach_") or _is_pointwise(func.overloadpacket))
+        if name.startswith("_foreach_"):
+            name = name.removeprefix("_foreach_")
+            args = [one[number] if isinstance(one, (list, tuple)) else one for one in args]
+        value = args[_VALUE[name]] if name in _VALUE else None
+        if name in _FILLED or (name in _VALUE and not self._moves(value, target)):
+            return
+        operands = _tensors(args, kwargs)
+        if name == "copy_":
+            met, operands = False, [args[1]]
+        if met or name == "copy_":
+            labels = _broadcast([self.of(t) for t in operands], target.shape)
+        elif name.endswith("_"):
+            labels = [self._lost(operands, size) for size in target.shape]
+        else:  # an output that was handed in
+            given = {key: each for key, each in kwargs.items() if each is not target}
+            labels = self._labelled(func, target, operands, args, given)
+        self._spread(target, self._found(operands, labels), replaced=not met)
+
+    def _moves(self, value: Any, target: Tensor) -> bool:
+        """Whether writing `value` to `target` may bring something from elsewhere: no constant, and not itself."""
+        if not isinstance(value, Tensor) or _place(value) == _place(target):
+            return False
+        known = self.known(value)
+        return not (known.constant and all(map(is_blank, known.labels)))
+
+    def _spread(self, target: Tensor, after: Known, *, replaced: bool) -> None:
+        """Let all tensors of the memory know what `target` holds now."""
+        write = Write(self.known(target), after, replaced=replaced)
+        place = _place(target)
+        for one in self._sharing(target):
+            known = self._known[one]
+            if _place(one) == place:
+                self._set(one, after)
+            else:
+                labels = [write.after(label) for label in known.labels]
+                fixed = frozenset(filter(write.holds, known.fixed))
+                constant = known.constant and after.constant
+                self._set(one, Known(labels, known.taken | after.taken, fixed, constant))
+
+    def _sharing(self, target: Tensor) -> list[Tensor]:
+        """The tensors that are still there of those whose memory is `target`'s, it among them."""
+        self.known(target)
+        refs = self._memory[_storage(target)]
+        found = {id(one): one for one in (ref() for ref in refs) if one is not None}
+        alive = [one for one in found.values() if _storage(one) == _storage(target)]
+        self._memory[_storage(target)] = [ref(one) for one in alive]
+        return alive
 
     def is_table(self, tensor: Tensor) -> bool:
         """Whether a tensor is a graph input of at most two dimensions, as it came in: a weight or a table."""
         labels = [label for label in self.of(tensor) if label]
-        sources = {atom.source for label in labels for atom in atoms(label)}
-        whole = all(len(label) == 1 and atoms(label)[0].rank == 4 for label in labels)
-        return whole and len(sources) == 1 and all(s.kind == "input" and len(s.sizes) <= 2 for s in sources)
+        runs = [run for label in labels for run in atoms(label)]
+        whole = len(runs) == len(labels) and all(run.whole and not run.also for run in runs)
+        sources = {run.source for run in runs}
+        return (
+            whole
+            and len(sources) == 1
+            and all(s.kind in ("input", "weight") and len(s.sizes) <= 2 for s in sources)
+        )
+
+
+_MOVED = ("set_", "resize_", "resize_as_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_",
+          "unsqueeze_")  # fmt: skip
+"""Operators in place that change which memory a tensor shows, or how."""
+_FILLED = ("fill_", "zero_", "masked_fill_", "index_fill_", "fill_diagonal_", "tril_", "triu_", "normal_",
+           "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_")  # fmt: skip
+"""Operators that write constants or noise: whatever is left is where it was."""
+_VALUE = {"copy_": 1, "index_put_": 2, "_index_put_impl_": 2, "scatter_": 3}
+"""Operators that write an argument's elements -> its number; a number for an argument writes nothing else."""
 
 
 def _name(func: Any) -> str:
@@ -140,12 +266,58 @@ def _name(func: Any) -> str:
     return str(func.overloadpacket.__name__)
 
 
+@functools.cache
+def _is_pointwise(packet: Any) -> bool:
+    """Whether an operator goes element by element, in any of its overloads."""
+    if packet.__name__.removesuffix("_") in _POINTWISE:
+        return True
+    return any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    """The tensors in arguments or results of an operator."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(*value)
+        elif isinstance(value, dict) and value:
+            found += _tensors(*value.values())
+    return found
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Which memory a tensor shows, and how."""
+    return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _inputs(labels: Sequence[Label]) -> frozenset[Atom]:
+    """Every run along an axis of a graph input."""
+    runs = [claim for label in labels for atom in atoms(label) for claim in atom.claims]
+    return frozenset(claim for claim in runs if claim.source.kind == "input")
+
+
+def _of_all(run: Atom, fixed: Sequence[set[Atom]], each: Sequence[Known]) -> bool:
+    """Whether all that any of several tensors has of the axis of a run was taken from this run."""
+    return all(run in own or run.axis not in known.axes for own, known in zip(fixed, each, strict=True))
+
+
+def _tells(atom: Atom) -> bool:
+    """Whether a position along this axis tells tensors apart: of an input, a convolution, a part of a batch."""
+    return atom.source.kind in ("input", "conv") or atom.of_batch
+
+
 def _written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     written = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+            written += _tensors(value)
     return written
 
 
@@ -158,21 +330,34 @@ def _broadcast(labels: Sequence[list[Label]], shape: Sequence[int]) -> list[Labe
             at = dim - len(shape) + len(one)
             if at >= 0 and length(one[at]) == size:
                 met = merge(met, one[at]) if met else one[at]
-        result.append(met if length(met) == size else fresh(size, "blank"))
+        result.append(met if length(met) == size else fresh(size, "repeat"))
     return result
 
 
 # Element by element: operators tagged `pointwise`, and these.
-_POINTWISE = ("copy", "clone", "_to_copy", "alias", "detach", "lift_fresh", "native_dropout", "bernoulli",
+_POINTWISE = ("clone", "_to_copy", "alias", "detach", "lift_fresh", "native_dropout", "bernoulli",
               "_conj", "_conj_physical", "resolve_conj", "real", "imag", "polar", "complex", "contiguous",
-              "_softmax", "_log_softmax", "cumsum", "nan_to_num", "masked_fill", "where", "type_as",
-              "view_as", "_safe_softmax", "glu_jvp", "expand_as", "dropout", "to")  # fmt: skip
+              "_softmax", "_log_softmax", "cumsum", "nan_to_num", "masked_fill", "_safe_softmax",
+              "glu_jvp", "dropout", "to")  # fmt: skip
 
 
 @rule(*_POINTWISE)
 def _pointwise(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
-    operands = [tracker.of(t) for t in tree_leaves(args) if isinstance(t, Tensor)]
+    operands = [tracker.of(t) for t in _tensors(args)]
     return _broadcast(operands, output.shape)
+
+
+@rule("where")
+def _where(tracker: AxisTracker, output: Tensor, condition: Tensor, *branches: Any) -> list[Label]:
+    """Every element is of one branch or the other."""
+    each = [tracker.known(branch) for branch in branches if isinstance(branch, Tensor)]
+    met = _side_by_side([Known(_broadcast([known.labels], output.shape), known.taken) for known in each])
+    return _broadcast([met, tracker.of(condition)], output.shape)
+
+
+@rule("copy")
+def _copy(tracker: AxisTracker, output: Tensor, x: Tensor, source: Tensor, *_: Any) -> list[Label]:
+    return _broadcast([tracker.of(source)], output.shape)
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten")
@@ -202,10 +387,10 @@ def _expand(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any)
 
 @rule("repeat")
 def _repeat(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any) -> list[Label]:
-    """Tiling puts a blank factor outside of the dimension it repeats."""
+    """Tiling puts a repeat outside of the dimension it repeats."""
     labels = [()] * (output.dim() - x.dim()) + tracker.of(x)
     return [
-        (*fresh(size // length(label), "blank"), *label) if length(label) else fresh(size)
+        (*fresh(size // length(label), "repeat"), *label) if length(label) else fresh(size)
         for size, label in zip(output.shape, labels, strict=True)
     ]
 
@@ -217,7 +402,7 @@ def _repeat_interleave(
     if dim is None or not isinstance(repeats, int):
         return []
     labels = list(tracker.of(x))
-    labels[dim] = (*labels[dim], *fresh(repeats, "blank"))
+    labels[dim] = (*labels[dim], *fresh(repeats, "repeat"))
     return labels
 
 
@@ -242,8 +427,8 @@ def _slice(
 
 @rule("select")
 def _select(tracker: AxisTracker, output: Tensor, x: Tensor, dim: int, index: int) -> list[Label]:
-    labels = list(tracker.of(x))
-    del labels[dim]
+    labels = tracker.of(x)
+    tracker.take(pick(labels.pop(dim), index % x.shape[dim]))
     return labels
 
 
@@ -262,41 +447,73 @@ def _split(
 
 @rule("cat")
 def _cat(tracker: AxisTracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
-    tensors = [t for t in tensors if t.dim() == output.dim()]  # ATen lets an empty 1-D tensor pass
-    dim %= output.dim()
+    dim %= output.dim()  # ATen lets an empty 1-D tensor pass
+    tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
+    each = [tracker.known(t) for t in tensors]
+    column = [known.labels[dim] for known in each]
+    rest = [Known([*known.labels[:dim], *known.labels[dim + 1 :]], known.taken) for known in each]
+    labels = _side_by_side(rest)
+    labels.insert(dim, cat(_named(column) if dim == 0 and len(column) > 1 else column))
+    return labels
+
+
+def _side_by_side(each: Sequence[Known]) -> list[Label]:
+    """The labels of the dimensions that tensors have in common which lie in one from now on."""
     labels = []
-    for d in range(output.dim()):
-        column = [tracker.of(t)[d] for t in tensors]
-        if d == dim:
-            labels.append(cat(column))
-            continue
-        met = column[0]
-        for label in column[1:]:
-            met = merge(met, label)
+    for column in zip(*(known.labels for known in each), strict=True):
+        met = functools.reduce(either, column)
+        blank = [known for known, label in zip(each, column, strict=True) if is_blank(label)]
+        if any(
+            known.axes & axes_of(met) for known in blank
+        ):  # one position, repeated, is in the place of others
+            met = unknown(length(met), *column)
         labels.append(met)
     return labels
 
 
+def _without_features(known: Known) -> Known:
+    labels = [
+        tuple(run for run in label if not (isinstance(run, Atom) and run.source.features))
+        for label in known.labels
+    ]
+    return Known(labels, known.taken)
+
+
+def _named(labels: Sequence[Label]) -> list[Label]:
+    """Labels of parts of a batch, in which one video by itself is a position of the batch."""
+    source = Source("part", (sum(map(length, labels)),))
+    starts = itertools.accumulate(map(length, labels), initial=0)
+    return [label or (Atom(source, 0, 1, base=at),) for label, at in zip(labels, starts, strict=False)]
+
+
 @rule("stack")
 def _stack(tracker: AxisTracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
-    shape = list(tensors[0].shape)
-    labels = _broadcast([tracker.of(t) for t in tensors], shape)
-    labels.insert(dim % output.dim(), fresh(len(tensors)))
+    each = [tracker.known(t) for t in tensors]
+    labels = _side_by_side(each)
+    alike = all(_without_features(known) == _without_features(each[0]) for known in each)
+    labels.insert(dim % output.dim(), fresh(len(tensors), "opaque" if alike else "part"))
     return labels
 
 
 @rule("constant_pad_nd")
-def _pad(tracker: AxisTracker, output: Tensor, x: Tensor, pad: list[int], *_: Any) -> list[Label]:
+def _pad(
+    tracker: AxisTracker, output: Tensor, x: Tensor, pad: list[int], *_: Any, kind: str = "blank"
+) -> list[Label]:
     labels = list(tracker.of(x))
     for back in range(len(pad) // 2):
         dim = x.dim() - 1 - back
         left, right = pad[2 * back], pad[2 * back + 1]
-        if left < 0 or right < 0:
-            labels[dim] = fresh(output.shape[dim])
-        elif left or right:
-            ends = [fresh(n) for n in (left, right)]
-            labels[dim] = cat([ends[0], labels[dim], ends[1]])
+        if left or right:
+            inside = cut(labels[dim], max(-left, 0), x.shape[dim] - max(-right, 0))
+            ends = [[fresh(n, kind)] if n > 0 else [] for n in (left, right)]
+            labels[dim] = cat([*ends[0], inside, *ends[1]])
     return labels
+
+
+@rule("replication_pad1d", "replication_pad2d", "replication_pad3d", "reflection_pad1d", "reflection_pad2d",
+      "reflection_pad3d")  # fmt: skip
+def _pad_with_edges(tracker: AxisTracker, output: Tensor, x: Tensor, pad: list[int]) -> list[Label]:
+    return _pad(tracker, output, x, pad, kind="opaque")
 
 
 @rule("arange")
@@ -324,7 +541,8 @@ def _reduce(tracker: AxisTracker, output: Tensor, x: Tensor, *args: Any, **kwarg
     ]
 
 
-@rule("native_layer_norm", "native_group_norm", "native_batch_norm", "_fused_rms_norm", "rms_norm")
+@rule("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
+      "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_fused_rms_norm", "rms_norm")  # fmt: skip
 def _norm(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -> list[Label]:
     return tracker.of(x) if output.shape == x.shape else []
 
@@ -337,9 +555,10 @@ def _matmul(tracker: AxisTracker, output: Tensor, a: Tensor, b: Tensor, **_: Any
     lead = _broadcast([tracker.of(a)[:-2], tracker.of(b)[:-2]], output.shape[:-2])
     rows, columns = tracker.of(a)[-2], tracker.of(b)[-1]
     if tracker.is_table(a) and not tracker.is_table(b):
-        rows = unknown(a.shape[-2], tracker.of(b)[-2])
+        rows = unknown(a.shape[-2], tracker.of(b)[-2], summed=True)
     if tracker.is_table(b):
-        columns = unknown(b.shape[-1], tracker.of(a)[-1])
+        columns = unknown(b.shape[-1], tracker.of(a)[-1], summed=True)
+        tracker.embed([*lead, rows], tracker.of(a)[-1])
     return [*lead, rows, columns]
 
 
@@ -352,7 +571,9 @@ def _add_matmul(
 
 @rule("linear")
 def _linear(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -> list[Label]:
-    return [*tracker.of(x)[:-1], unknown(output.shape[-1], tracker.of(x)[-1])]
+    *kept, features = tracker.of(x)
+    tracker.embed(kept, features)
+    return [*kept, unknown(output.shape[-1], features, summed=True)]
 
 
 @rule("embedding")
@@ -377,9 +598,14 @@ def _convolution(tracker: AxisTracker, output: Tensor, x: Tensor, *_: Any, **__:
     spatial = tuple(output.shape[2:])
     if output.dim() != x.dim() or len(spatial) not in (2, 3):
         return []
-    batch = tracker.of(x)[0]
-    source = Source("conv", spatial, images=batch if len(spatial) == 2 else ())
-    return [batch, fresh(output.shape[1]), *[axis(source, dim) for dim in range(len(spatial))]]
+    batch, channels, *axes = tracker.of(x)
+    tracker.embed([batch, *axes], channels)
+    source = Source("conv", spatial, of=(batch, channels, *axes))
+    return [
+        batch,
+        unknown(output.shape[1], channels, summed=True),
+        *[axis(source, dim) for dim in range(len(spatial))],
+    ]
 
 
 @rule("view_as_real", "view_as_complex")

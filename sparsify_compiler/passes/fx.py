@@ -1,8 +1,9 @@
 """Small helpers over torch.fx graphs that several passes share."""
 
 import copy
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -83,8 +84,14 @@ def modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     yield from walk(gm)
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose graph and bodies can be rewritten while the first stays; tensors are shared."""
+def copy_graph(
+    gm: fx.GraphModule, *, alike: Callable[[fx.GraphModule], Hashable] | None = None
+) -> fx.GraphModule:
+    """A copy whose graph and bodies can be rewritten while the first stays; tensors are shared.
+
+    Every call of a body gets a body of its own, so that what is found at one call is not taken for another's. With
+    `alike`, calls of one body of which it returns the same share a copy.
+    """
     twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twin.meta.update(gm.meta)
     twins = dict(zip(gm.graph.nodes, twin.graph.nodes, strict=True))
@@ -93,10 +100,40 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
             key: twins.get(value, value) if isinstance(value, fx.Node) else value
             for key, value in node.meta.items()
         }
+    copies: dict[Hashable, str] = {}
+    for number, body in enumerate(list(bodies(twin))):
+        origin = body.module.meta.get("body", body.attribute)
+        key = number if alike is None else (origin, alike(body.module))
+        if key not in copies:
+            copies[key] = _unused(twin, body.attribute, copies.values())
+            own = copy_graph(body.module, alike=alike)
+            own.meta["body"] = origin
+            setattr(twin, copies[key], own)
+        if copies[key] != body.attribute:
+            _call(body, copies[key])
     for name in dict.fromkeys(str(node.target) for node in twin.graph.nodes if node.op == "get_attr"):
-        if isinstance(body := getattr(twin, name, None), fx.GraphModule):
-            setattr(twin, name, copy_graph(body))
+        other = getattr(twin, name, None)
+        if isinstance(other, fx.GraphModule) and name not in copies.values():
+            setattr(twin, name, copy_graph(other))
     return twin
+
+
+def _unused(gm: fx.GraphModule, attribute: str, taken: Collection[str]) -> str:
+    """`attribute`, if none of those taken; else the first name after it that nothing of `gm` has."""
+    if attribute not in taken:
+        return attribute
+    return next(name for i in itertools.count(1) if not hasattr(gm, name := f"{attribute}_{i}"))
+
+
+def _call(body: Body, attribute: str) -> None:
+    """Let a higher-order call be one of another body."""
+    call = body.call
+    (old,) = (arg for arg in call.all_input_nodes if arg.op == "get_attr" and arg.target == body.attribute)
+    with call.graph.inserting_before(call):
+        call.replace_input_with(old, call.graph.get_attr(attribute))
+    if not old.users:
+        call.graph.erase_node(old)
+    _torch.name_body(call, attribute)
 
 
 def value_of(node: object) -> object:
@@ -114,6 +151,45 @@ def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
     """The sizes as integers, not specialised; None where a size is known only at run time."""
     sizes = [_torch.hint(size) for size in tensor.shape]
     return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
+    """The strides as integers, not specialised; None where they are known only at run time, or there are none."""
+    if tensor.layout is not torch.strided:
+        return None
+    strides = [_torch.hint(stride) for stride in tensor.stride()]
+    return None if None in strides else tuple(stride for stride in strides if stride is not None)
+
+
+_FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
+"""Higher-order operators whose bodies write to nothing that they are given."""
+
+
+_IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod",
+             "mul", "or", "pow", "rshift", "sub", "truediv", "xor"))}  # fmt: skip
+"""Python's operators that write to their first argument."""
+
+
+def may_write(node: fx.Node) -> bool:
+    """Whether a call may write to its arguments, as far as its name and schema tell."""
+    target = node.target
+    if node.op == "call_function" and isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name() not in _FUNCTIONAL
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if node.op == "get_attr":
+        return False
+    name = target if isinstance(target, str) else target.__name__
+    named = name.endswith("_") and not name.endswith("__")
+    return (
+        named
+        or name in _IN_PLACE
+        or bool(node.kwargs.get("inplace"))
+        or node.kwargs.get("out") is not None
+        or node.op == "call_module"
+    )
 
 
 Step = tuple[Any, ...]

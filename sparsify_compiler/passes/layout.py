@@ -6,73 +6,138 @@
 The graph runs on fake tensors whose dimensions carry axis labels (`axes.py`, `axis_rules.py`). At each site the
 label of the query's sequence dimension says which axes its tokens run over, in which order, and what else is
 in the sequence. No decision looks at a name, and none rests on sizes that happen to match.
+
+Three axes of a sequence are the time, rows and columns of one video if
+
+1. *whole*: each runs over all its positions: it is no window, and nothing was cut off after patches were made;
+2. *one input*: all three come from one input of the graph, by convolutions or as they are; or a mesh of positions
+   divides one axis of an input among them;
+3. *order*: they lie in the order in which that input has them;
+4. *not the batch*: none is the first dimension of that input;
+5. *channels*: weights were multiplied into every other dimension of the input but the first, over these three, so
+   that it is none of them that holds channels;
+
+and queries and keys are of the same tokens if
+
+6. *same axes*: their sequences run over the same axes in the same order;
+7. *same videos*: so does what they have of the batch.
+
+`_not_one_video` checks the first five, `_not_the_same` the others. Time, rows and columns themselves are told apart
+by their order alone: no graph tells more.
 """
 
 import itertools
 import logging
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
-from sparsify_compiler.passes.axes import Atom, Cat, Label, Source, atoms, axis, length, share_axis
-from sparsify_compiler.passes.axis_rules import AxisTracker
+from sparsify_compiler.passes.axes import (
+    Atom,
+    Cat,
+    Label,
+    Source,
+    atoms,
+    axis,
+    fresh,
+    joined,
+    length,
+    share_axis,
+)
+from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
+from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import body_of, modules, sizes_of
-from sparsify_compiler.plan import SiteKind, TokenLayout
+from sparsify_compiler.passes.fx import body_of, may_write, modules, sizes_of, strides_of
+from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
 log = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
+Text = tuple[int, int]
+Read = tuple[SiteKind, TokenLayout]
+_ORDER = "its tokens do not lie in (frame, row, column) order"
+_PART = "its tokens run over part of the video grid, or over it in another order"
+_NO_CHANNELS = (
+    "the axes of its tokens may be channels: no weights are multiplied into the other axes of their input"
+)
+_TEXT_HINT = " Where other tokens come before or after the video, give options={'text': (before, after)}."
+_NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
 
 
-def infer_layouts(gm: fx.GraphModule, *, grid: Grid | None = None) -> fx.GraphModule:
+class Site(NamedTuple):
+    """What is known of an attention's query [B, H, Sq, D] and key [B, Hkv, Sk, D]."""
+
+    query: Known
+    key: Known
+
+
+def _unseen(site: AttentionSite) -> Site:
+    """Of an attention whose tokens could not be followed."""
+    query, key = ([(), (), fresh(tokens), ()] for tokens in (site.q_tokens, site.kv_tokens))
+    return Site(Known(query), Known(key))
+
+
+class Followed(NamedTuple):
+    """What became of a graph's axes."""
+
+    sites: dict[fx.Node, Site]
+    """Every captured site that the graph reaches."""
+    inputs: dict[fx.Node, Source]
+    embeddings: set[Embedding]
+
+
+def infer_layouts(
+    gm: fx.GraphModule, *, grid: Grid | None = None, text: Text | None = None
+) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
     Args:
-        grid: (frames, height, width) from the user: it replaces what is inferred, for every self- or
-            joint-attention whose sequence has a part of that many tokens.
+        grid: (frames, height, width) from the user: it replaces what is inferred, for every attention whose queries
+            and keys are that many tokens, or have a part of that many, unless the graph shows that they are not
+            the same tokens in that order.
+        text: (before, after), beside `grid`: sequences may have as many other tokens before and after the video.
 
     Raises:
-        GridError: no attention of the graph has a part of as many tokens as `grid` has.
+        GridError: no attention of the graph can have the grid.
     """
-    sites = [node for module in modules(gm) for node in attention_nodes(module)]
-    if not sites:
+    nodes = [node for module in modules(gm) for node in attention_nodes(module)]
+    if not nodes:
         return gm
-    found, inputs = _follow(gm)
-    for node in sites:
+    followed = _follow(gm)
+    for node in nodes:
         site = node.meta["site"]
-        labels = found.get(node)
-        if labels is None:
-            node.meta["layout"] = TokenLayout(tokens=site.q_tokens, reason="its tokens could not be followed")
-            continue
-        query, key = labels
-        kind, layout = read_layout(query, key)
-        if grid is not None and query == key:
-            kind, layout = place_grid(query, grid) or (kind, layout)
+        seen = followed.sites.get(node) or _unseen(site)
+        given = None if grid is None else place_grid(seen, followed.embeddings, grid, text)
+        kind, layout = given or read_layout(seen, followed.embeddings)
         node.meta["site"] = replace(site, kind=kind)
         node.meta["layout"] = layout
     if grid is not None:
-        _check_grid(grid, sites)
-    used = [found[node][0] for node in sites if node in found and node.meta["layout"].grid is not None]
-    if used:
-        gm.meta["specialise"] = partial(_specialise, gm, inputs, used)
+        _check_grid(grid, text, nodes)
+    sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
+    if sparse:
+        used = [known.labels[2] for site in sparse for known in site]
+        gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
 
 
-def read_layout(query: Label, key: Label) -> tuple[SiteKind, TokenLayout]:
-    """Kind and layout of a site, from the labels of its query and key sequence."""
+def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
+    """Kind and layout of a site."""
+    query, key = site.query.labels[2], site.key.labels[2]
     tokens = length(query)
-    if query != key:
-        kind: SiteKind = "cross" if tokens != length(key) or _known(key) else "unknown"
-        return kind, TokenLayout(tokens=tokens, reason="keys are not the tokens of the queries")
-    parts = query[0].parts if len(query) == 1 and isinstance(query[0], Cat) else (query,)
-    grids = [_grid_of(part) for part in parts]
+    if why := _not_the_same(site):
+        kind: SiteKind = (
+            "cross" if tokens != length(key) or query == key or _known(key, embeddings) else "unknown"
+        )
+        return kind, TokenLayout(tokens=tokens, reason=why)
+    parts = _parts(query)
+    grids = [_grid_of(part, embeddings) for part in parts]
     clips = [i for i, (grid, _) in enumerate(grids) if grid is not None and grid[0] > 1]
     candidates = clips or [i for i, (grid, _) in enumerate(grids) if grid is not None]
     largest = max((length(parts[i]) for i in candidates), default=0)
@@ -87,117 +152,308 @@ def read_layout(query: Label, key: Label) -> tuple[SiteKind, TokenLayout]:
         return "self", TokenLayout(
             tokens=tokens, reason="its video is cut into pieces that lie in another order"
         )
-    return _placed(parts, at, *grids[at])
-
-
-def place_grid(label: Label, grid: Grid) -> tuple[SiteKind, TokenLayout] | None:
-    """Kind and layout with the user's grid in the one part of the sequence it fits, or None."""
-    tokens = math.prod(grid)
-    parts = label[0].parts if len(label) == 1 and isinstance(label[0], Cat) else (label,)
-    at = [i for i, part in enumerate(parts) if length(part) == tokens]
-    return _placed(parts, at[0], grid, "grid given by options") if len(at) == 1 else None
-
-
-def _placed(
-    parts: tuple[Label, ...], at: int, grid: Grid | None, reason: str
-) -> tuple[SiteKind, TokenLayout]:
     before, after = (sum(map(length, some)) for some in (parts[:at], parts[at + 1 :]))
-    layout = TokenLayout(tokens=sum(map(length, parts)), grid=grid, before=before, after=after, reason=reason)
+    return _placed(tokens, before, after, *grids[at])
+
+
+def place_grid(site: Site, embeddings: Iterable[Embedding], grid: Grid, text: Text | None) -> Read | None:
+    """Kind and layout with the user's grid; None where it does not fit, or the graph shows that it is wrong."""
+    query, key = site.query.labels[2], site.key.labels[2]
+    tokens, video = length(query), math.prod(grid)
+    places = []
+    if tokens == video:
+        places = [(0, 0)]
+    elif text is not None and tokens == text[0] + video + text[1]:
+        places = [text]
+    elif text is None and query == key:
+        parts = _parts(query)
+        ends = [0, *itertools.accumulate(map(length, parts))]
+        places = [(a, tokens - b) for a, b in itertools.pairwise(ends) if b - a == video]
+    if len(places) != 1 or tokens != length(key) or _contradicted(site, embeddings, *places[0]):
+        return None
+    return _placed(tokens, *places[0], grid, "grid given by options")
+
+
+def _placed(tokens: int, before: int, after: int, grid: Grid | None, reason: str) -> Read:
+    layout = TokenLayout(tokens=tokens, grid=grid, before=before, after=after, reason=reason)
     return ("joint" if before or after else "self"), layout
 
 
-def _largest(parts: tuple[Label, ...]) -> int:
+def _parts(label: Label) -> tuple[Label, ...]:
+    """The parts of a sequence."""
+    return label[0].parts if len(label) == 1 and isinstance(label[0], Cat) else (label,)
+
+
+def _largest(parts: Sequence[Label]) -> int:
     return max(range(len(parts)), key=lambda i: length(parts[i]))
 
 
-def _known(label: Label) -> bool:
-    """Whether a label comes from the graph's inputs rather than from an operator we do not know."""
-    return all(
-        isinstance(factor, Cat) or factor.source.kind in ("input", "conv", "position") for factor in label
-    )
+# Queries and keys
 
 
-def _grid_of(part: Label) -> tuple[Grid | None, str]:
-    """((frames, height, width), how it is known) of a part of a sequence, or (None, why not)."""
-    unknown = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
-    if any(isinstance(factor, Cat) for factor in part):
-        return None, "its tokens are laid out in runs of different kinds"
-    axes = [factor for factor in part if isinstance(factor, Atom)]
-    sources = {atom.source for atom in axes}
-    if any(atom.inner for atom in axes) and any(atom.source.kind == "conv" for atom in axes):
-        return None, "attends within windows of the grid"
-    if len(sources) == 1 and axes[0].source.kind == "conv" and len(axes[0].source.sizes) == 3:
-        return _grid_of_conv3d(axes)
-    if len(axes) == 2 and len(sources) == 1 and axes[0].source.kind == "conv":
-        return None, "attends within one frame"
-    if len(axes) == 3:
-        images = [atom.source.images for atom in axes if atom.source.kind == "conv"]
-        if len(images) == 2 and axes[0].source.kind != "conv":
-            return _grid_of_images(axes)
-        if not images and not any(
-            atom.inner or atom.source.kind in ("opaque", "lost", "blank") for atom in axes
-        ):
-            return _grid_of_axes(axes)
-    if sources and any(atom.source.kind == "conv" for atom in axes):
-        return None, "its tokens run over part of the video grid, or over it in another order"
-    return None, unknown
+def _not_the_same(site: Site) -> str:
+    """Why the keys are not the tokens of the queries, or ""; conditions 6 and 7 of the module."""
+    query, key = site
+    if query.labels[2] != key.labels[2]:
+        return "keys are not the tokens of the queries"
+    if not _same_videos(query, key):
+        return "keys are of other videos of the batch than the queries"
+    return ""
 
 
-def _grid_of_conv3d(axes: list[Atom]) -> tuple[Grid | None, str]:
-    source = axes[0].source
-    missing = {0, 1, 2} - {atom.dim for atom in axes}
-    dims = [atom.dim for atom in axes]
-    if any(source.sizes[dim] > 1 for dim in missing):
-        return None, "attends within one frame" if 0 in missing else "attends along time, not over the frame"
-    if dims != sorted(set(dims)):
-        return None, "its tokens do not lie in (frame, row, column) order"
-    sizes = {atom.dim: atom.size for atom in axes}
-    return (sizes.get(0, 1), sizes.get(1, 1), sizes.get(2, 1)), "patches by a 3-D convolution"
+def _same_videos(query: Known, key: Known) -> bool:
+    """Whether queries and keys are of the same videos of their batches, wherever the graph tells of any."""
+    told = _inputs(query.labels[2]) | (_batches(query) & _batches(key))
+    return _batch(query, told) == _batch(key, told)
 
 
-def _grid_of_images(axes: list[Atom]) -> tuple[Grid | None, str]:
-    """Frames from the batch of a 2-D convolution, rows and columns from the convolution itself."""
-    frames, rows, columns = axes
-    batch = [(a.source, a.dim) for a in rows.source.images if isinstance(a, Atom)]
-    same = rows.source is columns.source and (rows.dim, columns.dim) == (0, 1)
-    if not same or (frames.source, frames.dim) not in batch:
-        return None, "its tokens do not lie in (frame, row, column) order"
-    return (frames.size, rows.size, columns.size), "patches by a 2-D convolution over frames"
+def _runs(known: Known) -> list[Atom]:
+    """What the batch and the heads of a query or key run over, and where it was taken from along other axes."""
+    return [*atoms(known.labels[0]), *atoms(known.labels[1]), *known.taken]
 
 
-def _grid_of_axes(axes: list[Atom]) -> tuple[Grid | None, str]:
-    """Three axes of inputs, in their own order, or of position tables laid out as a mesh, or some of each."""
-    cut_out = [(atom.source, atom.dim) for atom in axes if atom.source.kind == "input"]
-    for (a, i), (b, j) in itertools.combinations(cut_out, 2):
-        if a is b and i >= j:
-            return None, "its tokens do not lie in (frame, row, column) order"
-    reason = (
-        "patches cut out of a graph input" if len(cut_out) == 3 else "a mesh of positions added to the tokens"
-    )
-    return (axes[0].size, axes[1].size, axes[2].size), reason
+def _batches(known: Known) -> set[Source]:
+    """The inputs of whose batches a query or key has something."""
+    return {claim.source for run in _runs(known) for claim in run.claims if claim.of_batch}
 
 
-def _check_grid(grid: Grid, sites: list[fx.Node]) -> None:
-    same = [node.meta for node in sites if node.meta["site"].kind in ("self", "joint")]
-    if same and all(meta["layout"].grid != grid for meta in same):
-        tokens = ", ".join(str(n) for n in sorted({meta["site"].q_tokens for meta in same}))
-        inferred = sorted({meta["layout"].grid for meta in same if meta["layout"].grid})
-        hint = f" From the graph: {inferred[0]}." if len(inferred) == 1 else ""
-        raise GridError(
-            f"grid must multiply to the video tokens of the model: got {grid} = {math.prod(grid)} tokens, but "
-            f"its self-attention runs over {tokens} tokens.{hint}"
+def _batch(known: Known, inputs: set[Source]) -> tuple[list[frozenset[Atom]], set[frozenset[Atom]]]:
+    """What a query or key runs over of batches, in order, and where along them it was taken from; of inputs, only
+    what concerns these."""
+    told = [
+        frozenset(
+            claim
+            for claim in run.claims
+            if claim.of_batch and (claim.source.kind != "input" or claim.source in inputs)
         )
+        for run in _runs(known)
+    ]
+    laid = len(told) - len(known.taken)
+    return [claims for claims in told[:laid] if claims], {claims for claims in told[laid:] if claims}
 
 
-def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: list[Label]) -> None:
+def _contradicted(site: Site, embeddings: Iterable[Embedding], before: int, after: int) -> bool:
+    """Whether the graph shows that queries and keys are not the same tokens, or not a video there in its order."""
+    query, key = site.query.labels[2], site.key.labels[2]
+    if query == key:
+        if _not_the_same(site):
+            return True
+    else:
+        known = [_known(label, embeddings) for label in (query, key)]
+        if all(known) or (any(known) and _moved(query, key)):
+            return True
+    stop = length(query) - after
+    return any(not _may_be_a_video(label, before, stop) for label in (query, key))
+
+
+def _moved(query: Label, key: Label) -> bool:
+    """Whether one of two sequences was made from the other's tokens in a way that labels cannot tell."""
+    sides = [(query, key), (key, query)]
+    return any(
+        claim.source.roots & {known.axis for known in _claims(other)}
+        for label, other in sides
+        for claim in _claims(label)
+    )
+
+
+def _may_be_a_video(label: Label, start: int, stop: int) -> bool:
+    """Whether nothing speaks against a video, row-major, at positions `start` to `stop` of a sequence."""
+    at = 0
+    for part in _parts(label):
+        end = at + length(part)
+        if start <= at and end <= stop:
+            inputs = [_origins(run) for run in part if isinstance(run, Atom)]
+            pairs = [
+                (a, b) for x, y in itertools.pairwise(inputs) for a in x for b in y if a.source is b.source
+            ]
+            if not all(_in_order(a, b) for a, b in pairs):
+                return False
+        elif max(at, start) < min(end, stop) and any(run.source.kind == "conv" for run in atoms(part)):
+            return False
+        at = end
+    return True
+
+
+def _known(label: Label, embeddings: Iterable[Embedding]) -> bool:
+    """Whether a sequence is of tokens that the graph makes of its inputs, and does not just get."""
+    made = {run.axis for embedding in embeddings for run in embedding.kept}
+    return all(
+        any(claim.source.kind == "conv" or claim.axis in made for claim in run.claims) for run in atoms(label)
+    )
+
+
+# The grid
+
+
+def _grid_of(part: Label, embeddings: Iterable[Embedding]) -> tuple[Grid | None, str]:
+    """((frames, height, width), how it is known) of a part of a sequence, or (None, why not)."""
+    axes = [run for run in part if isinstance(run, Atom)]
+    if len(axes) < len(part):
+        return None, "its tokens are laid out in runs of different kinds"
+    convolved = [run for run in axes if run.source.kind == "conv"]
+    if convolved and any(run.extent is not None for run in axes):
+        return None, "attends within windows of the grid"
+    sizes = [run.size for run in axes]
+    if convolved and len(convolved[0].source.sizes) == 3 and len({run.source for run in axes}) == 1:
+        source, dims = convolved[0].source, [run.dim for run in axes]
+        missing = [dim for dim in range(3) if dim not in dims]
+        if any(source.sizes[dim] > 1 for dim in missing):
+            return (
+                None,
+                "attends within one frame" if 0 in missing else "attends along time, not over the frame",
+            )
+        for dim in missing:
+            sizes.insert(dim, 1)
+    elif len(axes) != 3:
+        one_frame = len(axes) == len(convolved) == 2
+        return None, "attends within one frame" if one_frame else _PART if convolved else _NO_GRID
+    if why := _not_one_video(axes, embeddings):
+        return None, why
+    frames, height, width = sizes
+    return (frames, height, width), _how(axes)
+
+
+def _how(axes: Sequence[Atom]) -> str:
+    """How a grid is known."""
+    kinds = [run.source.kind for run in axes]
+    if kinds[-1] == "conv":
+        volumes = kinds[0] == "conv"
+        return "patches by a 3-D convolution" if volumes else "patches by a 2-D convolution over frames"
+    return (
+        "a mesh of positions added to the tokens"
+        if "position" in kinds
+        else "patches cut out of a graph input"
+    )
+
+
+def _not_one_video(axes: Sequence[Atom], embeddings: Iterable[Embedding]) -> str:
+    """Why axes are not the time, rows and columns of one video, or ""; conditions 1 to 5 of the module.
+
+    An axis of length 1 is not among them.
+    """
+    if any(run.source.kind == "conv" and not run.whole for run in axes):
+        return _PART
+    origins = [_origins(run) for run in axes]
+    sources = set.intersection(*({run.source for run in runs} for runs in origins))
+    if not sources:
+        return _PART if any(run.source.kind == "conv" for run in axes) else _NO_GRID
+    reasons = []
+    for source in sorted(sources, key=lambda source: source.serial):
+        pieces = [next(run for run in runs if run.source is source) for runs in origins]
+        reasons.append(_not_of_one_input(pieces, embeddings))
+    return min(reasons, key=len)
+
+
+def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -> str:
+    """The same for runs along axes of one input: conditions 3 to 5, and of 1 what concerns the input."""
+    if not all(itertools.starmap(_in_order, itertools.pairwise(pieces))):
+        return _ORDER
+    source, runs = pieces[0].source, atoms(joined(pieces))
+    dims = {run.dim for run in pieces}
+    if 0 in dims and len(source.sizes) > 2:
+        return "its tokens run over the first dimension of an input, which is a batch of videos"
+    if len(runs) == 1 and len(pieces) > 1 and _plain(runs[0]):
+        return ""  # one axis, divided by positions
+    return "" if any(_are_patches(pieces, one) for one in embeddings) else _NO_CHANNELS
+
+
+def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
+    """Whether an embedding makes patches that lie along these runs of one input, of its channels; condition 5."""
+    source = pieces[0].source
+    kept, summed = (
+        {run for run in runs if run.source is source} for runs in (embedding.kept, embedding.summed)
+    )
+    for run in atoms(joined(pieces)):
+        own, within = ([one for one in runs if one.dim == run.dim] for runs in (kept, summed))
+        divided = sum(piece.dim == run.dim for piece in pieces) > 1
+        if not own or not (divided or run in _outer_first(own)) or not _plain(*_outer_first([run, *within])):
+            return False
+    others = set(range(len(source.sizes))) - {piece.dim for piece in pieces}
+    channels = others - {0} or others
+    told = {run.dim for run in summed}
+    single = {dim for dim in (1, len(source.sizes) - 1) if source.sizes[dim] == 1}
+    return bool(channels) and channels <= told | single
+
+
+def _outer_first(runs: Iterable[Atom]) -> list[Atom]:
+    """Runs along one axis, joined where they are its outer and inner parts."""
+    ordered = sorted(runs, key=lambda run: -run.stride)
+    return atoms(joined(ordered))
+
+
+def _plain(*runs: Atom) -> bool:
+    """Whether this is one run of neighbouring positions."""
+    return len(runs) == 1 and runs[0].stride == 1 and runs[0].extent is None
+
+
+def _in_order(first: Atom, second: Atom) -> bool:
+    """Whether one run along an input's axes is further out than another, where both are of one axis the next."""
+    return first.dim < second.dim or (first.dim == second.dim and len(joined((first, second))) == 1)
+
+
+def _origins(run: Atom) -> list[Atom]:
+    """The runs along axes of inputs that an axis is of, through convolutions, whatever they pad; none where any
+    part of it is of something else."""
+    if run.source.kind != "conv":
+        return [claim for claim in run.claims if claim.source.kind == "input"]
+    parts = [part for part in _parts(run.source.of[2 + run.dim]) if not all(map(_is_padding, atoms(part)))]
+    if not run.whole or any(share_axis(a, b) for a, b in itertools.combinations(parts, 2)):
+        return []
+    found = [_origins(part[0]) if len(part) == 1 and isinstance(part[0], Atom) else [] for part in parts]
+    return list(itertools.chain(*found)) if all(found) else []
+
+
+def _is_padding(run: Atom) -> bool:
+    return run.blank or (run.source.kind == "opaque" and not run.source.roots)
+
+
+def _claims(label: Label) -> Iterator[Atom]:
+    """Every axis that a label claims, and those that convolutions made them of."""
+    for run in atoms(label):
+        yield from run.claims
+        for of in run.source.of:
+            yield from _claims(of)
+
+
+def _inputs(label: Label) -> set[Source]:
+    """The inputs that a label's axes come from."""
+    axes = {pair for claim in _claims(label) for pair in (claim.axis, *claim.source.roots)}
+    return {source for source, _ in axes if source.kind == "input"}
+
+
+def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None:
+    """Raise GridError where an attention could be meant by the user's grid and none has it."""
+    found = [(node.meta["site"], node.meta["layout"]) for node in nodes]
+    counts = {math.prod(grid), math.prod(grid) + sum(text or ())}
+    fitting = [layout for site, layout in found if site.q_tokens == site.kv_tokens in counts]
+    meant = [layout for site, layout in found if site.kind != "cross"]
+    if any(layout.grid == grid for _, layout in found) or not (meant or fitting):
+        return
+    inferred = sorted({layout.grid for layout in meant if layout.grid})
+    hint = f" From the graph: {inferred[0]}." if len(inferred) == 1 else ""
+    if fitting:
+        raise GridError(
+            f"grid must be that of tokens that attend to themselves, frame by frame and row by row: got {grid}, "
+            f"but of the attention over as many tokens the graph shows: {fitting[0].reason}.{hint}"
+        )
+    tokens = ", ".join(str(n) for n in sorted({layout.tokens for layout in meant}))
+    others = "" if text is None else f" and {sum(text)} others"
+    raise GridError(
+        f"grid must multiply to the video tokens of the model: got {grid} = {math.prod(grid)} tokens{others}, but "
+        f"its self-attention runs over {tokens} tokens.{hint or _TEXT_HINT}"
+    )
+
+
+def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterable[Label]) -> None:
     """Fix the sizes that the layouts rest on, so that Dynamo guards on them: no two grids share a program.
 
     These are all but the batch of inputs with four dimensions or more (videos, masks), of others the axes that
     are found among the tokens, and where positions tell the grid every number that is an input. A batch, or the
     length of a prompt elsewhere in the model, stays free.
     """
-    by_positions = any(atom.source.kind == "position" for label in used for atom in atoms(label))
-    axes = {pair for label in used for atom in atoms(label) for pair in ((atom.source, atom.dim), atom.owner)}
+    claims = {claim for label in used for claim in _claims(label)}
+    by_positions = any(claim.source.kind == "position" for claim in claims)
+    axes = {claim.axis for claim in claims}
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
         if node.op == "placeholder" and isinstance(value, torch.SymInt):
@@ -209,22 +465,56 @@ def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: list[La
                     int(size)
 
 
-def _follow(gm: fx.GraphModule) -> tuple[dict[fx.Node, tuple[Label, Label]], dict[fx.Node, Source]]:
-    """(labels of the query's and key's sequence at every captured site the graph reaches, sources of inputs)."""
-    found: dict[fx.Node, tuple[Label, Label]] = {}
+# Following the graph
+
+
+def _follow(gm: fx.GraphModule) -> Followed:
+    """Run a graph on fake tensors with labels."""
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
-    with FakeTensorMode(allow_non_fake_inputs=True), tracker, torch.no_grad():
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        values = [_static(node.meta.get("example_value")) for node in placeholders]
-        sources: dict[fx.Node, Source] = {}
-        for node, value in zip(placeholders, values, strict=True):
-            if isinstance(value, Tensor):
-                sources[node] = Source("input", tuple(value.shape))
-                tracker.put(value, [axis(sources[node], dim) for dim in range(value.dim())])
-        _Follower(gm, tracker, found).run(*values)
+    followed = Followed({}, {}, tracker.embeddings)
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        values = _stand_ins([node.meta.get("example_value") for node in placeholders])
+        with tracker:
+            for node, value in zip(placeholders, values, strict=True):
+                if isinstance(value, Tensor):
+                    kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
+                    source = followed.inputs[node] = Source(kind, tuple(value.shape))
+                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
+            _Follower(gm, tracker, followed.sites).run(*values)
     torch.set_grad_enabled(grad_enabled)
-    return found, sources
+    return followed
+
+
+def _stand_ins(values: Sequence[Any]) -> list[Any]:
+    """`_static` of a graph's inputs, which share memory where these do."""
+    stand_ins = [_static(value) for value in values]
+    sharing: dict[int, list[int]] = {}
+    for i, (value, one) in enumerate(zip(values, stand_ins, strict=True)):
+        if isinstance(one, Tensor) and (storage := _torch.storage_of(value)) is not None:
+            sharing.setdefault(storage, []).append(i)
+    for group in sharing.values():
+        offsets = [_torch.hint(values[i].storage_offset()) for i in group]
+        if len(group) > 1 and None not in offsets:
+            _share(stand_ins, group, offsets)
+    return stand_ins
+
+
+def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> None:
+    """Lay tensors, whose numbers are given, into one memory, at these offsets in elements."""
+    spans = [
+        (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
+        * bool(t.numel())
+        for t in (tensors[i] for i in group)
+    ]
+    ends = [
+        (offset + span) * tensors[i].itemsize for i, offset, span in zip(group, offsets, spans, strict=True)
+    ]
+    memory = torch.empty(max(ends), dtype=torch.uint8, device=tensors[group[0]].device)
+    for i, offset, end in zip(group, offsets, ends, strict=True):
+        t = tensors[i]
+        tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
 
 
 def _static(value: Any) -> Any:
@@ -237,7 +527,10 @@ def _static(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     sizes = sizes_of(value)
-    return _UNKNOWN if sizes is None else torch.empty(sizes, dtype=value.dtype, device=value.device)
+    if sizes is None:
+        return _UNKNOWN
+    strides = strides_of(value) or torch.empty(sizes, device="meta").stride()
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 
 class _Unknown:
@@ -250,9 +543,7 @@ _UNKNOWN = _Unknown()
 class _Follower(fx.Interpreter):
     """Runs a graph under an `AxisTracker`, into the bodies of higher-order operators; never raises."""
 
-    def __init__(
-        self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, tuple[Label, Label]]
-    ) -> None:
+    def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
         super().__init__(gm)
         self.tracker, self.found = tracker, found
 
@@ -262,7 +553,7 @@ class _Follower(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(leaf is _UNKNOWN for leaf in leaves):
-            return self._recorded(n)
+            return self._recorded(n, leaves)
         if n.target is attention:
             return self._site(n, *args)
         try:
@@ -272,15 +563,23 @@ class _Follower(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
         except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
             log.debug("not followed: %s: %s", n.format_node(), error)
-            return self._recorded(n)
+            return self._recorded(n, leaves)
 
-    def _recorded(self, n: fx.Node) -> Any:
-        """What Dynamo recorded for a node, with nothing known about its axes."""
-        return _static(n.meta["example_value"]) if "example_value" in n.meta else _UNKNOWN
+    def _recorded(self, n: fx.Node, leaves: Sequence[Any]) -> Any:
+        """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if may_write(n):
+            for tensor in tensors:
+                self.tracker.lose(tensor)
+        value = _static(n.meta["example_value"]) if "example_value" in n.meta else _UNKNOWN
+        for output in torch.utils._pytree.tree_leaves(value):
+            if isinstance(output, Tensor):
+                self.tracker.derive(output, tensors)
+        return value
 
     def _site(self, n: fx.Node, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        q, k, v = (self.tracker.of(t) for t in (query, key, value))
-        self.found[n] = (q[2], k[2])
+        q, k, v = (self.tracker.known(t) for t in (query, key, value))
+        self.found[n] = Site(q, k)
         out = query.new_empty(*query.shape[:3], value.shape[3])
-        self.tracker.put(out, [*q[:3], v[3]])
+        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
         return out

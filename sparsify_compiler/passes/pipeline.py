@@ -14,7 +14,7 @@ from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
-from sparsify_compiler.passes.planning import plan_sites
+from sparsify_compiler.passes.planning import plan_sites, plans_within
 from sparsify_compiler.passes.sizes import fix_sizes
 from sparsify_compiler.runtime.program import Choices, Phase
 
@@ -24,7 +24,7 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     """The passes that find out and decide: what `explain` runs. `device` as `plan_sites` has it."""
-    infer = partial(infer_layouts, grid=config.grid)
+    infer = partial(infer_layouts, grid=config.grid, text=config.text)
     return [
         capture,
         infer,
@@ -57,7 +57,7 @@ def rewrite(
     choices: Choices = (),
 ) -> fx.GraphModule:
     """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
-    return run(copy_graph(analysed), rewriting(config, phase, remembers, choices), config)
+    return run(copy_graph(analysed, alike=plans_within), rewriting(config, phase, remembers, choices), config)
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:

@@ -151,6 +151,20 @@ def learns(plan: AttentionPlan) -> bool:
     return isinstance(plan.settings, LearningMethod) and plan.settings.learns
 
 
+def plans_within(gm: fx.GraphModule) -> tuple[AttentionPlan, ...]:
+    """The plans of the sites of a graph and its bodies, without what sets calls of one body apart: place and name.
+
+    Names stay where a trainer knows sites by them.
+    """
+    plans = (node.meta["plan"] for node in all_sites(gm))
+    return tuple(
+        plan
+        if isinstance(plan.settings, LearningMethod)
+        else replace(plan, site=replace(plan.site, name="", index=0))
+        for plan in plans
+    )
+
+
 def graph_plan(gm: fx.GraphModule) -> GraphPlan:
     """The plan attached to a graph, with its sites in order."""
     return gm.meta["plan"]

@@ -1,0 +1,200 @@
+"""What a write to memory leaves of the labels of all tensors that share it.
+
+A write is followed by the memory it reaches, not by the tensors that use its result. Whatever is not proved to be
+where it was is no longer known, in every tensor of that memory: views taken before, views taken later, the base.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from sparsify_compiler.passes.axes import (
+    Atom,
+    Axis,
+    Cat,
+    Factor,
+    Label,
+    atoms,
+    cat,
+    common_parts,
+    cut,
+    implies,
+    is_blank,
+    joined,
+    length,
+    precedence,
+    unknown,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a tensor."""
+
+    labels: Sequence[Label]
+    """Of its dimensions."""
+    taken: frozenset[Atom] = frozenset()
+    """Positions that its tokens were taken from, along axes that it does not have: of any of them."""
+    fixed: frozenset[Atom] = frozenset()
+    """Those of all of them."""
+    constant: bool = False
+    """Whether nothing in it comes from an input."""
+
+    @property
+    def axes(self) -> set[Axis]:
+        """Every axis that anything of it lies along, or did."""
+        runs = [*self.taken, *(run for label in self.labels for run in atoms(label))]
+        return {axis for run in runs for claim in run.claims for axis in (claim.axis, *claim.source.roots)}
+
+
+class Write:
+    """Turns labels of the memory that was written to into what they are afterwards.
+
+    A claim holds still where the memory written to was known to lie along that axis, and what was written lies at
+    the same places of it; or where it speaks of another part of a concatenation. A dimension that was blank takes
+    the label of what was written there.
+    """
+
+    def __init__(self, before: Known, after: Known, *, replaced: bool) -> None:
+        """`before`: of the tensor written through. `after`: of what it holds now; if `replaced`, nothing of it
+        was there before, else what was there took part in it, element by element."""
+        doubtful: set[Axis] = set()
+        proved: set[Atom] = set()
+        for old, new in zip(before.labels, after.labels, strict=True):
+            claims = _claims(old)
+            if implies(new, old) if replaced else not _unknowns(new) - _unknowns(old):
+                proved |= claims
+            else:
+                doubtful |= {claim.axis for claim in claims}
+        fixed, now = (
+            _by_axis(claim for atom in known.fixed for claim in atom.claims) for known in (before, after)
+        )
+        for axis, claims in fixed.items():
+            if replaced and now.get(axis) != claims:
+                doubtful.add(axis)
+            else:
+                proved |= claims
+        self._axes = {*fixed, *(run.axis for label in before.labels for run in atoms(label))}
+        self._proved = _by_axis(claim for claim in proved if claim.axis not in doubtful)
+        self._complete = {axis for axis, claims in self._proved.items() if _determine(claims)}
+        self._written = after.labels
+        pairs = list(zip(before.labels, after.labels, strict=True))
+        self._fills = [fill for old, new in pairs for fill in _fills(old, new)]
+        still = {atom.source for old, new in pairs if is_blank(new) for atom in atoms(old)}
+        self._blank = still | {blank.source for blank, _ in self._fills}
+
+    def after(self, label: Label) -> Label:
+        """A label of the memory, of more or less of it, after the write."""
+        label = joined([factor for old in label for factor in self._kept(old)])
+        for blank, by in self._fills:
+            label = _fill(label, blank, by)
+        return label
+
+    def holds(self, claim: Atom) -> bool:
+        """Whether what all of the memory was known to lie along it still does."""
+        same = (_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
+        return claim.axis in self._complete or any(same)
+
+    def _kept(self, factor: Factor) -> Label:
+        if isinstance(factor, Cat):
+            axes = [{run.axis for run in atoms(part)} for part in factor.parts]
+            here = self._axes & set().union(*axes)
+            return cat(
+                [
+                    part if here and own and not here & own else self._part(part)
+                    for part, own in zip(factor.parts, axes, strict=True)
+                ]
+            )
+        if factor.blank:  # where another dimension was written in part, its order is not known
+            return (factor,) if factor.source in self._blank else unknown(factor.size, *self._written)
+        kept = sorted(filter(self.holds, factor.claims), key=precedence)
+        if not kept:
+            return unknown(factor.size, (factor,))
+        return (replace(kept[0], also=frozenset(kept[1:])),)
+
+    def _part(self, part: Label) -> Label:
+        return joined([factor for old in part for factor in self._kept(old)])
+
+
+def _claims(label: Label) -> set[Atom]:
+    return {claim for atom in atoms(label) for claim in atom.claims if not claim.blank}
+
+
+def _unknowns(label: Label) -> set[Atom]:
+    return {atom for atom in atoms(label) if atom.source.kind in ("lost", "opaque")}
+
+
+def _by_axis(claims: Iterable[Atom]) -> dict[Axis, set[Atom]]:
+    found: dict[Axis, set[Atom]] = {}
+    for claim in claims:
+        found.setdefault(claim.axis, set()).add(claim)
+    return found
+
+
+def _determine(claims: Iterable[Atom]) -> bool:
+    """Whether these runs along one axis tell a position on it, all together."""
+    known = 1  # the position is known modulo this
+    for claim in sorted(claims, key=lambda claim: claim.stride):
+        if claim.stride > known:
+            return False
+        if claim.extent is None:
+            return True
+        known = max(known, claim.stride * claim.extent)
+    return False
+
+
+def _digit(claim: Atom) -> tuple[int, int, int | None]:
+    """What of a position on its axis a run tells, wherever it starts and ends."""
+    return claim.stride, claim.base % claim.stride if claim.extent is None else claim.base, claim.extent
+
+
+def _fills(target: Label, written: Label) -> list[tuple[Atom, Label]]:
+    """(blank run of `target`, what was written there), for every one that gets to say something."""
+    found: list[tuple[Atom, Label]] = []
+    for factor, by in _grouped(target, written):
+        if isinstance(factor, Atom):
+            found += [(factor, by)] if factor.source.kind == "blank" and not is_blank(by) else []
+        elif len(by) == 1 and isinstance(by[0], Cat):
+            for part, new in common_parts(factor, by[0]) or []:
+                found += _fills(part, new)
+    return found
+
+
+def _grouped(target: Label, written: Label) -> list[tuple[Factor, Label]]:
+    """Every factor of one label with those of another that lie in its place; as far as they do."""
+    rest, groups = list(written), []
+    for factor in target:
+        group: list[Factor] = []
+        while rest and math.prod(one.size for one in group) < factor.size:
+            group.append(rest.pop(0))
+        if length(tuple(group)) != factor.size:
+            break
+        groups.append((factor, tuple(group)))
+    return groups
+
+
+def _fill(label: Label, blank: Atom, by: Label) -> Label:
+    """`label` after the run `blank` got another label: all of that run in it, or a part."""
+    done: list[Factor] = []
+    for factor in label:
+        if isinstance(factor, Cat):
+            done += cat([_fill(part, blank, by) for part in factor.parts])
+        elif factor.source is not blank.source:
+            done.append(factor)
+        elif factor == blank:
+            done += by
+        elif factor.stride == blank.stride == 1 and factor.extent is blank.extent is None:
+            done += _overlaid(factor, blank, by)
+        else:
+            done += unknown(factor.size, by)
+    return joined(done)
+
+
+def _overlaid(run: Atom, blank: Atom, by: Label) -> Label:
+    """A plain run with `by` in place of that part of it which lies in `blank`."""
+    start = min(max(blank.base - run.base, 0), run.size)
+    stop = min(max(blank.base + blank.size - run.base, start), run.size)
+    if start == stop:
+        return (run,)
+    shift = run.base - blank.base
+    return cat([cut((run,), 0, start), cut(by, start + shift, stop + shift), cut((run,), stop, run.size)])
