@@ -5,7 +5,6 @@ Tensors are views [B, H, S, D] of [B, S, H, D], as models pass them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -82,7 +81,7 @@ def _forward(row: int) -> Iterator[Example]:
         for dtype in DTYPES:
             tiles = {"": configs.SINGLE[width]} if dtype == FLOAT32 else _by_length(configs.HALF[row, width])
             for length, config in tiles.items():
-                for ordered, biased in product((False, True), repeat=2):
+                for ordered, biased in ((False, False), (False, True), (True, False), (True, True)):
                     if dtype == FLOAT16 and not (ordered and biased):
                         continue  # its code is that of bfloat16
                     words = _words(length, "orders" if ordered else "", "bias" if biased else "")
@@ -178,27 +177,26 @@ def _clustering() -> Iterator[Example]:
 
 
 def _far_field() -> Iterator[Example]:
-    bounds = _index(1, HEADS, BLOCKS + 1)
+    """With orders, and statistics with a key bias too."""
+    bounds, order = _index(1, HEADS, BLOCKS + 1), _index(1, HEADS, TOKENS)
+    bias = torch.empty(BATCH, 1, TOKENS, device="meta")
     for head_dim in (*HEAD_DIMS, 96):
-        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16, FLOAT32):
-            for ordered in (False, True):
-                order = _index(1, HEADS, TOKENS) if ordered else None
-                bias = torch.empty(BATCH, 1, TOKENS, device="meta") if ordered else None
-                words, tokens = "orders" if ordered else "", _tensor(head_dim, dtype)
-                launch = statistics.means_launch(tokens, bounds, order, *empty_means(tokens, bounds))
-                yield Example(words, head_dim, dtype, launch)
-                found = empty_statistics(tokens, tokens, bounds, order, bias, True)
-                launch = statistics.statistics_launch(tokens, tokens, bounds, order, bias, found)
-                yield Example(_words(words, "bias" if ordered else ""), head_dim, dtype, launch)
-                out, lse = empty_outputs(tokens, tokens)
-                matrices = torch.empty(BATCH, HEADS, BLOCKS, head_dim, head_dim, device="meta")
-                linear = matrices, matrices[..., 0], bounds, order, 0.1, out, lse
-                yield Example(
-                    words, head_dim, dtype, far_field.merge_launch(tokens, out, lse, out, lse, *linear)
-                )
+        for dtype in DTYPES if head_dim in HEAD_DIMS else (BFLOAT16,):
+            tokens = _tensor(head_dim, dtype)
+            out, lse = empty_outputs(tokens, tokens)
+            matrices = torch.empty(BATCH, HEADS, BLOCKS, head_dim, head_dim, device="meta")
+            linear = matrices, matrices[..., 0], bounds, order, 0.1
+            found = empty_statistics(tokens, tokens, bounds, order, bias, True)
+            for launch in (
+                statistics.means_launch(tokens, bounds, order, *empty_means(tokens, bounds)),
+                statistics.statistics_launch(tokens, tokens, bounds, order, bias, found),
+                far_field.merge_launch(tokens, out, lse, out, lse, *linear, out, lse),
+            ):
+                yield Example("", head_dim, dtype, launch)
 
 
 def _prediction() -> Iterator[Example]:
+    """With a key bias."""
     groups, width = 2048, 4096
     for rank in RANKS:
         for dtype in DTYPES:
@@ -206,19 +204,16 @@ def _prediction() -> Iterator[Example]:
                 torch.empty(BATCH, HEADS, count, rank, dtype=dtype, device="meta")
                 for count in (groups, TOKENS)
             )
-            highest = torch.empty(BATCH, HEADS, groups, device="meta")
-            bounds = _index(129)
+            highest, bounds = torch.empty(BATCH, HEADS, groups, device="meta"), _index(129)
             scores = prediction.empty_scores(query, key, 128)
-            for hides in (False, True):
-                bias = torch.empty(BATCH, 1, TOKENS, dtype=dtype, device="meta") if hides else None
-                inputs = prediction.scored(query, key, _index(1, HEADS), bias, 0.25)
-                chosen = empty_top_k(query, None, width)
-                for launch in (
-                    prediction.choose(inputs, *chosen),
-                    prediction.softmax(inputs, highest, highest),
-                    prediction.add_up(inputs, highest, highest, bounds, scores),
-                ):
-                    yield Example("bias" if hides else "", rank, dtype, launch)
+            bias = torch.empty(BATCH, 1, TOKENS, dtype=dtype, device="meta")
+            inputs = prediction.scored(query, key, _index(1, HEADS), bias, 0.25)
+            for launch in (
+                prediction.choose(inputs, *empty_top_k(query, None, width)),
+                prediction.softmax(inputs, highest, highest),
+                prediction.add_up(inputs, highest, highest, bounds, scores),
+            ):
+                yield Example("", rank, dtype, launch)
     chosen = empty_top_k(query, bounds, width)
     yield Example("stored scores", None, None, prediction.choose_stored(scores, inputs, *chosen))
 
