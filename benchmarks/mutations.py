@@ -8,6 +8,7 @@ its grid, or else where a test fails. What survives is printed by name.
 import argparse
 import ast
 import inspect
+import itertools
 import multiprocessing
 import signal
 import subprocess
@@ -79,18 +80,17 @@ def by_size(rule: Rule) -> Rule:
     return broken
 
 
-def exchanged(rule: Rule) -> Rule:
-    """Exchanges the labels of two dimensions of one size."""
+def disordered(rule: Rule) -> Rule:
+    """Reverses the factors of every label, or else exchanges the labels of two dimensions of one size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         labels = rule(tracker, output, *args, **kwargs)
-        pairs = [
-            (i, j) for i in range(len(labels)) for j in range(i) if length(labels[i]) == length(labels[j]) > 1
-        ]
-        for i, j in pairs[:1]:
-            labels = [
-                labels[j] if at == i else labels[i] if at == j else one for at, one in enumerate(labels)
-            ]
+        if any(len(label) > 1 for label in labels):
+            return [label[::-1] for label in labels]
+        for i, j in itertools.combinations(range(len(labels)), 2):
+            if length(labels[i]) == length(labels[j]) > 1:
+                labels[i], labels[j] = labels[j], labels[i]
+                break
         return labels
 
     return broken
@@ -101,7 +101,7 @@ def forgetful(rule: Rule) -> Rule:
     return lambda tracker, output, *args, **kwargs: [fresh(size) for size in output.shape]
 
 
-BROKEN_RULES = (by_size, exchanged, forgetful)
+BROKEN_RULES = (by_size, disordered, forgetful)
 
 
 def rule_mutants() -> Iterator[Mutant]:

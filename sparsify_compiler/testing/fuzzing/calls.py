@@ -6,19 +6,18 @@ must serve any.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.testing.fuzzing.cases import Case, Draft, Draw, Level, Scene, Verdict, lines
-from sparsify_compiler.testing.fuzzing.judging import described, differs
+from sparsify_compiler.testing.fuzzing.judging import backend, described, differs
 from sparsify_compiler.testing.fuzzing.machines import CHANNELS, HEADS, WIDTH, Program, heads, joined
 
 FRAMES = 3
@@ -128,7 +127,10 @@ VARIED: dict[str, tuple[Any, ...]] = {
     "copy": (False, True),
     "train": (False, True),
 }
-"""What a call may do differently from the one before; the first is the usual."""
+"""What a call may do differently from the one before."""
+
+USUAL = {name: values[0] for name, values in VARIED.items()}
+"""A call of which a case says nothing else."""
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -179,12 +181,11 @@ class Model(nn.Module):
 def draw_calls(draw: Draw) -> Case:
     """A model, options, and some calls that differ in a thing or two from one to the next."""
     scene = Scene(grid=(FRAMES, 2, 5), patch=(1, 2, 2))
-    usual = {name: values[0] for name, values in VARIED.items()}
-    video, text = _inputs(scene, usual)
+    video, text = _inputs(scene, USUAL)
     draft = Draft(m=Model(None, scene), video=video, text=text, t=torch.ones(1))
     draft.add("x = m.conv3d(video)")
-    for table, most in ((VIDEO, 2), (TEXT, 2), (JOINS, 1), (AFTER, 2)):
-        for _ in range(draw.integer(0, most)):
+    for table, counts in ((VIDEO, (0, 1)), (TEXT, (1, 1, 0, 2)), (JOINS, (1, 1, 1, 0)), (AFTER, (0, 1, 2))):
+        for _ in range(draw.of(*counts)):
             draft.add(draw.of(*table))
     if draw.chance(70) or not any(word in move for move in draft.moves for word in ("attend", "by_hand")):
         draft.add(draw.of(*END))
@@ -192,18 +193,15 @@ def draw_calls(draw: Draw) -> Case:
     options = {**method, "inner_backend": draw.of("eager", "eager", "eager", "eager", "aot_eager")}
     if options["method"] not in ("tile", "dense"):
         options |= {"dense_layers": 0, "dense_steps": draw.of(0, 0, 1)}
-    if draw.chance(10):
+    if draw.chance(5):
         options["grid"] = scene.grid
     if draw.chance(25):
         options["dynamic"] = draw.of(True, False)
-    calls = [usual]
+    calls: list[dict[str, Any]] = [{}]
     names = draw.of(("text", "batch", "rows", "columns"), tuple(VARIED))
     for _ in range(draw.integer(1, 3)):
-        call = dict(calls[-1])
-        for _ in range(draw.of(1, 1, 2)):
-            name = draw.of(*names)
-            call[name] = draw.of(*VARIED[name])
-        calls.append(call)
+        changed = [draw.of(*names) for _ in range(draw.of(1, 1, 2))]
+        calls.append(calls[-1] | {name: draw.of(*VARIED[name]) for name in changed})
     if draw.chance(30):
         calls = calls[::-1]
     return Case(kind="calls", scene=scene, moves=tuple(draft.moves), options=options, calls=tuple(calls))
@@ -215,18 +213,12 @@ def judge_calls(case: Case, level: Level, program: Program) -> Verdict:
     options = dict(case.options)
     dynamic = options.pop("dynamic", None)
     plans: list[AttentionPlan] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = sparsify(gm, inputs, options=options)
-        plans.extend(compiled.plan)
-        return compiled
-
     with torch.random.fork_rng():
         torch.manual_seed(0)
         eager = Model(program, case.scene).eval()
-    fast = torch.compile(copy.deepcopy(eager), backend=backend, dynamic=dynamic)
+    fast = torch.compile(copy.deepcopy(eager), backend=backend(options, plans), dynamic=dynamic)
     refused = ""
-    for number, call in enumerate(case.calls):
+    for number, call in enumerate(USUAL | call for call in case.calls):
         if call["copy"]:
             fast, eager = copy.deepcopy(fast), copy.deepcopy(eager)
         results: list[Any] = []

@@ -106,7 +106,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backend."""
     calls: tuple[dict[str, Any], ...] = ()
-    """For the kind `calls`: how the compiled program is called, call by call."""
+    """For the kind `calls`: how each call of the compiled program differs from a usual one."""
     tolerance: float = 1e-3
     """Largest difference of two outputs that is rounding, relative to the largest number."""
 
@@ -190,6 +190,10 @@ def _smaller(case: Case) -> Iterator[Case]:
         yield replace(case, moves=moves)
     for calls in _without_some(case.calls):
         yield replace(case, calls=calls)
+    for at, call in enumerate(case.calls):
+        for name in call:
+            less = {key: value for key, value in call.items() if key != name}
+            yield replace(case, calls=(*case.calls[:at], less, *case.calls[at + 1 :]))
 
 
 def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:

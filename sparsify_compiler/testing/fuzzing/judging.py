@@ -68,14 +68,19 @@ def compiled(program: Program, options: dict[str, Any], *args: Any) -> tuple[lis
     The program must be new to Dynamo: one that is compiled anew for every case needs no reset in between.
     """
     plans: list[AttentionPlan] = []
-
-    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = sparsify(gm, inputs, options=options)
-        plans.extend(compiled.plan)
-        return compiled
-
-    out = torch.compile(program, backend=backend, dynamic=False)(*args)
+    out = torch.compile(program, backend=backend(options, plans), dynamic=False)(*args)
     return plans, out
+
+
+def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Program]:
+    """The backend `sparsify` with these options, which appends what it plans."""
+
+    def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+        made = sparsify(gm, inputs, options=options)
+        plans.extend(made.plan)
+        return made
+
+    return recorded
 
 
 def claims_of(plans: Sequence[AttentionPlan], calls: Sequence[Call]) -> list[AttentionPlan | None]:
