@@ -13,8 +13,3 @@ torch.set_num_threads(1)
 
 settings.register_profile("sparsify", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("sparsify")
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from sparsify_compiler.testing.interpreter import prepare_once_a_launch
-
-    prepare_once_a_launch()
