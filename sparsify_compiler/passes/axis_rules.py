@@ -82,7 +82,7 @@ class AxisTracker(TorchDispatchMode):
         """What is known of a tensor; nothing of one that was not seen before."""
         found = self._known.get(tensor)
         if found is None:
-            self.put(tensor, Known([fresh(int(size)) for size in tensor.shape]))
+            self.put(tensor, Known([fresh(int(size)) for size in tensor.shape], constant=True))
             found = self._known[tensor]
         return found
 
@@ -113,7 +113,7 @@ class AxisTracker(TorchDispatchMode):
         """Something unknown was written to a tensor."""
         before = self.known(tensor)
         labels = [unknown(length(label), *before.labels) for label in before.labels]
-        self._spread(tensor, Known(labels), replaced=True)
+        self._spread(tensor, Known(labels))
 
     def _set(self, tensor: Tensor, known: Known) -> None:
         assert [length(label) for label in known.labels] == list(tensor.shape), (known, tensor.shape)
@@ -134,7 +134,9 @@ class AxisTracker(TorchDispatchMode):
         targets = _written_arguments(func, args, kwargs)
         for number, target in enumerate(targets):
             self._write(target, number, func, args, kwargs)
-        operands = _tensors(args, kwargs)
+        operands = (
+            _tensors(args, kwargs) if RULES.get(name) is not _blank else []
+        )  # of these it takes the shape
         for index, output in enumerate(_tensors(result)):
             if not any(output is target for target in targets):
                 where = {"index": index} if isinstance(result, (list, tuple)) else {}
@@ -206,7 +208,8 @@ class AxisTracker(TorchDispatchMode):
         else:  # an output that was handed in
             given = {key: each for key, each in kwargs.items() if each is not target}
             labels = self._labelled(func, target, operands, args, given)
-        self._spread(target, self._found(operands, labels), replaced=not met)
+        others = [self.known(t) for t in operands if t is not target] if met else None
+        self._spread(target, self._found(operands, labels), others)
 
     def _moves(self, value: Any, target: Tensor) -> bool:
         """Whether writing `value` to `target` may bring something from elsewhere: no constant, and not itself."""
@@ -215,9 +218,9 @@ class AxisTracker(TorchDispatchMode):
         known = self.known(value)
         return not (known.constant and all(map(is_blank, known.labels)))
 
-    def _spread(self, target: Tensor, after: Known, *, replaced: bool) -> None:
-        """Let all tensors of the memory know what `target` holds now."""
-        write = Write(self.known(target), after, replaced=replaced)
+    def _spread(self, target: Tensor, after: Known, others: Iterable[Known] | None = None) -> None:
+        """Let all tensors of the memory know what `target` holds now; `others` as `Write` has it."""
+        write = Write(self.known(target), after, others=others)
         place = _place(target)
         for one in self._sharing(target):
             known = self._known[one]
@@ -419,9 +422,12 @@ def _slice(
     labels = list(tracker.of(x))
     size = x.shape[dim]
     begin, stop, _ = slice(start, end).indices(size)
-    labels[dim] = (
-        cut(labels[dim], begin, max(begin, stop)) if step == 1 else unknown(output.shape[dim], labels[dim])
-    )
+    if output.shape[dim] == 1:
+        labels[dim] = tuple(pick(labels[dim], begin))
+    elif step == 1:
+        labels[dim] = cut(labels[dim], begin, max(begin, stop))
+    else:
+        labels[dim] = unknown(output.shape[dim], labels[dim])
     return labels
 
 
@@ -523,7 +529,8 @@ def _arange(tracker: AxisTracker, output: Tensor, *_: Any, **__: Any) -> list[La
 
 
 @rule("empty", "zeros", "ones", "full", "empty_like", "zeros_like", "ones_like", "full_like", "new_empty",
-      "new_zeros", "new_ones", "new_full", "scalar_tensor", "empty_strided", "new_empty_strided")  # fmt: skip
+      "new_zeros", "new_ones", "new_full", "scalar_tensor", "empty_strided", "new_empty_strided",
+      "rand", "randn", "rand_like", "randn_like", "randint", "randint_like")  # fmt: skip
 def _blank(tracker: AxisTracker, output: Tensor, *_: Any, **__: Any) -> list[Label]:
     return [fresh(size, "blank") for size in output.shape]
 

@@ -51,13 +51,17 @@ class Write:
     """Turns labels of the memory that was written to into what they are afterwards.
 
     A claim holds still where the memory written to was known to lie along that axis, and what was written lies at
-    the same places of it; or where it speaks of another part of a concatenation. A dimension that was blank takes
-    the label of what was written there.
+    the same places of it; or where it speaks of another part of a concatenation; or where what was there took part
+    in what was written, and nothing else that has the axis. A dimension that was blank takes the label of what was
+    written there.
     """
 
-    def __init__(self, before: Known, after: Known, *, replaced: bool) -> None:
-        """`before`: of the tensor written through. `after`: of what it holds now; if `replaced`, nothing of it
-        was there before, else what was there took part in it, element by element."""
+    def __init__(self, before: Known, after: Known, *, others: Iterable[Known] | None = None) -> None:
+        """`before`: of the tensor written through. `after`: of what it holds now, which was made of what it held
+        and of `others`, element by element; of nothing that it held, if None."""
+        replaced = others is None
+        self._brought = {axis for other in others or () for axis in other.axes}
+        self._replaced = replaced
         doubtful: set[Axis] = set()
         proved: set[Atom] = set()
         for old, new in zip(before.labels, after.labels, strict=True):
@@ -92,8 +96,9 @@ class Write:
 
     def holds(self, claim: Atom) -> bool:
         """Whether what all of the memory was known to lie along it still does."""
-        same = (_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
-        return claim.axis in self._complete or any(same)
+        if claim.axis in self._complete or not (self._replaced or claim.axis in self._brought):
+            return True
+        return any(_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
 
     def _kept(self, factor: Factor) -> Label:
         if isinstance(factor, Cat):

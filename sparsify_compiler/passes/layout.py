@@ -48,6 +48,7 @@ from sparsify_compiler.passes.axes import (
     atoms,
     axis,
     fresh,
+    is_blank,
     joined,
     length,
     share_axis,
@@ -240,7 +241,7 @@ def _contradicted(site: Site, embeddings: Iterable[Embedding], before: int, afte
             return True
     else:
         known = [_known(label, embeddings) for label in (query, key)]
-        if all(known) or (any(known) and _moved(query, key)):
+        if all(known) or (any(known) and _moved(query, key)) or is_blank(query) != is_blank(key):
             return True
     stop = length(query) - after
     return any(not _may_be_a_video(label, before, stop) for label in (query, key))
@@ -268,8 +269,10 @@ def _may_be_a_video(label: Label, start: int, stop: int) -> bool:
             ]
             if not all(_in_order(a, b) for a, b in pairs):
                 return False
-        elif max(at, start) < min(end, stop) and any(run.source.kind == "conv" for run in atoms(part)):
-            return False
+        elif max(at, start) < min(end, stop) and any(
+            run.source.kind in ("conv", "lost") for run in atoms(part)
+        ):
+            return False  # it begins or ends within what is one video by itself
         at = end
     return True
 

@@ -142,7 +142,7 @@ def refusal(site: AttentionSite, layout: TokenLayout) -> str:
     if site.refusal:
         return site.refusal
     if site.kind == "cross":
-        return "cross-attention: the keys are not the tokens of the queries"
+        return f"cross-attention: the {layout.reason}"
     return layout.reason if site.kind == "unknown" else ""
 
 

@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from planned import planned
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import SparsifyWarning
-from sparsify_compiler.backend import configure, sparsify
+from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import warn_once
-from sparsify_compiler.passes import pipeline
-from sparsify_compiler.passes.planning import graph_plan
-from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.program import Program
 
-GRID = (5, 7, 9)
+Grid = tuple[int, int, int]
+GRID: Grid = (5, 7, 9)
 TOKENS, WIDTH = 315, 16
 PERM = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
 MATRIX = torch.eye(TOKENS)[PERM]
@@ -28,28 +27,16 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def planned(function: Callable[..., Tensor], *args: Any) -> list[AttentionPlan]:
-    """The plans for a function, which runs eagerly."""
-    plans: list[AttentionPlan] = []
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        plans.extend(graph_plan(pipeline.analyse(gm, configure({"method": "tile"}))))
-        return gm.forward
-
-    with torch.no_grad():
-        torch.compile(function, backend=backend, fullgraph=True)(*args)
-    return plans
-
-
 def mesh() -> Tensor:
     """[1, S, WIDTH]: row-major positions of the grid."""
     places = torch.meshgrid(*(torch.arange(n).float() for n in GRID), indexing="ij")
     return torch.stack(places, -1).flatten(0, 2).repeat(1, 6)[None, :, :WIDTH]
 
 
-def attend(x: Tensor) -> Tensor:
+def attend(x: Tensor, places: Tensor | None = None) -> Tensor:
     """Self-attention whose queries and keys are multiplied by a mesh of positions."""
-    q, k, v = (t[:, None] for t in (x * mesh().cos(), x.sin() * mesh().cos(), x))
+    places = mesh().cos() if places is None else places
+    q, k, v = (t[:, None] for t in (x * places, x.sin() * places, x))
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -70,7 +57,119 @@ def swap_thirds(x: Tensor) -> Tensor:
     return torch.cat([c, b, a], 1)
 
 
+def written(write: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """A copy of the tokens after a write that gets (the copy, the tokens)."""
+
+    def move(x: Tensor) -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        write(y, x)
+        return y
+
+    return move
+
+
+def write_steps(y: Tensor, x: Tensor) -> None:
+    y[:, 0:314:2], y[:, 1::2] = x[:, 1::2], x[:, 0:314:2]
+
+
+def write_tokens(y: Tensor, x: Tensor) -> None:
+    y[:, 0], y[:, 70] = x[:, 70], x[:, 0]
+
+
+def swap_frames(y: Tensor, x: Tensor) -> None:
+    frames = y.unflatten(1, (5, 63))
+    kept = frames[:, 1].clone()
+    frames[:, 1] = frames[:, 2]
+    frames[:, 2] = kept
+
+
+def roll_by_slices(y: Tensor, x: Tensor) -> None:
+    y[:, 1:], y[:, :1] = x[:, :-1], x[:, -1:]
+
+
+def write_after_a_view(y: Tensor, x: Tensor) -> None:
+    rows = y.view(1, 45, 7, WIDTH)
+    y.copy_(x.flip(1))
+    rows.mul_(2.0)
+
+
+def write_where(y: Tensor, x: Tensor) -> None:
+    hidden = x[0, :, 0] > 0
+    y[:, hidden] = x[:, hidden].flip(1)
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "steps": write_steps,
+    "tokens": write_tokens,
+    "frames through a view": swap_frames,
+    "roll by slices": roll_by_slices,
+    "after a view": write_after_a_view,
+    "one frame over another": lambda y, x: y[:, :63].copy_(x[:, 63:126]),
+    "one token everywhere": lambda y, x: y.copy_(x[:, 9:10].expand_as(x)),
+    "one token over a frame": lambda y, x: y[:, 63:126].copy_(x[:, 9:10].expand(1, 63, WIDTH)),
+    "rows through a transpose": lambda y, x: y.transpose(0, 1)[9:18].copy_(x.transpose(0, 1)[18:27]),
+    "index_put_": lambda y, x: y.index_put_((torch.tensor([0]), PERM), x[0]),
+    "index by tensor": lambda y, x: y[0].__setitem__(PERM, x[0]),
+    "scatter_": lambda y, x: y.scatter_(1, PERM[None, :, None].expand_as(x), x),
+    "index_copy_": lambda y, x: y.index_copy_(1, PERM, x),
+    "index_add_": lambda y, x: y.index_add_(1, PERM, x),
+    "masked_scatter_": lambda y, x: y.masked_scatter_(x > 0, x.flip(1)),
+    "boolean index": write_where,
+    "as_strided": lambda y, x: y.as_strided((315, WIDTH), (WIDTH, 1)).copy_(x[0].flip(0)),
+    "flat": lambda y, x: y.view(-1)[: 9 * WIDTH].copy_(x.reshape(-1)[9 * WIDTH : 18 * WIDTH]),
+    "detached": lambda y, x: y.detach().copy_(x.roll(1, 1)),
+    "data": lambda y, x: y.data.copy_(x.roll(1, 1)),
+    "out": lambda y, x: torch.index_select(x, 1, PERM, out=y),
+    "out, element by element": lambda y, x: torch.add(x.flip(1).contiguous(), 0.0, out=y),
+    "moved tokens added": lambda y, x: y.add_(x.flip(1)),
+    "neighbours added": lambda y, x: y[:, 1:].add_(x[:, :-1]),
+    "steps added to steps": lambda y, x: y[:, 1::2].add_(x[:, 0:314:2]),
+    "foreach": lambda y, x: torch._foreach_copy_([y], [x.roll(1, 1)]),
+    "foreach, added": lambda y, x: torch._foreach_add_([y], [x.roll(1, 1)]),
+}
+"""Writes that move tokens, or that nothing proves to move none."""
+
+HARMLESS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "scaled": lambda y, x: y.mul_(2.0).clamp_(max=3.0),
+    "some scaled": lambda y, x: y[:, ::2].mul_(2.0),
+    "a frame scaled": lambda y, x: y.view(1, 5, 7, 9, WIDTH)[:, 1].mul_(2.0),
+    "a bias on all but a frame": lambda y, x: y[:, 63:].add_(torch.ones(WIDTH)),
+    "tokens of their own": lambda y, x: y[:, 63:126].copy_(x[:, 63:126] * 2),
+    "a token of its own": lambda y, x: y[:, 70].copy_(x[:, 70].cos()),
+    "steps of channels": lambda y, x: y[..., ::2].copy_(-x[..., 1::2]),
+    "zeros": lambda y, x: (y[:, 9:18].zero_(), y[:, 3].fill_(0.0)),
+    "a constant by index": lambda y, x: y.__setitem__((slice(None), PERM[:9]), 0.0),
+    "masked": lambda y, x: y.masked_fill_(x > 3, 0.0),
+    "itself": lambda y, x: y[:, 9:18].copy_(y[:, 9:18]),
+    "all again": lambda y, x: y.copy_(x.sin()),
+    "out": lambda y, x: torch.add(x.contiguous(), 1.0, out=y),
+    "foreach": lambda y, x: torch._foreach_mul_([y], 2.0),
+}
+"""Writes that leave every token where it was."""
+
+
+def fill_by_slices(x: Tensor) -> Tensor:
+    y = x.new_zeros(1, TOKENS + 20, WIDTH)
+    y[:, :20] = x.mean(1, keepdim=True)
+    y[:, 20:] = x
+    return y
+
+
+def fill_channels(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[..., ::2], y[..., 1::2] = x[..., ::2].sin(), x[..., 1::2].cos()
+    return y
+
+
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    **{f"write: {name}": written(write) for name, write in WRITES.items()},
+    "take by a token": lambda x: x[:, 5:6].expand_as(x),
+    "negative pad": lambda x: torch.cat([F.pad(x, (0, 0, -63, 0)), x[:, :63]], 1),
+    "shift by padding": lambda x: F.pad(x, (0, 0, 63, -63)),
+    "moved tokens added": lambda x: x + x.flip(1),
+    "some moved": lambda x: torch.where(x > 0, x, x.flip(1)),
+    "channels shifted": lambda x: torch.cat([x[..., :8], F.pad(x[..., 8:], (0, 0, 63, -63))], -1),
+    "stacked with moved": lambda x: torch.stack([x.roll(1, 1), x])[0],
     "roll": lambda x: x.roll(3, 1),
     "flip": lambda x: x.flip(1),
     "index": lambda x: x[:, PERM],
@@ -98,14 +197,37 @@ def embed(video: Tensor) -> Tensor:
     return conv(video).flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("source", ["convolution", "packed"])
-def test_moved_tokens_stay_dense(move: str, source: str) -> None:
-    if source == "packed":
-        (plan,) = planned(lambda x: attend(MOVES[move](x)), PACKED)
-    else:
-        (plan,) = planned(lambda video: attend(MOVES[move](embed(video))), VIDEO)
-    assert plan.layout.grid is None, plan.reason
+SOURCES: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "convolution": (embed, VIDEO),
+    "packed": (lambda x: x, PACKED),
+}
+
+
+def each_moved(moves: dict[str, Callable[[Tensor], Tensor]], source: str) -> dict[str, Grid | None]:
+    """The grid of an attention after each of several moves, all of them in one graph."""
+    tokens, inputs = SOURCES[source]
+
+    def run(inputs: Tensor) -> list[Tensor]:
+        x, places = tokens(inputs), mesh().cos()
+        return [attend(move(x), places) for move in moves.values()]
+
+    return {name: plan.layout.grid for name, plan in zip(moves, planned(run, inputs), strict=True)}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_moved_tokens_stay_dense(source: str) -> None:
+    assert each_moved(MOVES, source) == dict.fromkeys(MOVES)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_writes_that_move_nothing_keep_the_grid(source: str) -> None:
+    moves = {name: written(write) for name, write in HARMLESS.items()} | {"channels filled": fill_channels}
+    assert each_moved(moves, source) == dict.fromkeys(moves, GRID)
+
+
+def test_a_buffer_filled_in_parts_is_their_concatenation() -> None:
+    (plan,) = planned(lambda video: attend_plain(fill_by_slices(embed(video))), VIDEO)
+    assert (plan.layout.grid, plan.layout.before, plan.layout.after) == (GRID, 20, 0)
 
 
 def test_tokens_that_are_not_moved_do_get_their_grid() -> None:

@@ -1,0 +1,308 @@
+"""Three axes are a grid where they are the time, rows and columns of one video, and queries and keys are of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planned import each_planned, planned
+from torch import Tensor, nn
+
+GRID = (3, 2, 5)
+TOKENS, WIDTH = 30, 16
+_noise = torch.Generator().manual_seed(0)
+
+
+def noise(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=_noise)
+
+
+VIDEO, OTHER = noise(2, 4, 3, 4, 10), noise(2, 4, 3, 4, 10)
+PACKED, TEXT = noise(2, TOKENS, WIDTH), noise(2, 7, WIDTH)
+PERM = torch.randperm(TOKENS, generator=_noise)
+FRAMES = torch.tensor([2, 0, 1])
+with torch.no_grad():
+    volume = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
+    wide = nn.Conv3d(8, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
+    grey = nn.Conv3d(1, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
+    deep = nn.Conv3d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH).requires_grad_(False)
+    image = nn.Conv2d(4, WIDTH, 2, 2).requires_grad_(False)
+    channels = nn.Linear(4, WIDTH).requires_grad_(False)
+    features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def attend(q: Tensor, k: Tensor | None = None) -> Tensor:
+    """Attention of one head over tokens [B, S, C]."""
+    k = q if k is None else k
+    return F.scaled_dot_product_attention(q.sin()[:, None], k.cos()[:, None], k[:, None])
+
+
+def sequence(x: Tensor) -> Tensor:
+    """[B, S, C] of [B, C, F, H, W]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def embed(video: Tensor) -> Tensor:
+    return sequence(volume(video))
+
+
+def mesh(*sizes: int, before: int = 0) -> Tensor:
+    """[1, before + S, WIDTH]: row-major positions of a grid, after zeros."""
+    places = torch.meshgrid(*(torch.arange(n).float() for n in sizes or GRID), indexing="ij")
+    table = torch.stack(places, -1).flatten(0, -2).repeat(1, WIDTH)[None, :, :WIDTH]
+    return F.pad(table, (0, 0, before, 0))
+
+
+def scalars(x: Tensor) -> Tensor:
+    """[B, S, WIDTH] of tokens that are numbers, [B, S]."""
+    return x[..., None] * torch.ones(WIDTH)
+
+
+def by_image(frames: Tensor) -> Tensor:
+    """[N, S, C] of [N, 4, H, W]."""
+    return image(frames).flatten(2).transpose(1, 2)
+
+
+def frame_by_frame(video: Tensor) -> Tensor:
+    """[B, F, S, C] of [B, C, F, H, W]."""
+    return by_image(video.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 3))
+
+
+def in_windows(x: Tensor, columns: tuple[int, int], of: int) -> Tensor:
+    """Tokens of [B, C, F, H, W] with the columns divided, one of the two divisions in the batch."""
+    divided = x.unflatten(4, columns)
+    others = [dim for dim in (2, 3, 4, 5) if dim != of]
+    return divided.permute(0, of, *others, 1).flatten(0, 1).flatten(1, 3)
+
+
+def swapped(x: Tensor) -> Tensor:
+    """A batch of two after its videos changed places by writes."""
+    y = x.clone()
+    y[0], y[1] = x[1], x[0]
+    return y
+
+
+Videos = Callable[[Tensor, Tensor], Tensor]
+NO_GRID: dict[str, Videos] = {
+    # 1. whole
+    "frames cut off": lambda v, _: attend(embed(v)[:, 10:]),
+    "frames cut off by padding": lambda v, _: attend(F.pad(embed(v), (0, 0, -10, 0))),
+    "a token cut off": lambda v, _: attend(embed(v)[:, 1:]),
+    "a token cut off by padding": lambda v, _: attend(F.pad(embed(v), (0, 0, -1, 0))),
+    "columns cut off": lambda v, _: attend(sequence(volume(v)[..., 1:])),
+    "columns cut off by padding": lambda v, _: attend(sequence(F.pad(volume(v), (-1, 0)))),
+    "every other frame": lambda v, _: attend(sequence(volume(v)[:, :, ::2])),
+    "every other column": lambda v, _: attend(sequence(volume(v)[..., ::2])),
+    "rolled by padding": lambda v, _: attend(
+        torch.cat([F.pad(embed(v), (0, 0, -20, 0)), embed(v)[:, :20]], 1)
+    ),
+    "rest after padding": lambda v, _: (
+        lambda x: attend(torch.cat([F.pad(x, (0, 0, -20, 0)), x[:, :20]], 1))
+    )(embed(v)),
+    "windows": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))), (2, 3), of=4)),
+    "dilated": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))), (3, 2), of=5)),
+    "shifted windows": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))).roll(1, 4), (2, 3), of=4)),
+    # 2. one input
+    "frames reversed before": lambda v, _: attend(embed(v.flip(2))),
+    "frames shuffled before": lambda v, _: attend(embed(v[:, :, FRAMES])),
+    "rows rolled before": lambda v, _: attend(embed(v.roll(2, 3))),
+    "every other column before": lambda v, _: attend(embed(v[..., ::2])),
+    "frames beside columns before": lambda v, _: attend(
+        embed(v.permute(0, 1, 3, 4, 2).flatten(3)[:, :, None])
+    ),
+    "batch folded into frames": lambda v, _: attend(embed(v.transpose(0, 1).flatten(1, 2)[None])),
+    "views folded into frames": lambda v, o: attend(embed(torch.stack([v, o], 2).flatten(2, 3))),
+    "last frames first": lambda v, _: attend(embed(torch.cat([v[:, :, 1:], v[:, :, :1]], 2))),
+    # 3. order
+    "rows and columns": lambda v, _: attend(embed(v.transpose(3, 4))),
+    "columns as time": lambda v, _: attend(embed(v.permute(0, 1, 4, 3, 2)[..., :2])),
+    "frames last": lambda v, _: attend(volume(v).permute(0, 3, 4, 2, 1).flatten(1, 3)),
+    # 4. not the batch
+    "videos, by image": lambda v, _: attend(frame_by_frame(v).transpose(0, 1).flatten(1, 2)),
+    "videos, by channels": lambda v, _: attend(channels(v.permute(2, 0, 3, 4, 1)).flatten(1, 3)),
+    "videos as time": lambda v, _: attend(embed(v.permute(2, 1, 0, 3, 4))),
+    # 5. channels
+    "channels": lambda v, _: attend(scalars(v.transpose(1, 2).flatten(0, 1).flatten(1))),
+    "channels and frames": lambda v, _: attend(scalars(v.permute(0, 4, 1, 2, 3).flatten(0, 1).flatten(1))),
+    "channels of one frame": lambda v, _: attend(scalars(v[:, :, 0].flatten(1))),
+    "channels, mean of frames": lambda v, _: attend(scalars(v.mean(2).flatten(1))),
+    "channels, frames as features": lambda v, _: attend(v.permute(0, 1, 3, 4, 2).flatten(1, 3)),
+    "channels, a head for each frame": lambda v, _: F.scaled_dot_product_attention(
+        *[scalars(v.transpose(1, 2).flatten(2))] * 3
+    ),
+    "channels as time": lambda v, _: attend(sequence(grey(v.transpose(1, 2).flatten(0, 1)[:, None]))),
+    "frames and columns": lambda v, _: attend(
+        by_image(v.permute(0, 3, 1, 2, 4).flatten(0, 1)).unflatten(0, (2, 4)).flatten(1, 2)
+    ),
+    # 6. same axes
+    "another video": lambda v, o: attend(embed(v), embed(o)),
+    "keys turned round": lambda v, _: attend(embed(v), embed(v).flip(1)),
+    "halves of a sequence": lambda v, o: attend(*torch.cat([embed(v), embed(o)], 1).chunk(2, 1)),
+    "halves of the channels": lambda v, o: attend(*torch.cat([embed(v), embed(o)], -1).chunk(2, -1)),
+    "stacked videos": lambda v, o: attend(*torch.stack([embed(v), embed(o)])),
+    # 7. same videos
+    "one video and the other": lambda v, _: (lambda x: attend(x[:1], x[1:]))(embed(v)),
+    "one by index and the other": lambda v, _: (lambda x: attend(x[0][None], x[1][None]))(embed(v)),
+    "every other video": lambda v, _: (lambda x: attend(x[::2], x[1::2]))(embed(v)),
+    "videos turned round": lambda v, _: attend(embed(v), embed(v).flip(0)),
+    "videos rolled": lambda v, _: (lambda x: attend(x, x.roll(1, 0)))(embed(v)),
+    "videos by index": lambda v, _: (lambda x: attend(x, x[[1, 0]]))(embed(v)),
+    "videos joined anew": lambda v, _: (lambda x: attend(x, torch.cat([x[1:], x[:1]])))(embed(v)),
+    "videos stacked anew": lambda v, _: (lambda x: attend(x, torch.stack([x[1], x[0]])))(embed(v)),
+    "the first for all": lambda v, _: (lambda x: attend(x, x[:1].expand(2, -1, -1)))(embed(v)),
+    "the last for all": lambda v, _: (lambda x: attend(x, x[1:].repeat(2, 1, 1)))(embed(v)),
+    "the mean for all": lambda v, _: (lambda x: attend(x, x.mean(0, keepdim=True).expand(2, -1, -1)))(
+        embed(v)
+    ),
+    "videos that change places": lambda v, _: (lambda x: attend(x, swapped(x)))(embed(v)),
+    "halves of a batch": lambda v, o: attend(*embed(torch.cat([v, o])).chunk(2)),
+    "halves of a batch of two": lambda v, o: attend(*embed(torch.cat([v[:1], o[:1]])).chunk(2)),
+    "stacked ones of a batch": lambda v, _: (
+        lambda x: attend(torch.stack([x[0], x[1]]), torch.stack([x[1], x[0]]))
+    )(embed(v)),
+    # positions do not overrule what is known
+    "mesh after a shuffle": lambda v, _: attend(embed(v)[:, PERM] * mesh()),
+    "joined mesh after a shuffle": lambda v, o: attend(
+        torch.cat([embed(o)[:, :7], embed(v)], 1).flip(1) * mesh(before=7)
+    ),
+    "joined mesh after padding": lambda v, o: attend(
+        F.pad(torch.cat([embed(o)[:, :7], embed(v)[:, PERM]], 1), (0, 0, 3, -3)) * mesh(before=7)
+    ),
+    "mesh on every other frame's tokens": lambda v, _: attend(embed(v)[:, ::2] * mesh(3, 1, 5)),
+}
+
+GRIDS: dict[str, Videos] = {
+    "volume": lambda v, _: attend(embed(v)),
+    "by image": lambda v, _: attend(frame_by_frame(v).flatten(1, 2)),
+    "patches by reshape": lambda v, _: attend(
+        features(v.reshape(2, 4, 3, 2, 2, 5, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)).flatten(1, 3)
+    ),
+    "zeros beside": lambda v, _: attend(embed(F.pad(v[..., 1:], (1, 0)))),
+    "edges beside": lambda v, _: attend(embed(F.pad(v[..., 1:], (1, 0, 0, 0, 0, 0), mode="replicate"))),
+    "nothing beside, round": lambda v, _: attend(embed(F.pad(v, (0, 0, 0, 0, 0, 0), mode="circular"))),
+    "cropped before": lambda v, o: attend(embed(torch.cat([v, o], 2)[:, :, 2:5])),
+    "with a mask": lambda v, o: attend(sequence(wide(torch.cat([v, o], 1)))),
+    "after a frame": lambda v, o: attend(embed(torch.cat([o[:, :, :1], v[:, :, :2]], 2))),
+    "noisy": lambda v, _: attend(embed(v * 0.5 + torch.randn_like(v))),
+    "convolved twice": lambda v, _: attend(sequence(deep(volume(v)))),
+    "and its convolution": lambda v, _: attend(embed(v) + sequence(deep(volume(v)))),
+    "and another": lambda v, o: attend(embed(v) + embed(o)),
+    "one of the batch": lambda v, _: attend(embed(v)[1:]),
+    "half of a doubled batch": lambda v, _: attend(torch.cat([embed(v)] * 2).chunk(2)[1]),
+    "gates first": lambda v, _: attend(v.mean((1, 2, 3, 4))[:, None, None] * embed(v)),
+    "clipped": lambda v, _: (lambda x: attend(torch.where(x > 0, x, 0.0)))(embed(v)),
+    "tokens hidden": lambda v, _: (lambda x: attend(torch.where(x[..., :1] > 0, x, torch.ones(WIDTH))))(
+        embed(v)
+    ),
+    "keys and values stacked": lambda v, _: (lambda x: attend(x, torch.stack([features(x), features(x)])[0]))(
+        embed(v)
+    ),
+}
+
+
+def test_what_may_not_be_one_video_stays_dense() -> None:
+    plans = each_planned(NO_GRID, VIDEO, OTHER)
+    assert {name: plan.layout.grid for name, plan in plans.items()} == dict.fromkeys(NO_GRID)
+    assert "batch of videos" in plans["videos as time"].reason
+    assert "channels" in plans["channels as time"].reason
+    assert "order" in plans["columns as time"].reason
+    assert "other videos" in plans["one video and the other"].reason
+
+
+def test_what_is_one_video_has_its_grid() -> None:
+    plans = each_planned(GRIDS, VIDEO, OTHER)
+    assert {name: plan.layout.grid for name, plan in plans.items()} == dict.fromkeys(GRIDS, GRID)
+
+
+INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
+    "no batch": (lambda v: attend(sequence(volume(v[None]))), (VIDEO[0],), 0),
+    "one channel": (lambda v: attend(sequence(grey(v))), (VIDEO[:, :1],), 0),
+    "frames first": (lambda v: attend(embed(v.transpose(1, 2))), (VIDEO.transpose(1, 2).contiguous(),), 0),
+    "channels last": (lambda v: attend(channels(v).flatten(1, 3)), (noise(2, 3, 2, 5, 4),), 0),
+    "mesh": (lambda x: attend(features(x) + mesh()), (PACKED,), 0),
+    "mesh without a batch": (lambda x: attend((features(x) + mesh()[0])[None]), (PACKED[0],), 0),
+    "mesh and a table": (lambda x, table: attend(table * (x + mesh())), (PACKED, noise(1, TOKENS, WIDTH)), 0),
+    "mesh on a part": (lambda x: attend(x * mesh(before=7)), (noise(2, TOKENS + 7, WIDTH),), 7),
+    "mesh on a slice": (
+        lambda x: attend(torch.cat([x[:, :7], x[:, 7:] * mesh()], 1)),
+        (noise(2, TOKENS + 7, WIDTH),),
+        7,
+    ),
+    "mesh on a frame's tokens": (
+        lambda x: attend((features(x) + mesh(2, 5)[:, None]).flatten(1, 2)),
+        (noise(2, 3, 10, WIDTH),),
+        0,
+    ),
+    "text first": (lambda x, y: attend(torch.cat([y, x], 1) * mesh(before=7)), (PACKED, TEXT), 7),
+    "packed, convolved": (
+        lambda x: attend(sequence(deep(x.transpose(1, 2).unflatten(2, GRID)))),
+        (PACKED,),
+        0,
+    ),
+}
+"""(function, its inputs, tokens before the video)"""
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_inputs_of_other_forms_have_their_grid(name: str) -> None:
+    function, inputs, before = INPUTS[name]
+    (plan,) = planned(function, *inputs)
+    assert (plan.layout.grid, plan.layout.before, plan.layout.after) == (GRID, before, 0), plan.reason
+
+
+def turned_round_through_an_alias(x: Tensor, alias: Tensor) -> Tensor:
+    alias.copy_(alias.flip(1))
+    return attend(features(x) * mesh())
+
+
+def turned_round_where(x: Tensor) -> Tensor:
+    y, seen = x.clone(), x[..., 0] > 0
+    y[seen] = x[seen].flip(0)
+    return attend(features(y) * mesh())
+
+
+TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "mesh moved with its tokens": (
+        lambda x: attend((x * mesh()).unflatten(1, GRID).permute(0, 2, 3, 1, 4).flatten(1, 3)),
+        (PACKED,),
+    ),
+    "a mesh over images": (lambda x: attend(x.flatten(0, 1)[None] * mesh()), (noise(3, 10, WIDTH),)),
+    "images": (lambda x: attend(by_image(x).flatten(0, 1)[None]), (noise(3, 4, 4, 10),)),
+    "channels of images": (lambda x: attend(sequence(grey(x[:, None]))), (noise(2, 3, 4, 10),)),
+    "one table on two": (
+        lambda x, y, table: attend(table * x, table * y),
+        (PACKED, PACKED + 1, PACKED[:1] - 1),
+    ),
+    "one table and mesh on two": (
+        lambda x, y, table: attend(mesh() * (table * x), mesh() * (table * y)),
+        (PACKED, PACKED + 1, PACKED[:1] - 1),
+    ),
+    "mesh alone": (lambda x: attend(mesh() * x), (noise(1),)),
+    "another grid's table": (
+        lambda x, table: attend(features(x).flip(1) * table.flatten(0, 2)),
+        (PACKED, noise(3, 2, 5, WIDTH)),
+    ),
+    "one packed video and the other": (lambda x: (lambda y: attend(y[:1], y[1:]))(x * mesh()), (PACKED,)),
+    "one packed video by index": (
+        lambda x: (lambda y: attend(y[0][None], y[1][None]))(x * mesh()),
+        (PACKED,),
+    ),
+    "inputs that share memory": (
+        turned_round_through_an_alias,
+        (lambda x: (x, x.view(2, TOKENS, WIDTH)))(PACKED.clone()),
+    ),
+    "a write that is not followed": (turned_round_where, (PACKED,)),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_inputs_that_are_no_video_stay_dense(name: str) -> None:
+    function, inputs = TRAPS[name]
+    (plan,) = planned(function, *inputs)
+    assert plan.layout.grid is None, plan.reason
