@@ -412,4 +412,5 @@ def shapes_of(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
 
 def _remember(held: Any, learnt: Any) -> None:
     for old, new in zip(held, learnt, strict=True):
-        old.copy_(new)
+        # Not seen by autograd: where a body runs again in backward, its operands are saved, these among them.
+        old.data.copy_(new)
