@@ -117,6 +117,13 @@ def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through one of these."""
+    forward_ad = torch.autograd.forward_ad
+    level = forward_ad._current_level
+    return level >= 0 and any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
+
+
 def source_name(placeholder: fx.Node) -> str:
     """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)

@@ -266,6 +266,9 @@ def _merge_backward_fake(
     return query, near_out, near_lse, far_out, far_lse, matrices, limits
 
 
+_merge_backward_op.register_autograd(statistics.no_second_derivative)
+
+
 def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, _provider = inputs
     ctx.save_for_backward(*output, *tensors)
