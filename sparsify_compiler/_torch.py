@@ -76,7 +76,7 @@ def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
 
     if isinstance(value, torch.SymInt):
         return number(value)
-    if not _has_symbols(value):
+    if not isinstance(value, Tensor) or not _is_symbolic(value):
         return value
     numbers = [number(size) for size in (*value.shape, *value.stride())]
     if not all(isinstance(one, int) and one >= 0 for one in numbers):
@@ -98,11 +98,11 @@ def quiet_fakes() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _has_symbols(value: Any) -> bool:
-    """Whether a size or stride of a tensor is a symbol."""
-    return isinstance(value, Tensor) and any(
-        isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride())
-    )
+def _is_symbolic(value: Any) -> bool:
+    """Whether a value that Dynamo recorded is a symbol, or a tensor that has one for a size or stride."""
+    if isinstance(value, Tensor):
+        return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
@@ -121,18 +121,11 @@ def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def needs_dynamo(gm: fx.GraphModule) -> bool:
-    """Whether a graph can be compiled only while Dynamo is at it: it has symbols, or higher-order operators, whose
-    bodies may want some."""
-
-    def is_free(value: Any) -> bool:
-        return _has_symbols(value) or isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
-
-    return any(
-        isinstance(node.target, torch._ops.HigherOrderOperator)
-        or any(map(is_free, tree_leaves(node.meta.get("example_value"))))
-        for node in gm.graph.nodes
-    )
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation goes through one of these."""
+    forward_ad = torch.autograd.forward_ad
+    level = forward_ad._current_level
+    return level >= 0 and any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
 
 
 def storage_of(tensor: Tensor) -> int | None:
@@ -260,9 +253,16 @@ def compile_with(
     Args:
         mode: goes to Inductor as torch.compile passes it.
         offload: of Inductor: which nodes of the joint graph wait on the host between forward and backward.
+
+    After Dynamo is done, a graph that has symbols, or operators whose bodies may have some, gets an environment for
+    them of its own.
     """
     from torch._dynamo import lookup_backend
+    from torch._guards import detect_fake_mode
 
+    if detect_fake_mode(list(example_inputs)) is None and _has_symbols(gm):
+        with _own_environment(gm, example_inputs) as fakes:
+            return compile_with(backend, gm, fakes, mode, offload=offload)
     if backend != "inductor":
         return lookup_backend(backend)(gm, list(example_inputs))
     from torch._functorch import config
@@ -278,6 +278,31 @@ def compile_with(
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     assert callable(compiled)
     return compiled
+
+
+def _has_symbols(gm: fx.GraphModule) -> bool:
+    return any(
+        isinstance(node.target, torch._ops.HigherOrderOperator)
+        or any(map(_is_symbolic, tree_leaves(node.meta.get("example_value"))))
+        for node in gm.graph.nodes
+    )
+
+
+@contextmanager
+def _own_environment(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[list[Any]]:
+    """The inputs as fake tensors of the sizes that they have, and inside what Dynamo has for symbols."""
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            node.meta.pop("unbacked_bindings", None)  # of the environment that Dynamo had
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with tracing(TracingContext(mode)):
+        yield [
+            mode.from_tensor(one, static_shapes=True) if isinstance(one, Tensor) else one for one in inputs
+        ]
 
 
 def _offloading_pass(chosen: Callable[[fx.Graph], Iterable[fx.Node]]) -> Callable[[fx.Graph], None]:

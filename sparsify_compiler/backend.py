@@ -94,9 +94,8 @@ def _program(
         remembers=not trains and bool(plan.sparse),
         learning_sites=tuple(one for one in plan.sparse if learns(one)),
     )
-    # Now alone can guards on sizes be added, and has a size that only the run time knows its environment; and CUDA
-    # graphs want to know the model's tensors.
-    if trains or mode is not None or _torch.needs_dynamo(gm):
+    # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
+    if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
         extra = (_torch.example_like(example_inputs, tensor) for tensor in held.blank())
         program.prepare([*example_inputs, *extra])
     return program

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.kernels.statistics import wide
+from sparsify_compiler.kernels.statistics import no_second_derivative, wide
 from sparsify_compiler.table import BlockTable
 
 
@@ -169,6 +169,9 @@ def _check_backward(
 def empty_gradients(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised gradients of the op, contiguous: every provider returns exactly this layout."""
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_backward_op.register_autograd(no_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:

@@ -266,16 +266,20 @@ def _merge_backward_fake(
     return query, near_out, near_lse, far_out, far_lse, matrices, limits
 
 
+_merge_backward_op.register_autograd(statistics.no_second_derivative)
+
+
 def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.scale, _provider = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
 def _merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors  # once: checkpointing gives them out no second time
     *grads, grad_matrices, grad_limits = torch.ops.sparsify.merge_far_field_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale
+        grad_out, grad_lse, *saved, ctx.scale
     )
-    if ctx.saved_tensors[7] is None:
+    if saved[7] is None:
         grad_matrices = grad_limits = None
     return (*grads, grad_matrices, grad_limits, *[None] * 4)
 

@@ -19,6 +19,11 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """(log_weight, key_mean, value_mean, key_variance, value_variance, covariance), see `block_statistics`."""
 
 
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The gradient of an op that computes gradients."""
+    raise OperandError("sparse attention has no second derivative: leave this attention dense")
+
+
 def block_means(
     tokens: Tensor, bounds: Tensor, order: Tensor | None, *, provider: str = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -167,6 +172,9 @@ def _means_backward_fake(grad: Tensor, tokens: Tensor, *_: Any) -> Tensor:
     return tokens.new_empty(tokens.shape)
 
 
+_means_backward_op.register_autograd(no_second_derivative)
+
+
 def _means_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs[:3])
@@ -210,6 +218,9 @@ def _statistics_backward_op(
 def _statistics_backward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     key, value = arguments[5:7]
     return key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_statistics_backward_op.register_autograd(no_second_derivative)
 
 
 def _statistics_setup(ctx: Any, inputs: Sequence[Any], output: Statistics) -> None:

@@ -211,7 +211,7 @@ def _lower_module(
             lowered[id(module)] = _lower_module(
                 module, lowering, partial(_add_placeholder_for, module.graph), None
             )
-            if any(isinstance(part, SparseSite) for part in module.modules()):
+            if any(isinstance(part, (SparseSite, Observer)) for part in module.modules()):
                 _torch.keep_results(module, _CHOICES)
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked

@@ -196,7 +196,7 @@ class _Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         namespace, _, name = func._schema.name.partition("::")
         if self._otherwise and (
-            namespace not in ("aten", "prims")
+            namespace not in ("aten", "prim", "prims")
             or name.startswith(_SEES_MEMORY)
             or torch.Tag.nondeterministic_seeded in func.tags  # numbers are drawn in the order of memory
         ):

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler import _torch
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
@@ -396,6 +397,8 @@ def _check_sizes(
                 f"{name} must be [{wanted}], as when it was planned, got {list(shape)}: other sizes need a program "
                 "of their own, which torch.compile makes unless its guards are skipped"
             )
+        if _torch.has_tangent(tensor):
+            raise OperandError("sparse attention has no forward-mode derivative: leave this attention dense")
 
 
 def settled(plan: AttentionPlan, choice: Any) -> Hashable:
@@ -412,4 +415,5 @@ def shapes_of(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
 
 def _remember(held: Any, learnt: Any) -> None:
     for old, new in zip(held, learnt, strict=True):
-        old.copy_(new)
+        # Not seen by autograd: where a body runs again in backward, its operands are saved, these among them.
+        old.data.copy_(new)
