@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 T = TypeVar("T")
 Level = Literal["analysis", "end to end"]
-"""How far a case is taken: plans alone, from a graph recorded without Dynamo; or compiled, run and compared."""
+"""How a program becomes a graph: recorded as it runs, and only the passes see it; or all of torch.compile."""
 
 Outcome = Literal["sparse", "dense", "refused", "WRONG", "CRASH", "invalid"]
 """`sparse`: something is sparse, and right. `dense`: nothing is. `refused`: a SparsifyError. `WRONG`: a claim or a
