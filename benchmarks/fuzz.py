@@ -60,14 +60,22 @@ class Chunk:
     count: int
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A case that something is wrong with, shrunk unless its chunk has many."""
+
+    number: int
+    verdict: Verdict
+    case: Case
+
+
 @dataclass
 class Result:
     """What came of a chunk."""
 
     chunk: Chunk
     outcomes: dict[str, int] = field(default_factory=dict)
-    faults: list[dict[str, Any]] = field(default_factory=list)
-    """Number, outcome, message and the (shrunk) case of each fault."""
+    faults: list[Fault] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
     def count(self, verdict: Verdict) -> None:
@@ -129,7 +137,7 @@ def run(chunk: Chunk, work: Callable[[Chunk, int, Connection], None] = work, sta
                 elif verdict.is_fault:
                     result.faults.pop()
                 if verdict.is_fault:
-                    result.faults.append(fault(number, verdict, case))
+                    result.faults.append(Fault(number, verdict, case))
         except EOFError:
             pass
         process.join(5.0)
@@ -142,7 +150,7 @@ def run(chunk: Chunk, work: Callable[[Chunk, int, Connection], None] = work, sta
         if begun > judged:
             case = random_case(chunk.kind, chunk.seed, begun)
             result.count(verdict := Verdict("CRASH", f"the process {ended}"))
-            result.faults.append(fault(begun, verdict, case))
+            result.faults.append(Fault(begun, verdict, case))
     return result
 
 
@@ -151,23 +159,17 @@ def exit_name(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def fault(number: int, verdict: Verdict, case: Case) -> dict[str, Any]:
-    """A fault as it is written down."""
-    return {"number": number, **asdict(verdict), "case": case.as_json()}
-
-
 def keep(result: Result, folder: Path, seen: set[str]) -> None:
     """Append a chunk to the progress, and save those of its faults whose sort was not seen yet."""
     chunk = result.chunk
     for found in result.faults:
-        case, verdict = Case.from_json(found["case"]), Verdict(found["outcome"], found["message"])
-        signature = re.sub(r"\d+", "N", f"{chunk.kind} {verdict.outcome} {case.moves}")
+        signature = re.sub(r"\d+", "N", f"{chunk.kind} {found.verdict.outcome} {found.case.moves}")
         if signature in seen:
             continue
         seen.add(signature)
-        name = f"{chunk.kind}-{chunk.level.replace(' ', '-')}-{chunk.seed}-{found['number']}"
-        save(case, chunk.level, verdict, folder, name)
-        print(f"{verdict.outcome} {folder / name}.py: {verdict.message}", flush=True)
+        name = f"{chunk.kind}-{chunk.level.replace(' ', '-')}-{chunk.seed}-{found.number}"
+        script = save(found.case, chunk.level, found.verdict, folder, name)
+        print(f"{found.verdict.outcome} {script}: {found.verdict.message}", flush=True)
     with (folder / "progress.jsonl").open("a") as file:
         file.write(json.dumps(asdict(result)) + "\n")
 
@@ -176,7 +178,17 @@ def done(folder: Path) -> dict[Chunk, Result]:
     """What `keep` has written."""
     path = folder / "progress.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    results = [Result(Chunk(**row.pop("chunk")), **row) for row in rows]
+    results = [
+        Result(
+            Chunk(**row.pop("chunk")),
+            faults=[
+                Fault(one["number"], Verdict(**one["verdict"]), Case.from_json(one["case"]))
+                for one in row.pop("faults")
+            ],
+            **row,
+        )
+        for row in rows
+    ]
     return {result.chunk: result for result in results}
 
 
@@ -202,10 +214,9 @@ def table(results: list[Result]) -> list[dict[str, Any]]:
             )
     faults = [
         {
-            "fault": f"{one.chunk.kind}/{one.chunk.seed}/{found['number']}",
-            "outcome": found["outcome"],
-            "message": found["message"],
-            "program": list(Case.from_json(found["case"]).moves),
+            "fault": f"{one.chunk.kind}/{one.chunk.seed}/{found.number}",
+            **asdict(found.verdict),
+            "program": found.case.moves,
         }
         for one in results
         for found in one.faults
@@ -216,7 +227,7 @@ def table(results: list[Result]) -> list[dict[str, Any]]:
 def replay(path: Path) -> Verdict:
     """Judge a saved case again."""
     saved = json.loads(path.read_text())
-    case = Case.from_json(json.dumps(saved["case"]))
+    case = Case.from_json(saved["case"])
     print(case.source)
     return judge(case, saved["level"])
 

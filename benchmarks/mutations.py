@@ -84,7 +84,7 @@ def disordered(rule: Rule) -> Rule:
     """Reverses the factors of every label, or else exchanges the labels of two dimensions of one size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
-        labels = rule(tracker, output, *args, **kwargs)
+        labels = list(rule(tracker, output, *args, **kwargs))
         if any(len(label) > 1 for label in labels):
             return [label[::-1] for label in labels]
         for i, j in itertools.combinations(range(len(labels)), 2):
@@ -184,32 +184,37 @@ class Edit(ast.NodeTransformer):
 
 def edited(function: FunctionType, number: int) -> tuple[str, CodeType] | None:
     """What edit `number` of a function does, and the code that it makes; None beyond the last."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
-    definition.decorator_list = []
     edit = Edit(number)
-    tree = ast.fix_missing_locations(edit.visit(tree))
-    if not edit.said:
-        return None
+    code = compiled(function, edit.visit(parsed(function)))
+    return (edit.said, code) if edit.said else None
+
+
+def parsed(function: FunctionType) -> ast.FunctionDef:
+    """The definition of a function."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    return definition
+
+
+def compiled(function: FunctionType, definition: ast.FunctionDef) -> CodeType:
+    """The code of another definition of a function."""
+    definition.decorator_list = []
+    module = ast.fix_missing_locations(ast.Module([definition], []))
     names: dict[str, Any] = {}
-    exec(compile(tree, inspect.getsourcefile(function) or "", "exec"), function.__globals__, names)
-    return edit.said, names[function.__name__].__code__
+    exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, names)
+    return names[function.__name__].__code__  # type: ignore[no-any-return]
 
 
 def functions() -> Iterator[tuple[str, FunctionType]]:
-    """(`axes.Atom.rank`, function) of everything defined in the modules, methods and properties too."""
+    """(`axes.Atom.rank`, function) of all that the modules define, methods and properties too."""
     for module in MODULES:
-        for holder in (module, *(one for one in vars(module).values() if isinstance(one, type))):
-            if holder.__dict__.get("__module__", module.__name__) != module.__name__:
-                continue
+        classes = [one for one in vars(module).values() if getattr(one, "__module__", "") == module.__name__]
+        for holder in (module, *(one for one in classes if isinstance(one, type))):
             for value in vars(holder).values():
                 function = inspect.unwrap(value.fget if isinstance(value, property) else value)
-                if isinstance(function, FunctionType) and function.__module__ == module.__name__:
-                    try:
-                        inspect.getsource(function)
-                    except OSError:  # made by a dataclass
-                        continue
+                if not isinstance(function, FunctionType) or function.__module__ != module.__name__:
+                    continue
+                if function.__code__.co_filename == module.__file__ and not function.__code__.co_freevars:
                     yield full_name(function), function
 
 
@@ -225,8 +230,7 @@ def source_mutants() -> Iterator[Mutant]:
         while (made := edited(function, number)) is not None:
             said, code = made
             number += 1
-            if code.co_freevars == function.__code__.co_freevars:
-                yield Mutant(f"{name}, {said}", name, lambda f=function, code=code: replace_code(f, code))
+            yield Mutant(f"{name}, {said}", name, lambda f=function, code=code: replace_code(f, code))
 
 
 def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
@@ -270,21 +274,36 @@ def outcome(case_id: CaseId) -> Verdict:
         signal.alarm(0)
 
 
-def baseline(case_id: CaseId) -> tuple[CaseId, Verdict, set[str]]:
-    """A case, what comes of it while nothing is broken, and the functions that it calls."""
-    quiet()
+@contextmanager
+def watched() -> Iterator[set[str]]:
+    """Inside, the names of the functions that are called: a set that grows."""
     called: set[str] = set()
-    names = {function.__code__: name for name, function in functions()}
-
-    def note(frame: Any, event: str, _: object) -> None:
-        if event == "call" and (name := names.get(frame.f_code)):
-            called.add(name)
-
-    sys.setprofile(note)
+    mends = []
+    for name, function in list(functions()):
+        definition = parsed(function)
+        definition.body[:0] = ast.parse(f"_CALLED.add({name!r})").body
+        function.__globals__["_CALLED"] = called
+        mends.append(replace_code(function, compiled(function, definition)))
     try:
-        return case_id, outcome(case_id), called
+        yield called
     finally:
-        sys.setprofile(None)
+        for mend in mends:
+            mend()
+
+
+Seen = tuple[CaseId, Verdict, set[str]]
+"""A case, what comes of it while nothing is broken, and the functions that it calls."""
+
+
+def baseline(ids: Sequence[CaseId]) -> list[Seen]:
+    """Judge some cases while nothing is broken."""
+    quiet()
+    seen = []
+    with watched() as called:
+        for case_id in ids:
+            called.clear()
+            seen.append((case_id, outcome(case_id), set(called)))
+    return seen
 
 
 def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
@@ -340,7 +359,8 @@ def main() -> None:
     ids: list[CaseId] = [(kind, number) for number in range(args.cases // 2) for kind in ("tokens", "writes")]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        before = [one for one in pool.map(baseline, ids, chunksize=50) if not one[1].is_fault]
+        batches = pool.map(baseline, [ids[at : at + 50] for at in range(0, len(ids), 50)])
+        before = [one for batch in batches for one in batch if not one[1].is_fault]
         chosen = [mutant for mutant in mutants().values() if mutant.name.startswith(args.only)]
         seeing = [
             [(case_id, verdict) for case_id, verdict, called in before if mutant.target in called][

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 T = TypeVar("T")
 Level = Literal["analysis", "end to end"]
-"""How far a case is taken: plans alone, from a graph recorded without Dynamo; or compiled, run and compared."""
+"""How a program becomes a graph: recorded as it runs, and only the passes see it; or all of torch.compile."""
 
 Outcome = Literal["sparse", "dense", "refused", "WRONG", "CRASH", "invalid"]
 """`sparse`: something is sparse, and right. `dense`: nothing is. `refused`: a SparsifyError. `WRONG`: a claim or a
@@ -118,10 +118,8 @@ class Case:
     @property
     def source(self) -> str:
         """The program as Python."""
-        lines = [line for move in self.moves for line in move.splitlines()]
-        return "\n".join(
-            [f"def program({self.parameters}):", *(f"    {line}" for line in [*lines, "return x"]), ""]
-        )
+        body = [line for move in self.moves for line in move.splitlines()]
+        return "\n    ".join([f"def program({self.parameters}):", *body, "return x"]) + "\n"
 
     def program(self) -> Callable[..., Any]:
         """The program as a new function, with a code object that Dynamo has not seen."""
@@ -129,18 +127,18 @@ class Case:
         exec(compile(self.source, f"<{self.kind}>", "exec"), names)
         return names["program"]
 
-    def as_json(self) -> str:
-        """All of it, to be read by `from_json`."""
-        return json.dumps(asdict(self))
-
     @staticmethod
-    def from_json(text: str) -> "Case":
-        """The case that `as_json` wrote."""
-        fields = json.loads(text)
-        scene: dict[str, Any] = fields.pop("scene")
-        scene |= {name: tuple(scene[name]) for name in ("grid", "patch")}
-        moves, calls = tuple(fields.pop("moves")), tuple(fields.pop("calls"))
-        return Case(scene=Scene(**scene), moves=moves, calls=calls, **fields)
+    def from_json(fields: dict[str, Any]) -> "Case":
+        """The case whose `asdict` went through JSON."""
+        fields = {name: _tuples(value) for name, value in fields.items()}
+        return Case(**fields | {"scene": Scene(**fields["scene"])})
+
+
+def _tuples(value: Any) -> Any:
+    """A value from JSON with tuples in place of lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(one) for key, one in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ class Verdict:
 
     def like(self, other: "Verdict") -> bool:
         """Whether both are the same kind of fault: a smaller case must not fail for another reason."""
-        crash = [v.message.partition(":")[0] for v in (self, other)] if self.outcome == "CRASH" else ["", ""]
-        return self.outcome == other.outcome and crash[0] == crash[1]
+        raised, other_raised = (verdict.message.partition(":")[0] for verdict in (self, other))
+        return self.outcome == other.outcome and (self.outcome != "CRASH" or raised == other_raised)
 
 
 def shrink(case: Case, judge: Callable[[Case], Verdict], most: int = 300) -> tuple[Case, Verdict]:
@@ -209,7 +207,7 @@ def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
 
 SCRIPT = '''"""{outcome}: {message}
 
-Exits with 1 while that stands. {origin}
+Exits with 1 while that stands.
 """
 
 import torch
@@ -233,18 +231,18 @@ if __name__ == "__main__":
 '''
 
 
-def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str, origin: str = "") -> Path:
-    """Write a fault to a folder: `name.py`, which runs by itself and exits with 1 while it stands, and `name.json`,
-    which `python -m benchmarks.fuzz --replay` reads. Returns the path of the script."""
+def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str) -> Path:
+    """Write a fault to a folder, and return the path of its script.
+
+    `name.py` runs by itself and exits with 1 while the fault stands; `name.json` is for
+    `python -m benchmarks.fuzz --replay`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(
-        json.dumps({"level": level, "case": json.loads(case.as_json())}) + "\n"
-    )
+    (folder / f"{name}.json").write_text(json.dumps({"level": level, "case": asdict(case)}) + "\n")
+    fields = {field: getattr(case, field) for field in ("kind", "scene", "options", "calls", "tolerance")}
+    message = verdict.message.replace("\\", "/").replace('"', "'")
     script = folder / f"{name}.py"
-    message = verdict.message.replace("\\", "/").replace('"""', "'''")
-    parts = {key: getattr(case, key) for key in ("kind", "scene", "options", "calls", "tolerance")}
-    text = SCRIPT.format(
-        outcome=verdict.outcome, message=message, origin=origin, source=case.source, level=level, **parts
+    script.write_text(
+        SCRIPT.format(outcome=verdict.outcome, message=message, source=case.source, level=level, **fields)
     )
-    script.write_text(text)
     return script

@@ -35,13 +35,9 @@ def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
     except Exception as error:
         return Verdict("invalid", described(error))
     assert places_out.stride() == dense.stride(), "memory is laid out alike on places and on numbers"
-    out = None
     try:
-        if level == "analysis":
-            gm = record(lambda *inputs: program(numbers, *inputs), *numbers.inputs())
-            plans = list(graph_plan(pipeline.analyse(gm, configure(options))))
-        else:
-            plans, out = compiled(program, options, numbers, *numbers.inputs())
+        run = recorded if level == "analysis" else compiled
+        plans, out = run(program, options, numbers, *numbers.inputs())
     except SparsifyError as error:
         return Verdict("refused", described(error))
     except Exception as error:
@@ -50,16 +46,29 @@ def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
     for call, plan in claims:
         if plan is not None and (fault := fault_of(plan.layout, call, places)):
             return Verdict("WRONG", f"attention {call.tag} is planned on {claimed(plan.layout)}, but {fault}")
-    sparse = [plan is not None and plan.method != "dense" for _, plan in claims]
-    if out is not None:
-        expected = dense
-        if any(sparse):
-            masks = [_mask(plan.layout, call, places) if plan else None for call, plan in claims]
-            masked = Masked(case.scene, masks)
-            expected = program(masked, *masked.inputs())
-        if difference := differs(out, expected, case.tolerance):
-            return Verdict("WRONG", f"off dense attention under the true mask by {difference}")
-    return Verdict("sparse" if any(sparse) else "dense")
+    masks = [
+        _mask(plan.layout, call, places) if plan is not None and plan.method != "dense" else None
+        for call, plan in claims
+    ]
+    sparse = any(mask is not None for mask in masks)
+    masked = Masked(case.scene, masks)
+    expected = program(masked, *masked.inputs()) if sparse else dense
+    if difference := differs(out, expected, case.tolerance):
+        return Verdict("WRONG", f"off dense attention under the true mask by {difference}")
+    return Verdict("sparse" if sparse else "dense")
+
+
+def recorded(
+    program: Program, options: dict[str, Any], machine: Numbers, *inputs: Tensor
+) -> tuple[list[AttentionPlan], Any]:
+    """As `compiled`, from a graph that is recorded without Dynamo and runs without a backend."""
+    gm, weights = record(lambda *args: program(machine, *args), *inputs)
+    config = configure(options)
+    analysed = pipeline.analyse(gm, config)
+    plan = graph_plan(analysed)
+    graph = pipeline.rewrite(analysed, config) if plan.sparse else gm
+    (out,) = graph(*machine.inputs(), *weights)
+    return list(plan), out
 
 
 def compiled(program: Program, options: dict[str, Any], *args: Any) -> tuple[list[AttentionPlan], Any]:
@@ -75,12 +84,12 @@ def compiled(program: Program, options: dict[str, Any], *args: Any) -> tuple[lis
 def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Program]:
     """The backend `sparsify` with these options, which appends what it plans."""
 
-    def recorded(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    def planned(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
         made = sparsify(gm, inputs, options=options)
         plans.extend(made.plan)
         return made
 
-    return recorded
+    return planned
 
 
 def claims_of(plans: Sequence[AttentionPlan], calls: Sequence[Call]) -> list[AttentionPlan | None]:

@@ -229,7 +229,8 @@ class Masked(Numbers):
 
     def __init__(self, scene: Scene, masks: Sequence[Tensor | None]) -> None:
         super().__init__(scene)
-        self._masks, self._first, self._by_tag = iter(masks), masks[0], dict[int, Tensor | None]()
+        self._masks, self._first = iter(masks), masks[0] if masks else None
+        self._by_tag: dict[int, Tensor | None] = {}
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
         mask = next(self._masks)

@@ -312,7 +312,6 @@ RETURNING: tuple[Move, ...] = (
     x = x.unfold(1, 1, 1)[..., 0]
     x = torch.cat([x[:1], x[1:]])
     x = F.avg_pool1d(x.mT, 1).mT
-    x = torch.vmap(lambda one: one * 1)(x)
     x = x.scatter(1, torch.zeros({B}, 1, x.shape[-1], dtype=torch.int64), x[:, :1])
 """),
 )

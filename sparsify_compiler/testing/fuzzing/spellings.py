@@ -392,10 +392,9 @@ def draw_spelling(draw: Draw) -> Case:
         draft.add(draw.of("x = torch.cat([text, x], 1)", "x = torch.cat([x, text], 1)"))
     form = draw.of("heads", "heads", "flat", "single")
     draft.add(_operands(form, draw))
-    scale, coarse = draw.of(*SCALES), False
+    scale = draw.of(*SCALES)
     if draw.chance(30):
-        move = draw.of(*OPERANDS).format(c=scale)
-        coarse = draft.add(move) and ("bfloat16" in move or "half" in move)
+        draft.add(draw.of(*OPERANDS).format(c=scale))
     if draw.chance(10):
         draft.add(draw.of(*KEYS))
     draft.add(MASKS)
@@ -406,6 +405,9 @@ def draw_spelling(draw: Draw) -> Case:
             draft.add(move)
     draft.add(f"x = {_usual(draw, FINISHES, 3)}")
     exact = draw.chance(50)
+    # Operands and weights that are rounded are still attention's; scores that are rounded are not.
+    attention = (move for move in draft.moves if move.startswith(("q", "k", "v", "w = w.")))
+    coarse = any(word in move for move in attention for word in ("bfloat16", "half"))
     return Case(
         kind="spellings",
         scene=scene,

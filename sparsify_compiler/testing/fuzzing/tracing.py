@@ -13,7 +13,8 @@ _OPERATORS = {
     for name, function in vars(operator).items()
     if not name.startswith("_") and callable(function) and hasattr(torch.Tensor, f"__{name}__")
 }
-"""`__matmul__` -> operator.matmul, as Dynamo spells the operators of Python; `__setitem__` among them."""
+"""`__setitem__` -> operator.setitem: the operators of Python, as Dynamo spells them."""
+_OPERATORS["matmul"] = operator.matmul  # what a mode sees of `@`
 
 
 class _Recorder(TorchFunctionMode):
@@ -90,10 +91,10 @@ class _Recorder(TorchFunctionMode):
         self.graph.output(self._argument(value))
 
 
-def record(function: Callable[..., Any], *inputs: Tensor) -> fx.GraphModule:
-    """The graph of `function(*inputs)`. What else it reads, such as weights, become inputs after them."""
+def record(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The graph of `function(*inputs)`, and what else it reads, such as weights: its further inputs."""
     recorder = _Recorder(inputs)
     with recorder:
         result = function(*inputs)
     recorder.output(result if isinstance(result, (tuple, list)) else (result,))
-    return fx.GraphModule(torch.nn.Module(), recorder.graph)
+    return fx.GraphModule(torch.nn.Module(), recorder.graph), recorder.lifted[len(inputs) :]
