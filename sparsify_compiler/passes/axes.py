@@ -496,7 +496,7 @@ def _meet(a: _Piece, b: _Piece) -> Label:
     """One factor of `merge`."""
     x, y = a.factor, b.factor
     if isinstance(x, Atom) and isinstance(y, Atom):
-        if a.rank == b.rank and x.source.kind != "conv":
+        if a.rank == b.rank and x.source.kind == y.source.kind == "input":
             return _meet_atoms(*sorted((x, y), key=precedence))
         return _meet_atoms(x, y) if a.rank >= b.rank else _meet_atoms(y, x)
     if isinstance(x, Cat) and isinstance(y, Cat):
