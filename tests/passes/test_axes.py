@@ -33,7 +33,7 @@ from sparsify_compiler.passes.axes import (
     unknown,
 )
 from sparsify_compiler.passes.axis_rules import AxisTracker
-from sparsify_compiler.passes.writes import Known
+from sparsify_compiler.passes.axis_writes import Known
 
 NOTHING = -1
 """In place of an element's number: it is a constant, of which nothing can be claimed."""
