@@ -92,6 +92,13 @@ def copy_graph(
     Every call of a body gets a body of its own, so that what is found at one call is not taken for another's. With
     `alike`, calls of one body of which it returns the same share a copy.
     """
+    return _copy(gm, alike, itertools.count())
+
+
+def _copy(
+    gm: fx.GraphModule, alike: Callable[[fx.GraphModule], Hashable] | None, numbers: Iterator[int]
+) -> fx.GraphModule:
+    """`copy_graph`. `numbers` makes the names of bodies differ, wherever in the graph they are."""
     twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twin.meta.update(gm.meta)
     twins = dict(zip(gm.graph.nodes, twin.graph.nodes, strict=True))
@@ -106,15 +113,14 @@ def copy_graph(
         key = number if alike is None else (origin, alike(body.module))
         if key not in copies:
             copies[key] = _unused(twin, body.attribute, copies.values())
-            own = copy_graph(body.module, alike=alike)
-            own.meta["body"] = origin
+            own = _copy(body.module, alike, numbers)
+            own.meta |= {"body": origin, "name": f"{origin}_{next(numbers)}"}
             setattr(twin, copies[key], own)
-        if copies[key] != body.attribute:
-            _call(body, copies[key])
+        _call(body, copies[key])
     for name in dict.fromkeys(str(node.target) for node in twin.graph.nodes if node.op == "get_attr"):
         other = getattr(twin, name, None)
         if isinstance(other, fx.GraphModule) and name not in copies.values():
-            setattr(twin, name, copy_graph(other))
+            setattr(twin, name, _copy(other, alike, numbers))
     return twin
 
 
@@ -128,12 +134,14 @@ def _unused(gm: fx.GraphModule, attribute: str, taken: Collection[str]) -> str:
 def _call(body: Body, attribute: str) -> None:
     """Let a higher-order call be one of another body."""
     call = body.call
-    (old,) = (arg for arg in call.all_input_nodes if arg.op == "get_attr" and arg.target == body.attribute)
-    with call.graph.inserting_before(call):
-        call.replace_input_with(old, call.graph.get_attr(attribute))
-    if not old.users:
-        call.graph.erase_node(old)
-    _torch.name_body(call, attribute)
+    if attribute != body.attribute:
+        inputs = call.all_input_nodes
+        (old,) = (arg for arg in inputs if arg.op == "get_attr" and arg.target == body.attribute)
+        with call.graph.inserting_before(call):
+            call.replace_input_with(old, call.graph.get_attr(attribute))
+        if not old.users:
+            call.graph.erase_node(old)
+    _torch.name_body(call, getattr(call.graph.owning_module, attribute).meta["name"])
 
 
 def value_of(node: object) -> object:

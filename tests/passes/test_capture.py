@@ -29,12 +29,12 @@ def fresh_dynamo() -> None:
     torch._dynamo.reset()
 
 
-def compiled(function: Callable[..., Tensor], *args: Any) -> tuple[Tensor, GraphPlan]:
+def compiled(function: Callable[..., Tensor], *args: Any, **options: Any) -> tuple[Tensor, GraphPlan]:
     """Output and plan of a function of tokens [B, S, ...] under the tile method."""
     plans: list[GraphPlan] = []
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        config = configure(OPTIONS | {"inner_backend": "eager"})
+        config = configure(OPTIONS | {"inner_backend": "eager"} | options)
         analysed = pipeline.analyse(gm, config)
         plans.append(graph_plan(analysed))
         return pipeline.rewrite(analysed, config).forward
@@ -263,7 +263,6 @@ def linear_attention(x: Tensor) -> Tensor:
         (_with(), (torch.randn(B, 1, S, S),), "mask depends on the query"),
         (_with(), (torch.randn(1, 1, 1, S, requires_grad=True),), "mask needs a gradient"),
         (cross, (), "cross"),
-        (cross_of_equal_length, (torch.randn(B, S, H * D),), "cross"),
         (pooled, (), "cross"),
         (unfused_with_dropout, (), "dropout"),
         (by_module, (), "nn.MultiheadAttention"),
@@ -278,6 +277,17 @@ def test_what_stays_dense_says_why(function: Any, more: tuple[Any, ...], reason:
     assert [p.method for p in plan] == ["dense"]
     assert reason in plan.plans[0].reason
     assert torch.equal(out, exact)  # the model's own call, bit for bit
+
+
+def test_keys_of_another_input_stay_dense_unless_a_grid_is_given(x: Tensor) -> None:
+    y = torch.randn(B, S, H * D)
+    out, (plan,) = compiled(cross_of_equal_length, x, y, grid=None)
+    assert plan.method == "dense"
+    assert plan.reason == "keys are not the tokens of the queries"
+    assert torch.equal(out, cross_of_equal_length(x, y))
+    torch._dynamo.reset()
+    _, (plan,) = compiled(cross_of_equal_length, x, y)
+    assert plan.layout.grid == OPTIONS["grid"]
 
 
 @pytest.mark.parametrize("function", [softmax_over_queries, linear_attention])
