@@ -40,26 +40,18 @@ def embed(scene: Scene, draw: Draw) -> str:
 
 
 def embed_freely(scene: Scene, draw: Draw) -> str:
-    """From the video to [batch, tokens, WIDTH], with any of its axes as batch, tokens and channels.
-
-    The axes are b, f, h, w, c; k are channels of the video whose images were embedded one by one.
-    """
-    video, frames_first = ("video", "video.transpose(1, 2)")
+    """From the video to [batch, tokens, WIDTH], with any of its axes as batch, as tokens and as channels."""
+    video, frames_first = "video", "video.transpose(1, 2)"
     if scene.source == "frames first":
         video, frames_first = frames_first, video
-    way = draw.of("conv3d", "conv2d", "pixels", "images of channels")
+    way = draw.of("conv3d", "conv2d", "pixels")
     x, axes = f"m.conv3d({video})", "bcfhw"
     if way == "conv2d" and scene.patch[0] == 1:
-        x, axes = (
-            f"m.conv2d({frames_first}.flatten(0, 1)).unflatten(0, {(scene.batch, scene.grid[0])})",
-            "bfchw",
-        )
-    elif way == "images of channels":
-        x, axes = f"m.conv2d({video}.flatten(0, 1)).unflatten(0, {(scene.batch, CHANNELS)})", "bkchw"
+        images = (scene.batch, scene.grid[0])
+        x, axes = f"m.conv2d({frames_first}.flatten(0, 1)).unflatten(0, {images})", "bfchw"
     elif way == "pixels" and scene.patch == (1, 1, 1):
         x = video
-    usual = ["b", *(axis for axis in axes if axis not in "bc"), "c"]
-    order = draw.of(usual, [axes[at] for at in draw.permutation(5)])
+    order = draw.of(["b", "f", "h", "w", "c"], [axes[at] for at in draw.permutation(5)])
     dims = ", ".join(str(axes.index(axis)) for axis in order)
     first, last = draw.of(
         (1, 4), (draw.integer(0, 2), draw.integer(3, 5))
