@@ -518,27 +518,27 @@ def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> 
         tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
 
 
-def _static(value: Any) -> Any:
-    """A value Dynamo recorded, on sizes that are plain integers; `_UNKNOWN` where that can't be had."""
+class _Unknown:
+    """A value that could not be followed; what is written to it may reach any of the tensors it was made of."""
+
+    def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
+        self.made_of = made_of
+
+
+def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
+    """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
     if isinstance(value, torch.SymInt):
         size = _torch.hint(value)
-        return _UNKNOWN if size is None else size
+        return _Unknown(made_of) if size is None else size
     if isinstance(value, (tuple, list)):
-        return type(value)(_static(item) for item in value)
+        return type(value)(_static(item, made_of) for item in value)
     if not isinstance(value, Tensor):
         return value
     sizes = sizes_of(value)
     if sizes is None:
-        return _UNKNOWN
+        return _Unknown(made_of)
     strides = strides_of(value) or torch.empty(sizes, device="meta").stride()
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-
-
-class _Unknown:
-    """The value of a node that could not be followed."""
-
-
-_UNKNOWN = _Unknown()
 
 
 class _Follower(fx.Interpreter):
@@ -553,7 +553,7 @@ class _Follower(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if any(leaf is _UNKNOWN for leaf in leaves):
+        if any(isinstance(leaf, _Unknown) for leaf in leaves):
             return self._recorded(n, leaves)
         if n.target is attention:
             return self._site(n, *args)
@@ -569,10 +569,11 @@ class _Follower(fx.Interpreter):
     def _recorded(self, n: fx.Node, leaves: Sequence[Any]) -> Any:
         """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors += [tensor for leaf in leaves if isinstance(leaf, _Unknown) for tensor in leaf.made_of]
         if may_write(n):
-            for tensor in tensors:
-                self.tracker.lose(tensor)
-        value = _static(n.meta["example_value"]) if "example_value" in n.meta else _UNKNOWN
+            self.tracker.lose(tensors)
+        recorded = n.meta.get("example_value")
+        value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
         for output in torch.utils._pytree.tree_leaves(value):
             if isinstance(output, Tensor):
                 self.tracker.derive(output, tensors)

@@ -306,3 +306,31 @@ def test_inputs_that_are_no_video_stay_dense(name: str) -> None:
     function, inputs = TRAPS[name]
     (plan,) = planned(function, *inputs)
     assert plan.layout.grid is None, plan.reason
+
+
+def written_as_far_as(x: Tensor, end: Tensor) -> Tensor:
+    y, stop = x.clone(), end.item()
+    torch._check(stop <= TOKENS)
+    y.narrow(1, 0, stop).copy_(x.flip(1).narrow(1, 0, stop))
+    return attend(features(y) * mesh())
+
+
+def test_a_write_to_a_slice_of_unknown_size_is_followed_to_its_memory() -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        (plan,) = planned(written_as_far_as, PACKED, torch.tensor(20))
+    assert plan.layout.grid is None, plan.reason
+
+
+@torch.library.custom_op("layouts_test::turn", mutates_args=("x",))
+def turn(x: Tensor) -> None:
+    x.copy_(x.flip(1))
+
+
+def test_an_operator_of_another_library_may_write_anything() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.clone()
+        turn(y)
+        return attend(features(y) * mesh())
+
+    (plan,) = planned(function, PACKED)
+    assert plan.layout.grid is None, plan.reason
