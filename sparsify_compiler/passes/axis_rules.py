@@ -109,9 +109,9 @@ class AxisTracker(TorchDispatchMode):
         """A tensor was made of others in a way that is not known."""
         self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
 
-    def lose(self, tensors: Sequence[Tensor]) -> None:
-        """Something unknown was written to tensors, made of what they held."""
-        lost = [Known([self._lost(tensors, size) for size in tensor.shape]) for tensor in tensors]
+    def lose(self, tensors: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
+        """Something was written to tensors, made of others in a way that is not known."""
+        lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
         for tensor, after in zip(tensors, lost, strict=True):
             self._spread(tensor, after)
 

@@ -29,7 +29,7 @@ by their order alone: no graph tells more.
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ from sparsify_compiler.passes.axes import (
 )
 from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
 from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import body_of, may_write, modules, sizes_of, storage_of, strides_of
+from sparsify_compiler.passes.fx import body_of, modules, sizes_of, storage_of, strides_of, written_by
 from sparsify_compiler.passes.writes import Known
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
@@ -525,6 +525,14 @@ class _Unknown:
         self.made_of = made_of
 
 
+def _behind(values: Any) -> list[Tensor]:
+    """The tensors among values, and those that unknown ones were made of."""
+    found: list[Tensor] = []
+    for leaf in torch.utils._pytree.tree_leaves(values):
+        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
+    return found
+
+
 def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
     """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
     if isinstance(value, torch.SymInt):
@@ -554,7 +562,7 @@ class _Follower(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         if any(isinstance(leaf, _Unknown) for leaf in leaves):
-            return self._recorded(n, leaves)
+            return self._recorded(n, args, kwargs)
         if n.target is attention:
             return self._site(n, *args)
         try:
@@ -564,14 +572,12 @@ class _Follower(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
         except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
             log.debug("not followed: %s: %s", n.format_node(), error)
-            return self._recorded(n, leaves)
+            return self._recorded(n, args, kwargs)
 
-    def _recorded(self, n: fx.Node, leaves: Sequence[Any]) -> Any:
+    def _recorded(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        tensors += [tensor for leaf in leaves if isinstance(leaf, _Unknown) for tensor in leaf.made_of]
-        if may_write(n):
-            self.tracker.lose(tensors)
+        tensors = _behind((args, kwargs))
+        self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
         recorded = n.meta.get("example_value")
         value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
         for output in torch.utils._pytree.tree_leaves(value):

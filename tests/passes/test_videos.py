@@ -146,6 +146,9 @@ NO_GRID: dict[str, Videos] = {
     "halves of a sequence": lambda v, o: attend(*torch.cat([embed(v), embed(o)], 1).chunk(2, 1)),
     "halves of the channels": lambda v, o: attend(*torch.cat([embed(v), embed(o)], -1).chunk(2, -1)),
     "stacked videos": lambda v, o: attend(*torch.stack([embed(v), embed(o)])),
+    "one or the other video": lambda v, o: (lambda x, y: attend(torch.where(x > 0, x, y)))(
+        embed(v), embed(o)
+    ),
     # 7. same videos
     "one video and the other": lambda v, _: (lambda x: attend(x[:1], x[1:]))(embed(v)),
     "one by index and the other": lambda v, _: (lambda x: attend(x[0][None], x[1][None]))(embed(v)),
@@ -268,6 +271,10 @@ def turned_round_where(x: Tensor) -> Tensor:
 
 
 TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "batches of one video, joined": (
+        lambda v, o: attend(*embed(torch.cat([v, o])).chunk(2)),
+        (VIDEO[:1], OTHER[:1]),
+    ),
     "mesh moved with its tokens": (
         lambda x: attend((x * mesh()).unflatten(1, GRID).permute(0, 2, 3, 1, 4).flatten(1, 3)),
         (PACKED,),
