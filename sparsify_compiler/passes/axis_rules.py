@@ -109,11 +109,11 @@ class AxisTracker(TorchDispatchMode):
         """A tensor was made of others in a way that is not known."""
         self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
 
-    def lose(self, tensor: Tensor) -> None:
-        """Something unknown was written to a tensor."""
-        before = self.known(tensor)
-        labels = [unknown(length(label), *before.labels) for label in before.labels]
-        self._spread(tensor, Known(labels))
+    def lose(self, tensors: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
+        """Something was written to tensors, made of others in a way that is not known."""
+        lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
+        for tensor, after in zip(tensors, lost, strict=True):
+            self._spread(tensor, after)
 
     def _set(self, tensor: Tensor, known: Known) -> None:
         assert [length(label) for label in known.labels] == list(tensor.shape), (known, tensor.shape)
@@ -184,7 +184,8 @@ class AxisTracker(TorchDispatchMode):
     ) -> None:
         """An operator wrote to `target`, the one with this number of all that it wrote to."""
         if func.namespace != "aten":
-            self.lose(target)
+            operands = _tensors(args, kwargs)
+            self._spread(target, Known([self._lost(operands, size) for size in target.shape]))
             return
         name = _name(func)
         if name in _MOVED:  # the tensor lies elsewhere; memory is as it was
@@ -324,7 +325,7 @@ def _written_arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -
     return written
 
 
-def _broadcast(labels: Sequence[list[Label]], shape: Sequence[int]) -> list[Label]:
+def _broadcast(labels: Sequence[Sequence[Label]], shape: Sequence[int]) -> list[Label]:
     """Labels of the element-by-element meeting of several tensors."""
     result: list[Label] = []
     for dim, size in enumerate(shape):
@@ -354,7 +355,9 @@ def _pointwise(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) 
 def _where(tracker: AxisTracker, output: Tensor, condition: Tensor, *branches: Any) -> list[Label]:
     """Every element is of one branch or the other."""
     each = [tracker.known(branch) for branch in branches if isinstance(branch, Tensor)]
-    met = _side_by_side([Known(_broadcast([known.labels], output.shape), known.taken) for known in each])
+    met = _side_by_side(
+        [Known(_broadcast([list(known.labels)], output.shape), known.taken) for known in each]
+    )
     return _broadcast([met, tracker.of(condition)], output.shape)
 
 

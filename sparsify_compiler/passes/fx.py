@@ -3,7 +3,11 @@
 import copy
 import itertools
 import re
+<<<<<<< HEAD
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+=======
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+>>>>>>> layouts
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -178,26 +182,24 @@ _IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "and", "concat", "floor
 """Python's operators that write to their first argument."""
 
 
-def may_write(node: fx.Node) -> bool:
-    """Whether a call may write to its arguments, as far as its name and schema tell."""
+def written_by(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """Which arguments of a call it may write to, as far as its name and schema tell."""
     target = node.target
-    if node.op == "call_function" and isinstance(target, torch._ops.HigherOrderOperator):
-        return target.name() not in _FUNCTIONAL
+    everything = (*args, *kwargs.values())
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return () if target.name() in _FUNCTIONAL else everything
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+        schemas = [getattr(target, name)._schema for name in target.overloads()]
+        return everything if any(schema.is_mutable for schema in schemas) else ()
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    if node.op == "get_attr":
-        return False
+        return everything if target._schema.is_mutable else ()
+    if node.op == "call_module":
+        return everything
     name = target if isinstance(target, str) else target.__name__
-    named = name.endswith("_") and not name.endswith("__")
-    return (
-        named
-        or name in _IN_PLACE
-        or bool(node.kwargs.get("inplace"))
-        or node.kwargs.get("out") is not None
-        or node.op == "call_module"
-    )
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in _IN_PLACE or kwargs.get("inplace"):
+        return args[:1]
+    return [kwargs["out"]] if kwargs.get("out") is not None else ()
 
 
 Step = tuple[Any, ...]

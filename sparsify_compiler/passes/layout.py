@@ -29,7 +29,7 @@ by their order alone: no graph tells more.
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,7 +56,12 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
+<<<<<<< HEAD
 from sparsify_compiler.passes.fx import body_of, may_write, modules, sizes_of, strides_of
+=======
+from sparsify_compiler.passes.fx import body_of, modules, sizes_of, storage_of, strides_of, written_by
+from sparsify_compiler.passes.writes import Known
+>>>>>>> layouts
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
 log = logging.getLogger(__name__)
@@ -520,27 +525,35 @@ def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> 
         tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
 
 
-def _static(value: Any) -> Any:
-    """A value Dynamo recorded, on sizes that are plain integers; `_UNKNOWN` where that can't be had."""
+class _Unknown:
+    """A value that could not be followed; what is written to it may reach any of the tensors it was made of."""
+
+    def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
+        self.made_of = made_of
+
+
+def _behind(values: Any) -> list[Tensor]:
+    """The tensors among values, and those that unknown ones were made of."""
+    found: list[Tensor] = []
+    for leaf in torch.utils._pytree.tree_leaves(values):
+        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
+    return found
+
+
+def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
+    """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
     if isinstance(value, torch.SymInt):
         size = _torch.hint(value)
-        return _UNKNOWN if size is None else size
+        return _Unknown(made_of) if size is None else size
     if isinstance(value, (tuple, list)):
-        return type(value)(_static(item) for item in value)
+        return type(value)(_static(item, made_of) for item in value)
     if not isinstance(value, Tensor):
         return value
     sizes = sizes_of(value)
     if sizes is None:
-        return _UNKNOWN
+        return _Unknown(made_of)
     strides = strides_of(value) or torch.empty(sizes, device="meta").stride()
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-
-
-class _Unknown:
-    """The value of a node that could not be followed."""
-
-
-_UNKNOWN = _Unknown()
 
 
 class _Follower(fx.Interpreter):
@@ -555,8 +568,8 @@ class _Follower(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if any(leaf is _UNKNOWN for leaf in leaves):
-            return self._recorded(n, leaves)
+        if any(isinstance(leaf, _Unknown) for leaf in leaves):
+            return self._recorded(n, args, kwargs)
         if n.target is attention:
             return self._site(n, *args)
         try:
@@ -566,15 +579,14 @@ class _Follower(fx.Interpreter):
             return getattr(self, n.op)(n.target, args, kwargs)
         except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
             log.debug("not followed: %s: %s", n.format_node(), error)
-            return self._recorded(n, leaves)
+            return self._recorded(n, args, kwargs)
 
-    def _recorded(self, n: fx.Node, leaves: Sequence[Any]) -> Any:
+    def _recorded(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if may_write(n):
-            for tensor in tensors:
-                self.tracker.lose(tensor)
-        value = _static(n.meta["example_value"]) if "example_value" in n.meta else _UNKNOWN
+        tensors = _behind((args, kwargs))
+        self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
+        recorded = n.meta.get("example_value")
+        value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
         for output in torch.utils._pytree.tree_leaves(value):
             if isinstance(output, Tensor):
                 self.tracker.derive(output, tensors)

@@ -209,9 +209,11 @@ def each_moved(moves: dict[str, Callable[[Tensor], Tensor]], source: str) -> dic
 
     def run(inputs: Tensor) -> list[Tensor]:
         x, places = tokens(inputs), mesh().cos()
-        return [attend(move(x), places) for move in moves.values()]
+        return [attend(move(x), places) for move in (*moves.values(), lambda x: x)]
 
-    return {name: plan.layout.grid for name, plan in zip(moves, planned(run, inputs), strict=True)}
+    *grids, unmoved = [plan.layout.grid for plan in planned(run, inputs)]
+    assert unmoved == GRID
+    return dict(zip(moves, grids, strict=True))
 
 
 @pytest.mark.parametrize("source", SOURCES)

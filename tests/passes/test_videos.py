@@ -146,6 +146,9 @@ NO_GRID: dict[str, Videos] = {
     "halves of a sequence": lambda v, o: attend(*torch.cat([embed(v), embed(o)], 1).chunk(2, 1)),
     "halves of the channels": lambda v, o: attend(*torch.cat([embed(v), embed(o)], -1).chunk(2, -1)),
     "stacked videos": lambda v, o: attend(*torch.stack([embed(v), embed(o)])),
+    "one or the other video": lambda v, o: (lambda x, y: attend(torch.where(x > 0, x, y)))(
+        embed(v), embed(o)
+    ),
     # 7. same videos
     "one video and the other": lambda v, _: (lambda x: attend(x[:1], x[1:]))(embed(v)),
     "one by index and the other": lambda v, _: (lambda x: attend(x[0][None], x[1][None]))(embed(v)),
@@ -268,6 +271,10 @@ def turned_round_where(x: Tensor) -> Tensor:
 
 
 TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "batches of one video, joined": (
+        lambda v, o: attend(*embed(torch.cat([v, o])).chunk(2)),
+        (VIDEO[:1], OTHER[:1]),
+    ),
     "mesh moved with its tokens": (
         lambda x: attend((x * mesh()).unflatten(1, GRID).permute(0, 2, 3, 1, 4).flatten(1, 3)),
         (PACKED,),
@@ -305,4 +312,32 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_inputs_that_are_no_video_stay_dense(name: str) -> None:
     function, inputs = TRAPS[name]
     (plan,) = planned(function, *inputs)
+    assert plan.layout.grid is None, plan.reason
+
+
+def written_as_far_as(x: Tensor, end: Tensor) -> Tensor:
+    y, stop = x.clone(), end.item()
+    torch._check(stop <= TOKENS)
+    y.narrow(1, 0, stop).copy_(x.flip(1).narrow(1, 0, stop))
+    return attend(features(y) * mesh())
+
+
+def test_a_write_to_a_slice_of_unknown_size_is_followed_to_its_memory() -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        (plan,) = planned(written_as_far_as, PACKED, torch.tensor(20))
+    assert plan.layout.grid is None, plan.reason
+
+
+@torch.library.custom_op("layouts_test::turn", mutates_args=("x",))
+def turn(x: Tensor) -> None:
+    x.copy_(x.flip(1))
+
+
+def test_an_operator_of_another_library_may_write_anything() -> None:
+    def function(x: Tensor) -> Tensor:
+        y = x.clone()
+        turn(y)
+        return attend(features(y) * mesh())
+
+    (plan,) = planned(function, PACKED)
     assert plan.layout.grid is None, plan.reason
