@@ -3,11 +3,7 @@
 import copy
 import itertools
 import re
-<<<<<<< HEAD
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-=======
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
->>>>>>> layouts
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 

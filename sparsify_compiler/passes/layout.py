@@ -56,12 +56,7 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
-<<<<<<< HEAD
-from sparsify_compiler.passes.fx import body_of, may_write, modules, sizes_of, strides_of
-=======
-from sparsify_compiler.passes.fx import body_of, modules, sizes_of, storage_of, strides_of, written_by
-from sparsify_compiler.passes.writes import Known
->>>>>>> layouts
+from sparsify_compiler.passes.fx import body_of, modules, sizes_of, strides_of, written_by
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
 log = logging.getLogger(__name__)
