@@ -86,7 +86,7 @@ HALF = {
         Config(128, 64, 16, 8, 2, tails=(Config(64, 64, 16, 4, 2), _LAST)),
         Config(64, 64, 256, 8, 3),
     ),
-    (100, 256): (Config(64, 32, 32, 8, 2), Config(64, 32, 256, 8, 2)),
+    (100, 256): (Config(64, 32, 32, 8, 2), Config(64, 16, 256, 8, 2)),
 }
 
 # Widest head dim: tiles. fp32 is multiplied in full, without tensor cores, so alike on all GPUs: TF32 misses
