@@ -400,7 +400,13 @@ def test_dump_writes_the_graph_after_every_pass(tmp_path: Any) -> None:
     options = {"method": "tile", "inner_backend": "eager", "dump": str(tmp_path)}
     torch.compile(Attend(), backend="sparsify", options=options)(VIDEO)
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["000_capture.py", "001_infer_layouts.py", "002_plan_sites.py", "003_lower.py"]
+    assert files == [
+        "000_capture.py",
+        "001_infer_layouts.py",
+        "002_plan_sites.py",
+        "003_fix_sizes.py",
+        "004_lower.py",
+    ]
     assert "block_sparse_attention" in (tmp_path / "003_lower.py").read_text()
     with pytest.raises(OptionError, match="dump"):
         configure({"dump": 3})
