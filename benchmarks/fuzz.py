@@ -22,12 +22,22 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from benchmarks.harness import write_json
-from sparsify_compiler.testing.fuzzing import KINDS, Case, Level, Verdict, judge, random_case, save, shrink
+from sparsify_compiler.testing.fuzzing import (
+    KINDS,
+    Case,
+    Level,
+    Verdict,
+    judge,
+    random_case,
+    save,
+    shrink,
+)
+from sparsify_compiler.testing.fuzzing.cases import Outcome
 
 SHARES: dict[tuple[str, Level], float] = {
     ("tokens", "analysis"): 0.55,
@@ -175,21 +185,18 @@ def keep(result: Result, folder: Path, seen: set[str]) -> None:
 
 
 def done(folder: Path) -> dict[Chunk, Result]:
-    """What `keep` has written."""
+    """What `keep` has appended."""
     path = folder / "progress.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    results = [
-        Result(
-            Chunk(**row.pop("chunk")),
-            faults=[
-                Fault(one["number"], Verdict(**one["verdict"]), Case.from_json(one["case"]))
-                for one in row.pop("faults")
-            ],
-            **row,
-        )
-        for row in rows
-    ]
+    results = [from_json(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
     return {result.chunk: result for result in results}
+
+
+def from_json(row: dict[str, Any]) -> Result:
+    """The result whose `asdict` went through JSON."""
+    faults = [
+        Fault(one["number"], Verdict(**one["verdict"]), Case.from_json(one["case"])) for one in row["faults"]
+    ]
+    return Result(**row | {"chunk": Chunk(**row["chunk"]), "faults": faults})
 
 
 def table(results: list[Result]) -> list[dict[str, Any]]:
@@ -205,10 +212,7 @@ def table(results: list[Result]) -> list[dict[str, Any]]:
                     "level": level,
                     "seeds": sorted({one.chunk.seed for one in same}),
                     "cases": outcomes.total(),
-                    **{
-                        name: outcomes[name]
-                        for name in ("sparse", "dense", "refused", "WRONG", "CRASH", "invalid")
-                    },
+                    **{outcome: outcomes[outcome] for outcome in get_args(Outcome)},
                     "cpu_seconds": round(sum(one.cpu_seconds for one in same), 1),
                 }
             )

@@ -63,13 +63,13 @@ def check(case: Case, level: Level) -> None:
         )
 
 
-@short(60)
+@short(40)
 @given(cases("tokens"))
 def test_claims_of_tokens_that_move_are_true(case: Case) -> None:
     check(case, "analysis")
 
 
-@short(60)
+@short(40)
 @given(cases("writes"))
 def test_claims_of_tokens_that_are_written_are_true(case: Case) -> None:
     check(case, "analysis")
@@ -90,7 +90,7 @@ def test_tokens_that_are_written_are_attended_right(case: Case) -> None:
     check(case, "end to end")
 
 
-@short(25)
+@short(20)
 @given(cases("spellings"))
 def test_no_spelling_is_mistaken(case: Case) -> None:
     check(case, "end to end")

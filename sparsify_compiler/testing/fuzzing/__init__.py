@@ -47,15 +47,13 @@ class Kind(NamedTuple):
 
     draw: Callable[[Draw], Case]
     judge: Callable[[Case, Level, Program], Verdict]
-    levels: tuple[Level, ...]
-    """How far its cases can be taken."""
 
 
 KINDS: dict[str, Kind] = {
-    "tokens": Kind(lambda draw: draw_program("tokens", draw), judge_tokens, ("analysis", "end to end")),
-    "writes": Kind(lambda draw: draw_program("writes", draw), judge_tokens, ("analysis", "end to end")),
-    "spellings": Kind(draw_spelling, judge_spelling, ("end to end",)),
-    "calls": Kind(draw_calls, judge_calls, ("end to end",)),
+    "tokens": Kind(lambda draw: draw_program("tokens", draw), judge_tokens),
+    "writes": Kind(lambda draw: draw_program("writes", draw), judge_tokens),
+    "spellings": Kind(draw_spelling, judge_spelling),
+    "calls": Kind(draw_calls, judge_calls),
 }
 
 

@@ -208,7 +208,7 @@ def draw_calls(draw: Draw) -> Case:
 
 
 def judge_calls(case: Case, level: Level, program: Program) -> Verdict:
-    """Call a compiled model as a case says, each time before eager, and compare."""
+    """Call a compiled model as a case says, each time before eager, and compare, whatever the level."""
     torch._dynamo.reset()
     options = dict(case.options)
     dynamic = options.pop("dynamic", None)

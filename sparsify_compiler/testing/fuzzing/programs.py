@@ -6,59 +6,58 @@ from sparsify_compiler.testing.fuzzing.machines import CHANNELS, WIDTH
 from sparsify_compiler.testing.fuzzing.tokens import MESHES, Tokens, draw_scene
 
 
+def orders(scene: Scene) -> tuple[str, str]:
+    """The video as [B, C, F, H, W], and as [B, F, C, H, W]."""
+    there, turned = "video", "video.transpose(1, 2)"
+    return (turned, there) if scene.source == "frames first" else (there, turned)
+
+
 def embed(scene: Scene, draw: Draw) -> str:
     """From the video to x, in one of the ways that a grid can be known by."""
-    frames, rows, columns = scene.grid
+    batch, (frames, rows, columns) = scene.batch, scene.grid
     if scene.source == "packed":
         mesh = f" + m.mesh({frames}, {rows}, {columns}, {draw.of(*MESHES)!r})" if draw.chance(85) else ""
         return f"x = m.linear(video){mesh}"
-    first, second = (
-        ("video.transpose(1, 2)", "video")
-        if scene.source == "frames first"
-        else ("video", "video.transpose(1, 2)")
-    )
+    channels_first, frames_first = orders(scene)
     way = draw.of("conv3d", "cut", "conv2d")
     if way == "conv3d":
         to_tokens = draw.of(
             "flatten(2).transpose(1, 2)",
             "flatten(2).mT",
             "permute(0, 2, 3, 4, 1).flatten(1, 3)",
-            f"reshape({scene.batch}, {WIDTH}, -1).permute(0, 2, 1)",
+            f"reshape({batch}, {WIDTH}, -1).permute(0, 2, 1)",
         )
-        return f"x = m.conv3d({first}).{to_tokens}"
+        return f"x = m.conv3d({channels_first}).{to_tokens}"
     if way == "conv2d" and scene.patch[0] == 1:
         to_tokens = draw.of(
-            f"flatten(1, 2).reshape({scene.batch}, -1, {WIDTH})",
-            f"unflatten(0, ({scene.batch}, {frames})).flatten(1, 3)",
+            f"flatten(1, 2).reshape({batch}, -1, {WIDTH})", f"unflatten(0, ({batch}, {frames})).flatten(1, 3)"
         )
-        return f"x = m.conv2d({second}.flatten(0, 1)).permute(0, 2, 3, 1).{to_tokens}"
+        return f"x = m.conv2d({frames_first}.flatten(0, 1)).permute(0, 2, 3, 1).{to_tokens}"
     sizes = [n for pair in zip(scene.grid, scene.patch, strict=True) for n in pair]
     return (
-        f"x = {first}.reshape{(scene.batch, CHANNELS, *sizes)}\n"
+        f"x = {channels_first}.reshape{(batch, CHANNELS, *sizes)}\n"
         "x = m.linear(x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)).flatten(1, 3)"
     )
 
 
 def embed_freely(scene: Scene, draw: Draw) -> str:
     """From the video to [batch, tokens, WIDTH], with any of its axes as batch, as tokens and as channels."""
-    video, frames_first = "video", "video.transpose(1, 2)"
-    if scene.source == "frames first":
-        video, frames_first = frames_first, video
+    channels_first, frames_first = orders(scene)
     way = draw.of("conv3d", "conv2d", "pixels")
-    x, axes = f"m.conv3d({video})", "bcfhw"
+    x, axes = f"m.conv3d({channels_first})", "bcfhw"
     if way == "conv2d" and scene.patch[0] == 1:
         images = (scene.batch, scene.grid[0])
         x, axes = f"m.conv2d({frames_first}.flatten(0, 1)).unflatten(0, {images})", "bfchw"
     elif way == "pixels" and scene.patch == (1, 1, 1):
-        x = video
+        x = channels_first
     order = draw.of(["b", "f", "h", "w", "c"], [axes[at] for at in draw.permutation(5)])
     dims = ", ".join(str(axes.index(axis)) for axis in order)
-    first, last = draw.of(
-        (1, 4), (draw.integer(0, 2), draw.integer(3, 5))
-    )  # where tokens begin and channels do
-    batch = f"flatten(0, {first - 1})" if first else "unsqueeze(0)"
-    channels = f"flatten({last})" if last < 5 else "unsqueeze(-1)"
-    return f"x = {x}.permute({dims})\nx = m.linear(x.{channels}.flatten({first}, {last - 1}).{batch})"
+    tokens_at, channels_at = draw.of((1, 4), (draw.integer(0, 2), draw.integer(3, 5)))
+    batch = f"flatten(0, {tokens_at - 1})" if tokens_at else "unsqueeze(0)"
+    channels = f"flatten({channels_at})" if channels_at < 5 else "unsqueeze(-1)"
+    return (
+        f"x = {x}.permute({dims})\nx = m.linear(x.{channels}.flatten({tokens_at}, {channels_at - 1}).{batch})"
+    )
 
 
 def draw_program(kind: str, draw: Draw) -> Case:
@@ -67,8 +66,7 @@ def draw_program(kind: str, draw: Draw) -> Case:
     freely = tokens.scene.source != "packed" and draw.chance(15)
     tokens.add((embed_freely if freely else embed)(tokens.scene, draw))
     kept, moved = moves.TABLES[kind]
-    mood = draw.of("kept", "kept", "returning", "moved")
-    tables = {"kept": [kept], "returning": [kept, moves.RETURNING], "moved": [kept, moved, moved]}[mood]
+    tables = draw.of([kept], [kept], [kept, moves.RETURNING], [kept, moved, moved])
     for _ in range(draw.integer(0, 7)):
         draw.of(*draw.of(*tables))(tokens, draw)
     draw.of(*moves.ATTEND[kind])(tokens, draw)

@@ -448,7 +448,7 @@ def _usual(draw: Draw, table: tuple[str, ...], usual: int) -> str:
 
 @torch.no_grad()
 def judge_spelling(case: Case, level: Level, program: Program) -> Verdict:
-    """Compile a program of one attention and compare it with eager."""
+    """Compile a program of one attention and compare it with eager, whatever the level."""
     options: dict[str, Any] = OPTIONS | case.options
     numbers = Numbers(case.scene)
     try:

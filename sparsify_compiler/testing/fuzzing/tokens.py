@@ -8,12 +8,10 @@ from sparsify_compiler.testing.fuzzing.cases import Draft, Draw, Scene
 from sparsify_compiler.testing.fuzzing.machines import WIDTH, Places
 
 Move = Callable[["Tokens", Draw], None]
-"""Appends something to a program, if it can be done with its tokens."""
-
+"""Appends something to a program, if its tokens allow it."""
 
 GRIDS = ((3, 2, 4), (3, 3, 3), (4, 2, 3), (5, 3, 2), (2, 3, 4), (3, 4, 2))
 """(frames, rows, columns) of the videos that programs are for."""
-
 
 MESHES = ("meshgrid", "repeats", "sums", "index", "embedding")
 """How positions may be spelled."""
@@ -39,6 +37,7 @@ class Tokens(Draft):
 
     @property
     def batch(self) -> int:
+        """Sequences."""
         return self.x.shape[0]
 
     @property
@@ -50,11 +49,6 @@ class Tokens(Draft):
     def is_video(self) -> bool:
         """Whether the sequence has as many tokens as the video, and x the shape of tokens."""
         return self.x.shape == (self.scene.batch, self.scene.tokens, WIDTH)
-
-    @property
-    def video(self) -> slice:
-        """Where in the sequence the video's tokens are, or would be."""
-        return slice(self.before, self.before + self.scene.tokens)
 
     def tag(self) -> int:
         """The number of the next attention."""
