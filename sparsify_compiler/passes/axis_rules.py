@@ -153,7 +153,6 @@ class AxisTracker(TorchDispatchMode):
         kwargs: dict[str, Any],
     ) -> list[Label]:
         """The labels of an output by the operator's rule; such of which nothing is known where there is none."""
-        self._taken = frozenset()
         labels: list[Label] = []
         if func.namespace == "aten":
             known = RULES.get(_name(func)) or (_pointwise if _is_pointwise(func.overloadpacket) else None)
@@ -167,6 +166,7 @@ class AxisTracker(TorchDispatchMode):
         each = [self.known(t) for t in operands]
         constant = all(known.constant for known in each)
         here = {run for run in self._taken if _tells(run)}
+        self._taken = frozenset()
         own = [{*known.fixed, *filter(_tells, single(known.labels))} for known in each]
         taken = here.union(*own, *(known.taken for known in each))
         if not taken:
@@ -243,11 +243,13 @@ class AxisTracker(TorchDispatchMode):
         return alive
 
     def is_table(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a graph input of at most two dimensions, as it came in: a weight or a table."""
-        labels = [label for label in self.of(tensor) if label]
-        runs = [run for label in labels for run in atoms(label)]
-        whole = len(runs) == len(labels) and all(run.whole and not run.also for run in runs)
+        """Whether a tensor is a graph input of at most two dimensions, as it came in but for repeats: a weight or a
+        table."""
+        runs = [run for label in self.of(tensor) for run in atoms(label) if run.source.kind != "repeat"]
         sources = {run.source for run in runs}
+        whole = all(run.whole and not run.also for run in runs) and len({run.dim for run in runs}) == len(
+            runs
+        )
         return (
             whole
             and len(sources) == 1

@@ -334,8 +334,6 @@ def _not_one_video(axes: Sequence[Atom], embeddings: Iterable[Embedding]) -> str
 
     An axis of length 1 is not among them.
     """
-    if any(run.source.kind == "conv" and not run.whole for run in axes):
-        return _PART
     origins = [_origins(run) for run in axes]
     sources = set.intersection(*({run.source for run in runs} for runs in origins))
     if not sources:

@@ -231,6 +231,47 @@ def test_labels_predict_where_elements_lie(rng: Random, sizes: tuple[int, ...], 
     run(rng, sizes, names)
 
 
+DIVISIONS = ["view: divide", "view: flatten", "view: slice", "copy: cut and join"]
+
+
+@given(
+    st.randoms(), st.sampled_from([(24,), (36,), (4, 6)]), st.lists(st.sampled_from(DIVISIONS), max_size=9)
+)
+@settings(max_examples=250)
+def test_runs_stay_exact_however_they_are_divided(
+    rng: Random, sizes: tuple[int, ...], names: list[str]
+) -> None:
+    run(rng, sizes, names)
+
+
+def test_runs_that_are_not_parts_of_one_are_not_joined() -> None:
+    rows = axis(Source("input", (24,)), 0)
+    (outer, inner), shifted = (reshape([cut(rows, start, start + 12)], [12], [3, 4]) for start in (0, 2))
+    assert len(reshape([outer, shifted[1]], [3, 4], [12])[0]) == 2
+    assert len(reshape([outer, cut(inner, 0, 2)], [3, 2], [6])[0]) == 2
+    pairs, fours = reshape([rows], [24], [12, 2])[0], reshape([rows], [24], [6, 4])[1]
+    assert len(reshape([pairs, cut(fours, 0, 2)], [12, 2], [24])[0]) == 2
+    late = cut(reshape([outer], [3], [3])[0], 1, 3)
+    assert reshape([late, inner], [2, 4], [8]) == [cut(rows, 4, 12)]
+    assert reshape([cut(inner, 1, 3)], [2], [2, 1])[0] != cut(inner, 0, 2)
+    window = cut(reshape([rows], [24], [2, 12])[1], 3, 9)
+    for part in reshape([window], [6], [3, 2]):
+        assert rows[0].source not in {run.source for run in atoms(part)}  # type: ignore[union-attr]
+
+
+def test_repeats_are_not_at_the_place_of_others() -> None:
+    tracker = AxisTracker()
+    tensor, source = numbered((4, 6), tracker)
+    with tracker:
+        column = tensor[:, 2:3].expand(4, 6)
+        beside = torch.cat([tensor, column])
+        tiled = torch.stack([tensor.repeat_interleave(2, 0), tensor.repeat(2, 1)], 2)
+        met = tensor.repeat_interleave(2, 0) + tensor.repeat(2, 1)
+    check(beside, tracker.of(beside), source)
+    check(tiled, tracker.of(tiled), source)
+    assert {run.source.kind for run in atoms(tracker.of(met)[0])} <= {"lost", "opaque"}
+
+
 def test_programs_do_claim_something() -> None:
     rng = Random(0)
     claimed = [run(rng, rng.choice(SIZES), rng.choices(sorted(STEPS), k=3)) for _ in range(60)]
@@ -317,6 +358,47 @@ def test_a_write_to_one_part_of_a_concatenation_leaves_the_others() -> None:
         assert tracker.of(buffer)[1] == cat([tracker.of(first)[1], tracker.of(second)[1]])
         both[:, 4:] = second.flip(1)
         assert source not in {run.source for run in atoms(tracker.of(both)[1])}
+
+
+def test_a_copy_of_one_position_is_no_empty_buffer() -> None:
+    tracker = AxisTracker()
+    tensor, source = numbered((4, 6), tracker)
+    with tracker:
+        base = tensor[:, 2:3].expand(4, 6).clone()
+        base[0] = tensor[0]
+        tiled = tensor.repeat(1, 2)
+    assert check(base, tracker.of(base), source)
+    assert check(tiled, tracker.of(tiled), source)
+
+
+def test_an_empty_buffer_written_in_part_is_not_empty() -> None:
+    tracker = AxisTracker()
+    tensor, _ = numbered((4, 6), tracker)
+    with tracker:
+        buffer = torch.zeros_like(tensor)
+        buffer[:, ::2] = tensor[:, :3]
+        placed = buffer * torch.arange(6)
+    assert {run.source.kind for run in atoms(tracker.of(placed)[1])} <= {"lost", "opaque"}
+
+
+def test_what_was_taken_from_a_position_may_be_overwritten() -> None:
+    tracker = AxisTracker()
+    tensor, source = numbered((4, 6), tracker)
+    with tracker:
+        first, second = tensor.clone(), tensor.clone()
+        rows = first[:, 3][1:3]
+        first[:, 3] = tensor[:, 1]
+        second[1:3, 3] = rows
+    check(second, tracker.of(second), source)
+
+
+def test_a_write_is_proved_by_every_digit_of_a_position() -> None:
+    tracker = AxisTracker()
+    tensor, source = numbered((24,), tracker)
+    with tracker:
+        base = tensor.clone()
+        base.view(2, 4, 3)[:, ::2] = tensor.view(2, 4, 3)[:, 1::2]
+    check(base, tracker.of(base), source)
 
 
 @given(st.integers(1, 40), st.data())

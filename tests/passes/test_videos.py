@@ -105,6 +105,9 @@ NO_GRID: dict[str, Videos] = {
     "rest after padding": lambda v, _: (
         lambda x: attend(torch.cat([F.pad(x, (0, 0, -20, 0)), x[:, :20]], 1))
     )(embed(v)),
+    "every other patch by index": lambda v, _: attend(
+        channels(v.unflatten(4, (5, 2))[..., 0].permute(0, 2, 3, 4, 1)).flatten(1, 3)
+    ),
     "windows": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))), (2, 3), of=4)),
     "dilated": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))), (3, 2), of=5)),
     "shifted windows": lambda v, _: attend(in_windows(volume(F.pad(v, (0, 2))).roll(1, 4), (2, 3), of=4)),
@@ -118,6 +121,7 @@ NO_GRID: dict[str, Videos] = {
     ),
     "batch folded into frames": lambda v, _: attend(embed(v.transpose(0, 1).flatten(1, 2)[None])),
     "views folded into frames": lambda v, o: attend(embed(torch.stack([v, o], 2).flatten(2, 3))),
+    "frames and frames reversed": lambda v, _: attend(embed(torch.cat([v, v.flip(2)], 2))),
     "last frames first": lambda v, _: attend(embed(torch.cat([v[:, :, 1:], v[:, :, :1]], 2))),
     # 3. order
     "rows and columns": lambda v, _: attend(embed(v.transpose(3, 4))),
@@ -227,6 +231,11 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
     "no batch": (lambda v: attend(sequence(volume(v[None]))), (VIDEO[0],), 0),
     "one channel": (lambda v: attend(sequence(grey(v))), (VIDEO[:, :1],), 0),
     "frames first": (lambda v: attend(embed(v.transpose(1, 2))), (VIDEO.transpose(1, 2).contiguous(),), 0),
+    "channels first, by a linear layer": (
+        lambda v: attend(channels(v.permute(0, 2, 3, 4, 1)).flatten(1, 3)),
+        (noise(2, 4, *GRID),),
+        0,
+    ),
     "channels last": (lambda v: attend(channels(v).flatten(1, 3)), (noise(2, 3, 2, 5, 4),), 0),
     "mesh": (lambda x: attend(features(x) + mesh()), (PACKED,), 0),
     "mesh without a batch": (lambda x: attend((features(x) + mesh()[0])[None]), (PACKED[0],), 0),
@@ -280,6 +289,14 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (PACKED,),
     ),
     "a mesh over images": (lambda x: attend(x.flatten(0, 1)[None] * mesh()), (noise(3, 10, WIDTH),)),
+    "a mesh over rolled parts": (
+        lambda x: attend(torch.cat([x[:, 10:] * mesh(2, 2, 5), x[:, :10] * mesh(1, 2, 5)], 1)),
+        (PACKED,),
+    ),
+    "patches cut off": (
+        lambda v: attend(channels(v.permute(0, 2, 3, 4, 1))[:, 1:].flatten(1, 3)),
+        (VIDEO,),
+    ),
     "images": (lambda x: attend(by_image(x).flatten(0, 1)[None]), (noise(3, 4, 4, 10),)),
     "channels of images": (lambda x: attend(sequence(grey(x[:, None]))), (noise(2, 3, 4, 10),)),
     "one table on two": (
