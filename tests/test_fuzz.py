@@ -81,9 +81,6 @@ def test_tokens_that_move_are_attended_right(case: Case) -> None:
     check(case, "end to end")
 
 
-@pytest.mark.xfail(
-    reason="open: `torch.cat(..., out=)` into a blank buffer loses no label where a mesh is added after"
-)
 @short(10)
 @given(cases("writes"))
 def test_tokens_that_are_written_are_attended_right(case: Case) -> None:

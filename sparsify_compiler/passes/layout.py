@@ -416,6 +416,15 @@ def _claims(label: Label) -> Iterator[Atom]:
             yield from _claims(of)
 
 
+def _lengths(label: Label) -> Iterator[Atom]:
+    """Every axis whose length a label's lengths come from: of a convolution's input the axes that it runs along, not
+    its batch and channels."""
+    for run in atoms(label):
+        yield from run.claims
+        if run.source.of:
+            yield from _lengths(run.source.of[2 + run.dim])
+
+
 def _inputs(label: Label) -> set[Source]:
     """The inputs that a label's axes come from."""
     axes = {pair for claim in _claims(label) for pair in (claim.axis, *claim.source.roots)}
@@ -452,7 +461,7 @@ def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterabl
     are found among the tokens, and where positions tell the grid every number that is an input. A batch, or the
     length of a prompt elsewhere in the model, stays free.
     """
-    claims = {claim for label in used for claim in _claims(label)}
+    claims = {claim for label in used for claim in _lengths(label)}
     by_positions = any(claim.source.kind == "position" for claim in claims)
     axes = {claim.axis for claim in claims}
     for node in gm.graph.nodes:

@@ -16,7 +16,8 @@ Level = Literal["analysis", "end to end"]
 
 Outcome = Literal["sparse", "dense", "refused", "WRONG", "CRASH", "invalid"]
 """`sparse`: something is sparse, and right. `dense`: nothing is. `refused`: a SparsifyError. `WRONG`: a claim or a
-number that is not true. `CRASH`: an exception that eager does not raise. `invalid`: eager raises as well."""
+number that is not true. `CRASH`: an exception that eager does not raise. `invalid`: eager raises as well, or what
+becomes of tokens is not in one graph."""
 
 FAULTS: tuple[Outcome, ...] = ("WRONG", "CRASH")
 

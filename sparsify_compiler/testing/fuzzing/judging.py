@@ -5,6 +5,7 @@ the mask that follows from there.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
         return Verdict("invalid", described(error))
     assert places_out.stride() == dense.stride(), "memory is laid out alike on places and on numbers"
     try:
-        run = recorded if level == "analysis" else compiled
+        run = recorded if level == "analysis" else partial(compiled, fullgraph=True)
         plans, out = run(program, options, numbers, *numbers.inputs())
+    except torch._dynamo.exc.Unsupported as error:  # what moved in one graph is not known in the next
+        return Verdict("invalid", described(error))
     except SparsifyError as error:
         return Verdict("refused", described(error))
     except Exception as error:
@@ -71,14 +74,16 @@ def recorded(
     return list(plan), out
 
 
-def compiled(program: Program, options: dict[str, Any], *args: Any) -> tuple[list[AttentionPlan], Any]:
+def compiled(
+    program: Program, options: dict[str, Any], *args: Any, fullgraph: bool = False
+) -> tuple[list[AttentionPlan], Any]:
     """The plans of `program(*args)` compiled, and its output.
 
     The program must be new to Dynamo: one that is compiled anew for every case needs no reset in between.
     """
     plans: list[AttentionPlan] = []
-    out = torch.compile(program, backend=backend(options, plans), dynamic=False)(*args)
-    return plans, out
+    sparse = torch.compile(program, backend=backend(options, plans), dynamic=False, fullgraph=fullgraph)
+    return plans, sparse(*args)
 
 
 def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Program]:
