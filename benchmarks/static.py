@@ -1,6 +1,6 @@
 """`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs. The machine needs none.
 
-Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 9.0 and 10.0. A line gives the
+Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line gives the
 registers of a thread, the bytes of a thread that are spilled, the shared memory of a program beside the most that
 it may have, the programs that a multiprocessor holds, and the instructions that multiply matrices. Then it gives
 what one warp runs of the main loop for 128 keys: instructions, barriers and exponentials. What some passes of the
@@ -55,6 +55,7 @@ class Gpu:
 
 GPUS = {
     80: Gpu(163 * 1024, 164 * 1024, 64, 32),
+    89: Gpu(99 * 1024, 100 * 1024, 48, 24),
     90: Gpu(227 * 1024, 228 * 1024, 64, 32),
     100: Gpu(227 * 1024, 228 * 1024, 64, 32),
 }

@@ -17,7 +17,7 @@ LESS_SHARED_MEMORY = 99 * 1024
 SPILLED = 32
 """Bytes of a thread, at most, that any kernel may spill: a few registers, set aside round a loop."""
 
-TENSOR_CORES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+TENSOR_CORES = {80: "mma", 89: "mma", 90: "wgmma", 100: "tcgen05"}
 MULTIPLY = ("block_sparse_attention", "queries", "keys", "nearest", "top_k", "softmax", "add_up")
 """Kernels whose products of half precision take the best instructions of a GPU."""
 
