@@ -23,7 +23,8 @@ and queries and keys are of the same tokens if
 7. *same videos*: so does what they have of the batch.
 
 `_not_one_video` checks the first five, `_not_the_same` the others. Time, rows and columns themselves are told apart
-by their order alone: no graph tells more.
+by their order alone: no graph tells more. What became of tokens before a graph break is not in the graph after it: a
+mesh of positions that is added there is believed.
 """
 
 import itertools
@@ -554,7 +555,7 @@ def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
     sizes = sizes_of(value)
     if sizes is None:
         return _Unknown(made_of)
-    strides = strides_of(value) or torch.empty(sizes, device="meta").stride()
+    strides = strides_of(value) or torch.empty(sizes, dtype=value.dtype, device="meta").stride()
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 
