@@ -13,7 +13,7 @@ Three axes of a sequence are the time, rows and columns of one video if
 2. *one input*: all three come from one input of the graph, by convolutions or as they are; or a mesh of positions
    divides one axis of an input among them;
 3. *order*: they lie in the order in which that input has them;
-4. *not the batch*: none is the first dimension of that input;
+4. *not the batch*: none is the first dimension of that input, and no weights sum over it;
 5. *channels*: weights were multiplied into every other dimension of the input but the first, over these three, so
    that it is none of them that holds channels;
 
@@ -372,7 +372,9 @@ def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
             return False
     others = set(range(len(source.sizes))) - {piece.dim for piece in pieces}
     channels = others - {0} or others
-    told = {run.dim for run in summed}
+    told = {run.dim for run in summed if run.size > 1}
+    if 0 in told - channels:
+        return False  # a sum over several videos
     single = {dim for dim in (1, len(source.sizes) - 1) if source.sizes[dim] == 1}
     return bool(channels) and channels <= told | single
 

@@ -128,6 +128,10 @@ NO_GRID: dict[str, Videos] = {
     "columns as time": lambda v, _: attend(embed(v.permute(0, 1, 4, 3, 2)[..., :2])),
     "frames last": lambda v, _: attend(volume(v).permute(0, 3, 4, 2, 1).flatten(1, 3)),
     # 4. not the batch
+    "videos as channels": lambda v, _: attend(
+        channels(v[..., :2].permute(1, 2, 3, 0, 4).flatten(3)).flatten(0, 2)[None]
+    ),
+    "videos beside channels": lambda v, _: attend(sequence(wide(v.flatten(0, 1)[None]))),
     "videos, by image": lambda v, _: attend(frame_by_frame(v).transpose(0, 1).flatten(1, 2)),
     "videos, by channels": lambda v, _: attend(channels(v.permute(2, 0, 3, 4, 1)).flatten(1, 3)),
     "videos as time": lambda v, _: attend(embed(v.permute(2, 1, 0, 3, 4))),
