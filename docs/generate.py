@@ -166,7 +166,7 @@ def whole_models() -> str:
     for case in results("model-cpu")["cases"]:
         model, dtype = case["name"].rsplit("-", 1)
         rows.append(
-            ("AMD EPYC", models[model], f"{case['tokens']:,}", dtype, "tile", f"{case['density']:.1%}")
+            ("AMD EPYC, 2 cores", models[model], f"{case['tokens']:,}", dtype, "tile", f"{case['density']:.1%}")
             + _times(1e3 * case["dense_s"], 1e3 * case["sparse_s"])
         )
     shown = {"tile 1:23 drop": "tile", "tile 2:22 drop": "tile", "svg2 0.2 linear": "svg2",
@@ -174,7 +174,7 @@ def whole_models() -> str:
     for row in results("quality-cpu")["rows"]:
         if row["name"] in shown:
             rows.append(
-                ("Intel Xeon, AMX", "evaluation model, 3 heads of 64", "2,304", "float32")
+                ("Intel Xeon with AMX, 1 core", "evaluation model, 3 heads of 64", "2,304", "float32")
                 + (shown[row["name"]], f"{row['density']:.1%}")
                 + _times(1e3 * row["dense_seconds"], 1e3 * row["seconds"])
             )
