@@ -27,6 +27,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -156,30 +157,38 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def whole_models() -> str:
-    """Steps of whole models, sparse and dense, on both CPUs."""
+    """Steps of whole models, sparse and by plain torch.compile: one step of sampling, or of training."""
     models = {
         "wan-64": "Wan, 4 heads of 64",
         "wan-128": "Wan, 2 heads of 128",
         "hunyuan-64": "HunyuanVideo, 4 heads of 64",
     }
     rows = []
-    for case in results("model-cpu")["cases"]:
-        model, dtype = case["name"].rsplit("-", 1)
-        rows.append(
-            ("AMD EPYC, 2 cores", models[model], f"{case['tokens']:,}", dtype, "tile", f"{case['density']:.1%}")
-            + _times(1e3 * case["dense_s"], 1e3 * case["sparse_s"])
-        )
-    shown = {"tile 1:23 drop": "tile", "tile 2:22 drop": "tile", "svg2 0.2 linear": "svg2",
-             "cubes 0.2 linear": "cubes"}  # fmt: skip
-    for row in results("quality-cpu")["rows"]:
-        if row["name"] in shown:
+    for path in sorted(RESULTS.glob("model-*.json")):
+        record = results(path.stem)
+        for case in record["cases"]:
+            model, dtype = case["name"].rsplit("-", 1)
             rows.append(
-                ("Intel Xeon with AMX, 1 core", "evaluation model, 3 heads of 64", "2,304", "float32")
-                + (shown[row["name"]], f"{row['density']:.1%}")
-                + _times(1e3 * row["dense_seconds"], 1e3 * row["seconds"])
+                (cpu_of(record), models[model], f"{case['tokens']:,}", dtype, "tile", f"{case['density']:.1%}")
+                + _times(1e3 * case["dense_s"], 1e3 * case["sparse_s"])
             )
-    head = ("CPU", "model", "tokens", "type", "method", "kept pairs", "dense", "sparse", "speed-up")
+    record = results("dsv-training-cpu")
+    dense, sparse = (case["steps"] for case in record["cases"])
+    share = [step["share"] for step in sparse if "share" in step][-1]
+    seconds = [median(step["seconds"] for step in steps[-50:]) for steps in (dense, sparse)]
+    rows.append(
+        (cpu_of(record), "evaluation model, 3 heads of 64, training", "2,304", "float32", "dsv", f"{share:.1%}")
+        + _times(*(1e3 * second for second in seconds))
+    )
+    head = ("CPU", "model", "tokens", "type", "method", "kept pairs", "`torch.compile`", "sparse", "speed-up")
     return table(head, rows)
+
+
+def cpu_of(record: Mapping[str, Any]) -> str:
+    """The CPU of a record and its threads, in a few words."""
+    machine = record["machine"]
+    cpu = "Intel Xeon" if "Intel" in machine["cpu"] else machine["cpu"]
+    return f"{cpu}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
 
 
 def _times(dense: float, sparse: float) -> tuple[str, str, str]:
