@@ -169,7 +169,14 @@ def whole_models() -> str:
         for case in record["cases"]:
             model, dtype = case["name"].rsplit("-", 1)
             rows.append(
-                (cpu_of(record), models[model], f"{case['tokens']:,}", dtype, "tile", f"{case['density']:.1%}")
+                (
+                    cpu_of(record),
+                    models[model],
+                    f"{case['tokens']:,}",
+                    dtype,
+                    "tile",
+                    f"{case['density']:.1%}",
+                )
                 + _times(1e3 * case["dense_s"], 1e3 * case["sparse_s"])
             )
     record = results("dsv-training-cpu")
@@ -177,7 +184,14 @@ def whole_models() -> str:
     share = [step["share"] for step in sparse if "share" in step][-1]
     seconds = [median(step["seconds"] for step in steps[-50:]) for steps in (dense, sparse)]
     rows.append(
-        (cpu_of(record), "evaluation model, 3 heads of 64, training", "2,304", "float32", "dsv", f"{share:.1%}")
+        (
+            cpu_of(record),
+            "evaluation model, 3 heads of 64, training",
+            "2,304",
+            "float32",
+            "dsv",
+            f"{share:.1%}",
+        )
         + _times(*(1e3 * second for second in seconds))
     )
     head = ("CPU", "model", "tokens", "type", "method", "kept pairs", "`torch.compile`", "sparse", "speed-up")
@@ -197,7 +211,7 @@ def _times(dense: float, sparse: float) -> tuple[str, str, str]:
 
 
 def model_compilation() -> str:
-    """What compiling whole models takes."""
+    """Errors, speed-ups and compile times of whole models."""
     record = results("model-cpu")
     rows = [
         (case["name"], f"{case['error']:.0e}", f"{case['attention_share']:.0%}")
@@ -263,7 +277,7 @@ def quality() -> str:
 
 
 def method_costs() -> str:
-    """What choosing and the far field cost, of svg2 and cubes."""
+    """The cost of choosing and of the far field, for svg2 and cubes."""
     record = results("methods-cost-cpu")
     rows = []
     for case in record["cases"]:
@@ -280,7 +294,7 @@ def method_costs() -> str:
 
 
 def far_field_costs() -> str:
-    """What the far field adds, by the size of its groups."""
+    """The cost of the far field, by the size of its groups."""
     record = results("far-field-cpu")
     rows = [
         (f"{case['tokens']:,}", case["dtype"], str(case["group"]), f"{case['dense_ms']:,.0f} ms")
@@ -292,7 +306,7 @@ def far_field_costs() -> str:
 
 
 def prediction() -> str:
-    """What the choice of single keys costs."""
+    """The cost of choosing single keys."""
     record = results("prediction-cpu")
     rows = [
         (f"{case['tokens']:,}", case["dtype"], case["chosen_by"], f"{case['keys']:,}")
@@ -313,7 +327,9 @@ def distillation() -> str:
     ]
     head = ("videos", "calls of the model", "PSNR to 100 steps", "error of a step", "found")
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in record["seconds"].items())
-    return f"{table(head, rows)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
+    return (
+        f"{table(head, rows)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
+    )
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -333,7 +349,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def printed_by_code(code: str) -> str:
-    """What a code block prints, run by itself."""
+    """The output of a code block that runs on its own."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(compile(code, "<code block>", "exec"), {"__name__": "__main__"})
@@ -341,7 +357,7 @@ def printed_by_code(code: str) -> str:
 
 
 def printed_by_command(command: str) -> str:
-    """What a command prints, run in the root of the repository."""
+    """The output of a command that runs in the root of the repository."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
