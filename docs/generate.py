@@ -24,7 +24,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -139,197 +139,240 @@ def results(name: str) -> dict[str, Any]:
 def origin(record: Mapping[str, Any]) -> str:
     """The command, machine and date of a record, in one line."""
     machine = record["machine"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    cpu = f"{machine['cpu'].replace('(R)', '')}, {machine['cpu_capability']}"
-    cpu += ", AMX" if has_amx(machine) else ""
-    return f"`{record['command']}`; {cpu}, {threads}, torch {machine['torch']}, {record['date'][:10]}."
+    amx = "Intel" in machine["cpu"] and machine.get("fast_products") == "bfloat16"
+    cpu = f"{machine['cpu'].replace('(R)', '')}, {machine['cpu_capability']}{', AMX' if amx else ''}"
+    return (
+        f"`{record['command']}`; {cpu}, {threads(machine)}, torch {machine['torch']}, {record['date'][:10]}."
+    )
 
 
-def has_amx(machine: Mapping[str, Any]) -> bool:
-    """Whether a machine multiplies bfloat16 matrices in AMX tiles: an Intel whose record says so."""
-    return "Intel" in machine["cpu"] and machine.get("fast_products") == "bfloat16"
+def threads(machine: Mapping[str, Any]) -> str:
+    """The threads of a run, in words."""
+    return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table in Markdown."""
+    head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def filled(cases: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A table with a line for each case.
+
+    Args:
+        columns: head of a column -> its format, which takes the entries of a case by name.
+    """
+    return table(columns, [[form.format(**case) for form in columns.values()] for case in cases])
+
+
+def figures(name: str, columns: Mapping[str, str], keep: Callable[[Mapping[str, Any]], bool] = bool) -> str:
+    """The cases of a record as a table, with its origin."""
+    record = results(name)
+    return f"{filled(filter(keep, record['cases']), columns)}\n\n{origin(record)}"
+
+
+MODELS = {
+    "wan-64": "Wan, 4 heads of 64",
+    "wan-128": "Wan, 2 heads of 128",
+    "hunyuan-64": "HunyuanVideo, 4 heads of 64",
+}
+"""Names of the cases of `benchmarks.model`, in words."""
+
+
 def whole_models() -> str:
     """Steps of whole models, sparse and by plain torch.compile: one step of sampling, or of training."""
-    models = {
-        "wan-64": "Wan, 4 heads of 64",
-        "wan-128": "Wan, 2 heads of 128",
-        "hunyuan-64": "HunyuanVideo, 4 heads of 64",
-    }
-    rows = []
+    cases = []
     for path in sorted(RESULTS.glob("model-*.json")):
         record = results(path.stem)
         for case in record["cases"]:
             model, dtype = case["name"].rsplit("-", 1)
-            rows.append(
-                (
-                    cpu_of(record),
-                    models[model],
-                    f"{case['tokens']:,}",
-                    dtype,
-                    "tile",
-                    f"{case['density']:.1%}",
-                )
-                + _times(1e3 * case["dense_s"], 1e3 * case["sparse_s"])
+            cases.append(
+                {**case, "cpu": cpu_of(record), "model": MODELS[model], "dtype": dtype, "method": "tile"}
             )
     record = results("dsv-training-cpu")
     dense, sparse = (case["steps"] for case in record["cases"])
-    share = [step["share"] for step in sparse if "share" in step][-1]
-    seconds = [median(step["seconds"] for step in steps[-50:]) for steps in (dense, sparse)]
-    rows.append(
-        (
-            cpu_of(record),
-            "evaluation model, 3 heads of 64, training",
-            "2,304",
-            "float32",
-            "dsv",
-            f"{share:.1%}",
-        )
-        + _times(*(1e3 * second for second in seconds))
-    )
-    head = ("CPU", "model", "tokens", "type", "method", "kept pairs", "`torch.compile`", "sparse", "speed-up")
-    return table(head, rows)
+    dense_s, sparse_s = (median(step["seconds"] for step in steps[-50:]) for steps in (dense, sparse))
+    training = {
+        "cpu": cpu_of(record),
+        "model": "evaluation model, 3 heads of 64, training",
+        "tokens": 2304,
+        "dtype": "float32",
+        "method": "dsv",
+        "density": [step["share"] for step in sparse if "share" in step][-1],
+        "dense_s": dense_s,
+        "sparse_s": sparse_s,
+        "speedup": dense_s / sparse_s,
+    }
+    columns = {
+        "CPU": "{cpu}",
+        "model": "{model}",
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "method": "{method}",
+        "kept pairs": "{density:.1%}",
+        "`torch.compile`": "{dense_s:.3f} s",
+        "sparse": "{sparse_s:.3f} s",
+        "speed-up": "{speedup:.1f}x",
+    }
+    return filled([*cases, training], columns)
 
 
 def cpu_of(record: Mapping[str, Any]) -> str:
     """The CPU of a record and its threads, in a few words."""
     machine = record["machine"]
-    cpu = "Intel Xeon" if "Intel" in machine["cpu"] else machine["cpu"]
-    return f"{cpu}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-
-
-def _times(dense: float, sparse: float) -> tuple[str, str, str]:
-    """Two times in milliseconds, and their ratio."""
-    return f"{dense:,.0f} ms", f"{sparse:,.0f} ms", f"{dense / sparse:.1f}x"
+    return f"{'Intel Xeon' if 'Intel' in machine['cpu'] else machine['cpu']}, {threads(machine)}"
 
 
 def model_compilation() -> str:
     """Errors, speed-ups and compile times of whole models."""
     record = results("model-cpu")
-    rows = [
-        (case["name"], f"{case['error']:.0e}", f"{case['attention_share']:.0%}")
-        + (f"{case['allowed']:.2f}x", f"{case['speedup']:.2f}x")
-        + (
-            (f"{case['compile_dense_s']:.1f} s", f"{case['compile_sparse_s']:.1f} s")
-            if case["compile_ratio"]
-            else ("-", "-")
-        )
+    cases = [
+        {
+            **case,
+            **{
+                f"{kind}_text": "-" if (seconds := case[f"compile_{kind}_s"]) is None else f"{seconds:.1f} s"
+                for kind in ("dense", "sparse")
+            },
+        }
         for case in record["cases"]
     ]
-    head = ("model", "error", "attention's share", "allowed", "reached", "compile, dense", "compile, sparse")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    columns = {
+        "model": "{name}",
+        "error": "{error:.0e}",
+        "attention's share": "{attention_share:.0%}",
+        "allowed": "{allowed:.2f}x",
+        "reached": "{speedup:.2f}x",
+        "compile, dense": "{dense_text}",
+        "compile, sparse": "{sparse_text}",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
 def attention() -> str:
     """The attention op alone, forward."""
-    record = results("attention-cpu")
-    rows = [
-        (case["name"], case["dtype"], f"{case['tokens']:,}", str(case["head_dim"]), f"{case['density']:.3f}")
-        + (f"{case['dense_ms']:,.0f} ms", f"{case['ours_ms']:,.1f} ms", f"{case['speedup']:.1f}x")
-        + (f"{case['efficiency']:.2f}",)
-        for case in record["cases"]
-    ]
-    head = ("table", "type", "tokens", "head dim", "density", "SDPA", "sparse", "speed-up", "times density")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    columns = {
+        "table": "{name}",
+        "type": "{dtype}",
+        "tokens": "{tokens:,}",
+        "head dim": "{head_dim}",
+        "density": "{density:.3f}",
+        "SDPA": "{dense_ms:,.0f} ms",
+        "sparse": "{ours_ms:,.1f} ms",
+        "speed-up": "{speedup:.1f}x",
+        "times density": "{efficiency:.2f}",
+    }
+    return figures("attention-cpu", columns)
 
 
 def attention_training() -> str:
     """The attention op alone, forward and backward."""
-    record = results("training-cpu")
-    rows = [
-        (case["kind"], case["dtype"], f"{case['density']:.3f}", f"{case['flash_ms']:,.0f} ms")
-        + (f"{case['ours_ms']:,.0f} ms", f"{case['speedup']:.1f}x", f"{case['efficiency']:.2f}")
-        for case in record["cases"]
-        if "kind" in case
-    ]
-    head = ("table", "type", "density", "SDPA", "sparse", "speed-up", "times density")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    columns = {
+        "table": "{kind}",
+        "type": "{dtype}",
+        "density": "{density:.3f}",
+        "SDPA": "{flash_ms:,.0f} ms",
+        "sparse": "{ours_ms:,.0f} ms",
+        "speed-up": "{speedup:.1f}x",
+        "times density": "{efficiency:.2f}",
+    }
+    return figures("training-cpu", columns, lambda case: "kind" in case)
+
+
+METHOD_WORDS = {
+    "svg2": "svg2",
+    "cubes": "cubes of 16 keys",
+    "keys": "keys, by clusters of queries",
+    "dsv": "dsv, keys by prediction",
+    "tile": "tile",
+}
+"""Methods in the order of the table of quality, in words."""
 
 
 def quality() -> str:
     """Videos of the evaluation model: PSNR, loss and speed of each method."""
     record = results("quality-cpu")
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in record["rows"]:
-        if row["line"] and row["target"] in (0.1, 0.2):
-            method, far_field = row["line"].split()
-            density = f"{row['density']:.2f}" if method == "tile" else str(row["target"])
-            lines.setdefault((method, density), {})[far_field] = row
-    names = {"keys": "keys, by clusters of queries", "dsv": "dsv, keys by prediction",
-             "cubes": "cubes of 16 keys"}  # fmt: skip
-    order = ("svg2", "cubes", "keys", "dsv", "tile")
-    rows = []
-    for (method, density), found in sorted(lines.items(), key=lambda item: order.index(item[0][0])):
-        three = [found[far_field] for far_field in ("drop", "mean", "linear")]
-        rows.append(
-            (names.get(method, method), density, *(f"{row['psnr']:.1f} ({row['loss']:.3f})" for row in three))
-            + (", ".join(f"{row['dense_seconds'] / row['seconds']:.2f}" for row in three),)
-        )
-    head = ("method", "density", "drop", "mean", "linear", "times as fast as dense")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    found = {(row["line"], row["target"]): row for row in record["rows"] if row["line"]}
+    cases = []
+    for method, target in ((method, target) for method in METHOD_WORDS for target in (0.1, 0.2)):
+        three = [found[f"{method} {far_field}", target] for far_field in ("drop", "mean", "linear")]
+        case = {
+            "method": METHOD_WORDS[method],
+            "density": f"{three[0]['density']:.2f}" if method == "tile" else target,
+            "speed": ", ".join(f"{row['dense_seconds'] / row['seconds']:.2f}" for row in three),
+        }
+        cases.append({**case, **dict(zip(("drop", "mean", "linear"), three, strict=True))})
+    far_fields = {name: f"{{{name}[psnr]:.1f}} ({{{name}[loss]:.3f}})" for name in ("drop", "mean", "linear")}
+    columns = {
+        "method": "{method}",
+        "density": "{density}",
+        **far_fields,
+        "times as fast as dense": "{speed}",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
 def method_costs() -> str:
     """The cost of choosing and of the far field, for svg2 and cubes."""
-    record = results("methods-cost-cpu")
-    rows = []
-    for case in record["cases"]:
-        share, efficiency = case["far_field_share"], case["efficiency"]
-        rows.append(
-            (case["method"], "x".join(map(str, case["grid"])), f"{case['density']:.3f}")
-            + (f"{case['ms']['dense']:,.0f} ms", f"{case['selection_share']:.1%}")
-            + (f"{share['mean']:.1%}", f"{share['linear']:.1%}")
-            + tuple(f"{efficiency[far_field]:.2f}" for far_field in ("drop", "mean", "linear"))
-        )
-    head = ("method", "grid", "density", "SDPA", "selection", "mean", "linear")
-    head += ("times density: drop", "mean", "linear")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    columns = {
+        "method": "{method}",
+        "grid": "{grid[0]}x{grid[1]}x{grid[2]}",
+        "density": "{density:.3f}",
+        "SDPA": "{ms[dense]:,.0f} ms",
+        "selection": "{selection_share:.1%}",
+        "mean": "{far_field_share[mean]:.1%}",
+        "linear": "{far_field_share[linear]:.1%}",
+        "times density, drop": "{efficiency[drop]:.2f}",
+        "with mean": "{efficiency[mean]:.2f}",
+        "with linear": "{efficiency[linear]:.2f}",
+    }
+    return figures("methods-cost-cpu", columns)
 
 
 def far_field_costs() -> str:
     """The cost of the far field, by the size of its groups."""
-    record = results("far-field-cpu")
-    rows = [
-        (f"{case['tokens']:,}", case["dtype"], str(case["group"]), f"{case['dense_ms']:,.0f} ms")
-        + tuple(f"{case[f'{far_field} added, % of dense']:.1f} %" for far_field in ("mean", "linear"))
-        for case in record["cases"]
-        if case["case"] == "cost"
-    ]
-    return f"{table(('tokens', 'type', 'group', 'SDPA', 'mean', 'linear'), rows)}\n\n{origin(record)}"
+    columns = {
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "group": "{group}",
+        "SDPA": "{dense_ms:,.0f} ms",
+        "mean": "{mean added, % of dense:.1f} %",
+        "linear": "{linear added, % of dense:.1f} %",
+    }
+    return figures("far-field-cpu", columns, lambda case: case["case"] == "cost")
 
 
 def prediction() -> str:
     """The cost of choosing single keys."""
-    record = results("prediction-cpu")
-    rows = [
-        (f"{case['tokens']:,}", case["dtype"], case["chosen_by"], f"{case['keys']:,}")
-        + (f"{case['top_k_ms']:,.0f} ms", f"{case['share_of_dense']:.1%}")
-        for case in record["cases"]
-    ]
-    head = ("tokens", "type", "`chosen_by`", "keys", "choice", "share of dense")
-    return f"{table(head, rows)}\n\n{origin(record)}"
+    columns = {
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "`chosen_by`": "{chosen_by}",
+        "keys": "{keys:,}",
+        "choice": "{top_k_ms:,.0f} ms",
+        "share of dense": "{share_of_dense:.1%}",
+    }
+    return figures("prediction-cpu", columns)
 
 
 def distillation() -> str:
     """The stages of `sparsify distill`."""
     record = results("distill-cpu")
-    rows = [
-        (row["videos"], str(row["calls"]), f"{row['psnr']:.1f} dB")
-        + tuple("-" if row[key] is None else f"{row[key]:.3f}" for key in ("step_error", "found"))
+    measured = ("step_error", "found")
+    cases = [
+        {**row, **{key: "-" if row[key] is None else f"{row[key]:.3f}" for key in measured}}
         for row in record["quality"]
     ]
-    head = ("videos", "calls of the model", "PSNR to 100 steps", "error of a step", "found")
+    columns = {
+        "videos": "{videos}",
+        "calls of the model": "{calls}",
+        "PSNR to 100 steps": "{psnr:.1f} dB",
+        "error of a step": "{step_error}",
+        "found": "{found}",
+    }
     times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in record["seconds"].items())
-    return (
-        f"{table(head, rows)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
-    )
+    return f"{filled(cases, columns)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
 
 
 TABLES: Mapping[str, Callable[[], str]] = {
@@ -378,7 +421,7 @@ def rendered(text: str, *, outputs: bool) -> str:
     """
 
     def part(found: re.Match[str]) -> str:
-        kind, name, old = found.groups()
+        kind, name = found.group(1, 2)
         if kind == "table":
             new = TABLES[name]()
         elif kind == "options":
