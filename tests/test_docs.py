@@ -6,7 +6,7 @@ import math
 import re
 import runpy
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -64,11 +64,13 @@ def shape(output: str) -> str:
 
 
 @pytest.fixture
-def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code writes its files into a folder of its own, and nothing is known from other tests."""
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code writes its files into a folder of its own, knows nothing of other tests, and changes nothing for them."""
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     torch.manual_seed(0)
+    with torch.enable_grad():
+        yield
 
 
 @pytest.fixture
