@@ -65,7 +65,7 @@ def shape(output: str) -> str:
 
 @pytest.fixture
 def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Code writes its files into a folder of its own, knows nothing of other tests, and changes nothing for them."""
+    """Code writes its files into a folder of its own and shares no state with other tests."""
     monkeypatch.chdir(tmp_path)
     torch._dynamo.reset()
     torch.manual_seed(0)
