@@ -22,9 +22,9 @@ and queries and keys are of the same tokens if
 6. *same axes*: their sequences run over the same axes in the same order;
 7. *same videos*: so does what they have of the batch, and no sequence has tokens of two of its videos.
 
-`_not_one_video` checks the first five, `_not_the_same` and `_of_several_videos` the others. Time, rows and columns themselves are told apart
-by their order alone: no graph tells more. What became of tokens before a graph break is not in the graph after it:
-a mesh of positions that is added there is believed.
+`_not_one_video` checks the first five, `_not_the_same` and `_of_several_videos` the others. Time, rows and
+columns themselves are told apart by their order alone: no graph tells more. What became of tokens before a
+graph break is not in the graph after it: a mesh of positions that is added there is believed.
 """
 
 import itertools
