@@ -43,6 +43,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
 from sparsify_compiler.passes.axes import (
     Atom,
+    Axis,
     Cat,
     Label,
     Source,
@@ -213,10 +214,12 @@ def _same_videos(query: Known, key: Known) -> bool:
 
 
 def _of_several_videos(known: Known) -> bool:
-    """Whether tokens were taken from several positions along a batch."""
+    """Whether tokens were taken from more positions along a batch than there are sequences."""
     _, taken = _batch(known, _inputs(known.labels[2]))
-    claims = [claim for run in taken for claim in run]
-    return len({claim.axis for claim in claims}) < len({(claim.axis, claim.base) for claim in claims})
+    places: dict[Axis, set[int]] = {}
+    for claim in itertools.chain.from_iterable(taken):
+        places.setdefault(claim.axis, set()).add(claim.base)
+    return any(len(found) > length(known.labels[0]) for found in places.values())
 
 
 def _runs(known: Known) -> list[Atom]:
