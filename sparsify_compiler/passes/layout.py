@@ -375,11 +375,9 @@ def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -
 
 
 def _sums_videos(source: Source, dims: set[int], embedding: Embedding) -> bool:
-    """Whether weights sum over the videos of a batch, at tokens along these dimensions of an input."""
-    kept, summed = (
-        {run.dim for run in runs if run.source is source} for runs in (embedding.kept, embedding.summed)
-    )
-    return dims <= kept and 0 in summed and len(dims) + 1 < len(source.sizes)
+    """Whether weights sum over the videos of a batch, of an input whose grid has these dimensions."""
+    has_batch = len(dims) + 1 < len(source.sizes)  # else the first dimension is that of channels
+    return has_batch and any(run.source is source and run.dim == 0 for run in embedding.summed)
 
 
 def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
