@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from far_field_providers import DTYPES, EXAMPLES, INTERPRETED, PROVIDERS
+from far_field_providers import DTYPES, EXAMPLES, FEW, INTERPRETED, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -31,9 +31,6 @@ from sparsify_compiler.testing.strategies import qkv, tables
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs near 1, half precision rounding the virtual keys as it does keys."""
-
-FEW = (1, 2, 1) if INTERPRETED else (2, 4, 2)
-"""Batch, heads and key heads where they are not what is looked at: the interpreter takes a time for each program."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -461,7 +458,9 @@ def test_merge(provider, dtype):
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_with_strided_views(provider, grad):
     batch, heads, _ = FEW
-    query, near, far = (t.requires_grad_(grad) for t in qkv(batch, heads, heads, 40, 40, 24, 24, torch.float32))
+    query, near, far = (
+        t.requires_grad_(grad) for t in qkv(batch, heads, heads, 40, 40, 24, 24, torch.float32)
+    )
     table = some_table()
     near_lse, far_lse = torch.randn(2, batch, heads, 40).requires_grad_(grad)
     matrices = torch.randn(batch, heads, 4, 24, 24).mT.requires_grad_(grad)
@@ -631,7 +630,7 @@ def test_error_of_the_far_fields(name, density):
 def test_triton_in_its_interpreter() -> None:
     cases = [str(Path(__file__).with_name(name)) for name in ("test_far_field.py", "test_statistics.py")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *cases, "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *cases, "-k", "triton", "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
