@@ -207,7 +207,9 @@ def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(
     assert (eager - trained).abs().max() > 1e-4, "sparse is not dense"
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "cogvideox", "allegro"])
+@pytest.mark.parametrize(
+    "family", ["hunyuan_video", "cogvideox", pytest.param("allegro", marks=pytest.mark.nightly)]
+)
 def test_joint_attention_and_masks(family: str) -> None:
     """Text before, text and padding after, hidden keys: at K = all it is eager; below, gradients are finite."""
     model, inputs = made(family, batch=2)
