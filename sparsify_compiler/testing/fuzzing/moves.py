@@ -584,7 +584,7 @@ write_moved = table(
     y.swapaxes(0, 1)[0] = x[:, -1]
     y.diagonal(0, 0, 1).copy_(x.flip(1).diagonal(0, 0, 1))
     y.as_strided(y.shape, y.stride()).copy_(x.flip(1))
-    y.set_(x.flip(1))
+    torch.ops.aten.copy_(y, x.flip(1))
     y.data.copy_(x.flip(1))
     z = y; z.copy_(x.flip(1))
     z = y[:, 1:]; z[:, 0] = x[:, 0]
