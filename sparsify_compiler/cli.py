@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparsify_compiler import __version__
 from sparsify_compiler.errors import OptionError, run_command
 
 app = typer.Typer(
@@ -16,6 +17,22 @@ app = typer.Typer(
 
 bench = typer.Typer(help="What sparse attention does to the evaluation model.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparsify-compiler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version and stop", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ TILE = [*ARGUMENTS, "--option", "method=tile"]
 
 def run(*words: str):
     return CliRunner().invoke(cli.app, list(words))
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"sparsify-compiler {metadata.version('sparsify-compiler')}\n"
 
 
 def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
