@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from sparsify_compiler import _torch, pictures
-from sparsify_compiler.backend import configure
-from sparsify_compiler.config import split_options
+from sparsify_compiler.backend import configure, reads_more_or_less
+from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
@@ -183,7 +183,7 @@ def explain(
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
-    return Explanation(tuple(plans), tuple(_hints(plans, options or {})), tuple(uncompiled.plans))
+    return Explanation(tuple(plans), tuple(_hints(plans, config, options or {})), tuple(uncompiled.plans))
 
 
 def _device_type(device: str | None) -> str | None:
@@ -198,7 +198,7 @@ def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return model(*args, **kwargs)
 
 
-def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[str]:
+def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping[str, Any]) -> Iterator[str]:
     plans = [plan for graph in graphs for plan in graph]
     if not graphs:
         yield "Dynamo compiled nothing: is the model wrapped in torch.compiler.disable?"
@@ -216,8 +216,11 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     if any(plan.density is None for plan in plans):
         yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
     general, own = split_options(options)
-    if not {"method", "policy"} & general.keys() and not own and any(graph.sparse for graph in graphs):
-        yield "the method is the default; options={'min_gain': g} reads more (towards 0) or less (above 0.02)."
+    sparse = [plan for graph in graphs for plan in graph.sparse]
+    if sparse and not {"method", "policy"} & general.keys() and not own:
+        yield f"the method is the default; {reads_more_or_less(sparse[0].far_field)}."
+    if config.policy is not None and config.policy.all_dense:
+        yield f"{config.policy.all_dense}."
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:

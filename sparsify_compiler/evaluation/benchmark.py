@@ -45,7 +45,7 @@ from sparsify_compiler.measured import Measurement, stats
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.tile import Tile, frame_mask
-from sparsify_compiler.policy import load_policy
+from sparsify_compiler.policy import Policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
@@ -378,7 +378,7 @@ def _methods(
 ) -> list[tuple[str, object]]:
     """Every attention and what it does, in the order of the calls."""
     if one.policy is not None:
-        policy = load_policy(one.policy)
+        policy = Policy.load(one.policy)
         return [(layer.mark.site, policy.menu[layer.choice].method) for layer in policy.layers]
     kind = METHODS[options["method"]]
     method = kind(reference_frames=options["reference_frames"]) if kind is Tile else None

@@ -27,7 +27,7 @@ from sparsify_compiler.evaluation.machine import fast_products
 from sparsify_compiler.evaluation.model import check_frames, digest, encode, save, to_model, unconditional
 from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, times, trajectory
 from sparsify_compiler.evaluation.training import WIDEST
-from sparsify_compiler.policy import DENSE, Policy, load_policy
+from sparsify_compiler.policy import DENSE, Policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.training import resumable
 from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer
@@ -173,7 +173,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
         with fast_products():
             policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r, total=settings.total)
         files.write(path, policy.save)
-    return load_policy(path)
+    return Policy.load(path)
 
 
 def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
