@@ -374,7 +374,7 @@ def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
         return None
     backend: Any = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
     ours = getattr(backend, "compiler_name", None) == "sparsify"
-    return backend.kwargs.get("options") if ours else None
+    return backend.kwargs.get("options") or {} if ours else None
 
 
 def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., Any]:

@@ -48,7 +48,7 @@ def sparsify(
     """
     try:
         config = configure(options)
-        program = _program(gm, example_inputs, config, mode)
+        program = _program(gm, example_inputs, dict(options or {}), config, mode)
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
     _tell(program.plan, config, options or {}, _torch.graph_break(gm))
@@ -61,7 +61,11 @@ def sparsify(
 
 
 def _program(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SparsifyConfig, mode: str | None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    config: SparsifyConfig,
+    mode: str | None,
 ) -> Program:
     marked = _torch.marked_dynamic(example_inputs)
     analysed = pipeline.analyse(gm, config)
@@ -85,6 +89,7 @@ def _program(
         return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
     program = Program(
+        options=options,
         plan=plan,
         inputs=find_inputs(gm),
         sizes=_sizes(gm) if plan.sparse else {},

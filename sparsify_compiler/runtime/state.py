@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ class Stream:
 class Record:
     """One call of a program."""
 
+    options: Mapping[str, Any]
+    """Those that torch.compile was given: programs of one model differ by them."""
+    video: int
+    """Of the model, from 0."""
+    call: int
+    """Of the model in this video, from 0."""
     plan: GraphPlan
     tick: Tick
     phase: str
@@ -74,7 +81,11 @@ class ModelState:
 
     clock: StepClock = field(default_factory=StepClock)
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Of the last calls since the video began."""
+    """Of the last calls of each program, in the last video that it made."""
+    video: int = 0
+    """The number of the video, from 0."""
+    calls: int = 0
+    """Calls recorded since it began."""
     learning: Learning | None = None
     """Of a model whose sites learn, once a trainer takes care of it."""
     learned: dict[str, Tensor] = field(default_factory=dict)
@@ -127,13 +138,23 @@ class ModelState:
     def new_video(self) -> None:
         """Forget what was learnt from another video."""
         self._streams.clear()
-        self.history.clear()
+        self.video, self.calls = self.video + 1, 0
 
-    def record(self, plan: GraphPlan, tick: Tick, phase: str, reports: Mapping[str, Tensor]) -> None:
-        """Keep what the sites report of a call."""
-        self.history.append(
-            Record(plan, tick, phase, {site: report.clone() for site, report in reports.items()})
-        )
+    def record(
+        self,
+        options: Mapping[str, Any],
+        plan: GraphPlan,
+        tick: Tick,
+        phase: str,
+        reports: Mapping[str, Tensor],
+    ) -> None:
+        """Keep what the sites report of a call, and forget what programs of these options did in earlier videos."""
+        if self.history and self.history[0].video != self.video:
+            kept = (one for one in self.history if one.video == self.video or one.options != options)
+            self.history = deque(kept, maxlen=REMEMBERED)
+        copies = {site: report.clone() for site, report in reports.items()}
+        self.history.append(Record(options, self.video, self.calls, plan, tick, phase, copies))
+        self.calls += 1
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
