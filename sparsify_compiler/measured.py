@@ -71,19 +71,18 @@ class RunStats:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """A row for each site, means over calls, batches and heads."""
-        from rich import box
-        from rich.table import Table
+        """A row for each site, means over calls, batches and heads; its name stands above where it has no room."""
+        from sparsify_compiler.tables import fitting
 
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in ("site", "method", "calls", "density", "lowest head", "highest head", *REPORT[1:]):
-            table.add_column(heading.replace("_", " "))
-        for site, some in self._by_site().items():
+        others = (name.replace("_", " ") for name in REPORT[1:])
+        headings = ("method", "calls", "density", "lowest head", "highest head", *others)
+        names, rows = list(self._by_site()), []
+        for some in self._by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
             means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
-            table.add_row(site, some[0].method, str(len(some)), *cells)
-        yield table
+            rows.append((some[0].method, str(len(some)), *cells))
+        yield from fitting(console, options, names, headings, rows)
         calls = len({one.call for one in self.measurements})
         density = _text(self.density)
         yield f"{self.dense_calls} dense and {calls} sparse calls; mean density of the sparse ones {density}."

@@ -371,23 +371,20 @@ class Policy:
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """A row for each site."""
-        from rich import box
-        from rich.table import Table
+        from sparsify_compiler.tables import fitting
 
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in ("site", "grid", "choice", "loss", "ms", "dense ms"):
-            table.add_column(heading, overflow="fold", no_wrap=heading not in ("site", "choice"))
-        for layer in self.layers:
-            site, chosen = layer.mark, layer.chosen
-            table.add_row(
-                site.site,
-                _text(site.grid),
+        names = [layer.mark.site for layer in self.layers]
+        rows = [
+            (
+                _text(layer.mark.grid),
                 layer.choice,
-                f"{chosen.loss:.2e}",
-                f"{chosen.milliseconds:.2f}",
+                f"{layer.chosen.loss:.2e}",
+                f"{layer.chosen.milliseconds:.2f}",
                 f"{layer.trials[DENSE].milliseconds:.2f}",
             )
-        yield table
+            for layer in self.layers
+        ]
+        yield from fitting(console, options, names, ("grid", "choice", "loss", "ms", "dense ms"), rows)
         yield (
             f"{self.model}, losses at most {_limits(self.r, self.total)}: attention takes "
             f"{self.milliseconds:.1f} ms a call for {self.dense_milliseconds:.1f} ms dense, on {self.machine}; "
