@@ -1,4 +1,4 @@
-"""Tables of attention sites as text. Imported where something is printed, since rich is."""
+"""Tables of attention sites as text. Imports rich."""
 
 import sys
 from collections.abc import Iterable, Sequence

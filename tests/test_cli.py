@@ -56,6 +56,8 @@ def test_explain_runs_a_small_model(tmp_path):
     )
     assert result.exit_code == 0, result.exception
     assert "1 dense and 2 sparse calls" in result.stdout
+    assert result.stderr.startswith("steps: 0 of 3\n")
+    assert "\nsteps: 3 of 3" in result.stderr
     assert (tmp_path / "density.png").exists()
 
 

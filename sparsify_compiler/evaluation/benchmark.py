@@ -46,6 +46,7 @@ from sparsify_compiler.methods import METHODS
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.tile import Tile, frame_mask
 from sparsify_compiler.policy import Policy
+from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
@@ -80,7 +81,7 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
     bench = Bench(load(weights), out, settings)
     record = bench.open(trained_steps(weights))
     predictor = settings.predictor or bench.folder / "predictor.safetensors"
-    with files.progress() as bar:
+    with bars() as bar:
         task = bar.add_task("predictor of dsv", total=None)
         if "dsv" in settings.methods and not predictor.exists():
             learn(bench.model, predictor, settings.frames)

@@ -26,6 +26,7 @@ from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noi
 from sparsify_compiler.evaluation.sparsity import critical_shares
 from sparsify_compiler.evaluation.train import compiled
 from sparsify_compiler.evaluation.training import LEVELS, loss, mixed, validation
+from sparsify_compiler.progress import bars
 from sparsify_compiler.timing import timed
 
 BATCH = 4
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
 
 def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
     """Videos [prompts, 3, frames, height, width] of the prompts, the i-th from noise of seed i, RGB from 0 to 1."""
-    with fast_products():
+    with fast_products(), bars() as bar:
         made = [
             sample(
                 model,
@@ -83,7 +84,7 @@ def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float
                 steps=steps,
                 guidance=guidance,
             )
-            for first in range(0, len(prompts), BATCH)
+            for first in bar.track(range(0, len(prompts), BATCH), description=f"samples, {BATCH} at once")
         ]
     return torch.cat(made)
 
@@ -113,7 +114,7 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
     model, trained = load(weights), trained_steps(weights)
     files.make_folder(out)
     levels: dict[float, Tensor] = {}
-    with files.progress() as bar:
+    with bars() as bar:
         for level in bar.track(LEVELS, description="critical shares"):
             levels[level] = shares(model, level, videos, frames)
     mean = torch.stack(list(levels.values())).mean(0)
