@@ -33,7 +33,7 @@ LAYERS = (
     {"methods"},
     {"kernels"},
     {"table"},
-    {"plan", "config", "errors", "names", "_torch", "pictures", "progress", "tables"},
+    {"plan", "config", "errors", "names", "_torch", "outputs", "pictures", "progress", "tables"},
 )
 """From those that may import all below to those that may import their own layer alone."""
 

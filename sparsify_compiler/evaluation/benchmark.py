@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify_compiler import pictures
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.evaluation import files, report, world
@@ -45,6 +46,7 @@ from sparsify_compiler.measured import Measurement, stats
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.tile import Tile, frame_mask
+from sparsify_compiler.outputs import make_folder
 from sparsify_compiler.policy import Policy
 from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
@@ -162,7 +164,9 @@ class Bench:
             "guidance": GUIDANCE,
             **{name: here[name] for name in ("cpu", "threads", "torch")},
         }
-        files.make_folder(self.out)
+        make_folder(self.out, "quality.json")
+        for name in ("videos.png", "pareto.png"):
+            pictures.check(self.out / name)
         path = self.out / "quality.json"
         if path.exists():
             self.record = files.read_json(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler import pictures
 from sparsify_compiler.errors import OptionError, run_command
 from sparsify_compiler.evaluation import classifier, files, report, world
 from sparsify_compiler.evaluation.machine import fast_products, origin
@@ -26,6 +27,7 @@ from sparsify_compiler.evaluation.sampling import GUIDANCE, STEPS, Velocity, noi
 from sparsify_compiler.evaluation.sparsity import critical_shares
 from sparsify_compiler.evaluation.train import compiled
 from sparsify_compiler.evaluation.training import LEVELS, loss, mixed, validation
+from sparsify_compiler.outputs import make_folder
 from sparsify_compiler.progress import bars
 from sparsify_compiler.timing import timed
 
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("samples", "steps"):
         if getattr(options, name) < 1:
             raise OptionError(f"{name} must be at least 1, got {getattr(options, name)}")
-    files.make_folder(options.out)
+    make_folder(options.out, "check.json", "samples.png")
     model, trained = load(options.weights), trained_steps(options.weights)
     scenes = [world.scene(world.HELD_OUT, number) for number in range(options.samples)]
     judge = classifier.train()
@@ -112,7 +114,8 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
         raise OptionError(f"videos must be at least 1, got {videos}")
     check_frames(frames)
     model, trained = load(weights), trained_steps(weights)
-    files.make_folder(out)
+    make_folder(out, "sparsity.json")
+    pictures.check(out / "sparsity.png")
     levels: dict[float, Tensor] = {}
     with bars() as bar:
         for level in bar.track(LEVELS, description="critical shares"):

@@ -22,16 +22,6 @@ class DamagedError(SparsifyError):
     """A file of a run cannot be read."""
 
 
-def make_folder(out: Path) -> None:
-    """Raises:
-    OptionError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"out must be a folder, got {str(out)!r}: {error}") from error
-
-
 def refuse_others(out: Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     """Raises:
     OptionError: the settings found in a folder are not those of this run.

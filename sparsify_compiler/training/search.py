@@ -133,7 +133,7 @@ def search(
     }
     calls = len(inputs) * (2 + len(plans) * (len(entries) - 1))
     with bars(transient=True) as bar, _bench(module, inputs, plans, config) as bench:
-        count = advance(bar, "searching, calls of the model", calls)
+        count = advance(bar, "searching", calls)
         trials = bench.trials(count)
         choices = choose(trials, r, total)
         together = [bench.loss(number, choices, count) for number in range(len(inputs))]

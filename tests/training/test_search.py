@@ -757,8 +757,8 @@ def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
         assert TILE1 in result.stdout
         begin, *_, end = result.stderr.splitlines()  # which is no terminal
         total = end.split(",")[0].rpartition(" of ")[2]
-        assert begin == f"searching, calls of the model: 0 of {total}"
-        assert end.startswith(f"searching, calls of the model: {total} of {total}")
+        assert begin == f"searching: 0 of {total}"
+        assert end.startswith(f"searching: {total} of {total}")
         policies.append(Policy.load(out))
     assert policies[0] == policies[1]
     assert sparsify_compiler.explain(model, **inputs, options={"policy": out}).plans
