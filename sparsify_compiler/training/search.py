@@ -403,7 +403,8 @@ class _Bench:
             )
         if not (out.isfinite().all() and out.any()):
             raise SparsifyError(
-                "the model must answer finite numbers, not all 0: errors are relative to them. Has it its weights?"
+                "the model's output must be finite and non-zero, since errors are relative to it: are its weights "
+                "loaded?"
             )
         self._exact.append(out)
         return timed

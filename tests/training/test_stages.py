@@ -313,6 +313,21 @@ def test_states_of_others_are_refused():
         step(fast, inputs)
 
 
+def test_another_rank_on_a_model_that_learnt_says_what_to_do():
+    model, inputs = made()
+    for rank, works in ((8, True), (4, False), (8, True)):
+        fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"rank": rank})
+        if works:
+            dsv = DSVTrainer(fast)
+            step(fast, inputs)
+            dsv.step()
+        else:
+            with pytest.raises(
+                SparsifyError, match=r"Compile with the options .* such as the rank, or learn on a new"
+            ):
+                step(fast, inputs)
+
+
 def test_wrong_use_is_told():
     model, inputs = made()
     with pytest.raises(SparsifyError, match="DSVTrainer needs a module"):
