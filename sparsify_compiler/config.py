@@ -21,31 +21,41 @@ class SparsifyConfig:
     """The options of one compilation, checked."""
 
     method: Any
-    """The method with its settings, e.g. `Tile(reference_frames=2)`. Written `method="tile"` in options. Of every
-    site, but where there is a policy."""
+    """The method, which decides what each attention reads: `svg2`, `cubes`, `keys`, `tile`, `dsv` or `dense`.
+    Options give its name; the config holds its dataclass with all settings, or None with a policy."""
     policy: Any = None
-    """A `Policy`, which says what each site does. Written as the path of its file in options."""
+    """A policy gives every attention a method of its own. Options give the path of its file, or a `Policy`.
+    It replaces `method`, the method's options, `preset`, `far_field` and `dense_layers`."""
     grid: tuple[int, int, int] | None = None
-    """(frames, height, width) of the video tokens, in place of what the graph says."""
+    """(frames, height, width) of the video tokens. Give it where the graph does not show the grid: packed
+    tokens, or blocks that are compiled one by one. It holds for every attention over as many tokens, unless
+    the graph shows that it is wrong. Compiling fails if it fits no attention."""
     text: tuple[int, int] | None = None
-    """(before, after): other tokens that come before and after the video's where they are in one sequence, beside
-    `grid`."""
+    """(before, after): the numbers of other tokens before and after the video tokens in one sequence. Give it
+    where the graph does not show them. It needs `grid`."""
     provider: str = "auto"
-    """Implementation of the attention op: `reference`, `cpu`, `triton`, or `auto` for the device's fastest."""
+    """The implementation of the ops: `cpu` (C++), `triton`, `reference` (plain torch), or `auto`, the fastest
+    one for the device. A provider given by name runs or raises an error."""
     far_field: str | None = None
-    """What becomes of the keys that a query block does not read: `drop`, `mean`, `linear`; the method's if None."""
+    """The approximation of the keys that a query block skips. `drop` leaves them out. `mean` adds one virtual
+    key for each block, the mean of its keys. `linear` adds the first order of their scores too. `keys` and
+    `dsv` approximate the skipped keys of each cube of 4 x 2 x 2 tokens. None takes the method's default."""
     dense_steps: int | float | None = None
-    """First steps of a generation that stay dense: an integer, or a share in [0.0, 1.0]; the method's if None."""
+    """The first steps of a generation that stay dense: an integer, or a share of the steps in [0.0, 1.0].
+    None takes the method's default."""
     dense_layers: int | float | None = None
-    """First attentions of a graph that stay dense, likewise."""
+    """The first attentions of the model that stay dense: an integer, or a share of them in [0.0, 1.0]. None
+    takes the method's default."""
     measure_recall: float = 0.0
-    """Share of the queries on which the true attention mass kept is measured, for `stats`."""
+    """The share of the queries, in [0, 1], on which the attention mass that was truly kept is measured.
+    `stats` shows it as recall."""
     offload_indices: bool = False
-    """Whether, in training on a GPU, the long lists of the keys that `dsv` reads wait on the host for backward."""
+    """In training on a GPU, whether the long index lists of `dsv` stay in host memory between the forward and
+    the backward pass. It needs `inner_backend="inductor"`. It was not tried on a GPU yet."""
     inner_backend: str = "inductor"
-    """The backend the rewritten graph goes to: `inductor`, or `eager` / `aot_eager` for debugging."""
+    """The backend that compiles the rewritten graph: `inductor`, or `eager` and `aot_eager` for debugging."""
     dump: Path | None = None
-    """A folder to write each pass's graph and time to."""
+    """A folder for the graph and the time of every pass."""
 
     def __post_init__(self) -> None:
         if self.grid is not None:
@@ -105,9 +115,10 @@ def _grid(value: object) -> tuple[int, int, int]:
 
 
 CHECK_TABLES = os.environ.get("SPARSIFY_CHECK_TABLES", "0") not in ("", "0")
-"""A switch for debugging, the environment variable SPARSIFY_CHECK_TABLES: whether ops on a GPU check every element
-of a table before a kernel reads memory by it, as ops on a CPU always do. They then wait for the device at every
-call, and CUDA graphs cannot be captured. Without it they check shapes, types and devices alone."""
+"""The environment variable `SPARSIFY_CHECK_TABLES`, a switch for debugging. With the value 1, ops on a GPU
+check every element of a table before a kernel reads memory through it, as ops on a CPU always do. Every call
+then waits for the device, and CUDA graphs cannot be captured. Without it, ops on a GPU check shapes, types
+and devices only."""
 
 
 def _text(value: object) -> tuple[int, int]:
@@ -131,8 +142,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "svg2": {**_SVG2, "top_p": 0.9, "min_kv_ratio": 0.1},
     "svg2-turbo": {**_SVG2, "top_p": 0.7, "min_kv_ratio": 0.05},
 }
-"""Options by name: `svg2` as Sparse VideoGen2 was released for Wan (arXiv 2505.18875; HunyuanVideo: 10 % dense
-steps, Wan image-to-video 35 %); `svg2-turbo` reads less, as its Turbo does, for which no settings were given."""
+"""Named sets of options; options given next to a preset override it. `svg2` has the settings with which
+Sparse VideoGen2 (arXiv 2505.18875) was released for Wan; HunyuanVideo has 10 % dense steps there, Wan
+image-to-video 35 %. `svg2-turbo` reads less, like the paper's Turbo, which was released without settings."""
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -22,7 +22,7 @@ class Cubes(BlockMethod):
     """Options of the method."""
 
     cube: Cube = (4, 4, 4)
-    """(frames, rows, columns) of a block of keys; cut off at the edges of the grid."""
+    """(frames, rows, columns) of a block of keys. The edges of the grid cut blocks off."""
     query_cube: Cube = (4, 8, 8)
     """(frames, rows, columns) of a block of queries."""
 

@@ -65,20 +65,23 @@ class Dsv:
     """Options of the method."""
 
     rank: int | None = None
-    """Numbers by which the predictor knows a query or key, from 1 to the head dim (exact); if None `RANK`, or what
-    the predictor's file has."""
+    """The dimension in which the predictor compares queries and keys, from 1 to the head dim, where it is
+    exact. None takes 16, or the rank in the predictor's file."""
     mass: float = 0.9
-    """Attention mass that a head is to keep, in (0, 1]: 1 less it is missed, in root mean square of the queries."""
+    """The attention mass that a head keeps, in (0, 1]. The mass that it misses, 1 - `mass`, is a root mean
+    square over the queries."""
     query_group: Cube | None = None
-    """(frames, rows, columns) of queries that share a choice; if None training takes one of `GROUPS`."""
+    """(frames, rows, columns) of the queries that share a choice of keys. None takes the cube that training
+    found."""
     chosen_by: str | None = None
-    """Whose predicted attention chooses the keys of a group: that of "all" its queries, added up; or, as the paper
-    has it, that of the one in its "middle", which costs less to foretell. If None "all", or as its file has it."""
+    """The queries whose predicted attention chooses the keys of a group. `all` adds up the attention of all
+    its queries. `middle` takes the query in the middle, as in the paper; it costs less and loses keys that
+    sharp heads need. None takes `all`, or the choice in the predictor's file."""
     kv_budget: int | float | None = None
-    """Keys that every head reads: a number, or a share of the video; if None as many as each needs for `mass`. With
-    a predictor's file, the most that its sparse heads read."""
+    """The keys that every head reads: an integer, or a share of the video tokens. None gives each head as
+    many as it needs for `mass`. With a predictor's file it limits its sparse heads."""
     predictor: Path | None = None
-    """A file that training wrote, for inference."""
+    """The file of a trained predictor, for inference. `DSVTrainer.save_predictor` writes it."""
 
     name: ClassVar[str] = "dsv"
     dense_steps: ClassVar[int] = 0

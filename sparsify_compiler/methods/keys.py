@@ -39,13 +39,15 @@ class Keys:
     """Options of the method."""
 
     kv_budget: Budget = 0.1
-    """Keys that every cluster of queries reads: a number, or a share of the video's."""
+    """The keys that every cluster of queries reads: an integer, or a share of the video tokens. It is the
+    density."""
     q_clusters: int | None = None
-    """Clusters of queries; if None four times as many as `svg2` makes, as one centroid chooses for many."""
+    """The number of query clusters. None takes four times as many as `svg2`, since one centroid chooses
+    single keys for all queries of a cluster."""
     kmeans_iters: tuple[int, int] = (50, 2)
-    """Iterations of k-means in the first call of a video and in later ones."""
+    """The iterations of k-means in the first call of a video and in later calls."""
     seed: int = 0
-    """Of the queries that clusters start from."""
+    """The seed that draws the queries from which the clusters start."""
 
     name: ClassVar[str] = "keys"
     dense_steps: ClassVar[float] = 0.2

@@ -104,16 +104,16 @@ class BlockMethod:
     """
 
     top_p: float | None = None
-    """Estimated attention mass that every block of queries keeps at least, in (0, 1]; 1 keeps everything. 0.9 where
-    what is not read is dropped, 0.5 where its mean stands for it."""
+    """The estimated attention mass, in (0, 1], that every block of queries keeps at least. 1 keeps
+    everything, None sets no limit."""
     min_kv_ratio: float = 0.03
-    """Share of the blocks of keys that every block of queries keeps at least, in [0, 1]; 0.1 without the linear far
-    field."""
+    """The share of the key blocks, in [0, 1], that every block of queries keeps at least."""
     min_gain: float | None = 0.02
-    """With the linear far field: a block of queries also keeps every block of keys that lowers the estimated
-    relative squared error of the output by more than so many times the share of the keys that it is. None: no more
-    than the above. The smaller, the more is read: 0.003, 0.02 and 0.1 read some 27, 18 and 13 % in a small trained
-    model, and next to everything where attention is sharp without any structure, as random weights make it."""
+    """With the linear far field, a block of queries also keeps every block of keys with a larger gain. The
+    gain is the relative squared error of the output that reading the block saves, as estimated, divided by
+    the block's share of the keys. A smaller value reads more: 0.003, 0.02 and 0.1 read some 27, 18 and 13 %
+    in a small trained model. Random weights make attention sharp without structure; there it reads nearly
+    everything. None sets no limit."""
 
     dense_steps: ClassVar[float] = 0.2
     dense_layers: ClassVar[float] = 0.03

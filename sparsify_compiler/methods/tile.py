@@ -26,8 +26,9 @@ class Tile:
     """Options of the method."""
 
     reference_frames: int | float = 0.5
-    """k, how many frames every frame sees and is seen by: 1 to the frames of the video; or a share of them below 1,
-    which is rounded down, to at least one. (All of them have to be given as a number: 1.0 is equal to 1.)"""
+    """The number of reference frames, k in the paper. Every frame reads them, and they read every frame. An
+    integer from 1 to the latent frames of the video; or a share of these frames below 1, rounded down to at
+    least one frame. The share 1.0 is refused, since it equals the integer 1."""
 
     name: ClassVar[str] = "tile"
     dense_steps: ClassVar[int] = 0

@@ -79,6 +79,8 @@ class Write:
             else:
                 proved |= claims
         self._axes = {*fixed, *(run.axis for label in before.labels for run in atoms(label))}
+        self._other_videos = {axis for axis in doubtful if _is_batch(axis)}
+        self._covered = [part for label in before.labels for part in (label, *_parts(label))]
         self._proved = _by_axis(claim for claim in proved if claim.axis not in doubtful)
         self._complete = {axis for axis, claims in self._proved.items() if _determine(claims)}
         self._written = after.labels
@@ -89,7 +91,7 @@ class Write:
 
     def after(self, label: Label) -> Label:
         """A label of the memory, of more or less of it, after the write."""
-        label = joined([factor for old in label for factor in self._kept(old)])
+        label = joined([factor for old in self._unmixed(label) for factor in self._kept(old)])
         for blank, by in self._fills:
             label = _fill(label, blank, by)
         return label
@@ -99,6 +101,15 @@ class Write:
         if claim.axis in self._complete or not (self._replaced or claim.axis in self._brought):
             return True
         return any(_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
+
+    def _unmixed(self, label: Label) -> Label:
+        """The label without what now is in part of another video of the batch than the rest of it."""
+        if len(label) == 1 and isinstance(label[0], Cat):
+            return cat([self._unmixed(part) for part in label[0].parts])
+        axes = {run.axis for run in atoms(label)}
+        if self._other_videos - axes and axes & self._axes and label not in self._covered:
+            return unknown(length(label), label)
+        return label
 
     def _kept(self, factor: Factor) -> Label:
         if isinstance(factor, Cat):
@@ -119,6 +130,17 @@ class Write:
 
     def _part(self, part: Label) -> Label:
         return joined([factor for old in part for factor in self._kept(old)])
+
+
+def _is_batch(axis: Axis) -> bool:
+    """Whether positions along an axis may be videos of a batch."""
+    source, dim = axis
+    return source.of_batch or (source.kind == "input" and dim == 0)
+
+
+def _parts(label: Label) -> tuple[Label, ...]:
+    """The parts of a label that is a concatenation and nothing else."""
+    return label[0].parts if len(label) == 1 and isinstance(label[0], Cat) else ()
 
 
 def _claims(label: Label) -> set[Atom]:

@@ -13,17 +13,18 @@ Three axes of a sequence are the time, rows and columns of one video if
 2. *one input*: all three come from one input of the graph, by convolutions or as they are; or a mesh of positions
    divides one axis of an input among them;
 3. *order*: they lie in the order in which that input has them;
-4. *not the batch*: none is the first dimension of that input;
+4. *not the batch*: none is the first dimension of that input, and no weights sum over it;
 5. *channels*: weights were multiplied into every other dimension of the input but the first, over these three, so
    that it is none of them that holds channels;
 
 and queries and keys are of the same tokens if
 
 6. *same axes*: their sequences run over the same axes in the same order;
-7. *same videos*: so does what they have of the batch.
+7. *same videos*: so does what they have of the batch, and no sequence has tokens of two of its videos.
 
-`_not_one_video` checks the first five, `_not_the_same` the others. Time, rows and columns themselves are told apart
-by their order alone: no graph tells more.
+`_not_one_video` checks the first five, `_not_the_same` and `_of_several_videos` the others. Time, rows and
+columns themselves are told apart by their order alone: no graph tells more. What became of tokens before a
+graph break is not in the graph after it: a mesh of positions that is added there is believed.
 """
 
 import itertools
@@ -65,6 +66,7 @@ Text = tuple[int, int]
 Read = tuple[SiteKind, TokenLayout]
 _ORDER = "its tokens do not lie in (frame, row, column) order"
 _PART = "its tokens run over part of the video grid, or over it in another order"
+_BATCH = "its tokens run over the first dimension of an input, which is a batch of videos"
 _NO_CHANNELS = (
     "the axes of its tokens may be channels: no weights are multiplied into the other axes of their input"
 )
@@ -137,6 +139,8 @@ def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
             "cross" if tokens != length(key) or query == key or _known(key, embeddings) else "unknown"
         )
         return kind, TokenLayout(tokens=tokens, reason=why)
+    if _of_several_videos(site.query):
+        return "self", TokenLayout(tokens=tokens, reason="its tokens are of several videos of the batch")
     parts = _parts(query)
     grids = [_grid_of(part, embeddings) for part in parts]
     clips = [i for i, (grid, _) in enumerate(grids) if grid is not None and grid[0] > 1]
@@ -206,6 +210,13 @@ def _same_videos(query: Known, key: Known) -> bool:
     """Whether queries and keys are of the same videos of their batches, wherever the graph tells of any."""
     told = _inputs(query.labels[2]) | (_batches(query) & _batches(key))
     return _batch(query, told) == _batch(key, told)
+
+
+def _of_several_videos(known: Known) -> bool:
+    """Whether tokens were taken from several positions along a batch."""
+    _, taken = _batch(known, _inputs(known.labels[2]))
+    claims = [claim for run in taken for claim in run]
+    return len({claim.axis for claim in claims}) < len({(claim.axis, claim.base) for claim in claims})
 
 
 def _runs(known: Known) -> list[Atom]:
@@ -352,10 +363,20 @@ def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -
     source, runs = pieces[0].source, atoms(joined(pieces))
     dims = {run.dim for run in pieces}
     if 0 in dims and len(source.sizes) > 2:
-        return "its tokens run over the first dimension of an input, which is a batch of videos"
+        return _BATCH
     if len(runs) == 1 and len(pieces) > 1 and _plain(runs[0]):
         return ""  # one axis, divided by positions
+    if any(_sums_videos(source, dims, one) for one in embeddings):
+        return _BATCH
     return "" if any(_are_patches(pieces, one) for one in embeddings) else _NO_CHANNELS
+
+
+def _sums_videos(source: Source, dims: set[int], embedding: Embedding) -> bool:
+    """Whether weights sum over the videos of a batch, at tokens along these dimensions of an input."""
+    kept, summed = (
+        {run.dim for run in runs if run.source is source} for runs in (embedding.kept, embedding.summed)
+    )
+    return dims <= kept and 0 in summed and len(dims) + 1 < len(source.sizes)
 
 
 def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
@@ -417,8 +438,8 @@ def _claims(label: Label) -> Iterator[Atom]:
 
 
 def _lengths(label: Label) -> Iterator[Atom]:
-    """Every axis whose length a label's lengths come from: of a convolution's input the axes that it runs along, not
-    its batch and channels."""
+    """Every axis that a label's lengths come from: of a convolution's input the axes that it runs along, not its
+    batch and channels."""
     for run in atoms(label):
         yield from run.claims
         if run.source.of:
@@ -554,7 +575,7 @@ def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
     sizes = sizes_of(value)
     if sizes is None:
         return _Unknown(made_of)
-    strides = strides_of(value) or torch.empty(sizes, device="meta").stride()
+    strides = strides_of(value) or torch.empty(sizes, dtype=value.dtype, device="meta").stride()
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 

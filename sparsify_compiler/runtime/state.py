@@ -109,8 +109,8 @@ class ModelState:
                 raise SparsifyError(
                     f"what was learnt is of another model, or with other options: {spec.name} must be "
                     f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}. "
-                    "Compile with the options that it was learnt with, such as the rank, or learn on a new instance "
-                    "of the model"
+                    "Compile with the options that it was learnt with, such as the rank, or learn on a new "
+                    "instance of the model"
                 )
         return [self.learned[spec.name] for spec in specs]
 

@@ -173,6 +173,20 @@ NO_GRID: dict[str, Videos] = {
     "stacked ones of a batch": lambda v, _: (
         lambda x: attend(torch.stack([x[0], x[1]]), torch.stack([x[1], x[0]]))
     )(embed(v)),
+    # nor do parts of two videos make one
+    "a part of another video": lambda v, _: (lambda x: (x[0, 6:].copy_(x[1, 6:]), attend(x))[1])(
+        embed(v).clone()
+    ),
+    "a frame of another video": lambda v, _: (
+        lambda x: (x.unflatten(1, (3, 10))[0, 1].copy_(x.unflatten(1, (3, 10))[1, 1]), attend(x))[1]
+    )(embed(v).clone()),
+    "a part of another video, by index": lambda v, _: (
+        lambda x: (x.__setitem__((0, torch.arange(6, 30)), x[1, 6:]), attend(x))[1]
+    )(embed(v).clone()),
+    "half of each video": lambda v, _: (lambda x: attend(torch.cat([x[:1, :15], x[1:, 15:]], 1)))(embed(v)),
+    "one or the other of a batch": lambda v, _: (
+        lambda x: attend(torch.where(torch.arange(30)[:, None] > 14, x[:1], x[1:]))
+    )(embed(v)),
     # positions do not overrule what is known
     "mesh after a shuffle": lambda v, _: attend(embed(v)[:, PERM] * mesh()),
     "joined mesh after a shuffle": lambda v, o: attend(
@@ -200,6 +214,7 @@ GRIDS: dict[str, Videos] = {
     "convolved twice": lambda v, _: attend(sequence(deep(volume(v)))),
     "and its convolution": lambda v, _: attend(embed(v) + sequence(deep(volume(v)))),
     "and another": lambda v, o: attend(embed(v) + embed(o)),
+    "all of another video": lambda v, _: (lambda x: (x[0].copy_(x[1]), attend(x))[1])(embed(v).clone()),
     "one of the batch": lambda v, _: attend(embed(v)[1:]),
     "half of a doubled batch": lambda v, _: attend(torch.cat([embed(v)] * 2).chunk(2)[1]),
     "gates first": lambda v, _: attend(v.mean((1, 2, 3, 4))[:, None, None] * embed(v)),
@@ -295,6 +310,16 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "patches cut off": (
         lambda v: attend(channels(v.permute(0, 2, 3, 4, 1))[:, 1:].flatten(1, 3)),
+        (VIDEO,),
+    ),
+    "videos as channels": (
+        lambda v: attend(channels(v.permute(1, 2, 3, 0, 4).flatten(3)).flatten(0, 2)[None]),
+        (noise(2, 4, 3, 4, 2),),
+    ),
+    "videos as channels, and apart": (
+        lambda v: (lambda x: attend(x + features(x).mean(0) * embed(v)))(
+            sequence(wide(v.flatten(0, 1)[None]))
+        ),
         (VIDEO,),
     ),
     "images": (lambda x: attend(by_image(x).flatten(0, 1)[None]), (noise(3, 4, 4, 10),)),

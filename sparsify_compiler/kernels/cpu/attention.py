@@ -50,7 +50,7 @@ def run(
         far.matrices if far.matrices is None else far.matrices.contiguous().flatten(3),
         far.limits if far.limits is None else far.limits.contiguous(),
     ]
-    views = (library.view(t, *query.shape[:2]) for t in tensors)
+    views = (library.view(t) for t in tensors)
     library.launch(kernel, problem, _FarField(*views, *far.key.shape[1:3]), check=check)
     return True
 
@@ -78,7 +78,7 @@ def backward(
     gradients = empty_gradients(query, key, value)
     problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
     grad_out = _rows(grad_out)
-    views = (library.view(t, *query.shape[:2]) for t in (grad_out, grad_lse, *gradients))
+    views = (library.view(t) for t in (grad_out, grad_lse, *gradients))
     check = partial(table.check, query.shape[2], key.shape[2])
     library.launch(kernel, _BackwardProblem(problem, *views), check=check)
     return gradients
@@ -104,7 +104,7 @@ def _describe(
         *(t if t is None else t.contiguous() for t in table.tensors().values()),
     ]
     problem = _Problem(
-        *(library.view(t, batch, heads) for t in tensors),
+        *(library.view(t) for t in tensors),
         *(batch, heads, key.shape[1], q_tokens, key.shape[2]),
         *(blocks, table.kv_bounds.shape[-1] - 1, width, head_dim, value.shape[-1]),
         scale,

@@ -26,7 +26,7 @@ def kmeans(
         points = points.contiguous()
     batch, heads, tokens, head_dim = points.shape
     problem = _KMeans(
-        *(library.view(t, batch, heads) for t in (points, means, labels)),
+        *(library.view(t) for t in (points, means, labels)),
         *(batch, heads, tokens, means.shape[2], head_dim),
         later if is_warm else first,
         library.DTYPES.index(points.dtype),
@@ -43,7 +43,7 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
         return reference.sort_by_label(labels, clusters)
     order, bounds = empty_sort(labels, clusters)
     batch, heads, tokens = labels.shape
-    views = (library.view(t, batch, heads) for t in (labels, order, bounds))
+    views = (library.view(t) for t in (labels, order, bounds))
     problem = _Sort(*views, batch, heads, tokens, clusters, torch.get_num_threads())
     library.launch(kernel, problem, check=partial(check_range, "labels", labels, clusters - 1))
     return order, bounds
@@ -65,7 +65,7 @@ def top_p_blocks(
         *outputs,
     ]
     problem = _TopP(
-        *(library.view(t, batch, heads) for t in tensors),
+        *(library.view(t) for t in tensors),
         *(batch, heads, kv_centroids.shape[1], rows, kv_centroids.shape[2], head_dim, floor),
         *(top_p, scale, torch.get_num_threads()),
     )

@@ -67,7 +67,7 @@ def merge(
         lse,
     ]
     problem = _Problem(
-        *(library.view(t, batch, heads) for t in tensors),
+        *(library.view(t) for t in tensors),
         *(batch, heads, tokens, q_bounds.shape[-1] - 1, head_dim, near_out.shape[-1]),
         scale,
         library.DTYPES.index(query.dtype),

@@ -47,14 +47,12 @@ class View(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
 
 
-def view(tensor: Tensor | None, batch: int, heads: int) -> View:
-    """Of [B|1, H|1, N] or [B|1, H|1, N, D]; what is shared has stride 0."""
+def view(tensor: Tensor | None) -> View:
+    """A view of a tensor [B|1, H|1, N] or [B|1, H|1, N, D]; a dimension of size 1 is shared: it has stride 0."""
     if tensor is None:
         return View()
-    lead = (
-        0 if size == 1 else stride for size, stride in zip(tensor.shape[:2], tensor.stride(), strict=False)
-    )
-    return View(tensor.data_ptr(), *lead, tensor.stride(2))
+    shape, (batch, head, row, *_) = tensor.shape, tensor.stride()
+    return View(tensor.data_ptr(), batch if shape[0] != 1 else 0, head if shape[1] != 1 else 0, row)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

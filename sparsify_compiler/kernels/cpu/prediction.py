@@ -35,7 +35,7 @@ def top_k_keys(
         *outputs,
     ]
     problem = _TopK(
-        *(library.view(t, batch, heads) for t in tensors),
+        *(library.view(t) for t in tensors),
         *(batch, heads, key.shape[1], queries, outputs[0].shape[2], key.shape[2], rank, width),
         scale,
         library.DTYPES.index(query.dtype),

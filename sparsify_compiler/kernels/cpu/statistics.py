@@ -64,7 +64,7 @@ def _launch(
         *results,
     ]
     problem = _Problem(
-        *(library.view(t, batch, heads) for t in tensors),
+        *(library.view(t) for t in tensors),
         *(batch, heads, kv_heads, tokens, bounds.shape[-1] - 1),
         *(key.shape[-1], 0 if value is None else value.shape[-1]),
         library.DTYPES.index(key.dtype),

@@ -448,7 +448,9 @@ mixed = table("""
 
 
 def wrong_positions(t: Tokens, draw: Draw) -> None:
-    """Positions of another grid of as many tokens are added."""
+    """Positions of another grid of as many tokens are added, to tokens of which a grid is known."""
+    if t.scene.source == "packed" and "m.mesh" not in t.moves[0]:
+        return  # they would be all that is known
     f, h, w = t.scene.grid
     sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
     t.add(f"x = x + m.mesh{sizes}")

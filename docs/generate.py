@@ -1,0 +1,453 @@
+"""Write the parts of the documentation that come from code, measurements and runs.
+
+    python docs/generate.py             # docs/options.md, and the tables in README.md and docs/
+    python docs/generate.py --outputs   # the printed outputs too: runs every code block that has one, some minutes
+
+A generated part stands between two comments, which name its source:
+
+    <!-- table: whole models -->  ...  <!-- /table -->    a function of `TABLES`
+    <!-- options: tile -->  ...  <!-- /options -->        the options of a method, or a name in `OPTIONS`
+    <!-- output -->  ...  <!-- /output -->                what the code block before it prints
+    <!-- output: COMMAND -->  ...  <!-- /output -->       what a command prints
+
+`tests/test_docs.py` fails where a file differs from what this script writes.
+"""
+
+import argparse
+import ast
+import contextlib
+import inspect
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from sparsify_compiler import config
+from sparsify_compiler.backend import DEFAULT_METHOD
+from sparsify_compiler.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "benchmarks" / "results"
+PART = re.compile(r"<!-- (table|options|output)(?:: (.+?))? -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+# options
+
+
+def attribute_docs(owner: type[Any] | ModuleType) -> dict[str, str]:
+    """Name -> docstring of the annotated or assigned attributes of a class or module, as one line.
+
+    The docstring of an attribute is the string that follows its definition. Fields of base classes come first.
+    """
+    if isinstance(owner, type):
+        found = {k: v for base in reversed(owner.__mro__[1:-1]) for k, v in attribute_docs(base).items()}
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(body, ast.ClassDef)
+    else:
+        found, body = {}, ast.parse(inspect.getsource(owner))
+    for defined, said in zip(body.body, body.body[1:], strict=False):
+        if not (isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant)):
+            continue
+        targets = defined.targets if isinstance(defined, ast.Assign) else [getattr(defined, "target", None)]
+        if isinstance(targets[0], ast.Name) and isinstance(said.value.value, str):
+            found[targets[0].id] = " ".join(said.value.value.split())
+    return found
+
+
+def option_rows(owner: type[Any], defaults: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(option, default, meaning) of each field of an options dataclass.
+
+    Args:
+        defaults: those that the fields themselves do not have.
+
+    Raises:
+        KeyError: a field has no docstring.
+    """
+    said = attribute_docs(owner)
+    return [
+        (f"`{f.name}`", f"`{defaults.get(f.name, f.default)!r}`", said[f.name].replace("|", r"\|"))
+        for f in fields(owner)
+    ]
+
+
+def general_options() -> str:
+    """The options of every method."""
+    preset = (
+        "`preset`",
+        "`None`",
+        f"The name of a preset: {' or '.join(f'`{name}`' for name in config.PRESETS)}.",
+    )
+    rows = option_rows(config.SparsifyConfig, {"method": DEFAULT_METHOD})
+    return table(("option", "default", "meaning"), [rows[0], preset, *rows[1:]])
+
+
+def method_options(name: str) -> str:
+    """The options of one method, and its defaults of the general ones."""
+    kind = METHODS[name]
+    general = ", ".join(
+        f"`{option}` {getattr(kind, option)!r}" for option in ("far_field", "dense_steps", "dense_layers")
+    )
+    parts = [table(("option", "default", "meaning"), option_rows(kind, {}))] if fields(kind) else []
+    lines = [f"Defaults of the general options: {general}."]
+    for far_field, changed in kind.otherwise.items():
+        values = ", ".join(f"`{option}` {value!r}" for option, value in changed.items())
+        lines.append(f"With `far_field={far_field!r}` the defaults are {values}.")
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def presets() -> str:
+    """The presets and the options that each sets."""
+    names = list(dict.fromkeys(option for preset in config.PRESETS.values() for option in preset))
+    rows = [
+        [f"`{option}`", *(f"`{preset[option]!r}`" for preset in config.PRESETS.values())] for option in names
+    ]
+    said = attribute_docs(config)["PRESETS"]
+    return f"{said}\n\n{table(['option', *(f'`{name}`' for name in config.PRESETS)], rows)}"
+
+
+def environment() -> str:
+    """The environment variables that the package reads."""
+    return attribute_docs(config)["CHECK_TABLES"]
+
+
+OPTIONS: Mapping[str, Callable[[], str]] = {
+    "general": general_options,
+    "presets": presets,
+    "environment": environment,
+}
+
+
+# figures
+
+
+def results(name: str) -> dict[str, Any]:
+    """A record of `benchmarks/results`."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """The command, machine and date of a record, in one line."""
+    machine = record["machine"]
+    amx = "Intel" in machine["cpu"] and machine.get("fast_products") == "bfloat16"
+    cpu = f"{machine['cpu'].replace('(R)', '')}, {machine['cpu_capability']}{', AMX' if amx else ''}"
+    return (
+        f"`{record['command']}`; {cpu}, {threads(machine)}, torch {machine['torch']}, {record['date'][:10]}."
+    )
+
+
+def threads(machine: Mapping[str, Any]) -> str:
+    """The threads of a run, in words."""
+    return f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def filled(cases: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A table with a line for each case.
+
+    Args:
+        columns: head of a column -> its format, which takes the entries of a case by name.
+    """
+    return table(columns, [[form.format(**case) for form in columns.values()] for case in cases])
+
+
+def figures(name: str, columns: Mapping[str, str], keep: Callable[[Mapping[str, Any]], bool] = bool) -> str:
+    """The cases of a record as a table, with its origin."""
+    record = results(name)
+    return f"{filled(filter(keep, record['cases']), columns)}\n\n{origin(record)}"
+
+
+MODELS = {
+    "wan-64": "Wan, 4 heads of 64",
+    "wan-128": "Wan, 2 heads of 128",
+    "hunyuan-64": "HunyuanVideo, 4 heads of 64",
+}
+"""Names of the cases of `benchmarks.model`, in words."""
+
+
+def whole_models() -> str:
+    """Steps of whole models, sparse and by plain torch.compile: one step of sampling, or of training."""
+    cases = []
+    for path in sorted(RESULTS.glob("model-*.json")):
+        record = results(path.stem)
+        for case in record["cases"]:
+            model, dtype = case["name"].rsplit("-", 1)
+            cases.append(
+                {**case, "cpu": cpu_of(record), "model": MODELS[model], "dtype": dtype, "method": "tile"}
+            )
+    record = results("dsv-training-cpu")
+    dense, sparse = (case["steps"] for case in record["cases"])
+    dense_s, sparse_s = (median(step["seconds"] for step in steps[-50:]) for steps in (dense, sparse))
+    training = {
+        "cpu": cpu_of(record),
+        "model": "evaluation model, 3 heads of 64, training",
+        "tokens": 2304,
+        "dtype": "float32",
+        "method": "dsv",
+        "density": [step["share"] for step in sparse if "share" in step][-1],
+        "dense_s": dense_s,
+        "sparse_s": sparse_s,
+        "speedup": dense_s / sparse_s,
+    }
+    columns = {
+        "CPU": "{cpu}",
+        "model": "{model}",
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "method": "{method}",
+        "kept pairs": "{density:.1%}",
+        "`torch.compile`": "{dense_s:.3f} s",
+        "sparse": "{sparse_s:.3f} s",
+        "speed-up": "{speedup:.1f}x",
+    }
+    return filled([*cases, training], columns)
+
+
+def cpu_of(record: Mapping[str, Any]) -> str:
+    """The CPU of a record and its threads, in a few words."""
+    machine = record["machine"]
+    return f"{'Intel Xeon' if 'Intel' in machine['cpu'] else machine['cpu']}, {threads(machine)}"
+
+
+def model_compilation() -> str:
+    """Errors, speed-ups and compile times of whole models."""
+    record = results("model-cpu")
+    cases = [
+        {
+            **case,
+            **{
+                f"{kind}_text": "-" if (seconds := case[f"compile_{kind}_s"]) is None else f"{seconds:.1f} s"
+                for kind in ("dense", "sparse")
+            },
+        }
+        for case in record["cases"]
+    ]
+    columns = {
+        "model": "{name}",
+        "error": "{error:.0e}",
+        "attention's share": "{attention_share:.0%}",
+        "allowed": "{allowed:.2f}x",
+        "reached": "{speedup:.2f}x",
+        "compile, dense": "{dense_text}",
+        "compile, sparse": "{sparse_text}",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
+def attention() -> str:
+    """The attention op alone, forward."""
+    columns = {
+        "table": "{name}",
+        "type": "{dtype}",
+        "tokens": "{tokens:,}",
+        "head dim": "{head_dim}",
+        "density": "{density:.3f}",
+        "SDPA": "{dense_ms:,.0f} ms",
+        "sparse": "{ours_ms:,.1f} ms",
+        "speed-up": "{speedup:.1f}x",
+        "times density": "{efficiency:.2f}",
+    }
+    return figures("attention-cpu", columns)
+
+
+def attention_training() -> str:
+    """The attention op alone, forward and backward."""
+    columns = {
+        "table": "{kind}",
+        "type": "{dtype}",
+        "density": "{density:.3f}",
+        "SDPA": "{flash_ms:,.0f} ms",
+        "sparse": "{ours_ms:,.0f} ms",
+        "speed-up": "{speedup:.1f}x",
+        "times density": "{efficiency:.2f}",
+    }
+    return figures("training-cpu", columns, lambda case: "kind" in case)
+
+
+METHOD_WORDS = {
+    "svg2": "svg2",
+    "cubes": "cubes of 16 keys",
+    "keys": "keys, by clusters of queries",
+    "dsv": "dsv, keys by prediction",
+    "tile": "tile",
+}
+"""Methods in the order of the table of quality, in words."""
+
+
+def quality() -> str:
+    """Videos of the evaluation model: PSNR, loss and speed of each method."""
+    record = results("quality-cpu")
+    found = {(row["line"], row["target"]): row for row in record["rows"] if row["line"]}
+    cases = []
+    for method, target in ((method, target) for method in METHOD_WORDS for target in (0.1, 0.2)):
+        three = [found[f"{method} {far_field}", target] for far_field in ("drop", "mean", "linear")]
+        case = {
+            "method": METHOD_WORDS[method],
+            "density": f"{three[0]['density']:.2f}" if method == "tile" else target,
+            "speed": ", ".join(f"{row['dense_seconds'] / row['seconds']:.2f}" for row in three),
+        }
+        cases.append({**case, **dict(zip(("drop", "mean", "linear"), three, strict=True))})
+    far_fields = {name: f"{{{name}[psnr]:.1f}} ({{{name}[loss]:.3f}})" for name in ("drop", "mean", "linear")}
+    columns = {
+        "method": "{method}",
+        "density": "{density}",
+        **far_fields,
+        "times as fast as dense": "{speed}",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
+def method_costs() -> str:
+    """The cost of choosing and of the far field, for svg2 and cubes."""
+    columns = {
+        "method": "{method}",
+        "grid": "{grid[0]}x{grid[1]}x{grid[2]}",
+        "density": "{density:.3f}",
+        "SDPA": "{ms[dense]:,.0f} ms",
+        "selection": "{selection_share:.1%}",
+        "mean": "{far_field_share[mean]:.1%}",
+        "linear": "{far_field_share[linear]:.1%}",
+        "times density, drop": "{efficiency[drop]:.2f}",
+        "with mean": "{efficiency[mean]:.2f}",
+        "with linear": "{efficiency[linear]:.2f}",
+    }
+    return figures("methods-cost-cpu", columns)
+
+
+def far_field_costs() -> str:
+    """The cost of the far field, by the size of its groups."""
+    columns = {
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "group": "{group}",
+        "SDPA": "{dense_ms:,.0f} ms",
+        "mean": "{mean added, % of dense:.1f} %",
+        "linear": "{linear added, % of dense:.1f} %",
+    }
+    return figures("far-field-cpu", columns, lambda case: case["case"] == "cost")
+
+
+def prediction() -> str:
+    """The cost of choosing single keys."""
+    columns = {
+        "tokens": "{tokens:,}",
+        "type": "{dtype}",
+        "`chosen_by`": "{chosen_by}",
+        "keys": "{keys:,}",
+        "choice": "{top_k_ms:,.0f} ms",
+        "share of dense": "{share_of_dense:.1%}",
+    }
+    return figures("prediction-cpu", columns)
+
+
+def distillation() -> str:
+    """The stages of `sparsify distill`."""
+    record = results("distill-cpu")
+    measured = ("step_error", "found")
+    cases = [
+        {**row, **{key: "-" if row[key] is None else f"{row[key]:.3f}" for key in measured}}
+        for row in record["quality"]
+    ]
+    columns = {
+        "videos": "{videos}",
+        "calls of the model": "{calls}",
+        "PSNR to 100 steps": "{psnr:.1f} dB",
+        "error of a step": "{step_error}",
+        "found": "{found}",
+    }
+    times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in record["seconds"].items())
+    return f"{filled(cases, columns)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    "whole models": whole_models,
+    "model compilation": model_compilation,
+    "attention": attention,
+    "attention in training": attention_training,
+    "quality": quality,
+    "method costs": method_costs,
+    "far-field costs": far_field_costs,
+    "prediction": prediction,
+    "distillation": distillation,
+}
+
+
+# outputs
+
+
+def printed_by_code(code: str) -> str:
+    """The output of a code block that runs on its own."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "<code block>", "exec"), {"__name__": "__main__"})
+    return out.getvalue()
+
+
+def printed_by_command(command: str) -> str:
+    """The output of a command that runs in the root of the repository."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def as_block(output: str) -> str:
+    """An output as a block of text, without empty lines around it or spaces at the ends of lines."""
+    return "```text\n" + "\n".join(line.rstrip() for line in output.strip("\n").splitlines()) + "\n```"
+
+
+# files
+
+
+def rendered(text: str, *, outputs: bool) -> str:
+    """The text of a file with its generated parts written anew.
+
+    Args:
+        outputs: whether to run code and commands; else their outputs stay.
+    """
+
+    def part(found: re.Match[str]) -> str:
+        kind, name = found.group(1, 2)
+        if kind == "table":
+            new = TABLES[name]()
+        elif kind == "options":
+            new = OPTIONS[name]() if name in OPTIONS else method_options(name)
+        elif not outputs:
+            return found[0]
+        elif name is None:
+            new = as_block(printed_by_code(CODE.findall(text[: found.start()])[-1]))
+        else:
+            new = as_block(printed_by_command(name))
+        opening = f"<!-- {kind}: {name} -->" if name else f"<!-- {kind} -->"
+        return f"{opening}\n{new}\n<!-- /{kind} -->"
+
+    return PART.sub(part, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python docs/generate.py", description="Write generated parts.")
+    parser.add_argument("--outputs", action="store_true", help="run code blocks and commands too")
+    options = parser.parse_args()
+    for path in FILES:
+        old = path.read_text()
+        if (new := rendered(old, outputs=options.outputs)) != old:
+            path.write_text(new)
+            print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

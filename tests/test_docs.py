@@ -1,0 +1,440 @@
+"""The documentation agrees with the code: code runs, outputs and tables are as printed, names and links exist."""
+
+import copy
+import importlib.util
+import math
+import re
+import runpy
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+import sparsify_compiler
+from sparsify_compiler import cli
+from sparsify_compiler.methods import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def script(name: str) -> ModuleType:
+    """A script of the folder docs, as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate, words = script("generate"), script("words")
+PAGES = [path for path in generate.FILES if path.suffix == ".md"]
+NAMING = [*PAGES, ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"]
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+OUTPUT = re.compile(r"<!-- output(?:: (.+?))? -->\n```text\n(.*?)\n```\n<!-- /output -->", re.DOTALL)
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+pages = pytest.mark.parametrize("path", PAGES, ids=name)
+naming = pytest.mark.parametrize("path", NAMING, ids=name)
+
+
+def output_of(path: Path, command: str | None) -> str:
+    """The output that a page shows for a command, or for its only code block with an output."""
+    (shown,) = [text for source, text in OUTPUT.findall(path.read_text()) if source == (command or "")]
+    return shown
+
+
+def shape(output: str) -> str:
+    """An output without its numbers and the widths of its columns."""
+    return re.sub(r"\s+", " ", NUMBER.sub("#", output.replace("─", ""))).strip()
+
+
+@pytest.fixture
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code writes its files into a folder of its own and shares no state with other tests."""
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, in_a_folder: None) -> None:
+    """Sparse graphs run as they are, without Inductor, which takes most of the time and changes no output."""
+    compile_ = torch.compile
+
+    def without_inductor(model: Any, **named: Any) -> Any:
+        if named.get("backend") == "sparsify":
+            named["options"] = {**named.get("options", {}), "inner_backend": "eager"}
+        return compile_(model, **named)
+
+    monkeypatch.setattr(torch, "compile", without_inductor)
+
+
+# generated parts
+
+
+@pages
+def test_tables_and_options_are_as_generated(path: Path) -> None:
+    text = path.read_text()
+    assert generate.rendered(text, outputs=False) == text, "python docs/generate.py writes it anew"
+
+
+def test_every_method_and_environment_variable_is_described() -> None:
+    text = (ROOT / "docs" / "options.md").read_text()
+    for method, kind in METHODS.items():
+        section = text.split(f"## `{method}`\n")[1].split("\n## ")[0]
+        for option in fields(kind):
+            assert f"| `{option.name}` |" in section, f"{method} has no {option.name}"
+    sources = "".join(path.read_text() for path in (ROOT / "sparsify_compiler").rglob("*.py"))
+    for variable in set(re.findall(r"environ[\w.]*[\[(]\"(SPARSIFY_\w+)\"", sources)):
+        assert f"`{variable}`" in text
+
+
+def test_docstrings_of_attributes_are_the_strings_after_them() -> None:
+    class Base:
+        first: int = 1
+        """Of the base,
+        in two lines."""
+
+    class Derived(Base):
+        second = 2
+        """Its own."""
+        third: int = 3
+        fourth: int = 4
+        """After one that has none."""
+
+    assert generate.attribute_docs(Derived) == {
+        "first": "Of the base, in two lines.",
+        "second": "Its own.",
+        "fourth": "After one that has none.",
+    }
+
+
+# code and outputs
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_code_of_the_readme_prints_what_stands_there() -> None:
+    (code,) = generate.CODE.findall((ROOT / "README.md").read_text())
+    printed = generate.as_block(generate.printed_by_code(code))
+    assert printed == f"```text\n{output_of(ROOT / 'README.md', None)}\n```"
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("in_a_folder")
+def test_the_code_of_the_readme_prints_the_same_with_inductor() -> None:
+    (code,) = generate.CODE.findall((ROOT / "README.md").read_text())
+    assert output_of(ROOT / "README.md", None) in generate.as_block(generate.printed_by_code(code))
+
+
+EXAMPLE = "examples/02_generate_with_the_default.py"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+def test_the_example_prints_an_output_of_this_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    variables = runpy.run_path(str(ROOT / EXAMPLE))
+    variables["main"].__globals__["STEPS"] = 1
+    variables["main"]()
+    assert shape(capsys.readouterr().out) == shape(output_of(ROOT / "docs" / "usage.md", f"python {EXAMPLE}"))
+
+
+@pytest.mark.nightly
+def test_the_example_prints_these_numbers() -> None:
+    """Centroids, and so densities, differ a little from one CPU to another."""
+    shown = output_of(ROOT / "docs" / "usage.md", f"python {EXAMPLE}")
+    printed = generate.printed_by_command(f"python {EXAMPLE}")
+    assert shape(printed) == shape(shown)
+    for new, old in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(new) == pytest.approx(float(old), abs=0.02)
+
+
+class Block(nn.Module):
+    """Self-attention over the video, of two heads of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = self.project(tokens).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return tokens + scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+class Video(nn.Module):
+    """A model that is called as those of diffusers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.out = nn.Conv3d(3, 32, 1), nn.Linear(32, 3)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = False,
+    ) -> tuple[Tensor]:
+        patches = self.patch(hidden_states)
+        tokens = patches.flatten(2).mT + encoder_hidden_states.mean(1, keepdim=True)
+        tokens = tokens + 0.001 * timestep[:, None, None]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return (self.out(tokens).mT.unflatten(2, hidden_states.shape[2:]),)
+
+
+def video() -> tuple[nn.Module, dict[str, Any]]:
+    """A small model, and the inputs of a call with a video of 6 frames."""
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 6, 4, 4),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 32),
+    }
+    return Video().eval(), inputs
+
+
+def searched() -> dict[str, Any]:
+    model, inputs = video()
+    return {"torch": torch, "model": model, "inputs": [inputs]}
+
+
+AT_ONCE: dict[str, Any] = {"threshold": 10.0, "profile_every": (1, 1), "break_even": 1.0}
+"""Settings with which `dsv` reaches its second stage in the first steps."""
+
+
+def trained() -> dict[str, Any]:
+    transformer, inputs = video()
+
+    def loss(model: Callable[..., Any], batch: Mapping[str, Any]) -> Tensor:
+        return model(**batch)[0].square().mean()
+
+    return {
+        "torch": torch,
+        "sparsify_compiler": SimpleNamespace(DSVTrainer=partial(sparsify_compiler.DSVTrainer, **AT_ONCE)),
+        "transformer": transformer,
+        "data": [inputs] * 2,
+        "loss": loss,
+        "optimizer": torch.optim.SGD(transformer.parameters(), lr=0.01),
+    }
+
+
+def distilled_steps() -> dict[str, Any]:
+    teacher, inputs = video()
+    student = copy.deepcopy(teacher)
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    public = ("ConsistencyConfig", "ConsistencyTrainer", "sample_few_steps")
+    return {
+        **{one: getattr(sparsify_compiler, one) for one in public},
+        "student": student,
+        "teacher": teacher,
+        "data": [(latents, text, torch.zeros_like(text))],
+        "noise": torch.randn_like(latents),
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.01),
+    }
+
+
+def distilled_sparsity() -> dict[str, Any]:
+    transformer, inputs = video()
+    return {
+        "torch": torch,
+        "copy": copy,
+        "Distillation": sparsify_compiler.Distillation,
+        "transformer": transformer,
+        "data": [inputs],
+    }
+
+
+def policy_is_used(found: Mapping[str, Any]) -> None:
+    with torch.no_grad():
+        found["fast"](**found["inputs"][0])
+    assert Path("policy.json").exists()
+    assert len(found["policy"].layers) == 2
+
+
+def training_reaches_both_stages(found: Mapping[str, Any]) -> None:
+    saved = torch.load("checkpoint.pt")
+    assert saved.keys() == {"model", "dsv"}
+    assert found["dsv"].stage == 2
+    assert found["dsv"].progress is not None
+    assert Path("predictor.safetensors").exists()
+
+
+def latents_are_finite(found: Mapping[str, Any]) -> None:
+    assert found["latents"].shape == found["noise"].shape
+    assert found["latents"].isfinite().all()
+
+
+def gradients_are_there(found: Mapping[str, Any]) -> None:
+    assert found["loss"].attention > 0
+    assert any(p.grad is not None and p.grad.any() for p in found["student"].parameters())
+
+
+USES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
+    "A method for each layer": (searched, policy_is_used),
+    "Train with dsv": (trained, training_reaches_both_stages),
+    "Distil many steps into few": (distilled_steps, latents_are_finite),
+    "Distil a sparse model": (distilled_sparsity, gradients_are_there),
+}
+"""Heading -> the names that its code uses, and what must hold after it."""
+
+
+def code_below(path: Path) -> dict[str, str]:
+    """Heading -> the code block below it."""
+    text = path.read_text()
+    return {HEADING.findall(text[: found.start()])[-1]: found[1] for found in generate.CODE.finditer(text)}
+
+
+def test_all_code_is_run() -> None:
+    for path in PAGES:
+        run = {"README.md": ["sparsify-compiler"], "usage.md": list(USES)}.get(path.name, [])
+        assert list(code_below(path)) == run, f"{path.name} has code that no test runs"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+@pytest.mark.parametrize("heading", USES)
+def test_code_runs(heading: str) -> None:
+    names, check = USES[heading]
+    found = names()
+    exec(compile(code_below(ROOT / "docs" / "usage.md")[heading], heading, "exec"), found)
+    check(found)
+
+
+# names
+
+
+@naming
+def test_files_exist(path: Path) -> None:
+    """Paths in inline code, from the root, from the package or from the page."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    suffixes = r"py|cpp|h|json|md|png"
+    for named in re.findall(rf"`((?:\.?[\w-]+/)*[\w-]+\.(?:{suffixes}))`", text):
+        if named in MADE:
+            continue
+        places = [
+            ROOT / named,
+            ROOT / "sparsify_compiler" / named,
+            ROOT / "sparsify_compiler/kernels/cpu/csrc" / named,
+        ]
+        places.append(ROOT / "sparsify_compiler/passes" / named)
+        assert any(place.exists() for place in places), f"{name(path)} names {named}"
+
+
+MADE = {"masks.png", "density.png", "DIR/report.md"}
+"""Files that commands write."""
+
+
+@naming
+def test_links_resolve(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        file, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        page = (path.parent / file).resolve() if file else path
+        assert page.exists(), target
+        if anchor:
+            anchors = {
+                re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-")
+                for one in HEADING.findall(page.read_text())
+            }
+            assert anchor in anchors, target
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands that a page has in blocks, in inline code and as sources of outputs, as words."""
+    text = path.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`((?:sparsify|python) [^`]+)`", re.sub(r"\n", " ", text))
+    sources = [source for source, _ in OUTPUT.findall(text) if source]
+    parts = [part for line in [*lines, *inline, *sources] for part in line.split("&&")]
+    return [split for part in parts if (split := shlex.split(part, comments=True))]
+
+
+@naming
+def test_commands_exist(path: Path) -> None:
+    for first, *rest in commands(path):
+        if first == "sparsify":
+            check_subcommand(rest)
+        elif first == "python" and rest[0] == "-m" and rest[1].startswith("benchmarks"):
+            assert importlib.util.find_spec(rest[1]), rest
+            source = (ROOT / rest[1].replace(".", "/")).with_suffix(".py")
+            texts = [
+                one.read_text() for one in (*source.parent.glob("*.py"), *source.with_suffix("").glob("*.py"))
+            ]
+            for option in (word for word in rest if word.startswith("--") and word != "--help"):
+                assert any(f'"{option}"' in text for text in texts), f"{rest[1]} has no {option}"
+        elif first == "python" and rest[0].endswith(".py"):
+            assert (ROOT / rest[0]).exists(), rest
+
+
+def check_subcommand(args: list[str]) -> None:
+    """Fails unless `sparsify` has the command with these options."""
+    command: Any = typer.main.get_command(cli.app)
+    while hasattr(command, "commands"):
+        assert args, f"{command.name} needs a command"
+        assert args[0] in command.commands, f"sparsify has no {args[0]}"
+        command, args = command.commands[args[0]], args[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
+    for option in (word for word in args if word.startswith("--")):
+        assert option in known, f"sparsify {command.name} has no {option}"
+
+
+# the README, and words
+
+
+def test_the_readme_is_short_and_has_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 150
+    marked = text.split("<!-- ci -->")[1].split("<!-- /ci -->")[0]
+    assert [line.split(" && ")[1] for line in marked.splitlines() if line.startswith("pip install")] == [
+        "sparsify demo",
+        "pytest -n auto --dist loadfile",
+    ]
+
+
+def test_the_picture_of_the_readme_is_the_mask_of_the_paper() -> None:
+    drawn = re.findall(
+        r"^(?:query|frame)? +(\d)  ((?:[X.] ?){6})", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert [int(number) for number, _ in drawn] == list(range(6))
+    reference = {math.ceil(i * 6 / 2) for i in range(2)}
+    for i, (_, row) in enumerate(drawn):
+        assert [mark == "X" for mark in row.split()] == [i == j or bool({i, j} & reference) for j in range(6)]
+
+
+def test_words_that_went_are_gone() -> None:
+    assert list(words.find(ROOT / path for path in words.PATHS)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "lines"),
+    [
+        ("a.md", "A table is\nto be read.", [1]),
+        ("a.md", "One.\n\nSo it stood in for two, but for three.", [3, 3]),
+        ("a.md", "```\nbut for\n```\n`but for` and butter for", []),
+        ("a.py", '"""Of the tokens,\nwhat is left."""\nhence = 1  # hence\n', [2, 3, 1]),
+        ("a.py", 'foretold = "It is\\n"\n', []),
+    ],
+)
+def test_words_are_found(tmp_path: Path, file: str, text: str, lines: list[int]) -> None:
+    (tmp_path / file).write_text(text)
+    found = [int(line.split(":")[1]) for line in words.find([tmp_path])]
+    assert found == lines
