@@ -133,8 +133,8 @@ def stats(model: Callable[..., Any]) -> RunStats:
 
     Args:
         model: what torch.compile returned: the calls of the programs that it compiled, in the last video that they
-            made. Or a module: all calls in its last video, whatever programs they were of (`RunStats.of` tells
-            methods apart); parts of it may have been compiled one by one.
+            made. Or a module: all calls in its last video, whatever programs they were of (`RunStats.of` selects
+            those of one method); parts of it may have been compiled one by one.
 
     Raises:
         SparsifyError: the model is no module, or no call of it was recorded.

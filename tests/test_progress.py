@@ -10,7 +10,7 @@ from sparsify_compiler.progress import advance, bars, phase
 
 
 class Work:
-    """A display on a file, and a clock that goes on by what it is told."""
+    """A display on a file, and a clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -65,9 +65,9 @@ class Record:
     options: Mapping[str, Any]
     """Those that torch.compile was given: programs of one model differ by them."""
     video: int
-    """Of the model, from 0."""
+    """Number of the video of this model, from 0."""
     call: int
-    """Of the model in this video, from 0."""
+    """Number of the call of this model in the video, from 0."""
     plan: GraphPlan
     tick: Tick
     phase: str
@@ -81,7 +81,7 @@ class ModelState:
 
     clock: StepClock = field(default_factory=StepClock)
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Of the last calls of each program, in the last video that it made."""
+    """Records of the last calls of each program, in the last video that it made."""
     video: int = 0
     """The number of the video, from 0."""
     calls: int = 0
@@ -109,7 +109,7 @@ class ModelState:
                 raise SparsifyError(
                     f"what was learnt is of another model, or with other options: {spec.name} must be "
                     f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}. "
-                    "Compile with the options that it was learnt with, such as the rank, or learn on a new "
+                    "Compile with the options that it learned with, such as the rank, or train a new "
                     "instance of the model"
                 )
         return [self.learned[spec.name] for spec in specs]

@@ -30,14 +30,12 @@ SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 
 Eager = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 class Recorder:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from planned import each_planned, planned
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (3, 2, 5)
 TOKENS, WIDTH = 30, 16
 _noise = torch.Generator().manual_seed(0)
@@ -30,11 +32,6 @@ with torch.no_grad():
     image = nn.Conv2d(4, WIDTH, 2, 2).requires_grad_(False)
     channels = nn.Linear(4, WIDTH).requires_grad_(False)
     features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def attend(q: Tensor, k: Tensor | None = None) -> Tensor:

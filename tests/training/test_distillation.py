@@ -16,7 +16,10 @@ from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.training.distillation import attentions
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 TILE = {"method": "tile", "reference_frames": 2, "inner_backend": "eager"}
 HELD = {
     "wan": [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)],
@@ -28,11 +31,6 @@ HELD = {
     ],
 }
 """The submodules that hold attention, as one reads them in diffusers."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def pair(family: str = "wan", *, moved: float = 0.0) -> tuple[nn.Module, nn.Module, Inputs]:

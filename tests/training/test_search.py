@@ -39,6 +39,7 @@ from sparsify_compiler.training import search
 from sparsify_compiler.training.search import MENU, PARTS, _Attention, choose, label_of, read_menu
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
@@ -56,11 +57,6 @@ SPARSE = [{"method": "tile", "reference_frames": 2}, {"method": "tile", "referen
 TILE2, TILE1, CLUSTERS = list(read_menu(SPARSE))[1:]
 SECONDS = {DENSE: 8e-3, TILE2: 4e-3, TILE1: 2e-3, CLUSTERS: 6e-3}
 TOKENS = math.prod(GRID)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 @pytest.fixture

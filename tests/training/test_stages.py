@@ -27,15 +27,11 @@ from sparsify_compiler.training.cost import Cost
 from sparsify_compiler.training.dsv import Profile, _Site
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
 OPTIONS = {"method": "dsv", "rank": 8, "inner_backend": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def made(family: str = "wan", batch: int = 1) -> tuple[nn.Module, Inputs]:
@@ -323,7 +319,7 @@ def test_another_rank_on_a_model_that_learnt_says_what_to_do():
             dsv.step()
         else:
             with pytest.raises(
-                SparsifyError, match=r"Compile with the options .* such as the rank, or learn on a new"
+                SparsifyError, match=r"Compile with the options .* such as the rank, or train a new"
             ):
                 step(fast, inputs)
 
