@@ -81,7 +81,12 @@ class Placed(nn.Conv3d):
 
     def __init__(self, embedding: nn.Conv3d) -> None:
         size, stride = embedding.kernel_size, embedding.stride
-        super().__init__(embedding.in_channels, embedding.out_channels, size, stride)  # type: ignore[arg-type]
+        super().__init__(
+            embedding.in_channels,
+            embedding.out_channels,
+            (size[0], size[1], size[2]),
+            (stride[0], stride[1], stride[2]),
+        )
         self.load_state_dict(embedding.state_dict())
         self.places = nn.Parameter(torch.randn(self.out_channels, 3 * 2 * WAVES) / 10)
         """For frames, rows and columns in turn, of the sines and the cosines."""

@@ -20,15 +20,7 @@ from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
 
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Outputs start as NaN, so that what a provider forgets to write is seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            attention, "empty_outputs", lambda *args: tuple(t.fill_(torch.nan) for t in empty_outputs(*args))
-        )
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.fixture(params=["kernel", "kernel without AMX", "packed"])

@@ -23,28 +23,16 @@ from sparsify_compiler.kernels.far_field import (
     exact_rows,
 )
 from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.providers import load
 from sparsify_compiler.kernels.virtual_keys import FarBlocks, virtual_keys
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs near 1, half precision rounding the virtual keys as it does keys."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Outputs start as NaN, so that what a provider forgets to write is seen."""
-    empty = attention.empty_outputs
-    with pytest.MonkeyPatch.context() as patch:
-        for provider in PROVIDERS:
-            patch.setattr(
-                load(provider, "far_field"),
-                "empty_outputs",
-                lambda *args: tuple(t.fill_(torch.nan) for t in empty(*args)),
-            )
-        yield
 
 
 def uniform_table(blocks: Tensor, q_size: int, kv_size: int, **orders: Tensor) -> BlockTable:

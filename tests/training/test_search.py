@@ -573,7 +573,7 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         search(model, [inputs, smaller], menu=SPARSE[:1])
     for wrong in ([], inputs, [3], None, [{}], "calls.pt"):
         with pytest.raises(OptionError, match="keyword arguments"):
-            search(model, wrong)  # type: ignore[arg-type]
+            search(model, wrong)
     for option in ({"method": "tile"}, {"dense_layers": 1}, {"gird": (5, 7, 9)}):
         with pytest.raises(OptionError, match="unknown option of a search"):
             search(model, [inputs], options=option)
@@ -732,7 +732,7 @@ def test_a_policy_knows_its_sites(
 @pytest.mark.usefixtures("clockless")
 def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
     model, inputs = CASES["cogvideox"].build(batch=1)  # diffusers loads Wan with accelerate alone
-    model.save_pretrained(tmp_path / "checkpoint")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "checkpoint")
     torch.save([inputs], tmp_path / "calls.pt")
     save_file(
         {f"0.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)},

@@ -120,7 +120,7 @@ def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.Mo
         torch._dynamo.reset()
         model, inputs = made()
         if checkpointing:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
+            model.enable_gradient_checkpointing()
         fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": "aot_eager"})
         dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
         for _ in range(4):
