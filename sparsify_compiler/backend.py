@@ -198,8 +198,8 @@ def _tell(
             f"sparsify found no attention to rewrite in a graph: it is compiled as it is.{what} "
             "sparsify_compiler.explain(model, ...) shows why."
         )
-    if config.policy is not None and plan.plans and config.policy.all_dense:
-        warn_once(f"{config.policy.all_dense}.")
+    if config.policy is not None and plan.plans and config.policy.advice:
+        warn_once(f"{config.policy.advice}.")
     if plan.sparse and not {"method", "preset", "policy"} & set(options):
         warn_once(
             f"sparsify rewrites attention to be sparse, which is lossy. The default method is {DEFAULT_METHOD!r}, "

@@ -219,8 +219,8 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
     sparse = [plan for graph in graphs for plan in graph.sparse]
     if sparse and not {"method", "policy"} & general.keys() and not own:
         yield f"the method is the default; {reads_more_or_less(sparse[0].far_field)}."
-    if config.policy is not None and config.policy.all_dense:
-        yield f"{config.policy.all_dense}."
+    if config.policy is not None and config.policy.advice:
+        yield f"{config.policy.advice}."
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:

@@ -217,7 +217,7 @@ class Policy:
         return math.fsum(layer.trials[DENSE].milliseconds for layer in self.layers)
 
     @property
-    def all_dense(self) -> str:
+    def advice(self) -> str:
         """The advice where every site stays dense; empty where one is sparse."""
         if any(layer.choice != DENSE for layer in self.layers):
             return ""
@@ -390,8 +390,8 @@ class Policy:
             f"{self.milliseconds:.1f} ms a call for {self.dense_milliseconds:.1f} ms dense, on {self.machine}; "
             f"loss of all together {self.together:.2e}, {self.inputs} calibration inputs."
         )
-        if self.all_dense:
-            yield f"Hint: {self.all_dense}."
+        if self.advice:
+            yield f"Hint: {self.advice}."
 
 
 def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:

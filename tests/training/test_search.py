@@ -521,14 +521,14 @@ def test_a_policy_that_keeps_everything_dense_says_what_to_try(
     path = replace(found, layers=layers, r=r, total=total).save(tmp_path / "policy.json")
     policy, (model, inputs) = Policy.load(path), wan
     options = {"policy": path, "inner_backend": "eager"}
-    assert str(path) in policy.all_dense
-    assert says in policy.all_dense
+    assert str(path) in policy.advice
+    assert says in policy.advice
     assert says in " ".join(str(policy).split())
     assert any(says in hint for hint in explain(model, **inputs, options=options).hints)
     with pytest.warns(SparsifyWarning, match=says):
         answer(torch.compile(model, backend="sparsify", options=options), inputs)
     sparse = replace(policy, layers=(replace(layers[0], choice=TILE1), *layers[1:]))
-    assert not sparse.all_dense
+    assert not sparse.advice
     torch._dynamo.reset()
     answer(torch.compile(model, backend="sparsify", options={**options, "policy": sparse}), inputs)
 
