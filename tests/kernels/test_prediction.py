@@ -6,13 +6,11 @@ a process that has it.
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from any_provider import HAS_TRITON, IS_SLOW, device_of, pass_in_the_interpreter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,12 +21,7 @@ from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.cpu import prediction as cpu
 from sparsify_compiler.kernels.prediction import top_k_keys
 
-HAS_GPU = torch.cuda.is_available()
-HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
-PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IS_SLOW = HAS_TRITON and not HAS_GPU
-"""The interpreter takes a quarter of a second for a program: shapes are smaller there, and examples fewer."""
 
 LOWEST = torch.finfo(torch.float32).min
 UNIT = 2.0**-24
@@ -41,15 +34,6 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
 ]
-
-
-@pytest.fixture(params=PROVIDERS)
-def provider(request):
-    return request.param
-
-
-def device_of(provider: str) -> str:
-    return "cuda" if provider == "triton" and HAS_GPU else "cpu"
 
 
 def budgets(*values: Any) -> Tensor:
@@ -531,10 +515,4 @@ def test_refuses(change: dict[str, Any], error: Any, words: str) -> None:
 
 @pytest.mark.skipif(HAS_TRITON, reason="its cases run in this process")
 def test_triton_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    pass_in_the_interpreter(__file__, "-k", "triton")
