@@ -79,17 +79,19 @@ class Explanation:
         from rich.table import Table
 
         rows = fold(self.plans)
-        narrow = options.max_width < NARROW
-        columns = {
-            heading: cell for heading, cell in _COLUMNS.items() if not (narrow and heading in _WIDE_ONLY)
-        }
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in columns:
-            table.add_column(heading, no_wrap=heading != "reason")
-        for name, plan in rows:
-            table.add_row(*(cell(name, plan) for cell in columns.values()))
-        yield table
-        if narrow:
+        if options.max_width >= NARROW:
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for heading in ("site", *_COLUMNS):
+                table.add_column(heading, no_wrap=heading != "reason")
+            for name, plan in rows:
+                table.add_row(_broken_path(name), *(cell(plan) for cell in _COLUMNS.values()))
+            yield table
+        else:
+            from sparsify_compiler.tables import fitting
+
+            columns = {heading: cell for heading, cell in _COLUMNS.items() if heading not in _WIDE_ONLY}
+            cells = [[cell(plan) for cell in columns.values()] for _, plan in rows]
+            yield from fitting(console, options, [name for name, _ in rows], [*columns], cells)
             for name, plan in rows:
                 provider = f"{plan.provider}, " if plan.provider else ""
                 yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
@@ -306,16 +308,15 @@ def _tokens_text(plan: AttentionPlan) -> str:
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 
-_COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
-    "site": lambda name, _: _broken_path(name),
-    "kind": lambda _, plan: plan.site.kind,
-    "tokens": lambda _, plan: _tokens_text(plan),
-    "heads x dim": lambda _, plan: _heads_text(plan),
-    "grid": lambda _, plan: grid_text(plan.layout),
-    "method": lambda _, plan: method_text(plan, "\n"),
-    "provider": lambda _, plan: plan.provider or "-",
-    "density": lambda _, plan: density_text(plan),
-    "reason": lambda _, plan: plan.reason,
+_COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
+    "kind": lambda plan: plan.site.kind,
+    "tokens": _tokens_text,
+    "heads x dim": _heads_text,
+    "grid": lambda plan: grid_text(plan.layout),
+    "method": lambda plan: method_text(plan, "\n"),
+    "provider": lambda plan: plan.provider or "-",
+    "density": density_text,
+    "reason": lambda plan: plan.reason,
 }
 _WIDE_ONLY = ("heads x dim", "provider", "reason")
 

@@ -17,7 +17,7 @@ def fitting(
     headings: Sequence[str],
     rows: Sequence[Sequence[str]],
 ) -> RenderResult:
-    """A table with a row for each site; no name is cut off.
+    """A table with a row for each site; no name is cut off. Cells may have several lines.
 
     Where the console has too few columns, headings take two lines; and where that is not enough, each name stands
     on a line above its row, whose widest column may take several.
@@ -38,7 +38,8 @@ def fitting(
             yield wide
             return
     widths = [
-        max(map(len, [*form.split("\n"), *cells])) for form, *cells in zip(on_two_lines, *rows, strict=True)
+        max(len(line) for cell in cells for line in cell.split("\n"))
+        for cells in zip(on_two_lines, *rows, strict=True)
     ]
     widest = widths.index(max(widths))
     widths[widest] = max(1, widths[widest] - max(0, 2 + sum(widths) + len(widths) - options.max_width))
