@@ -1,8 +1,9 @@
 """`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`) or of the
-conditions of a layout (`passes/layout.py`). It is caught where a case of the fuzzer becomes wrong, crashes or loses
-its grid, or else where a test fails. What survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
+what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
+is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
+survives is printed by name.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.fuzz import quiet
 from benchmarks.harness import write_json
-from sparsify_compiler.passes import axes, axis_rules, layout
+from sparsify_compiler.passes import axes, axis_rules, axis_writes, layout
 from sparsify_compiler.passes.axes import Label, fresh, length
 from sparsify_compiler.passes.axis_rules import RULES, AxisTracker, Rule
 from sparsify_compiler.testing.fuzzing import Verdict, judge, random_case
@@ -37,7 +38,7 @@ CaseId = tuple[str, int]
 """Kind and number of a case of seed 0."""
 
 TESTS = ("tests/passes", "tests/models/test_zoo.py")
-MODULES: tuple[ModuleType, ...] = (axes, axis_rules, layout)
+MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_writes, layout)
 SECONDS = 20
 """After which a case is said to hang."""
 
