@@ -214,11 +214,12 @@ def _same_videos(query: Known, key: Known) -> bool:
 
 
 def _of_several_videos(known: Known) -> bool:
-    """Whether tokens were taken from more positions along a batch than there are sequences."""
-    _, taken = _batch(known, _inputs(known.labels[2]))
+    """Whether tokens were taken from more positions along the batch of an input than there are sequences."""
+    inputs = _inputs(known.labels[2])
     places: dict[Axis, set[int]] = {}
-    for claim in itertools.chain.from_iterable(taken):
-        places.setdefault(claim.axis, set()).add(claim.base)
+    for claim in itertools.chain.from_iterable(run.claims for run in known.taken):
+        if claim.source in inputs and claim.of_batch:
+            places.setdefault(claim.axis, set()).add(claim.base)
     return any(len(found) > length(known.labels[0]) for found in places.values())
 
 
