@@ -136,7 +136,7 @@ class Edit(ast.NodeTransformer):
         self.seen += 1
         if self.seen != self.wanted:
             return node
-        self.said = f"line {node.lineno}: {said}"  # type: ignore[attr-defined]
+        self.said = f"line {node.lineno}: {said}"
         return ast.copy_location(into(), node)
 
     def visit_If(self, node: ast.If) -> ast.AST:
@@ -203,7 +203,7 @@ def compiled(function: FunctionType, definition: ast.FunctionDef) -> CodeType:
     module = ast.fix_missing_locations(ast.Module([definition], []))
     names: dict[str, Any] = {}
     exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, names)
-    return names[function.__name__].__code__  # type: ignore[no-any-return]
+    return names[function.__name__].__code__
 
 
 def functions() -> Iterator[tuple[str, FunctionType]]:

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sparsify_compiler import pictures
 from sparsify_compiler.demo import step, videos
 from sparsify_compiler.demo.size import SIZES, Size
 from sparsify_compiler.demo.step import BOUND, dense_attention
 from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.outputs import make_folder
 
 __all__ = ["BOUND", "SIZES", "Result", "Size", "dense_attention", "run"]
 
@@ -46,12 +48,16 @@ def run(
         size: of what is run; one that takes about two minutes if None.
 
     Raises:
-        SparsifyError: the device is not there, or diffusers, matplotlib or pillow is missing.
+        SparsifyError: the device is not there, or diffusers, matplotlib or pillow is missing; `out` cannot be
+            written to.
     """
     if device not in SIZES:
         raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
+    make_folder(out, "videos.gif")
+    for name in ("masks.png", "density.png"):
+        pictures.check(out / name)
     size, console = size or SIZES[device], console or Console()
     measured = step.run(size, device, out, console)
     console.print()

@@ -12,12 +12,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.demo.progress import advance, bars, phase
 from sparsify_compiler.demo.size import Size
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.explanation import Explanation, explain
 from sparsify_compiler.measured import stats
 from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.progress import advance, bars, phase
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.timing import interleaved_medians
 

@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.demo.progress import advance, bars, phase
 from sparsify_compiler.demo.size import Size
 from sparsify_compiler.evaluation import world
 from sparsify_compiler.evaluation.model import CONFIG, load, trained_steps
@@ -22,6 +21,7 @@ from sparsify_compiler.evaluation.quality import motion, psnr
 from sparsify_compiler.evaluation.sampling import GUIDANCE, Velocity, noise, sample
 from sparsify_compiler.evaluation.sparsity import Listen
 from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.progress import advance, bars, phase
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.timing import timed
 

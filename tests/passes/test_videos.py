@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from planned import each_planned, planned
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (3, 2, 5)
 TOKENS, WIDTH = 30, 16
 _noise = torch.Generator().manual_seed(0)
@@ -31,11 +33,6 @@ with torch.no_grad():
     channels = nn.Linear(4, WIDTH).requires_grad_(False)
     pairs = nn.Linear(2, WIDTH).requires_grad_(False)
     features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def attend(q: Tensor, k: Tensor | None = None) -> Tensor:
