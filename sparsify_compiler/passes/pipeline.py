@@ -16,7 +16,7 @@ from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import plan_sites, plans_within
 from sparsify_compiler.passes.sizes import fix_sizes
-from sparsify_compiler.runtime.program import Choices, Phase
+from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -33,10 +33,9 @@ def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     ]
 
 
-def rewriting(config: SparsifyConfig, phase: Phase, remembers: bool, choices: Choices) -> list[Pass]:
-    """The passes that carry the decision out, for one phase."""
-    recall = config.measure_recall
-    return [partial(lower, phase=phase, remembers=remembers, choices=choices, measure_recall=recall)]
+def rewriting(config: SparsifyConfig, variant: Variant) -> list[Pass]:
+    """The passes that carry the decision out, for one variant."""
+    return [partial(lower, variant=variant, measure_recall=config.measure_recall)]
 
 
 def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
@@ -51,13 +50,11 @@ def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = 
 def rewrite(
     analysed: fx.GraphModule,
     config: SparsifyConfig,
-    phase: Phase = "sparse",
-    *,
-    remembers: bool = True,
-    choices: Choices = (),
+    variant: Variant | None = None,
 ) -> fx.GraphModule:
     """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
-    return run(copy_graph(analysed, alike=plans_within), rewriting(config, phase, remembers, choices), config)
+    passes = rewriting(config, variant or Variant())
+    return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:
