@@ -1,8 +1,9 @@
 """`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of what a
-write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It is caught where a case of the fuzzer becomes wrong, crashes or loses
-its grid, or else where a test fails. What survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
+what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
+is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
+survives is printed by name.
 """
 
 import argparse

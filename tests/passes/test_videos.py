@@ -29,6 +29,7 @@ with torch.no_grad():
     deep = nn.Conv3d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH).requires_grad_(False)
     image = nn.Conv2d(4, WIDTH, 2, 2).requires_grad_(False)
     channels = nn.Linear(4, WIDTH).requires_grad_(False)
+    pairs = nn.Linear(2, WIDTH).requires_grad_(False)
     features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
 
@@ -319,6 +320,17 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "videos as channels, and apart": (
         lambda v: (lambda x: attend(x + features(x).mean(0) * embed(v)))(
             sequence(wide(v.flatten(0, 1)[None]))
+        ),
+        (VIDEO,),
+    ),
+    "videos as channels, by image": (
+        lambda v: attend(
+            pairs(
+                image(v.transpose(1, 2).flatten(0, 1))
+                .unflatten(0, (2, 3))
+                .permute(2, 1, 3, 4, 0)
+                .flatten(1, 3)
+            )
         ),
         (VIDEO,),
     ),

@@ -43,8 +43,8 @@ class Draw:
         return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(count)]
 
     def divisor(self, number: int) -> int:
-        """A divisor of a number, itself and 1 among them."""
-        return self.of(*(n for n in range(1, number + 1) if number % n == 0))
+        """A divisor of a number, itself and 1 among them; 1 of none."""
+        return self.of(*(n for n in range(1, max(number, 1) + 1) if number % n == 0))
 
 
 def lines(text: str) -> tuple[str, ...]:
