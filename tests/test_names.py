@@ -16,7 +16,7 @@ from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.names import align
 from sparsify_compiler.passes.planning import make_plan
 from sparsify_compiler.plan import AttentionSite, TokenLayout
-from sparsify_compiler.policy import DENSE, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.policy import DENSE, Policy, PolicySite, Trial, entry_of, mark
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.testing.strategies import site_of
 
@@ -53,7 +53,7 @@ def policy(*graphs: Sequence[str]) -> Policy:
     }
     labels = iter(menu)
     layers = [
-        Layer(
+        PolicySite(
             mark=mark(*pair),
             graph=number,
             choice=next(labels),

@@ -59,7 +59,7 @@ class DynamicMethod(Method, Protocol):
         """Name -> shape of the fp32 tensors that a site keeps from call to call."""
 
     def observe(self, tokens: Tokens, state: State, **constants: Any) -> tuple[Tensor, ...]:
-        """The new memory after a step that runs dense."""
+        """The new state after a step that runs dense."""
 
     def select(self, tokens: Tokens, state: State, **constants: Any) -> tuple[Selection, tuple[Tensor, ...]]:
         """What this call reads, and the new state."""

@@ -59,7 +59,7 @@ from sparsify_compiler.passes.fx import tensor_of
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import make_plan, refusal
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
-from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.policy import DENSE, Entry, Policy, PolicySite, Trial, entry_of, mark
 from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.timing import timed
 
@@ -150,7 +150,9 @@ def search(
         total=float(total),
         menu=entries,
         layers=tuple(
-            Layer(mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name])
+            PolicySite(
+                mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name]
+            )
             for number, graph in enumerate(graphs)
             for pair in graph
         ),
