@@ -78,7 +78,7 @@ def lower(
 
     lowering = _Lowering(variant, measure_recall)
     _lower_module(gm, lowering, operand, None if variant.trains else inputs)
-    gm.meta["extra"] = inputs.built()
+    gm.meta["extra"], gm.meta["variant"] = inputs.built(), variant
     return gm
 
 

@@ -74,7 +74,7 @@ class SiteInputs:
     def selecting(
         self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
     ) -> tuple[dict[str, Tensor | None], State]:
-        """What the method reads, by name, and its state, from what `to_select` returned; blank where it has none."""
+        """The tensors that the method reads, by name, and its state, from the list that `to_select` returned."""
         names = (*self.constants, *self.trained)
         read = dict(zip(names, tensors, strict=False))
         initialised, *state = tensors[len(names) :] or [None]
