@@ -81,7 +81,7 @@ def test_tokens_that_move_are_attended_right(case: Case) -> None:
     check(case, "end to end")
 
 
-@short(10)
+@short(6)
 @given(cases("writes"))
 def test_tokens_that_are_written_are_attended_right(case: Case) -> None:
     check(case, "end to end")

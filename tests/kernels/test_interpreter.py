@@ -1,6 +1,9 @@
 """Half precision in Triton's interpreter, operation by operation, against torch's bfloat16."""
 
+import itertools
+import math
 import operator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,14 +132,52 @@ def test_what_depends_on_an_order_is_refused(builder):
     assert ReduceOps(0, tl.standard._sum_combine, False).apply(in_fp32).handle.data == 4
 
 
+@pytest.mark.parametrize("scalar", [tl.float32, tl.bfloat16, tl.int1, tl.pointer_type(tl.float16)], ids=str)
+def test_types_and_tensors_are_those_of_the_language(scalar):
+    def made() -> list[str]:
+        types = [scalar, tl.block_type(tl.int32, [4, 16]).with_element_ty(scalar)]
+        types.append(interpreter.interpreter_builder.get_block_ty(scalar, [8]))
+        found = [
+            (vars(t), sorted(vars(tl.tensor(None, t)).items()), interpreter._get_np_dtype(t)) for t in types
+        ]
+        return [repr(one) for one in found]
+
+    expected = made()
+    with interpreting():
+        assert made() == made() == expected
+
+
+def test_operands_meet_in_the_shapes_of_the_language():
+    numbers = [np.arange(math.prod(shape)).reshape(shape) for shape in ((4,), (1, 4), (2, 1), (2, 4))]
+    blocks = [tl.tensor(TensorHandle(n, tl.int64), tl.block_type(tl.int64, list(n.shape))) for n in numbers]
+    scalar = tl.tensor(TensorHandle(np.array([7]), tl.int64), tl.int64)
+
+    def met() -> list[str]:
+        broadcast = interpreter.interpreter_semantic.broadcast_impl_value
+        pairs = [broadcast(*pair) for pair in itertools.product([*blocks, scalar], repeat=2)]
+        return [repr((one.type, one.handle.data)) for pair in pairs for one in pair]
+
+    expected = met()
+    with interpreting():
+        assert met() == expected
+
+
 def test_nothing_stays_behind():
+    def state() -> list[Any]:
+        places = (
+            interpreter.ReduceScanOpInterface,
+            interpreter.InterpretedFunction,
+            interpreter.TritonSemantic,
+        )
+        inside = [dict(vars(place)) for place in (interpreter, tl.tensor, tl.block_type, *places)]
+        return [*inside, interpreter.interpreter_builder.options, type(interpreter.interpreter_builder)]
+
     def fails() -> None:
         assert type(interpreter.interpreter_builder) is not InterpreterBuilder
         raise KeyError
 
-    before = interpreter.ReduceScanOpInterface.check_tensor, interpreter.InterpretedFunction.__call__
+    before = state()
     with pytest.raises(KeyError), interpreting():
         fails()
     assert type(interpreter.interpreter_builder) is InterpreterBuilder
-    after = interpreter.ReduceScanOpInterface.check_tensor, interpreter.InterpretedFunction.__call__
-    assert after == before
+    assert state() == before

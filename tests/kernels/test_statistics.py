@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from far_field_providers import DTYPES, EXAMPLES, PROVIDERS
+from far_field_providers import DTYPES, EXAMPLES, FEW, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -158,10 +158,10 @@ def test_a_bias_of_any_size(provider):
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_with_strided_views(provider, grad):
-    _, key, value = (t.requires_grad_(grad) for t in qkv(2, 4, 2, 1, 40, 24, 16, torch.float32))
+    _, key, value = (t.requires_grad_(grad) for t in qkv(*FEW, 1, 40, 24, 16, torch.float32))
     bounds = torch.tensor([[[0, 11, 11, 40]]]).int()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int()[None, None]
-    bias = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(1, FEW[1], 40, generator=torch.Generator().manual_seed(0))
     for covariance in (True, False):
         torch.library.opcheck(
             torch.ops.sparsify.block_statistics.default,

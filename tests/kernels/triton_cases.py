@@ -49,7 +49,7 @@ def check(q, k, v, table, *, key_bias=None, scale=None) -> tuple[torch.Tensor, t
 @given(st.data())
 def test_any_table(data):
     heads, kv_heads = data.draw(st.sampled_from([(1, 1), (2, 2), (4, 2)]))
-    q_tokens, kv_tokens = data.draw(st.sampled_from([(63, 63), (100, 37), (1, 130), (48, 1)]))
+    q_tokens, kv_tokens = data.draw(st.sampled_from([(40, 63), (70, 37), (1, 130), (48, 1)]))
     head_dim, value_dim = data.draw(st.sampled_from([(16, 16), (24, 40)]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
     table = data.draw(tables(batch=2, heads=heads, q_tokens=q_tokens, kv_tokens=kv_tokens)).to(DEVICE)

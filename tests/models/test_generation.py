@@ -161,12 +161,18 @@ def at_most_compilations(count: int) -> Iterator[None]:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= count
 
 
+GENERATIONS = [
+    *((name, loop, SVG2) for name in SIX for loop in (batched, two_calls)),
+    *((name, two_calls, CUBES) for name in ("wan", "hunyuan_video", "cogvideox")),
+]
+USUALLY = [(name, (batched, two_calls)[place % 2], SVG2) for place, name in enumerate(SIX)]
+USUALLY += [("hunyuan_video", two_calls, CUBES)]
+"""Every family, way to call and method; all of `GENERATIONS` nightly."""
+
+
 @pytest.mark.parametrize(
     ("name", "loop", "method"),
-    [
-        *((name, loop, SVG2) for name in SIX for loop in (batched, two_calls)),
-        *((name, two_calls, CUBES) for name in ("wan", "hunyuan_video", "cogvideox")),
-    ],
+    [pytest.param(*one, marks=() if one in USUALLY else pytest.mark.nightly) for one in GENERATIONS],
     ids=lambda value: (
         getattr(value, "__name__", None) or value if not isinstance(value, dict) else value["method"]
     ),

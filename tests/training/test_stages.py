@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,9 @@ def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(
     assert (eager - trained).abs().max() > 1e-4, "sparse is not dense"
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "cogvideox", "allegro"])
+@pytest.mark.parametrize(
+    "family", ["hunyuan_video", "cogvideox", pytest.param("allegro", marks=pytest.mark.nightly)]
+)
 def test_joint_attention_and_masks(family: str) -> None:
     """Text before, text and padding after, hidden keys: at K = all it is eager; below, gradients are finite."""
     model, inputs = made(family, batch=2)
@@ -270,8 +273,27 @@ def test_resumes_exactly(cut: int, tmp_path: Path) -> None:
         assert torch.equal(tensor, again["dsv"]["learned"][name]), name
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
-def test_batches_may_differ_in_stage_2(inner: str) -> None:
+def one_attention(batch: int = 1) -> tuple[nn.Module, Inputs]:
+    """The least of models, called as the families are."""
+
+    class Model(Attend):
+        def forward(self, video: Tensor, return_dict: bool) -> tuple[Tensor]:  # type: ignore[override]
+            return (super().forward(video),)
+
+    torch.manual_seed(0)
+    return Model().train(), {"video": torch.randn(batch, 4, 4, 8, 12)}
+
+
+@pytest.mark.parametrize(
+    ("made", "inner"),
+    [
+        (one_attention, "aot_eager"),
+        pytest.param(partial(made, "wan"), "aot_eager", marks=pytest.mark.nightly),
+        pytest.param(partial(made, "wan"), "inductor", marks=pytest.mark.nightly),
+    ],
+    ids=["one attention-aot_eager", "wan-aot_eager", "wan-inductor"],
+)
+def test_batches_may_differ_in_stage_2(made: Callable[..., tuple[nn.Module, Inputs]], inner: str) -> None:
     """What turns sparse is compiled after Dynamo is done, when a batch that it left free is a number."""
     losses: dict[str, list[float]] = {}
     for backend in ("eager", inner):

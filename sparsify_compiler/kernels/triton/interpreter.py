@@ -8,19 +8,25 @@ last 13 bits.
 Reductions, scans and atomics of bfloat16 are refused: a GPU rounds after every step, in an order that cannot be
 known. Kernels take them in fp32.
 
-The interpreter also patches Triton's language anew at every call of a function, which is two fifths of its time.
-Inside, once for each module and launch.
+The interpreter also repeats itself. It patches Triton's language at every call of a function, which is two fifths
+of its time; inside, once for each module and launch. It computes sums, differences and products of integers a
+second time in 64 bits for a check that it then leaves out, and it derives NumPy types, block types and shapes again
+for every operation; inside, the check is off and these are kept.
 
 This file reaches into Triton's interpreter, which is private: of 3.6 and 3.7.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import (
     InterpretedFunction,
@@ -50,7 +56,6 @@ def rounded(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
 def interpreting() -> Iterator[None]:
     """One launch of a kernel inside computes with bfloat16 and TF32 as a GPU does."""
     builder = interpreter.interpreter_builder
-    before = type(builder), InterpretedFunction.__call__, ReduceScanOpInterface.check_tensor
     patched: set[int] = set()
 
     def call(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -59,12 +64,72 @@ def interpreting() -> Iterator[None]:
             patched.add(id(self.fn.__globals__))
         return self.rewrite()(*arguments, **options)
 
-    builder.__class__, InterpretedFunction.__call__ = _Builder, call
-    ReduceScanOpInterface.check_tensor = _check_tensor
+    changes = {
+        (builder, "__class__"): _Builder,
+        (builder, "options"): replace(builder.options, sanitize_overflow=builder.options.debug),
+        (InterpretedFunction, "__call__"): call,
+        (ReduceScanOpInterface, "check_tensor"): _check_tensor,
+        (interpreter, "_get_np_dtype"): _numpy_type,
+        (tl.tensor, "__init__"): _set_up_tensor,
+        (tl.block_type, "with_element_ty"): lambda self, scalar: _block_type(scalar, self.shape),
+        (TritonSemantic, "broadcast_impl_value"): _broadcast,
+    }
+    before = {place: getattr(*place) for place in changes}
     try:
+        for place, change in changes.items():
+            setattr(*place, change)
         yield
     finally:
-        builder.__class__, InterpretedFunction.__call__, ReduceScanOpInterface.check_tensor = before
+        for place, original in before.items():
+            setattr(*place, original)
+
+
+_plain_numpy_type = interpreter._get_np_dtype
+_numpy_types: dict[str, Any] = {}
+
+
+def _numpy_type(dtype: Any) -> Any:
+    """The NumPy type of the elements, found once by their type's name."""
+    name = dtype.scalar.name
+    if name not in _numpy_types:
+        _numpy_types[name] = _plain_numpy_type(dtype)
+    return _numpy_types[name]
+
+
+_block_types: dict[tuple[str, tuple[int, ...]], Any] = {}
+
+
+def _block_type(scalar: Any, shape: Any) -> Any:
+    """The type of a block of pointers or numbers."""
+    if scalar.is_ptr():
+        return tl.block_type(scalar, shape)
+    key = scalar.name, tuple(shape)
+    if key not in _block_types:
+        _block_types[key] = tl.block_type(scalar, shape)
+    return _block_types[key]
+
+
+@cache
+def _constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """A tensor's (numel, shape), as constants of the language."""
+    return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(size) for size in shape])
+
+
+def _set_up_tensor(self: Any, handle: Any, type: Any) -> None:
+    """As a tensor of the language sets itself up."""
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.numel, self.shape = _constants(tuple(type.shape) if type.is_block() else ())
+
+
+_plain_broadcast = TritonSemantic.broadcast_impl_value
+
+
+def _broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+    """As the language broadcasts; most operands have one shape already."""
+    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
+        return lhs, rhs
+    broadcast: tuple[Any, Any] = _plain_broadcast(self, lhs, rhs)
+    return broadcast
 
 
 def _is_bfloat16(handle: Any) -> bool:
@@ -98,6 +163,10 @@ class _Builder(InterpreterBuilder):
     create_fma = _in_fp32(InterpreterBuilder.create_fma)
     create_rsqrt = _in_fp32(InterpreterBuilder.create_rsqrt)
     create_erf = _in_fp32(InterpreterBuilder.create_erf)
+
+    def get_block_ty(self, dtype: Any, shape: Any) -> Any:
+        """The type of a block."""
+        return _block_type(dtype, shape)
 
     def get_bf16(self, value: float) -> Any:
         """A constant."""

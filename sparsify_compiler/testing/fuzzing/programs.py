@@ -40,6 +40,13 @@ def embed(scene: Scene, draw: Draw) -> str:
     )
 
 
+def _could_be_one_video(scene: Scene, tokens: list[str], features: list[str]) -> bool:
+    """Whether pixels are those of a video whose channels are another axis, as far as a graph can tell."""
+    there = "bfchw" if scene.source == "frames first" else "bcfhw"
+    ordered = len(tokens) == 3 and tokens == sorted(tokens, key=there.index)
+    return ordered and "c" in tokens and "b" not in (*tokens, *features)
+
+
 def embed_freely(scene: Scene, draw: Draw) -> str:
     """From the video to [batch, tokens, WIDTH], with any of its axes as batch, as tokens and as channels."""
     channels_first, frames_first = orders(scene)
@@ -53,6 +60,8 @@ def embed_freely(scene: Scene, draw: Draw) -> str:
     order = draw.of(["b", "f", "h", "w", "c"], [axes[at] for at in draw.permutation(5)])
     dims = ", ".join(str(axes.index(axis)) for axis in order)
     tokens_at, channels_at = draw.of((1, 4), (draw.integer(0, 2), draw.integer(3, 5)))
+    if x == channels_first and _could_be_one_video(scene, order[tokens_at:channels_at], order[channels_at:]):
+        return embed(scene, draw)
     batch = f"flatten(0, {tokens_at - 1})" if tokens_at else "unsqueeze(0)"
     channels = f"flatten({channels_at})" if channels_at < 5 else "unsqueeze(-1)"
     return (
