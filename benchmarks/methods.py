@@ -32,11 +32,12 @@ from sparsify_compiler.kernels.virtual_keys import FarBlocks
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.keys import Keys
-from sparsify_compiler.methods.selection import BlockMethod, Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import BlockMethod, Selection, State, Tokens
 from sparsify_compiler.methods.svg2 import Svg2, clusters_for
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
-from sparsify_compiler.runtime.site import REPORT, SparseSite
+from sparsify_compiler.runtime.site import SparseSite
+from sparsify_compiler.runtime.site_inputs import REPORT, SiteInputs, state_shapes
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.far_fields import nearest_blocks
 from sparsify_compiler.testing.oracles import assert_close_to_float64
@@ -130,7 +131,7 @@ def selection_of(
 ) -> Selection:
     """What a cold call of a dynamic method reads."""
     method = method.fit(site_of(query), layout)
-    zeros = (torch.zeros(shape) for shape in method.memory(site_of(query), layout).values())
+    zeros = (torch.zeros(shape) for shape in method.state(site_of(query), layout).values())
     tokens = Tokens(
         query=query,
         key=key,
@@ -139,9 +140,7 @@ def selection_of(
         provider="cpu",
         far_field=far_field,
     )
-    selection, _ = method.select(
-        tokens, Memory(torch.tensor(False), tuple(zeros)), **method.constants(layout)
-    )
+    selection, _ = method.select(tokens, State(torch.tensor(False), tuple(zeros)), **method.constants(layout))
     return selection
 
 
@@ -301,7 +300,7 @@ class Site:
     value: Tensor
 
     def call(self) -> Callable[[], Tensor]:
-        """A warm call; the memory is that of one call before."""
+        """A later call, which goes on from the state of the one before."""
         method = self.method.fit(site_of(self.query), self.layout)
         site = site_of(self.query)
         plan = AttentionPlan(
@@ -314,23 +313,24 @@ class Site:
             reason="",
         )
         constants = method.constants(self.layout)
-        memory = [torch.zeros(shape) for shape in method.memory(site, self.layout).values()]
+        shapes = state_shapes(plan)
+        state = [torch.zeros(shape) for shape in shapes.values()]
         report = torch.zeros(len(REPORT), site.batch, site.heads)
-        module = SparseSite(plan, tuple(constants), remembers=True)
+        module = SparseSite(plan, SiteInputs(constants=tuple(constants), state=tuple(shapes), remembers=True))
 
-        def run(warm: bool = True) -> Tensor:
+        def run(initialised: bool = True) -> Tensor:
             return module(
                 self.query,
                 self.key,
                 self.value,
                 None,
                 *constants.values(),
-                torch.tensor(warm),
-                *memory,
+                torch.tensor(initialised),
+                *state,
                 report,
             )
 
-        run(warm=False)
+        run(initialised=False)
         return run
 
 

@@ -19,8 +19,9 @@ from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of
-from sparsify_compiler.runtime.program import Choices, Phase, Program, Sizes
-from sparsify_compiler.runtime.site import works_of
+from sparsify_compiler.runtime.program import Program, Sizes, Variant
+from sparsify_compiler.runtime.site import functions_of
+from sparsify_compiler.runtime.site_inputs import GraphInputs
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
@@ -74,18 +75,16 @@ def _program(
     trains = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
-    sparse = pipeline.rewrite(analysed, config, remembers=not trains)
-    held = sparse.meta["held"]
+    first = Variant(trains=trains)
+    sparse = pipeline.rewrite(analysed, config, first)
+    extra: GraphInputs = sparse.meta["extra"]
     _check_marked(marked)
-    works = works_of(sparse)
+    functions = functions_of(sparse)
 
-    def compile_phase(phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if phase == "sparse" and not choices:
-            graph = sparse
-        else:
-            graph = pipeline.rewrite(analysed, config, phase, remembers=not trains, choices=choices)
-            works.update(works_of(graph))
-        offload = long_lists if trains and config.offload_indices and phase == "sparse" else None
+    def compile_variant(variant: Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graph = sparse if variant == first else pipeline.rewrite(analysed, config, variant)
+        functions.update(functions_of(graph))
+        offload = long_lists if trains and config.offload_indices and variant.phase == "sparse" else None
         return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
     program = Program(
@@ -93,16 +92,16 @@ def _program(
         plan=plan,
         inputs=find_inputs(gm),
         sizes=_sizes(gm) if plan.sparse else {},
-        held=held,
-        works=works,
-        compile=compile_phase,
-        remembers=not trains and bool(plan.sparse),
+        extra=extra,
+        functions=functions,
+        compile=compile_variant,
+        trains=trains,
         learning_sites=tuple(one for one in plan.sparse if learns(one)),
     )
     # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
     if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
-        extra = (_torch.example_like(example_inputs, tensor) for tensor in held.blank())
-        program.prepare([*example_inputs, *extra])
+        examples = (_torch.example_like(example_inputs, tensor) for tensor in extra.blank())
+        program.prepare([*example_inputs, *examples])
     return program
 
 

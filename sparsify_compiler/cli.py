@@ -1,7 +1,7 @@
 """The command `sparsify`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -87,7 +87,7 @@ def explain(
     if picture is not None:
         pictures.check(picture)
     model = diffusers_model.build(class_name, config)
-    arguments = {
+    arguments: dict[str, Any] = {
         name: diffusers_model.parse_input(name, text)
         for name, text in diffusers_model.assignments(inputs or (), "--input").items()
     }
@@ -98,7 +98,7 @@ def explain(
         for name, text in diffusers_model.assignments(options or (), "--option").items()
     }
     diffusers_model.try_out(model, arguments)
-    explained = explanation.explain(model, **arguments, options=chosen, device=device)
+    explained = explanation.explain(model, options=chosen, device=device, **arguments)
     Console().print(explained)
     drawn: explanation.Explanation | RunStats = explained
     if run:

@@ -18,6 +18,7 @@ from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.runtime.clock import USUAL_STEPS
 from sparsify_compiler.table import BlockTable
@@ -46,6 +47,8 @@ class Explanation:
     """What to try next, in words."""
     outside: tuple[AttentionPlan, ...] = ()
     """Attention calls that ran outside every graph, in order: dense, and why."""
+    passes: tuple[tuple[PassReport, ...], ...] = ()
+    """What each pass did to each graph; empty unless asked for."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -103,6 +106,8 @@ class Explanation:
             f"{most}{self.density:.1%} of the query-key pairs are computed."
         )
         yield from (f"Hint: {hint}" for hint in self.hints)
+        for number, reports in enumerate(self.passes):
+            yield from (f"Graph {number}, pass {one}." for one in reports)
 
     def save_picture(self, path: str | Path) -> Path:
         """Draw the mask of every distinct table, to scale, and save it in the format of the path's ending.
@@ -140,6 +145,7 @@ def explain(
     *args: Any,
     options: Mapping[str, Any] | None = None,
     device: str | None = None,
+    verbose: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """What `torch.compile(model, backend="sparsify", options=options)` would do in `model(*args, **kwargs)`.
@@ -151,6 +157,7 @@ def explain(
         model: a module or function; without gradients unless it is in training mode.
         options: as torch.compile takes them; if None those that `model` was compiled with.
         device: to choose providers for, `cpu` or `cuda`; that of the model's tensors if None.
+        verbose: whether to say what each pass did, too.
 
     Raises:
         SparsifyError: options that cannot be met.
@@ -159,6 +166,7 @@ def explain(
     config = configure(options)
     device = _device_type(device)
     plans: list[GraphPlan] = []
+    passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
 
     model = _torch.uncompiled(model)
@@ -167,7 +175,9 @@ def explain(
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
             try:
-                plans.append(graph_plan(pipeline.analyse(gm, config, device=device)))
+                analysed = pipeline.analyse(gm, config, device=device)
+                plans.append(graph_plan(analysed))
+                passes.append(analysed.meta["reports"])
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -185,7 +195,12 @@ def explain(
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
-    return Explanation(tuple(plans), tuple(_hints(plans, config, options or {})), tuple(uncompiled.plans))
+    return Explanation(
+        tuple(plans),
+        tuple(_hints(plans, config, options or {})),
+        tuple(uncompiled.plans),
+        tuple(passes) if verbose else (),
+    )
 
 
 def _device_type(device: str | None) -> str | None:

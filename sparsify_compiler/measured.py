@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.runtime.site import REPORT
+from sparsify_compiler.runtime.site_inputs import REPORT
 from sparsify_compiler.runtime.state import ModelState, Record, states_of
 
 if TYPE_CHECKING:

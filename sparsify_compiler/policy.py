@@ -146,8 +146,8 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
-    """A site and what it does."""
+class PolicySite:
+    """One site of a policy: what it is, its choice, and the trials of all choices."""
 
     mark: Mark
     graph: int
@@ -195,7 +195,7 @@ class Policy:
     """The most that the losses of all sites may add up to."""
     menu: Mapping[str, Entry]
     """By label."""
-    layers: tuple[Layer, ...]
+    layers: tuple[PolicySite, ...]
     """In the order in which the model calls them."""
     together: float
     """The loss with all choices at once."""
@@ -394,7 +394,7 @@ class Policy:
             yield f"Hint: {self.advice}."
 
 
-def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:
+def _cut(found: Sequence[Mark], layers: Sequence[PolicySite]) -> int | None:
     """How much of a wrapper's path sets the sites of a graph apart from layers; None if they are not the same."""
     marks = [layer.mark for layer in layers]
     aligned = align([one.site for one in found], [one.site for one in marks])
@@ -404,7 +404,7 @@ def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:
     return None if differ else aligned.cut
 
 
-def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
+def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> PolicySite:
     known = {f.name: content[f.name] for f in fields(Mark)}
     for name in ("heads", "kv_heads", "head_dim"):
         _whole(name, known[name])
@@ -413,7 +413,7 @@ def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:
     for label in (content["choice"], DENSE):
         if label not in trials or label not in menu:
             raise unknown_choice(f"choice of {known['site']}", label, trials.keys() & menu.keys())
-    return Layer(
+    return PolicySite(
         mark=Mark(**{**known, "grid": grid}),
         graph=_whole("graph", content["graph"]),
         choice=content["choice"],

@@ -16,7 +16,7 @@ from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.names import align
 from sparsify_compiler.passes.planning import make_plan
 from sparsify_compiler.plan import AttentionSite, TokenLayout
-from sparsify_compiler.policy import DENSE, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.policy import DENSE, Policy, PolicySite, Trial, entry_of, mark
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.testing.strategies import site_of
 
@@ -53,7 +53,7 @@ def policy(*graphs: Sequence[str]) -> Policy:
     }
     labels = iter(menu)
     layers = [
-        Layer(
+        PolicySite(
             mark=mark(*pair),
             graph=number,
             choice=next(labels),
@@ -177,7 +177,7 @@ def test_a_predictor_in_another_wrapper(asked: str, known: str, tmp_path: Path) 
     plan = make_plan(sites(ALIKE[asked]), configure({"method": "dsv", "predictor": path}))
     for one, expected in zip(plan, weights, strict=True):
         assert isinstance(one.settings, Dsv)
-        assert torch.equal(one.settings.learned(one.site, LAYOUT)["weights"], expected)
+        assert torch.equal(one.settings.trained(one.site, LAYOUT)["weights"], expected)
 
 
 def test_a_predictor_for_some_of_its_sites_or_of_another_model(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_predictor_for_some_of_its_sites_or_of_another_model(tmp_path: Path) -
     config = configure({"method": "dsv", "predictor": path, "dense_layers": 1})
     _, plan = make_plan(sites(ALIKE["DDP"]), config)
     assert isinstance(plan.settings, Dsv)
-    assert torch.equal(plan.settings.learned(plan.site, LAYOUT)["weights"], weights[1])
+    assert torch.equal(plan.settings.trained(plan.site, LAYOUT)["weights"], weights[1])
     with pytest.raises(OptionError, match=r"knows no attention 'high.blocks.0.attn' but blocks.0.attn"):
         make_plan(sites(OTHERS["two models"]), configure({"method": "dsv", "predictor": path}))
 
@@ -210,6 +210,6 @@ def test_a_state_of_training_in_another_wrapper() -> None:
         state["learned"] = {"signal": torch.zeros(3), **{f"{name}.shares": torch.ones(2) for name in known}}
         DSVTrainer(model).load_state_dict(state)
         (held,) = states_of(model.parameters())
-        assert list(held.learned) == ["signal", *(f"{name}.shares" for name in expected)]
+        assert list(held.trained) == ["signal", *(f"{name}.shares" for name in expected)]
         assert held.learning is not None
         assert list(held.learning.choices) == [expected[1]]

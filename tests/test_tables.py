@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from sparsify_compiler.measured import Measurement, RunStats
-from sparsify_compiler.policy import DENSE, Layer, Mark, Policy, Trial, entry_of
+from sparsify_compiler.policy import DENSE, Mark, Policy, PolicySite, Trial, entry_of
 
 NAMES = (
     "attn",
@@ -97,7 +97,8 @@ def test_a_policy_has_whole_names_and_choices(width: int) -> None:
     trials = {DENSE: Trial(0.0, 8.0), label: Trial(0.25, 4.0)}
     known = Mark(site="", module="M", kind="self", heads=2, kv_heads=2, head_dim=8, grid=(21, 30, 52))
     layers = tuple(
-        Layer(mark=replace(known, site=name), graph=0, choice=label, trials=trials) for name in NAMES[:-1]
+        PolicySite(mark=replace(known, site=name), graph=0, choice=label, trials=trials)
+        for name in NAMES[:-1]
     )
     menu = {DENSE: entry_of({"method": DENSE}), label: entry_of(options)}
     policy = Policy(

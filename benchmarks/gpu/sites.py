@@ -28,7 +28,8 @@ from sparsify_compiler.methods.keys import Keys
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
-from sparsify_compiler.runtime.site import REPORT, SparseSite, settled, shapes_of
+from sparsify_compiler.runtime.site import SparseSite, settled
+from sparsify_compiler.runtime.site_inputs import REPORT, SiteInputs, state_shapes
 from sparsify_compiler.testing import oracles
 
 SAME = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -96,7 +97,7 @@ def planted(
 
 
 class Site:
-    """A site of a model with a method, its constants and its memory, that a provider runs."""
+    """A site of a model with a method, its constants and its state, that a provider runs."""
 
     def __init__(
         self, device: Device, method: Any, density: float, far_field: str, provider: str, inputs: Inputs
@@ -123,19 +124,21 @@ class Site:
         choice = None
         if isinstance(fitted, LearningMethod):
             shares = {"shares": torch.full((site.heads,), density)}
-            tensors = tensors | fitted.learned(site, layout) | shares
+            tensors = tensors | fitted.trained(site, layout) | shares
             choice = Choice(fitted.groups[0], most_share(density), "all")
         self.method = settled(self.plan, choice)
         self.operands = {n: t.to(device.name) for n, t in tensors.items()}
-        self.memory = [torch.zeros(shape, device=device.name) for shape in shapes_of(self.plan).values()]
+        shapes = state_shapes(self.plan)
+        self.state = [torch.zeros(shape, device=device.name) for shape in shapes.values()]
         self.report = torch.zeros(len(REPORT), 1, site.heads, device=device.name)
-        self.module = SparseSite(self.plan, tuple(self.operands), remembers=True, choice=choice)
+        names = SiteInputs(constants=tuple(self.operands), state=tuple(shapes), remembers=True)
+        self.module = SparseSite(self.plan, names, choice=choice)
         self.inputs, self.cold, self.warm = inputs, torch.tensor(False), torch.tensor(True)
 
     def call(self, warm: bool = True) -> Tensor:
         """A call of a generation: its first, or a later one, which goes on from what it remembers."""
         given = self.inputs
-        state = (self.warm if warm else self.cold), *self.memory, self.report
+        state = (self.warm if warm else self.cold), *self.state, self.report
         return self.module(
             given.query, given.key, given.value, given.key_bias, *self.operands.values(), *state
         )
@@ -222,10 +225,10 @@ def gain(far_field: str) -> float | None:
 
 def check_graph(device: Device, site: Site) -> dict[str, Any]:
     """A graph of a later call, replayed with other inputs, gives what a call gives."""
-    start = [t.clone() for t in site.memory]
+    start = [t.clone() for t in site.state]
 
     def rewind() -> None:
-        for held, was in zip(site.memory, start, strict=True):
+        for held, was in zip(site.state, start, strict=True):
             held.copy_(was)
 
     out, replay = device.captured(site.call)

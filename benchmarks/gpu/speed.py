@@ -46,7 +46,7 @@ from sparsify_compiler.kernels.triton import configs
 from sparsify_compiler.kernels.triton.backward import backward
 from sparsify_compiler.kernels.triton.configs import BackwardConfig
 from sparsify_compiler.methods import DynamicMethod
-from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.table import BlockTable
 
 HEADS = 40
@@ -253,7 +253,7 @@ def qkv_of(site: Site) -> tuple[Tensor, Tensor, Tensor]:
 def error_under_its_table(site: Site) -> float:
     """Hold a call that drops the far field to float64 under the mask of its own table, on a few rows."""
     inputs = site.inputs
-    remembered = Memory(site.warm, tuple(t.clone() for t in site.memory))
+    remembered = State(site.warm, tuple(t.clone() for t in site.state))
     out = site.call()
     if isinstance(site.method, DynamicMethod):
         tokens = Tokens(

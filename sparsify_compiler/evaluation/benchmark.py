@@ -227,7 +227,7 @@ class Bench:
             usual["dense_layers"] = 0
         chosen = {**usual, **options, **others}
         for state in states_of(self.model.parameters()):
-            state.learned.clear()  # `dsv` with another budget reads other shares
+            state.trained.clear()  # `dsv` with another budget reads other shares
 
         def run(*args: Any, **named: Any) -> tuple[Tensor, ...]:
             self.switch.options = chosen

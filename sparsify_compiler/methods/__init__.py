@@ -13,7 +13,7 @@ from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.keys import Keys
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -55,16 +55,14 @@ class DynamicMethod(Method, Protocol):
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
         """Tensors that every call needs, on the CPU; `observe` and `select` get them by name on the device."""
 
-    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+    def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the fp32 tensors that a site keeps from call to call."""
 
-    def observe(self, tokens: Tokens, memory: Memory, **constants: Any) -> tuple[Tensor, ...]:
-        """The new memory after a step that runs dense."""
+    def observe(self, tokens: Tokens, state: State, **constants: Any) -> tuple[Tensor, ...]:
+        """The new state after a step that runs dense."""
 
-    def select(
-        self, tokens: Tokens, memory: Memory, **constants: Any
-    ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads, and the new memory."""
+    def select(self, tokens: Tokens, state: State, **constants: Any) -> tuple[Selection, tuple[Tensor, ...]]:
+        """What this call reads, and the new state."""
 
 
 @runtime_checkable
@@ -73,7 +71,7 @@ class LearningMethod(DynamicMethod, Protocol):
 
     @property
     def learns(self) -> bool:
-        """Whether they are still to be learnt; else `learned` has them, and nothing below is called."""
+        """Whether they are still to be learnt; else `trained` has them, and nothing below is called."""
 
     def known_as(self, names: Sequence[str]) -> Mapping[str, str]:
         """Site -> its name where what was learnt is kept, of all sites of a graph that read it; raises
@@ -82,7 +80,7 @@ class LearningMethod(DynamicMethod, Protocol):
     def settle(self, choice: Any) -> Self:
         """The method with what training chose for a site; None before it chose."""
 
-    def learned(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
+    def trained(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
         """Name -> first value, on the CPU, of the tensors that `select` reads."""
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.statistics import block_means
 from sparsify_compiler.methods.grid import Cube, check_cube, cut
-from sparsify_compiler.methods.selection import BlockMethod, Blocks, Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import BlockMethod, Blocks, Selection, State, Tokens
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 
@@ -52,18 +52,18 @@ class Cubes(BlockMethod):
             "kv_bounds": key.bounds,
         }
 
-    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+    def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is remembered."""
         return {}
 
-    def observe(self, tokens: Tokens, memory: Memory, **constants: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, tokens: Tokens, state: State, **constants: Tensor) -> tuple[Tensor, ...]:
         """Nothing is learnt from dense steps."""
         return ()
 
     def select(
         self,
         tokens: Tokens,
-        memory: Memory,
+        state: State,
         q_order: Tensor,
         q_bounds: Tensor,
         kv_order: Tensor,

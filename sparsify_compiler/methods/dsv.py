@@ -22,7 +22,7 @@ from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods import predictor
 from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_share
+from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_share
 from sparsify_compiler.methods.single_keys import (
     check_budget,
     check_fits,
@@ -168,11 +168,11 @@ class Dsv:
             chosen_by = {"voters": middle_of_token(layout.grid, group)[voters[begins[:-1].long()]]}
         return {"q_order": order, "q_bounds": bounds} | chosen_by | far_cubes(layout)
 
-    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+    def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """Nothing is forgotten with a video."""
         return {}
 
-    def learned(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
+    def trained(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
         """What training changes, and what it starts from."""
         if self.predictor is not None:
             trained = predictor.load_predictor(self.predictor, site)
@@ -197,7 +197,7 @@ class Dsv:
         }
         return {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
 
-    def observe(self, tokens: Tokens, memory: Memory, **tensors: Tensor) -> tuple[Tensor, ...]:
+    def observe(self, tokens: Tokens, state: State, **tensors: Tensor) -> tuple[Tensor, ...]:
         """Nothing is remembered of a dense step."""
         return ()
 
@@ -254,7 +254,7 @@ class Dsv:
     def select(
         self,
         tokens: Tokens,
-        memory: Memory,
+        state: State,
         q_order: Tensor,
         q_bounds: Tensor,
         voters: Tensor,

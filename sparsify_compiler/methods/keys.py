@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens, check_count, check_seed
+from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_seed
 from sparsify_compiler.methods.single_keys import (
     Budget,
     check_budget,
@@ -80,23 +80,23 @@ class Keys:
         drawn = torch.randperm(layout.video_tokens, generator=generator)
         return {"q_start": drawn[: self.q_clusters], **far_cubes(layout)}
 
-    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+    def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """The centroids: [B, H, q_clusters, D]."""
         assert self.q_clusters is not None
         return {"q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim)}
 
-    def observe(self, tokens: Tokens, memory: Memory, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
-        """Cluster, so that the first sparse step finds warm centroids; returns the new memory."""
-        return (self._cluster(tokens, memory, q_start)[0],)
+    def observe(self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
+        """Cluster, so that the first sparse step finds warm centroids; returns the new state."""
+        return (self._cluster(tokens, state, q_start)[0],)
 
     def select(
-        self, tokens: Tokens, memory: Memory, q_start: Tensor, **far: Tensor
+        self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads, and the new memory."""
+        """What this call reads, and the new state."""
         assert self.q_clusters is not None
         layout, bias = tokens.layout, tokens.key_bias
         _, key = tokens.video()
-        centroids, labels = self._cluster(tokens, memory, q_start)
+        centroids, labels = self._cluster(tokens, state, q_start)
         order, bounds = sort_by_label(labels, self.q_clusters, provider=tokens.provider)
         budget = keys_of(self.kv_budget, layout.video_tokens)
         counts, indices = top_k_keys(
@@ -113,10 +113,16 @@ class Keys:
         left = unread(tokens, counts, indices, None, **far)
         return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
 
-    def _cluster(self, tokens: Tokens, memory: Memory, q_start: Tensor) -> tuple[Tensor, Tensor]:
+    def _cluster(self, tokens: Tokens, state: State, q_start: Tensor) -> tuple[Tensor, Tensor]:
         """(centroids, labels) of the queries."""
         first, later = self.kmeans_iters
         query, _ = tokens.video()
         return kmeans(
-            query, memory.tensors[0], q_start, memory.warm, first=first, later=later, provider=tokens.provider
+            query,
+            state.tensors[0],
+            q_start,
+            state.initialised,
+            first=first,
+            later=later,
+            provider=tokens.provider,
         )

@@ -39,13 +39,13 @@ class Tokens:
         return self.query[:, :, start:stop], self.key[:, :, start:stop]
 
 
-class Memory(NamedTuple):
-    """What a method remembers of the calls before."""
+class State(NamedTuple):
+    """Tensors that a method keeps from call to call."""
 
-    warm: Tensor
+    initialised: Tensor
     """0-d bool on the CPU: whether `tensors` hold anything yet."""
     tensors: tuple[Tensor, ...]
-    """fp32, of the shapes that the method's `memory` gives."""
+    """fp32, of the shapes that the method's `state` gives."""
 
 
 class Selection(NamedTuple):

@@ -19,8 +19,8 @@ from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
 from sparsify_compiler.methods.selection import (
     BlockMethod,
     Blocks,
-    Memory,
     Selection,
+    State,
     Tokens,
     check_count,
     check_seed,
@@ -84,7 +84,7 @@ class Svg2(BlockMethod):
         drawn = torch.randperm(layout.video_tokens, generator=generator)
         return {"q_start": drawn[: self.q_clusters], "kv_start": drawn[: self.kv_clusters]}
 
-    def memory(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
+    def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """The centroids: [B, H, q_clusters, D] and [B, Hkv, kv_clusters, D]."""
         assert self.q_clusters is not None
         assert self.kv_clusters is not None
@@ -93,18 +93,16 @@ class Svg2(BlockMethod):
             "kv_centroids": (site.batch, site.kv_heads, self.kv_clusters, site.head_dim),
         }
 
-    def observe(
-        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Cluster, so that the first sparse step finds warm centroids; returns the new memory."""
-        (q_centroids, _), (kv_centroids, _) = self._cluster(tokens, memory, q_start, kv_start)
+    def observe(self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor) -> tuple[Tensor, ...]:
+        """Cluster, so that the first sparse step finds warm centroids; returns the new state."""
+        (q_centroids, _), (kv_centroids, _) = self._cluster(tokens, state, q_start, kv_start)
         return q_centroids, kv_centroids
 
     def select(
-        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
+        self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads, and the new memory."""
-        clusters = self._cluster(tokens, memory, q_start, kv_start)
+        """What this call reads, and the new state."""
+        clusters = self._cluster(tokens, state, q_start, kv_start)
         (q_centroids, _), (kv_centroids, _) = clusters
         query, key = (
             Blocks(*sort_by_label(labels, centroids.shape[2], provider=tokens.provider))
@@ -113,14 +111,22 @@ class Svg2(BlockMethod):
         return self.choose(tokens, query, key, q_centroids, kv_centroids), (q_centroids, kv_centroids)
 
     def _cluster(
-        self, tokens: Tokens, memory: Memory, q_start: Tensor, kv_start: Tensor
+        self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """(centroids, labels) of the queries and of the keys."""
         first, later = self.kmeans_iters
         return [
-            kmeans(points, centroids, start, memory.warm, first=first, later=later, provider=tokens.provider)
+            kmeans(
+                points,
+                centroids,
+                start,
+                state.initialised,
+                first=first,
+                later=later,
+                provider=tokens.provider,
+            )
             for points, centroids, start in zip(
-                tokens.video(), memory.tensors, (q_start, kv_start), strict=True
+                tokens.video(), state.tensors, (q_start, kv_start), strict=True
             )
         ]
 

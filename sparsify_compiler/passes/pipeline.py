@@ -1,4 +1,4 @@
-"""The passes, in order, and the runner that alone lints, checks, times and dumps."""
+"""The passes, in order, and the runner that alone lints, checks, times, reports and dumps."""
 
 import logging
 import time
@@ -15,8 +15,9 @@ from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import plan_sites, plans_within
+from sparsify_compiler.passes.reports import PassReport, operators, report
 from sparsify_compiler.passes.sizes import fix_sizes
-from sparsify_compiler.runtime.program import Choices, Phase
+from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
@@ -33,10 +34,9 @@ def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
     ]
 
 
-def rewriting(config: SparsifyConfig, phase: Phase, remembers: bool, choices: Choices) -> list[Pass]:
-    """The passes that carry the decision out, for one phase."""
-    recall = config.measure_recall
-    return [partial(lower, phase=phase, remembers=remembers, choices=choices, measure_recall=recall)]
+def rewriting(config: SparsifyConfig, variant: Variant) -> list[Pass]:
+    """The passes that carry the decision out, for one variant."""
+    return [partial(lower, variant=variant, measure_recall=config.measure_recall)]
 
 
 def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
@@ -51,19 +51,18 @@ def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = 
 def rewrite(
     analysed: fx.GraphModule,
     config: SparsifyConfig,
-    phase: Phase = "sparse",
-    *,
-    remembers: bool = True,
-    choices: Choices = (),
+    variant: Variant | None = None,
 ) -> fx.GraphModule:
     """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
-    return run(copy_graph(analysed, alike=plans_within), rewriting(config, phase, remembers, choices), config)
+    passes = rewriting(config, variant or Variant())
+    return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:
-    """Run passes one after the other; after each, lint and check against the spec."""
+    """Run passes one after the other; after each, lint, check against the spec, and add to `meta["reports"]`."""
     for one in passes:
         name = one.func.__name__ if isinstance(one, partial) else one.__name__
+        before = operators(gm)
         start = time.perf_counter()
         gm = one(gm)
         seconds = time.perf_counter() - start
@@ -71,13 +70,15 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
             module.graph.lint()
             module.recompile()
         spec.check(gm, after=name)
-        log.debug("pass %s: %.3f s", name, seconds)
+        found = report(gm, name, seconds, before)
+        gm.meta["reports"] = (*gm.meta.get("reports", ()), found)
+        log.debug("pass %s", found)
         if config.dump is not None:
-            _dump(gm, name, seconds, config)
+            _dump(gm, found, config)
     return gm
 
 
-def _dump(gm: fx.GraphModule, name: str, seconds: float, config: SparsifyConfig) -> None:
+def _dump(gm: fx.GraphModule, found: PassReport, config: SparsifyConfig) -> None:
     """Write the graph after a pass to a new numbered file in `config.dump`."""
     assert config.dump is not None
     try:
@@ -87,7 +88,7 @@ def _dump(gm: fx.GraphModule, name: str, seconds: float, config: SparsifyConfig)
             f"dump must be a folder that can be written to, got {str(config.dump)!r}: {error}"
         ) from None
     number = len(list(config.dump.glob("*.py")))
-    text = f"# after {name}, {seconds:.3f} s\n" + "\n".join(
+    text = f"# after {found}\n" + "\n".join(
         module.print_readable(print_output=False) for module in modules(gm)
     )
-    (config.dump / f"{number:03d}_{name}.py").write_text(text)
+    (config.dump / f"{number:03d}_{found.name}.py").write_text(text)

@@ -4,6 +4,8 @@ from torch import fx
 
 from sparsify_compiler.passes.capture import all_sites, attention
 from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.reports import site_nodes
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 
 _CARRIES: dict[str, dict[str, type]] = {
@@ -20,9 +22,26 @@ def check(gm: fx.GraphModule, after: str) -> None:
     captured = [n for module in modules(gm) for n in module.graph.nodes if n.target is attention]
     if after not in _CARRIES:
         assert not captured, f"{after} left {captured}: every attention must be lowered or put back"
+        _check_lowered(gm)
         return
     for node in captured:
         for key, kind in _CARRIES[after].items():
             assert isinstance(node.meta.get(key), kind), f"after {after}, {node} must carry a {kind.__name__}"
     indices = [node.meta["site"].index for node in all_sites(gm)]
     assert indices == list(range(len(indices))), f"after {after}, sites must be numbered 0.., got {indices}"
+
+
+def _check_lowered(gm: fx.GraphModule) -> None:
+    """Assert that sites are called where plans are sparse, and that the graph has the inputs that they need."""
+    plan, extra = graph_plan(gm), gm.meta["extra"]
+    nodes = [node for node in site_nodes(gm) if node.meta["plan"].method != "dense"]
+    assert len(nodes) == len(site_nodes(gm)), "a site is called whose plan is dense"
+    if gm.meta["variant"].phase == "sparse":  # calls that share a body share its sites
+        called = {node.meta["plan"].site.index for node in nodes}
+        missing = [one.site.name for one in plan.sparse if one.site.index not in called]
+        assert nodes or not plan.sparse, f"no site is called for {missing}"
+        assert not missing or len(list(modules(gm))) > 1, f"no site is called for {missing}"
+    count = len(extra.blank())
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    wrong = [name for name in names[len(names) - count :] if not name.startswith("sparsify_")]
+    assert not wrong, f"the last {count} inputs must be those of sites, got {wrong}"

@@ -5,7 +5,7 @@ counts. What it works out:
 
 - *step*: how many times the time step has changed since the video began, up or down. A solver of second order,
   which asks twice at one time step, stays in its step.
-- *new video*: the time step went against the direction of the schedule. Direction is learnt anew each video.
+- *new video*: the time step went against the direction of the schedule. Direction is found anew each video.
 - *stream*: calls at one time step whose other inputs differ are streams (conditional, unconditional). An input
   that changed for every stream when the time step did (the latents) tells no streams apart.
 """
@@ -41,7 +41,7 @@ class Tick:
     stream: int = 0
     """From 0, in the order in which the video's first step called them."""
     new_video: bool = False
-    """Whether what was learnt from earlier calls is of another video."""
+    """Whether the state that earlier calls left is of another video."""
 
 
 @dataclass(slots=True)
@@ -117,14 +117,14 @@ class StepClock:
             if not ended:
                 self._direction = direction
                 self._step += 1
-                self._learn(prints)
+                self._update(prints)
         if ended:
             if self._generation is None and self._step > 0:
                 self._steps = self._step + 1
             self._start_video()
         return ended
 
-    def _learn(self, prints: Prints) -> None:
+    def _update(self, prints: Prints) -> None:
         """The time step changed: what changed for every stream goes with the steps, not with a stream."""
         for name, value in prints.items():
             before = [stream[name] for stream in self._streams if name in stream]

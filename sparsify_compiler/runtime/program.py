@@ -1,7 +1,7 @@
 """The compiled form of one graph."""
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,17 +10,27 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import Prints
-from sparsify_compiler.runtime.site import Work
-from sparsify_compiler.runtime.state import Learned, ModelState, Spec, blank, state_of
+from sparsify_compiler.runtime.site import SiteFunction
+from sparsify_compiler.runtime.site_inputs import GraphInputs
+from sparsify_compiler.runtime.state import ModelState, state_of
 
 Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
 """(site, what its method's `settle` takes), for sites whose method learns."""
 Run = Callable[..., Any]
 Numbers = tuple[int, ...]
-"""The sizes that are free in Dynamo's graph, in one call; none for a phase that was compiled for all of them."""
+"""The sizes that are free in Dynamo's graph, in one call; none for a graph that was compiled for all of them."""
 
-_COLD, _WARM = (torch.tensor(warm, dtype=torch.bool, device="cpu") for warm in (False, True))
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the graphs that a plan is lowered to."""
+
+    phase: Phase = "sparse"
+    """`dense`: every call is the model's own, and is observed."""
+    trains: bool = False
+    """Whether it runs in training: sites keep no state, and methods that learn do so."""
+    choices: Choices = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,28 +69,9 @@ class Sizes(NamedTuple):
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
-    """The extra inputs of a graph, through which its sites remember."""
-
-    specs: tuple[Spec, ...] = ()
-    reports: dict[str, int] = field(default_factory=dict)
-    """Site -> place of its report among the tensors."""
-    warm: bool = False
-    """Whether the first extra input after those learned is the flag that says if the tensors hold anything."""
-    learned: tuple[Learned, ...] = ()
-    """Tensors that a trainer writes: the first extra inputs."""
-
-    def blank(self) -> list[Tensor]:
-        """Extra inputs of a first call."""
-        learned = [one.initial.to(one.device) for one in self.learned]
-        warm = [_COLD] if self.warm else []
-        return [*learned, *warm, *blank(self.specs)]
-
-
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
-    """What Dynamo calls instead of the model's code: the compiled phases of a graph, and the plan they follow."""
+    """What Dynamo calls instead of the model's code: the compiled variants of a graph, and the plan they follow."""
 
     options: Mapping[str, Any]
     """Those that torch.compile was given."""
@@ -88,45 +79,46 @@ class Program:
     inputs: Inputs
     sizes: Mapping[int, Sizes]
     """Place -> what is fixed of an input; empty where nothing is sparse, so that nothing rests on it."""
-    held: Held
-    works: Collection[Work]
-    """What its phases call by name, which lives as long as the program."""
-    compile: Callable[[Phase, Choices, Sequence[Any]], Run]
-    """Compiles a phase for inputs like these."""
-    remembers: bool
-    """Whether anything is kept from call to call; not where gradients are needed."""
+    extra: GraphInputs
+    """What its graphs get after these inputs."""
+    functions: Collection[SiteFunction]
+    """What its graphs call by name, which lives as long as the program."""
+    compile: Callable[[Variant, Sequence[Any]], Run]
+    """Compiles a variant for inputs like these."""
+    trains: bool
+    """Whether gradients are needed: then nothing is kept from call to call."""
     learning_sites: tuple[AttentionPlan, ...] = ()
     """The plans of sites that are still to learn what they read."""
-    _phases: dict[tuple[Phase, Choices, Numbers], Run] = field(default_factory=dict)
+    _compiled: dict[tuple[Variant, Numbers], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
-        """Run on the inputs of Dynamo's graph. A phase is compiled when it is first needed.
+        """Run on the inputs of Dynamo's graph. A variant is compiled when it is first needed.
 
         Raises:
             OperandError: sizes that the program is not for, which Dynamo's guards let through.
         """
         self._check_sizes(args)
-        if not self.remembers and not self.held.learned:
-            return self._run("sparse", (), args)
+        if not self._remembers and not self.extra.trained:
+            return self._run(Variant(trains=self.trains), args)
         state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
         if self.learning_sites:
             state.enter(self.learning_sites, 0 if self.inputs.owner is None else id(args[self.inputs.owner]))
-        phase, choices = self._learnt(state)
-        learned = state.learned_tensors(self.held.learned)
-        if not self.remembers:
-            return self._run(phase, choices, [*args, *learned])
+        variant = self._chosen(state)
+        trained = state.trained_tensors(self.extra.trained)
+        if not self._remembers:
+            return self._run(variant, [*args, *self.extra.bind(trained, (), initialised=False)])
         reads = self._clocked and self.inputs.time is not None and state.clock.reads()
         tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, {})))
         if tick.new_video:
             state.new_video()
         if self.plan.runs_dense(tick.step, tick.steps):
-            phase = "dense"
-        stream = state.stream(self.held.specs, tick.stream)
-        warm = [_WARM if stream.calls else _COLD] if self.held.warm else []
-        result = self._run(phase, choices, [*args, *learned, *warm, *stream.tensors])
+            variant = replace(variant, phase="dense")
+        stream = state.stream(self.extra.state, tick.stream)
+        extra = self.extra.bind(trained, stream.tensors, initialised=stream.calls > 0)
+        result = self._run(variant, [*args, *extra])
         stream.calls += 1
-        reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
-        state.record(self.options, self.plan, tick, phase, reports if phase == "sparse" else {})
+        reports = self.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
+        state.record(self.options, self.plan, tick, variant.phase, reports)
         return result
 
     def _check_sizes(self, args: Sequence[Any]) -> None:
@@ -140,44 +132,53 @@ class Program:
                 )
 
     def prepare(self, inputs: Sequence[Any]) -> None:
-        """Compile every phase that may be needed."""
+        """Compile every variant that may be needed."""
         phases: tuple[Phase, ...] = (
-            ("sparse", "dense") if self.remembers and self.plan.dense_steps else ("sparse",)
+            ("sparse", "dense") if self._remembers and self.plan.dense_steps else ("sparse",)
         )
-        if self.learning_sites:  # what is sparse depends on what will be learnt
+        if self.learning_sites:  # what is sparse depends on what training chooses
             phases = ("dense",)
         for phase in phases:
-            self._phases[phase, (), ()] = self.compile(phase, (), inputs)
+            variant = Variant(phase, self.trains)
+            self._compiled[variant, ()] = self.compile(variant, inputs)
+
+    @property
+    def _remembers(self) -> bool:
+        """Whether anything is kept from call to call."""
+        return bool(self.plan.sparse) and not self.trains
 
     @property
     def _clocked(self) -> bool:
         """Whether anything depends on what call this is."""
-        return bool(self.held.specs) or self.plan.dense_steps > 0
+        return bool(self.extra.state) or self.plan.dense_steps > 0
 
-    def _learnt(self, state: ModelState) -> tuple[Phase, Choices]:
-        """Which phase what was learnt so far allows, and the choices made for it."""
+    def _chosen(self, state: ModelState) -> Variant:
+        """The variant that the training so far allows."""
+        dense = Variant("dense", self.trains)
         if not self.learning_sites:
-            return "sparse", ()
+            return Variant(trains=self.trains)
         if state.learning is None:
             warn_once(
                 "method='dsv' runs dense until it has learnt what to read: train with "
                 "sparsify_compiler.DSVTrainer, or give options={'predictor': a file that it wrote}"
             )
-            return "dense", ()
+            return dense
         if not state.learning.sparse:
-            return "dense", ()
+            return dense
         choices = state.learning.choices
         names = (plan.site.name for plan in self.learning_sites)
-        return "sparse", tuple((name, choices[name]) for name in names if name in choices)
+        return replace(
+            dense, phase="sparse", choices=tuple((name, choices[name]) for name in names if name in choices)
+        )
 
-    def _run(self, phase: Phase, choices: Choices, inputs: Sequence[Any]) -> Any:
-        run = self._phases.get((phase, choices, ()))
+    def _run(self, variant: Variant, inputs: Sequence[Any]) -> Any:
+        run = self._compiled.get((variant, ()))
         if run is None:
-            # Free sizes are symbols only while Dynamo compiles: later, a phase is for the sizes of the call.
+            # Free sizes are symbols only while Dynamo compiles: later, a graph is for the sizes of the call.
             numbers = tuple(value for value in inputs if isinstance(value, int))
-            run = self._phases.get((phase, choices, numbers))
+            run = self._compiled.get((variant, numbers))
             if run is None:
-                run = self._phases[phase, choices, numbers] = self.compile(phase, choices, inputs)
+                run = self._compiled[variant, numbers] = self.compile(variant, inputs)
         return run(*inputs)
 
 

@@ -10,7 +10,6 @@ rests on at every call, and puts its name before what its ops object to.
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -22,18 +21,13 @@ from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
-from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.plan import AttentionPlan, AttentionSite
-from sparsify_compiler.runtime.state import blank
+from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
 """Rows of each head that are computed exactly, to see whether the far field helps."""
-
-REPORT = ("density", "kept", "recall", "far_field")
-"""What a dynamic site reports of each call, for every batch and head: share of the token pairs computed; mean
-attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without; whether
-the far field is on, 1 or 0."""
 
 
 class TableSite(nn.Module):
@@ -60,100 +54,74 @@ class SparseSite(nn.Module):
     """One attention call, as its plan has it."""
 
     def __init__(
-        self,
-        plan: AttentionPlan,
-        operands: tuple[str, ...],
-        *,
-        remembers: bool,
-        observed: tuple[str, ...] = (),
-        choice: Any = None,
-        sampled_rows: int = 0,
+        self, plan: AttentionPlan, inputs: SiteInputs, *, choice: Any = None, sampled_rows: int = 0
     ) -> None:
         """Args:
-        operands: names of the method's constant and learned tensors, in the order in which `forward` gets them.
-        remembers: whether the calls share a memory; else every call starts anew and reports nothing.
-        observed: names of what the method learns from this call, `signal` last; none where it does not learn.
+        inputs: names of the tensors that `forward` gets.
         choice: what training chose for the site, of a method that learns.
         sampled_rows: rows of each head to measure the recall on.
         """
         super().__init__()
-        self.remembers = remembers
         self.site = plan.site
-        self.work = _work(plan, operands, observed, choice, sampled_rows)
+        self.function = _function(plan, inputs, choice, sampled_rows)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        """Select, attend, remember, learn.
+        """Select, attend, update the state, learn.
 
         Args:
             query, key, value, key_bias: as in `kernels.attention.block_sparse_attention`.
-            tensors: the operands; what is observed; then, if calls share a memory, `warm` (None where nothing but a
-                report is kept), the memory's tensors and the report [4, B, H], which are written to.
+            tensors: those that `inputs` names; `observed`, `state` and `report` are written to.
         """
-        name, work = self.site.name, self.work
+        function = self.function
         query, key, value = attention.cast(query, key, value)
-        operands, observed, held = work.split(tensors)
-        with _named(name), torch.autocast(query.device.type, enabled=False):
-            _check_sizes(self.site, query, key, value, batch=self.remembers)
-            out, reported, *learnt = work.attend(query, key, value, key_bias, [*operands, *held[:-1]], name)
-            if observed:
-                work.learn(query, key, key_bias, operands, observed, name)
-        if self.remembers:
-            _remember(held[1:], (*learnt, reported))
+        with _named(self.site.name), torch.autocast(query.device.type, enabled=False):
+            _check_sizes(self.site, query, key, value, batch=function.inputs.remembers)
+            bound = function.inputs.bind(tensors)
+            out, report, *state = function.attend(query, key, value, key_bias, bound, self.site.name)
+            if bound.observed:
+                function.learn(query, key, key_bias, bound, self.site.name)
+        if bound.report is not None:
+            _write((*bound.state, bound.report), (*state, report))
         return out
 
 
 class Observer(nn.Module):
-    """A dense attention call that its site looks at."""
+    """A dense attention call that its site observes."""
 
-    def __init__(
-        self, plan: AttentionPlan, operands: tuple[str, ...], *, observed: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, plan: AttentionPlan, inputs: SiteInputs) -> None:
         super().__init__()
         self.site = plan.site
-        self.work = _work(plan, operands, observed, None, 0)
+        self.function = _function(plan, inputs, None, 0)
 
     def forward(
         self, out: Tensor, query: Tensor, key: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
         """`out`, the call's output, as it is; the tensors are those of `SparseSite`."""
-        name, work = self.site.name, self.work
+        function = self.function
+        bound = function.inputs.bind(tensors)
         query, key, _ = attention.cast(query, key, key)
-        operands, observed, held = work.split(tensors)
-        with _named(name), torch.autocast(query.device.type, enabled=False):
-            _check_sizes(self.site, query, key, batch=not observed)
-            if observed:
-                work.learn(query, key, key_bias, operands, observed, name)
+        with _named(self.site.name), torch.autocast(query.device.type, enabled=False):
+            _check_sizes(self.site, query, key, batch=not bound.observed)
+            if bound.observed:
+                function.learn(query, key, key_bias, bound, self.site.name)
             else:
-                _remember(held[1:-1], work.observe(query, key, [*operands, *held[:-1]], name))
+                _write(bound.state, function.observe(query, key, bound, self.site.name))
         return out
 
 
-class Work:
+class SiteFunction:
     """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike.
 
-    Ops know it by its name. It lives as long as somebody holds it: a program does, whose phases call it.
+    Ops know it by its name. It lives as long as somebody holds it: a program does, whose graphs call it.
     """
 
     def __init__(
-        self,
-        name: str,
-        plan: AttentionPlan,
-        operands: tuple[str, ...],
-        observed: tuple[str, ...],
-        method: Hashable,
-        sampled_rows: int,
+        self, name: str, plan: AttentionPlan, inputs: SiteInputs, method: Hashable, sampled_rows: int
     ) -> None:
-        self.name, self.plan, self.method = name, plan, method
-        self.operands, self.observed, self.sampled_rows = operands, observed, sampled_rows
-
-    def split(
-        self, tensors: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
-        """(operands, what is observed, what is held from call to call)."""
-        first, second = len(self.operands), len(self.operands) + len(self.observed)
-        return list(tensors[:first]), list(tensors[first:second]), list(tensors[second:])
+        self.name, self.plan, self.inputs = name, plan, inputs
+        self.method, self.sampled_rows = method, sampled_rows
 
     def attend(
         self,
@@ -161,50 +129,43 @@ class Work:
         key: Tensor,
         value: Tensor,
         key_bias: Tensor | None,
-        inputs: list[Tensor | None],
+        bound: Bound,
         site: str,
     ) -> list[Tensor]:
-        """[out, report, *learnt], as an op of its own where nobody asks for gradients. `site`: its name."""
+        """[out, report, *state], as an op of its own where nobody asks for gradients. `site`: its name."""
+        inputs = self.inputs.to_select(bound)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return self.trace(query, key, value, key_bias, inputs)
         return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name, site)
 
-    def observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str) -> list[Tensor]:
-        """What the method remembers of a dense call."""
+    def observe(self, query: Tensor, key: Tensor, bound: Bound, site: str) -> list[Tensor]:
+        """The state after a dense call."""
+        inputs = self.inputs.to_select(bound)
         return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name, site)
 
-    def learn(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_bias: Tensor | None,
-        operands: list[Tensor | None],
-        observed: list[Tensor | None],
-        site: str,
-    ) -> None:
+    def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
         """Write what the method learns from a call of training."""
         bias = None if key_bias is None else key_bias.detach()
-        learnt = torch.ops.sparsify.learn_site(
-            query.detach(), key.detach(), bias, [*operands, *observed], self.name, site
-        )
-        _remember(observed[:-1], learnt)
+        inputs = [*bound.read.values(), *bound.observed.values()]
+        updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
+        _write(list(bound.observed.values())[:-1], updated)
 
     def trace(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
-        """[out, report, *learnt], op by op."""
+        """[out, report, *state], op by op."""
         plan, method = self.plan, self.method
-        operands, memory = self._sort(query, inputs)
+        read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         kept = query.new_full((1, 1, 1), torch.nan)
-        learnt: tuple[Tensor, ...] = ()
+        state: tuple[Tensor, ...] = ()
         whole, min_gain, far_blocks = True, None, None
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole, min_gain, far_blocks), learnt = method.select(
-                    self._tokens(query, key, key_bias), memory, **operands
+                (table, kept, whole, min_gain, far_blocks), state = method.select(
+                    self._tokens(query, key, key_bias), before, **read
                 )
         else:
-            table = BlockTable(**operands)
+            table = BlockTable(**read)  # type: ignore[arg-type]
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
         last = plan.layout.tokens - plan.layout.after
         out, _, known = attention_with_far_field(
@@ -226,7 +187,7 @@ class Work:
             estimated = kept.mean(-1) if min_gain is None else known.kept
             rows = (known.density, estimated, known.recall, known.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
-        return [out, report, *learnt]
+        return [out, report, *state]
 
     def _with_others(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
@@ -243,21 +204,22 @@ class Work:
 
     def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`observe`, op by op."""
-        operands, memory = self._sort(query, inputs)
+        read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
         method = cast(DynamicMethod, self.plan.settings)
-        return list(method.observe(self._tokens(query, key, None), memory, **operands))
+        return list(method.observe(self._tokens(query, key, None), before, **read))
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
         """`learn`, op by op."""
-        named: dict[str, Any] = dict(zip((*self.operands, *self.observed), inputs, strict=True))
+        bound = self.inputs.bind(inputs)
+        named: dict[str, Any] = bound.read | bound.observed
         method = cast(LearningMethod, self.plan.settings)
         return list(method.learn(self._tokens(query, key, key_bias), **named))
 
     def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
         """Uninitialised results of `trace_learn`: new values of all that is observed but the signal."""
-        written = inputs[len(self.operands) : -1]
+        *written, _ = self.inputs.bind(inputs).observed.values()
         return [t.new_empty(t.shape) for t in written if t is not None]
 
     def _tokens(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tokens:
@@ -272,46 +234,26 @@ class Work:
             far_field=plan.far_field,
         )
 
-    def _sort(self, query: Tensor, inputs: list[Tensor | None]) -> tuple[dict[str, Any], Memory]:
-        """(operands by name, memory); a blank memory where no call came before."""
-        count = len(self.operands)
-        operands = dict(zip(self.operands, inputs[:count], strict=True))
-        warm, *held = inputs[count:] or [None]
-        if warm is None:
-            warm = torch.zeros((), dtype=torch.bool, device="cpu")
-            site = replace(self.plan.site, batch=query.shape[0])
-            shapes = shapes_of(replace(self.plan, site=site)).items()
-            held = [*blank((name, shape, query.device) for name, shape in shapes)]
-        return operands, Memory(warm, tuple(t for t in held if t is not None))
 
-
-_works: WeakValueDictionary[str, Work] = WeakValueDictionary()
+_functions: WeakValueDictionary[str, SiteFunction] = WeakValueDictionary()
 """By name: an op takes no object."""
 
 
-def _work(
-    plan: AttentionPlan,
-    operands: tuple[str, ...],
-    observed: tuple[str, ...],
-    choice: Any,
-    sampled_rows: int,
-) -> Work:
+def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows: int) -> SiteFunction:
     """The arithmetic of a site, one object for all that are planned alike."""
     site, method = plan.site, settled(plan, choice)
     shape = site.heads, site.kv_heads, site.head_dim, site.scale
-    text = repr(
-        (plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, operands, observed)
-    )
+    text = repr((plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, inputs))
     name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
-    work = _works.get(name)
-    if work is None:
-        work = _works[name] = Work(name, plan, operands, observed, method, sampled_rows)
-    return work
+    function = _functions.get(name)
+    if function is None:
+        function = _functions[name] = SiteFunction(name, plan, inputs, method, sampled_rows)
+    return function
 
 
-def works_of(module: nn.Module) -> set[Work]:
+def functions_of(module: nn.Module) -> set[SiteFunction]:
     """What the sites of a lowered graph, and of its bodies, call by name."""
-    return {part.work for part in module.modules() if isinstance(part, (SparseSite, Observer))}
+    return {part.function for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
 @torch.library.custom_op("sparsify::site", mutates_args=())
@@ -321,19 +263,19 @@ def _site(
     value: Tensor,
     key_bias: Tensor | None,
     inputs: list[Tensor | None],
-    work: str,
+    function: str,
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _works[work].trace(query, key, value, key_bias, inputs)
+        return _functions[function].trace(query, key, value, key_bias, inputs)
 
 
 @torch.library.custom_op("sparsify::observe_site", mutates_args=())
 def _observe_site(
-    query: Tensor, key: Tensor, inputs: list[Tensor | None], work: str, site: str
+    query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
     with _named(site):
-        return _works[work].trace_observe(query, key, inputs)
+        return _functions[function].trace_observe(query, key, inputs)
 
 
 @torch.library.custom_op("sparsify::learn_site", mutates_args=())
@@ -342,16 +284,16 @@ def _learn_site(
     key: Tensor,
     key_bias: Tensor | None,
     inputs: list[Tensor | None],
-    work: str,
+    function: str,
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _works[work].trace_learn(query, key, key_bias, inputs)
+        return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _works[args[-2]].trace(*args[:-2]))
-_observe_site.register_fake(lambda *args: _works[args[-2]].trace_observe(*args[:-2]))
-_learn_site.register_fake(lambda *args: _works[args[-2]].fake_learn(args[-3]))
+_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2]))
+_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2]))
+_learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
 @torch.library.custom_op("sparsify::lay_out", mutates_args=())
@@ -409,13 +351,8 @@ def settled(plan: AttentionPlan, choice: Any) -> Hashable:
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
 
 
-def shapes_of(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what a site remembers."""
-    method = plan.settings
-    return method.memory(plan.site, plan.layout) if isinstance(method, DynamicMethod) else {}
-
-
-def _remember(held: Any, learnt: Any) -> None:
-    for old, new in zip(held, learnt, strict=True):
+def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:
+    """Write new values into tensors that are held from call to call."""
+    for old, value in zip(held, new, strict=True):
         # Not seen by autograd: where a body runs again in backward, its operands are saved, these among them.
-        old.data.copy_(new)
+        old.data.copy_(value)  # type: ignore[union-attr]

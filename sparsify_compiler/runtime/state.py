@@ -30,12 +30,12 @@ def blank(specs: Iterable[Spec]) -> list[Tensor]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Learned:
+class Trained:
     """A tensor that a site reads and a trainer writes."""
 
     name: str
     initial: Tensor
-    """What it holds until it is learnt."""
+    """What it holds until it is trained."""
     device: torch.device
 
 
@@ -88,23 +88,23 @@ class ModelState:
     """Calls recorded since it began."""
     learning: Learning | None = None
     """Of a model whose sites learn, once a trainer takes care of it."""
-    learned: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
     """By name; lasts from video to video, and is shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Those that learn: the plan of the last program that called them, and whose parameter it was called with."""
     _streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
 
-    def learned_tensors(self, specs: Sequence[Learned]) -> list[Tensor]:
+    def trained_tensors(self, specs: Sequence[Trained]) -> list[Tensor]:
         """The tensors that `specs` describe, made where they do not exist yet.
 
         Raises:
             SparsifyError: one that was loaded is of another model.
         """
         for spec in specs:
-            if spec.name not in self.learned:
+            if spec.name not in self.trained:
                 with torch.inference_mode(False):
-                    self.learned[spec.name] = spec.initial.to(spec.device, copy=True)
-            held = self.learned[spec.name]
+                    self.trained[spec.name] = spec.initial.to(spec.device, copy=True)
+            held = self.trained[spec.name]
             if held.shape != spec.initial.shape or held.device != spec.device:
                 raise SparsifyError(
                     f"what was learnt is of another model, or with other options: {spec.name} must be "
@@ -112,7 +112,7 @@ class ModelState:
                     "Compile with the options that it learned with, such as the rank, or train a new "
                     "instance of the model"
                 )
-        return [self.learned[spec.name] for spec in specs]
+        return [self.trained[spec.name] for spec in specs]
 
     def enter(self, plans: Iterable[AttentionPlan], owner: int) -> None:
         """Note sites that learn.
@@ -138,7 +138,7 @@ class ModelState:
         return self._streams[key]
 
     def new_video(self) -> None:
-        """Forget what was learnt from another video."""
+        """Forget the state that another video left."""
         self._streams.clear()
         self.video, self.calls = self.video + 1, 0
 

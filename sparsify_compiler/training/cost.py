@@ -19,7 +19,7 @@ from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field
 from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.grid import Cube
-from sparsify_compiler.methods.selection import Memory, Tokens
+from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.site import GUARD_ROWS
 from sparsify_compiler.timing import timed
@@ -40,7 +40,7 @@ DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
 """Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
 REPEATS = 3
-NOTHING = Memory(torch.tensor(False, device="cpu"), ())
+NOTHING = State(torch.tensor(False, device="cpu"), ())
 """`dsv` remembers nothing."""
 
 

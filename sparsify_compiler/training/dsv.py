@@ -236,7 +236,7 @@ class DSVTrainer:
         if self._state.learning is not self._learning:
             raise SparsifyError("another DSVTrainer was made for this model since: step that one alone")
         self._find_sites()
-        signal = self._state.learned["signal"]
+        signal = self._state.trained["signal"]
         learnt, profiled, _ = signal.tolist()
         if learnt:
             self._learn()
@@ -255,7 +255,7 @@ class DSVTrainer:
         Raises:
             SparsifyError: stage 2 has not begun.
         """
-        trained, learned = {}, self._state.learned
+        trained, learned = {}, self._state.trained
         for name, choice in self._learning.choices.items():
             assert isinstance(choice, Choice)
             parts = {part: learned[f"{name}.{part}"] for part in ("weights", "shares")}
@@ -271,7 +271,7 @@ class DSVTrainer:
             "world_size": _world_size(),
             "steps": self.steps,
             "sparse": self._learning.sparse,
-            "learned": {name: tensor.clone() for name, tensor in self._state.learned.items()},
+            "learned": {name: tensor.clone() for name, tensor in self._state.trained.items()},
             "profiles": {name: site.profile and asdict(site.profile) for name, site in self._sites.items()},
             "choices": {name: tuple(site.choice) for name, site in self._sites.items() if site.choice},
             "optimizer": self._optimizer and self._optimizer.state_dict(),
@@ -297,7 +297,7 @@ class DSVTrainer:
         state = self._renamed(state)
         self.steps, self._learning.sparse = state["steps"], state["sparse"]
         self._learning.choices = {name: Choice(*choice) for name, choice in state["choices"].items()}
-        self._state.learned = {name: tensor.clone() for name, tensor in state["learned"].items()}
+        self._state.trained = {name: tensor.clone() for name, tensor in state["learned"].items()}
         self._sites, self._optimizer, self._loaded = {}, None, state
 
     def _renamed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -329,7 +329,7 @@ class DSVTrainer:
         plans = {
             name: plan
             for name, (plan, _) in self._state.sites.items()
-            if f"{name}.gradients" in self._state.learned  # none for a program without gradients
+            if f"{name}.gradients" in self._state.trained  # none for a program without gradients
         }
         if not plans:
             raise SparsifyError(
@@ -347,7 +347,7 @@ class DSVTrainer:
             if name in self._sites:
                 self._sites[name].plan = plan
                 continue
-            parts: dict[str, Any] = {part: self._state.learned[f"{name}.{part}"] for part in PARTS}
+            parts: dict[str, Any] = {part: self._state.trained[f"{name}.{part}"] for part in PARTS}
             choice = self._learning.choices.get(name)
             assert choice is None or isinstance(choice, Choice)
             site = _Site(plan, **parts, choice=choice)

@@ -57,8 +57,9 @@ from sparsify_compiler.passes.fx import tensor_of
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import make_plan, refusal
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
-from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.policy import DENSE, Entry, Policy, PolicySite, Trial, entry_of, mark
 from sparsify_compiler.progress import advance, bars
+from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.timing import timed
 
 GAINS = (0.001, 0.005, 0.02, 0.1)
@@ -143,7 +144,9 @@ def search(
         total=float(total),
         menu=entries,
         layers=tuple(
-            Layer(mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name])
+            PolicySite(
+                mark=mark(*pair), graph=number, choice=choices[pair[0].name], trials=trials[pair[0].name]
+            )
             for number, graph in enumerate(graphs)
             for pair in graph
         ),
@@ -467,25 +470,23 @@ class _Attention:
         graph.output(node)
         self._graph = lower(fx.GraphModule(nn.Module(), graph))
         self._graph.recompile()
-        self._held = self._graph.meta["held"]
+        self._extra: GraphInputs = self._graph.meta["extra"]
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
         """As the first call of a video."""
-        return self._run(tensors, self._held.blank())
+        return self._run(tensors, self._extra.blank())
 
     def seconds(self, *tensors: Tensor | None) -> float:
         """Of a later call: median of `REPEATS`."""
         query = tensors[0]
         assert query is not None
-        held = self._held.blank()
-        self._run(tensors, held)
-        if self._held.warm:
-            held[len(self._held.learned)] = torch.tensor(True)
-        call = partial(self._run, tensors, held)
+        first = self._extra.blank()
+        self._run(tensors, first)
+        call = partial(self._run, tensors, self._extra.later(first))
         return median(timed(call, str(query.device))[0] for _ in range(REPEATS))
 
-    def _run(self, tensors: Iterable[Tensor | None], held: Iterable[Tensor]) -> Tensor:
-        return self._graph(*(t for t in tensors if t is not None), *held)
+    def _run(self, tensors: Iterable[Tensor | None], extra: Iterable[Tensor]) -> Tensor:
+        return self._graph(*(t for t in tensors if t is not None), *extra)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

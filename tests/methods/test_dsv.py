@@ -17,14 +17,14 @@ from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_f
 from sparsify_compiler.methods import predictor
 from sparsify_compiler.methods.dsv import CHOSEN_BY, GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube, cut, middle_of_token
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.far_fields import planted_clusters
 from sparsify_compiler.testing.oracles import masked_attention
 from sparsify_compiler.testing.strategies import qkv, site_of
 
 PROVIDERS = ("reference", "cpu")
-NOTHING = Memory(torch.tensor(False), ())
+NOTHING = State(torch.tensor(False), ())
 
 
 def select(
@@ -36,7 +36,7 @@ def select(
     tokens = Tokens(
         query=query, key=key, layout=layout, scale=query.shape[-1] ** -0.5, provider=provider, **others
     )
-    learned = method.learned(site, layout) | {"shares": shares}
+    learned = method.trained(site, layout) | {"shares": shares}
     return method.select(tokens, NOTHING, **method.constants(layout), **learned)[0]
 
 
@@ -353,11 +353,11 @@ def test_a_predictors_file(tmp_path: Path) -> None:
         "all",
     )
     assert not method.learns
-    learned = method.learned(site, layout)
+    learned = method.trained(site, layout)
     assert torch.equal(learned["weights"], trained.weights)
     assert torch.equal(learned["shares"], trained.shares)
     less = Dsv(predictor=path, kv_budget=5, rank=3).fit(site, layout)
-    assert less.learned(site, layout)["shares"].tolist() == [0.25, 1.0]
+    assert less.trained(site, layout)["shares"].tolist() == [0.25, 1.0]
     with pytest.raises(
         OptionError,
         match="rank must be that of the predictor's file, 3, or left out, got 4: for another rank",

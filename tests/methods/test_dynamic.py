@@ -13,7 +13,7 @@ from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.grid import cut
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.methods.svg2 import RELEASED, Svg2, clusters_for
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import masked_attention
@@ -33,11 +33,11 @@ def select(
 ) -> tuple[Selection, tuple[Tensor, ...]]:
     """One call of a method, warm if `learnt` is given."""
     method = method.fit(site_of(query, key), layout)
-    shapes = method.memory(site_of(query, key), layout).values()
-    memory = Memory(torch.tensor(learnt is not None), learnt or tuple(torch.zeros(shape) for shape in shapes))
+    shapes = method.state(site_of(query, key), layout).values()
+    state = State(torch.tensor(learnt is not None), learnt or tuple(torch.zeros(shape) for shape in shapes))
     scale = query.shape[-1] ** -0.5
     tokens = Tokens(query=query, key=key, layout=layout, scale=scale, provider=provider, key_bias=key_bias)
-    return method.select(tokens, memory, **method.constants(layout))
+    return method.select(tokens, state, **method.constants(layout))
 
 
 def kept_pairs(

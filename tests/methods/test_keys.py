@@ -15,7 +15,7 @@ from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.methods.keys import Keys
-from sparsify_compiler.methods.selection import Memory, Selection, Tokens
+from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.far_fields import planted_clusters
 from sparsify_compiler.testing.models import CASES, GRID
@@ -36,10 +36,10 @@ def select(
     """What the method reads, and its centroids."""
     site = site_of(query, key)
     method = method.fit(site, layout)
-    (shape,) = method.memory(site, layout).values()
-    memory = Memory(torch.tensor(warm is not None), (torch.zeros(shape) if warm is None else warm,))
+    (shape,) = method.state(site, layout).values()
+    state = State(torch.tensor(warm is not None), (torch.zeros(shape) if warm is None else warm,))
     tokens = Tokens(query=query, key=key, layout=layout, scale=query.shape[-1] ** -0.5, **others)
-    selection, (centroids,) = method.select(tokens, memory, **method.constants(layout))
+    selection, (centroids,) = method.select(tokens, state, **method.constants(layout))
     return selection, centroids
 
 

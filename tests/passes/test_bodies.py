@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import bodies, modules
-from sparsify_compiler.runtime.program import Program
+from sparsify_compiler.runtime.program import Program, Variant
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -115,7 +115,11 @@ def test_calls_that_are_planned_alike_share_a_body_again() -> None:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         analysed = pipeline.analyse(gm, config)
         graphs.extend(
-            [gm, analysed, *(pipeline.rewrite(analysed, config, phase) for phase in ("sparse", "dense"))]
+            [
+                gm,
+                analysed,
+                *(pipeline.rewrite(analysed, config, Variant(phase)) for phase in ("sparse", "dense")),
+            ]
         )
         return gm.forward
 

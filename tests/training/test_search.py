@@ -28,7 +28,7 @@ from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.plan import TokenLayout
-from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of
+from sparsify_compiler.policy import DENSE, Mark, PolicySite, Trial, entry_of
 from sparsify_compiler.runtime import site as runtime_site
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.dits import Recipe
@@ -459,7 +459,7 @@ def test_a_policy_comes_back_from_its_file(
     menu, total = read_menu(MENU), data.draw(st.floats(min_value=0, allow_nan=False))
     times = st.integers(0, 10**7).map(lambda n: n / 10**4)
     layers = tuple(
-        Layer(
+        PolicySite(
             mark=one,
             graph=graph,
             choice=data.draw(st.sampled_from(list(menu))),

@@ -137,7 +137,7 @@ def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.Mo
         assert chosen.count("attention") == (6 if checkpointing else 4), "forward, again, backward"
         dsv.step()
         learned = {
-            name: tensor.clone() for name, tensor in state_of(next(model.parameters())).learned.items()
+            name: tensor.clone() for name, tensor in state_of(next(model.parameters())).trained.items()
         }
         seen.append((loss, gradients(model), learned))
     (loss, grads, learned), (other_loss, other_grads, other_learned) = seen
@@ -166,7 +166,7 @@ def test_the_predictor_learns_and_stage_2_begins_by_its_loss():
     assert dsv.stage == 2, f"its loss never fell by a fifth: {losses}"
     assert progress is not None
     assert progress.sparse_heads > 0
-    shares = [state_of(next(model.parameters())).learned[f"blocks.{i}.attn1.shares"] for i in range(2)]
+    shares = [state_of(next(model.parameters())).trained[f"blocks.{i}.attn1.shares"] for i in range(2)]
     assert ((torch.cat(shares) > 0) & (torch.cat(shares) <= 1)).all()
 
 

@@ -1,0 +1,201 @@
+"""The tensors that a site gets after query, key, value and bias. Only this file knows their order.
+
+| slot          | holds                                            | of a lowered graph it is         |
+| ------------- | ------------------------------------------------ | -------------------------------- |
+| `constants`   | the table of a method, or what `select` needs    | a constant, shared by sites      |
+| `trained`     | what a trainer writes and `select` reads         | an input                         |
+| `observed`    | what `learn` writes in training, `signal` last   | an input                         |
+| `initialised` | whether `state` holds anything yet, 0-d bool     | one input for all sites, on the CPU |
+| `state`       | what a method keeps from call to call, fp32      | an input that the site writes to |
+| `report`      | what the site reports of a call, see `REPORT`    | an input that the site writes to |
+
+A lowered graph gets its own inputs first, then `trained` and `observed` of all sites, then `initialised`, then
+`state` and `report`, site by site. `SiteInputs` names the slots of one site, `GraphInputs` describes the extra
+inputs of one graph, and `InputBuilder` adds them to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from sparsify_compiler.methods import DynamicMethod, LearningMethod
+from sparsify_compiler.methods.selection import State
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.state import Spec, Trained, blank
+
+REPORT = ("density", "kept", "recall", "far_field")
+"""What a dynamic site reports of each call, for every batch and head: share of the token pairs computed; mean
+attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without; whether
+the far field is on, 1 or 0."""
+
+_INITIALISED, _BLANK = (torch.tensor(flag, dtype=torch.bool, device="cpu") for flag in (True, False))
+
+
+class Bound(NamedTuple):
+    """The tensors of one call of a site, by slot."""
+
+    read: dict[str, Tensor | None]
+    """Constants and trained tensors, by the names that the method gives them."""
+    observed: dict[str, Tensor | None]
+    initialised: Tensor | None
+    state: tuple[Tensor, ...]
+    report: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInputs:
+    """The names of a site's tensors, slot by slot."""
+
+    constants: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    observed: tuple[str, ...] = ()
+    state: tuple[str, ...] = ()
+    remembers: bool = False
+    """Whether the site gets `initialised`, `state` and `report`; else every call starts anew."""
+
+    def bind(self, tensors: Sequence[Tensor | None]) -> Bound:
+        """The tensors of a call, in order, by slot."""
+        names = (*self.constants, *self.trained)
+        read = dict(zip(names, tensors, strict=False))
+        rest = tensors[len(names) :]
+        observed = dict(zip(self.observed, rest, strict=False))
+        if not self.remembers:
+            return Bound(read, observed, None, (), None)
+        initialised, *state, report = rest[len(observed) :]
+        return Bound(read, observed, initialised, tuple(t for t in state if t is not None), report)
+
+    def to_select(self, bound: Bound) -> list[Tensor | None]:
+        """What an op gets that selects or observes: all but `observed` and `report`."""
+        return [*bound.read.values(), *([bound.initialised, *bound.state] if self.remembers else [])]
+
+    def selecting(
+        self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
+    ) -> tuple[dict[str, Tensor | None], State]:
+        """The tensors that the method reads, by name, and its state, from the list that `to_select` returned."""
+        names = (*self.constants, *self.trained)
+        read = dict(zip(names, tensors, strict=False))
+        initialised, *state = tensors[len(names) :] or [None]
+        if initialised is None:
+            here = replace(plan, site=replace(plan.site, batch=batch))
+            specs = [(name, shape, device) for name, shape in state_shapes(here).items()]
+            return read, State(torch.zeros((), dtype=torch.bool, device="cpu"), tuple(blank(specs)))
+        return read, State(initialised, tuple(t for t in state if t is not None))
+
+
+def state_shapes(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors that a site keeps from call to call."""
+    method = plan.settings
+    return method.state(plan.site, plan.layout) if isinstance(method, DynamicMethod) else {}
+
+
+def trained_tensors(
+    plan: AttentionPlan, device: torch.device, *, trains: bool
+) -> tuple[dict[str, Trained], dict[str, Trained]]:
+    """(what the method reads, what it observes), by name; nothing for a method that is not trained.
+
+    Args:
+        trains: whether this graph runs in training, where a method observes.
+    """
+    method, site = plan.settings, plan.site
+    if not isinstance(method, LearningMethod):
+        return {}, {}
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+        read = method.trained(site, plan.layout)
+        written = method.observed(site) if trains and method.learns else {}
+        signal = torch.zeros(3, dtype=torch.int64)
+
+    def named(tensors: Mapping[str, Tensor]) -> dict[str, Trained]:
+        return {name: Trained(f"{site.name}.{name}", tensor, device) for name, tensor in tensors.items()}
+
+    if not written:
+        return named(read), {}
+    return named(read), {**named(written), "signal": Trained("signal", signal, torch.device("cpu"))}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphInputs:
+    """The extra inputs of a lowered graph."""
+
+    trained: tuple[Trained, ...] = ()
+    """`trained` and `observed` of all sites, each tensor once."""
+    initialised: bool = False
+    """Whether the graph has this input."""
+    state: tuple[Spec, ...] = ()
+    """`state` and `report` of all sites."""
+    reports: Mapping[str, int] = field(default_factory=dict)
+    """Site -> place of its report in `state`."""
+
+    def bind(self, trained: Sequence[Tensor], state: Sequence[Tensor], *, initialised: bool) -> list[Tensor]:
+        """The extra inputs of a call, in order."""
+        flag = [_INITIALISED if initialised else _BLANK] if self.initialised else []
+        return [*trained, *flag, *state]
+
+    def blank(self) -> list[Tensor]:
+        """The extra inputs of a first call: trained tensors as they start, and a blank state."""
+        trained = [one.initial.to(one.device) for one in self.trained]
+        return self.bind(trained, blank(self.state), initialised=False)
+
+    def later(self, first: Sequence[Tensor]) -> list[Tensor]:
+        """The extra inputs of a call that goes on from an earlier one, of the inputs of that one."""
+        trained, state = first[: len(self.trained)], first[len(first) - len(self.state) :]
+        return self.bind(trained, state, initialised=True)
+
+    def reports_in(self, state: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Site -> its report, [4, B, H], in the tensors of a call."""
+        return {site: state[place] for site, place in self.reports.items()}
+
+
+class InputBuilder:
+    """Adds the extra inputs of sites to a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._graph = graph
+        self._initialised: fx.Node | None = None
+        self._state: list[fx.Node] = []
+        self._specs: list[Spec] = []
+        self._reports: dict[str, int] = {}
+        self._trained: list[Trained] = []
+
+    def trained(self, name: str, source: Trained) -> fx.Node:
+        """An input for a tensor that a trainer writes."""
+        self._trained.append(source)
+        after = [self._initialised] if self._initialised is not None else self._state
+        return add_placeholder(self._graph, name, before=after[0] if after else None)
+
+    def kept(self, plan: AttentionPlan, device: torch.device) -> list[fx.Node | None]:
+        """`initialised`, `state` and `report` of a site; None for the first where a site has no state."""
+        site, shapes = plan.site, state_shapes(plan)
+        if shapes and self._initialised is None:
+            first = self._state[0] if self._state else None
+            self._initialised = add_placeholder(self._graph, "sparsify_initialised", before=first)
+        self._reports[site.name] = len(self._specs) + len(shapes)
+        tensors = {**shapes, "report": (len(REPORT), site.batch, site.heads)}
+        for name, shape in tensors.items():
+            self._specs.append((f"{site.name}.{name}", shape, device))
+            self._state.append(add_placeholder(self._graph, f"sparsify_{name}{site.index}"))
+        return [self._initialised if shapes else None, *self._state[-len(tensors) :]]
+
+    def built(self) -> GraphInputs:
+        """All that were added."""
+        return GraphInputs(
+            trained=tuple(self._trained),
+            initialised=self._initialised is not None,
+            state=tuple(self._specs),
+            reports=self._reports,
+        )
+
+
+def add_placeholder(graph: fx.Graph, name: str, *, before: fx.Node | None = None) -> fx.Node:
+    """A new input of a graph: the last one, or the one before another."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if before is not None:
+        place = graph.inserting_before(before)
+    else:
+        place = graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before()
+    with place:
+        node = graph.placeholder(name)
+    node._dynamo_source = None
+    return node
