@@ -24,7 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and videos")] = Path("demo_out"),
 ) -> None:
     """Video models, dense and sparse: what is done, how fast it is, that it is right, and videos side by side."""
-    from sparsify_compiler import demo
+    from sparsify_compiler.lab import demo
 
     if not demo.run(device, out).passed:
         raise typer.Exit(1)
@@ -122,8 +122,8 @@ def search(
     import torch
 
     from sparsify_compiler import diffusers_model
-    from sparsify_compiler.evaluation import calibration
-    from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.lab import calibration
+    from sparsify_compiler.lab import model as evaluated
     from sparsify_compiler.training.search import MENU, read_menu_file
     from sparsify_compiler.training.search import search as searched
 
@@ -170,9 +170,9 @@ def distill(
     """Efficient-vDiT on the evaluation model: fewer steps, then sparse, then as good as before; and a report."""
     from rich.markdown import Markdown
 
-    from sparsify_compiler.evaluation import model as evaluated
-    from sparsify_compiler.training import pipeline
-    from sparsify_compiler.training.students import Settings
+    from sparsify_compiler.lab import model as evaluated
+    from sparsify_compiler.lab import pipeline
+    from sparsify_compiler.lab.students import Settings
 
     settings = Settings(
         consistency_steps=consistency_steps,
@@ -215,10 +215,10 @@ def quality(
     ] = None,
 ) -> None:
     """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
-    from sparsify_compiler.evaluation import benchmark, report
-    from sparsify_compiler.evaluation import model as evaluated
-    from sparsify_compiler.evaluation.configurations import COMPARED, DENSITIES, Settings
-    from sparsify_compiler.training.predictor import learn_predictor
+    from sparsify_compiler.lab import benchmark, report
+    from sparsify_compiler.lab import model as evaluated
+    from sparsify_compiler.lab.configurations import COMPARED, DENSITIES, Settings
+    from sparsify_compiler.lab.predictor import learn_predictor
 
     settings = Settings(
         seeds=seeds,
@@ -250,8 +250,8 @@ def sparsity(
     ] = None,
 ) -> None:
     """The share of the keys that holds 90 % of the attention, for every layer and head."""
-    from sparsify_compiler.evaluation import check, report
-    from sparsify_compiler.evaluation import model as evaluated
+    from sparsify_compiler.lab import check, report
+    from sparsify_compiler.lab import model as evaluated
 
     shares = check.sparsity(weights or evaluated.WEIGHTS, out, videos=videos, frames=frames)
     console = Console()

@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 import sparsify_compiler
 from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, cli, explain
 from sparsify_compiler.backend import configure
-from sparsify_compiler.evaluation import calibration
-from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.lab import calibration
+from sparsify_compiler.lab import model as evaluated
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of, load_policy

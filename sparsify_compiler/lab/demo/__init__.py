@@ -1,0 +1,58 @@
+"""`sparsify demo`: models, dense and sparse, measured and checked in front of your eyes.
+
+One step of a larger model with random weights shows the speed, and that what is computed is what the plan says;
+whole generations by the small trained model show what becomes of the videos.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.lab.demo import step, videos
+from sparsify_compiler.lab.demo.size import SIZES, Size
+from sparsify_compiler.lab.demo.step import BOUND, dense_attention
+
+__all__ = ["BOUND", "SIZES", "Result", "Size", "dense_attention", "run"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What the demo measured."""
+
+    step: step.Result
+    videos: videos.Result
+
+    @property
+    def passed(self) -> bool:
+        """The model computes what its plan says."""
+        return self.step.passed
+
+
+def run(
+    device: str = "cpu",
+    out: Path = Path("demo_out"),
+    *,
+    size: Size | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Explain, compile, check, time, draw and generate; prints as it goes.
+
+    Args:
+        device: `cpu` or `cuda`.
+        out: folder for `masks.png`, `density.png` and `videos.gif`.
+        size: of what is run; one that takes about two minutes if None.
+
+    Raises:
+        SparsifyError: the device is not there, or diffusers, matplotlib or pillow is missing.
+    """
+    if device not in SIZES:
+        raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
+    size, console = size or SIZES[device], console or Console()
+    measured = step.run(size, device, out, console)
+    console.print()
+    return Result(step=measured, videos=videos.run(size, device, out, console))

@@ -1,0 +1,243 @@
+"""One step of a seeded model with random weights, dense and sparse, timed and checked against an oracle."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.explanation import Explanation, explain
+from sparsify_compiler.lab.demo.progress import advance, bars, phase
+from sparsify_compiler.lab.demo.size import Size
+from sparsify_compiler.measured import stats
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.timing import interleaved_medians
+
+Step = Callable[[], Tensor]
+"""One denoising step of the model: [1, C, F, H, W]."""
+
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Largest |sparse - oracle| / |oracle| that passes: some ten times what rounding makes of a few layers."""
+
+SHARPNESS = 4.0
+"""Factor on the queries: random weights alone attend to everything alike, trained ones do not."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What was measured of it."""
+
+    explanation: Explanation
+    """Of `tile`, whose masks are known beforehand."""
+    seconds: Mapping[str, float]
+    """Of a step, `dense`, `svg2` and `tile`: medians."""
+    attention_share: float
+    """Part of the dense step spent in attention that the plans make sparse."""
+    density: Mapping[str, float]
+    """Share of that attention's query-key pairs that are computed, by method."""
+    recall: float
+    """Share of the true attention mass that svg2 keeps, on sampled queries."""
+    error: float
+    """Relative distance of `tile` to the oracle: the same model, its attention dense under the mask."""
+    bound: float
+    distance: Mapping[str, float]
+    """Relative distance to the dense model, by method: what sparsity does to these random weights."""
+    picture: Path
+
+    @property
+    def passed(self) -> bool:
+        """The model computes what its plan says."""
+        return self.error <= self.bound
+
+    def speedup(self, method: str) -> float:
+        """Dense step over sparse step."""
+        return self.seconds["dense"] / self.seconds[method]
+
+
+def run(size: Size, device: str, out: Path, console: Console) -> Result:
+    """Explain, compile, check, time and draw `out/masks.png`; prints as it goes.
+
+    Raises:
+        SparsifyError: diffusers or matplotlib is missing, or `out` cannot be written to.
+    """
+    tile: dict[str, Any] = {
+        "method": "tile",
+        "reference_frames": size.reference_frames,
+        "inner_backend": size.backend,
+    }
+    # By its gain nearly all would be worth reading: what random weights attend to has no structure.
+    svg2: dict[str, Any] = {
+        "method": "svg2",
+        "top_p": 0.5,
+        "min_gain": None,
+        "dense_steps": 0,
+        "measure_recall": 0.01,
+        "inner_backend": size.backend,
+    }
+    tokens = math.prod(size.grid)
+    console.print(
+        f"A Wan transformer of {size.layers} layers, {size.heads} heads of {size.head_dim}, random weights, "
+        f"{_name(size.dtype)} on {device}; a video of {'x'.join(map(str, size.grid))} = {tokens:,} tokens."
+    )
+    model, inputs = wan(size, device)
+    with torch.no_grad(), bars(console) as progress:
+        if device == "cpu":
+            from sparsify_compiler.kernels.cpu import library
+
+            with phase(progress, "build the C++ attention kernel"):
+                build = library.build_info()
+            progress.console.print(f"CPU kernel: {build.reason} in {build.seconds:.1f} s.")
+        with phase(progress, "explain"):
+            with torch.device("meta"):  # so that it costs no step
+                twin, twin_inputs = wan(size, "meta")
+            explanation = explain(twin, **twin_inputs, options=tile, device=device)
+        progress.console.print(explanation)
+        picture = explanation.save_picture(out / "masks.png")
+
+        def step_of(program: Callable[..., Any]) -> Step:
+            return lambda: program(**inputs)[0]
+
+        by_svg2 = torch.compile(model, backend="sparsify", options=svg2)
+        by_tile = torch.compile(model, backend="sparsify", options=tile)
+        steps = {
+            "dense": step_of(torch.compile(model, backend=size.backend)),
+            "svg2": step_of(by_svg2),
+            "tile": step_of(by_tile),
+        }
+        outputs = {}
+        for name, step in steps.items():
+            with phase(progress, f"compile {name} and run a first step"):
+                outputs[name] = step().float().cpu()
+        with phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
+            oracle = model(**inputs)[0].float().cpu()
+        plan = _sparse(explanation)[0]
+        assert plan.density is not None, "the masks of tile are known beforehand"
+        seconds = interleaved_medians(
+            {**steps, "attention": dense_attention(plan, device)},
+            size.rounds,
+            device=device,
+            after_round=advance(
+                progress, f"time {size.rounds} rounds of dense and sparse steps", size.rounds
+            ),
+        )
+        measured = stats(model)
+        progress.console.print(measured)
+    result = Result(
+        explanation=explanation,
+        seconds=seconds,
+        attention_share=seconds["attention"] * len(_sparse(explanation)) / seconds["dense"],
+        density={"svg2": measured.of("svg2").density, "tile": plan.density},
+        recall=measured.recall,
+        error=_relative(outputs["tile"], oracle),
+        bound=BOUND[size.dtype],
+        distance={name: _relative(outputs[name], outputs["dense"]) for name in ("svg2", "tile")},
+        picture=picture,
+    )
+    console.print(_summary(result))
+    return result
+
+
+def wan(size: Size, device: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A seeded model of the Wan architecture in eval mode, and the inputs of one step.
+
+    Raises:
+        SparsifyError: diffusers is missing.
+    """
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError as error:
+        raise SparsifyError("the demo needs diffusers: try pip install 'sparsify-compiler[demo]'") from error
+    width = size.heads * size.head_dim
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model: Any = WanTransformer3DModel(
+            num_attention_heads=size.heads,
+            attention_head_dim=size.head_dim,
+            ffn_dim=4 * width,
+            num_layers=size.layers,
+            text_dim=width,
+        )
+        for block in model.blocks:
+            block.attn1.norm_q.weight.mul_(SHARPNESS)
+        frames, height, width_ = size.grid
+        latents = torch.randn(1, 16, frames, 2 * height, 2 * width_)
+        text = torch.randn(1, 64, width)
+    inputs = {
+        "hidden_states": latents.to(device, size.dtype),
+        "encoder_hidden_states": text.to(device, size.dtype),
+        "timestep": torch.full((1,), 500, device=device),
+        "return_dict": False,
+    }
+    # Past diffusers' own `to`, which warns of modules that its checkpoints keep in fp32.
+    return nn.Module.to(model.eval(), device, size.dtype), inputs
+
+
+def dense_attention(plan: AttentionPlan, device: str, mask: Tensor | None = None) -> Step:
+    """SDPA alone on tensors of the shapes and strides of a site: what the dense model spends on it."""
+    site = plan.site
+    query, key, value = (
+        torch.randn(
+            site.batch, tokens, heads, width, device=device, dtype=getattr(torch, site.dtype)
+        ).transpose(1, 2)
+        for tokens, heads, width in (
+            (site.q_tokens, site.heads, site.head_dim),
+            (site.kv_tokens, site.kv_heads, site.head_dim),
+            (site.kv_tokens, site.kv_heads, site.value_dim),
+        )
+    )
+    gqa = site.heads != site.kv_heads
+    return lambda: scaled_dot_product_attention(query, key, value, mask, scale=site.scale, enable_gqa=gqa)
+
+
+def _tile_attention(size: Size) -> TileAttention:
+    frames, height, width = size.grid
+    return TileAttention(frames, size.reference_frames, height * width)
+
+
+def _sparse(explanation: Explanation) -> list[AttentionPlan]:
+    plans = [plan for graph in explanation.graph_plans for plan in graph.sparse]
+    assert plans, "the video self-attention of the demo's model must be found"
+    return plans
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """|got - expected| / |expected|; NaN where either has one, which is within no bound."""
+    return float((got - expected).norm() / expected.norm())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _summary(result: Result) -> Group:
+    methods = ("svg2", "tile")
+    table = Table("", "dense", *methods, title="One denoising step", title_justify="left")
+    times = (f"{result.seconds[name] * 1e3:,.0f} ms" for name in ("dense", *methods))
+    table.add_row("time of a step", *times)
+    table.add_row(
+        "query-key pairs of video attention", "100%", *(f"{result.density[name]:.1%}" for name in methods)
+    )
+    table.add_row("attention mass kept", "100%", f"{result.recall:.1%}", "")
+    table.add_row("share of that attention in a dense step", f"{result.attention_share:.0%}", "", "")
+    verdict = "within" if result.passed else "ABOVE"
+    table.add_row(
+        "error to the dense-masked oracle", "", "", f"{result.error:.1e}, {verdict} {result.bound:.0e}"
+    )
+    distances = (f"{result.distance[name]:.1e}" for name in methods)
+    table.add_row("distance to dense (random weights)", "", *distances)
+    sentence = (
+        f"A step is {result.speedup('svg2'):.2f} times as fast by svg2, which by its estimate reads half of the "
+        f"attention, and {result.speedup('tile'):.2f} times by tile, which computes what its masks say; they are "
+        f"drawn in {result.picture}."
+        if result.passed
+        else "The sparse model does NOT compute what its masks say: please report this."
+    )
+    return Group(table, sentence)

@@ -1,0 +1,84 @@
+"""Stages of a run that is a folder: each goes on exactly where it was killed, and is not repeated once done."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.lab.files import REMOVE, DamagedError, progress, read_tensors, write
+
+FORMAT = "sparsify-stage-1"
+SAVE_EVERY = 120.0
+"""Seconds between checkpoints."""
+
+
+class Part(Protocol):
+    """What a stage changes: a model, an optimizer, a trainer."""
+
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A stretch of training."""
+
+    name: str
+    steps: int
+    parts: Mapping[str, Part]
+    """All that a step changes, by name."""
+    advance: Callable[[int], float]
+    """One step, of this number from 0: its loss. What it does is a function of the number and the parts alone."""
+
+
+def train(stage: Stage, path: Path) -> list[float]:
+    """The loss of every step. Afterwards the parts are as at the end of the stage, whether it ran now or before.
+
+    Raises:
+        DamagedError: the checkpoint cannot be read, or is of something else.
+        SparsifyError: a loss is not finite; nothing of that step is saved.
+    """
+    losses = _restore(stage, path)
+    if len(losses) == stage.steps:
+        return losses
+    saved = time.monotonic()
+    with progress() as bar:
+        task = bar.add_task(stage.name, total=stage.steps, completed=len(losses))
+        while len(losses) < stage.steps:
+            loss = stage.advance(len(losses))
+            if not math.isfinite(loss):
+                raise SparsifyError(
+                    f"the loss must be finite, got {loss} at step {len(losses)} of {stage.name}"
+                )
+            losses.append(loss)
+            bar.update(task, advance=1, description=f"{stage.name}: loss {loss:.4f}")
+            if len(losses) == stage.steps or time.monotonic() >= saved + SAVE_EVERY:
+                _save(stage, losses, path)
+                saved = time.monotonic()
+    return losses
+
+
+def _save(stage: Stage, losses: list[float], path: Path) -> None:
+    parts = {name: part.state_dict() for name, part in stage.parts.items()}
+    state = {"format": FORMAT, "stage": stage.name, "losses": losses, "parts": parts}
+    write(path, lambda partial: torch.save(state, partial))
+
+
+def _restore(stage: Stage, path: Path) -> list[float]:
+    """The losses so far."""
+    if not path.exists():
+        return []
+    state = read_tensors(path)
+    try:
+        if (state["format"], state["stage"]) != (FORMAT, stage.name):
+            raise ValueError(f"it is of {state['stage']!r}, not of {stage.name!r}")
+        for name, part in stage.parts.items():
+            part.load_state_dict(state["parts"][name])
+        return list(state["losses"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path} is no checkpoint of this stage ({error}): {REMOVE}") from error
