@@ -24,6 +24,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and videos")] = Path("demo_out"),
 ) -> None:
     """Video models, dense and sparse: what is done, how fast it is, that it is right, and videos side by side."""
+    require_laboratory()
     from sparsify_compiler.lab import demo
 
     if not demo.run(device, out).passed:
@@ -122,8 +123,6 @@ def search(
     import torch
 
     from sparsify_compiler import diffusers_model
-    from sparsify_compiler.lab import calibration
-    from sparsify_compiler.lab import model as evaluated
     from sparsify_compiler.training.search import MENU, read_menu_file
     from sparsify_compiler.training.search import search as searched
 
@@ -137,6 +136,10 @@ def search(
     if out.is_dir() or not out.parent.is_dir():
         raise OptionError(f"out must be a file in a folder that exists, got {str(out)!r}")
     if checkpoint is None or inputs is None:
+        require_laboratory()
+        from sparsify_compiler.lab import calibration
+        from sparsify_compiler.lab import model as evaluated
+
         model, calls = evaluated.load(), calibration.calibration_inputs()
     else:
         calls = diffusers_model.read_calls(inputs)
@@ -168,6 +171,7 @@ def distill(
     frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
 ) -> None:
     """Efficient-vDiT on the evaluation model: fewer steps, then sparse, then as good as before; and a report."""
+    require_laboratory()
     from rich.markdown import Markdown
 
     from sparsify_compiler.lab import model as evaluated
@@ -215,6 +219,7 @@ def quality(
     ] = None,
 ) -> None:
     """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
+    require_laboratory()
     from sparsify_compiler.lab import benchmark, report
     from sparsify_compiler.lab import model as evaluated
     from sparsify_compiler.lab.configurations import COMPARED, DENSITIES, Settings
@@ -250,6 +255,7 @@ def sparsity(
     ] = None,
 ) -> None:
     """The share of the keys that holds 90 % of the attention, for every layer and head."""
+    require_laboratory()
     from sparsify_compiler.lab import check, report
     from sparsify_compiler.lab import model as evaluated
 
@@ -257,6 +263,17 @@ def sparsity(
     console = Console()
     console.print(report.sparsity_table(shares))
     console.print(f"Mean {shares.mean():.3f}. Written to {out}: sparsity.json, sparsity.png.", soft_wrap=True)
+
+
+def require_laboratory() -> None:
+    """Check that the packages are there which commands on the evaluation model need beyond torch.
+
+    Raises:
+        SparsifyError: one is missing.
+    """
+    from sparsify_compiler.lab import require
+
+    require()
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsify_compiler.errors import OptionError, run_command
-from sparsify_compiler.lab import classifier, files, report, world
+from sparsify_compiler.lab import classifier, files, report, require, world
 from sparsify_compiler.lab.machine import fast_products, origin
 from sparsify_compiler.lab.model import (
     WEIGHTS,
@@ -35,6 +35,7 @@ BATCH = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a JSON object, and writes it and the first samples into `--out`."""
     options = parser().parse_args(arguments)
+    require()
     for name in ("samples", "steps"):
         if getattr(options, name) < 1:
             raise OptionError(f"{name} must be at least 1, got {getattr(options, name)}")

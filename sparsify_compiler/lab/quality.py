@@ -5,7 +5,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.lab import require
 
 EXACT = 150.0
 """dB that a video has which differs in nothing: far above what rounding leaves."""
@@ -28,12 +28,11 @@ def ssim(videos: Tensor, exact: Tensor) -> Tensor:
         videos, exact: [B, 3, frames, height, width], RGB from 0 to 1.
 
     Raises:
-        SparsifyError: scikit-image is missing.
+        SparsifyError: a package of the laboratory is missing.
     """
-    try:
-        from skimage.metrics import structural_similarity
-    except ImportError as error:
-        raise SparsifyError("SSIM needs scikit-image: try pip install 'sparsify-compiler[demo]'") from error
+    require()
+    from skimage.metrics import structural_similarity
+
     pairs = ((x.numpy(), y.numpy()) for x, y in zip(videos.float(), exact.float(), strict=True))
     return torch.tensor(
         [

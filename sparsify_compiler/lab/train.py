@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparsify_compiler.errors import OptionError, run_command
-from sparsify_compiler.lab import files, world
+from sparsify_compiler.lab import files, require, world
 from sparsify_compiler.lab.machine import fast_products
 from sparsify_compiler.lab.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.lab.pictures import strip
@@ -27,6 +27,7 @@ SAMPLES = 4
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
     options = parser().parse_args(arguments)
+    require()
     if not options.minutes > 0 or not min(options.save_every, options.look_every) >= 0:
         raise OptionError(
             f"minutes must be above 0, save-every and look-every at least 0, got {options.minutes}, "

@@ -46,7 +46,7 @@ def run(
         size: of what is run; one that takes about two minutes if None.
 
     Raises:
-        SparsifyError: the device is not there, or diffusers, matplotlib or pillow is missing.
+        SparsifyError: the device is not there, or a package of the laboratory is missing.
     """
     if device not in SIZES:
         raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")

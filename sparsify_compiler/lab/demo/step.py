@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.explanation import Explanation, explain
+from sparsify_compiler.lab import require
 from sparsify_compiler.lab.demo.progress import advance, bars, phase
 from sparsify_compiler.lab.demo.size import Size
 from sparsify_compiler.measured import stats
@@ -149,12 +149,11 @@ def wan(size: Size, device: str) -> tuple[nn.Module, dict[str, Any]]:
     """A seeded model of the Wan architecture in eval mode, and the inputs of one step.
 
     Raises:
-        SparsifyError: diffusers is missing.
+        SparsifyError: a package of the laboratory is missing.
     """
-    try:
-        from diffusers import WanTransformer3DModel
-    except ImportError as error:
-        raise SparsifyError("the demo needs diffusers: try pip install 'sparsify-compiler[demo]'") from error
+    require()
+    from diffusers import WanTransformer3DModel
+
     width = size.heads * size.head_dim
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
