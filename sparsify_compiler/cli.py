@@ -223,7 +223,6 @@ def quality(
     from sparsify_compiler.lab import benchmark, report
     from sparsify_compiler.lab import model as evaluated
     from sparsify_compiler.lab.configurations import COMPARED, DENSITIES, Settings
-    from sparsify_compiler.lab.predictor import learn_predictor
 
     settings = Settings(
         seeds=seeds,
@@ -235,7 +234,7 @@ def quality(
         policies=tuple(policies or ()),
         predictor=predictor,
     )
-    record = benchmark.quality(weights or evaluated.WEIGHTS, out, settings, learn_predictor)
+    record = benchmark.quality(weights or evaluated.WEIGHTS, out, settings)
     console = Console()
     console.print(report.table(record))
     for line in report.least_density_lines(record["least_density"]):

@@ -1,11 +1,12 @@
-"""`sparsify bench quality`: what sparse attention does to the videos of the evaluation model.
+"""`sparsify bench quality`: the effect of sparse attention on the videos of the evaluation model.
 
-The same held-out prompts and noises are generated dense and with every configuration: what differs is the
-attention alone. `configurations.py` says which there are. Densities are of the steps that run sparse; the
-first ones, `dense_steps`, are dense for all.
+The model generates videos of the same held-out prompts from the same noise, dense and with every
+configuration of `configurations.py`. Only the attention differs. A density is that of the sparse steps; the
+first `dense_steps` steps are dense in every row.
 
-A run is a folder: `quality.json`, to which a row is added as soon as it is finished, so that the same command goes
-on where it was killed; `videos.png` and `pareto.png`; and `run-...`, what it goes on from.
+A run is a folder. `quality.json` gets each row as soon as the row is finished, so the same command continues
+a run that was killed. `run-...` has the files that it continues from. `videos.png` and `pareto.png` are the
+pictures.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.lab import files, report, world
+from sparsify_compiler.lab import files, predictor, report, world
 from sparsify_compiler.lab.calibration import FIRST, calibration_inputs
 from sparsify_compiler.lab.configurations import (
     TUNED,
@@ -53,38 +54,37 @@ from sparsify_compiler.timing import interleaved_medians
 
 FORMAT = "sparsify-quality-1"
 CALIBRATION_STEPS = 6
-"""Of a generation that a density is looked for with."""
+"""Steps of the short generations that search for a density."""
 BATCH = 8
-"""Videos that are made at once; guidance doubles them."""
+"""Videos in one batch; guidance doubles it."""
 RECALL_SHARE = 0.01
-"""Of the queries: those on which the attention mass kept is measured."""
+"""Share of the queries on which the kept attention mass is measured."""
 ROUNDS = 5
-"""In which a dense and a sparse call are timed once each."""
+"""Rounds of timing: each times one dense and one sparse call."""
 PSNR_LEVELS = (30.0, 35.0)
-"""dB: what the least density is looked for."""
-
-Learn = Callable[[nn.Module, Path, int], object]
-"""Writes the predictor of `dsv` for a model and a number of frames into a file; the model stays as it is."""
+"""PSNR in dB at which the report gives the least density."""
 
 
-def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[str, Any]:
-    """Everything, or what is left of it to do in the folder `out`; the content of `quality.json`. Shows progress.
+def quality(weights: Path, out: Path, settings: Settings) -> dict[str, Any]:
+    """Run the bench, or continue the run in the folder `out`. Shows progress.
 
     Args:
-        weights: of the evaluation model.
-        learn: makes the predictor of `dsv` where none is given.
+        weights: the weights of the evaluation model.
+
+    Returns:
+        The content of `quality.json`.
 
     Raises:
         SparsifyError: the folder is of other weights or settings; a file is missing or damaged.
     """
     bench = Bench(load(weights), out, settings)
     record = bench.open(trained_steps(weights))
-    predictor = settings.predictor or bench.folder / "predictor.safetensors"
+    trained = settings.predictor or bench.folder / "predictor.safetensors"
     with files.progress() as bar:
         task = bar.add_task("predictor of dsv", total=None)
-        if "dsv" in settings.methods and not predictor.exists():
-            learn(bench.model, predictor, settings.frames)
-        todo = configurations(settings, predictor)
+        if "dsv" in settings.methods and not trained.exists():
+            predictor.learn_predictor(bench.model, trained, settings.frames)
+        todo = configurations(settings, trained)
         bar.update(task, description="dense", total=len(todo))
         if "dense" not in record:
             record["dense"] = {"motion": _number(motion(bench.dense).mean()), "loss": bench.dense_loss}
@@ -112,12 +112,12 @@ def quality(weights: Path, out: Path, settings: Settings, learn: Learn) -> dict[
 
 @dataclass(eq=False)
 class Switch:
-    """A backend of torch.compile: one graph of Dynamo serves all options of ours, of which the last are kept."""
+    """A backend of torch.compile that recompiles one graph of Dynamo whenever the options change."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """What runs the graph with the options of the time."""
+        """Return a function that runs the graph with the current options."""
         last: list[tuple[Mapping[str, Any], Program]] = []
 
         def run(*args: Any) -> Any:
@@ -130,25 +130,25 @@ class Switch:
 
 @dataclass(eq=False)
 class Bench:
-    """A run: the model, and what was made of it so far."""
+    """A run: the model and the results so far."""
 
     model: nn.Module
     out: Path
     settings: Settings
     record: dict[str, Any] = field(default_factory=dict)
-    """What `quality.json` holds."""
+    """The content of `quality.json`."""
 
     @property
     def folder(self) -> Path:
-        """Of the files that the run goes on from, by the settings that they depend on."""
+        """The folder of the files that the run continues from. Its name depends on the settings."""
         key = json.dumps(self.record["settings"], sort_keys=True).encode()
         return self.out / f"run-{hashlib.sha256(key).hexdigest()[:12]}"
 
     def open(self, trained: int) -> dict[str, Any]:
-        """Begin a run, or go on.
+        """Begin a run, or continue it.
 
         Raises:
-            SparsifyError: there is one of other weights, settings or of another machine.
+            SparsifyError: the folder has a run of other weights or settings, or of another machine.
         """
         settings, here = self.settings, machine()
         mine = {
@@ -189,16 +189,16 @@ class Bench:
 
     @cached_property
     def dense(self) -> Tensor:
-        """The videos that all others are held to: float32 [seeds, 3, frames, height, width]."""
+        """The dense videos, which all others are compared with: float32 [seeds, 3, frames, height, width]."""
         return files.kept(self.folder / "dense.pt", lambda: self.videos(self.model)[0])
 
     @cached_property
     def dense_loss(self) -> float:
-        """Validation loss of the model itself."""
+        """Validation loss of the dense model."""
         return self.loss(self.model)
 
     def videos(self, run: Velocity, *, autocast: bool = False) -> tuple[Tensor, list[Measurement]]:
-        """Of every seed, and what was measured meanwhile, where the model is compiled."""
+        """Videos of every seed, and the measurements of their calls; none where the model is not compiled."""
         made: list[Tensor] = []
         found: list[Measurement] = []
         for first in range(0, self.settings.seeds, BATCH):
@@ -216,7 +216,7 @@ class Bench:
             return sample(run, prompts, start, steps=steps, guidance=GUIDANCE)
 
     def compiled(self, options: Mapping[str, Any], **others: Any) -> Velocity:
-        """The model with options of torch.compile. It is traced anew for another batch or data type alone."""
+        """The model with options of torch.compile. Only another batch or data type makes Dynamo trace again."""
         usual: dict[str, Any] = {"inner_backend": "eager", "dense_steps": self.settings.dense_steps}
         if "policy" not in options:
             usual["dense_layers"] = 0
@@ -232,17 +232,17 @@ class Bench:
 
     @cached_property
     def switch(self) -> "Switch":
-        """What says with which options `traced` runs."""
+        """The backend of `traced`; its `options` are those of the next call."""
         return Switch()
 
     @cached_property
     def traced(self) -> Velocity:
-        """The model as Dynamo sees it, which takes longer than all that is done with the graph."""
+        """The model as traced by Dynamo. Tracing takes longer than all later work on the graph."""
         torch.compiler.reset()
         return torch.compile(self.model, backend=self.switch, dynamic=False)
 
     def row(self, one: Configuration) -> dict[str, Any]:
-        """What a configuration does."""
+        """Measure a configuration."""
         options = one.options and self.tuned(one)
         run = self.model if options is None else self.compiled(options, measure_recall=RECALL_SHARE)
         made, found = self.videos(run, autocast=one.autocast)
@@ -273,7 +273,7 @@ class Bench:
         }
 
     def tuned(self, one: Configuration) -> dict[str, Any]:
-        """The options, with how much is to be read where that is to be found."""
+        """The options of a configuration; a method of `TUNED` gets the reading that matches the density."""
         options = dict(one.options or {})
         if options.get("method") in TUNED and one.target is not None:
             method, far_field = options["method"], options["far_field"]
@@ -285,7 +285,7 @@ class Bench:
         return options
 
     def density_at(self, method: str, far_field: str, much: float) -> float:
-        """Of a short generation of a prompt that no row has."""
+        """The density of a short generation of a prompt that no row has."""
         steps = min(CALIBRATION_STEPS, self.settings.steps)
         dense = min(steps - 1, round(steps * self.settings.dense_steps / self.settings.steps))
         options = {"method": method, **TUNED[method], **reading(far_field, much), "far_field": far_field}
@@ -296,9 +296,9 @@ class Bench:
     def attention(
         self, one: Configuration, options: Mapping[str, Any], found: Sequence[Measurement]
     ) -> tuple[float, float]:
-        """Density and attention mass kept, means over all attentions. A dense one has 1 and keeps 1.
+        """Density and kept attention mass, means over all attentions. Both are 1 for a dense attention.
 
-        Tiles do not measure what they keep: it is taken from dense calls at all `LEVELS`.
+        Tiles do not measure the mass that they keep. Dense calls at all `LEVELS` give it.
         """
         densities, kept = [], []
         for place, (site, method) in enumerate(_methods(one, options, found)):
@@ -318,7 +318,7 @@ class Bench:
 
     @cached_property
     def frame_mass(self) -> Tensor:
-        """Attention that queries of a frame give to keys of another, dense: [attentions, frames, frames].
+        """Dense attention from the queries of a frame to the keys of a frame: [attentions, frames, frames].
 
         Mean over heads, levels, and the queries of a frame.
         """
@@ -339,12 +339,12 @@ class Bench:
         return torch.stack(found).unflatten(0, (len(calls), -1)).mean(0)
 
     def loss(self, run: Velocity) -> float:
-        """Validation loss, mean over `LEVELS` and as many videos as there are seeds, `BATCH` at most."""
+        """Validation loss, mean over `LEVELS` and over one video for each seed, at most `BATCH`."""
         count = min(BATCH, self.settings.seeds)
         return _number(fmean(validation(run, self.settings.frames, count).values()), 6)
 
     def seconds(self, run: Velocity, *, autocast: bool) -> dict[str, float]:
-        """Of a dense and a sparse call of one video with guidance, at `LEVELS` in turn."""
+        """Seconds of a dense and of a sparse call on one video with guidance, at `LEVELS` in turn."""
         calls = [
             {
                 "hidden_states": call["hidden_states"].repeat(2, 1, 1, 1, 1),
@@ -376,7 +376,7 @@ class Bench:
 def _methods(
     one: Configuration, options: Mapping[str, Any], found: Sequence[Measurement]
 ) -> list[tuple[str, object]]:
-    """Every attention and what it does, in the order of the calls."""
+    """(attention, method) in the order of the calls."""
     if one.policy is not None:
         policy = load_policy(one.policy)
         return [(layer.mark.site, policy.menu[layer.choice].method) for layer in policy.layers]
@@ -387,7 +387,7 @@ def _methods(
 
 @contextmanager
 def _rounded(products: bool) -> Iterator[None]:
-    """Inside, products of matrices are in bfloat16, where asked for."""
+    """Inside, products of matrices are in bfloat16 if `products` is true."""
     if products:
         with bfloat16_products(), torch.autocast("cpu", torch.bfloat16):
             yield
@@ -396,7 +396,7 @@ def _rounded(products: bool) -> Iterator[None]:
 
 
 def _each_anew(model: Velocity) -> Velocity:
-    """Every call is a generation of its own: levels in turn are no video."""
+    """The model with every call as a generation of its own: calls at different levels make no video."""
 
     def call(*args: Any, **others: Any) -> tuple[Tensor, ...]:
         with generation(1, streams=1):
@@ -411,10 +411,10 @@ def _pixels(video: Tensor) -> Tensor:
 
 
 def _number(value: float | Tensor, digits: int = 5) -> float:
-    """As JSON has it."""
+    """A number rounded for JSON."""
     return round(float(value), digits)
 
 
 def _spread(values: Tensor) -> float | None:
-    """Standard deviation; none of a single video."""
+    """Standard deviation; None for a single video."""
     return _number(values.std()) if len(values) > 1 else None

@@ -1,4 +1,4 @@
-"""Calls of the evaluation model to calibrate on: scenes it was not trained on, at every noise level."""
+"""Calls of the evaluation model to calibrate on: validation scenes, at every noise level."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from sparsify_compiler.lab.sampling import noise
 from sparsify_compiler.lab.training import LEVELS, mixed
 
 FIRST = 1000
-"""Number of the first scene among those of `world.VALIDATION`: away from those that validation looks at."""
+"""Index of the first scene in `world.VALIDATION`. Validation itself uses the scenes from 0."""
 
 
 def calibration_inputs(frames: int = world.FRAMES) -> list[dict[str, Any]]:
-    """Keyword arguments of one call for each of `LEVELS`, of a scene and a prompt of its own, batch 1."""
+    """Keyword arguments of one call for each of `LEVELS`, batch 1. Every call has its own scene and prompt."""
     calls = []
     for number, level in enumerate(LEVELS, FIRST):
         scene = world.scene(world.VALIDATION, number)

@@ -1,4 +1,4 @@
-"""`python -m sparsify_compiler.lab.check`: what the dense model can do, as numbers and as a picture."""
+"""`python -m sparsify_compiler.lab.check`: the quality of the dense model, as numbers and as a picture."""
 
 import argparse
 import json
@@ -29,11 +29,11 @@ from sparsify_compiler.lab.training import LEVELS, loss, mixed, validation
 from sparsify_compiler.timing import timed
 
 BATCH = 4
-"""Samples that are made at once."""
+"""Samples in one batch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a JSON object, and writes it and the first samples into `--out`."""
+    """Print a JSON object, and write it and the first samples into `--out`."""
     options = parser().parse_args(arguments)
     require()
     for name in ("samples", "steps"):
@@ -61,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument("--out", type=Path, required=True, help="folder for check.json and samples.png")
     result.add_argument("--weights", type=Path, default=WEIGHTS)
     result.add_argument(
-        "--samples", type=int, default=200, help="prompts, those of the first held-out videos"
+        "--samples", type=int, default=200, help="samples, with the prompts of the first held-out videos"
     )
     result.add_argument("--steps", type=int, default=STEPS)
     result.add_argument("--guidance", type=float, default=GUIDANCE)
@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
-    """Videos [prompts, 3, frames, height, width] of the prompts, the i-th from noise of seed i, RGB from 0 to 1."""
+    """Videos [prompts, 3, frames, height, width], RGB from 0 to 1; the i-th from noise of seed i."""
     with fast_products():
         made = [
             sample(
@@ -90,7 +90,7 @@ def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float
 
 
 def shares(model: nn.Module, level: float, count: int = 2, frames: int = world.FRAMES) -> Tensor:
-    """The critical share of each self-attention at a noise level, mean over held-out videos: [layers, heads]."""
+    """Critical share of each self-attention at a noise level, mean over validation videos: [layers, heads]."""
     scenes = [world.scene(world.VALIDATION, number) for number in range(count)]
     videos, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
     batch = mixed(videos, noise(range(count), frames), torch.full((count,), level), text)
@@ -98,15 +98,15 @@ def shares(model: nn.Module, level: float, count: int = 2, frames: int = world.F
 
 
 def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.FRAMES) -> Tensor:
-    """The critical share (90 % of the attention) of every layer and head, mean over `LEVELS` and held-out videos.
+    """Critical share (90 % of the attention) of every layer and head, mean over `LEVELS` and validation videos.
 
-    Written into the folder `out`: `sparsity.json` and `sparsity.png`.
+    Writes `sparsity.json` and `sparsity.png` into the folder `out`.
 
     Returns:
         float32 [layers, heads].
 
     Raises:
-        SparsifyError: numbers below 1; no weights; no folder.
+        SparsifyError: a number is below 1, the weights cannot be read, or `out` is no folder.
     """
     if videos < 1:
         raise OptionError(f"videos must be at least 1, got {videos}")

@@ -1,8 +1,9 @@
-"""What a video shows, read from its pixels: small networks trained on the world's own videos.
+"""A classifier of the attributes in a video: small networks trained on the world's own videos.
 
-An object is asked for by its colour, of which no two of a video have the same. Its pixels give its track, the track
-its motion, and the mean of the frames cut out along the track a portrait that shows shape, texture and size. The
-background is held still in each of the ways that it may drift; where it fits best, its picture shows the rest.
+A question names an object by its colour, since no two objects of a video have the same. The object's pixels
+give its track. The track gives its motion. The mean of the frames cut out along the track is a portrait,
+which shows shape, texture and size. Each possible drift of the background is undone; the one that fits best
+gives a still picture of the background, which shows its pattern and tone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,35 +23,39 @@ OBJECT: dict[str, Sequence[str]] = {
     "size": tuple(world.SIZES),
     "motion": world.MOTIONS,
 }
-"""What can be asked of a colour, and the answers."""
+"""Attributes of an object, and the values of each."""
 BACKGROUND: dict[str, Sequence[str]] = {
     "drift": world.DRIFTS,
     "pattern": world.PATTERNS,
     "tone": tuple(world.TONES),
 }
-"""What can be asked of the background, and the answers."""
+"""Attributes of the background, and the values of each."""
 COLOURS = tuple(world.COLOURS)
 SIDE = 28
-"""Of a portrait, in pixels."""
+"""Side of a portrait in pixels."""
 
 Answers = dict[str, Tensor]
-"""Logits [things, answers] by attribute."""
+"""Attribute -> logits [things, values]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A thing of a video, and what is true of it."""
+    """A thing of a video, and its true attributes."""
 
     video: int
-    """Its place in the batch."""
+    """Index of the video in the batch."""
     colour: str | None
-    """None for the background."""
+    """Colour of the object; None for the background."""
     answers: Mapping[str, str]
-    """By attribute. Of an absent colour, its absence is all there is to know."""
+    """Attribute -> value. An absent colour has only the attribute `presence`."""
 
 
 def questions(scenes: Sequence[Scene], *, absent: bool = False) -> list[Question]:
-    """All that the prompts of scenes say and, if asked for, one colour of each that is not there."""
+    """Questions about all attributes in the prompts of scenes.
+
+    Args:
+        absent: whether to add one absent colour for each scene.
+    """
     result = []
     for number, scene in enumerate(scenes):
         for thing in scene.things:
@@ -64,7 +69,7 @@ def questions(scenes: Sequence[Scene], *, absent: bool = False) -> list[Question
 
 
 class Classifier(nn.Module):
-    """Answers questions about videos of `world.FRAMES` frames. For drift and tone it needs no training."""
+    """Networks that read attributes from videos of `world.FRAMES` frames. Drift and tone need no training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +100,11 @@ class Classifier(nn.Module):
         )
 
     def objects(self, videos: Tensor, colours: Sequence[str]) -> Answers:
-        """About the object of its colour in each of videos [things, 3, frames, height, width], RGB from 0 to 1."""
+        """Logits for the object of one colour in each video.
+
+        Args:
+            videos: [things, 3, frames, height, width], RGB from 0 to 1.
+        """
         near = likeness(videos, colours)
         mass = near.sum(dim=(2, 3))
         rows, columns = centre(near.sum(dim=3)), centre(near.sum(dim=2))
@@ -106,7 +115,11 @@ class Classifier(nn.Module):
         return {name: self.heads[name](features.get(name, image)) for name in OBJECT}
 
     def backgrounds(self, videos: Tensor) -> Answers:
-        """About the background of each of videos [videos, 3, frames, height, width], RGB from 0 to 1."""
+        """Logits for the background of each video.
+
+        Args:
+            videos: [videos, 3, frames, height, width], RGB from 0 to 1.
+        """
         stills, misfits = zip(*(still(videos, direction) for direction in world.DRIFTS), strict=True)
         misfit = torch.stack(misfits, dim=1)
         best = torch.stack(stills)[misfit.argmin(dim=1), torch.arange(len(videos))]
@@ -122,7 +135,7 @@ def hue(colours: Tensor) -> Tensor:
 
 
 def convolution(inputs: int, outputs: int, *, stride: int) -> tuple[nn.Module, ...]:
-    """On the torus, in two dimensions, normalised."""
+    """Layers of a normalised two-dimensional convolution on the torus."""
     return (
         nn.Conv2d(inputs, outputs, 5, stride, padding=2, padding_mode="circular"),
         nn.GroupNorm(8, outputs),
@@ -131,20 +144,20 @@ def convolution(inputs: int, outputs: int, *, stride: int) -> tuple[nn.Module, .
 
 
 def likeness(videos: Tensor, colours: Sequence[str]) -> Tensor:
-    """How near each pixel is to its video's colour, 1 to 0: [videos, frames, height, width]."""
+    """Closeness of each pixel to its video's colour, 1 to 0: [videos, frames, height, width]."""
     wanted = torch.tensor([world.COLOURS[colour] for colour in colours]).view(-1, 3, 1, 1, 1)
     return torch.exp(-(videos - wanted).square().sum(dim=1) / 0.05)
 
 
 def centre(mass: Tensor) -> Tensor:
-    """The mean place on a circle, in pixels, of masses [videos, frames, places]: [videos, frames]."""
+    """Mean place on a circle, in pixels, of masses [videos, frames, places]: [videos, frames]."""
     places = mass.shape[2]
     angle = torch.arange(places) * (2 * pi / places)
     return torch.atan2((mass * angle.sin()).sum(dim=2), (mass * angle.cos()).sum(dim=2)) * (places / (2 * pi))
 
 
 def step(places: Tensor, size: int) -> Tensor:
-    """From each frame to the next the shortest way around, in pixels: [videos, frames], 0 at the end."""
+    """Shortest way around from each frame to the next, in pixels: [videos, frames], 0 at the end."""
     ahead = (places.diff(dim=1) + size / 2) % size - size / 2
     return nn.functional.pad(ahead, (0, 1))
 
@@ -152,7 +165,7 @@ def step(places: Tensor, size: int) -> Tensor:
 def portraits(videos: Tensor, near: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Mean and deviation of RGB and the mean likeness along a track: [videos, 7, SIDE, SIDE].
 
-    A frame counts by how much of the object it shows.
+    The weight of a frame is the part of the object that it shows.
     """
     around = torch.arange(SIDE) - SIDE // 2
     y = (rows.round().long().unsqueeze(2) + around) % world.HEIGHT
@@ -171,9 +184,10 @@ def portraits(videos: Tensor, near: Tensor, rows: Tensor, columns: Tensor) -> Te
 
 
 def still(videos: Tensor, direction: str) -> tuple[Tensor, Tensor]:
-    """The background, if it drifts in a direction, [videos, 3, height, width], and how far the frames are from it.
+    """The still background, if it drifts in a direction, and the mean distance of the frames from it.
 
-    Objects, which are white or of strong colours, do not count.
+    Shapes: [videos, 3, height, width] and [videos]. Objects do not count: they are white or of strong
+    colours.
     """
     span = videos.amax(dim=1, keepdim=True) - videos.amin(dim=1, keepdim=True)
     dull = ((span < 0.45) & (videos.amin(dim=1, keepdim=True) < 0.65)).float()
@@ -184,7 +198,7 @@ def still(videos: Tensor, direction: str) -> tuple[Tensor, Tensor]:
 
 
 def hold(videos: Tensor, direction: str) -> Tensor:
-    """Videos with each frame moved back by what a background has drifted in a direction since the first."""
+    """Videos with the drift undone: each frame is moved back by the drift since the first frame."""
     down, right = (round(-world.DRIFT_SPEED * part) for part in world.STEPS[direction])
     frames = [
         frame.roll((number * down, number * right), dims=(2, 3))
@@ -194,7 +208,7 @@ def hold(videos: Tensor, direction: str) -> Tensor:
 
 
 def answers(classifier: Classifier, videos: Tensor, asked: Sequence[Question]) -> Answers:
-    """To all questions about videos: logits [questions that have the attribute, answers], in their order."""
+    """Logits for all questions about videos: [questions that have the attribute, values], in their order."""
     things = [question for question in asked if question.colour]
     rest = [question for question in asked if not question.colour]
     result = classifier.objects(
@@ -206,7 +220,7 @@ def answers(classifier: Classifier, videos: Tensor, asked: Sequence[Question]) -
 
 
 def truth(asked: Sequence[Question]) -> Answers:
-    """The right answers to `answers`' questions: int64 [questions that have the attribute]."""
+    """Indices of the true values: int64 [questions that have the attribute]."""
     return {
         name: torch.tensor(
             [words.index(question.answers[name]) for question in asked if name in question.answers],
@@ -217,7 +231,7 @@ def truth(asked: Sequence[Question]) -> Answers:
 
 
 def train(steps: int = 150, batch: int = 16, rate: float = 2e-3) -> Classifier:
-    """A classifier trained on the stream of videos kept for it; the same at every call on one machine."""
+    """Train a classifier on its own stream of videos. Every call on one machine gives the same one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(world.CLASSIFIER)
         classifier = Classifier()
@@ -228,9 +242,9 @@ def train(steps: int = 150, batch: int = 16, rate: float = 2e-3) -> Classifier:
         asked = questions(scenes, absent=True)
         right = truth(asked)
         logits = answers(classifier, world.videos(scenes), asked)
-        learnt = [name for name in right if name in OBJECT or name == "pattern"]
+        trained = [name for name in right if name in OBJECT or name == "pattern"]
         torch.stack(
-            [nn.functional.cross_entropy(logits[name], right[name]) for name in learnt]
+            [nn.functional.cross_entropy(logits[name], right[name]) for name in trained]
         ).sum().backward()
         optimizer.step()
         schedule.step()
@@ -240,11 +254,14 @@ def train(steps: int = 150, batch: int = 16, rate: float = 2e-3) -> Classifier:
 
 @torch.no_grad()
 def hits(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> Answers:
-    """Where the classifier finds in videos what the prompts say: by attribute bool [questions that have it].
+    """Whether the classifier finds the prompts' attributes in videos.
 
     Args:
         videos: RGB from 0 to 1, [scenes, 3, frames, height, width].
-        scenes: what each was asked to show.
+        scenes: the scene whose prompt each video shows.
+
+    Returns:
+        Attribute -> bool [questions with this attribute].
     """
     asked = questions(scenes)
     logits, right = answers(classifier, videos, asked), truth(asked)
@@ -252,7 +269,7 @@ def hits(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> Ans
 
 
 def found(classifier: Classifier, videos: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
-    """The share of `hits`, by attribute and in `all`."""
+    """Share of `hits` for each attribute, and in `all`."""
     of = hits(classifier, videos, scenes)
     return {
         name: hit.float().mean().item() for name, hit in {**of, "all": torch.cat(list(of.values()))}.items()

@@ -1,8 +1,9 @@
-"""How good the videos of few steps are, against those that the evaluation model makes of the same noise in many.
+"""Quality of videos of few steps, compared with the videos of many steps from the same noise.
 
-Of held-out prompts: how far their videos are from the exact ones, and how much moves in them. How far from the
-exact way one step ends that begins on it: errors of early steps grow on the way to a video, those of single
-steps do not. And what a classifier finds of what prompts ask for.
+All numbers are of held-out prompts. They give the distance of the videos from the exact ones, and their
+motion. They give the error of one step that begins on the exact way: errors of early steps grow on the way to
+a video, errors of single steps do not. And they give the share of the prompts' attributes that a classifier
+finds.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,42 +27,42 @@ from sparsify_compiler.lab.world import Scene
 from sparsify_compiler.runtime.clock import generation
 
 EXACT_STEPS = 100
-"""Of the model with guidance, which all else is held to."""
+"""Guided steps of the exact videos, which all others are compared with."""
 VIDEOS, ASKED, BATCH = 8, 64, 4
-"""Held-out videos to compare, those to look for attributes in, and how many are made at once."""
+"""Held-out videos to compare, held-out videos to look for attributes in, and videos in one batch."""
 
 Model = Callable[..., Any]
 Maker = Callable[[Sequence[Scene], Tensor], Tensor]
-"""Videos of what scenes' prompts say, from noise; or something else of each video."""
+"""A function that makes videos, or another tensor for each video, from scenes and noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quality:
-    """Of videos of held-out prompts, means; PSNR in dB, errors of RGB from 0 to 1."""
+    """Means over videos of held-out prompts; PSNR in dB, errors of RGB from 0 to 1."""
 
     videos: str
     calls: int
-    """Of the model, for one video."""
+    """Calls of the model for one video."""
     psnr: float
-    """To those of the model in `EXACT_STEPS` guided steps."""
+    """PSNR to the model's videos in `EXACT_STEPS` guided steps."""
     mse: float
     motion: float
     step_error: float | None = None
-    """Where one step leads from each state on their way, up to where the next step would begin: squared error
-    relative to the square of what lies between. None for more steps than the students take."""
+    """Error of one step from each state on the exact way: squared distance to the next state, relative to the
+    squared distance between the two states. None for more steps than the students take."""
     found: float | None = None
-    """Share of what `ASKED` prompts say that is found in their videos. None for videos of another length than the
-    classifier knows, and for more steps than the students take."""
+    """Share of the attributes in `ASKED` prompts that the classifier finds in their videos. None for videos
+    of another length than the classifier knows, and for more steps than the students take."""
     psnr_to_dense: float | None = None
-    """To those of the dense student; of sparse ones alone."""
+    """PSNR to the videos of the dense student; only for sparse videos."""
     mse_to_dense: float | None = None
 
 
 class Comparison:
-    """With the exact videos of a model. All that is made is kept in files, and not made again."""
+    """Comparison with the exact videos of a model. Files keep all results, so no result is computed twice."""
 
     def __init__(self, model: Model, folder: Path, settings: Settings, bar: Progress) -> None:
-        """Makes the exact videos."""
+        """Make the exact videos."""
         folder.mkdir(exist_ok=True)
         self.folder, self.settings, self.bar = folder, settings, bar
         self.judge = cache(classifier.train)
@@ -70,7 +71,7 @@ class Comparison:
         self.exact = to_pixels(self.ways[:, -1])
 
     def videos(self, name: str, model: Model, steps: int, guidance: float) -> Tensor:
-        """[VIDEOS, 3, frames, HEIGHT, WIDTH], RGB from 0 to 1, kept under the name."""
+        """Videos [VIDEOS, 3, frames, HEIGHT, WIDTH], RGB from 0 to 1, kept under the name."""
         return self._kept(name, partial(generate, model, steps, guidance), self._noises(VIDEOS))
 
     def quality(
@@ -82,7 +83,11 @@ class Comparison:
         guidance: float,
         dense: Tensor | None = None,
     ) -> Quality:
-        """Of the videos that a model makes in so many steps; also beside those of the dense student."""
+        """Quality of the videos that a model makes in this number of steps.
+
+        Args:
+            dense: the videos of the dense student, to compare with too.
+        """
         torch.compiler.reset()
         videos, error, found = self.videos(name, model, steps, guidance), None, None
         if steps == self.settings.segments:
@@ -107,7 +112,7 @@ class Comparison:
         return [noise(numbers, self.settings.frames) for numbers in _batches(count)]
 
     def _kept(self, name: str, make: Maker, starts: Sequence[Tensor]) -> Tensor:
-        """What is made of the held-out prompts and the start of each batch."""
+        """The results of `make` for the held-out prompts and the start of each batch."""
         count, found = sum(map(len, starts)), []
         task = self.bar.add_task(name, total=count)
         for numbers, start in zip(_batches(count), starts, strict=True):
@@ -118,7 +123,7 @@ class Comparison:
 
 
 def generate(model: Model, steps: int, guidance: float, scenes: Sequence[Scene], start: Tensor) -> Tensor:
-    """Videos of what prompts say from noise, RGB from 0 to 1; by a student where guidance is 1."""
+    """Videos of the scenes' prompts from noise, RGB from 0 to 1. A student has guidance 1."""
     with fast_products(), generation(steps, streams=1):
         return sample(model, _prompts(scenes), start, steps=steps, guidance=guidance)
 
@@ -132,7 +137,7 @@ def _way(model: Model, segments: int, scenes: Sequence[Scene], start: Tensor) ->
 
 @torch.no_grad()
 def _step_errors(model: Model, guidance: float, scenes: Sequence[Scene], way: Tensor) -> Tensor:
-    """Of each step from the way's own states [B, segments + 1, ...]: [B, segments]."""
+    """Errors of each step from the states of the exact way [B, segments + 1, ...]: [B, segments]."""
     segments = way.shape[1] - 1
     text, errors = encode(_prompts(scenes)), []
     with fast_products(), generation(segments, streams=1):
@@ -146,7 +151,7 @@ def _step_errors(model: Model, guidance: float, scenes: Sequence[Scene], way: Te
 def _hits(
     judge: Callable[[], classifier.Classifier], make: Maker, scenes: Sequence[Scene], start: Tensor
 ) -> Tensor:
-    """Whether each attribute asked for is found in what is made: bool [attributes of all scenes]."""
+    """Whether the classifier finds each attribute of the prompts: bool [attributes of all scenes]."""
     return torch.cat(list(classifier.hits(judge(), make(scenes, start), scenes).values()))
 
 

@@ -1,8 +1,8 @@
-"""What `sparsify bench quality` compares.
+"""Configurations of `sparsify bench quality`: methods at matched densities, noise floors and policies.
 
-Methods at matched densities: `tile` by the number of reference frames that comes nearest, `svg2` and `cubes` by the
-`top_p` or, with the linear far field, the `min_gain` that short generations of another prompt find, `keys` and
-`dsv` by their budget. And noise floors, and policies.
+`tile` takes the number of reference frames whose density is nearest. Short generations of another prompt find
+the `top_p` of `svg2` and `cubes`, or their `min_gain` with the linear far field. `keys` and `dsv` have a
+budget.
 """
 
 import math
@@ -25,17 +25,17 @@ TUNED: Mapping[str, Mapping[str, Any]] = {
     "svg2": {"min_kv_ratio": 0.01},
     "cubes": {"cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_kv_ratio": 0.01},
 }
-"""Methods that decide by themselves what they read, with a floor below every density asked for."""
+"""Methods that decide how much they read, with options that let them read less than every density."""
 TRIES, NEAR = 8, 0.03
-"""How many settings are tried for a density; and the relative difference from the target that is good enough."""
+"""Tries for a density, and the relative difference from the target that ends them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What is to be compared."""
+    """Settings of a run."""
 
     seeds: int = 8
-    """Videos of each configuration."""
+    """Videos for each configuration."""
     steps: int = 16
     dense_steps: int = 2
     frames: int = world.FRAMES
@@ -43,7 +43,7 @@ class Settings:
     methods: tuple[str, ...] = COMPARED
     policies: tuple[Path, ...] = ()
     predictor: Path | None = None
-    """Of `dsv`; learnt if None."""
+    """File of the predictor of `dsv`; trained in the run if None."""
 
     def __post_init__(self) -> None:
         check_frames(self.frames, least=2)
@@ -76,15 +76,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Configuration:
-    """How the model is run in a row."""
+    """Way to run the model, for one row."""
 
     name: str
     line: str | None = None
-    """The line of the picture that it is a point of: method and far field; none for a noise floor."""
+    """The line of the picture that has this point: method and far field; None for a noise floor."""
     target: float | None = None
-    """The density to be matched."""
+    """The density to match."""
     options: Mapping[str, Any] | None = None
-    """Of torch.compile; none: the model runs as it is. For a method of `TUNED`, `reading` is still to be found."""
+    """Options of torch.compile; None runs the plain model. A method of `TUNED` has no `reading` yet."""
     autocast: bool = False
     """Whether products of matrices are in bfloat16."""
     policy: Path | None = None
@@ -128,31 +128,32 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
     for path in settings.policies:
         name = f"policy {path.stem if stems.count(path.stem) == 1 else path}"
         found.append(Configuration(name=name, line=name, options={"policy": str(path)}, policy=path))
-    # Two densities may come to the same tile.
+    # Two densities may have the same nearest tile.
     return list({one.name: one for one in reversed(found)}.values())[::-1]
 
 
 def nearest_tile(frames: int, density: float) -> int:
-    """Reference frames of the tile whose density is nearest."""
+    """Reference frames of the tile with the nearest density."""
     return min(range(1, frames + 1), key=lambda k: abs(frame_mask(frames, k).float().mean().item() - density))
 
 
 def reading(far_field: str, much: float) -> dict[str, float]:
-    """The option by which a method of `TUNED` reads from nothing, `much` 0, to everything, 1."""
+    """Option with which a method of `TUNED` reads a part of the keys, from none (`much` 0) to all (1)."""
     return {"min_gain": 10.0 ** (1 - 7 * much)} if far_field == "linear" else {"top_p": much}
 
 
 def find_reading(
     density_at: Callable[[float], float], target: float, known: dict[float, float], tries: int = TRIES
 ) -> float:
-    """How much a method must read to come nearest to a density.
+    """The value of `much` whose density comes nearest to a target.
 
-    Between the two nearest values on both sides: where the straight line through the logarithms of their densities
-    meets the target, but never at their very ends, and in the middle, by turns; densities may rise all at once.
+    Each try lies between the nearest known values below and above the target. By turns it is the middle, and
+    the place where the straight line through the logarithms of the densities meets the target, but never very
+    near an end: a density may jump.
 
     Args:
-        density_at: measures; rising.
-        known: what was measured before, `much` to density; what is measured is added.
+        density_at: measures the density at a value of `much`; it does not fall.
+        known: `much` -> density of earlier measurements; new ones are added.
     """
 
     def miss(much: float) -> float:

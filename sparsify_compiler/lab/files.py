@@ -1,6 +1,6 @@
-"""Files of a run that is a folder.
+"""Files of a run, which is a folder.
 
-A file is written under another name first and then put in place, so it is whole or not there.
+A file is written under another name and then renamed, so it is complete or missing.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, SparsifyError
 
-REMOVE = "remove it, and what it held is made again"
+REMOVE = "remove it, and the run makes it again"
 
 
 class DamagedError(SparsifyError):
@@ -25,8 +25,10 @@ class DamagedError(SparsifyError):
 
 
 def make_folder(out: Path) -> None:
-    """Raises:
-    OptionError: it cannot be made.
+    """Make a folder, unless it exists.
+
+    Raises:
+        OptionError: it cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -35,21 +37,25 @@ def make_folder(out: Path) -> None:
 
 
 def refuse_others(out: Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Raises:
-    OptionError: the settings found in a folder are not those of this run.
+    """Check that the settings found in a folder are those of this run.
+
+    Raises:
+        OptionError: one differs.
     """
     if odd := [name for name in mine if found.get(name) != mine[name]]:
-        told = ", ".join(f"{name} {found.get(name)!r} there and {mine[name]!r} now" for name in odd)
-        raise OptionError(f"{out} holds a run of other settings: {told}. Give those, or another folder")
+        differences = ", ".join(f"{name} {found.get(name)!r} there and {mine[name]!r} now" for name in odd)
+        raise OptionError(
+            f"{out} holds a run of other settings: {differences}. Give those, or another folder"
+        )
 
 
 def digest(path: Path) -> str:
-    """Of a file's content."""
+    """Hash of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor in a file; made, and written there, if there is none."""
+    """Read the tensor in a file; make and write it first if there is no file."""
     if not path.exists():
         write(path, lambda partial: torch.save(make(), partial))
     tensor = read_tensors(path)
@@ -59,14 +65,14 @@ def kept(path: Path, make: Callable[[], Tensor]) -> Tensor:
 
 
 def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Lets `writer` write the file that is given to it, and puts it in the place of `path`."""
+    """Let `writer` write a file, then rename that file to `path`."""
     partial = path.with_name(path.name + ".partial")
     writer(partial)
     partial.replace(path)
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record.
+    """Write a record.
 
     Raises:
         SparsifyError: one of its numbers is not finite.
@@ -79,12 +85,12 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_tensors(path: Path) -> Any:
-    """What torch.save wrote into a file, every byte of it checked.
+    """Read a file that torch.save wrote, and check every byte.
 
     Raises:
-        DamagedError: it is cut off or altered.
+        DamagedError: the file is cut off or altered.
     """
-    # A damaged file may raise anything; torch itself does not look at the sums of a zip file.
+    # A damaged file may raise anything; torch itself does not check the sums of a zip file.
     try:
         with zipfile.ZipFile(path) as file:
             if name := file.testzip():
@@ -95,10 +101,10 @@ def read_tensors(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
-        DamagedError: it holds none.
+        DamagedError: the file holds none.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -110,6 +116,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def progress() -> Progress:
-    """A bar on stderr."""
+    """A progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

@@ -1,4 +1,4 @@
-"""The machine in words: what every measured figure comes with."""
+"""The machine in words, for every measured figure; and bfloat16 products that are fast on every CPU."""
 
 import os
 import platform
@@ -17,12 +17,12 @@ from sparsify_compiler._torch import multiplies_bfloat16
 
 
 def machine() -> dict[str, Any]:
-    """The machine and software a figure was measured on."""
+    """The machine and software of a measurement."""
     described = {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),  # of one minute: what else ran beside
+        "load": round(os.getloadavg()[0], 1),  # mean of one minute: other work on the machine
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "fast_products": "bfloat16" if multiplies_bfloat16() else "float32",
         "python": platform.python_version(),
@@ -34,17 +34,17 @@ def machine() -> dict[str, Any]:
 
 
 def fast_products() -> torch.autocast:
-    """Inside, products of matrices are in bfloat16, but on CPUs that have no instructions for them in float32."""
+    """Inside, products of matrices are in bfloat16; in float32 on CPUs without instructions for bfloat16."""
     return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16())
 
 
 def bfloat16_products() -> AbstractContextManager[object]:
-    """Inside, what asks for products of bfloat16 matrices gets them in reasonable time on every CPU, uncompiled."""
+    """Inside, uncompiled products of bfloat16 matrices take a reasonable time on every CPU."""
     return nullcontext() if multiplies_bfloat16() else Widened()
 
 
 class Widened(TorchDispatchMode):
-    """Products and attention of bfloat16 tensors are computed in float32 and rounded, uncompiled ones."""
+    """Mode that computes uncompiled products and attention of bfloat16 tensors in float32, and rounds."""
 
     PRODUCTS = (
         torch.ops.aten.mm,
@@ -64,7 +64,7 @@ class Widened(TorchDispatchMode):
         result = func(*wide_args, **wide_kwargs)
         if isinstance(result, Tensor):
             return result.bfloat16()
-        return result[0].bfloat16(), *result[1:]  # attention's second result, the lse, is float32 anyway
+        return result[0].bfloat16(), *result[1:]  # attention's second result, the lse, is float32 already
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def origin() -> dict[str, Any]:
-    """Where a result of the command line comes from."""
+    """Command, date and machine of a result of the command line."""
     return {
         "command": " ".join(["sparsify", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,7 +81,7 @@ def origin() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """As the kernel names it, else the architecture."""
+    """Name of the CPU that Linux gives, else the architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next(

@@ -1,4 +1,4 @@
-"""The model: its configuration, how prompts and pixels reach it, and where its weights are."""
+"""The model: its configuration, its weights, and the form of its prompts and pixels."""
 
 import copy
 import hashlib
@@ -31,13 +31,13 @@ CONFIG: Mapping[str, Any] = {
     "freq_dim": 256,
     "rope_max_seq_len": 64,
 }
-"""Of `WanTransformer3DModel`: 24 frames of 32 x 48 pixels are 24 x 8 x 12 = 2,304 tokens."""
+"""Arguments of `WanTransformer3DModel`: 24 frames of 32 x 48 pixels are 24 x 8 x 12 = 2,304 tokens."""
 MOST_FRAMES: int = CONFIG["rope_max_seq_len"]
-"""Frames times their spacing: what rotary positions reach to."""
+"""Most frames times spacing: the reach of the rotary positions."""
 WAVES = 4
-"""A patch's place is told by waves of 1 to this many half periods over the frames, the height and the width."""
+"""The place of a patch is waves of 1 to this many half periods over the frames, the height and the width."""
 MEAN, STD = 0.40, 0.25
-"""Of the world's pixels: what the model sees has mean 0 and deviation 1."""
+"""Mean and deviation of the world's pixels. Those of the model's input are 0 and 1."""
 
 
 class WeightsError(SparsifyError):
@@ -45,8 +45,10 @@ class WeightsError(SparsifyError):
 
 
 def check_frames(frames: object, *, least: int = 1, spacing: int = 1) -> None:
-    """Raises:
-    OptionError: the model has no positions for such videos.
+    """Check a number of frames.
+
+    Raises:
+        OptionError: the model has no positions for such videos.
     """
     count = integer(frames)
     if count is None or not least <= count <= MOST_FRAMES // spacing:
@@ -57,9 +59,9 @@ def check_frames(frames: object, *, least: int = 1, spacing: int = 1) -> None:
 
 
 def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
-    """An untrained `WanTransformer3DModel` with `Placed` patches, the same for every call.
+    """Build an untrained `WanTransformer3DModel` with `Placed` patches, the same for every call.
 
-    It starts with an output of zero.
+    Its output is zero.
     """
     from diffusers import WanTransformer3DModel
 
@@ -73,10 +75,10 @@ def build(config: Mapping[str, Any] = CONFIG, *, seed: int = 0) -> nn.Module:
 
 
 class Placed(nn.Conv3d):
-    """A patch embedding that also tells each patch its place in the video.
+    """A patch embedding that also adds the place of each patch in the video.
 
-    Rotary positions are relative, and pure noise looks everywhere the same; but there a prompt's movements decide
-    what is where.
+    Rotary positions are relative, and pure noise looks the same everywhere. But in pure noise the prompt's
+    movements decide the place of every object.
     """
 
     def __init__(self, embedding: nn.Conv3d) -> None:
@@ -84,10 +86,10 @@ class Placed(nn.Conv3d):
         super().__init__(embedding.in_channels, embedding.out_channels, size, stride)  # type: ignore[arg-type]
         self.load_state_dict(embedding.state_dict())
         self.places = nn.Parameter(torch.randn(self.out_channels, 3 * 2 * WAVES) / 10)
-        """For frames, rows and columns in turn, of the sines and the cosines."""
+        """Weights of sines and cosines, for frames, rows and columns in turn."""
 
     def forward(self, videos: Tensor) -> Tensor:
-        """Of [B, channels, frames, height, width]: [B, out channels, frames, rows, columns] of patches."""
+        """Embed videos [B, channels, frames, height, width] as [B, out channels, frames, rows, columns]."""
         patches = super().forward(videos)
         halves = torch.arange(1, WAVES + 1, device=patches.device)
         for axis, weight in enumerate(self.places.chunk(3, dim=1)):
@@ -100,21 +102,25 @@ class Placed(nn.Conv3d):
 
 
 class Spaced(nn.Module):
-    """Rotary positions of a video of which only every `spacing`-th frame is there."""
+    """Rotary positions of a video that has only every `spacing`-th frame."""
 
     def __init__(self, rope: nn.Module, spacing: int) -> None:
         super().__init__()
         self.rope, self.spacing = rope, spacing
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """As `WanRotaryPosEmbed`: of [B, C, frames, rows, columns], each [1, tokens, 1, head dim]."""
+        """Positions as `WanRotaryPosEmbed` returns them, each [1, tokens, 1, head dim].
+
+        Args:
+            hidden: [B, C, frames, rows, columns].
+        """
         frames = hidden.shape[2]
         whole = self.rope(hidden.repeat_interleave(self.spacing, dim=2))
         return tuple(each.unflatten(1, (frames, self.spacing, -1))[:, :, 0].flatten(1, 2) for each in whole)
 
 
 def spaced(model: nn.Module, spacing: int) -> nn.Module:
-    """The model, for videos of every `spacing`-th frame: the same parameters, other temporal positions."""
+    """Return the model for videos of every `spacing`-th frame: same parameters, other temporal positions."""
     if spacing == 1:
         return model
     result = copy.copy(model)
@@ -123,23 +129,23 @@ def spaced(model: nn.Module, spacing: int) -> nn.Module:
 
 
 def to_model(videos: Tensor) -> Tensor:
-    """RGB from 0 to 1 as the model sees it; same shape."""
+    """Turn RGB from 0 to 1 into the model's input, of the same shape."""
     return (videos - MEAN) / STD
 
 
 def to_pixels(samples: Tensor) -> Tensor:
-    """What the model made as RGB from 0 to 1; same shape."""
+    """Turn the model's output into RGB from 0 to 1, of the same shape."""
     return (samples * STD + MEAN).clamp(0, 1)
 
 
 def encode(prompts: Sequence[str]) -> Tensor:
     """Embeddings of prompts: float32 [prompts, TEXT_TOKENS, TEXT_DIM].
 
-    Each phrase is a token: the sum of its words' vectors and of its place's. The background's phrase, the last,
-    takes the last place; the places between it and the objects say that there is nothing.
+    Each phrase is a token: the sum of the vectors of its words and of its place. The last place is that of
+    the background. Places between the objects and the background have the word "nothing".
 
     Raises:
-        ValueError: no list of prompts, or one of more objects.
+        ValueError: no list of prompts, or a prompt with too many objects.
     """
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"expected a list of at least one prompt, got {prompts!r}")
@@ -161,19 +167,19 @@ def encode(prompts: Sequence[str]) -> Tensor:
 
 
 def unconditional(count: int) -> Tensor:
-    """The embedding of no prompt: [count, TEXT_TOKENS, TEXT_DIM]."""
+    """The embedding of the empty prompt: [count, TEXT_TOKENS, TEXT_DIM]."""
     return torch.zeros(count, TEXT_TOKENS, TEXT_DIM)
 
 
 @cache
 def word_vector(word: str) -> Tensor:
-    """A word as a Gaussian vector of deviation 1/2 drawn from its hash: float32 [TEXT_DIM]."""
+    """Gaussian vector of deviation 1/2, drawn from the hash of a word: float32 [TEXT_DIM]."""
     rng = np.random.default_rng(list(hashlib.sha256(word.encode()).digest()))
     return torch.from_numpy(rng.normal(scale=0.5, size=TEXT_DIM).astype(np.float32))
 
 
 def save(model: nn.Module, path: Path, *, step: int) -> None:
-    """Writes the weights in bfloat16, and the number of training steps, at once or not at all."""
+    """Write the weights in bfloat16 and the number of training steps. The file is complete or missing."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -185,7 +191,7 @@ def save(model: nn.Module, path: Path, *, step: int) -> None:
 
 
 def load(path: Path = WEIGHTS) -> nn.Module:
-    """The trained model in evaluation mode, in float32 (its file holds bfloat16)."""
+    """Load the trained model in evaluation mode, in float32. The file has bfloat16."""
     weights, _ = read(path)
     model = build()
     expected = {name: value.shape for name, value in model.named_parameters()}
@@ -204,7 +210,7 @@ def load(path: Path = WEIGHTS) -> nn.Module:
 
 
 def digest(model: nn.Module) -> str:
-    """Of the weights: two models with the same one are the same."""
+    """Hash of the weights. Two models with the same hash are the same."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -213,18 +219,18 @@ def digest(model: nn.Module) -> str:
 
 
 def trained_steps(path: Path = WEIGHTS) -> int:
-    """How many steps of training the weights have seen."""
+    """Number of training steps of the weights."""
     step = (read(path)[1] or {}).get("step", "")
     if not step.isdecimal():
         raise WeightsError(
-            f"{path} must say in its metadata how many steps of training it has seen, got {step!r}: save it with "
+            f"the metadata of {path} must say how many steps of training it has seen, got {step!r}: save it with "
             "sparsify_compiler.lab.model.save(model, path, step=...)"
         )
     return int(step)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """The tensors and the metadata, if it has any, of a file of weights."""
+    """Read the tensors of a file of weights, and its metadata or None."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():

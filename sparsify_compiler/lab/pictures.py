@@ -1,4 +1,4 @@
-"""Videos as pictures for people to look at."""
+"""Videos as pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 
 def strip(videos: Tensor, columns: int = 8, zoom: int = 2, labels: Sequence[str] = ()) -> "Image":
-    """A row for each of the videos [count, 3, frames, height, width], RGB from 0 to 1: `columns` of its frames.
+    """A picture with a row for each video, with `columns` of its frames.
 
-    Labels, one for each video where there are any, stand before the rows.
+    Args:
+        videos: [count, 3, frames, height, width], RGB from 0 to 1.
+        labels: one for each video, to the left of its row; or none.
     """
     from PIL import Image, ImageDraw
 
@@ -39,9 +41,12 @@ def strip(videos: Tensor, columns: int = 8, zoom: int = 2, labels: Sequence[str]
 
 
 def side_by_side(left: Tensor, right: Tensor, *, zoom: int = 4, gap: int = 4) -> "list[Image]":
-    """A picture for each frame of two sets of videos [count, 3, frames, height, width], RGB from 0 to 1.
+    """A picture for each frame of two sets of videos. A row shows a video of each set.
 
-    Rows are the videos; every pixel is a square of `zoom`, and white lines of `gap` lie between the videos.
+    Args:
+        left, right: [count, 3, frames, height, width], RGB from 0 to 1.
+        zoom: side of the square that shows a pixel.
+        gap: width of the white lines between videos.
     """
     from PIL import Image
 
@@ -55,7 +60,7 @@ def side_by_side(left: Tensor, right: Tensor, *, zoom: int = 4, gap: int = 4) ->
 
 
 def save_gif(frames: "Sequence[Image]", path: Path, *, milliseconds: int = 120) -> Path:
-    """Writes an animation that loops for ever; a frame that is the one before joins it and is shown longer."""
+    """Write an animation that loops for ever. A frame equal to the one before it only lengthens that one."""
     first, *others = frames
     path.parent.mkdir(parents=True, exist_ok=True)
     first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0)

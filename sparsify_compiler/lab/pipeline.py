@@ -1,11 +1,11 @@
-"""Efficient-vDiT whole (arXiv 2502.06155), on the evaluation model, and what each of its stages is worth.
+"""All of Efficient-vDiT (arXiv 2502.06155) on the evaluation model, and the gain of each of its stages.
 
     report = distill(load(), Path("out"), Settings(frames=8))
 
-Most of what the paper gains comes from fewer steps, so the report keeps that apart from what sparsity adds: seconds
-a video of the model at its own number of guided steps, of the dense student and of the sparse one, timed in turn.
-It says how good videos are after each stage, as `comparison` measures it. The folder holds what `students`
-describes, what was compared, and `report.json` and `report.md`.
+Most of the paper's gain comes from fewer steps. So the report has this gain and that of sparsity apart: the seconds
+of a video by the model in its own number of guided steps, by the dense student and by the sparse student, timed in
+turn. It has the quality of the videos after each stage, measured by `comparison`. The folder has the files of
+`students`, the compared videos, `report.json` and `report.md`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,38 +37,38 @@ from sparsify_compiler.policy import DENSE, Policy
 from sparsify_compiler.timing import timed
 
 ROUNDS = 3
-"""In which every model is timed once."""
+"""Rounds of timing: each times every model once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What a run came to."""
+    """Results of a run."""
 
     settings: Mapping[str, Any]
     made: Mapping[str, str]
-    """Digests of what is compared: `dense`, `policy`, `sparse`."""
+    """Digests of `dense`, `policy` and `sparse`, which the report compares."""
     machine: str
     seconds: Mapping[str, float]
-    """Of one video by `base`, `dense` and `sparse`: medians of `ROUNDS`, timed in turn."""
+    """Seconds of one video by `base`, `dense` and `sparse`: medians of `ROUNDS`, timed in turn."""
     choices: Mapping[str, str]
-    """Site -> what the policy chose for it."""
+    """Site -> the policy's choice."""
     density: float
-    """Share of the query-key pairs of all these attentions that the sparse student computes."""
+    """Share of the query-key pairs of these attentions that the sparse student computes."""
     exact_motion: float
     quality: tuple[Quality, ...]
 
     @property
     def fewer_steps(self) -> float:
-        """How many times as fast the dense student is."""
+        """Speed-up by fewer steps: base over dense student."""
         return self.seconds["base"] / self.seconds["dense"]
 
     @property
     def sparsity(self) -> float:
-        """How many times as fast as the dense student the sparse one is."""
+        """Speed-up by sparsity: dense student over sparse student."""
         return self.seconds["dense"] / self.seconds["sparse"]
 
     def save(self, out: Path) -> None:
-        """Writes `report.md`, then `report.json`."""
+        """Write `report.md`, then `report.json`."""
         speed = {"fewer steps": self.fewer_steps, "sparsity": self.sparsity}
         files.write(out / "report.md", lambda path: path.write_text(self.markdown(), "utf-8"))
         files.write_json(out / "report.json", {**asdict(self), "speed-up": speed})
@@ -110,7 +110,7 @@ class Report:
                         "squared error",
                         "motion",
                         "error of a step",
-                        "asked for and found",
+                        "attributes found",
                         "PSNR to dense",
                         "error to dense",
                     ),
@@ -122,13 +122,13 @@ class Report:
 
 
 def distill(model: nn.Module, out: Path, settings: Settings) -> Report:
-    """All stages and the report, or what is left of them to do in the folder `out`. Shows progress on stderr.
+    """Run all stages and write the report, or continue the run in the folder `out`. Shows progress on stderr.
 
     Args:
-        model: as `lab.model.load` gives it. It stays as it is.
+        model: a model that `lab.model.load` returned. It stays as it is.
 
     Raises:
-        SparsifyError: the folder is of another model or other settings, or something in it is damaged.
+        SparsifyError: the folder is of another model or other settings, or a file in it is damaged.
     """
     made, path = students(model, out, settings), out / "report.json"
     digests = _digests(made, out)
@@ -138,7 +138,7 @@ def distill(model: nn.Module, out: Path, settings: Settings) -> Report:
 
 
 def load_report(path: Path) -> Report:
-    """What `Report.save` wrote.
+    """Read the file that `Report.save` wrote.
 
     Raises:
         DamagedError: it is no report.
@@ -149,7 +149,7 @@ def load_report(path: Path) -> Report:
         quality = tuple(Quality(**one) for one in content.pop("quality"))
         return Report(**content, quality=quality)
     except (KeyError, TypeError) as error:
-        raise DamagedError(f"{path} is no report ({error}): remove it, and it is made again") from error
+        raise DamagedError(f"{path} is no report ({error}): {files.REMOVE}") from error
 
 
 def _digests(made: Students, out: Path) -> dict[str, str]:
@@ -189,7 +189,7 @@ def _judge(
 def _compare(
     model: nn.Module, made: Students, digests: Mapping[str, str], folder: Path, settings: Settings
 ) -> tuple[float, tuple[Quality, ...]]:
-    """Motion of the exact videos, and how good those after each stage are. Kept by what they were made of."""
+    """Motion of the exact videos, and quality of the videos after each stage. Files are named by their inputs."""
     few, policy = settings.segments, digests["policy"]
     names = {
         "dense": f"dense-{digests['dense']}",
@@ -213,7 +213,7 @@ def _compare(
 def _seconds(
     makers: Mapping[str, Callable[[Sequence[Scene], Tensor], Tensor]], frames: int
 ) -> dict[str, float]:
-    """Of one video each; the first of each compiles, and does not count."""
+    """Median seconds of one video. The first video of each model compiles, and does not count."""
     found: dict[str, list[float]] = {name: [] for name in makers}
     for number in range(ROUNDS + 1):
         scene, start = world.scene(world.HELD_OUT, number), noise([number], frames)
@@ -223,7 +223,7 @@ def _seconds(
 
 
 def _density(sparse: Callable[..., Any], policy: Policy) -> float:
-    """Of the last video, mean over all attentions that there is a choice for; dense ones count 1."""
+    """Density of the last video, mean over all attentions of the policy. A dense attention has 1."""
     found: dict[str, list[float]] = {
         layer.mark.site: [1.0] for layer in policy.layers if layer.choice == DENSE
     }
@@ -234,7 +234,7 @@ def _density(sparse: Callable[..., Any], policy: Policy) -> float:
 
 
 def _table(*rows: Sequence[str]) -> list[str]:
-    """In Markdown; the first row is the head."""
+    """Lines of a table in Markdown. The first row is the head."""
     head, *others = [f"| {' | '.join(cells)} |" for cells in rows]
     return [head, "|" + " --- |" * len(rows[0]), *others]
 
@@ -242,11 +242,11 @@ def _table(*rows: Sequence[str]) -> list[str]:
 def _row(one: Quality) -> tuple[str, ...]:
     error = "" if one.step_error is None else f"{one.step_error:.4f}"
     found = "" if one.found is None else f"{one.found:.1%}"
-    beside = ("", "")
+    to_dense = ("", "")
     if one.psnr_to_dense is not None and one.mse_to_dense is not None:
-        beside = (f"{one.psnr_to_dense:.2f}", f"{one.mse_to_dense:.5f}")
+        to_dense = (f"{one.psnr_to_dense:.2f}", f"{one.mse_to_dense:.5f}")
     quality = (f"{one.psnr:.2f}", f"{one.mse:.5f}", f"{one.motion:.4f}")
-    return one.videos, str(one.calls), *quality, error, found, *beside
+    return one.videos, str(one.calls), *quality, error, found, *to_dense
 
 
 def _times(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""A predictor for method `dsv` beside a model that is not trained any more."""
+"""A predictor for method `dsv`, trained for a model whose own weights stay as they are."""
 
 import copy
 import math
@@ -14,19 +14,19 @@ from sparsify_compiler.training.dsv import DSVTrainer
 
 STEPS, BATCH = 300, 2
 ALMOST_ALL = 0.99
-"""Of the keys: what every head is given, so that a smaller `kv_budget` is at inference what all of them read."""
+"""Share of the keys that every head gets in training. At inference a smaller `kv_budget` holds for all heads."""
 NEVER = 1e-9
-"""A loss of the predictor that is not reached."""
+"""A loss that the predictor does not reach."""
 
 
 def learn_predictor(
     model: nn.Module, path: Path, frames: int = world.FRAMES, *, steps: int = STEPS, profile_every: int = 25
 ) -> None:
-    """Learns from the queries and keys of training videos, and writes the predictor as `DSVTrainer` does.
+    """Train a predictor on the queries and keys of training videos, and write it as `DSVTrainer` does.
 
     Args:
         model: the evaluation model. It stays as it is.
-        profile_every: steps; the predictor is written at the first profile after `steps`.
+        profile_every: steps between profiles. Training ends at the first profile after `steps`.
     """
     own = copy.deepcopy(model).requires_grad_()
     options: dict[str, Any] = {"method": "dsv", "kv_budget": ALMOST_ALL, "inner_backend": "eager"}

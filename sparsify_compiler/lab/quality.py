@@ -1,4 +1,4 @@
-"""How far videos are from those that they should be, and how much moves in them; each a number a video."""
+"""Distances of videos from exact ones, and their motion; one number for each video."""
 
 from statistics import fmean
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsify_compiler.lab import require
 
 EXACT = 150.0
-"""dB that a video has which differs in nothing: far above what rounding leaves."""
+"""PSNR in dB of a video without any difference: far above that of rounding errors."""
 
 
 def mse(videos: Tensor, exact: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def psnr(videos: Tensor, exact: Tensor) -> Tensor:
 
 
 def ssim(videos: Tensor, exact: Tensor) -> Tensor:
-    """Structural similarity of each video, mean over its frames, 1 for one that is exact: [B].
+    """Structural similarity of each video, mean over its frames: [B]. An exact video has 1.
 
     Args:
         videos, exact: [B, 3, frames, height, width], RGB from 0 to 1.
@@ -46,5 +46,5 @@ def ssim(videos: Tensor, exact: Tensor) -> Tensor:
 
 
 def motion(videos: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring frames, [B]: a video that stands still would pass for a good one."""
+    """Mean absolute difference of neighbouring frames: [B]. It shows videos that stand still."""
     return videos.diff(dim=2).abs().flatten(1).mean(1)

@@ -1,4 +1,4 @@
-"""What `sparsify bench` found, as tables and pictures."""
+"""Results of `sparsify bench`, as tables and pictures."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ METHOD_COLOURS = {"tile": "C0", "svg2": "C1", "cubes": "C2", "dsv": "C3", "keys"
 
 
 def least_density(points: Iterable[Point], level: float) -> float | None:
-    """Where a line through points, in the order of their densities, first reaches a level; None if it does not."""
+    """Density at which the line through points first reaches a level; None if it does not reach it."""
     before: Point | None = None
     for density, height in sorted(points):
         if height >= level:
@@ -34,7 +34,7 @@ def least_density(points: Iterable[Point], level: float) -> float | None:
 
 
 def least_densities(rows: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> dict[str, Any]:
-    """For every level of PSNR the least density of each line, None where it is not reached, and the best line."""
+    """For every level of PSNR the least density of each line, None if it does not reach it, and the best line."""
     lines = points_of(rows)
     found: dict[str, Any] = {}
     for level in levels:
@@ -48,7 +48,7 @@ def least_densities(rows: Sequence[Mapping[str, Any]], levels: Sequence[float]) 
 
 
 def points_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
-    """By line: density and PSNR of its rows."""
+    """Line -> density and PSNR of its rows."""
     lines: dict[str, list[Point]] = {}
     for row in rows:
         if row["line"] is not None:
@@ -57,7 +57,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """A row for each configuration."""
+    """A table with a row for each configuration."""
     settings = record["settings"]
     drawn = Table(
         box=box.SIMPLE_HEAD,
@@ -65,7 +65,7 @@ def table(record: Mapping[str, Any]) -> Table:
         pad_edge=False,
         caption=f"{settings['seeds']} videos of {settings['frames']} frames, {settings['steps']} steps of which "
         f"{settings['dense_steps']} dense; weights of {settings['trained_steps']} steps of training. "
-        "Beside a slash: dense.",
+        "Dense is to the right of a slash.",
     )
     drawn.add_column("configuration", no_wrap=True)
     for heading in ("density", "kept", "PSNR dB", "SSIM", "motion", "loss", "seconds a call", "times"):
@@ -90,25 +90,25 @@ def _spread(mean: float, spread: float | None, digits: int) -> str:
 
 
 def least_density_lines(found: Mapping[str, Any]) -> list[str]:
-    """In words, a line for each level."""
+    """A line of text for each level."""
     lines = []
     for level, one in found.items():
         best = one["best"]
-        told = "not reached" if best is None else f"at density {best['density']:.3f} by {best['line']}"
-        lines.append(f"PSNR {level} dB: {told}")
+        least = "not reached" if best is None else f"at density {best['density']:.3f} by {best['line']}"
+        lines.append(f"PSNR {level} dB: {least}")
     return lines
 
 
 def draw_videos(videos: Mapping[str, Tensor], path: Path) -> Path:
-    """A row for each video [3, frames, height, width], RGB from 0 to 1, by name."""
+    """Draw a row for each video [3, frames, height, width], RGB from 0 to 1, with its name."""
     strip(torch.stack(list(videos.values())), labels=list(videos)).save(path)
     return path
 
 
 def draw_pareto(rows: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """PSNR against density and against the time of a call, a line for each method and far field.
+    """Draw PSNR against density and against the time of a call, a line for each method and far field.
 
-    Time is beside the dense calls that took turns with it, so that rows made at different times compare.
+    Times are relative to the dense calls of the same rounds, so rows of different runs compare.
     """
     drawn = pictures.figure(13, 5.5)
     panels = drawn.subplots(1, 2, sharey=True)
@@ -134,7 +134,7 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def sparsity_table(shares: Tensor) -> Table:
-    """Critical shares [layers, heads], a row for each layer."""
+    """A table of critical shares [layers, heads], with a row for each layer."""
     drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("layer", *(f"head {head}" for head in range(shares.shape[1])), "mean"):
         drawn.add_column(heading, justify="right")
@@ -144,7 +144,7 @@ def sparsity_table(shares: Tensor) -> Table:
 
 
 def draw_sparsity(shares: Tensor, path: Path) -> Path:
-    """Critical shares [layers, heads] as a heat map with its numbers."""
+    """Draw critical shares [layers, heads] as a heat map with numbers."""
     layers, heads = shares.shape
     drawn = pictures.figure(2.5 + 0.8 * heads, 1.5 + 0.5 * layers)
     axes = drawn.subplots()

@@ -1,4 +1,4 @@
-"""Stages of a run that is a folder: each goes on exactly where it was killed, and is not repeated once done."""
+"""Stages of a run. A killed stage continues exactly where it stopped; a finished one is not repeated."""
 
 import math
 import time
@@ -18,7 +18,7 @@ SAVE_EVERY = 120.0
 
 
 class Part(Protocol):
-    """What a stage changes: a model, an optimizer, a trainer."""
+    """An object that a stage changes: a model, an optimizer, a trainer."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any, /) -> Any: ...
@@ -31,17 +31,20 @@ class Stage:
     name: str
     steps: int
     parts: Mapping[str, Part]
-    """All that a step changes, by name."""
+    """Name -> object. They are all that a step changes."""
     advance: Callable[[int], float]
-    """One step, of this number from 0: its loss. What it does is a function of the number and the parts alone."""
+    """Runs a step by its number, from 0; returns its loss. A step depends on its number and the parts only."""
 
 
 def train(stage: Stage, path: Path) -> list[float]:
-    """The loss of every step. Afterwards the parts are as at the end of the stage, whether it ran now or before.
+    """Run a stage, or the rest of it. Afterwards the parts are as at the end of the stage.
+
+    Returns:
+        The loss of every step.
 
     Raises:
-        DamagedError: the checkpoint cannot be read, or is of something else.
-        SparsifyError: a loss is not finite; nothing of that step is saved.
+        DamagedError: the checkpoint cannot be read, or is of another stage.
+        SparsifyError: a loss is not finite. That step is not saved.
     """
     losses = _restore(stage, path)
     if len(losses) == stage.steps:
@@ -70,7 +73,7 @@ def _save(stage: Stage, losses: list[float], path: Path) -> None:
 
 
 def _restore(stage: Stage, path: Path) -> list[float]:
-    """The losses so far."""
+    """Load the checkpoint into the parts, if there is one; return the losses so far."""
     if not path.exists():
         return []
     state = read_tensors(path)

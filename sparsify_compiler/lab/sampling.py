@@ -1,7 +1,7 @@
 """Videos from the model: Euler steps along the flow, with classifier-free guidance.
 
-The convention is Wan's: x_t = (1 - t) video + t noise for t from 0 to 1, the model is told 1000 t and answers
-the velocity, noise - video.
+The convention is Wan's: x_t = (1 - t) video + t noise for t from 0 to 1. The model gets 1000 t and predicts the
+velocity, noise - video.
 """
 
 import math
@@ -18,7 +18,7 @@ from sparsify_compiler.lab.model import encode, to_pixels, unconditional
 from sparsify_compiler.lab.world import FRAMES, HEIGHT, WIDTH
 
 Velocity = Callable[..., tuple[Tensor, ...]]
-"""Called as the transformer is: (hidden_states, timestep, encoder_hidden_states, return_dict=False)."""
+"""A model, called with (hidden_states, timestep, encoder_hidden_states, return_dict=False)."""
 
 STEPS, GUIDANCE, SHIFT = 30, 3.0, 3.0
 
@@ -27,7 +27,7 @@ def times(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
     """The schedule, from 1 to 0: float32 [steps + 1]. A shift above 1 spends more steps near the noise.
 
     Raises:
-        OptionError: no step, or a shift that is no positive number.
+        OptionError: steps are below 1, or the shift is no positive number.
     """
     check_shift(shift)
     if (integer(steps) or 0) < 1:
@@ -37,15 +37,17 @@ def times(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
 
 
 def check_shift(shift: float) -> None:
-    """Raises:
-    OptionError: it is no positive number.
+    """Check the shift of a schedule.
+
+    Raises:
+        OptionError: it is no positive number.
     """
     if not 0 < shift < math.inf:
         raise OptionError(f"shift must be a positive number, got {shift!r}")
 
 
 def noise(seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
-    """Where samples start, each from its own seed: float32 [seeds, 3, frames, HEIGHT, WIDTH]."""
+    """Noise to start from, each video's from its own seed: float32 [seeds, 3, frames, HEIGHT, WIDTH]."""
     size = (3, frames, HEIGHT, WIDTH)
     return torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
@@ -61,7 +63,7 @@ def sample(
 ) -> Tensor:
     """Videos of the prompts: float32 of the shape and on the device of `start`, RGB from 0 to 1.
 
-    With guidance 1 the model is asked once a step; otherwise the prompts and the empty prompt go in one batch.
+    With guidance other than 1, the prompts and the empty prompt are in one batch.
     """
     states = trajectory(model, prompts, start, steps=steps, guidance=guidance, shift=shift)
     (last,) = deque(states, maxlen=1)
@@ -78,7 +80,7 @@ def trajectory(
     guidance: float,
     shift: float = SHIFT,
 ) -> Iterator[Tensor]:
-    """The way to them, in the model's own units: `start`, then where each step leads."""
+    """States on the way to the videos, in the model's own units: `start`, then the state after each step."""
     if not math.isfinite(guidance):
         raise OptionError(f"guidance must be a finite number, got {guidance!r}")
     yield start
@@ -89,7 +91,13 @@ def trajectory(
 
 
 def guided(model: Velocity, state: Tensor, time: float, text: Tensor, guidance: float) -> Tensor:
-    """The velocity at `state` [B, ...] and time 0 to 1 for embedded prompts, with guidance: float32, as `state`."""
+    """Velocity with guidance: float32, of the shape of `state`.
+
+    Args:
+        state: [B, ...].
+        time: 0 to 1.
+        text: embedded prompts [B, TEXT_TOKENS, TEXT_DIM].
+    """
     if guidance != 1:
         state, text = torch.cat([state, state]), torch.cat([text, unconditional(len(text)).to(text.device)])
     moment = torch.full((len(state),), 1000 * time, device=state.device)

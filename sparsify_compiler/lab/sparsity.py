@@ -1,4 +1,4 @@
-"""How sparse the attention of a model is by itself: the share of keys that carry most of its weight."""
+"""Sparsity of a model's dense attention: the share of the keys that carries most of the weight."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Listen(TorchFunctionMode):
-    """Inside, `hear(query, key, value)` is called at every self-attention, before it is computed as ever."""
+    """Mode that calls `hear(query, key, value)` before every self-attention, and leaves the attention as it is."""
 
     def __init__(self, hear: Callable[[Tensor, Tensor, Tensor], object]) -> None:
         super().__init__()
@@ -26,12 +26,12 @@ class Listen(TorchFunctionMode):
 
 
 def critical_share(query: Tensor, key: Tensor, theta: float = 0.9, rows: int = 128) -> Tensor:
-    """The least share of the keys that carries `theta` of a query's attention, on average: float32 [heads].
+    """Least share of the keys that carries `theta` of a query's attention, on average: float32 [heads].
 
     Args:
         query: [batch, heads, tokens, head_dim], as `scaled_dot_product_attention` gets it.
-        key: likewise.
-        rows: queries looked at, evenly spaced over the tokens.
+        key: as `query`.
+        rows: number of queries to look at, evenly spaced over the tokens.
     """
     tokens = key.shape[-2]
     chosen = torch.linspace(0, tokens - 1, min(rows, tokens)).long()
@@ -43,7 +43,7 @@ def critical_share(query: Tensor, key: Tensor, theta: float = 0.9, rows: int = 1
 
 @torch.no_grad()
 def critical_shares(call: Callable[[], object], theta: float = 0.9) -> Tensor:
-    """The critical share of every self-attention that a call runs, uncompiled: float32 [attentions, heads]."""
+    """Critical share of every self-attention of an uncompiled call: float32 [attentions, heads]."""
     shares: list[Tensor] = []
     with Listen(lambda query, key, _: shares.append(critical_share(query, key, theta))):
         call()

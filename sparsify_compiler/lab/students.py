@@ -1,12 +1,12 @@
 """The three stages of Efficient-vDiT (arXiv 2502.06155) on the evaluation model, one after the other.
 
-1. multistep consistency distillation: a few steps, one call each, in place of many guided ones;
-2. layer-wise search of a policy, on the student of the first stage at its own time steps;
-3. knowledge distillation of the sparse student from the dense one, in the compiled graph.
+1. Multistep consistency distillation replaces many guided steps by a few steps of one call each.
+2. A layer-wise search finds a policy, for the student of the first stage at its own time steps.
+3. Knowledge distillation trains the sparse student from the dense one, in the compiled graph.
 
-A run is a folder: `settings.json`; `consistency.pt` and `distillation.pt`, the checkpoints of the first stage and
-the third; `policy.json`; `dense.safetensors` and `sparse.safetensors`, both students in bfloat16, as
-`lab.model.load` reads them. Products of matrices are `fast_products` throughout.
+A run is a folder. `settings.json` has the settings. `consistency.pt` and `distillation.pt` are the
+checkpoints of stages 1 and 3. `policy.json` is the policy. `dense.safetensors` and `sparse.safetensors` are
+the students in bfloat16, which `lab.model.load` reads. All products of matrices are `fast_products`.
 """
 
 import copy
@@ -37,30 +37,31 @@ from sparsify_compiler.training.search import MENU, check_limits, search
 FORMAT = "sparsify-distill-2"
 BATCH = 4
 FEW_STEPS_RATE, BRINGING_BACK_RATE = 6e-4, 2e-4
-"""Of AdamW in stage 1 and stage 3, at most: it rises in the first `WARMUP` steps and falls to 0 at the last. A
-sparse student has less to learn than one of few steps; at the rate of that it is further off after 80 steps."""
+"""Highest learning rates of AdamW in stages 1 and 3. The rate rises in the first `WARMUP` steps and falls to
+0 at the last. A sparse student has less to learn: at the rate of stage 1 it is further from its teacher after
+80 steps."""
 WARMUP = 10
 BETAS = (0.9, 0.98)
 INNER = "inductor"
-"""What compiles dense models, and the graphs of sparse ones once they are rewritten."""
+"""Backend that compiles dense models, and the rewritten graphs of sparse ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What a run does."""
+    """Settings of a run."""
 
     consistency_steps: int = 300
-    """Of the first stage."""
+    """Training steps of stage 1."""
     distillation_steps: int = 100
-    """Of the third."""
+    """Training steps of stage 3."""
     segments: int = 5
-    """Steps that the student is to need; divides the teacher's 50."""
+    """Steps of a generation by the student; must divide the teacher's 50."""
     r: float = 0.015
-    """The most that an attention may lose by being sparse: relative squared error of the model's output."""
+    """Greatest loss of one sparse attention: relative squared error of the model's output."""
     total: float = 0.035
-    """The most that the losses of all attentions may add up to."""
+    """Greatest sum of the losses of all attentions."""
     frames: int = world.FRAMES
-    """Of all videos."""
+    """Frames of all videos."""
 
     def __post_init__(self) -> None:
         for name in ("consistency_steps", "distillation_steps", "segments"):
@@ -72,36 +73,36 @@ class Settings:
 
     @property
     def record(self) -> dict[str, int | float | str]:
-        """By name, as JSON has it: infinity by its name."""
+        """Name -> value for JSON. Infinity is a string."""
         return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 
     @property
     def consistency(self) -> ConsistencyConfig:
-        """Of the first stage; its times are those of the student everywhere."""
+        """Settings of stage 1. Its times are the student's times everywhere."""
         return ConsistencyConfig(segments=self.segments, guidance=GUIDANCE, shift=SHIFT)
 
     @property
     def times(self) -> Tensor:
-        """At which the students are called, falling from 1: float32 [segments]."""
+        """Times of the students' calls, falling from 1: float32 [segments]."""
         return times(self.segments)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Students:
-    """What the stages make."""
+    """Results of the stages."""
 
     dense: nn.Module
-    """Of the first stage."""
+    """Student of stage 1."""
     policy: Policy
     sparse: nn.Module
-    """Of the third, to be compiled with the policy."""
+    """Student of stage 3, for compilation with the policy."""
 
 
 def students(teacher: nn.Module, out: Path, settings: Settings) -> Students:
-    """The three stages, or what is left of them to do in the folder `out`.
+    """Run the three stages, or continue the run in the folder `out`.
 
     Raises:
-        SparsifyError: the folder is of another run, or something in it is damaged.
+        SparsifyError: the folder is of another run, or a file in it is damaged.
     """
     _claim(out, teacher, settings)
     dense = _few_steps(teacher, out, settings)
@@ -113,21 +114,21 @@ def students(teacher: nn.Module, out: Path, settings: Settings) -> Students:
 
 
 def dense_model(model: nn.Module) -> Callable[..., Any]:
-    """Compiled, with full attention."""
+    """Compile a model with full attention."""
     return torch.compile(model, backend=INNER, dynamic=False)
 
 
 def sparse_model(model: nn.Module, policy: Policy) -> Callable[..., Any]:
-    """Compiled, sparse at every step: few steps leave none to be dense."""
+    """Compile a model that is sparse at every step, since it has few steps."""
     options: dict[str, Any] = {"policy": policy, "dense_steps": 0, "inner_backend": INNER}
     return torch.compile(model, backend="sparsify", options=options, dynamic=False)
 
 
 def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
-    """Makes the folder one of these settings.
+    """Make the folder of a run with these settings.
 
     Raises:
-        SparsifyError: it is one of others.
+        SparsifyError: it is the folder of a run with others.
     """
     path, mine = out / "settings.json", {"format": FORMAT, **settings.record, "weights": digest(teacher)}
     files.make_folder(out)
@@ -137,7 +138,7 @@ def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
 
 
 def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
-    """Stage 1: the moving average of the student."""
+    """Run stage 1; return the moving average of the student."""
     torch.compiler.reset()
     student = copy.deepcopy(teacher)
     trainer = ConsistencyTrainer(dense_model(student), dense_model(teacher), settings.consistency)
@@ -165,7 +166,7 @@ def _few_steps(teacher: nn.Module, out: Path, settings: Settings) -> nn.Module:
 
 
 def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
-    """Stage 2."""
+    """Run stage 2."""
     path = out / "policy.json"
     if not path.exists():
         torch.compiler.reset()
@@ -176,7 +177,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
 
 
 def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """The calls by which the student makes a video, batch 1: each of another scene, which it was not trained on."""
+    """Calls of the student on its way to videos, batch 1, each for another validation scene."""
     numbers = range(FIRST, FIRST + settings.segments)
     prompts = [world.scene(world.VALIDATION, number).prompt for number in numbers]
     states = _own_states(dense, prompts, noise(numbers, settings.frames), settings)
@@ -190,14 +191,20 @@ def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:
 def _own_states(
     model: Callable[..., Any], prompts: Sequence[str], start: Tensor, settings: Settings
 ) -> list[Tensor]:
-    """What a student is called with on its way to videos: at each of its times, of the shape of `start`."""
+    """States of a student on its way to videos: one for each of its times, of the shape of `start`."""
     with fast_products(), generation(settings.segments, streams=1):
         *states, _ = trajectory(model, prompts, start, steps=settings.segments, guidance=1)
     return states
 
 
 def _inputs(states: Tensor, times: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """Of a call: states [B, ...]; times, 0 to 1, and embedded prompts, one for each or for all."""
+    """Arguments of a call.
+
+    Args:
+        states: [B, ...].
+        times: 0 to 1, one for each state or one for all.
+        text: embedded prompts, one for each state or one for all.
+    """
     count = len(states)
     return {
         "hidden_states": states,
@@ -207,9 +214,10 @@ def _inputs(states: Tensor, times: Tensor, text: Tensor) -> dict[str, Tensor]:
 
 
 def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Settings) -> nn.Module:
-    """Stage 3: the sparse student; the dense one, where the policy leaves all dense.
+    """Run stage 3; return the sparse student, or the dense one if the policy keeps all attentions dense.
 
-    It learns where it will be called: each step is of the states of one video, on the dense student's way to it.
+    The student learns on the states where it is called. A step has the states of one video, on the dense
+    student's way to it.
     """
     path = out / "distillation.pt"
     if all(layer.choice == DENSE for layer in policy.layers) and not path.exists():
@@ -243,7 +251,7 @@ def _brought_back(dense: nn.Module, policy: Policy, out: Path, settings: Setting
 
 @dataclass(frozen=True, slots=True)
 class _Same:
-    """The policy as a part of a stage, which it must not change in."""
+    """The policy as a part of a stage. It must not change during the stage."""
 
     policy: Policy
 
@@ -256,18 +264,18 @@ class _Same:
 
 
 def _numbers(step: int) -> range:
-    """Of the scenes of a step, apart from those of all others."""
+    """Indices of the scenes of a step. No other step has them."""
     return range(step * WIDEST, step * WIDEST + BATCH)
 
 
 def _videos(numbers: Sequence[int], frames: int) -> tuple[Tensor, Tensor]:
-    """(videos, prompts) of training scenes, as the model sees them."""
+    """(videos, embedded prompts) of training scenes, as inputs of the model."""
     scenes = [world.scene(world.TRAINING, number) for number in numbers]
     return to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
 
 
 def _share(step: int, steps: int) -> float:
-    """Of the greatest rate."""
+    """Share of the highest rate."""
     return min(1, (step + 1) / WARMUP) * (1 - step / steps)
 
 

@@ -1,4 +1,4 @@
-"""`python -m sparsify_compiler.lab.train --out DIR`: trains the evaluation model, or goes on with it."""
+"""`python -m sparsify_compiler.lab.train --out DIR`: train the evaluation model, or continue its training."""
 
 import argparse
 import json
@@ -21,11 +21,11 @@ from sparsify_compiler.lab.sampling import SHIFT, Velocity, noise, sample
 from sparsify_compiler.lab.training import Recipe, Stage, Trainer, validation
 
 SAMPLES = 4
-"""Videos in a sample picture; the prompts are those of the first held-out videos."""
+"""Videos in a sample picture, with the prompts of the first held-out videos."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains until `--minutes` are over, and writes checkpoint, log, weights and pictures into `--out`."""
+    """Train until `--minutes` are over, and write checkpoint, log, weights and pictures into `--out`."""
     options = parser().parse_args(arguments)
     require()
     if not options.minutes > 0 or not min(options.save_every, options.look_every) >= 0:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         trainer = Trainer(build(), recipe)
     if checkpoint.exists():
         trainer.restore(checkpoint)
-        print(f"goes on from step {trainer.step} of {checkpoint}", flush=True)
+        print(f"continues from step {trainer.step} of {checkpoint}", flush=True)
     if recipe.end is not None and recipe.end <= trainer.step:
         raise OptionError(f"end must be after the {trainer.step} steps that are done, got {recipe.end}")
     run(
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     result = argparse.ArgumentParser(description=__doc__)
     result.add_argument(
-        "--out", type=Path, required=True, help="folder of the run; a run found there goes on"
+        "--out", type=Path, required=True, help="folder of the run; a run found there continues"
     )
     result.add_argument(
         "--stages",
@@ -71,15 +71,17 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--end",
         type=int,
-        help="the last step, where rates have fallen to 0; to be said again to go on",
+        help="the last step, where rates reach 0; a run that continues needs it again",
     )
     result.add_argument(
         "--shift",
         type=float,
         default=SHIFT,
-        help="of the noise levels drawn: the higher, the nearer to pure noise, where movement is decided",
+        help="shift of the noise levels: a higher one draws more levels near pure noise, which decide movement",
     )
-    result.add_argument("--minutes", type=float, default=60.0, help="of the clock, after which to stop")
+    result.add_argument(
+        "--minutes", type=float, default=60.0, help="minutes of the clock after which training stops"
+    )
     result.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
     result.add_argument(
         "--look-every", type=float, default=12.0, help="minutes between validations and pictures"
@@ -88,10 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def stages(text: str) -> tuple[Stage, ...]:
-    """`8@3x16x1500,24x4x1` as stages.
+    """Parse stages such as `8@3x16x1500,24x4x1`.
 
     Raises:
-        OptionError: the text says no stages, or such as the model cannot be trained in.
+        OptionError: the text has another form, or the model cannot be trained in such stages.
     """
     found = []
     for stage in text.split(","):
@@ -104,7 +106,7 @@ def stages(text: str) -> tuple[Stage, ...]:
 
 
 def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_every: float) -> None:
-    """Trains for some minutes, and saves and looks at the model at the end and in between."""
+    """Train for some minutes; save and look at the model at the end and in between."""
     begin = saved = looked = time.monotonic()
     stage = None
     last = math.inf if trainer.recipe.end is None else trainer.recipe.end
@@ -131,10 +133,10 @@ def run(trainer: Trainer, out: Path, *, minutes: float, save_every: float, look_
 
 
 def compiled(model: nn.Module, frames: int) -> Velocity:
-    """The model with every attention whole, but by this package's kernels.
+    """Compile the model with full attention by this package's kernels.
 
-    A tile of all frames leaves nothing out: on a core with AMX a step on 24 frames takes two thirds of the time it
-    takes through SDPA.
+    A tile of all frames reads all keys. On a core with AMX, a step on 24 frames takes two thirds of its time with
+    SDPA.
     """
     options: dict[str, Any] = {"method": "tile", "reference_frames": frames}
     result: Velocity = torch.compile(model, backend="sparsify", dynamic=False, options=options)
@@ -142,9 +144,9 @@ def compiled(model: nn.Module, frames: int) -> Velocity:
 
 
 def look(trainer: Trainer, out: Path) -> None:
-    """Writes averaged weights, their validation loss and a picture of samples, of the present stage's form.
+    """Write averaged weights, their validation loss and a picture of samples, with the current stage's videos.
 
-    The model runs uncompiled: compiling it for this would take longer than it saves.
+    The model runs uncompiled: compilation would take longer than it saves.
     """
     stage = trainer.recipe.stage(trainer.step)
     model = spaced(trainer.model, stage.spacing)
@@ -161,7 +163,7 @@ def look(trainer: Trainer, out: Path) -> None:
 
 
 def log(out: Path, record: Mapping[str, object]) -> None:
-    """Appends a line to `log.jsonl`, and prints it."""
+    """Append a line to `log.jsonl`, and print it."""
     line = json.dumps(record)
     with (out / "log.jsonl").open("a") as file:
         file.write(line + "\n")

@@ -1,4 +1,4 @@
-"""Training by flow matching: seeded, and resumed exactly, since all randomness is a function of the step.
+"""Training by flow matching. All randomness is a function of the step, so a run resumes exactly.
 
 A run is a folder: `checkpoint.pt` (weights, their average, optimizers, step), `log.jsonl` and sample pictures.
 """
@@ -22,9 +22,9 @@ from sparsify_compiler.lab.model import check_frames, encode, to_model
 from sparsify_compiler.lab.sampling import SHIFT, Velocity, check_shift
 
 WIDEST = 1024
-"""More than the largest batch: the step times this is the index of a step's first video."""
+"""Largest batch. The index of a step's first video is the step times this."""
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)
-"""Noise levels t at which the validation loss is taken."""
+"""Noise levels t of the validation loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class Stage:
     batch: int
     steps: int
     spacing: int = 1
-    """Between the frames, which the model is told: more movement for the same tokens."""
+    """Frames from one frame to the next, which the model knows: more movement in the same number of tokens."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= WIDEST or min(self.steps, self.spacing) < 1:
@@ -47,31 +47,31 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What a training run does."""
+    """Settings of a training run."""
 
     stages: tuple[Stage, ...]
-    """One after the other; the last goes on for as long as the run does."""
+    """Stages, one after the other. The last has no end."""
     matrix_rate: float = 0.015
     """Learning rate of Muon, for the matrices inside the blocks."""
     rate: float = 1.5e-3
-    """Learning rate of AdamW, for all else."""
+    """Learning rate of AdamW, for the other parameters."""
     warmup: int = 100
-    """Steps in which the rates rise, counted from where the optimizers started."""
+    """Steps in which the rates rise, from the start of the optimizers."""
     settle: int = 4000
     """The rates fall as 1 / sqrt(1 + step / settle)."""
     end: int | None = None
-    """The last step, at which the rates have fallen to 0 in a straight line."""
+    """The last step, where the rates reach 0 in a straight line; None for no end."""
     cooldown: int = 250
-    """Steps of that line."""
+    """Steps of the straight line to 0."""
     weight_decay: float = 0.01
     clip: float = 1.0
-    """Norm of the gradient of AdamW's parameters (Muon's updates do not depend on it)."""
+    """Greatest norm of the gradient of AdamW's parameters. Muon's updates do not depend on the norm."""
     dropout: float = 0.12
-    """Share of videos whose prompt is withheld, for guidance."""
+    """Share of the videos without a prompt, for guidance."""
     shift: float = SHIFT
-    """Of the noise levels drawn: above 1, more of them are near pure noise."""
+    """Shift of the noise levels: above 1, more of them are near pure noise."""
     power: float = 64.0
-    """The averaged weights are of about the last 1 / power of all steps, whenever one looks."""
+    """The averaged weights are those of about the last 1 / power of all steps, at every step."""
     seed: int = world.TRAINING
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Recipe:
         check_shift(self.shift)
 
     def stage(self, step: int) -> Stage:
-        """The stage that a step belongs to."""
+        """The stage of a step."""
         for stage in self.stages[:-1]:
             if step < stage.steps:
                 return stage
@@ -90,7 +90,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step learns from."""
+    """Inputs and target of one step."""
 
     noisy: Tensor
     """float32 [batch, 3, frames, HEIGHT, WIDTH]"""
@@ -99,16 +99,16 @@ class Batch:
     text: Tensor
     """float32 [batch, TEXT_TOKENS, TEXT_DIM]"""
     velocity: Tensor
-    """What the model should answer, as `noisy`."""
+    """The target of the model's output, of the shape of `noisy`."""
 
 
 def batch(recipe: Recipe, step: int) -> Batch:
-    """The batch of a step: a pure function of both."""
+    """The batch of a step, a pure function of recipe and step."""
     stage = recipe.stage(step)
     scenes = [world.scene(recipe.seed, step * WIDEST + number) for number in range(stage.batch)]
     video = to_model(world.videos(scenes, stage.frames, stage.spacing))
     generator = torch.Generator().manual_seed(recipe.seed << 40 | step)
-    # One draw from each of as many equal parts of the normal distribution as there are videos.
+    # One draw for each video, from equal parts of the normal distribution.
     even = (
         torch.randperm(stage.batch, generator=generator) + torch.rand(stage.batch, generator=generator)
     ) / stage.batch
@@ -120,13 +120,13 @@ def batch(recipe: Recipe, step: int) -> Batch:
 
 
 def mixed(video: Tensor, noise: Tensor, level: Tensor, text: Tensor) -> Batch:
-    """Videos and noise [batch, ...] mixed at levels [batch]."""
+    """Mix videos and noise [batch, ...] at levels [batch]."""
     share = level.view(-1, 1, 1, 1, 1)
     return Batch(torch.lerp(video, noise, share), level, text, noise - video)
 
 
 def loss(model: Velocity, batch: Batch) -> Tensor:
-    """Mean squared error of the velocity per video: float32 [batch]. Products of matrices are `fast_products`."""
+    """Mean squared error of the velocity for each video, with `fast_products`: float32 [batch]."""
     with fast_products():
         (velocity,) = model(batch.noisy, 1000 * batch.time, batch.text, return_dict=False)
     return (velocity.float() - batch.velocity).square().mean(dim=(1, 2, 3, 4))
@@ -134,7 +134,7 @@ def loss(model: Velocity, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def validation(model: Velocity, frames: int, count: int = 8, spacing: int = 1) -> dict[float, float]:
-    """Mean loss on held-out videos at each of `LEVELS`, with the same videos and noise at every call."""
+    """Mean loss on validation videos at each of `LEVELS`. Every call has the same videos and noise."""
     scenes = [world.scene(world.VALIDATION, number) for number in range(count)]
     video, text = to_model(world.videos(scenes, frames, spacing)), encode([scene.prompt for scene in scenes])
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(world.VALIDATION))
@@ -148,7 +148,7 @@ class Trainer:
     """A model, the average of its weights over the last steps, and its optimizers."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, *, step: int = 0, compiled: bool = True) -> None:
-        """Starts with fresh optimizers at `step`, and with the model's weights as their average."""
+        """Start with fresh optimizers at `step`, and with the model's weights as their average."""
         self.model, self.recipe = model, recipe
         self.compiled: Velocity = torch.compile(model, dynamic=False) if compiled else model
         self.step = self.start = step
@@ -171,7 +171,7 @@ class Trainer:
         self.peaks = (recipe.matrix_rate, recipe.rate)
 
     def advance(self) -> float:
-        """One step of training. Returns the mean loss of its batch."""
+        """Train one step; return the mean loss of its batch."""
         error = loss(self.compiled, batch(self.recipe, self.step)).mean()
         if not error.isfinite():
             raise SparsifyError(f"the loss must be finite, got {error.item()} at step {self.step}")
@@ -181,7 +181,7 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-            with bfloat16_products():  # Muon's
+            with bfloat16_products():  # of Muon
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
@@ -212,12 +212,12 @@ class Trainer:
 
     @torch.no_grad()
     def assign(self, weights: dict[str, Tensor]) -> None:
-        """Copies weights by name into the model."""
+        """Copy weights by name into the model."""
         for name, value in self.model.named_parameters():
             value.copy_(weights[name])
 
     def save(self, path: Path) -> None:
-        """Writes everything that training goes on from, at once or not at all."""
+        """Write all that training continues from. The file is complete or missing."""
         partial = path.with_suffix(".partial")
         torch.save(
             {
@@ -233,7 +233,7 @@ class Trainer:
         os.replace(partial, path)
 
     def restore(self, path: Path) -> None:
-        """Goes on from where `save` left off, with this trainer's own recipe.
+        """Continue from a file that `save` wrote, with this trainer's own recipe.
 
         Raises:
             DamagedError: the file cannot be read, or is of another model.

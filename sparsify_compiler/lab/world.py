@@ -1,9 +1,9 @@
 """A world of moving textured shapes: videos and their prompts, a pure function of (seed, index).
 
-The image is a torus: what leaves on the right comes back on the left, so that an object that went out of sight
-returns with the shape, colour and texture it had. What moves straight begins near the side that it leaves, and a
-background near the origin: what a prompt says of movement shows in the mean of all the videos it describes, and so
-can be learnt from pure noise.
+The image is a torus: an object that leaves on the right comes back on the left, with the same shape, colour
+and texture. An object that moves straight begins near the side that it moves away from, and a background near
+the origin. So the mean of all videos of a prompt shows the movement in the prompt, and a model can learn it
+from pure noise.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 Array = NDArray[np.floating]
 
 FRAMES, HEIGHT, WIDTH = 24, 32, 48
-"""Of a whole video: frames and pixels."""
+"""Frames, and height and width in pixels, of a whole video."""
 
 COLOURS = {
     "red": (0.95, 0.10, 0.10),
@@ -27,9 +27,9 @@ COLOURS = {
     "magenta": (0.95, 0.15, 0.90),
     "cyan": (0.05, 0.90, 0.95),
 }
-"""Of objects, in RGB from 0 to 1. No two objects of a video have the same."""
+"""Colours of objects, in RGB from 0 to 1. No two objects of a video have the same."""
 TONES = {"navy": (0.10, 0.12, 0.36), "grey": (0.27, 0.27, 0.27), "brown": (0.34, 0.20, 0.08)}
-"""Of backgrounds."""
+"""Colours of backgrounds."""
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 TEXTURES = ("plain", "striped", "checked", "dotted")
 SIZES = {"small": 7.0, "large": 10.0}
@@ -42,25 +42,25 @@ DRIFTS = tuple(STEPS)
 
 MOST_OBJECTS = 3
 SPEEDS = (1.0, 1.75)
-"""Least and greatest of an object, in pixels a frame."""
+"""Least and greatest speed of an object, in pixels a frame."""
 DRIFT_SPEED = 1.0
 ORBIT, PERIOD = 6.0, 12
 """Radius in pixels and frames per turn of a circling object."""
 PATTERN_PERIOD = 16
 """Pixels after which a background repeats; divides height and width."""
 BEGINNING = 0.25
-"""Of the height or width, counted from the side left, where things that move begin; of a background's period, its
-greatest offset."""
+"""Share of the height or width, from the side that it leaves, in which a moving object begins; and share of a
+background's period that is its greatest offset."""
 HIGHLIGHT = 0.22
-"""What the light parts of a background have more of, in every channel."""
+"""Brightness that the light parts of a background add to every channel."""
 
 TRAINING, VALIDATION, CLASSIFIER, HELD_OUT = range(4)
-"""Seeds of the streams of videos that never meet: each index of each seed draws from its own generator."""
+"""Seeds of separate streams of videos: each index of each seed draws from its own generator."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thing:
-    """An object: what a prompt says of it, and then what only its pixels show."""
+    """An object: the attributes in the prompt, then those that only the pixels show."""
 
     shape: str
     colour: str
@@ -68,11 +68,11 @@ class Thing:
     size: str
     motion: str
     start: tuple[float, float]
-    """Centre at frame 0 in (rows, columns), pixels; of the orbit where it circles."""
+    """Centre of the object, or of its orbit, at frame 0: (rows, columns) in pixels."""
     speed: float
-    """Pixels a frame, for those that move straight."""
+    """Pixels a frame, for objects that move straight."""
     phase: float
-    """Of its orbit at frame 0, in radians."""
+    """Angle on the orbit at frame 0, in radians."""
 
     @property
     def phrase(self) -> str:
@@ -92,16 +92,16 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """All there is to know about a video."""
+    """All attributes of a video."""
 
     things: tuple[Thing, ...]
-    """From front to back."""
+    """Objects from front to back."""
     pattern: str
     tone: str
     drift: str
-    """Where the camera's movement takes the background."""
+    """Direction in which the background moves."""
     offset: tuple[float, float]
-    """Of the background at frame 0, in pixels."""
+    """Offset of the background at frame 0, in pixels."""
 
     @property
     def prompt(self) -> str:
@@ -110,7 +110,7 @@ class Scene:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene of a video. All that its prompt says is independent and uniform, but colours do not repeat."""
+    """The scene of a video. Attributes are independent and uniform, but colours do not repeat."""
     rng = np.random.default_rng([seed, index])
     colours = rng.permutation(list(COLOURS))[: rng.integers(1, MOST_OBJECTS + 1)]
     things = [
@@ -139,7 +139,10 @@ def scene(seed: int, index: int) -> Scene:
 
 
 def start(rng: np.random.Generator, motion: str) -> tuple[float, float]:
-    """Centre (rows, columns) at frame 0, in pixels: near the side that a straight motion leaves, else anywhere."""
+    """Draw the centre (rows, columns) at frame 0, in pixels.
+
+    A straight motion begins near the side that it leaves, another one anywhere.
+    """
 
     def along(direction: float, size: int) -> float:
         place = rng.uniform() * (BEGINNING if direction else 1)
@@ -150,7 +153,7 @@ def start(rng: np.random.Generator, motion: str) -> tuple[float, float]:
 
 
 def render(scene: Scene, frames: int = FRAMES, spacing: int = 1) -> Array:
-    """Frames 0, spacing, 2 spacing, ... of a video: [3, frames, HEIGHT, WIDTH], RGB from 0 to 1.
+    """Render frames 0, spacing, 2 spacing, ... of a video: [3, frames, HEIGHT, WIDTH], RGB from 0 to 1.
 
     Edges are smooth over one pixel.
     """
@@ -171,17 +174,17 @@ def render(scene: Scene, frames: int = FRAMES, spacing: int = 1) -> Array:
 
 
 def rgb(colour: tuple[float, float, float]) -> Array:
-    """[3, 1, 1, 1]."""
+    """A colour as an array [3, 1, 1, 1]."""
     return np.array(colour, dtype=np.float32).reshape(3, 1, 1, 1)
 
 
 def around(difference: Array, size: int) -> Array:
-    """The shortest way on the torus: from -size/2 to size/2."""
+    """Shortest way on the torus, from -size/2 to size/2."""
     return (difference + size / 2) % size - size / 2
 
 
 def background(pattern: str, y: Array, x: Array) -> Array:
-    """How light a background is at places in pixels, 0 to 1, with period `PATTERN_PERIOD` in both."""
+    """Brightness of a background at places in pixels, 0 to 1. It repeats after `PATTERN_PERIOD` both ways."""
     turn = 2 * np.pi / PATTERN_PERIOD
     if pattern == "grid":
         return np.clip(2.0 - np.minimum(abs(around(y, PATTERN_PERIOD)), abs(around(x, PATTERN_PERIOD))), 0, 1)
@@ -191,7 +194,7 @@ def background(pattern: str, y: Array, x: Array) -> Array:
 
 
 def texture(name: str, y: Array, x: Array) -> Array:
-    """How white an object is at places in pixels from its centre, 0 to 1."""
+    """Whiteness of an object at places in pixels from its centre, 0 to 1."""
     if name == "plain":
         return np.zeros_like(y + x)
     if name == "striped":
@@ -202,7 +205,10 @@ def texture(name: str, y: Array, x: Array) -> Array:
 
 
 def distance(shape: str, y: Array, x: Array, radius: float) -> Array:
-    """Pixels from the edge of a shape at places from its centre, negative inside (near the edge, at least)."""
+    """Distance in pixels from the edge of a shape, negative inside, at places from its centre.
+
+    It is exact near the edge.
+    """
     if shape == "disc":
         return np.hypot(y, x) - radius
     if shape == "ring":
@@ -216,5 +222,5 @@ def distance(shape: str, y: Array, x: Array, radius: float) -> Array:
 
 
 def videos(scenes: Sequence[Scene], frames: int = FRAMES, spacing: int = 1) -> Tensor:
-    """Rendered scenes: float32 [scenes, 3, frames, HEIGHT, WIDTH], RGB from 0 to 1."""
+    """Render scenes: float32 [scenes, 3, frames, HEIGHT, WIDTH], RGB from 0 to 1."""
     return torch.from_numpy(np.stack([render(each, frames, spacing) for each in scenes]))

@@ -1,7 +1,7 @@
-"""`sparsify demo`: models, dense and sparse, measured and checked in front of your eyes.
+"""`sparsify demo`: dense and sparse models, measured, checked and compared.
 
-One step of a larger model with random weights shows the speed, and that what is computed is what the plan says;
-whole generations by the small trained model show what becomes of the videos.
+One step of a larger model with random weights shows the speed, and checks that the model computes its plan. Whole
+generations by the small trained model show the effect on videos.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = ["BOUND", "SIZES", "Result", "Size", "dense_attention", "run"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What the demo measured."""
+    """Measurements of the demo."""
 
     step: step.Result
     videos: videos.Result
@@ -43,7 +43,7 @@ def run(
     Args:
         device: `cpu` or `cuda`.
         out: folder for `masks.png`, `density.png` and `videos.gif`.
-        size: of what is run; one that takes about two minutes if None.
+        size: sizes of the models and videos; if None, those that take about two minutes.
 
     Raises:
         SparsifyError: the device is not there, or a package of the laboratory is missing.
@@ -51,7 +51,9 @@ def run(
     if device not in SIZES:
         raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise SparsifyError("device 'cuda' was asked for, but torch finds no CUDA device: try --device cpu")
+        raise SparsifyError(
+            "device must be one that torch finds, got 'cuda' without a CUDA device: try --device cpu"
+        )
     size, console = size or SIZES[device], console or Console()
     measured = step.run(size, device, out, console)
     console.print()

@@ -1,4 +1,4 @@
-"""Bars that show how far the demo is."""
+"""Progress bars of the demo."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def bars(console: Console) -> Progress:
-    """None yet; what is printed to its `console` goes above them."""
+    """A display without bars yet. Lines printed to its `console` appear above the bars."""
     columns = (TextColumn("{task.description:<45}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 

@@ -25,31 +25,31 @@ Step = Callable[[], Tensor]
 """One denoising step of the model: [1, C, F, H, W]."""
 
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest |sparse - oracle| / |oracle| that passes: some ten times what rounding makes of a few layers."""
+"""Largest |sparse - oracle| / |oracle| that passes: some ten times the rounding error of a few layers."""
 
 SHARPNESS = 4.0
-"""Factor on the queries: random weights alone attend to everything alike, trained ones do not."""
+"""Factor on the queries. Random weights attend to all keys alike; trained ones do not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What was measured of it."""
+    """Measurements of the step."""
 
     explanation: Explanation
-    """Of `tile`, whose masks are known beforehand."""
+    """Explanation of `tile`, whose masks are known before a call."""
     seconds: Mapping[str, float]
-    """Of a step, `dense`, `svg2` and `tile`: medians."""
+    """Median seconds of a step by `dense`, `svg2` and `tile`."""
     attention_share: float
     """Part of the dense step spent in attention that the plans make sparse."""
     density: Mapping[str, float]
-    """Share of that attention's query-key pairs that are computed, by method."""
+    """Method -> share of the query-key pairs of that attention that it computes."""
     recall: float
     """Share of the true attention mass that svg2 keeps, on sampled queries."""
     error: float
-    """Relative distance of `tile` to the oracle: the same model, its attention dense under the mask."""
+    """Relative distance of `tile` to the oracle, the same model with dense attention under the mask."""
     bound: float
     distance: Mapping[str, float]
-    """Relative distance to the dense model, by method: what sparsity does to these random weights."""
+    """Method -> relative distance to the dense model, with these random weights."""
     picture: Path
 
     @property
@@ -66,14 +66,14 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
     """Explain, compile, check, time and draw `out/masks.png`; prints as it goes.
 
     Raises:
-        SparsifyError: diffusers or matplotlib is missing, or `out` cannot be written to.
+        SparsifyError: a package of the laboratory is missing, or `out` cannot be written to.
     """
     tile: dict[str, Any] = {
         "method": "tile",
         "reference_frames": size.reference_frames,
         "inner_backend": size.backend,
     }
-    # By its gain nearly all would be worth reading: what random weights attend to has no structure.
+    # `min_gain` would read nearly all keys, since attention of random weights has no structure.
     svg2: dict[str, Any] = {
         "method": "svg2",
         "top_p": 0.5,
@@ -96,7 +96,7 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
                 build = library.build_info()
             progress.console.print(f"CPU kernel: {build.reason} in {build.seconds:.1f} s.")
         with phase(progress, "explain"):
-            with torch.device("meta"):  # so that it costs no step
+            with torch.device("meta"):  # takes no time
                 twin, twin_inputs = wan(size, "meta")
             explanation = explain(twin, **twin_inputs, options=tile, device=device)
         progress.console.print(explanation)
@@ -119,7 +119,7 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
         with phase(progress, "check against the dense-masked oracle"), _tile_attention(size):
             oracle = model(**inputs)[0].float().cpu()
         plan = _sparse(explanation)[0]
-        assert plan.density is not None, "the masks of tile are known beforehand"
+        assert plan.density is not None, "the density of tile must be known before a call"
         seconds = interleaved_medians(
             {**steps, "attention": dense_attention(plan, device)},
             size.rounds,
@@ -175,12 +175,12 @@ def wan(size: Size, device: str) -> tuple[nn.Module, dict[str, Any]]:
         "timestep": torch.full((1,), 500, device=device),
         "return_dict": False,
     }
-    # Past diffusers' own `to`, which warns of modules that its checkpoints keep in fp32.
+    # Not the `to` of diffusers, which warns of modules that its checkpoints keep in fp32.
     return nn.Module.to(model.eval(), device, size.dtype), inputs
 
 
 def dense_attention(plan: AttentionPlan, device: str, mask: Tensor | None = None) -> Step:
-    """SDPA alone on tensors of the shapes and strides of a site: what the dense model spends on it."""
+    """A call of SDPA alone, on tensors with the shapes and strides of a site."""
     site = plan.site
     query, key, value = (
         torch.randn(
@@ -208,7 +208,7 @@ def _sparse(explanation: Explanation) -> list[AttentionPlan]:
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
-    """|got - expected| / |expected|; NaN where either has one, which is within no bound."""
+    """|got - expected| / |expected|. It is NaN, and so within no bound, where either has a NaN."""
     return float((got - expected).norm() / expected.norm())
 
 
@@ -234,9 +234,9 @@ def _summary(result: Result) -> Group:
     table.add_row("distance to dense (random weights)", "", *distances)
     sentence = (
         f"A step is {result.speedup('svg2'):.2f} times as fast by svg2, which by its estimate reads half of the "
-        f"attention, and {result.speedup('tile'):.2f} times by tile, which computes what its masks say; they are "
-        f"drawn in {result.picture}."
+        f"attention, and {result.speedup('tile'):.2f} times by tile, which computes exactly its masks. "
+        f"{result.picture} shows the masks."
         if result.passed
-        else "The sparse model does NOT compute what its masks say: please report this."
+        else "The sparse model does NOT compute its masks: please report this."
     )
     return Group(table, sentence)

@@ -1,4 +1,4 @@
-"""Videos by the trained model of this package, dense and by the default method: same prompts, same noise."""
+"""Videos by the trained model, dense and with the default method, for the same prompts and noise."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,32 +26,32 @@ from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.timing import timed
 
 WARM_UP = 3
-"""Steps of a short generation before: of three the first is dense by default, so both phases are compiled."""
+"""Steps of a short generation before the measured one. The first is dense by default, so both phases compile."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Result:
-    """What was made, and how."""
+    """Videos and measurements."""
 
     prompts: tuple[str, ...]
     videos: Mapping[str, Tensor]
     """`dense` and `svg2`: float32 [prompts, 3, frames, height, width] on the CPU, RGB from 0 to 1."""
     warm_up: Mapping[str, float]
-    """Seconds of the `WARM_UP` steps before, in which the graph of `svg2` is captured and rewritten."""
+    """Seconds of the `WARM_UP` steps, in which the graph of `svg2` is captured and rewritten."""
     seconds: Mapping[str, float]
-    """Of the whole generation after that, all prompts together."""
+    """Seconds of the whole generation after the warm-up, for all prompts together."""
     attention_share: float
     """Part of the dense generation spent in self-attention."""
     stats: RunStats
-    """Of the sparse generation."""
+    """Statistics of the sparse generation."""
     gif: Path
-    """Dense left, sparse right, a row for each prompt."""
+    """Videos with dense left and sparse right, a row for each prompt."""
     picture: Path
     """Density by attention and step."""
 
     @property
     def psnr(self) -> list[float]:
-        """Of each sparse video against the dense one, in dB."""
+        """PSNR of each sparse video to the dense one, in dB."""
         values: list[float] = psnr(self.videos["svg2"], self.videos["dense"]).tolist()
         return values
 
@@ -61,7 +61,7 @@ class Result:
         return self.seconds["dense"] / self.seconds["svg2"]
 
     def motion(self, name: str) -> list[float]:
-        """Of each video that was made `dense` or by `svg2`."""
+        """Motion of each video of `dense` or `svg2`."""
         values: list[float] = motion(self.videos[name]).tolist()
         return values
 
@@ -77,9 +77,9 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
         f"The trained model of this package, {CONFIG['num_layers']} layers, {trained_steps():,} steps of training; "
         f"{len(prompts)} held-out prompts, {size.frames} frames, {size.steps} steps with guidance {GUIDANCE:g}."
     )
-    torch.compiler.reset()  # another model's shapes were seen before, and would make those of this one dynamic
+    torch.compiler.reset()  # otherwise the shapes of an earlier model make those of this one dynamic
     model = load().to(device)
-    # Both without Inductor: compiling would take longer than making these few videos.
+    # Neither uses Inductor: it would compile for longer than these few videos take.
     sparse = torch.compile(model, backend="sparsify", options={"method": "svg2", "inner_backend": "eager"})
     programs: dict[str, Velocity] = {"dense": model, "svg2": sparse}
     warm_up, seconds, videos = {}, {}, {}
@@ -109,7 +109,7 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
 
 
 def generate(program: Velocity, prompts: Sequence[str], size: Size, device: str, *, steps: int) -> Tensor:
-    """A video of each prompt, the i-th from noise of seed i: as `Result.videos`."""
+    """Videos of the prompts, the i-th from noise of seed i; in the form of `Result.videos`."""
     start = noise(range(len(prompts)), size.frames).to(device)
     lower = torch.autocast(device, size.dtype, enabled=size.dtype != torch.float32)
     with generation(steps, streams=1), lower:  # guidance goes in one batch
@@ -117,7 +117,7 @@ def generate(program: Velocity, prompts: Sequence[str], size: Size, device: str,
 
 
 def attention_seconds(call: Callable[[], object], device: str) -> float:
-    """Of all self-attention that a call runs, uncompiled and dense; each is run once more to be timed."""
+    """Seconds of all self-attention of an uncompiled dense call. Each attention runs once more, to time it."""
     seconds: list[float] = []
 
     def again(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -129,7 +129,7 @@ def attention_seconds(call: Callable[[], object], device: str) -> float:
 
 
 def _watched(program: Velocity, advance: Callable[[], None]) -> Velocity:
-    """The same, and a bar moves with every call."""
+    """The program, with a bar that moves at every call."""
 
     def call(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         result = program(*args, **kwargs)
