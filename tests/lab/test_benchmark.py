@@ -152,7 +152,7 @@ def test_a_video_that_was_removed_is_made_again(folder, weights, monkeypatch):
     video.write_bytes(whole[:100])
     error = quality(folder, weights).exception
     assert isinstance(error, SparsifyError), repr(error)
-    assert "remove it, and what it held is made again" in str(error)
+    assert "remove it, and the run makes it again" in str(error)
     video.unlink()
 
     def row(self, one):
