@@ -74,7 +74,7 @@ def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tu
             where.sin().expand(heads, -1, -1),
         ]
         mixed = sum(parts) + 0.7 * torch.randn(heads, len(thing), head_dim, generator=g)
-        return strength * mixed[None]  # type: ignore[no-any-return]
+        return strength * mixed[None]
 
     shared = torch.Generator().set_state(g.get_state())
     query = tokens(0.4)
@@ -94,7 +94,7 @@ def recorded(level: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     clean = trained.to_model(videos(shown))
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     heard: list[tuple[Tensor, Tensor, Tensor]] = []
-    with Listen(lambda *tensors: heard.append(tuple(t.float() for t in tensors))):  # type: ignore[arg-type]
+    with Listen(lambda *tensors: heard.append(tuple(t.float() for t in tensors))):
         model(
             (1 - level) * clean + level * noise,
             torch.full((1,), 1000 * level),
@@ -142,14 +142,14 @@ def selection_of(
     selection, _ = method.select(
         tokens, Memory(torch.tensor(False), tuple(zeros)), **method.constants(layout)
     )
-    return selection  # type: ignore[no-any-return]
+    return selection
 
 
 def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
     """The table of a cold call."""
     if isinstance(method, DynamicMethod):
         return selection_of(method, query, key, layout).table
-    return method.fit(site_of(query), layout).table(layout)  # type: ignore[no-any-return]
+    return method.fit(site_of(query), layout).table(layout)
 
 
 def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:

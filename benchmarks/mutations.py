@@ -1,8 +1,9 @@
 """`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of what a
-write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It is caught where a case of the fuzzer becomes wrong, crashes or loses
-its grid, or else where a test fails. What survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
+what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
+is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
+survives is printed by name.
 """
 
 import argparse
@@ -135,7 +136,7 @@ class Edit(ast.NodeTransformer):
         self.seen += 1
         if self.seen != self.wanted:
             return node
-        self.said = f"line {node.lineno}: {said}"  # type: ignore[attr-defined]
+        self.said = f"line {node.lineno}: {said}"
         return ast.copy_location(into(), node)
 
     def visit_If(self, node: ast.If) -> ast.AST:
@@ -202,7 +203,7 @@ def compiled(function: FunctionType, definition: ast.FunctionDef) -> CodeType:
     module = ast.fix_missing_locations(ast.Module([definition], []))
     names: dict[str, Any] = {}
     exec(compile(module, function.__code__.co_filename, "exec"), function.__globals__, names)
-    return names[function.__name__].__code__  # type: ignore[no-any-return]
+    return names[function.__name__].__code__
 
 
 def functions() -> Iterator[tuple[str, FunctionType]]:

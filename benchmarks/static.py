@@ -117,7 +117,7 @@ def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
     """What a compiled kernel is made of. `step`: keys that its main loop takes at a time."""
     gpu, meta = GPUS[arch], kernel.metadata
     usage, listing = printed(kernel, "-res-usage"), printed(kernel, "-sass")
-    registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     bounds = [
         REGISTERS // (-(-registers * 32 // 256) * 256 * meta.num_warps),
         gpu.memory // (meta.shared + 1024),

@@ -1,6 +1,33 @@
 """sparsify-compiler: block-sparse attention for video diffusion transformers, by torch.compile.
 
-torch.compile(model, backend="sparsify", options={"method": "tile", "reference_frames": 2})
+    torch.compile(model, backend="sparsify", options={"method": "tile", "reference_frames": 2})
+
+`print(sparsify_compiler.explain(model, ...))` shows the plan of every attention before a run, and
+`print(sparsify_compiler.stats(model))` what a run computed.
+
+Options of every method:
+
+    method           dense, tile, svg2 (the default), cubes, keys or dsv
+    preset           svg2 or svg2-turbo: a method with its options; other options override them
+    policy           a file that `sparsify search` wrote, or a Policy: a method for each attention
+    grid             (frames, height, width) of the video tokens, where the graph does not show them
+    text             (before, after): the numbers of other tokens in the same sequence; goes with grid
+    provider         auto, reference, cpu or triton: the implementation of the kernels
+    far_field        drop, mean or linear: the treatment of keys that are not selected
+    dense_steps      first steps of a generation that stay dense: a number, or a share
+    dense_layers     first attentions of a graph that stay dense: a number, or a share
+    measure_recall   share of the queries on which stats measures the attention mass kept
+    offload_indices  in training, keep long lists of keys in host memory between forward and backward
+    inner_backend    inductor, eager or aot_eager: the compiler of the rewritten graph
+    dump             folder for the graph after each pass, and its time
+
+Options of one method:
+
+    tile             reference_frames
+    svg2             min_gain, top_p, min_kv_ratio, q_clusters, kv_clusters, kmeans_iters, seed
+    cubes            min_gain, top_p, min_kv_ratio, cube, query_cube
+    keys             kv_budget, q_clusters, kmeans_iters, seed
+    dsv              rank, mass, query_group, chosen_by, kv_budget, predictor
 """
 
 import importlib
@@ -79,3 +106,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(f"sparsify_compiler.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names too that no one has used yet, for completion and help."""
+    return sorted({*globals(), *__all__})

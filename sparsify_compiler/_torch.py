@@ -372,9 +372,10 @@ def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
 
     if not isinstance(model, OptimizedModule):
         return None
-    backend: Any = innermost_backend(model.dynamo_ctx.callback)  # type: ignore[arg-type]
+    callback: Any = model.dynamo_ctx.callback
+    backend: Any = innermost_backend(callback)
     ours = getattr(backend, "compiler_name", None) == "sparsify"
-    return backend.kwargs.get("options") if ours else None
+    return backend.kwargs.get("options") or {} if ours else None
 
 
 def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., Any]:

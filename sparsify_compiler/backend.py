@@ -18,7 +18,7 @@ from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
-from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of, load_policy
+from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of
 from sparsify_compiler.runtime.program import Choices, Phase, Program, Sizes
 from sparsify_compiler.runtime.site import works_of
 
@@ -48,10 +48,10 @@ def sparsify(
     """
     try:
         config = configure(options)
-        program = _program(gm, example_inputs, config, mode)
+        program = _program(gm, example_inputs, dict(options or {}), config, mode)
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
-    _tell(program.plan, options or {}, _torch.graph_break(gm))
+    _tell(program.plan, config, options or {}, _torch.graph_break(gm))
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: beyond it, other shapes run uncompiled "
@@ -61,7 +61,11 @@ def sparsify(
 
 
 def _program(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: SparsifyConfig, mode: str | None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    config: SparsifyConfig,
+    mode: str | None,
 ) -> Program:
     marked = _torch.marked_dynamic(example_inputs)
     analysed = pipeline.analyse(gm, config)
@@ -85,6 +89,7 @@ def _program(
         return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
     program = Program(
+        options=options,
         plan=plan,
         inputs=find_inputs(gm),
         sizes=_sizes(gm) if plan.sparse else {},
@@ -165,10 +170,19 @@ def _policy(options: Mapping[str, Any]) -> Policy:
     asked = options["policy"]
     if not isinstance(asked, (str, Path, Policy)):
         raise OptionError(f"policy must be the path of a file or a Policy, got {asked!r}")
-    return asked if isinstance(asked, Policy) else load_policy(asked)
+    return asked if isinstance(asked, Policy) else Policy.load(asked)
 
 
-def _tell(plan: GraphPlan, options: Mapping[str, Any], end: _torch.GraphBreak | None) -> None:
+def reads_more_or_less(far_field: str) -> str:
+    """The option that says how much the default method reads with a far field, in words."""
+    if far_field == "linear":
+        return "options={'min_gain': g} reads more (towards 0) or less (above 0.02)"
+    return f"options={{'far_field': {far_field!r}, 'top_p': p}} reads more (up to 1) or less"
+
+
+def _tell(
+    plan: GraphPlan, config: SparsifyConfig, options: Mapping[str, Any], end: _torch.GraphBreak | None
+) -> None:
     """Say once what a user should know who did not ask.
 
     Args:
@@ -184,10 +198,13 @@ def _tell(plan: GraphPlan, options: Mapping[str, Any], end: _torch.GraphBreak | 
             f"sparsify found no attention to rewrite in a graph: it is compiled as it is.{what} "
             "sparsify_compiler.explain(model, ...) shows why."
         )
+    if config.policy is not None and plan.plans and config.policy.advice:
+        warn_once(f"{config.policy.advice}.")
     if plan.sparse and not {"method", "preset", "policy"} & set(options):
         warn_once(
-            "sparsify rewrites attention to be sparse, which is lossy. The default is method='svg2' with a linear "
-            "far field; options={'top_p': p} reads more (up to 1) or less, {'method': 'dense'} is none of it."
+            f"sparsify rewrites attention to be sparse, which is lossy. The default method is {DEFAULT_METHOD!r}, "
+            f"here with far_field={plan.sparse[0].far_field!r}: {reads_more_or_less(plan.sparse[0].far_field)}; "
+            "options={'method': 'dense'} keeps full attention."
         )
     if plan.sparse and left:
         warn_once(

@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparsify_compiler import __version__
 from sparsify_compiler.errors import OptionError, run_command
+from sparsify_compiler.outputs import check_file
 
 app = typer.Typer(
     help="Block-sparse attention for video diffusion transformers, by torch.compile.",
@@ -16,6 +18,22 @@ app = typer.Typer(
 
 bench = typer.Typer(help="What sparse attention does to the evaluation model.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sparsify-compiler {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version and stop", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -64,9 +82,11 @@ def explain(
     ] = 0,
 ) -> None:
     """What would be done with a diffusers model, and why. Takes neither weights nor memory, but for --run."""
-    from sparsify_compiler import diffusers_model, explanation
+    from sparsify_compiler import diffusers_model, explanation, pictures
     from sparsify_compiler.measured import RunStats
 
+    if picture is not None:
+        pictures.check(picture)
     model = diffusers_model.build(class_name, config)
     arguments = {
         name: diffusers_model.parse_input(name, text)
@@ -133,8 +153,12 @@ def search(
     entries = MENU if menu is None else read_menu_file(menu)
     if (checkpoint is None) != (inputs is None):
         raise OptionError("a checkpoint and --inputs to calibrate it on must be given together, or neither")
-    if out.is_dir() or not out.parent.is_dir():
-        raise OptionError(f"out must be a file in a folder that exists, got {str(out)!r}")
+    try:
+        check_file(out)
+    except OSError as error:
+        raise OptionError(
+            f"out must be a file in a folder that exists, got {str(out)!r}: {error}. Try another path"
+        ) from error
     if checkpoint is None or inputs is None:
         require_laboratory()
         from sparsify_compiler.lab import calibration

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from sparsify_compiler.errors import GridError, OptionError, unknown_choice
 
@@ -85,10 +85,19 @@ class SparsifyConfig:
 
 def integer(value: object) -> int | None:
     """`value` as an int if it is a whole number of any integer type, NumPy's too; None else."""
-    try:
-        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of another type
+        return None
+
+
+def integers(value: object, *, least: int) -> tuple[int, ...]:
+    """`value` as ints where it is a tuple or list of integers of at least `least`; empty else."""
+    numbers = [integer(number) for number in value] if isinstance(value, (tuple, list)) else []
+    found = tuple(number for number in numbers if number is not None and number >= least)
+    return found if len(found) == len(numbers) else ()
 
 
 def share(value: object) -> float | None:
@@ -108,10 +117,11 @@ def _count_or_share(name: str, value: object) -> int | float:
 
 
 def _grid(value: object) -> tuple[int, int, int]:
-    sizes = [integer(n) for n in value] if isinstance(value, (tuple, list)) else []
-    if len(sizes) != 3 or any(n is None or n < 1 for n in sizes):
+    sizes = integers(value, least=1)
+    if len(sizes) != 3:
         raise GridError(f"grid must be three positive integers (frames, height, width), got {value!r}")
-    return tuple(sizes)  # type: ignore[return-value]
+    frames, height, width = sizes
+    return frames, height, width
 
 
 CHECK_TABLES = os.environ.get("SPARSIFY_CHECK_TABLES", "0") not in ("", "0")
@@ -122,10 +132,11 @@ and devices only."""
 
 
 def _text(value: object) -> tuple[int, int]:
-    counts = [integer(n) for n in value] if isinstance(value, (tuple, list)) else []
-    if len(counts) != 2 or any(n is None or n < 0 for n in counts):
+    counts = integers(value, least=0)
+    if len(counts) != 2:
         raise OptionError(f"text must be two integers (before, after) of at least 0, got {value!r}")
-    return tuple(counts)  # type: ignore[return-value]
+    before, after = counts
+    return before, after
 
 
 GENERAL = ("preset", *(f.name for f in fields(SparsifyConfig)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
 
 
@@ -234,8 +235,8 @@ def generate(
         given = {name: _random_like(value) for name, value in inputs.items()}
     usual: dict[str, Any] = {"inner_backend": "eager", "measure_recall": 0.01}
     compiled: Any = torch.compile(model, backend="sparsify", options={**usual, **options})
-    with torch.no_grad(), generation(steps, streams=1):
-        for step in range(steps):
+    with torch.no_grad(), generation(steps, streams=1), bars(transient=True) as bar:
+        for step in bar.track(range(steps), description="steps"):
             time = 1000 * (steps - step) // steps
             now = {
                 name: torch.full_like(value, time) if name.startswith("timestep") else value

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from sparsify_compiler import _torch, pictures
-from sparsify_compiler.backend import configure
-from sparsify_compiler.config import split_options
+from sparsify_compiler.backend import configure, reads_more_or_less
+from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
@@ -79,17 +79,19 @@ class Explanation:
         from rich.table import Table
 
         rows = fold(self.plans)
-        narrow = options.max_width < NARROW
-        columns = {
-            heading: cell for heading, cell in _COLUMNS.items() if not (narrow and heading in _WIDE_ONLY)
-        }
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in columns:
-            table.add_column(heading, no_wrap=heading != "reason")
-        for name, plan in rows:
-            table.add_row(*(cell(name, plan) for cell in columns.values()))
-        yield table
-        if narrow:
+        if options.max_width >= NARROW:
+            table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for heading in ("site", *_COLUMNS):
+                table.add_column(heading, no_wrap=heading != "reason")
+            for name, plan in rows:
+                table.add_row(_broken_path(name), *(cell(plan) for cell in _COLUMNS.values()))
+            yield table
+        else:
+            from sparsify_compiler.tables import fitting
+
+            columns = {heading: cell for heading, cell in _COLUMNS.items() if heading not in _WIDE_ONLY}
+            cells = [[cell(plan) for cell in columns.values()] for _, plan in rows]
+            yield from fitting(console, options, [name for name, _ in rows], [*columns], cells)
             for name, plan in rows:
                 provider = f"{plan.provider}, " if plan.provider else ""
                 yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
@@ -183,7 +185,7 @@ def explain(
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without what Dynamo appended to it
-    return Explanation(tuple(plans), tuple(_hints(plans, options or {})), tuple(uncompiled.plans))
+    return Explanation(tuple(plans), tuple(_hints(plans, config, options or {})), tuple(uncompiled.plans))
 
 
 def _device_type(device: str | None) -> str | None:
@@ -198,7 +200,7 @@ def _call(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return model(*args, **kwargs)
 
 
-def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[str]:
+def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping[str, Any]) -> Iterator[str]:
     plans = [plan for graph in graphs for plan in graph]
     if not graphs:
         yield "Dynamo compiled nothing: is the model wrapped in torch.compiler.disable?"
@@ -216,8 +218,11 @@ def _hints(graphs: Sequence[GraphPlan], options: Mapping[str, Any]) -> Iterator[
     if any(plan.density is None for plan in plans):
         yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
     general, own = split_options(options)
-    if not {"method", "policy"} & general.keys() and not own and any(graph.sparse for graph in graphs):
-        yield "the method is the default; options={'min_gain': g} reads more (towards 0) or less (above 0.02)."
+    sparse = [plan for graph in graphs for plan in graph.sparse]
+    if sparse and not {"method", "policy"} & general.keys() and not own:
+        yield f"the method is the default; {reads_more_or_less(sparse[0].far_field)}."
+    if config.policy is not None and config.policy.advice:
+        yield f"{config.policy.advice}."
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:
@@ -303,16 +308,15 @@ def _tokens_text(plan: AttentionPlan) -> str:
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 
-_COLUMNS: dict[str, Callable[[str, AttentionPlan], str]] = {
-    "site": lambda name, _: _broken_path(name),
-    "kind": lambda _, plan: plan.site.kind,
-    "tokens": lambda _, plan: _tokens_text(plan),
-    "heads x dim": lambda _, plan: _heads_text(plan),
-    "grid": lambda _, plan: grid_text(plan.layout),
-    "method": lambda _, plan: method_text(plan, "\n"),
-    "provider": lambda _, plan: plan.provider or "-",
-    "density": lambda _, plan: density_text(plan),
-    "reason": lambda _, plan: plan.reason,
+_COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
+    "kind": lambda plan: plan.site.kind,
+    "tokens": _tokens_text,
+    "heads x dim": _heads_text,
+    "grid": lambda plan: grid_text(plan.layout),
+    "method": lambda plan: method_text(plan, "\n"),
+    "provider": lambda plan: plan.provider or "-",
+    "density": density_text,
+    "reason": lambda plan: plan.reason,
 }
 _WIDE_ONLY = ("heads x dim", "provider", "reason")
 

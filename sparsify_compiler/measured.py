@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.runtime.site import REPORT
-from sparsify_compiler.runtime.state import Record, states_of
+from sparsify_compiler.runtime.state import ModelState, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -71,19 +71,18 @@ class RunStats:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """A row for each site, means over calls, batches and heads."""
-        from rich import box
-        from rich.table import Table
+        """A row for each site, means over calls, batches and heads; its name stands above where it has no room."""
+        from sparsify_compiler.tables import fitting
 
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in ("site", "method", "calls", "density", "lowest head", "highest head", *REPORT[1:]):
-            table.add_column(heading.replace("_", " "))
-        for site, some in self._by_site().items():
+        others = (name.replace("_", " ") for name in REPORT[1:])
+        headings = ("method", "calls", "density", "lowest head", "highest head", *others)
+        names, rows = list(self._by_site()), []
+        for some in self._by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
             means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
-            table.add_row(site, some[0].method, str(len(some)), *cells)
-        yield table
+            rows.append((some[0].method, str(len(some)), *cells))
+        yield from fitting(console, options, names, headings, rows)
         calls = len({one.call for one in self.measurements})
         density = _text(self.density)
         yield f"{self.dense_calls} dense and {calls} sparse calls; mean density of the sparse ones {density}."
@@ -130,37 +129,47 @@ class RunStats:
 
 
 def stats(model: Callable[..., Any]) -> RunStats:
-    """What happened in the calls of a compiled model since the last video began.
+    """The calls of a model since the last video began.
 
     Args:
-        model: what torch.compile was given, or what it gave back; parts of it may have been compiled one by one.
-            Calls of a module are recorded together, whatever it was compiled with: see `RunStats.of`.
+        model: what torch.compile returned: the calls of the programs that it compiled, in the last video that they
+            made. Or a module: all calls in its last video, whatever programs they were of (`RunStats.of` selects
+            those of one method); parts of it may have been compiled one by one.
 
     Raises:
         SparsifyError: the model is no module, or no call of it was recorded.
     """
-    module = _torch.uncompiled(model)
+    module, options = _torch.uncompiled(model), _torch.options_of(model)
     if not isinstance(module, nn.Module):
         raise SparsifyError(
             f"stats needs a module whose parameters it can look up, got {type(module).__name__}"
         )
     states = states_of(module.parameters())
-    records = [(call, record) for state in states for call, record in enumerate(state.history)]
+    records = [record for state in states for record in _last_video(state, options)]
     if not records:
+        others = (
+            "its module was called by programs with other options alone, "
+            if any(state.history for state in states)
+            else ""
+        )
         raise SparsifyError(
-            "no call of this model was recorded: run it first, compiled with backend='sparsify' and without "
-            "gradients; sparsify_compiler.explain(model, ...) shows whether anything in it would be sparse"
+            f"no call of this model was recorded: {others}run it first, compiled with backend='sparsify' and "
+            "without gradients; sparsify_compiler.explain(model, ...) shows whether anything in it would be sparse"
         )
     sparse = (
-        measurement
-        for call, record in records
-        if record.phase == "sparse"
-        for measurement in _measurements(call, record)
+        measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
     )
-    return RunStats(tuple(sparse), len({call for call, record in records if record.phase == "dense"}))
+    return RunStats(tuple(sparse), len({record.call for record in records if record.phase == "dense"}))
 
 
-def _measurements(call: int, record: Record) -> list[Measurement]:
+def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:
+    """Its calls by programs of these options; by all programs where there are none."""
+    own = [record for record in state.history if options is None or record.options == options]
+    video = state.video if options is None or not own else own[-1].video
+    return [record for record in own if record.video == video]
+
+
+def _measurements(record: Record) -> list[Measurement]:
     """Of every site that is sparse by the plan of the program that was called."""
     found = []
     for plan in record.plan.sparse:
@@ -179,7 +188,7 @@ def _measurements(call: int, record: Record) -> list[Measurement]:
             Measurement(
                 site=plan.site.name,
                 method=plan.method,
-                call=call,
+                call=record.call,
                 step=record.tick.step,
                 stream=record.tick.stream,
                 **reported,

@@ -1,9 +1,12 @@
 """Saving pictures, with errors that say what to try. matplotlib is imported when a picture is drawn."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.outputs import check_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +23,25 @@ def figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def check(path: Path) -> None:
+    """Check that a picture can be saved there; make the folders that are missing.
+
+    Raises:
+        SparsifyError: the path cannot be written to, or has no ending that matplotlib knows; matplotlib is missing.
+    """
+    if path.is_dir():
+        raise SparsifyError(f"cannot save the picture as {path}: it is a folder. Try {path / 'picture.png'}")
+    ending, known = path.suffix[1:].lower(), figure(1, 1).canvas.get_supported_filetypes()
+    if ending not in known:
+        raise SparsifyError(
+            f"cannot save the picture as {path}: its name must end in one of {', '.join(known)}, "
+            f"got {ending!r}. Try {path.with_suffix('.png')}"
+        )
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_file(path)
+
+
 def save(drawn: "Figure", path: str | Path) -> Path:
     """Write a figure in the format of the path's ending, folders made where they are missing.
 
@@ -27,19 +49,18 @@ def save(drawn: "Figure", path: str | Path) -> Path:
         SparsifyError: the path cannot be written to, or has no ending that matplotlib knows.
     """
     path = Path(path)
-    if path.is_dir():
-        raise SparsifyError(f"cannot save the picture as {path}: it is a folder. Try {path / 'picture.png'}")
-    ending, known = path.suffix[1:].lower(), drawn.canvas.get_supported_filetypes()
-    if ending not in known:
-        raise SparsifyError(
-            f"cannot save the picture as {path}: its name must end in one of {', '.join(known)}, "
-            f"got {ending!r}. Try {path.with_suffix('.png')}"
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check(path)
+    with _writing(path):
         drawn.savefig(path, dpi=150)
+    return path
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Inside, an OSError is one of ours."""
+    try:
+        yield
     except OSError as error:
         raise SparsifyError(
             f"cannot save the picture as {path}: {error}. Try a folder that can be written to"
         ) from error
-    return path

@@ -216,6 +216,25 @@ class Policy:
         """Of all of them dense."""
         return math.fsum(layer.trials[DENSE].milliseconds for layer in self.layers)
 
+    @property
+    def advice(self) -> str:
+        """The advice where every site stays dense; empty where one is sparse."""
+        if any(layer.choice != DENSE for layer in self.layers):
+            return ""
+        faster = [
+            trial.loss
+            for layer in self.layers
+            for label, trial in layer.trials.items()
+            if label != DENSE and trial.milliseconds < layer.trials[DENSE].milliseconds
+        ]
+        if not faster:
+            advice = "nothing on the menu is faster: search on a video of more tokens, or with another menu"
+        elif limits := [name for name in ("r", "total") if getattr(self, name) < min(faster)]:
+            advice = f"search with {' and '.join(limits)} above {min(faster):.3g}, the least loss of a faster entry"
+        else:
+            advice = "edit the choices in the file, or search again"
+        return f"{self.source} keeps every attention dense, so nothing gets faster: {advice}"
+
     def of(self, sites: Sequence[tuple[AttentionSite, TokenLayout]]) -> list[tuple[Entry, str]]:
         """What the sites of a graph that may be sparse do, and why.
 
@@ -259,6 +278,51 @@ class Policy:
             f"{self.model} must have the attentions {_few([*known])}, got {_few(names)}; {SEARCH_AGAIN}. "
             "Blocks compiled one by one are not known again: compile the model as a whole"
         )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Policy":
+        """The policy in a file that `save` wrote.
+
+        Raises:
+            PolicyError: it cannot be read, or is none; says what is wrong with it.
+        """
+        try:
+            content = json.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise PolicyError(
+                f"policy must be a file that a search wrote, got {str(path)!r}: {error.strerror}; {SEARCH_AGAIN}"
+            ) from error
+        except ValueError as error:  # neither text nor JSON
+            raise PolicyError(f"policy {str(path)!r} must hold JSON: {error}; {SEARCH_AGAIN}") from error
+        kind = content.get("format") if isinstance(content, dict) else type(content).__name__
+        if kind != FORMAT:
+            raise PolicyError(
+                f"policy {str(path)!r} must have the format {FORMAT!r}, got {kind!r}; {SEARCH_AGAIN}"
+            )
+        try:
+            menu = {label: entry_of(options) for label, options in content["menu"].items()}
+            if not content["layers"]:
+                raise ValueError("there are no layers")
+            for name in ("r", "total"):
+                if not float(content[name]) >= 0:
+                    raise ValueError(f"{name} must be at least 0, got {content[name]!r}")
+            return cls(
+                model=content["model"],
+                r=float(content["r"]),
+                total=float(content["total"]),
+                menu=menu,
+                layers=tuple(_layer(layer, menu) for layer in content["layers"]),
+                together=float(content["loss of all together"]),
+                inputs=_whole("calibration inputs", content["calibration inputs"]),
+                machine=content["machine"],
+                source=f"policy {str(path)!r}",
+            )
+        except SparsifyError as error:
+            raise PolicyError(f"policy {str(path)!r}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PolicyError(
+                f"policy {str(path)!r} is damaged ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
+            ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write the file that options={"policy": path} reads.
@@ -307,28 +371,27 @@ class Policy:
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         """A row for each site."""
-        from rich import box
-        from rich.table import Table
+        from sparsify_compiler.tables import fitting
 
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        for heading in ("site", "grid", "choice", "loss", "ms", "dense ms"):
-            table.add_column(heading, overflow="fold", no_wrap=heading not in ("site", "choice"))
-        for layer in self.layers:
-            site, chosen = layer.mark, layer.chosen
-            table.add_row(
-                site.site,
-                _text(site.grid),
+        names = [layer.mark.site for layer in self.layers]
+        rows = [
+            (
+                _text(layer.mark.grid),
                 layer.choice,
-                f"{chosen.loss:.2e}",
-                f"{chosen.milliseconds:.2f}",
+                f"{layer.chosen.loss:.2e}",
+                f"{layer.chosen.milliseconds:.2f}",
                 f"{layer.trials[DENSE].milliseconds:.2f}",
             )
-        yield table
+            for layer in self.layers
+        ]
+        yield from fitting(console, options, names, ("grid", "choice", "loss", "ms", "dense ms"), rows)
         yield (
             f"{self.model}, losses at most {_limits(self.r, self.total)}: attention takes "
             f"{self.milliseconds:.1f} ms a call for {self.dense_milliseconds:.1f} ms dense, on {self.machine}; "
             f"loss of all together {self.together:.2e}, {self.inputs} calibration inputs."
         )
+        if self.advice:
+            yield f"Hint: {self.advice}."
 
 
 def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:
@@ -339,51 +402,6 @@ def _cut(found: Sequence[Mark], layers: Sequence[Layer]) -> int | None:
         return None
     differ = any(one.differs_in(other) for one, other in zip(found, marks, strict=True))
     return None if differ else aligned.cut
-
-
-def load_policy(path: str | Path) -> Policy:
-    """The policy of a file.
-
-    Raises:
-        PolicyError: it cannot be read, or is none; says what is wrong with it.
-    """
-    try:
-        content = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise PolicyError(
-            f"policy must be a file that a search wrote, got {str(path)!r}: {error.strerror}; {SEARCH_AGAIN}"
-        ) from error
-    except ValueError as error:  # neither text nor JSON
-        raise PolicyError(f"policy {str(path)!r} must hold JSON: {error}; {SEARCH_AGAIN}") from error
-    kind = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if kind != FORMAT:
-        raise PolicyError(
-            f"policy {str(path)!r} must have the format {FORMAT!r}, got {kind!r}; {SEARCH_AGAIN}"
-        )
-    try:
-        menu = {label: entry_of(options) for label, options in content["menu"].items()}
-        if not content["layers"]:
-            raise ValueError("there are no layers")
-        for name in ("r", "total"):
-            if not float(content[name]) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {content[name]!r}")
-        return Policy(
-            model=content["model"],
-            r=float(content["r"]),
-            total=float(content["total"]),
-            menu=menu,
-            layers=tuple(_layer(layer, menu) for layer in content["layers"]),
-            together=float(content["loss of all together"]),
-            inputs=_whole("calibration inputs", content["calibration inputs"]),
-            machine=content["machine"],
-            source=f"policy {str(path)!r}",
-        )
-    except SparsifyError as error:
-        raise PolicyError(f"policy {str(path)!r}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PolicyError(
-            f"policy {str(path)!r} is damaged ({type(error).__name__}: {error}); {SEARCH_AGAIN}"
-        ) from error
 
 
 def _layer(content: Mapping[str, Any], menu: Mapping[str, Entry]) -> Layer:

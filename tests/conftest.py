@@ -6,6 +6,7 @@ the machine is busy. Tests of kernels that divide work among threads ask for sev
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -13,3 +14,9 @@ torch.set_num_threads(1)
 
 settings.register_profile("sparsify", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("sparsify")
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Dynamo knows no program of another test."""
+    torch._dynamo.reset()

@@ -222,7 +222,7 @@ def test_what_the_deadline_cuts_off_is_said(faulty):
 
 
 def test_new_memory_is_poisoned():
-    from benchmarks.gpu.runner import poisoned_memory
+    from sparsify_compiler.testing.poison import poisoned_memory
 
     with poisoned_memory():
         like = torch.zeros(2)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ TILE = [*ARGUMENTS, "--option", "method=tile"]
 
 def run(*words: str):
     return CliRunner().invoke(cli.app, list(words))
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"sparsify-compiler {metadata.version('sparsify-compiler')}\n"
 
 
 def test_explain_draws_a_diffusers_model_without_its_weights(tmp_path):
@@ -49,6 +56,8 @@ def test_explain_runs_a_small_model(tmp_path):
     )
     assert result.exit_code == 0, result.exception
     assert "1 dense and 2 sparse calls" in result.stdout
+    assert result.stderr.startswith("steps: 0 of 3\n")
+    assert "\nsteps: 3 of 3" in result.stderr
     assert (tmp_path / "density.png").exists()
 
 

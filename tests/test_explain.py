@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import sparsify_compiler
 from sparsify_compiler import GridError, OptionError, ProviderError, SparsifyError
-from sparsify_compiler.explanation import Explanation, fold
+from sparsify_compiler.explanation import Explanation, density_text, fold
 from sparsify_compiler.testing.models import CASES, GRID, TEXT
 
 OPTIONS = {"method": "tile", "reference_frames": 2}
@@ -220,7 +220,12 @@ def test_text_folds_layers_and_gives_the_reasons(explained):
 def test_a_narrow_console_drops_nothing(explained):
     console = Console(width=80, record=True)
     console.print(explained)
-    text = " ".join(console.export_text().split())
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text
+    for name, plan in fold(explained.plans):
+        assert name in text
+        assert density_text(plan) in text
+    text = " ".join(text.split())
     sparse, dense = (next(p for p in explained.plans if p.method == method) for method in ("tile", "dense"))
     assert f"attn: cpu, {sparse.site.heads} x {sparse.site.head_dim}; {sparse.reason}." in text
     assert f"attn: {dense.site.heads} x {dense.site.head_dim}; {dense.reason}." in text

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from statistics import median
 import pytest
 
 import sparsify_compiler
+from sparsify_compiler.config import GENERAL, option_names
+from sparsify_compiler.methods import METHODS
 
 ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
@@ -22,7 +26,7 @@ LAYERS = (
     {"methods"},
     {"kernels"},
     {"table"},
-    {"plan", "config", "errors", "names", "_torch", "pictures"},
+    {"plan", "config", "errors", "names", "_torch", "outputs", "pictures", "progress", "tables"},
 )
 """From those that may import all below to those that may import their own layer alone."""
 
@@ -52,6 +56,35 @@ def test_import_needs_torch_alone_and_takes_no_time():
     )
     assert not foreign, "must come with torch's own import or later"
     assert median(seconds for seconds, _ in runs) <= 0.3
+
+
+def test_dir_has_every_public_name_before_it_is_used():
+    listed = "import json, sparsify_compiler; print(json.dumps(dir(sparsify_compiler)))"
+    names = json.loads(subprocess.check_output([sys.executable, "-c", listed]))
+    assert {*sparsify_compiler.__all__, "__version__"} <= set(names)
+    assert all(hasattr(sparsify_compiler, name) for name in names)
+
+
+def test_help_lists_every_public_name_and_every_option():
+    text = pydoc.plaintext.document(sparsify_compiler)
+    for name in sparsify_compiler.__all__:
+        assert re.search(rf"^    (class )?{name}\(", text, re.MULTILINE), name
+    general, own = text[text.index("Options of every method:") :].split("Options of one method:", 1)
+    assert re.findall(r"^ {8}(\w+)  ", general, re.MULTILINE) == [
+        "method",
+        "preset",
+        *(name for name in GENERAL if name not in ("method", "preset")),
+    ]
+    listed = {
+        method: set(options.split(", "))
+        for method, options in re.findall(r"^ {8}(\w+) +([a-z_, ]+)$", own, re.MULTILINE)
+    }
+    assert listed == {name: set(option_names(kind)) for name, kind in METHODS.items() if option_names(kind)}
+
+
+def test_the_package_is_marked_as_typed():
+    """Type checkers read the annotations of an installed package where this file is."""
+    assert (ROOT / "py.typed").read_bytes() == b""
 
 
 def test_imports_point_one_way():

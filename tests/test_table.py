@@ -21,7 +21,7 @@ def by_hand(table: BlockTable, b: int, h: int, q_tokens: int, kv_tokens: int) ->
     q_order = list(range(q_tokens)) if table.q_order is None else one(table.q_order)
     kv_order = list(range(kv_tokens)) if table.kv_order is None else one(table.kv_order)
     for i, row in enumerate(one(table.kv_indices)):
-        for j in row[: counts[i]]:  # type: ignore[index]
+        for j in row[: counts[i]]:
             for p in range(q_bounds[i], q_bounds[i + 1]):
                 for r in range(kv_bounds[j], kv_bounds[j + 1]):
                     mask[q_order[p], kv_order[r]] = True

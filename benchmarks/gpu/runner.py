@@ -22,13 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.observe import launched
+from sparsify_compiler.testing.poison import poisoned_memory
 
 CORRECT, SITES, SPEED = "correct", "sites", "speed"
 """Groups of steps, in the order in which they run."""
@@ -108,19 +107,6 @@ def _in_short(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}"[:1500] + where
-
-
-def poisoned_memory() -> Any:
-    """Inside, new memory holds NaN or an index far out of range: what a kernel leaves alone shows."""
-    plain = Tensor.new_empty
-
-    def poisoned(*arguments: Any, **options: Any) -> Tensor:
-        tensor = plain(*arguments, **options)
-        if tensor.dtype == torch.bool:
-            return tensor
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
-
-    return mock.patch.object(Tensor, "new_empty", poisoned)
 
 
 def serve(steps: Mapping[str, Step], device: Device) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sparsify_compiler import pictures
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.lab import files, predictor, report, world
@@ -46,7 +47,9 @@ from sparsify_compiler.measured import Measurement, stats
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.tile import Tile, frame_mask
-from sparsify_compiler.policy import load_policy
+from sparsify_compiler.outputs import make_folder
+from sparsify_compiler.policy import Policy
+from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
@@ -80,7 +83,7 @@ def quality(weights: Path, out: Path, settings: Settings) -> dict[str, Any]:
     bench = Bench(load(weights), out, settings)
     record = bench.open(trained_steps(weights))
     trained = settings.predictor or bench.folder / "predictor.safetensors"
-    with files.progress() as bar:
+    with bars() as bar:
         task = bar.add_task("predictor of dsv", total=None)
         if "dsv" in settings.methods and not trained.exists():
             predictor.learn_predictor(bench.model, trained, settings.frames)
@@ -161,7 +164,9 @@ class Bench:
             "guidance": GUIDANCE,
             **{name: here[name] for name in ("cpu", "threads", "torch")},
         }
-        files.make_folder(self.out)
+        make_folder(self.out, "quality.json")
+        for name in ("videos.png", "pareto.png"):
+            pictures.check(self.out / name)
         path = self.out / "quality.json"
         if path.exists():
             self.record = files.read_json(path)
@@ -378,7 +383,7 @@ def _methods(
 ) -> list[tuple[str, object]]:
     """(attention, method) in the order of the calls."""
     if one.policy is not None:
-        policy = load_policy(one.policy)
+        policy = Policy.load(one.policy)
         return [(layer.mark.site, policy.menu[layer.choice].method) for layer in policy.layers]
     kind = METHODS[options["method"]]
     method = kind(reference_frames=options["reference_frames"]) if kind is Tile else None

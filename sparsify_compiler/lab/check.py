@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sparsify_compiler import pictures
 from sparsify_compiler.errors import OptionError, run_command
 from sparsify_compiler.lab import classifier, files, report, require, world
 from sparsify_compiler.lab.machine import fast_products, origin
@@ -26,6 +27,8 @@ from sparsify_compiler.lab.sampling import GUIDANCE, STEPS, Velocity, noise, sam
 from sparsify_compiler.lab.sparsity import critical_shares
 from sparsify_compiler.lab.train import compiled
 from sparsify_compiler.lab.training import LEVELS, loss, mixed, validation
+from sparsify_compiler.outputs import make_folder
+from sparsify_compiler.progress import bars
 from sparsify_compiler.timing import timed
 
 BATCH = 4
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("samples", "steps"):
         if getattr(options, name) < 1:
             raise OptionError(f"{name} must be at least 1, got {getattr(options, name)}")
-    files.make_folder(options.out)
+    make_folder(options.out, "check.json", "samples.png")
     model, trained = load(options.weights), trained_steps(options.weights)
     scenes = [world.scene(world.HELD_OUT, number) for number in range(options.samples)]
     judge = classifier.train()
@@ -75,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float) -> Tensor:
     """Videos [prompts, 3, frames, height, width], RGB from 0 to 1; the i-th from noise of seed i."""
-    with fast_products():
+    with fast_products(), bars() as bar:
         made = [
             sample(
                 model,
@@ -84,7 +87,7 @@ def samples(model: Velocity, prompts: Sequence[str], steps: int, guidance: float
                 steps=steps,
                 guidance=guidance,
             )
-            for first in range(0, len(prompts), BATCH)
+            for first in bar.track(range(0, len(prompts), BATCH), description=f"samples, {BATCH} at once")
         ]
     return torch.cat(made)
 
@@ -112,9 +115,10 @@ def sparsity(weights: Path, out: Path, *, videos: int = 8, frames: int = world.F
         raise OptionError(f"videos must be at least 1, got {videos}")
     check_frames(frames)
     model, trained = load(weights), trained_steps(weights)
-    files.make_folder(out)
+    make_folder(out, "sparsity.json")
+    pictures.check(out / "sparsity.png")
     levels: dict[float, Tensor] = {}
-    with files.progress() as bar:
+    with bars() as bar:
         for level in bar.track(LEVELS, description="critical shares"):
             levels[level] = shares(model, level, videos, frames)
     mean = torch.stack(list(levels.values())).mean(0)

@@ -17,7 +17,7 @@ from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.lab import files, world
 from sparsify_compiler.lab.model import check_frames
 from sparsify_compiler.methods.tile import frame_mask
-from sparsify_compiler.policy import load_policy
+from sparsify_compiler.policy import Policy
 
 COMPARED = ("tile", "svg2", "cubes", "keys", "dsv")
 DENSITIES = (0.1, 0.2, 0.3)
@@ -67,7 +67,7 @@ class Settings:
                     f"there is no file {str(path)!r}: give the path of one that `sparsify search` or training wrote"
                 )
         for path in self.policies:
-            for grid in {layer.mark.grid for layer in load_policy(path).layers}:
+            for grid in {layer.mark.grid for layer in Policy.load(path).layers}:
                 if grid[0] != self.frames:
                     raise OptionError(
                         f"{path} must be of {self.frames} frames, as the videos are, got {grid[0]}: search again"

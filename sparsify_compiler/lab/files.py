@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, SparsifyError
@@ -22,18 +20,6 @@ REMOVE = "remove it, and the run makes it again"
 
 class DamagedError(SparsifyError):
     """A file of a run cannot be read."""
-
-
-def make_folder(out: Path) -> None:
-    """Make a folder, unless it exists.
-
-    Raises:
-        OptionError: it cannot be made.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"out must be a folder, got {str(out)!r}: {error}") from error
 
 
 def refuse_others(out: Path, found: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
@@ -113,9 +99,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DamagedError(f"{path} must hold a JSON object, got {type(content).__name__}: {REMOVE}")
     return content
-
-
-def progress() -> Progress:
-    """A progress bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))

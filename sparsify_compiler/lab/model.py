@@ -83,7 +83,12 @@ class Placed(nn.Conv3d):
 
     def __init__(self, embedding: nn.Conv3d) -> None:
         size, stride = embedding.kernel_size, embedding.stride
-        super().__init__(embedding.in_channels, embedding.out_channels, size, stride)  # type: ignore[arg-type]
+        super().__init__(
+            embedding.in_channels,
+            embedding.out_channels,
+            (size[0], size[1], size[2]),
+            (stride[0], stride[1], stride[2]),
+        )
         self.load_state_dict(embedding.state_dict())
         self.places = nn.Parameter(torch.randn(self.out_channels, 3 * 2 * WAVES) / 10)
         """Weights of sines and cosines, for frames, rows and columns in turn."""
@@ -200,11 +205,13 @@ def load(path: Path = WEIGHTS) -> nn.Module:
         odd = sorted(name for name in expected.keys() | got.keys() if expected.get(name) != got.get(name))
         raise WeightsError(
             f"{path} holds another model: {len(odd)} of its tensors differ in name or shape, {odd[0]!r} first. "
-            "Take the file that came with this version of the package."
+            f"{_remedy(path)}"
         )
     for name, tensor in weights.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise WeightsError(f"{path} must hold finite numbers of a floating type, {name!r} does not")
+            raise WeightsError(
+                f"{path} must hold finite numbers of a floating type, {name!r} does not. {_remedy(path)}"
+            )
     model.load_state_dict(weights, strict=False)
     return model.eval()
 
@@ -234,13 +241,21 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
-        raise WeightsError(
-            f"no weights at {path}: they come with the package, so install it again, or train them with "
-            "`python -m sparsify_compiler.lab.train --out DIR`."
-        )
+        raise WeightsError(f"no weights at {path}. {_remedy(path)}")
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata()
     except (SafetensorError, OSError) as error:  # OSError: a folder
-        raise WeightsError(f"{path} is damaged ({error}): install the package again.") from error
+        raise WeightsError(f"{path} is damaged, or no safetensors ({error}). {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    """The advice where weights cannot be used: those of the package, or a file that a user gave."""
+    train = "`python -m sparsify_compiler.lab.train --out DIR`"
+    if path == WEIGHTS:
+        return f"They come with the package: install it again, or train them with {train}."
+    return (
+        f"Leave the path out to use the weights of the package, or give a file that {train} or `sparsify distill` "
+        "wrote with this version of it. For a model of your own there is `sparsify search CHECKPOINT`."
+    )

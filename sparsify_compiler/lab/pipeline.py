@@ -34,6 +34,7 @@ from sparsify_compiler.lab.students import (
 from sparsify_compiler.lab.world import Scene
 from sparsify_compiler.measured import stats
 from sparsify_compiler.policy import DENSE, Policy
+from sparsify_compiler.progress import bars
 from sparsify_compiler.timing import timed
 
 ROUNDS = 3
@@ -198,7 +199,7 @@ def _compare(
     }
     base, student = dense_model(model), dense_model(made.dense)
     searched, sparse = (sparse_model(one, made.policy) for one in (made.dense, made.sparse))
-    with files.progress() as bar:
+    with bars() as bar:
         to = Comparison(base, folder, settings, bar)
         dense = to.videos(names["dense"], student, few, 1)
         return motion(to.exact).mean().item(), (
@@ -215,10 +216,11 @@ def _seconds(
 ) -> dict[str, float]:
     """Median seconds of one video. The first video of each model compiles, and does not count."""
     found: dict[str, list[float]] = {name: [] for name in makers}
-    for number in range(ROUNDS + 1):
-        scene, start = world.scene(world.HELD_OUT, number), noise([number], frames)
-        for name, make in makers.items():
-            found[name].append(timed(partial(make, [scene], start))[0])
+    with bars() as bar:
+        for number in bar.track(range(ROUNDS + 1), description="rounds of a video by each model"):
+            scene, start = world.scene(world.HELD_OUT, number), noise([number], frames)
+            for name, make in makers.items():
+                found[name].append(timed(partial(make, [scene], start))[0])
     return {name: median(seconds[1:]) for name, seconds in found.items()}
 
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.lab.files import REMOVE, DamagedError, progress, read_tensors, write
+from sparsify_compiler.lab.files import REMOVE, DamagedError, read_tensors, write
+from sparsify_compiler.progress import bars
 
 FORMAT = "sparsify-stage-1"
 SAVE_EVERY = 120.0
@@ -50,7 +51,7 @@ def train(stage: Stage, path: Path) -> list[float]:
     if len(losses) == stage.steps:
         return losses
     saved = time.monotonic()
-    with progress() as bar:
+    with bars() as bar:
         task = bar.add_task(stage.name, total=stage.steps, completed=len(losses))
         while len(losses) < stage.steps:
             loss = stage.advance(len(losses))

@@ -28,13 +28,19 @@ from sparsify_compiler.lab.model import check_frames, digest, encode, save, to_m
 from sparsify_compiler.lab.resumable import Stage
 from sparsify_compiler.lab.sampling import GUIDANCE, SHIFT, noise, times, trajectory
 from sparsify_compiler.lab.training import WIDEST
-from sparsify_compiler.policy import DENSE, Policy, load_policy
+from sparsify_compiler.outputs import make_folder
+from sparsify_compiler.policy import DENSE, Policy
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.training.consistency import ConsistencyConfig, ConsistencyTrainer
 from sparsify_compiler.training.distillation import Distillation
 from sparsify_compiler.training.search import MENU, check_limits, search
 
 FORMAT = "sparsify-distill-2"
+FILES = (
+    *("settings.json", "consistency.pt", "distillation.pt", "policy.json"),
+    *("dense.safetensors", "sparse.safetensors", "report.md", "report.json"),
+)
+"""Those of a run, and of the report on it."""
 BATCH = 4
 FEW_STEPS_RATE, BRINGING_BACK_RATE = 6e-4, 2e-4
 """Highest learning rates of AdamW in stages 1 and 3. The rate rises in the first `WARMUP` steps and falls to
@@ -131,7 +137,7 @@ def _claim(out: Path, teacher: nn.Module, settings: Settings) -> None:
         SparsifyError: it is the folder of a run with others.
     """
     path, mine = out / "settings.json", {"format": FORMAT, **settings.record, "weights": digest(teacher)}
-    files.make_folder(out)
+    make_folder(out, *FILES)
     if not path.exists():
         files.write_json(path, mine)
     files.refuse_others(out, files.read_json(path), mine)
@@ -173,7 +179,7 @@ def _searched(dense: nn.Module, out: Path, settings: Settings) -> Policy:
         with fast_products():
             policy = search(dense, _own_calls(dense, settings), menu=MENU, r=settings.r, total=settings.total)
         files.write(path, policy.save)
-    return load_policy(path)
+    return Policy.load(path)
 
 
 def _own_calls(dense: nn.Module, settings: Settings) -> list[dict[str, Any]]:

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from sparsify_compiler.errors import OptionError, run_command
-from sparsify_compiler.lab import files, require, world
+from sparsify_compiler.lab import require, world
 from sparsify_compiler.lab.machine import fast_products
 from sparsify_compiler.lab.model import WEIGHTS, build, load, save, spaced, trained_steps
 from sparsify_compiler.lab.pictures import strip
 from sparsify_compiler.lab.sampling import SHIFT, Velocity, noise, sample
 from sparsify_compiler.lab.training import Recipe, Stage, Trainer, validation
+from sparsify_compiler.outputs import make_folder
 
 SAMPLES = 4
 """Videos in a sample picture, with the prompts of the first held-out videos."""
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.save_every} and {options.look_every}"
         )
     recipe = Recipe(stages=stages(options.stages), end=options.end, shift=options.shift)
-    files.make_folder(options.out)
+    make_folder(options.out, "checkpoint.pt", "log.jsonl", "weights.safetensors")
     checkpoint = options.out / "checkpoint.pt"
     if options.shipped and not checkpoint.exists():
         trainer = Trainer(load(), recipe, step=trained_steps())

@@ -122,7 +122,7 @@ class Dsv:
         if self.rank not in (None, trained.weights.shape[-1]):
             raise OptionError(
                 f"rank must be that of the predictor's file, {trained.weights.shape[-1]}, or left out, "
-                f"got {self.rank}"
+                f"got {self.rank}: for another rank train another predictor with DSVTrainer"
             )
         sparse = trained.shares[trained.shares < 1]
         most = float(sparse.max()) if sparse.numel() else 0.0

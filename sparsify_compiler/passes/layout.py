@@ -43,6 +43,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
 from sparsify_compiler.passes.axes import (
     Atom,
+    Axis,
     Cat,
     Label,
     Source,
@@ -213,10 +214,12 @@ def _same_videos(query: Known, key: Known) -> bool:
 
 
 def _of_several_videos(known: Known) -> bool:
-    """Whether tokens were taken from several positions along a batch."""
+    """Whether tokens were taken from more positions along a batch than there are sequences."""
     _, taken = _batch(known, _inputs(known.labels[2]))
-    claims = [claim for run in taken for claim in run]
-    return len({claim.axis for claim in claims}) < len({(claim.axis, claim.base) for claim in claims})
+    places: dict[Axis, set[int]] = {}
+    for claim in itertools.chain.from_iterable(taken):
+        places.setdefault(claim.axis, set()).add(claim.base)
+    return any(len(found) > length(known.labels[0]) for found in places.values())
 
 
 def _runs(known: Known) -> list[Atom]:
@@ -372,11 +375,9 @@ def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -
 
 
 def _sums_videos(source: Source, dims: set[int], embedding: Embedding) -> bool:
-    """Whether weights sum over the videos of a batch, at tokens along these dimensions of an input."""
-    kept, summed = (
-        {run.dim for run in runs if run.source is source} for runs in (embedding.kept, embedding.summed)
-    )
-    return dims <= kept and 0 in summed and len(dims) + 1 < len(source.sizes)
+    """Whether weights sum over the videos of a batch, of an input whose grid has these dimensions."""
+    has_batch = len(dims) + 1 < len(source.sizes)  # else the first dimension is that of channels
+    return has_batch and any(run.source is source and run.dim == 0 for run in embedding.summed)
 
 
 def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:

@@ -82,6 +82,8 @@ class Held:
 class Program:
     """What Dynamo calls instead of the model's code: the compiled phases of a graph, and the plan they follow."""
 
+    options: Mapping[str, Any]
+    """Those that torch.compile was given."""
     plan: GraphPlan
     inputs: Inputs
     sizes: Mapping[int, Sizes]
@@ -124,7 +126,7 @@ class Program:
         result = self._run(phase, choices, [*args, *learned, *warm, *stream.tensors])
         stream.calls += 1
         reports = {site: stream.tensors[place] for site, place in self.held.reports.items()}
-        state.record(self.plan, tick, phase, reports if phase == "sparse" else {})
+        state.record(self.options, self.plan, tick, phase, reports if phase == "sparse" else {})
         return result
 
     def _check_sizes(self, args: Sequence[Any]) -> None:

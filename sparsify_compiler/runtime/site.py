@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -244,14 +244,16 @@ class Work:
     def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`observe`, op by op."""
         operands, memory = self._sort(query, inputs)
-        return list(self.plan.settings.observe(self._tokens(query, key, None), memory, **operands))  # type: ignore[attr-defined]
+        method = cast(DynamicMethod, self.plan.settings)
+        return list(method.observe(self._tokens(query, key, None), memory, **operands))
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
         """`learn`, op by op."""
-        named = dict(zip((*self.operands, *self.observed), inputs, strict=True))
-        return list(self.plan.settings.learn(self._tokens(query, key, key_bias), **named))  # type: ignore[attr-defined]
+        named: dict[str, Any] = dict(zip((*self.operands, *self.observed), inputs, strict=True))
+        method = cast(LearningMethod, self.plan.settings)
+        return list(method.learn(self._tokens(query, key, key_bias), **named))
 
     def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
         """Uninitialised results of `trace_learn`: new values of all that is observed but the signal."""

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,12 @@ class Stream:
 class Record:
     """One call of a program."""
 
+    options: Mapping[str, Any]
+    """Those that torch.compile was given: programs of one model differ by them."""
+    video: int
+    """Number of the video of this model, from 0."""
+    call: int
+    """Number of the call of this model in the video, from 0."""
     plan: GraphPlan
     tick: Tick
     phase: str
@@ -74,7 +81,11 @@ class ModelState:
 
     clock: StepClock = field(default_factory=StepClock)
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Of the last calls since the video began."""
+    """Records of the last calls of each program, in the last video that it made."""
+    video: int = 0
+    """The number of the video, from 0."""
+    calls: int = 0
+    """Calls recorded since it began."""
     learning: Learning | None = None
     """Of a model whose sites learn, once a trainer takes care of it."""
     learned: dict[str, Tensor] = field(default_factory=dict)
@@ -97,7 +108,9 @@ class ModelState:
             if held.shape != spec.initial.shape or held.device != spec.device:
                 raise SparsifyError(
                     f"what was learnt is of another model, or with other options: {spec.name} must be "
-                    f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}"
+                    f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}. "
+                    "Compile with the options that it learned with, such as the rank, or train a new "
+                    "instance of the model"
                 )
         return [self.learned[spec.name] for spec in specs]
 
@@ -127,13 +140,23 @@ class ModelState:
     def new_video(self) -> None:
         """Forget what was learnt from another video."""
         self._streams.clear()
-        self.history.clear()
+        self.video, self.calls = self.video + 1, 0
 
-    def record(self, plan: GraphPlan, tick: Tick, phase: str, reports: Mapping[str, Tensor]) -> None:
-        """Keep what the sites report of a call."""
-        self.history.append(
-            Record(plan, tick, phase, {site: report.clone() for site, report in reports.items()})
-        )
+    def record(
+        self,
+        options: Mapping[str, Any],
+        plan: GraphPlan,
+        tick: Tick,
+        phase: str,
+        reports: Mapping[str, Tensor],
+    ) -> None:
+        """Keep what the sites report of a call, and forget what programs of these options did in earlier videos."""
+        if self.history and self.history[0].video != self.video:
+            kept = (one for one in self.history if one.video == self.video or one.options != options)
+            self.history = deque(kept, maxlen=REMEMBERED)
+        copies = {site: report.clone() for site, report in reports.items()}
+        self.history.append(Record(options, self.video, self.calls, plan, tick, phase, copies))
+        self.calls += 1
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}

@@ -347,8 +347,10 @@ class DSVTrainer:
             if name in self._sites:
                 self._sites[name].plan = plan
                 continue
-            parts = {part: self._state.learned[f"{name}.{part}"] for part in PARTS}
-            site = _Site(plan, **parts, choice=self._learning.choices.get(name))  # type: ignore[arg-type]
+            parts: dict[str, Any] = {part: self._state.learned[f"{name}.{part}"] for part in PARTS}
+            choice = self._learning.choices.get(name)
+            assert choice is None or isinstance(choice, Choice)
+            site = _Site(plan, **parts, choice=choice)
             if loaded is not None and loaded["profiles"][name] is not None:
                 site.profile = Profile(**loaded["profiles"][name])
             self._sites[name] = site

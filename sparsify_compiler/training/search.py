@@ -43,8 +43,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
@@ -60,6 +58,7 @@ from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import make_plan, refusal
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.policy import DENSE, Entry, Layer, Policy, Trial, entry_of, mark
+from sparsify_compiler.progress import advance, bars
 from sparsify_compiler.timing import timed
 
 GAINS = (0.001, 0.005, 0.02, 0.1)
@@ -94,7 +93,7 @@ def search(
     total: float = 0.02,
     options: Mapping[str, Any] | None = None,
 ) -> Policy:
-    """The policy of a model: see the module. Shows a progress bar on stderr.
+    """The policy of a model: see the module. Shows its progress on stderr.
 
     Args:
         model: a module in eval mode, or what torch.compile made of one. It runs uncompiled.
@@ -132,17 +131,12 @@ def search(
         for graph in graphs
         for site, layout in graph
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        _bench(module, inputs, plans, config) as bench,
-    ):
-        calls = len(inputs) * (2 + len(plans) * (len(entries) - 1))
-        task = progress.add_task("searching", total=calls)
-        advance = partial(progress.advance, task)
-        trials = bench.trials(advance)
+    calls = len(inputs) * (2 + len(plans) * (len(entries) - 1))
+    with bars(transient=True) as bar, _bench(module, inputs, plans, config) as bench:
+        count = advance(bar, "searching", calls)
+        trials = bench.trials(count)
         choices = choose(trials, r, total)
-        together = [bench.loss(number, choices, advance) for number in range(len(inputs))]
+        together = [bench.loss(number, choices, count) for number in range(len(inputs))]
     return Policy(
         model=type(module).__name__,
         r=float(r),
@@ -409,7 +403,8 @@ class _Bench:
             )
         if not (out.isfinite().all() and out.any()):
             raise SparsifyError(
-                "the model must answer finite numbers, not all 0: errors are relative to them. Has it its weights?"
+                "the model's output must be finite and non-zero, since errors are relative to it: are its weights "
+                "loaded?"
             )
         self._exact.append(out)
         return timed

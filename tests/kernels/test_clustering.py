@@ -5,29 +5,22 @@ a process that has it.
 """
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from any_provider import HAS_TRITON, IS_SLOW, device_of, pass_in_the_interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, ProviderError
-from sparsify_compiler.kernels import clustering, providers
+from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
 from sparsify_compiler.kernels.cpu import clustering as cpu
 from sparsify_compiler.kernels.cpu import library
 
-HAS_GPU = torch.cuda.is_available()
-HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
-PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IS_SLOW = HAS_TRITON and not HAS_GPU
-"""The interpreter takes milliseconds for a program: shapes are smaller there, and examples fewer."""
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of a squared distance, beside the largest: a provider may round centroids to the type of the points."""
@@ -35,33 +28,10 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 any_example = settings(
     max_examples=5 if IS_SLOW else 25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
-
-
-@pytest.fixture(params=PROVIDERS)
-def provider(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Outputs start as NaN or an index far out of range, so that what a provider leaves alone is seen."""
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else -(2**30))
-
-    def poisoned(empty):
-        return lambda *arguments: tuple(poison(t) for t in empty(*arguments))
-
-    for name in ("empty_kmeans", "empty_sort", "empty_top_p"):
-        empty = getattr(clustering, name)
-        for provider in PROVIDERS:
-            module = providers.load(provider, "clustering")
-            monkeypatch.setattr(module, name, poisoned(empty), raising=False)
-
-
-def device_of(provider: str) -> str:
-    return "cuda" if provider == "triton" and HAS_GPU else "cpu"
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
+]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -598,10 +568,4 @@ def test_top_p_refuses(change: dict[str, Any], words: str) -> None:
 
 @pytest.mark.skipif(HAS_TRITON, reason="its cases run in this process")
 def test_triton_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    pass_in_the_interpreter(__file__, "-k", "triton")

@@ -1,7 +1,11 @@
 """Provider `cpu` against float64 dense attention under `table.mask()`, kernel and packed SDPA alike."""
 
+import ctypes
+import fcntl
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,15 +20,7 @@ from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
 
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Outputs start as NaN, so that what a provider forgets to write is seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            attention, "empty_outputs", lambda *args: tuple(t.fill_(torch.nan) for t in empty_outputs(*args))
-        )
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.fixture(params=["kernel", "kernel without AMX", "packed"])
@@ -221,25 +217,111 @@ def hasty_compiler(tmp_path):
     return str(path)
 
 
-def test_two_processes_may_build_at_once_and_a_third_finds_the_library(tmp_path, hasty_compiler):
-    for process in [start_build(tmp_path, hasty_compiler) for _ in range(2)]:
-        output, log = process.communicate()
-        assert process.returncode == 0, log
-        assert output.startswith("False") == ("built the CPU attention kernel in" in log)
-    third = start_build(tmp_path, hasty_compiler)
-    output, log = third.communicate()
-    assert (third.returncode, log) == (0, "")
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """(what a process printed, what it logged)."""
+    output, log = process.communicate()
+    assert process.returncode == 0, log
+    return output, log
+
+
+def test_of_two_processes_at_once_one_builds_and_a_third_finds_the_library(tmp_path, hasty_compiler):
+    both = [finish(process) for process in [start_build(tmp_path, hasty_compiler) for _ in range(2)]]
+    for output, log in both:
+        built = output.startswith("False")
+        assert built == ("built the CPU attention kernel in" in log)
+        assert built == (f"building the CPU attention kernel with {hasty_compiler}" in log)
+    assert sum(output.startswith("False") for output, _ in both) == 1
+    output, log = finish(start_build(tmp_path, hasty_compiler))
+    assert log == ""
     assert output.startswith(f"True {tmp_path}/sparsify_compiler/attention-")
     assert len(list((tmp_path / "sparsify_compiler").iterdir())) == 1
+
+
+@pytest.fixture
+def small_sources(tmp_path, monkeypatch, caplog):
+    """Sources of one function in place of the kernels', and a cache of their own: the cache's folder."""
+    sources, cache = tmp_path / "sources", tmp_path / "cache"
+    for folder in (sources, cache):
+        folder.mkdir()
+    (sources / "small.cpp").write_text('extern "C" int answer() { return 42; }')
+    monkeypatch.setattr(library, "_SOURCES", sources)
+    monkeypatch.setattr(library, "_cache_dir", lambda: cache)
+    caplog.set_level("WARNING", "sparsify_compiler")
+    return cache
+
+
+def build() -> library.BuildInfo:
+    return library.build_info.__wrapped__()
+
+
+def test_a_build_is_announced_before_it_begins(small_sources, monkeypatch, caplog):
+    plain, seen = subprocess.run, []
+
+    def run(command, **options):
+        if "-c" in command:
+            seen.append(caplog.text)
+        return plain(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert not build().cached
+    assert "building the CPU attention kernel" in seen[0]
+    assert build().cached
+
+
+def test_a_process_waits_for_another_that_builds(small_sources, caplog):
+    held = os.open(small_sources, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool:
+        waits = pool.submit(build)
+        while "another process builds" not in caplog.text:
+            assert not waits.done()
+        assert not list(small_sources.iterdir())
+        os.close(held)
+        assert not waits.result().cached
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:1000] + bytes(1000) + content[2000:],
+        lambda content: content[:-1],
+        lambda content: content[:-32],
+        lambda _: b"",
+        lambda _: b"not a library",
+    ],
+    ids=["half", "overwritten", "a byte short", "without its digest", "empty", "another file"],
+)
+def test_a_damaged_library_is_built_again(small_sources, caplog, damage):
+    path = build().library
+    assert path is not None
+    damaged = damage(path.read_bytes())
+    path.unlink()  # this process has it loaded
+    path.write_bytes(damaged)
+    again = build()
+    assert (again.library, again.cached) == (path, False)
+    assert f"is damaged and is built again: {path}" in caplog.text
+    assert ctypes.CDLL(str(path)).answer() == 42
+    assert build().cached
+
+
+def test_the_compilers_words_are_told_as_it_wrote_them(small_sources, caplog):
+    (library._SOURCES / "small.cpp").write_bytes("int café = no_such_name;".encode())
+    info = build()
+    assert info.library is None
+    assert "small.cpp:1:" in info.reason
+    assert "no_such_name" in info.reason
+    assert "b'" not in info.reason
+    assert "\\n" not in info.reason
+    assert info.reason in caplog.text
+    assert not list(small_sources.iterdir())
 
 
 @pytest.mark.parametrize(
     ("compiler", "reason"), [("no-such-compiler", "no C++ compiler found (looked for"), ("false", "false")]
 )
 def test_without_a_compiler_packed_sdpa_runs_and_says_so_once(tmp_path, compiler, reason):
-    process = start_build(tmp_path, compiler)
-    output, log = process.communicate()
-    assert process.returncode == 0, log
+    output, log = finish(start_build(tmp_path, compiler))
     assert output.strip() == "False None"
     assert log.count("packed SDPA runs in its stead") == 1
     assert reason in log

@@ -11,24 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler.kernels import block_sparse_attention
-from sparsify_compiler.kernels.attention import empty_gradients
 from sparsify_compiler.kernels.cpu import attention, library
 from sparsify_compiler.kernels.reference import attention as reference
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
 
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Gradients start as NaN, so that what the kernel forgets to write is seen."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            attention,
-            "empty_gradients",
-            lambda *args: tuple(t.fill_(torch.nan) for t in empty_gradients(*args)),
-        )
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 
 
 @pytest.fixture(params=["kernel", "kernel without AMX"])

@@ -1,14 +1,13 @@
 """The far field over any table, against its formulas token by token, and what it promises."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from any_provider import pass_in_the_interpreter
+from cpu_problems import uniform_table
 from far_field_providers import DTYPES, EXAMPLES, INTERPRETED, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,35 +22,16 @@ from sparsify_compiler.kernels.far_field import (
     exact_rows,
 )
 from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.providers import load
 from sparsify_compiler.kernels.virtual_keys import FarBlocks, virtual_keys
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs near 1, half precision rounding the virtual keys as it does keys."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Outputs start as NaN, so that what a provider forgets to write is seen."""
-    empty = attention.empty_outputs
-    with pytest.MonkeyPatch.context() as patch:
-        for provider in PROVIDERS:
-            patch.setattr(
-                load(provider, "far_field"),
-                "empty_outputs",
-                lambda *args: tuple(t.fill_(torch.nan) for t in empty(*args)),
-            )
-        yield
-
-
-def uniform_table(blocks: Tensor, q_size: int, kv_size: int, **orders: Tensor) -> BlockTable:
-    """A table from a boolean mask [Nq, Nk] of equal blocks."""
-    rows, columns = blocks.shape
-    sizes = torch.full((1, 1, rows), q_size), torch.full((1, 1, columns), kv_size)
-    return BlockTable.from_block_mask(blocks[None, None], *sizes, **orders)
 
 
 def some_table(seed: int = 0) -> BlockTable:
@@ -625,10 +605,4 @@ def test_error_of_the_far_fields(name, density):
 @pytest.mark.skipif(INTERPRETED, reason="runs it")
 def test_triton_in_its_interpreter() -> None:
     cases = [str(Path(__file__).with_name(name)) for name in ("test_far_field.py", "test_statistics.py")]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", *cases, "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    pass_in_the_interpreter(*cases)

@@ -6,29 +6,22 @@ a process that has it.
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from any_provider import HAS_TRITON, IS_SLOW, device_of, pass_in_the_interpreter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, ProviderError
-from sparsify_compiler.kernels import prediction, providers
+from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.cpu import prediction as cpu
 from sparsify_compiler.kernels.prediction import top_k_keys
 
-HAS_GPU = torch.cuda.is_available()
-HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
-PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-IS_SLOW = HAS_TRITON and not HAS_GPU
-"""The interpreter takes a quarter of a second for a program: shapes are smaller there, and examples fewer."""
 
 LOWEST = torch.finfo(torch.float32).min
 UNIT = 2.0**-24
@@ -37,26 +30,10 @@ UNIT = 2.0**-24
 any_example = settings(
     max_examples=4 if IS_SLOW else 30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
-
-
-@pytest.fixture(params=PROVIDERS)
-def provider(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Outputs start far out of range, so that what a provider leaves alone is seen."""
-    empty = prediction.empty_top_k
-    for provider in PROVIDERS:
-        module = providers.load(provider, "prediction")
-        poisoned = lambda *arguments: tuple(t.fill_(-(2**30)) for t in empty(*arguments))  # noqa: E731
-        monkeypatch.setattr(module, "empty_top_k", poisoned)
-
-
-def device_of(provider: str) -> str:
-    return "cuda" if provider == "triton" and HAS_GPU else "cpu"
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
+]
 
 
 def budgets(*values: Any) -> Tensor:
@@ -538,10 +515,4 @@ def test_refuses(change: dict[str, Any], error: Any, words: str) -> None:
 
 @pytest.mark.skipif(HAS_TRITON, reason="its cases run in this process")
 def test_triton_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-k", "triton", "-p", "no:cacheprovider"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    pass_in_the_interpreter(__file__, "-k", "triton")

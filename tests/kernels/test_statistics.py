@@ -11,30 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsify_compiler.kernels import cpu, statistics
+from sparsify_compiler.kernels import cpu
 from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_outputs():
-    """Results start as NaN, so that what a provider forgets to write is seen."""
-    from sparsify_compiler.kernels.providers import load
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, empty in (
-            ("empty_means", statistics.empty_means),
-            ("empty_statistics", statistics.empty_statistics),
-        ):
-            for provider in PROVIDERS:
-                patch.setattr(
-                    load(provider, "statistics"),
-                    name,
-                    lambda *args, empty=empty: tuple(t.fill_(torch.nan) for t in empty(*args)),
-                )
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 
 
 def members(bounds: Tensor, order: Tensor | None, b: int, h: int, tokens: int) -> list[list[int]]:

@@ -31,19 +31,10 @@ WAYS = pytest.mark.parametrize(
     "way", [SCATTERED, BY_BLOCK, GROUPED], ids=["scattered", "by block", "grouped"]
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """New memory starts as NaN: an element that the kernels leave alone shows."""
-    new_empty = Tensor.new_empty
-
-    def poisoned(*arguments, **options):
-        tensor = new_empty(*arguments, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
+]
 
 
 def gradients(

@@ -20,16 +20,10 @@ TAILS = Config(32, 32, 32, 4, 2), Config(16, 16, 16, 4, 2)
 TILES = [Config(16, 16, 16, 4, 2), Config(32, 16, 64, 4, 2), Config(64, 32, 16, 4, 2, tails=TAILS)]
 """Small, so that blocks are cut, joined and chunked in every way on few tokens."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch):
-    """Outputs start as NaN: an element that the kernel leaves alone shows."""
-    empty = attention.empty_outputs
-    monkeypatch.setattr(
-        attention, "empty_outputs", lambda q, v: tuple(t.fill_(torch.nan) for t in empty(q, v))
-    )
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
+]
 
 
 def table_of(blocks, q_sizes, kv_sizes, **orders) -> BlockTable:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from sparsify_compiler import cli
 from sparsify_compiler.lab import calibration
 from sparsify_compiler.lab import model as evaluated
-from sparsify_compiler.policy import load_policy
+from sparsify_compiler.policy import Policy
 from sparsify_compiler.testing.models import CASES
 from sparsify_compiler.training.search import MENU, read_menu
 
@@ -20,15 +20,15 @@ pytestmark = [
 ]
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_the_command_searches_the_evaluation_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
     model, inputs = CASES["wan"].build(batch=1)
     monkeypatch.setattr(evaluated, "load", lambda: model)
     monkeypatch.setattr(calibration, "calibration_inputs", lambda: [inputs])
     out = tmp_path / "policy.json"
     result = CliRunner().invoke(cli.app, ["search", "--out", str(out)])
     assert result.exit_code == 0, result.exception
-    assert list(load_policy(out).menu) == list(read_menu(MENU))
+    assert list(Policy.load(out).menu) == list(read_menu(MENU))
 
 
 def test_the_evaluation_model_is_calibrated_at_every_noise_level() -> None:

@@ -122,6 +122,41 @@ def test_weights_of_another_model_name_what_differs(saved, tmp_path):
         model.load(tmp_path / "other.safetensors")
 
 
+def test_the_remedy_is_for_the_file_that_is_wrong(saved, tmp_path, monkeypatch):
+    """A file that a user gave is not mended by another installation, nor that of the package by another path."""
+    other = load_file(saved)
+    other.pop("proj_out.bias")
+    path = tmp_path / "weights.safetensors"
+
+    def said(content):
+        if content is None:
+            path.unlink(missing_ok=True)
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            save_file(content, path)
+        with pytest.raises(model.WeightsError) as error:
+            model.load(path)
+        return str(error.value)
+
+    wrong = (
+        None,
+        b"a checkpoint of torch",
+        other,
+        load_file(saved) | {"proj_out.bias": torch.full((1,), torch.nan)},
+    )
+    for content in wrong:
+        text = said(content)
+        assert "Leave the path out to use the weights of the package" in text
+        assert "sparsify search CHECKPOINT" in text
+        assert "install" not in text
+    monkeypatch.setattr(model, "WEIGHTS", path)
+    for content in wrong:
+        text = said(content)
+        assert "install it again" in text
+        assert "Leave the path out" not in text
+
+
 def test_the_shipped_weights_are_small_trained_and_can_be_trained_on():
     assert model.WEIGHTS.stat().st_size <= 12_000_000
     shipped = model.load()

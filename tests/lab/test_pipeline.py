@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from sparsify_compiler import OptionError, Policy, SparsifyError, cli
+from sparsify_compiler import OptionError, SparsifyError, cli
 from sparsify_compiler.lab import classifier, comparison, pipeline, resumable, students, world
 from sparsify_compiler.lab import model as evaluated
 from sparsify_compiler.lab.files import DamagedError
@@ -25,7 +25,7 @@ from sparsify_compiler.lab.quality import EXACT, motion, mse, psnr
 from sparsify_compiler.lab.sampling import times
 from sparsify_compiler.lab.students import Settings
 from sparsify_compiler.lab.world import Scene
-from sparsify_compiler.policy import DENSE, load_policy
+from sparsify_compiler.policy import DENSE, Policy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_weights(
     assert [len(some) for some in losses(out)] == [3, 3]
     assert len({loss for some in losses(out) for loss in some}) == 6
     monkeypatch.setattr(resumable, "SAVE_EVERY", every)
-    policy = load_policy(out / "policy.json")
+    policy = Policy.load(out / "policy.json")
     monkeypatch.setattr(students, "search", lambda *args, **kwargs: policy)
     take, taken = students._step, [0]
 
@@ -161,7 +161,7 @@ def test_a_policy_that_leaves_all_dense_leaves_nothing_to_bring_back(
 ) -> None:
     for name in ("settings.json", "consistency.pt"):
         shutil.copy(finished[0] / name, tmp_path)
-    policy = load_policy(finished[0] / "policy.json")
+    policy = Policy.load(finished[0] / "policy.json")
     dense = replace(policy, layers=tuple(replace(layer, choice=DENSE) for layer in policy.layers))
     monkeypatch.setattr(students, "search", lambda *args, **kwargs: dense)
     report = distill(tiny(), tmp_path, SETTINGS)

@@ -358,7 +358,10 @@ def test_a_predictors_file(tmp_path: Path) -> None:
     assert torch.equal(learned["shares"], trained.shares)
     less = Dsv(predictor=path, kv_budget=5, rank=3).fit(site, layout)
     assert less.learned(site, layout)["shares"].tolist() == [0.25, 1.0]
-    with pytest.raises(OptionError, match="rank must be that of the predictor's file, 3, or left out, got 4"):
+    with pytest.raises(
+        OptionError,
+        match="rank must be that of the predictor's file, 3, or left out, got 4: for another rank",
+    ):
         Dsv(predictor=path, rank=4).fit(site, layout)
     with pytest.raises(OptionError, match=r"knows no attention 'there' but here"):
         Dsv(predictor=path).fit(site_of(torch.empty(1, 2, 20, 8), name="there"), layout)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, fx, nn
 
-from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning
+from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
 from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import warn_once
 from sparsify_compiler.passes import pipeline
@@ -30,14 +30,12 @@ SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 
 Eager = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 class Recorder:
@@ -239,13 +237,13 @@ def test_training_through_gradient_checkpointing() -> None:
     for compiled in (False, True):
         model, inputs = CASES["wan"].build()
         model.train()
-        model.enable_gradient_checkpointing()  # type: ignore[operator]
+        model.enable_gradient_checkpointing()
         recorder = Recorder(inner_backend="aot_eager")
         if compiled:
             torch.compile(model, backend=recorder)(**inputs)[0].square().mean().backward()
             assert [plan.method for plan in recorder.plans] == ["tile", "dense"] * 2
         else:
-            model.disable_gradient_checkpointing()  # type: ignore[operator]
+            model.disable_gradient_checkpointing()
             with oracle_for(CASES["wan"].expect(), 2):
                 model(**inputs)[0].square().mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -373,14 +371,33 @@ def test_nothing_to_rewrite_compiles_and_warns_once() -> None:
     assert "no attention to rewrite" in message
 
 
-def test_the_default_says_that_it_is_lossy() -> None:
-    run = partial(torch.compile(Attend(), backend="sparsify", options={"inner_backend": "eager"}), VIDEO)
-    (message,) = _warnings_of(run)
+@pytest.mark.parametrize(
+    ("far_field", "names", "other"),
+    [(None, "min_gain", "top_p"), ("drop", "top_p", "min_gain"), ("mean", "top_p", "min_gain")],
+)
+def test_the_default_says_that_it_is_lossy(far_field: str | None, names: str, other: str) -> None:
+    asked = {"inner_backend": "eager"} | ({"far_field": far_field} if far_field else {})
+    model = Attend()
+    (message,) = _warnings_of(partial(torch.compile(model, backend="sparsify", options=asked), VIDEO))
+    (*_, hint) = explain(model, VIDEO, options=asked).hints
+    for text in (message, hint):
+        assert names in text
+        assert other not in text
     assert "lossy" in message
-    assert "top_p" in message
-    asked = {"method": "tile", "inner_backend": "eager"}
+    densities = []
+    for value in (0.9, 1e-4):
+        torch._dynamo.reset()
+        clusters = {"method": "svg2", "q_clusters": 4, "kv_clusters": 16, "dense_steps": 0, "dense_layers": 0}
+        fast = torch.compile(
+            model, backend="sparsify", options={**asked, **clusters, names: value, "min_kv_ratio": 0.0}
+        )
+        with torch.no_grad():
+            fast(VIDEO)
+        densities.append(stats(fast).density)
+    assert (densities[0] < densities[1]) == (names == "min_gain")  # as the message says
     torch._dynamo.reset()
-    assert not _warnings_of(partial(torch.compile(Attend(), backend="sparsify", options=asked), VIDEO))
+    asked = {"method": "tile", "inner_backend": "eager"}
+    assert not _warnings_of(partial(torch.compile(model, backend="sparsify", options=asked), VIDEO))
 
 
 def test_attention_that_stays_is_told_with_its_cause() -> None:

@@ -25,14 +25,10 @@ CUBES = {"method": "cubes", "cube": (2, 3, 4), "query_cube": (3, 4, 4), "top_p":
 USUAL = {"inner_backend": "eager", "far_field": "drop", "dense_steps": 2, "dense_layers": 0}
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 class Tables(list[BlockTable]):
@@ -428,6 +424,45 @@ def test_state_goes_with_the_model() -> None:
     torch._dynamo.reset()
     gc.collect()
     assert len(state._models) == before
+
+
+def test_stats_are_of_the_program_that_was_compiled() -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    tile = {**USUAL, "method": "tile", "reference_frames": 1}
+    options = {"svg2": USUAL | SVG2, "tile": tile, "wide": tile | {"reference_frames": 4}}
+    by = {name: torch.compile(model, backend="sparsify", options=one) for name, one in options.items()}
+
+    def run(*names: str, steps: int = 4) -> None:
+        """A video, every step by the next program in turn."""
+        with torch.no_grad(), sparsify_compiler.generation(steps, streams=1):
+            for number, (_, _, now) in enumerate(batched(inputs, steps)):
+                by[names[number % len(names)]](**now)
+
+    def calls(model: Any) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for one in sparsify_compiler.stats(model).measurements:
+            found.setdefault(one.method, set()).add(one.call)
+        return found
+
+    run("svg2")
+    run("tile", steps=6)
+    assert calls(by["svg2"]) == {"svg2": {2, 3}}
+    assert calls(by["tile"]) == {"tile": {2, 3, 4, 5}}
+    assert calls(model) == calls(by["tile"])
+    with pytest.raises(SparsifyError, match="programs with other options alone"):
+        sparsify_compiler.stats(by["wide"])
+    run("tile", "wide", steps=7)
+    assert calls(by["svg2"]) == {"svg2": {2, 3}}
+    assert calls(by["tile"]) == {"tile": {2, 4, 6}}
+    assert calls(by["wide"]) == {"tile": {3, 5}}
+    assert calls(model) == {"tile": {2, 3, 4, 5, 6}}
+    assert sparsify_compiler.stats(by["tile"]).density < sparsify_compiler.stats(by["wide"]).density
+    assert [sparsify_compiler.stats(one).dense_calls for one in (by["tile"], by["wide"], model)] == [1, 1, 2]
+    run("svg2", steps=3)
+    assert calls(by["svg2"]) == calls(model) == {"svg2": {2}}
+    assert calls(by["wide"]) == {"tile": {3, 5}}
+    again = torch.compile(model, backend="sparsify", options=dict(options["tile"]))
+    assert calls(again) == calls(by["tile"])  # torch.compile runs both by one program
 
 
 def test_stats_of_a_model_that_did_not_run_says_so() -> None:

@@ -256,7 +256,7 @@ def test_runs_that_are_not_parts_of_one_are_not_joined() -> None:
     assert reshape([cut(inner, 1, 3)], [2], [2, 1])[0] != cut(inner, 0, 2)
     window = cut(reshape([rows], [24], [2, 12])[1], 3, 9)
     for part in reshape([window], [6], [3, 2]):
-        assert rows[0].source not in {run.source for run in atoms(part)}  # type: ignore[union-attr]
+        assert rows[0].source not in {run.source for run in atoms(part)}
 
 
 def test_repeats_are_not_at_the_place_of_others() -> None:
@@ -288,7 +288,7 @@ def test_the_labels_do_claim_something() -> None:
         video = joined[:, 11:]
         heads = (video + 1).unflatten(-1, (2, 2)).transpose(1, 2)
         apart = torch.cat([text, tokens], 1).split([11, 315], 1)[1].unflatten(1, (5, 63))[:, 1:]
-    assert [atom.size for atom in tracker.of(tokens)[1]] == [5, 7, 9]  # type: ignore[union-attr]
+    assert [atom.size for atom in tracker.of(tokens)[1]] == [5, 7, 9]
     (both,) = tracker.of(joined)[1]
     assert isinstance(both, Cat)
     assert tracker.of(heads)[2] == tracker.of(tokens)[1]
@@ -432,8 +432,8 @@ def test_the_better_founded_label_wins_a_meeting() -> None:
     assert _parts(merge(joined, padded)) == [*_parts(joined)[:2], owned]
     other: Label = sum((axis(Source("position", (n,)), 0) for n in (7, 5, 9)), ())
     assert all(atom.source.kind == "opaque" for atom in atoms(merge(mesh, other)))
-    assert merge(fresh(315, "lost"), mesh)[0].source.kind == "lost"  # type: ignore[union-attr]
-    assert merge(fresh(325, "lost"), padded)[0].source.kind == "lost"  # type: ignore[union-attr]
+    assert merge(fresh(315, "lost"), mesh)[0].source.kind == "lost"
+    assert merge(fresh(325, "lost"), padded)[0].source.kind == "lost"
 
 
 def test_tables_do_not_stand_for_the_tokens_that_they_meet() -> None:
@@ -447,7 +447,7 @@ def test_what_meets_its_own_tokens_in_another_order_has_none() -> None:
     tokens = axis(Source("input", (2, 30)), 1)
     for moved in (unknown(30, tokens), (cut(tokens, 15, 30)[0], *fresh(2))):
         for met in (merge(tokens, moved), merge(moved, tokens), either(tokens, moved)):
-            assert tokens[0].source not in {atom.source for atom in atoms(met)}  # type: ignore[union-attr]
+            assert tokens[0].source not in {atom.source for atom in atoms(met)}
 
 
 def _parts(label: Label) -> list[Label]:

@@ -16,6 +16,8 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import bodies, modules
 from sparsify_compiler.runtime.program import Program
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (3, 2, 5)
 WIDTH = 16
 conv = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
@@ -24,11 +26,6 @@ PERM = torch.randperm(30, generator=torch.Generator().manual_seed(1))
 FRAME = PERM // 10
 SAME_FRAME = (FRAME[:, None] == FRAME) | (FRAME[:, None] == 0) | (FRAME == 0)
 """[30, 30]: the pairs of shuffled tokens that a tile of one reference frame keeps."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def attend(x: Tensor, mask: Tensor | None = None) -> Tensor:

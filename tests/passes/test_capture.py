@@ -18,15 +18,12 @@ from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.testing.oracles import masked_attention, tile_mask
 from sparsify_compiler.testing.strategies import qkv
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 B, H, F_, HW, D = 2, 4, 3, 5, 16
 S = F_ * HW
 OPTIONS = {"method": "tile", "reference_frames": 1, "grid": (F_, 1, HW)}
 MASK = tile_mask(F_, 1, HW)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def compiled(function: Callable[..., Tensor], *args: Any, **options: Any) -> tuple[Tensor, GraphPlan]:

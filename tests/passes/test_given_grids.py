@@ -13,6 +13,8 @@ import sparsify_compiler
 from sparsify_compiler import GridError, OptionError
 from sparsify_compiler.backend import configure
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (3, 2, 5)
 TOKENS, WIDTH = 30, 16
 _noise = torch.Generator().manual_seed(0)
@@ -36,11 +38,6 @@ def exchange(x: Tensor) -> Tensor:
 
 
 exchange.register_fake(lambda x: torch.empty_like(x))
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def heads(x: Tensor) -> Tensor:

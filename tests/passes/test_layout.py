@@ -15,16 +15,13 @@ from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import warn_once
 from sparsify_compiler.runtime.program import Program
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 Grid = tuple[int, int, int]
 GRID: Grid = (5, 7, 9)
 TOKENS, WIDTH = 315, 16
 PERM = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(0))
 MATRIX = torch.eye(TOKENS)[PERM]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def mesh() -> Tensor:

@@ -51,7 +51,7 @@ def outcomes(functions: dict[str, Function], x: Tensor = X, **options: Any) -> d
     torch._dynamo.reset()
     exact = together(x)
     got = torch.compile(together, backend=backend, fullgraph=True, **options)(x)
-    return {name: found for name, *found in zip(functions, got, exact, plans, strict=True)}  # type: ignore[misc]
+    return {name: found for name, *found in zip(functions, got, exact, plans, strict=True)}
 
 
 def is_rewritten(outcome: Outcome) -> None:

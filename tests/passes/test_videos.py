@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from planned import each_planned, planned
 from torch import Tensor, nn
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 GRID = (3, 2, 5)
 TOKENS, WIDTH = 30, 16
 _noise = torch.Generator().manual_seed(0)
@@ -29,12 +31,8 @@ with torch.no_grad():
     deep = nn.Conv3d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH).requires_grad_(False)
     image = nn.Conv2d(4, WIDTH, 2, 2).requires_grad_(False)
     channels = nn.Linear(4, WIDTH).requires_grad_(False)
+    pairs = nn.Linear(2, WIDTH).requires_grad_(False)
     features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def attend(q: Tensor, k: Tensor | None = None) -> Tensor:
@@ -319,6 +317,17 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "videos as channels, and apart": (
         lambda v: (lambda x: attend(x + features(x).mean(0) * embed(v)))(
             sequence(wide(v.flatten(0, 1)[None]))
+        ),
+        (VIDEO,),
+    ),
+    "videos as channels, by image": (
+        lambda v: attend(
+            pairs(
+                image(v.transpose(1, 2).flatten(0, 1))
+                .unflatten(0, (2, 3))
+                .permute(2, 1, 3, 4, 0)
+                .flatten(1, 3)
+            )
         ),
         (VIDEO,),
     ),

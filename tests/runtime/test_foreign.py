@@ -15,7 +15,10 @@ import sparsify_compiler
 from sparsify_compiler import DSVTrainer
 from sparsify_compiler.errors import OperandError
 
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 
 EVERY_STEP = {"dense_layers": 0, "dense_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,11 +53,6 @@ class Model(nn.Module):
             else:
                 x = self.layer(i, x, mask)
         return x
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def compiled(model: Callable[..., Any], inner_backend: str = "eager", **options: Any) -> Callable[..., Any]:

@@ -14,7 +14,10 @@ from sparsify_compiler.errors import GridError, OperandError, OptionError
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.site import _works
 
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 
 WIDTH = 16
 DENSE_TILE = {"method": "tile", "reference_frames": 3}
@@ -64,11 +67,6 @@ class Recorder:
 
     def layouts(self) -> list[tuple[int, int]]:
         return [(plan.layout.before, plan.layout.after) for one in self.programs for plan in one.plan.sparse]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def check(model: Callable[..., Tensor], calls: list[tuple[Tensor, ...]], **options: Any) -> Recorder:

@@ -16,7 +16,10 @@ from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.training.distillation import attentions
 
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
 TILE = {"method": "tile", "reference_frames": 2, "inner_backend": "eager"}
 HELD = {
     "wan": [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)],
@@ -28,11 +31,6 @@ HELD = {
     ],
 }
 """The submodules that hold attention, as one reads them in diffusers."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def pair(family: str = "wan", *, moved: float = 0.0) -> tuple[nn.Module, nn.Module, Inputs]:
@@ -136,7 +134,7 @@ def test_with_activation_checkpointing_it_is_the_same() -> None:
         student, teacher, inputs = pair(moved=0.02)
         student.train()
         if checkpointing:
-            student.enable_gradient_checkpointing()  # type: ignore[operator]
+            student.enable_gradient_checkpointing()
         fast = torch.compile(student, backend="sparsify", options=TILE, fullgraph=True)
         distillation = Distillation(fast, teacher)
         for _ in range(2):

@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import sparsify_compiler
-from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, cli, explain
+from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, SparsifyWarning, cli, explain
 from sparsify_compiler.backend import configure
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.plan import TokenLayout
-from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of, load_policy
+from sparsify_compiler.policy import DENSE, Layer, Mark, Trial, entry_of
 from sparsify_compiler.runtime import site as runtime_site
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.dits import Recipe
@@ -37,6 +37,7 @@ from sparsify_compiler.training import search
 from sparsify_compiler.training.search import MENU, PARTS, _Attention, choose, label_of, read_menu
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
@@ -54,11 +55,6 @@ SPARSE = [{"method": "tile", "reference_frames": 2}, {"method": "tile", "referen
 TILE2, TILE1, CLUSTERS = list(read_menu(SPARSE))[1:]
 SECONDS = {DENSE: 8e-3, TILE2: 4e-3, TILE1: 2e-3, CLUSTERS: 6e-3}
 TOKENS = math.prod(GRID)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -390,7 +386,7 @@ def test_a_trained_predictor_on_the_menu(wan: tuple[nn.Module, Inputs], tmp_path
     policy = search(model, [inputs], menu=[entry], r=math.inf, total=math.inf)
     label = label_of(entry)
     layers = tuple(replace(layer, choice=label) for layer in policy.layers)
-    saved = load_policy(replace(policy, layers=layers).save(tmp_path / "policy.json"))
+    saved = Policy.load(replace(policy, layers=layers).save(tmp_path / "policy.json"))
     fast = torch.compile(model, backend="sparsify", options={"policy": saved, "inner_backend": "eager"})
     assert 0 < loss(answer(fast, inputs), answer(model, inputs)) < 1
     assert all(0 < layer.trials[label].loss < 1 for layer in policy.layers)
@@ -480,22 +476,59 @@ def test_a_policy_comes_back_from_its_file(
         machine="here",
     )
     path = policy.save(tmp_path_factory.mktemp("policies") / "policy.json")
-    assert load_policy(path) == policy
+    assert Policy.load(path) == policy
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_the_choice_may_be_edited_by_hand(found: Policy, tmp_path: Path) -> None:
     path = mixed(found, TILE1, TILE1).save(tmp_path / "policy.json")
-    saved, content = load_policy(path), json.loads(path.read_text())
+    saved, content = Policy.load(path), json.loads(path.read_text())
     content["layers"][1]["choice"] = CLUSTERS
     path.write_text(json.dumps(content))
-    assert load_policy(path) == mixed(saved, TILE1, CLUSTERS)
+    assert Policy.load(path) == mixed(saved, TILE1, CLUSTERS)
     content["layers"][1]["choice"] = TILE2.replace("2", "3")
     path.write_text(json.dumps(content))
     with pytest.raises(
         PolicyError, match=r"unknown choice of blocks.1.attn1.*Did you mean 'tile reference_fr"
     ):
-        load_policy(path)
+        Policy.load(path)
+
+
+@pytest.mark.filterwarnings("error::sparsify_compiler.errors.SparsifyWarning")
+@pytest.mark.parametrize(
+    ("r", "total", "milliseconds", "says"),
+    [
+        (0.001, 1.0, 4.0, "search with r above 0.02"),
+        (1.0, 0.001, 4.0, "search with total above 0.02"),
+        (0.001, 0.001, 4.0, "search with r and total above 0.02"),
+        (1.0, 1.0, 9.0, "nothing on the menu is faster: search on a video of more tokens"),
+        (1.0, 1.0, 4.0, "edit the choices in the file"),
+    ],
+)
+def test_a_policy_that_keeps_everything_dense_says_what_to_try(
+    wan: tuple[nn.Module, Inputs],
+    found: Policy,
+    r: float,
+    total: float,
+    milliseconds: float,
+    says: str,
+    tmp_path: Path,
+) -> None:
+    trials = {DENSE: Trial(0.0, 8.0), TILE1: Trial(0.5, milliseconds), TILE2: Trial(0.02, milliseconds)}
+    layers = tuple(replace(layer, choice=DENSE, trials=trials) for layer in found.layers)
+    path = replace(found, layers=layers, r=r, total=total).save(tmp_path / "policy.json")
+    policy, (model, inputs) = Policy.load(path), wan
+    options = {"policy": path, "inner_backend": "eager"}
+    assert str(path) in policy.advice
+    assert says in policy.advice
+    assert says in " ".join(str(policy).split())
+    assert any(says in hint for hint in explain(model, **inputs, options=options).hints)
+    with pytest.warns(SparsifyWarning, match=says):
+        answer(torch.compile(model, backend="sparsify", options=options), inputs)
+    sparse = replace(policy, layers=(replace(layers[0], choice=TILE1), *layers[1:]))
+    assert not sparse.advice
+    torch._dynamo.reset()
+    answer(torch.compile(model, backend="sparsify", options={**options, "policy": sparse}), inputs)
 
 
 # mistakes
@@ -538,7 +571,7 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         search(model, [inputs, smaller], menu=SPARSE[:1])
     for wrong in ([], inputs, [3], None, [{}], "calls.pt"):
         with pytest.raises(OptionError, match="keyword arguments"):
-            search(model, wrong)  # type: ignore[arg-type]
+            search(model, wrong)
     for option in ({"method": "tile"}, {"dense_layers": 1}, {"gird": (5, 7, 9)}):
         with pytest.raises(OptionError, match="unknown option of a search"):
             search(model, [inputs], options=option)
@@ -550,7 +583,7 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         search(Checkpointed().eval(), [inputs], menu=SPARSE[:1])
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(SparsifyError, match="not all 0"):
+    with pytest.raises(SparsifyError, match="must be finite and non-zero"):
         search(model, [inputs], menu=SPARSE[:1])
 
 
@@ -697,7 +730,7 @@ def test_a_policy_knows_its_sites(
 @pytest.mark.usefixtures("clockless")
 def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
     model, inputs = CASES["cogvideox"].build(batch=1)  # diffusers loads Wan with accelerate alone
-    model.save_pretrained(tmp_path / "checkpoint")  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "checkpoint")
     torch.save([inputs], tmp_path / "calls.pt")
     save_file(
         {f"0.{name}": x for name, x in inputs.items() if isinstance(x, Tensor)},
@@ -716,7 +749,11 @@ def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
         result = CliRunner().invoke(cli.app, words, env={"COLUMNS": "120"})
         assert result.exit_code == 0, result.exception
         assert TILE1 in result.stdout
-        policies.append(load_policy(out))
+        begin, *_, end = result.stderr.splitlines()  # which is no terminal
+        total = end.split(",")[0].rpartition(" of ")[2]
+        assert begin == f"searching: 0 of {total}"
+        assert end.startswith(f"searching: {total} of {total}")
+        policies.append(Policy.load(out))
     assert policies[0] == policies[1]
     assert sparsify_compiler.explain(model, **inputs, options={"policy": out}).plans
 

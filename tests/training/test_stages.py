@@ -27,15 +27,11 @@ from sparsify_compiler.training.cost import Cost
 from sparsify_compiler.training.dsv import Profile, _Site
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
     pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
 ]
 OPTIONS = {"method": "dsv", "rank": 8, "inner_backend": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def made(family: str = "wan", batch: int = 1) -> tuple[nn.Module, Inputs]:
@@ -124,7 +120,7 @@ def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.Mo
         torch._dynamo.reset()
         model, inputs = made()
         if checkpointing:
-            model.enable_gradient_checkpointing()  # type: ignore[operator]
+            model.enable_gradient_checkpointing()
         fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": "aot_eager"})
         dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
         for _ in range(4):
@@ -311,6 +307,21 @@ def test_states_of_others_are_refused():
     dsv.load_state_dict(state["dsv"] | {"learned": learned})
     with pytest.raises(SparsifyError, match="what was learnt is of another model, or with other options"):
         step(fast, inputs)
+
+
+def test_another_rank_on_a_model_that_learnt_says_what_to_do():
+    model, inputs = made()
+    for rank, works in ((8, True), (4, False), (8, True)):
+        fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"rank": rank})
+        if works:
+            dsv = DSVTrainer(fast)
+            step(fast, inputs)
+            dsv.step()
+        else:
+            with pytest.raises(
+                SparsifyError, match=r"Compile with the options .* such as the rank, or train a new"
+            ):
+                step(fast, inputs)
 
 
 def test_wrong_use_is_told():

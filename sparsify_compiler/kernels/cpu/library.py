@@ -4,9 +4,13 @@ They have a plain C interface and include no header of torch: they build in a fe
 C++17 compiler, and a build serves every version of torch. Libraries are kept in torch's cache directory under
 a hash of the sources, the flags and all that the compiler predefines, which names the compiler's version and
 the instructions of this CPU.
+
+A library ends in the digest of all bytes before, which the loader of the system does not read. A file that a full
+disk cut short, or that was altered, fails the check and is built again: loading it could kill the process.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -15,8 +19,9 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +85,7 @@ def build_info() -> BuildInfo:
         reason = f"{'found' if cached else 'built'} with {compiler}"
     except (OSError, subprocess.SubprocessError) as error:
         library = None
-        reason = f"{getattr(error, 'stderr', None) or error}".strip()
+        reason = _words(error)
     seconds = time.perf_counter() - start
     if library is None:
         logger.warning("the CPU kernel could not be built, packed SDPA runs in its stead: %s", reason)
@@ -123,15 +128,61 @@ def _build(compiler: str) -> tuple[Path, bool]:
     parts = [compiler.encode(), " ".join(_FLAGS).encode(), predefined, *(s.read_bytes() for s in sources)]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     library = _cache_dir() / f"attention-{key}.so"
-    if library.exists():
+    if _is_whole(library):
         return library, True
-    # Built beside its place and moved there at once: of two processes that build, the later one wins.
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
-        objects = {f"{scratch}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
-        list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
-        run(*objects, "-o", f"{scratch}/built.so")
-        os.replace(f"{scratch}/built.so", library)
+    with _alone(library.parent):
+        if _is_whole(library):  # another process built it meanwhile
+            return library, True
+        if library.exists():
+            logger.warning("the cached CPU attention kernel is damaged and is built again: %s", library)
+        logger.warning("building the CPU attention kernel with %s, once for this machine", compiler)
+        # Built next to its place and moved there at once: nobody sees a part of it.
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
+            objects = {f"{scratch}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
+            list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
+            built = Path(scratch, "built.so")
+            run(*objects, "-o", str(built))
+            with built.open("ab") as file:
+                file.write(_digest(built.read_bytes()))
+            os.replace(built, library)
     return library, False
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is there and ends in the digest of its other bytes."""
+    try:
+        content = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return content[-size:] == _digest(content[:-size])
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other process builds in the folder. The lock goes with the process, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process builds the CPU attention kernel: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:  # a file system without locks: two processes may build, and both succeed
+            logger.info("%s cannot be locked: %s", folder, error)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _words(error: OSError | subprocess.SubprocessError) -> str:
+    """The compiler's own words where it said any; else the error's."""
+    said = getattr(error, "stderr", None) or b""
+    return said.decode(errors="replace").strip() or str(error)
 
 
 def _cache_dir() -> Path:

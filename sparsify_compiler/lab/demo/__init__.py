@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sparsify_compiler import pictures
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.lab.demo import step, videos
 from sparsify_compiler.lab.demo.size import SIZES, Size
 from sparsify_compiler.lab.demo.step import BOUND, dense_attention
+from sparsify_compiler.outputs import make_folder
 
 __all__ = ["BOUND", "SIZES", "Result", "Size", "dense_attention", "run"]
 
@@ -46,7 +48,8 @@ def run(
         size: sizes of the models and videos; if None, those that take about two minutes.
 
     Raises:
-        SparsifyError: the device is not there, or a package of the laboratory is missing.
+        SparsifyError: the device is not there, a package of the laboratory is missing, or `out` cannot be
+            written to.
     """
     if device not in SIZES:
         raise OptionError(f"device must be one of {', '.join(SIZES)}, got {device!r}")
@@ -54,6 +57,9 @@ def run(
         raise SparsifyError(
             "device must be one that torch finds, got 'cuda' without a CUDA device: try --device cpu"
         )
+    make_folder(out, "videos.gif")
+    for name in ("masks.png", "density.png"):
+        pictures.check(out / name)
     size, console = size or SIZES[device], console or Console()
     measured = step.run(size, device, out, console)
     console.print()

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.explanation import Explanation, explain
 from sparsify_compiler.lab import require
-from sparsify_compiler.lab.demo.progress import advance, bars, phase
 from sparsify_compiler.lab.demo.size import Size
 from sparsify_compiler.measured import stats
 from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.progress import advance, bars, phase
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.timing import interleaved_medians
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.lab import world
-from sparsify_compiler.lab.demo.progress import advance, bars, phase
 from sparsify_compiler.lab.demo.size import Size
 from sparsify_compiler.lab.model import CONFIG, load, trained_steps
 from sparsify_compiler.lab.pictures import save_gif, side_by_side
@@ -22,6 +21,7 @@ from sparsify_compiler.lab.quality import motion, psnr
 from sparsify_compiler.lab.sampling import GUIDANCE, Velocity, noise, sample
 from sparsify_compiler.lab.sparsity import Listen
 from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.progress import advance, bars, phase
 from sparsify_compiler.runtime.clock import generation
 from sparsify_compiler.timing import timed
 

@@ -22,6 +22,10 @@ becomes of tokens is not in one graph."""
 FAULTS: tuple[Outcome, ...] = ("WRONG", "CRASH")
 
 
+Source = Literal["channels first", "frames first", "packed"]
+"""Ways in which a video comes in."""
+
+
 class Draw:
     """Random choices, from wherever: `Draw(Random(7).randint)`, or hypothesis (see `cases` in `strategies.py`)."""
 
@@ -85,7 +89,7 @@ class Scene:
     """Tokens of the text."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Pixels of a token along each axis."""
-    source: Literal["channels first", "frames first", "packed"] = "channels first"
+    source: Source = "channels first"
     """The video as [B, C, F, H, W], as [B, F, C, H, W], or as tokens [B, S, WIDTH]."""
 
     @property

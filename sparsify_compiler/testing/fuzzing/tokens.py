@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from sparsify_compiler.testing.fuzzing.cases import Draft, Draw, Scene
+from sparsify_compiler.testing.fuzzing.cases import Draft, Draw, Scene, Source
 from sparsify_compiler.testing.fuzzing.machines import WIDTH, Places
 
 Move = Callable[["Tokens", Draw], None]
@@ -63,6 +63,6 @@ def draw_scene(draw: Draw) -> Scene:
     """
     grid = draw.of(*GRIDS)
     batch = draw.of(2, 1, grid[0])
-    source = draw.of("channels first", "channels first", "frames first", "packed")
+    source: Source = draw.of("channels first", "channels first", "frames first", "packed")
     patch = draw.of((1, 2, 2), (1, 1, 1), (2, 2, 2))
-    return Scene(grid=grid, batch=batch, text=draw.of(3, 7), patch=patch, source=source)  # type: ignore[arg-type]
+    return Scene(grid=grid, batch=batch, text=draw.of(3, 7), patch=patch, source=source)

@@ -1,0 +1,41 @@
+"""Checks of what a command is to write, made before its work: a run of hours must not end at a path."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from sparsify_compiler.errors import OptionError
+
+
+def make_folder(out: Path, *names: str) -> None:
+    """Make a folder, and check that files of these names can be written in it.
+
+    Raises:
+        OptionError: it cannot be made or written in, or a folder has the name of a file.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OptionError(
+            f"out must be a folder that can be written to, got {str(out)!r}: {error}. Try another one"
+        ) from error
+    for name in names:
+        if (out / name).is_dir():
+            raise OptionError(
+                f"{out / name} must be a file, got a folder: remove it, or give another folder as out"
+            )
+
+
+def check_file(path: Path) -> None:
+    """Check that a file can be written; one that is there stays as it is.
+
+    Raises:
+        OSError: it cannot.
+    """
+    is_new = not os.path.lexists(path)
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()

@@ -1,0 +1,27 @@
+"""Poisoned memory: elements that a kernel leaves unwritten show in its output."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+INDEX = -(2**30)
+"""A value far out of the range of every index."""
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, `Tensor.new_empty`, which makes the outputs of kernels, gives NaN or `INDEX`; booleans stay."""
+    plain = Tensor.new_empty
+
+    def poisoned(*arguments: Any, **options: Any) -> Tensor:
+        tensor = plain(*arguments, **options)
+        if tensor.dtype == torch.bool:
+            return tensor
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else INDEX)
+
+    with mock.patch.object(Tensor, "new_empty", poisoned):
+        yield

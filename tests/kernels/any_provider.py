@@ -1,0 +1,28 @@
+"""Cases that run on every provider: those that are here, and Triton's in a process that interprets it."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
+PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
+IS_SLOW = HAS_TRITON and not HAS_GPU
+"""The interpreter takes milliseconds for a program: shapes are smaller there, and examples fewer."""
+
+
+def device_of(provider: str) -> str:
+    return "cuda" if provider == "triton" and HAS_GPU else "cpu"
+
+
+def pass_in_the_interpreter(*words: str) -> None:
+    """Asserts that pytest passes on these words where Triton is interpreted."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
