@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsify_compiler.evaluation.machine import machine
+from sparsify_compiler.lab.machine import machine
 
 __all__ = ["machine", "write_json"]
 

@@ -87,9 +87,9 @@ def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tu
 @torch.no_grad()
 def recorded(level: float) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(query, key, value) of every layer of the trained evaluation model, on a held-out video at a noise level."""
-    from sparsify_compiler.evaluation import model as trained
-    from sparsify_compiler.evaluation.sparsity import Listen
-    from sparsify_compiler.evaluation.world import VALIDATION, scene, videos
+    from sparsify_compiler.lab import model as trained
+    from sparsify_compiler.lab.sparsity import Listen
+    from sparsify_compiler.lab.world import VALIDATION, scene, videos
 
     model, shown = trained.load(), [scene(VALIDATION, 0)]
     clean = trained.to_model(videos(shown))

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import machine, write_json
 from sparsify_compiler import AttentionPlan, explain
-from sparsify_compiler.demo import dense_attention
 from sparsify_compiler.kernels import block_sparse_attention
+from sparsify_compiler.lab.demo import dense_attention
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.timing import interleaved_medians, timed
 

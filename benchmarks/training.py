@@ -25,8 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.attention import random_table
 from benchmarks.harness import machine, write_json
 from sparsify_compiler import DSVTrainer
-from sparsify_compiler.evaluation.model import encode, load
 from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.lab.model import encode, load
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv

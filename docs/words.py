@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs")
+PATHS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs", "sparsify_compiler/lab")
 """Files and folders that have none of these words."""
 
 LIST = re.compile(r"<!-- words -->.*?<!-- /words -->", re.DOTALL)

@@ -17,8 +17,8 @@ import torch
 from rich.progress import Progress as Bar
 
 from sparsify_compiler import DSVTrainer
-from sparsify_compiler.evaluation.model import load
-from sparsify_compiler.evaluation.training import Recipe, Stage, Trainer
+from sparsify_compiler.lab.model import load
+from sparsify_compiler.lab.training import Recipe, Stage, Trainer
 from sparsify_compiler.pictures import figure, save
 
 SAVE_EVERY = 25

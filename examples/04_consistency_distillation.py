@@ -18,12 +18,12 @@ from rich.progress import Progress as Bar
 from torch import nn
 
 from sparsify_compiler import ConsistencyConfig, ConsistencyTrainer, sample_few_steps
-from sparsify_compiler.evaluation import world
-from sparsify_compiler.evaluation.machine import fast_products
-from sparsify_compiler.evaluation.model import encode, load, to_model, to_pixels, unconditional
-from sparsify_compiler.evaluation.quality import motion, psnr
-from sparsify_compiler.evaluation.sampling import GUIDANCE, SHIFT, noise, sample
-from sparsify_compiler.evaluation.training import WIDEST
+from sparsify_compiler.lab import world
+from sparsify_compiler.lab.machine import fast_products
+from sparsify_compiler.lab.model import encode, load, to_model, to_pixels, unconditional
+from sparsify_compiler.lab.quality import motion, psnr
+from sparsify_compiler.lab.sampling import GUIDANCE, SHIFT, noise, sample
+from sparsify_compiler.lab.training import WIDEST
 
 EXACT_STEPS = 100
 SAVE_EVERY = 25

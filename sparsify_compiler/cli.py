@@ -42,7 +42,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures and videos")] = Path("demo_out"),
 ) -> None:
     """Video models, dense and sparse: what is done, how fast it is, that it is right, and videos side by side."""
-    from sparsify_compiler import demo
+    require_laboratory()
+    from sparsify_compiler.lab import demo
 
     if not demo.run(device, out).passed:
         raise typer.Exit(1)
@@ -142,8 +143,6 @@ def search(
     import torch
 
     from sparsify_compiler import diffusers_model
-    from sparsify_compiler.evaluation import calibration
-    from sparsify_compiler.evaluation import model as evaluated
     from sparsify_compiler.training.search import MENU, read_menu_file
     from sparsify_compiler.training.search import search as searched
 
@@ -161,6 +160,10 @@ def search(
             f"out must be a file in a folder that exists, got {str(out)!r}: {error}. Try another path"
         ) from error
     if checkpoint is None or inputs is None:
+        require_laboratory()
+        from sparsify_compiler.lab import calibration
+        from sparsify_compiler.lab import model as evaluated
+
         model, calls = evaluated.load(), calibration.calibration_inputs()
     else:
         calls = diffusers_model.read_calls(inputs)
@@ -192,11 +195,12 @@ def distill(
     frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
 ) -> None:
     """Efficient-vDiT on the evaluation model: fewer steps, then sparse, then as good as before; and a report."""
+    require_laboratory()
     from rich.markdown import Markdown
 
-    from sparsify_compiler.evaluation import model as evaluated
-    from sparsify_compiler.training import pipeline
-    from sparsify_compiler.training.students import Settings
+    from sparsify_compiler.lab import model as evaluated
+    from sparsify_compiler.lab import pipeline
+    from sparsify_compiler.lab.students import Settings
 
     settings = Settings(
         consistency_steps=consistency_steps,
@@ -239,10 +243,10 @@ def quality(
     ] = None,
 ) -> None:
     """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
-    from sparsify_compiler.evaluation import benchmark, report
-    from sparsify_compiler.evaluation import model as evaluated
-    from sparsify_compiler.evaluation.configurations import COMPARED, DENSITIES, Settings
-    from sparsify_compiler.training.predictor import learn_predictor
+    require_laboratory()
+    from sparsify_compiler.lab import benchmark, report
+    from sparsify_compiler.lab import model as evaluated
+    from sparsify_compiler.lab.configurations import COMPARED, DENSITIES, Settings
 
     settings = Settings(
         seeds=seeds,
@@ -254,7 +258,7 @@ def quality(
         policies=tuple(policies or ()),
         predictor=predictor,
     )
-    record = benchmark.quality(weights or evaluated.WEIGHTS, out, settings, learn_predictor)
+    record = benchmark.quality(weights or evaluated.WEIGHTS, out, settings)
     console = Console()
     console.print(report.table(record))
     for line in report.least_density_lines(record["least_density"]):
@@ -274,13 +278,25 @@ def sparsity(
     ] = None,
 ) -> None:
     """The share of the keys that holds 90 % of the attention, for every layer and head."""
-    from sparsify_compiler.evaluation import check, report
-    from sparsify_compiler.evaluation import model as evaluated
+    require_laboratory()
+    from sparsify_compiler.lab import check, report
+    from sparsify_compiler.lab import model as evaluated
 
     shares = check.sparsity(weights or evaluated.WEIGHTS, out, videos=videos, frames=frames)
     console = Console()
     console.print(report.sparsity_table(shares))
     console.print(f"Mean {shares.mean():.3f}. Written to {out}: sparsity.json, sparsity.png.", soft_wrap=True)
+
+
+def require_laboratory() -> None:
+    """Check that the packages are there which commands on the evaluation model need beyond torch.
+
+    Raises:
+        SparsifyError: one is missing.
+    """
+    from sparsify_compiler.lab import require
+
+    require()
 
 
 def main() -> None:

@@ -23,8 +23,6 @@ from typer.testing import CliRunner
 import sparsify_compiler
 from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyError, SparsifyWarning, cli, explain
 from sparsify_compiler.backend import configure
-from sparsify_compiler.evaluation import calibration
-from sparsify_compiler.evaluation import model as evaluated
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.plan import TokenLayout
@@ -758,26 +756,6 @@ def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
         policies.append(Policy.load(out))
     assert policies[0] == policies[1]
     assert sparsify_compiler.explain(model, **inputs, options={"policy": out}).plans
-
-
-def test_the_command_searches_the_evaluation_model(
-    wan: tuple[nn.Module, Inputs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, inputs = wan
-    monkeypatch.setattr(evaluated, "load", lambda: model)
-    monkeypatch.setattr(calibration, "calibration_inputs", lambda: [inputs])
-    out = tmp_path / "policy.json"
-    result = CliRunner().invoke(cli.app, ["search", "--out", str(out)])
-    assert result.exit_code == 0, result.exception
-    assert list(Policy.load(out).menu) == list(read_menu(MENU))
-
-
-def test_the_evaluation_model_is_calibrated_at_every_noise_level() -> None:
-    first, *others = calibration.calibration_inputs()
-    assert [round(float(one["timestep"])) for one in (first, *others)] == [200, 400, 600, 800, 950]
-    for one in others:
-        assert one["hidden_states"].shape == first["hidden_states"].shape
-        assert not torch.equal(one["encoder_hidden_states"], first["encoder_hidden_states"])
 
 
 @pytest.mark.parametrize(
