@@ -30,7 +30,7 @@ class Choice:
 
 def load(provider: str, family: str) -> ModuleType:
     """A provider's module for a family of ops, imported on first use."""
-    return importlib.import_module(f"sparsify_compiler.kernels.{provider}.{family}")
+    return importlib.import_module(f"sparsify_compiler.kernels.{family}.{provider}")
 
 
 def reads_values(device: torch.device) -> bool:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, ProviderError
 from sparsify_compiler.kernels import clustering, providers
-from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
-from sparsify_compiler.kernels.cpu import clustering as cpu
+from sparsify_compiler.kernels.clustering import cpu, kmeans, sort_by_label, top_p_blocks
 from sparsify_compiler.kernels.cpu import library
 
 HAS_GPU = torch.cuda.is_available()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
-from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.virtual_keys import FarBlocks, VirtualKeys, virtual_keys
+from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
+from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -107,7 +108,7 @@ def attention_with_far_field(
                     )
                     report = report._replace(recall=_recall(sample.take(lse), exact_lse))
             return out, lse, report
-        table, far, others, kept = virtual_keys(
+        table, far, others, kept = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -126,7 +127,7 @@ def attention_with_far_field(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
-        out, lse = near_and_far(
+        out, lse = near_and_far.near_and_far(
             query, key, value, table, far, others=others, key_bias=key_bias, scale=scale, provider=provider
         )
     return out, lse, report

@@ -16,7 +16,7 @@ Of groups of several queries the scores would cost too much to compute again:
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows
+from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows
 
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 """The largest finite number, which +inf counts as in a softmax. NaN is a score of -HIGHEST."""

@@ -6,9 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
+from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p, reference
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.reference import clustering as reference
 from sparsify_compiler.table import check_range
 
 

@@ -29,21 +29,23 @@ and so whose rounding differ from run to run.
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.kernel import (
-    LOG2_E,
-    _at,
+from sparsify_compiler.kernels.attention.triton_kernels import (
     _bias_of,
-    _block_of_tile,
     _blocks_of,
-    _finite,
     _lay_end_to_end,
-    _load_rows,
-    _padded,
     _range_at,
-    _rows,
     _tile_at,
     _tokens_of_tile,
+)
+from sparsify_compiler.kernels.triton import configs
+from sparsify_compiler.kernels.triton.helpers import (
+    LOG2_E,
+    _at,
+    _block_of_tile,
+    _finite,
+    _load_rows,
+    _padded,
+    _rows,
 )
 
 WORD = tl.constexpr(configs.WORD)

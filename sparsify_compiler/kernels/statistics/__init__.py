@@ -1,6 +1,6 @@
 """Ops on the blocks of a table: `sparsify::block_means` and `sparsify::block_statistics`.
 
-What a far field (`kernels/far_field.py`) knows of a block of keys that nobody reads. This file imports torch
+What a far field (`kernels/far_field`) knows of a block of keys that nobody reads. This file imports torch
 alone; a provider's module `statistics` is imported when an op first runs on it. Statistics are fp32 (fp64 for
 fp64 input) under autocast too.
 """

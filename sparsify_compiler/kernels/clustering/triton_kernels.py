@@ -17,7 +17,7 @@ there.
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows, _padded
+from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows, _padded
 
 
 @triton.jit

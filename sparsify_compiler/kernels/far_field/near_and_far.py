@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention, providers, statistics
-from sparsify_compiler.kernels.virtual_keys import VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
 from sparsify_compiler.table import BlockTable, check_blocks
 
 

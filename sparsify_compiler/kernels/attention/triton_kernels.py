@@ -1,4 +1,4 @@
-"""The Triton kernel: flash attention over a `BlockTable`.
+"""The Triton kernel of attention: flash attention over a `BlockTable`.
 
 One program computes one tile of queries: BLOCK_M consecutive positions of one query block, so every row of
 the tile reads the same keys. Grid: (tiles, heads, batches), tiles fastest, so that the programs that run at
@@ -38,7 +38,16 @@ key and value 0 and bias -inf, so no score needs a mask of its own.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from sparsify_compiler.kernels.triton.helpers import (
+    LOG2_E,
+    _at,
+    _block_of_tile,
+    _finite,
+    _load_rows,
+    _padded,
+    _rows,
+)
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -146,26 +155,6 @@ def block_sparse_attention_kernel(
 
 
 @triton.jit
-def _at(pointer, strides, batch, head):
-    """Where a batch and head of a tensor begin."""
-    return pointer + batch * strides[0] + head * strides[1]
-
-
-@triton.jit
-def _block_of_tile(tile, bounds, blocks, BLOCK: tl.constexpr):
-    """The last block whose first tile is not beyond `tile`."""
-    low = 0
-    high = blocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(bounds + middle) // BLOCK + middle <= tile:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
 def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl.constexpr = 0):
     """(tokens of a tile, which of them are tokens of its block, how many tokens the block has from its first on).
 
@@ -235,30 +224,3 @@ def _bias_of(token, is_key, lanes, key_bias, strides, BLOCK: tl.constexpr):
         bias = bias.to(tl.float32) * LOG2_E
     # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
     return tl.where(tl.arange(0, BLOCK) < lanes, bias, float("-inf"))
-
-
-@triton.jit
-def _load_rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """[tokens, padded DIM] rows of a matrix; 0 where not kept and beyond DIM."""
-    elements, mask = _rows(pointer, token, keep, strides, DIM, ALIGN)
-    return tl.load(elements, mask=mask, other=0.0)
-
-
-@triton.jit
-def _rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers [tokens, padded DIM] to rows of a matrix, and which of them to use."""
-    column = tl.arange(0, _padded(DIM))
-    row = tl.multiple_of(pointer + token.to(tl.int64) * strides[2], ALIGN)
-    return row[:, None] + column[None, :] * strides[3], keep[:, None] & (column < DIM)[None, :]
-
-
-@triton.jit
-def _finite(x):
-    """x, or 0 where it is infinite."""
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
-
-
-@triton.constexpr_function
-def _padded(dim):
-    """The width in registers of a row of `dim` elements: `tl.dot` takes powers of two from 16 up."""
-    return max(16, triton.next_power_of_2(dim))
