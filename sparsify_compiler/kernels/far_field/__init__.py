@@ -9,7 +9,7 @@ computed exactly, and a head does without what raises their error. Nothing here 
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,37 @@ PART_OF_KEYS = 1024
 """Keys of a part, at least, where exact rows read them in parts."""
 ROWS_AT_ONCE = 1024
 """Exact rows times parts, at most, where there are several parts."""
+
+
+class Provider(Protocol):
+    """The functions of a provider of the far field. Tensors are those of the ops, and they fit."""
+
+    def near_and_far(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: BlockTable,
+        far: VirtualKeys,
+        key_bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), laid out as `attention.empty_outputs`."""
+
+    def merge(
+        self,
+        query: Tensor,
+        near_out: Tensor,
+        near_lse: Tensor,
+        far_out: Tensor,
+        far_lse: Tensor,
+        matrices: Tensor | None,
+        limits: Tensor | None,
+        q_bounds: Tensor,
+        q_order: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of `merge_far_field`, laid out as `attention.empty_outputs`."""
 
 
 class Report(NamedTuple):

@@ -238,7 +238,9 @@ def _merge_backward_op(
     q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return providers.load("reference", "far_field").merge_backward(
+    from sparsify_compiler.kernels.far_field import reference
+
+    return reference.merge_backward(
         grad_out,
         grad_lse,
         *(out, lse, query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale),
