@@ -3,6 +3,8 @@
 One program computes VALUE_TILE channels of BLOCK queries of one query block, whose matrix they share; tiles are
 numbered as in `attention/triton_kernels.py`. Products and sums have the precision of those in
 `statistics/triton_kernels.py`.
+
+Shapes in comments: M = BLOCK queries, V = VALUE_TILE, C = CHUNK channels of queries.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -59,13 +61,13 @@ def merge_kernel(
         return
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    token, is_query = _tokens(first_row, end, q_order, BLOCK)
-    columns = value_tile * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    token, is_query = _tokens(first_row, end, q_order, BLOCK)  # [M]
+    columns = value_tile * VALUE_TILE + tl.arange(0, VALUE_TILE)  # [V]
     is_column = columns < VALUE_DIM
 
     near = _at(near_lse, near_lse_strides, batch, head) + token * near_lse_strides[2]
     far = _at(far_lse, far_lse_strides, batch, head) + token * far_lse_strides[2]
-    near = tl.load(near, mask=is_query, other=0.0)
+    near = tl.load(near, mask=is_query, other=0.0)  # [M]
     far = tl.load(far, mask=is_query, other=0.0)
     is_alone = far == float("-inf")
     top = tl.maximum(near, far, propagate_nan=tl.PropagateNan.ALL)
@@ -76,20 +78,20 @@ def merge_kernel(
 
     near_out = _at(near_out, near_out_strides, batch, head)
     far_out = _at(far_out, far_out_strides, batch, head)
-    near_rows = _load_columns(near_out, token, is_query, near_out_strides, columns, is_column)
+    near_rows = _load_columns(near_out, token, is_query, near_out_strides, columns, is_column)  # [M, V]
     far_rows = _load_columns(far_out, token, is_query, far_out_strides, columns, is_column)
     if matrices is not None:
         query = _at(query, query_strides, batch, head)
         at = (batch * tl.num_programs(1) + head) * q_blocks + block
-        limit = tl.load(limits + at * VALUE_DIM + columns, mask=is_column, other=0.0)[None, :]
-        term = tl.zeros([BLOCK, VALUE_TILE], tl.float32)
+        limit = tl.load(limits + at * VALUE_DIM + columns, mask=is_column, other=0.0)[None, :]  # [1, V]
+        term = tl.zeros([BLOCK, VALUE_TILE], tl.float32)  # [M, V]
         for first in range(0, HEAD_DIM, CHUNK):
-            rows = first + tl.arange(0, CHUNK)
+            rows = first + tl.arange(0, CHUNK)  # [C]
             is_row = rows < HEAD_DIM
-            q = _load_columns(query, token, is_query, query_strides, rows, is_row)
-            elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
+            q = _load_columns(query, token, is_query, query_strides, rows, is_row)  # [M, C]
+            elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]  # [C, V]
             matrix = tl.load(matrices + elements, mask=is_row[:, None] & is_column[None, :], other=0.0)
-            term = tl.dot(q, matrix, term, input_precision=PRECISION)
+            term = tl.dot(q, matrix, term, input_precision=PRECISION)  # [M, V]
         term *= scale
         term = tl.where(term > limit, limit, term)
         far_rows += tl.where(term < -limit, -limit, term)
@@ -100,5 +102,5 @@ def merge_kernel(
     elements = out + token.to(tl.int64)[:, None] * out_strides[2] + columns[None, :] * out_strides[3]
     tl.store(elements, merged.to(out.dtype.element_ty), mask=is_query[:, None] & is_column[None, :])
     if value_tile == 0:
-        merged_lse = tl.where(is_alone, near, top + tl.log(total))
+        merged_lse = tl.where(is_alone, near, top + tl.log(total))  # [M]
         tl.store(_at(lse, lse_strides, batch, head) + token * lse_strides[2], merged_lse, mask=is_query)

@@ -5,6 +5,8 @@ means and once more for what is centred about them.
 
 Products of half precision are taken in TF32, whose eleven bits are no fewer, and sums in fp32; those of fp32 in
 full.
+
+Shapes in comments: N = BLOCK tokens, D = padded DIM or HEAD_DIM, V = VALUE_TILE.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -46,12 +48,12 @@ def block_means_kernel(
     tokens = _at(tokens, tokens_strides, batch, head)
     if order is not None:
         order = _at(order, order_strides, batch, head)
-    total = tl.zeros([_padded(DIM)], tl.float32)
+    total = tl.zeros([_padded(DIM)], tl.float32)  # [D]
     total_square = tl.zeros([_padded(DIM)], tl.float32)
     for start in range(begin, end, BLOCK):
-        token, is_token = _tokens(start, end, order, BLOCK)
-        rows = _load_rows(tokens, token, is_token, tokens_strides, DIM, ALIGN).to(tl.float32)
-        total += tl.sum(rows, axis=0)
+        token, is_token = _tokens(start, end, order, BLOCK)  # [N]
+        rows = _load_rows(tokens, token, is_token, tokens_strides, DIM, ALIGN).to(tl.float32)  # [N, D]
+        total += tl.sum(rows, axis=0)  # [D]
         total_square += tl.sum(rows * rows, axis=0)
     count = tl.maximum(end - begin, 1).to(tl.float32)
     at = mean_strides[0] * batch + mean_strides[1] * head + mean_strides[2] * block
@@ -102,27 +104,27 @@ def block_statistics_kernel(
     top = tl.where(end > begin, 0.0, float("-inf"))
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
-        highest = tl.full([BLOCK], float("-inf"), tl.float32)
+        highest = tl.full([BLOCK], float("-inf"), tl.float32)  # [N]
         for start in range(begin, end, BLOCK):
             token, is_token = _tokens(start, end, order, BLOCK)
             highest = tl.maximum(highest, _load_bias(key_bias, token, is_token, key_bias_strides))
-        top = tl.max(highest)
+        top = tl.max(highest)  # a number
 
-    columns = tile * VALUE_TILE + tl.arange(0, VALUE_TILE)
+    columns = tile * VALUE_TILE + tl.arange(0, VALUE_TILE)  # [V]
     is_column = columns < VALUE_DIM
-    total = tl.zeros([BLOCK], tl.float32)
-    mean_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)
-    mean_v = tl.zeros([VALUE_TILE], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # [N]
+    mean_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)  # [D]
+    mean_v = tl.zeros([VALUE_TILE], tl.float32)  # [V]
     for start in range(begin, end, BLOCK):
         token, is_token = _tokens(start, end, order, BLOCK)
-        weight = _weights(key_bias, token, is_token, key_bias_strides, top)
+        weight = _weights(key_bias, token, is_token, key_bias_strides, top)  # [N]
         # What weighs nothing may hold anything.
-        k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)
-        v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)
+        k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)  # [N, D]
+        v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)  # [N, V]
         total += weight
-        mean_k += tl.sum(weight[:, None] * k, axis=0)
-        mean_v += tl.sum(weight[:, None] * v, axis=0)
-    sum_of_weights = tl.sum(total)
+        mean_k += tl.sum(weight[:, None] * k, axis=0)  # [D]
+        mean_v += tl.sum(weight[:, None] * v, axis=0)  # [V]
+    sum_of_weights = tl.sum(total)  # a number
     inverse = tl.where(sum_of_weights > 0.0, 1.0 / sum_of_weights, 0.0)
     mean_k = mean_k * inverse
     mean_v = mean_v * inverse
@@ -134,9 +136,9 @@ def block_statistics_kernel(
         _store(key_mean + at * HEAD_DIM, mean_k, HEAD_DIM)
 
     if covariance is not None:
-        variance_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)
-        variance_v = tl.zeros([VALUE_TILE], tl.float32)
-        moment = tl.zeros([_padded(HEAD_DIM), VALUE_TILE], tl.float32)
+        variance_k = tl.zeros([_padded(HEAD_DIM)], tl.float32)  # [D]
+        variance_v = tl.zeros([VALUE_TILE], tl.float32)  # [V]
+        moment = tl.zeros([_padded(HEAD_DIM), VALUE_TILE], tl.float32)  # [D, V]
         for start in range(begin, end, BLOCK):
             token, is_token = _tokens(start, end, order, BLOCK)
             weight = _weights(key_bias, token, is_token, key_bias_strides, top)
@@ -146,13 +148,13 @@ def block_statistics_kernel(
             # Lanes of no weight are not 0 any more, but add nothing.
             k = k - mean_k[None, :]
             v = v - mean_v[None, :]
-            weighted_v = weight[:, None] * v
-            variance_k += tl.sum(weight[:, None] * k * k, axis=0)
-            variance_v += tl.sum(weighted_v * v, axis=0)
-            moment = tl.dot(k.T, weighted_v, moment, input_precision=PRECISION)
+            weighted_v = weight[:, None] * v  # [N, V]
+            variance_k += tl.sum(weight[:, None] * k * k, axis=0)  # [D]
+            variance_v += tl.sum(weighted_v * v, axis=0)  # [V]
+            moment = tl.dot(k.T, weighted_v, moment, input_precision=PRECISION)  # [D, V]
         tl.store(value_variance + at * VALUE_DIM + columns, variance_v, mask=is_column)
         rows = tl.arange(0, _padded(HEAD_DIM))
-        elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]
+        elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]  # [D, V]
         tl.store(covariance + elements, moment, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :])
         if tile == 0:
             _store(key_variance + at * HEAD_DIM, variance_k, HEAD_DIM)
