@@ -4,13 +4,13 @@ import importlib
 import pkgutil
 from typing import Any
 
-from sparsify_compiler.kernels import triton as room
+from sparsify_compiler import kernels as room
 
 
 def kernels() -> dict[str, Any]:
-    """Name -> kernel: every jitted function of `kernels/triton` that is launched; helpers begin with `_`."""
+    """Name -> kernel: every jitted function in `kernels` that is launched; helpers begin with `_`."""
     found = {}
-    for info in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
+    for info in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             defined_here = getattr(value, "__module__", None) == module.__name__

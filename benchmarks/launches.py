@@ -11,17 +11,15 @@ from torch import Tensor
 
 from sparsify_compiler.kernels import clustering as clustering_ops
 from sparsify_compiler.kernels.attention import empty_outputs
+from sparsify_compiler.kernels.attention import triton as attention
+from sparsify_compiler.kernels.attention import triton_backward as backward
+from sparsify_compiler.kernels.clustering import triton as clustering
+from sparsify_compiler.kernels.far_field import triton as far_field
 from sparsify_compiler.kernels.prediction import empty_top_k
+from sparsify_compiler.kernels.prediction import triton as prediction
 from sparsify_compiler.kernels.statistics import empty_means, empty_statistics
-from sparsify_compiler.kernels.triton import (
-    attention,
-    backward,
-    clustering,
-    configs,
-    far_field,
-    prediction,
-    statistics,
-)
+from sparsify_compiler.kernels.statistics import triton as statistics
+from sparsify_compiler.kernels.triton import configs
 from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
 from sparsify_compiler.kernels.triton.launcher import Launch
 from sparsify_compiler.table import BlockTable

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.harness import machine, write_json
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
-from sparsify_compiler.kernels.virtual_keys import FarBlocks
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.keys import Keys

@@ -1,9 +1,9 @@
 """`python -m benchmarks.roofline`: the least time that svg2 can take on a GPU, counted, not measured.
 
-Every product and every byte of a warm sparse call, kernel by kernel as `kernels/triton` has them, against the rates
-that the makers state. A kernel takes at least its products at the full rate, or its bytes at the full bandwidth,
-whichever is longer; a call the sum of its kernels, as they run one after the other. Launches, partial tiles and
-reads that miss the cache a second time are left out: no measurement can beat these figures.
+Every product and every byte of a warm sparse call, kernel by kernel, against the rates that the makers state.
+A kernel takes at least its products at the full rate, or its bytes at the full bandwidth, whichever is longer; a
+call the sum of its kernels, as they run one after the other. Launches, partial tiles and reads that miss the cache
+a second time are left out: no measurement can beat these figures.
 """
 
 import argparse

@@ -101,7 +101,7 @@ class AttentionPlan:
     provider: str = ""
     """Implementation of the attention op; empty for `dense`, which stays the model's own call."""
     far_field: str = "drop"
-    """What becomes of the keys that a query block does not read: see `kernels/far_field.py`."""
+    """What becomes of the keys that a query block does not read: see `kernels/far_field`."""
     density: float | None = 1.0
     """Share of the query-key token pairs that are computed; None where every call decides."""
     reason: str

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.kernels.reference import attention as reference
+from sparsify_compiler.kernels.attention import reference
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:Warn only mode", "ignore:.*flex_attention called without")

@@ -151,7 +151,7 @@ def test_doctor_proves_the_providers():
 
 
 def test_doctor_tells_a_broken_provider(monkeypatch):
-    from sparsify_compiler.kernels.cpu import attention
+    from sparsify_compiler.kernels.attention import cpu as attention
 
     monkeypatch.setattr(attention, "forward", lambda *_: (torch.zeros(1, 2, 213, 64), torch.zeros(1, 2, 213)))
     assert doctor.proof("cpu", "cpu").startswith("BROKEN: AssertionError")

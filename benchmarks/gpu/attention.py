@@ -21,9 +21,9 @@ from benchmarks.gpu.inputs import (
 )
 from benchmarks.gpu.runner import Case
 from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.kernels.attention.triton import forward
+from sparsify_compiler.kernels.attention.triton_backward import backward
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.attention import forward
-from sparsify_compiler.kernels.triton.backward import backward
 from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles

@@ -19,7 +19,7 @@ from benchmarks.gpu.inputs import (
 )
 from benchmarks.gpu.runner import Case
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
-from sparsify_compiler.kernels.near_and_far import merge_far_field
+from sparsify_compiler.kernels.far_field.near_and_far import merge_far_field
 from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.testing import oracles
 

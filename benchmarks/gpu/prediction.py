@@ -15,7 +15,7 @@ from benchmarks.gpu.device import Device
 from benchmarks.gpu.inputs import DTYPES, hiding_bias, named, randn
 from benchmarks.gpu.runner import Case
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.kernels.triton import prediction as launcher
+from sparsify_compiler.kernels.prediction import triton as launcher
 
 UNIT = 2.0**-24
 """Largest relative error of one operation in fp32."""

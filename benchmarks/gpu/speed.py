@@ -42,8 +42,8 @@ from benchmarks.gpu.observe import milliseconds_of_kernels
 from benchmarks.gpu.runner import Case
 from benchmarks.gpu.sites import VIDEO, Site, distance_from_dense, method_of, video_inputs
 from sparsify_compiler.kernels.attention import block_sparse_attention
+from sparsify_compiler.kernels.attention.triton_backward import backward
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.backward import backward
 from sparsify_compiler.kernels.triton.configs import BackwardConfig
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.selection import State, Tokens

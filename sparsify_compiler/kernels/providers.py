@@ -1,20 +1,22 @@
 """The providers of the ops, and the choice among them.
 
-A provider is a package with one function and a module for each family of ops:
+A provider has a module in every family of ops, with the functions of the family's `Provider`, and a module of its
+own name here (`cpu`, `reference`, `triton`), with one function:
 
     supports(*, device, dtype, head_dim, value_dim) -> str | None   the reason it cannot run, or None
-    attention   forward(query, key, value, table, key_bias, scale) -> (out, lse), see kernels/attention.py
-                backward(grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale) -> (dQ, dK, dV)
 """
 
 import importlib
 from dataclasses import dataclass
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from sparsify_compiler import config
 from sparsify_compiler.errors import ProviderError, unknown_choice
+
+if TYPE_CHECKING:  # the ops import this file
+    from sparsify_compiler.kernels import attention, clustering, far_field, prediction, statistics
 
 PROVIDERS = ("reference", "cpu", "triton")
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
@@ -28,9 +30,19 @@ class Choice:
     reason: str
 
 
-def load(provider: str, family: str) -> ModuleType:
+@overload
+def load(provider: str, family: Literal["attention"]) -> "attention.Provider": ...
+@overload
+def load(provider: str, family: Literal["clustering"]) -> "clustering.Provider": ...
+@overload
+def load(provider: str, family: Literal["far_field"]) -> "far_field.Provider": ...
+@overload
+def load(provider: str, family: Literal["prediction"]) -> "prediction.Provider": ...
+@overload
+def load(provider: str, family: Literal["statistics"]) -> "statistics.Provider": ...
+def load(provider: str, family: str) -> Any:
     """A provider's module for a family of ops, imported on first use."""
-    return importlib.import_module(f"sparsify_compiler.kernels.{provider}.{family}")
+    return importlib.import_module(f"sparsify_compiler.kernels.{family}.{provider}")
 
 
 def reads_values(device: torch.device) -> bool:

@@ -4,7 +4,7 @@ Between two papers. As in Sparse VideoGen2 (arXiv 2505.18875) the queries of a h
 from call to call; but keys are not: each cluster's centroid is multiplied with every key, and the K best are read,
 one by one, as in DSV (arXiv 2502.07590), yet without a predictor to be trained. What sticks out of attention is so
 read exactly wherever it lies, and what is left is even enough for the means of coarse cubes
-(`kernels/virtual_keys.py`).
+(`kernels/far_field/virtual_keys.py`).
 
 K is the same for all clusters, so what is read is known before: no density to tune, no rows of uneven length. To
 multiply C centroids with S keys costs C / 2S of dense attention, an iteration of k-means as much.

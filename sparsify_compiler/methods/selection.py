@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import top_p_blocks
-from sparsify_compiler.kernels.virtual_keys import FarBlocks
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -57,7 +57,7 @@ class Selection(NamedTuple):
     whole: bool = True
     """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
     min_gain: float | None = None
-    """With the linear far field: what else is worth reading (`kernels.virtual_keys.gains`)."""
+    """With the linear far field: what else is worth reading (`kernels.far_field.virtual_keys.gains`)."""
     far_blocks: FarBlocks | None = None
     """With a far field, where the table reads single keys: the blocks that answer for the others."""
 
@@ -100,7 +100,8 @@ class BlockMethod:
         P_ij = |K_j| exp(s q_i . k_j) / sum over j' of |K_j'| exp(s q_i . k_j')
 
     A block of queries reads those with the largest P until their sum passes `top_p`, never fewer than
-    `min_kv_ratio` of them; and with the linear far field what is worth reading by `kernels.virtual_keys.gains`.
+    `min_kv_ratio` of them; and with the linear far field what is worth reading by
+    `kernels.far_field.virtual_keys.gains`.
     """
 
     top_p: float | None = None

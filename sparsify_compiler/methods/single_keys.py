@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.virtual_keys import FarBlocks
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.methods.grid import Cube, cube_of_token, cut
 from sparsify_compiler.methods.selection import Blocks, Tokens
 from sparsify_compiler.plan import TokenLayout

@@ -22,7 +22,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of
 from benchmarks import static  # noqa: E402
 from benchmarks.launches import BFLOAT16, FLOAT16, FLOAT32, Example  # noqa: E402
 
-MODULES = ("kernel", "backward_kernels", "clustering_kernels", "far_field_kernels", "prediction_kernels")
+MODULES = (
+    "attention.triton_kernels",
+    "attention.triton_backward_kernels",
+    "clustering.triton_kernels",
+    "far_field.triton_kernels",
+    "prediction.triton_kernels",
+    "statistics.triton_kernels",
+)
 """Each has a test file that compiles its kernels."""
 
 FEW = 32

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, ProviderError
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
-from sparsify_compiler.kernels.cpu import clustering as cpu
+from sparsify_compiler.kernels.clustering import cpu, kmeans, sort_by_label, top_p_blocks
 from sparsify_compiler.kernels.cpu import library
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

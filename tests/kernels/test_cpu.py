@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from sparsify_compiler.kernels import cpu
+from sparsify_compiler.kernels.attention import cpu as attention
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.cpu import attention, library
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv
@@ -192,7 +193,8 @@ def test_supports_names_what_it_cannot_do():
 BUILD = """
 import sys, logging, torch
 torch.hub.set_dir(sys.argv[1] + "/hub")
-from sparsify_compiler.kernels.cpu import attention, library
+from sparsify_compiler.kernels.attention import cpu as attention
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.table import BlockTable
 library._COMPILERS = sys.argv[2:] or library._COMPILERS
 print(library.build_info().cached, library.build_info().library)

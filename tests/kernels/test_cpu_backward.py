@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler.kernels import block_sparse_attention
-from sparsify_compiler.kernels.cpu import attention, library
-from sparsify_compiler.kernels.reference import attention as reference
+from sparsify_compiler.kernels.attention import cpu as attention
+from sparsify_compiler.kernels.attention import reference
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing import oracles
 from sparsify_compiler.testing.strategies import qkv

@@ -21,8 +21,8 @@ from sparsify_compiler.kernels.far_field import (
     attention_with_far_field,
     exact_rows,
 )
-from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.virtual_keys import FarBlocks, virtual_keys
+from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field, near_and_far
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, virtual_keys
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError, ProviderError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.cpu import prediction as cpu
-from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.kernels.prediction import cpu, top_k_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -373,8 +372,8 @@ def test_triton_takes_groups_a_few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("budget", [3, 40])
 def test_triton_writes_no_more_than_was_asked_for_whatever_the_last_pass_finds(monkeypatch, budget):
     """The pass that writes sees other scores than the passes before it: all keys are better than the threshold."""
-    from sparsify_compiler.kernels.triton import prediction as launches
-    from sparsify_compiler.kernels.triton import prediction_kernels as kernels
+    from sparsify_compiler.kernels.prediction import triton as launches
+    from sparsify_compiler.kernels.prediction import triton_kernels as kernels
 
     scores, seen = kernels._scores, []
 

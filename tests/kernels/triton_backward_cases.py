@@ -11,10 +11,9 @@ from torch import Tensor
 from triton_cases import DEVICE, table_of
 
 from sparsify_compiler.kernels import block_sparse_attention
-from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.reference import attention as reference
+from sparsify_compiler.kernels.attention import empty_outputs, reference
+from sparsify_compiler.kernels.attention.triton_backward import backward, readers
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.backward import backward, readers
 from sparsify_compiler.kernels.triton.configs import BackwardConfig, Config
 from sparsify_compiler.kernels.triton.launcher import Launch
 from sparsify_compiler.table import BlockTable

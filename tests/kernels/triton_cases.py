@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsify_compiler.kernels import attention, block_sparse_attention
-from sparsify_compiler.kernels.triton.attention import forward
+from sparsify_compiler.kernels.attention.triton import forward
 from sparsify_compiler.kernels.triton.configs import Config
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.oracles import assert_close_to_float64

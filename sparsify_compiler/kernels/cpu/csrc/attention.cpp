@@ -22,7 +22,7 @@
 
 namespace {
 
-// Each block of keys as one virtual key: see kernels/virtual_keys.py.
+// Each block of keys as one virtual key: see kernels/far_field/virtual_keys.py.
 struct FarField {
   View key, value, bias, matrices, limits;
   int64_t heads, blocks;

@@ -1,4 +1,4 @@
-// The gradients of block-sparse attention, as kernels/reference/attention.py defines them.
+// The gradients of block-sparse attention, as kernels/attention/reference.py defines them.
 //
 // A tile of queries goes through its keys in dense chunks, strip by strip, as in attention.cpp. The weights are
 // computed anew, from the lse:

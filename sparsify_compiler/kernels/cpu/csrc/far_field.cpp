@@ -1,4 +1,4 @@
-// Near and far field merged: see kernels/near_and_far.py for what is computed.
+// Near and far field merged: see kernels/far_field/near_and_far.py for what is computed.
 //
 // Threads take tiles of one query block, which share its matrix. The matrix is packed once for a tile, with value
 // channels as vector lanes, and so multiplied with a few queries at a time.

@@ -1,4 +1,4 @@
-// The choice of single keys by predicted scores: see kernels/prediction.py for what is chosen.
+// The choice of single keys by predicted scores: see kernels/prediction/__init__.py for what is chosen.
 //
 // Threads take tiles of query groups of one head. The scores of a tile are products with keys as vector lanes,
 //

@@ -1,4 +1,4 @@
-// Statistics of the blocks of a table: see kernels/statistics.py for what each is.
+// Statistics of the blocks of a table: see kernels/statistics/__init__.py for what each is.
 //
 // Threads take blocks. A block is gone through in chunks of tokens, widened to fp32, once for the means and once
 // more for what is centred about them, so that nothing cancels; a block of one chunk is still there the second time.

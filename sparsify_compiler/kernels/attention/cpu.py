@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.kernels.attention import empty_gradients, empty_outputs
+from sparsify_compiler.kernels.attention import empty_gradients, empty_outputs, reference
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.reference import attention as reference
-from sparsify_compiler.kernels.virtual_keys import VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 

@@ -22,6 +22,8 @@ beside those that it reads.
 
 Or `queries` adds to dK and dV as it goes, for short key blocks much less work, by atomics on floats, whose order
 and so whose rounding differ from run to run.
+
+Shapes in comments are as in `triton_kernels.py`.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -29,21 +31,23 @@ and so whose rounding differ from run to run.
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.kernel import (
-    LOG2_E,
-    _at,
+from sparsify_compiler.kernels.attention.triton_kernels import (
     _bias_of,
-    _block_of_tile,
     _blocks_of,
-    _finite,
     _lay_end_to_end,
-    _load_rows,
-    _padded,
     _range_at,
-    _rows,
     _tile_at,
     _tokens_of_tile,
+)
+from sparsify_compiler.kernels.triton import configs
+from sparsify_compiler.kernels.triton.helpers import (
+    LOG2_E,
+    _at,
+    _block_of_tile,
+    _finite,
+    _load_rows,
+    _padded,
+    _rows,
 )
 
 WORD = tl.constexpr(configs.WORD)
@@ -108,10 +112,12 @@ def rows_kernel(
     if rows <= 0:
         return
 
+    # [M, Dv]
     o = _load_rows(_at(out, out_strides, batch, head), q_token, is_query, out_strides, VALUE_DIM, ALIGN)
     do = _load_rows(
         _at(d_out, d_out_strides, batch, head), q_token, is_query, d_out_strides, VALUE_DIM, ALIGN
     )
+    # [M]
     of_lse = tl.load(
         _at(d_lse, d_lse_strides, batch, head) + q_token * d_lse_strides[2], mask=is_query, other=0.0
     )
@@ -135,7 +141,7 @@ def rows_kernel(
             key_bias = _at(key_bias, key_bias_strides, batch, head)
             q = _load_rows(
                 _at(query, query_strides, batch, head), q_token, is_query, query_strides, HEAD_DIM, ALIGN
-            )
+            )  # [M, D]
             row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             for chunk in range(0, listed_blocks, CHUNK):
@@ -144,16 +150,17 @@ def rows_kernel(
                 )
                 distance, range_end = _range_at(0, first, sizes, distances)
                 for start in range(0, keys, BLOCK_N):
-                    is_key = start + tl.arange(0, BLOCK_N) < keys
+                    is_key = start + tl.arange(0, BLOCK_N) < keys  # [N]
                     token, distance, range_end = _tile_at(
                         start, first, sizes, distances, distance, range_end, BLOCK_N
                     )
                     if kv_order is not None:
                         token = tl.load(kv_order + token, mask=is_key, other=0)
                     bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)
-                    k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
+                    k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)  # [N, D]
+                    # [M, N]
                     scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
-                    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+                    new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [M]
                     row_sum = row_sum * tl.exp2(row_max - _finite(new_max))
                     row_sum += tl.sum(tl.exp2(scores - _finite(new_max)[:, None]), axis=1)
                     row_max = new_max
@@ -234,42 +241,42 @@ def queries_kernel(
         d_key = _at(d_key, d_key_strides, batch, head // queries_per_key_head)
         d_value = _at(d_value, d_value_strides, batch, head // queries_per_key_head)
 
-    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)
-    do = _load_rows(d_out, q_token, is_query, d_out_strides, VALUE_DIM, ALIGN)
-    at = batch * delta_strides[0] + head * delta_strides[1] + q_token
+    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)  # [M, D]
+    do = _load_rows(d_out, q_token, is_query, d_out_strides, VALUE_DIM, ALIGN)  # [M, Dv]
+    at = batch * delta_strides[0] + head * delta_strides[1] + q_token  # [M]
     row_delta = tl.load(delta + at, mask=is_query, other=0.0)
     row_shift = tl.load(shift + at, mask=is_query, other=float("inf"))  # weighs 0
     if key_bias is not None:
         row_log_sum = tl.load(log_sum + at, mask=is_query, other=0.0)
-    acc = tl.zeros([BLOCK_M, _padded(HEAD_DIM)], tl.float32)
+    acc = tl.zeros([BLOCK_M, _padded(HEAD_DIM)], tl.float32)  # [M, D]
 
     for chunk in range(0, listed_blocks, CHUNK):
         first, sizes, distances, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
         distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, keys, BLOCK_N):
-            is_key = start + tl.arange(0, BLOCK_N) < keys
+            is_key = start + tl.arange(0, BLOCK_N) < keys  # [N]
             token, distance, range_end = _tile_at(
                 start, first, sizes, distances, distance, range_end, BLOCK_N
             )
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
             bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)
-            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
-            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)
-            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)  # [N, D]
+            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)  # [N, Dv]
+            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]  # [M, N]
             scores = scores - row_shift[:, None]
             if key_bias is not None:
                 scores = scores - row_log_sum[:, None]
             weights = tl.exp2(scores)
-            d_weights = tl.dot(do, v.T, input_precision="ieee")
+            d_weights = tl.dot(do, v.T, input_precision="ieee")  # [M, N]
             d_scores = (weights * (d_weights - row_delta[:, None])).to(k.dtype)
-            acc = tl.dot(d_scores, k, acc, input_precision="ieee")
+            acc = tl.dot(d_scores, k, acc, input_precision="ieee")  # [M, D]
             if d_key is not None:
                 sums, mask = _rows(d_value, token, is_key, d_value_strides, VALUE_DIM, ALIGN)
-                sum_v = tl.dot(weights.to(do.dtype).T, do, input_precision="ieee")
+                sum_v = tl.dot(weights.to(do.dtype).T, do, input_precision="ieee")  # [N, Dv]
                 tl.atomic_add(sums, sum_v, mask=mask, sem="relaxed")
                 sums, mask = _rows(d_key, token, is_key, d_key_strides, HEAD_DIM, ALIGN)
-                sum_k = tl.dot(d_scores.T, q, input_precision="ieee")
+                sum_k = tl.dot(d_scores.T, q, input_precision="ieee")  # [N, D]
                 tl.atomic_add(sums, sum_k * scale, mask=mask, sem="relaxed")
 
     q_token, is_query, _ = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M)
@@ -296,7 +303,7 @@ def readers_kernel(
     listed_blocks = tl.load(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + block)
     kv_indices = _at(kv_indices, kv_indices_strides, batch, head) + block.to(tl.int64) * kv_indices_strides[2]
     for chunk in range(0, listed_blocks, CHUNK):
-        entry = chunk + tl.arange(0, CHUNK)
+        entry = chunk + tl.arange(0, CHUNK)  # [CHUNK]
         is_listed = entry < listed_blocks
         listed = tl.load(kv_indices + entry, mask=is_listed, other=0).to(tl.int64)
         bit = tl.full([CHUNK], 1, tl.int64) << (listed % WORD)
@@ -378,16 +385,17 @@ def keys_kernel(
     if GROUP == 1:
         bits = tl.full([], 1, tl.int64) << (group % WORD)
     else:
+        # [N], then a number
         bit = _bit_of_block(position, group, _at(kv_bounds, kv_bounds_strides, batch, head), kv_blocks)
         bits = tl.reduce_or(tl.where(is_key, bit, 0), axis=0)
 
-    k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
-    v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)
+    k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)  # [N, D]
+    v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)  # [N, Dv]
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
-        bias = _bias_of(token, is_key, BLOCK_N, key_bias, key_bias_strides, BLOCK_N)
-    acc_k = tl.zeros([BLOCK_N, _padded(HEAD_DIM)], tl.float32)
-    acc_v = tl.zeros([BLOCK_N, _padded(VALUE_DIM)], tl.float32)
+        bias = _bias_of(token, is_key, BLOCK_N, key_bias, key_bias_strides, BLOCK_N)  # [N]
+    acc_k = tl.zeros([BLOCK_N, _padded(HEAD_DIM)], tl.float32)  # [N, D]
+    acc_v = tl.zeros([BLOCK_N, _padded(VALUE_DIM)], tl.float32)  # [N, Dv]
 
     for chunk in range(0, q_blocks, CHUNK):
         words, first, sizes, distances, queries = _lay_readers_end_to_end(
@@ -395,20 +403,20 @@ def keys_kernel(
         )
         distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, queries, BLOCK_M):
-            is_query = start + tl.arange(0, BLOCK_M) < queries
+            is_query = start + tl.arange(0, BLOCK_M) < queries  # [M]
             if GROUP == 1:
                 q_token, distance, range_end = _tile_at(
                     start, first, sizes, distances, distance, range_end, BLOCK_M
                 )
             else:
-                block = _blocks_of(start, first, BLOCK_M)
+                block = _blocks_of(start, first, BLOCK_M)  # [M]
                 q_token = start + tl.arange(0, BLOCK_M) + tl.gather(distances, block, axis=0)
-                is_read = (tl.gather(words, block, axis=0)[None, :] & bit[:, None]) != 0
+                is_read = (tl.gather(words, block, axis=0)[None, :] & bit[:, None]) != 0  # [N, M]
             if q_order is not None:
                 q_token = tl.load(q_order + q_token, mask=is_query, other=0)
 
-            q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)
-            scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2_E)
+            q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)  # [M, D]
+            scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2_E)  # [N, M]
             if key_bias is not None:
                 scores = scores + bias[:, None]
             # Lanes beyond the queries read the last of the rows, which stands for none: cheaper than a mask.
@@ -419,14 +427,14 @@ def keys_kernel(
             weights = tl.exp2(scores)
             if GROUP > 1:
                 weights = tl.where(is_read, weights, 0.0)
-            do = _load_rows(d_out, q_token, is_query, d_out_strides, VALUE_DIM, ALIGN)
-            acc_v = tl.dot(weights.to(do.dtype), do, acc_v, input_precision="ieee")
-            d_weights = tl.dot(v, do.T, input_precision="ieee")
-            row_delta = tl.load(delta + at)
+            do = _load_rows(d_out, q_token, is_query, d_out_strides, VALUE_DIM, ALIGN)  # [M, Dv]
+            acc_v = tl.dot(weights.to(do.dtype), do, acc_v, input_precision="ieee")  # [N, Dv]
+            d_weights = tl.dot(v, do.T, input_precision="ieee")  # [N, M]
+            row_delta = tl.load(delta + at)  # [M]
             d_scores = weights * (d_weights - row_delta[None, :])
             if GROUP > 1:
                 d_scores = tl.where(is_read, d_scores, 0.0)
-            acc_k = tl.dot(d_scores.to(q.dtype), q, acc_k, input_precision="ieee")
+            acc_k = tl.dot(d_scores.to(q.dtype), q, acc_k, input_precision="ieee")  # [N, D]
 
     token, is_key, _ = _tokens_of_tile(tile, group, group_bounds, kv_order, BLOCK_N)
     d_key = _at(d_key, d_key_strides, batch, head)
@@ -440,9 +448,9 @@ def keys_kernel(
 @triton.jit
 def _bit_of_block(position, group, kv_bounds, kv_blocks):
     """The bit, in the group's word, of the key block that each position lies in."""
-    block = group * WORD + tl.arange(0, WORD)
+    block = group * WORD + tl.arange(0, WORD)  # [WORD]
     end = tl.load(kv_bounds + block + 1, mask=block < kv_blocks, other=2147483647)
-    number = tl.sum((end[None, :] <= position[:, None]).to(tl.int64), axis=1)
+    number = tl.sum((end[None, :] <= position[:, None]).to(tl.int64), axis=1)  # [N]
     return tl.full(position.shape, 1, tl.int64) << (number % WORD)
 
 
@@ -450,7 +458,7 @@ def _bit_of_block(position, group, kv_bounds, kv_blocks):
 def _lay_readers_end_to_end(readers, bits, q_bounds, chunk, q_blocks, CHUNK: tl.constexpr):
     """(words, then as of `_lay_end_to_end`) of the query blocks chunk : chunk + CHUNK. Those with none of `bits`
     in their word are empty."""
-    block = chunk + tl.arange(0, CHUNK)
+    block = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all that follows
     is_block = block < q_blocks
     word = tl.load(readers + block, mask=is_block, other=0)
     begin = tl.load(q_bounds + block, mask=is_block, other=0)

@@ -9,6 +9,8 @@ Of groups of several queries the scores would cost too much to compute again:
     softmax_kernel    queries, keys -> highest, part: what turns the scores of a query into its softmax
     add_up_kernel     some groups -> rows of their scores, which are stored
     top_k_kernel      these rows -> the keys of these groups
+
+Shapes in comments: M = BLOCK_M groups or queries, N = BLOCK_N keys, R = padded RANK.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -16,7 +18,7 @@ Of groups of several queries the scores would cost too much to compute again:
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows
+from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows
 
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 """The largest finite number, which +inf counts as in a softmax. NaN is a score of -HIGHEST."""
@@ -51,7 +53,7 @@ def top_k_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    group = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     is_group = group < groups
     kv_num_blocks = _at(kv_num_blocks, kv_num_blocks_strides, batch, head) + group
     wanted = tl.minimum(tl.load(_at(budget, budget_strides, batch, head)), most)
@@ -62,32 +64,32 @@ def top_k_kernel(
             key_bias = _at(key_bias, key_bias_strides, batch, head)
         query = _at(query, query_strides, batch, head)
         if key is None:
-            q = query + tl.minimum(group, groups - 1).to(tl.int64) * query_strides[2]
+            q = query + tl.minimum(group, groups - 1).to(tl.int64) * query_strides[2]  # [M]
         else:
             key = _at(key, key_strides, batch, head // queries_per_key_head)
-            q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)
+            q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)  # [M, R]
 
         # The largest threshold that `wanted` scores reach, as an integer that rises with floats; 0 where all
         # are reached by fewer. `beyond` of the scores are above it.
-        threshold = tl.zeros([BLOCK_M], tl.int32)
+        threshold = tl.zeros([BLOCK_M], tl.int32)  # [M]
         beyond = tl.zeros([BLOCK_M], tl.int32)
         for step in range(16):
             shift = 30 - 2 * step
             third = threshold | (tl.full([BLOCK_M], 3, tl.int32) << shift)
             second = threshold | (tl.full([BLOCK_M], 2, tl.int32) << shift)
             first = threshold | (tl.full([BLOCK_M], 1, tl.int32) << shift)
-            at_third = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+            at_third = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # [M, N]
             at_second = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
             at_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
             for start in range(0, tokens, BLOCK_N):
                 scores = _scores(
                     *(q, key, key_bias, start, tokens, scale),
                     *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
-                )
+                )  # [M, N]
                 at_third += (scores >= _float(third)[:, None]).to(tl.int32)
                 at_second += (scores >= _float(second)[:, None]).to(tl.int32)
                 at_first += (scores >= _float(first)[:, None]).to(tl.int32)
-            reach_third = tl.sum(at_third, axis=1)
+            reach_third = tl.sum(at_third, axis=1)  # [M]
             reach_second = tl.sum(at_second, axis=1)
             reach_first = tl.sum(at_first, axis=1)
             # In this order: a threshold below all numbers is NaN, which no score reaches.
@@ -105,12 +107,13 @@ def top_k_kernel(
         limit = tl.where(threshold == 0, float("-inf"), _float(threshold))
         above_before = tl.zeros([BLOCK_M], tl.int32)
         tied_before = tl.zeros([BLOCK_M], tl.int32)
+        # [M]
         row = _at(kv_indices, kv_indices_strides, batch, head) + group.to(tl.int64) * kv_indices_strides[2]
         for start in range(0, tokens, BLOCK_N):
             scores = _scores(
                 *(q, key, key_bias, start, tokens, scale),
                 *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
-            )
+            )  # [M, N]
             is_above = (scores > limit[:, None]).to(tl.int32)
             is_tied = (scores == limit[:, None]).to(tl.int32)
             # One scan counts both, the ties in the upper half.
@@ -120,11 +123,11 @@ def top_k_kernel(
             tied = tied_before[:, None] + (before >> 16)
             is_chosen = (is_above | (is_tied & (tied < ties[:, None]).to(tl.int32))) > 0
             place = above + tl.minimum(tied, ties[:, None])
-            token = (start + tl.arange(0, BLOCK_N))[None, :]
+            token = (start + tl.arange(0, BLOCK_N))[None, :]  # [1, N]
             # Whatever this pass finds, it writes no more than was asked for.
             has_room = place < wanted
             tl.store(row[:, None] + place, token, mask=is_chosen & has_room & is_group[:, None])
-            above_before += tl.sum(is_above, axis=1)
+            above_before += tl.sum(is_above, axis=1)  # [M]
             tied_before += tl.sum(is_tied, axis=1)
         found = tl.minimum(above_before + tl.minimum(tied_before, ties), wanted)
         tl.store(kv_num_blocks, found, mask=is_group)
@@ -163,18 +166,18 @@ def softmax_kernel(
     key = _at(key, key_strides, batch, head // queries_per_key_head)
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     is_query = token < queries
     query = _at(query, query_strides, batch, head)
-    q = _load_rows(query, token, is_query, query_strides, RANK, ALIGN)
+    q = _load_rows(query, token, is_query, query_strides, RANK, ALIGN)  # [M, R]
     most = tl.full([BLOCK_M], -HIGHEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, tokens, BLOCK_N):
         scores = _scores(
             *(q, key, key_bias, start, tokens, scale),
             *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
-        )
-        new_most = tl.minimum(tl.maximum(most, tl.max(scores, axis=1)), HIGHEST)
+        )  # [M, N]
+        new_most = tl.minimum(tl.maximum(most, tl.max(scores, axis=1)), HIGHEST)  # [M]
         total = total * _share(most, new_most) + tl.sum(_share(scores, new_most[:, None]), axis=1)
         most = new_most
     tl.store(_at(highest, highest_strides, batch, head) + token, most, mask=is_query)
@@ -220,21 +223,22 @@ def add_up_kernel(
     key = _at(key, key_strides, batch, head // queries_per_key_head)
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
+    # [N, R] and [N]
     k, bias = _load_keys(key, key_bias, start, tokens, key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN)
     query = _at(query, query_strides, batch, head)
     highest = _at(highest, highest_strides, batch, head)
     part = _at(part, part_strides, batch, head)
 
     begin, end = tl.load(q_bounds + group), tl.load(q_bounds + group + 1)
-    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # [N, M]
     for first in range(begin, end, BLOCK_M):
-        lane = first + tl.arange(0, BLOCK_M)
+        lane = first + tl.arange(0, BLOCK_M)  # [M]
         member = tl.minimum(lane, end - 1)  # at last the last one again, with no part
-        q = _load_rows(query, member, member < end, query_strides, RANK, ALIGN)
-        found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)
+        q = _load_rows(query, member, member < end, query_strides, RANK, ALIGN)  # [M, R]
+        found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)  # [N, M]
         parts = tl.load(part + member, mask=lane < end, other=0.0)
         sums += parts[None, :] * _share(found, tl.load(highest + member)[None, :])
-    row = tl.where((bias != float("-inf")) & (begin < end), tl.sum(sums, axis=1), float("-inf"))
+    row = tl.where((bias != float("-inf")) & (begin < end), tl.sum(sums, axis=1), float("-inf"))  # [N]
     scores = _at(scores, scores_strides, batch, head) + group.to(tl.int64) * scores_strides[2]
     tl.store(scores + start + tl.arange(0, BLOCK_N), row)
 

@@ -5,7 +5,7 @@ This file imports torch alone; a provider's kernels are imported when the op fir
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,36 @@ from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.statistics import no_second_derivative, wide
 from sparsify_compiler.table import BlockTable
+
+
+class Provider(Protocol):
+    """The functions of a provider of attention. Tensors are those of `block_sparse_attention`, and they fit."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: BlockTable,
+        key_bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), laid out as `empty_outputs`."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: BlockTable,
+        key_bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, laid out as `empty_gradients`."""
 
 
 def block_sparse_attention(

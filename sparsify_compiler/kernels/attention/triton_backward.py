@@ -1,9 +1,9 @@
-"""Attention's backward pass: the launches of `backward_kernels.py`. Nothing is read back from the device."""
+"""Attention's backward pass: the launches of `triton_backward_kernels.py`. Nothing is read back from the device."""
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.triton import backward_kernels as kernels
+from sparsify_compiler.kernels.attention import triton_backward_kernels as kernels
 from sparsify_compiler.kernels.triton import configs
 from sparsify_compiler.kernels.triton.configs import BackwardConfig
 from sparsify_compiler.kernels.triton.launcher import (
@@ -62,7 +62,7 @@ def empty_rows(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def readers(table: BlockTable) -> Tensor:
-    """[B|1, H|1, ceil(Nk / 64), Nq] int64: the transpose of the table, see `backward_kernels.py`."""
+    """[B|1, H|1, ceil(Nk / 64), Nq] int64: the transpose of the table, see `triton_backward_kernels.py`."""
     counts, indices = table.kv_num_blocks, table.kv_indices
     lead = torch.broadcast_shapes(counts.shape[:2], indices.shape[:2])
     words = -(-(table.kv_bounds.shape[-1] - 1) // configs.WORD)

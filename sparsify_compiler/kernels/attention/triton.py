@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels.attention.triton_backward import backward
+from sparsify_compiler.kernels.attention.triton_kernels import block_sparse_attention_kernel
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.backward import backward
 from sparsify_compiler.kernels.triton.configs import Config
-from sparsify_compiler.kernels.triton.kernel import block_sparse_attention_kernel
 from sparsify_compiler.kernels.triton.launcher import (
     Launch,
     alignment,

@@ -6,7 +6,7 @@ It is a decision, not a differentiable function: inputs are detached, and autoca
 imports torch alone; a provider's kernels are imported when the op first runs on it.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,22 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_bounds
+
+
+class Provider(Protocol):
+    """The function of a provider of prediction. Tensors are those of `top_k_keys`, and they fit."""
+
+    def top_k_keys(
+        self,
+        query: Tensor,
+        key: Tensor,
+        budget: Tensor,
+        q_bounds: Tensor | None,
+        key_bias: Tensor | None,
+        width: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(kv_num_blocks, kv_indices), laid out as `empty_top_k`."""
 
 
 def top_k_keys(

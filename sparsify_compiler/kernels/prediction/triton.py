@@ -1,4 +1,4 @@
-"""Prediction: the launches of the kernels in `prediction_kernels.py`. Nothing is read back from the device."""
+"""Prediction: the launches of the kernels in `triton_kernels.py`. Nothing is read back from the device."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from sparsify_compiler.kernels.prediction import empty_top_k
-from sparsify_compiler.kernels.triton import prediction_kernels as kernels
+from sparsify_compiler.kernels.prediction import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
 SCORES_AT_ONCE = 2**25

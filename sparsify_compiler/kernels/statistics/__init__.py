@@ -1,12 +1,12 @@
 """Ops on the blocks of a table: `sparsify::block_means` and `sparsify::block_statistics`.
 
-What a far field (`kernels/far_field.py`) knows of a block of keys that nobody reads. This file imports torch
+What a far field (`kernels/far_field`) knows of a block of keys that nobody reads. This file imports torch
 alone; a provider's module `statistics` is imported when an op first runs on it. Statistics are fp32 (fp64 for
 fp64 input) under autocast too.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,24 @@ from sparsify_compiler.table import check_blocks
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """(log_weight, key_mean, value_mean, key_variance, value_variance, covariance), see `block_statistics`."""
+
+
+class Provider(Protocol):
+    """The functions of a provider of statistics. Tensors are those of the ops, and they fit."""
+
+    def block_means(self, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(mean, mean_square), laid out as `empty_means`."""
+
+    def block_statistics(
+        self,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        order: Tensor | None,
+        key_bias: Tensor | None,
+        covariance: bool,
+    ) -> Statistics:
+        """Laid out as `empty_statistics`."""
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -164,7 +182,9 @@ def empty_statistics(
 
 @torch.library.custom_op("sparsify::block_means_backward", mutates_args=())
 def _means_backward_op(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
-    return providers.load("reference", "statistics").block_means_backward(grad, tokens, bounds, order)
+    from sparsify_compiler.kernels.statistics import reference
+
+    return reference.block_means_backward(grad, tokens, bounds, order)
 
 
 @_means_backward_op.register_fake
@@ -200,7 +220,9 @@ def _statistics_backward_op(
     order: Tensor | None,
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return providers.load("reference", "statistics").block_statistics_backward(
+    from sparsify_compiler.kernels.statistics import reference
+
+    return reference.block_statistics_backward(
         grad_key_mean,
         grad_value_mean,
         grad_key_variance,

@@ -9,10 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sparsify_compiler.kernels.attention import cpu as attention
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.cpu import attention, library
-from sparsify_compiler.kernels.reference import far_field as reference
-from sparsify_compiler.kernels.virtual_keys import VirtualKeys
+from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.kernels.far_field import reference
+from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
 from sparsify_compiler.table import BlockTable, check_blocks
 
 

@@ -1,10 +1,10 @@
-"""The statistics of blocks: launches of the kernels in `far_field_kernels.py`. Nothing is read back."""
+"""The statistics of blocks: launches of the kernels in `triton_kernels.py`. Nothing is read back."""
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
-from sparsify_compiler.kernels.triton import far_field_kernels as kernels
+from sparsify_compiler.kernels.statistics import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
 
 BLOCK = 32

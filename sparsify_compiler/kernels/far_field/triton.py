@@ -1,4 +1,4 @@
-"""Near and far field: that of attention twice, and the merge, whose kernel is in `far_field_kernels.py`."""
+"""Near and far field: that of attention twice, and the merge, whose kernel is in `triton_kernels.py`."""
 
 from functools import partial
 
@@ -7,11 +7,11 @@ import triton
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.near_and_far import in_parts
-from sparsify_compiler.kernels.triton import attention
-from sparsify_compiler.kernels.triton import far_field_kernels as kernels
+from sparsify_compiler.kernels.attention import triton as attention
+from sparsify_compiler.kernels.far_field import triton_kernels as kernels
+from sparsify_compiler.kernels.far_field.near_and_far import in_parts
+from sparsify_compiler.kernels.statistics.triton import precision, value_tile
 from sparsify_compiler.kernels.triton.launcher import Launch, shared_strides
-from sparsify_compiler.kernels.triton.statistics import precision, value_tile
 
 
 def merge(

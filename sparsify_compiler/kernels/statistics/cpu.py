@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.reference import statistics as reference
-from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
+from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, reference
 from sparsify_compiler.table import check_blocks
 
 

@@ -1,5 +1,7 @@
 """The clustering ops, defined in plain torch. Computes in fp32 (fp64 for fp64 points)."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -9,10 +11,12 @@ from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty
 TOKENS_AT_ONCE = 1024
 """Tokens whose distances to all centroids are there at one time."""
 
+Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
+
 
 def kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """See `clustering.kmeans`."""
     dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
     is_warm = bool(warm)
@@ -50,7 +54,7 @@ def _means(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(sizes[..., None] > 0, sums / sizes[..., None], centroids)
 
 
-def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
+def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """See `clustering.sort_by_label`."""
     index = labels.long()
     sizes = index.new_zeros(*labels.shape[:2], clusters).scatter_add_(2, index, torch.ones_like(index))
@@ -60,7 +64,7 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
 
 def top_p_blocks(
     q_centroids: Tensor, kv_centroids: Tensor, kv_sizes: Tensor, scale: float, top_p: float, floor: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `clustering.top_p_blocks`; `floor` clusters are kept at least."""
     outputs = empty_top_p(q_centroids, kv_centroids)
     batch, heads, _, _ = q_centroids.shape
@@ -85,7 +89,7 @@ def top_p_blocks(
     return _stored(outputs, count, indices, kept)
 
 
-def _stored(outputs: tuple[Tensor, ...], *values: Tensor) -> tuple[Tensor, ...]:
+def _stored(outputs: Outputs, *values: Tensor) -> Outputs:
     """The values in the types and the layout of the op's outputs."""
     for output, value in zip(outputs, values, strict=True):
         output.copy_(value)

@@ -1,4 +1,4 @@
-"""Clustering: what is computed between the kernels of `clustering_kernels.py`, and their launches.
+"""Clustering: what is computed between the kernels of `triton_kernels.py`, and their launches.
 
 Nothing is read back from the device.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
-from sparsify_compiler.kernels.triton import clustering_kernels as kernels
+from sparsify_compiler.kernels.clustering import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, with_strides
 
 TILE = 512

@@ -6,15 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
+from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p, reference
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.reference import clustering as reference
 from sparsify_compiler.table import check_range
 
 
 def kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """See `clustering.kmeans`."""
     kernel = library.symbol("sparsify_kmeans", _KMeans)
     if kernel is None:
@@ -36,7 +35,7 @@ def kmeans(
     return means, labels
 
 
-def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
+def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """See `clustering.sort_by_label`."""
     kernel = library.symbol("sparsify_sort_by_label", _Sort)
     if kernel is None:
@@ -51,7 +50,7 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, ...]:
 
 def top_p_blocks(
     q_centroids: Tensor, kv_centroids: Tensor, kv_sizes: Tensor, scale: float, top_p: float, floor: int
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `clustering.top_p_blocks`."""
     kernel = library.symbol("sparsify_top_p_blocks", _TopP)
     if kernel is None:

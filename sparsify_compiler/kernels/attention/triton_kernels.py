@@ -1,4 +1,4 @@
-"""The Triton kernel: flash attention over a `BlockTable`.
+"""The Triton kernel of attention: flash attention over a `BlockTable`.
 
 One program computes one tile of queries: BLOCK_M consecutive positions of one query block, so every row of
 the tile reads the same keys. Grid: (tiles, heads, batches), tiles fastest, so that the programs that run at
@@ -31,6 +31,8 @@ range. Else (n1) each lane finds its block, by counting the blocks that begin at
 
 Softmax is online and in base 2: log2(e) is folded into the scale and the bias. Lanes beyond the chunk have
 key and value 0 and bias -inf, so no score needs a mask of its own.
+
+Shapes in comments: M = BLOCK_M queries, N = BLOCK_N keys, D and Dv = padded HEAD_DIM and VALUE_DIM.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -38,7 +40,16 @@ key and value 0 and bias -inf, so no score needs a mask of its own.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from sparsify_compiler.kernels.triton.helpers import (
+    LOG2_E,
+    _at,
+    _block_of_tile,
+    _finite,
+    _load_rows,
+    _padded,
+    _rows,
+)
+
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -107,32 +118,33 @@ def block_sparse_attention_kernel(
     if key_bias is not None:
         key_bias = _at(key_bias, key_bias_strides, batch, head)
 
-    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)
+    q = _load_rows(query, q_token, is_query, query_strides, HEAD_DIM, ALIGN)  # [M, D]
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)
+    acc = tl.zeros([BLOCK_M, _padded(VALUE_DIM)], tl.float32)  # [M, Dv]
 
     for chunk in range(0, listed_blocks, CHUNK):
+        # first, sizes, distances [CHUNK]; keys, distance, range_end: numbers
         first, sizes, distances, keys = _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK)
         distance, range_end = _range_at(0, first, sizes, distances)
         for start in range(0, keys, BLOCK_N):
-            is_key = start + tl.arange(0, BLOCK_N) < keys
+            is_key = start + tl.arange(0, BLOCK_N) < keys  # [N]
             token, distance, range_end = _tile_at(
                 start, first, sizes, distances, distance, range_end, BLOCK_N
             )
             if kv_order is not None:
                 token = tl.load(kv_order + token, mask=is_key, other=0)
 
-            bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)
-            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)
-            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
-            new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+            bias = _bias_of(token, is_key, keys - start, key_bias, key_bias_strides, BLOCK_N)  # [N]
+            k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)  # [N, D]
+            scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]  # [M, N]
+            new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [M]
             # An infinite maximum is not subtracted: -inf - -inf would make NaN of a row with no visible key.
-            weights = tl.exp2(scores - _finite(new_max)[:, None])
-            decay = tl.exp2(row_max - _finite(new_max))
+            weights = tl.exp2(scores - _finite(new_max)[:, None])  # [M, N]
+            decay = tl.exp2(row_max - _finite(new_max))  # [M]
             row_sum = row_sum * decay + tl.sum(weights, axis=1)
-            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)
-            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+            v = _load_rows(value, token, is_key, value_strides, VALUE_DIM, ALIGN)  # [N, Dv]
+            acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")  # [M, Dv]
             row_max = new_max
 
     # Found again rather than kept through the loop, whose every register is in use.
@@ -146,26 +158,6 @@ def block_sparse_attention_kernel(
 
 
 @triton.jit
-def _at(pointer, strides, batch, head):
-    """Where a batch and head of a tensor begin."""
-    return pointer + batch * strides[0] + head * strides[1]
-
-
-@triton.jit
-def _block_of_tile(tile, bounds, blocks, BLOCK: tl.constexpr):
-    """The last block whose first tile is not beyond `tile`."""
-    low = 0
-    high = blocks - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if tl.load(bounds + middle) // BLOCK + middle <= tile:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
 def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl.constexpr = 0):
     """(tokens of a tile, which of them are tokens of its block, how many tokens the block has from its first on).
 
@@ -175,7 +167,7 @@ def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl
     begin = tl.load(bounds + block, volatile=True)
     end = tl.load(bounds + block + 1)
     first_row = end - (end - begin) % TAIL_OF if TAIL_OF else begin + (tile - begin // BLOCK - block) * BLOCK
-    token = first_row + tl.arange(0, BLOCK)
+    token = first_row + tl.arange(0, BLOCK)  # [BLOCK]
     is_token = token < end
     if order is not None:
         token = tl.load(order + token, mask=is_token, other=0)
@@ -189,7 +181,7 @@ def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.const
     first: number of each block's first key; lanes that list no block begin nowhere. distances: position - number.
     keys: how many they hold in all.
     """
-    entry = chunk + tl.arange(0, CHUNK)
+    entry = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all that follows
     is_listed = entry < listed_blocks
     block = tl.load(kv_indices + entry, mask=is_listed, other=0)
     begin = tl.load(kv_bounds + block, mask=is_listed, other=0)
@@ -201,7 +193,7 @@ def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.const
 @triton.jit
 def _tile_at(start, first, sizes, distances, distance, range_end, BLOCK: tl.constexpr):
     """(positions of the tokens numbered start : start + BLOCK, `_range_at` the next tile's start)."""
-    number = start + tl.arange(0, BLOCK)
+    number = start + tl.arange(0, BLOCK)  # [BLOCK]
     position = number + distance
     # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
     if start + BLOCK >= range_end:
@@ -214,8 +206,8 @@ def _tile_at(start, first, sizes, distances, distance, range_end, BLOCK: tl.cons
 @triton.jit
 def _blocks_of(start, first, BLOCK_N: tl.constexpr):
     """Which listed block each of the key numbers start : start + BLOCK_N lies in."""
-    lane = first - start
-    begun = tl.histogram(lane, BLOCK_N, mask=(lane >= 0) & (lane < BLOCK_N))
+    lane = first - start  # [CHUNK]
+    begun = tl.histogram(lane, BLOCK_N, mask=(lane >= 0) & (lane < BLOCK_N))  # [N]
     return tl.sum((lane < 0).to(tl.int32)) + tl.cumsum(begun, axis=0) - 1
 
 
@@ -235,30 +227,3 @@ def _bias_of(token, is_key, lanes, key_bias, strides, BLOCK: tl.constexpr):
         bias = bias.to(tl.float32) * LOG2_E
     # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
     return tl.where(tl.arange(0, BLOCK) < lanes, bias, float("-inf"))
-
-
-@triton.jit
-def _load_rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """[tokens, padded DIM] rows of a matrix; 0 where not kept and beyond DIM."""
-    elements, mask = _rows(pointer, token, keep, strides, DIM, ALIGN)
-    return tl.load(elements, mask=mask, other=0.0)
-
-
-@triton.jit
-def _rows(pointer, token, keep, strides, DIM: tl.constexpr, ALIGN: tl.constexpr):
-    """Pointers [tokens, padded DIM] to rows of a matrix, and which of them to use."""
-    column = tl.arange(0, _padded(DIM))
-    row = tl.multiple_of(pointer + token.to(tl.int64) * strides[2], ALIGN)
-    return row[:, None] + column[None, :] * strides[3], keep[:, None] & (column < DIM)[None, :]
-
-
-@triton.jit
-def _finite(x):
-    """x, or 0 where it is infinite."""
-    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
-
-
-@triton.constexpr_function
-def _padded(dim):
-    """The width in registers of a row of `dim` elements: `tl.dot` takes powers of two from 16 up."""
-    return max(16, triton.next_power_of_2(dim))

@@ -10,6 +10,9 @@ grids of all are (programs of one head, heads, batches).
 Sorting cuts the tokens into tiles. `rank` numbers the tokens of each label within a tile and counts them; sums
 of the counts, taken between the two kernels, say where each tile's tokens of a label begin; `place` puts them
 there.
+
+Shapes in comments: M = BLOCK_M tokens or rows, N = BLOCK_N clusters, D = padded HEAD_DIM, T = TILE tokens,
+C = CHUNK of them, W = WIDTH clusters.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -17,7 +20,7 @@ there.
 import triton
 import triton.language as tl
 
-from sparsify_compiler.kernels.triton.kernel import LOG2_E, _at, _load_rows, _padded
+from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows, _padded
 
 
 @triton.jit
@@ -43,26 +46,26 @@ def nearest_kernel(
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
     is_token = token < tokens
     points = _at(points, points_strides, batch, head)
     centroids = _at(centroids, centroids_strides, batch, head)
     bias = _at(bias, bias_strides, batch, head)
 
-    x = _load_rows(points, token, is_token, points_strides, HEAD_DIM, ALIGN)
-    lane = tl.arange(0, BLOCK_N)
+    x = _load_rows(points, token, is_token, points_strides, HEAD_DIM, ALIGN)  # [M, D]
+    lane = tl.arange(0, BLOCK_N)  # [N]
     best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
     best_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for first in range(0, clusters, BLOCK_N):
         is_cluster = first + lane < clusters
-        c = _load_rows(centroids, first + lane, is_cluster, centroids_strides, HEAD_DIM, ALIGN)
-        offset = tl.load(bias + first + lane, mask=is_cluster, other=float("-inf"))
-        scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]
+        c = _load_rows(centroids, first + lane, is_cluster, centroids_strides, HEAD_DIM, ALIGN)  # [N, D]
+        offset = tl.load(bias + first + lane, mask=is_cluster, other=float("-inf"))  # [N]
+        scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]  # [M, N]
         is_better = scores > best  # never true of NaN
         best = tl.where(is_better, scores, best)
         best_first = tl.where(is_better, first, best_first)
-    is_top = best == tl.max(best, axis=1)[:, None]
-    label = tl.min(tl.where(is_top, best_first + lane[None, :], 2147483647), axis=1)
+    is_top = best == tl.max(best, axis=1)[:, None]  # [M, N]
+    label = tl.min(tl.where(is_top, best_first + lane[None, :], 2147483647), axis=1)  # [M]
     labels = _at(labels, labels_strides, batch, head)
     tl.store(labels + token.to(tl.int64) * labels_strides[2], label, mask=is_token)
 
@@ -85,17 +88,17 @@ def rank_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     labels = _at(labels, labels_strides, batch, head)
-    token = tile * TILE + tl.arange(0, TILE)
+    token = tile * TILE + tl.arange(0, TILE)  # [T]
     is_token = token < tokens
     label = tl.load(labels + token.to(tl.int64) * labels_strides[2], mask=is_token, other=-1)
     before = tl.zeros([TILE], tl.int32)
     count = tl.zeros([TILE], tl.int32)
     for first in range(0, TILE, CHUNK):
-        other = tile * TILE + first + tl.arange(0, CHUNK)
+        other = tile * TILE + first + tl.arange(0, CHUNK)  # [C]
         other_label = tl.load(labels + other.to(tl.int64) * labels_strides[2], mask=other < tokens, other=-2)
-        is_same = label[:, None] == other_label[None, :]
+        is_same = label[:, None] == other_label[None, :]  # [T, C]
         is_before = is_same & (other[None, :] < token[:, None])
-        before += tl.sum(is_before.to(tl.int32), axis=1)
+        before += tl.sum(is_before.to(tl.int32), axis=1)  # [T]
         count += tl.sum(is_same.to(tl.int32), axis=1)
     tl.store(_at(ranks, ranks_strides, batch, head) + token, before, mask=is_token)
     counts = _at(counts, counts_strides, batch, head) + label.to(tl.int64) * counts_strides[2] + tile
@@ -121,7 +124,7 @@ def place_kernel(
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    token = tile * TILE + tl.arange(0, TILE)
+    token = tile * TILE + tl.arange(0, TILE)  # [T]
     is_token = token < tokens
     labels = _at(labels, labels_strides, batch, head)
     label = tl.load(labels + token.to(tl.int64) * labels_strides[2], mask=is_token, other=0).to(tl.int64)
@@ -156,15 +159,15 @@ def means_kernel(
     begin = tl.load(bounds)
     end = tl.load(bounds + 1)
     if begin < end:
-        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)
+        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)  # [BLOCK, D]
         for first in range(begin, end, BLOCK):
-            position = first + tl.arange(0, BLOCK)
+            position = first + tl.arange(0, BLOCK)  # [BLOCK]
             is_member = position < end
             token = tl.load(order + position, mask=is_member, other=0)
             sums += _load_rows(points, token, is_member, points_strides, HEAD_DIM, ALIGN).to(tl.float32)
         column = tl.arange(0, _padded(HEAD_DIM))
         centroid = _at(centroids, centroids_strides, batch, head) + cluster * centroids_strides[2]
-        tl.store(centroid + column, tl.sum(sums, axis=0) / (end - begin), mask=column < HEAD_DIM)
+        tl.store(centroid + column, tl.sum(sums, axis=0) / (end - begin), mask=column < HEAD_DIM)  # [D]
 
 
 @triton.jit
@@ -187,14 +190,14 @@ def scores_kernel(
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     across = tl.cdiv(clusters, BLOCK_N)
-    row = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
-    cluster = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    cluster = tl.program_id(0) % across * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     q_centroids = _at(q_centroids, q_centroids_strides, batch, head)
     kv_centroids = _at(kv_centroids, kv_centroids_strides, batch, head // queries_per_key_head)
-    q = _load_rows(q_centroids, row, row < rows, q_centroids_strides, HEAD_DIM, ALIGN)
-    k = _load_rows(kv_centroids, cluster, cluster < clusters, kv_centroids_strides, HEAD_DIM, ALIGN)
+    q = _load_rows(q_centroids, row, row < rows, q_centroids_strides, HEAD_DIM, ALIGN)  # [M, D]
+    k = _load_rows(kv_centroids, cluster, cluster < clusters, kv_centroids_strides, HEAD_DIM, ALIGN)  # [N, D]
     scores = _at(scores, scores_strides, batch, head) + row.to(tl.int64)[:, None] * scores_strides[2]
-    is_score = (row < rows)[:, None] & (cluster < clusters)[None, :]
+    is_score = (row < rows)[:, None] & (cluster < clusters)[None, :]  # [M, N]
     tl.store(scores + cluster[None, :], tl.dot(q, k.T, input_precision="ieee"), mask=is_score)
 
 
@@ -231,16 +234,16 @@ def select_kernel(
     scores = _at(scores, scores_strides, batch, head) + row.to(tl.int64) * scores_strides[2]
     scale = scale * LOG2_E
 
-    highest = tl.full([WIDTH], float("-inf"), tl.float32)
+    highest = tl.full([WIDTH], float("-inf"), tl.float32)  # [W]
     for start in range(0, clusters, WIDTH):
         score, size = _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH)
         highest = tl.maximum(highest, tl.where(size == 0, float("-inf"), score * scale))
-    top = tl.max(highest)
-    masses = tl.zeros([WIDTH], tl.float32)
+    top = tl.max(highest)  # a number
+    masses = tl.zeros([WIDTH], tl.float32)  # [W]
     for start in range(0, clusters, WIDTH):
         masses += _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
     # Where no score is above -inf, the weights are NaN.
-    total = tl.sum(masses)
+    total = tl.sum(masses)  # a number
     target = top_p * total
 
     threshold = tl.full([], 0, tl.uint32)
@@ -252,7 +255,7 @@ def select_kernel(
         third = threshold | (tl.full([], 3, tl.uint32) << shift)
         second = threshold | (tl.full([], 2, tl.uint32) << shift)
         first = threshold | (tl.full([], 1, tl.uint32) << shift)
-        third_masses = tl.zeros([WIDTH], tl.float32)
+        third_masses = tl.zeros([WIDTH], tl.float32)  # [W], as the next five
         second_masses = tl.zeros([WIDTH], tl.float32)
         first_masses = tl.zeros([WIDTH], tl.float32)
         third_counts = tl.zeros([WIDTH], tl.int32)
@@ -260,14 +263,14 @@ def select_kernel(
         first_counts = tl.zeros([WIDTH], tl.int32)
         for start in range(0, clusters, WIDTH):
             weight = _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
-            bits = weight.to(tl.uint32, bitcast=True)
+            bits = weight.to(tl.uint32, bitcast=True)  # [W]
             third_masses += tl.where(bits >= third, weight, 0.0)
             second_masses += tl.where(bits >= second, weight, 0.0)
             first_masses += tl.where(bits >= first, weight, 0.0)
             third_counts += (bits >= third).to(tl.int32)
             second_counts += (bits >= second).to(tl.int32)
             first_counts += (bits >= first).to(tl.int32)
-        third_mass, third_count = tl.sum(third_masses), tl.sum(third_counts)
+        third_mass, third_count = tl.sum(third_masses), tl.sum(third_counts)  # numbers
         second_mass, second_count = tl.sum(second_masses), tl.sum(second_counts)
         first_mass, first_count = tl.sum(first_masses), tl.sum(first_counts)
         if (third_mass >= target) & (third_count >= floor):
@@ -301,7 +304,7 @@ def select_kernel(
     above_before = 0
     tied_before = 0
     for start in range(0, clusters, WIDTH):
-        column = start + tl.arange(0, WIDTH)
+        column = start + tl.arange(0, WIDTH)  # [W], as all that follows
         is_cluster = column < clusters
         weights = _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
         bits = weights.to(tl.uint32, bitcast=True)
@@ -323,7 +326,7 @@ def select_kernel(
 @triton.jit
 def _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH: tl.constexpr):
     """(scores, sizes) of the clusters start : start + WIDTH. What is not there has size 0."""
-    column = start + tl.arange(0, WIDTH)
+    column = start + tl.arange(0, WIDTH)  # [W]
     is_cluster = column < clusters
     size = tl.load(kv_sizes + column * kv_sizes_strides[2], mask=is_cluster, other=0)
     return tl.load(scores + column, mask=is_cluster, other=0.0), size

@@ -9,15 +9,16 @@ computed exactly, and a head does without what raises their error. Nothing here 
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
-from sparsify_compiler.kernels.near_and_far import complement, merge_far_field, near_and_far
-from sparsify_compiler.kernels.virtual_keys import FarBlocks, VirtualKeys, virtual_keys
+from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
+from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -26,6 +27,37 @@ PART_OF_KEYS = 1024
 """Keys of a part, at least, where exact rows read them in parts."""
 ROWS_AT_ONCE = 1024
 """Exact rows times parts, at most, where there are several parts."""
+
+
+class Provider(Protocol):
+    """The functions of a provider of the far field. Tensors are those of the ops, and they fit."""
+
+    def near_and_far(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: BlockTable,
+        far: VirtualKeys,
+        key_bias: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), laid out as `attention.empty_outputs`."""
+
+    def merge(
+        self,
+        query: Tensor,
+        near_out: Tensor,
+        near_lse: Tensor,
+        far_out: Tensor,
+        far_lse: Tensor,
+        matrices: Tensor | None,
+        limits: Tensor | None,
+        q_bounds: Tensor,
+        q_order: Tensor | None,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of `merge_far_field`, laid out as `attention.empty_outputs`."""
 
 
 class Report(NamedTuple):
@@ -107,7 +139,7 @@ def attention_with_far_field(
                     )
                     report = report._replace(recall=_recall(sample.take(lse), exact_lse))
             return out, lse, report
-        table, far, others, kept = virtual_keys(
+        table, far, others, kept = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -126,7 +158,7 @@ def attention_with_far_field(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
-        out, lse = near_and_far(
+        out, lse = near_and_far.near_and_far(
             query, key, value, table, far, others=others, key_bias=key_bias, scale=scale, provider=provider
         )
     return out, lse, report

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.attention import empty_outputs
-from sparsify_compiler.kernels.near_and_far import in_parts
-from sparsify_compiler.kernels.reference import attention
-from sparsify_compiler.kernels.reference.statistics import blocks
+from sparsify_compiler.kernels.attention import reference as attention
+from sparsify_compiler.kernels.far_field.near_and_far import in_parts
+from sparsify_compiler.kernels.statistics.reference import blocks
 
 
 def merge(

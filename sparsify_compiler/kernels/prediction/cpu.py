@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.prediction import empty_top_k
-from sparsify_compiler.kernels.reference import prediction as reference
+from sparsify_compiler.kernels.prediction import empty_top_k, reference
 from sparsify_compiler.table import check_bounds
 
 

@@ -8,7 +8,7 @@ All three are decisions, not differentiable functions: inputs are detached, and 
 file imports torch alone; a provider's kernels are imported when an op first runs on it.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,29 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_range
+
+
+class Provider(Protocol):
+    """The functions of a provider of clustering. Tensors are those of the ops, and they fit."""
+
+    def kmeans(
+        self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
+    ) -> tuple[Tensor, Tensor]:
+        """(centroids, labels), laid out as `empty_kmeans`."""
+
+    def sort_by_label(self, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+        """(order, bounds), laid out as `empty_sort`."""
+
+    def top_p_blocks(
+        self,
+        q_centroids: Tensor,
+        kv_centroids: Tensor,
+        kv_sizes: Tensor,
+        scale: float,
+        top_p: float,
+        floor: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(kv_num_blocks, kv_indices, kept), laid out as `empty_top_p`; a row keeps at least `floor` clusters."""
 
 
 def kmeans(

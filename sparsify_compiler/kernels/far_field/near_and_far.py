@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention, providers, statistics
-from sparsify_compiler.kernels.virtual_keys import VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
 from sparsify_compiler.table import BlockTable, check_blocks
 
 
@@ -238,7 +238,9 @@ def _merge_backward_op(
     q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return providers.load("reference", "far_field").merge_backward(
+    from sparsify_compiler.kernels.far_field import reference
+
+    return reference.merge_backward(
         grad_out,
         grad_lse,
         *(out, lse, query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale),
