@@ -223,6 +223,8 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
     shapes = [sizes_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
     if any(shape is None for shape in shapes):
         return replace(unknown, refusal=call.refusal or "its sizes are known only at run time")
+    if len({len(shape) for shape in shapes if shape is not None}) > 1:  # heads or batch: they broadcast
+        return replace(unknown, refusal=call.refusal or "its query, key and value differ in dimensions")
     q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)  # type: ignore[arg-type]
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         return replace(

@@ -587,8 +587,23 @@ class _Follower(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
         super().__init__(gm)
         self.tracker, self.found = tracker, found
+        self._results = {node.meta["result"] for node in attention_nodes(gm)}
 
     def run_node(self, n: fx.Node) -> Any:
+        value = self._value(n)
+        return self._as_recorded(n, value) if n in self._results else value
+
+    def _as_recorded(self, n: fx.Node, value: Any) -> Any:
+        """What attention returns, with the strides that Dynamo recorded: they decide what later is a view of it."""
+        recorded = n.meta.get("example_value")
+        strides = strides_of(recorded) if isinstance(recorded, Tensor) else None
+        if strides is None or not isinstance(value, Tensor) or value.stride() == strides:
+            return value
+        out = value.new_empty_strided(value.shape, strides)
+        self.tracker.put(out, self.tracker.known(value))
+        return out
+
+    def _value(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)

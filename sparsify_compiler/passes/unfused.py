@@ -233,7 +233,7 @@ def _check_types(chain: Sequence[fx.Node], middle: int) -> None:
         held = first.dtype if i <= middle else last.dtype  # type: ignore[union-attr]
         what = "scores" if i <= middle else "weights"
         dtype = tensor.dtype  # type: ignore[union-attr]
-        if not dtype.is_floating_point or torch.promote_types(dtype, held) != dtype:
+        if not _holds(dtype, held):
             raise NotRead(f"its {what} are cast from {held} to {dtype}")
         if tensor.device != first.device:  # type: ignore[union-attr]
             raise NotRead(f"its {what} change device")
@@ -241,6 +241,12 @@ def _check_types(chain: Sequence[fx.Node], middle: int) -> None:
             raise NotRead("its sizes are known only at run time")
     if first.dtype != last.dtype and _autocasts(chain[-1]):  # type: ignore[union-attr]
         raise NotRead("autocast is not the same at both of its products")
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a type has every number of another one. Types of 8 bits are promoted to nothing: they hold none."""
+    wide = dtype.is_floating_point and min(dtype.itemsize, other.itemsize) > 1
+    return wide and torch.promote_types(dtype, other) == dtype
 
 
 def _autocasts(product: fx.Node) -> bool:

@@ -245,9 +245,19 @@ NOT_READ: dict[str, tuple[Function, str]] = {
         lambda x: (heads(x[:1]) @ heads(x[:1]).mT + BIAS).softmax(-1) @ heads(x),
         "go through add",
     ),
+    "keys without a batch": (
+        multiplied(lambda q, k, v: (q @ k[0].mT).softmax(-1) @ v[0]),
+        "its key has the sizes",
+    ),
+    "keys without a batch, by SDPA": (
+        multiplied(lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v[0])),
+        "query, key and value differ in dimensions",
+    ),
     # other types
     "to integers": (spelled(lambda s: s.to(torch.int32).float()), "cast from torch.float32 to torch.int32"),
     "to fewer digits": (spelled(lambda s: s.bfloat16(), lambda w: w.float()), "to torch.bfloat16"),
+    "to eight bits": (spelled(lambda s: s.to(torch.float8_e4m3fn).float()), "to torch.float8_e4m3fn"),
+    "weights to eight bits": (spelled(weights=lambda w: w.to(torch.float8_e5m2).float()), "weights are cast"),
     "bfloat16 to float16": (
         spelled(lambda s: s.half(), lambda w: w.bfloat16(), torch.bfloat16),
         "from torch.bfloat16 to torch.float16",

@@ -392,3 +392,18 @@ def test_an_operator_of_another_library_may_write_anything() -> None:
 
     (plan,) = planned(function, PACKED)
     assert plan.layout.grid is None, plan.reason
+
+
+def test_views_of_what_attention_returns_are_followed() -> None:
+    """Its strides decide what is a view: here tokens, of an attention along time, which is then turned round."""
+
+    def model(video: Tensor) -> Tensor:
+        x = embed(video).contiguous().unflatten(1, (3, 10)).transpose(1, 2).flatten(0, 1)
+        heads = x.unflatten(2, (2, -1)).transpose(1, 2)
+        in_time = F.scaled_dot_product_attention(heads.sin(), heads.cos(), heads).transpose(1, 2).flatten(2)
+        tokens = in_time.unflatten(0, (1, -1)).transpose(1, 2).flatten(1, 2)
+        in_time.copy_(in_time.flip(1))
+        return attend(tokens)
+
+    plans = planned(model, VIDEO[:1])
+    assert plans[-1].layout.grid is None, plans[-1].reason
