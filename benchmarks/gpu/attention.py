@@ -42,7 +42,7 @@ def shipped(device: Device, dtype: torch.dtype) -> Iterator[tuple[int, Config]]:
         if dtype == torch.float32:
             yield width, configs.SINGLE[width]
         else:
-            for config in configs.HALF[device.generation(), width]:
+            for config in configs.HALF[device.architecture(), width]:
                 yield width, config
 
 
@@ -52,7 +52,7 @@ def backward_ways(device: Device, dtype: torch.dtype) -> Iterator[tuple[int, str
         if dtype == torch.float32:
             queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
         else:
-            queries, keys = configs.BACKWARD_HALF[device.generation(), width]
+            queries, keys = configs.BACKWARD_HALF[device.architecture(), width]
         yield width, "by block", BackwardConfig(queries[0], keys[0])
         yield width, "grouped", BackwardConfig(queries[1], keys[1], configs.WORD)
         yield width, "by atomics", BackwardConfig(queries[1], None)
@@ -302,7 +302,7 @@ def check_backward_graph(device: Device, dtype: torch.dtype) -> dict[str, Any]:
 
 def candidates(device: Device) -> dict[str, Config]:
     """Tiles to try at video size in bfloat16 with a head dim of 128: the shipped ones, and others."""
-    long, short_ = configs.HALF[device.generation(), 128]
+    long, short_ = configs.HALF[device.architecture(), 128]
     tried = (
         long,
         Config(128, 128, 32, 8, 2),

@@ -37,9 +37,9 @@ class Gpu:
             "cuda": torch.version.cuda,
         }
 
-    def generation(self) -> int:
+    def architecture(self) -> int:
         """The row of `configs` that serves the device."""
-        return configs.generation(torch.device("cuda", 0))
+        return configs.architecture(torch.device("cuda", 0))
 
     def synchronise(self) -> None:
         """Wait for all work; raises what went wrong in it."""
@@ -124,7 +124,7 @@ class DryRun:
             "cuda": None,
         }
 
-    def generation(self) -> int:
+    def architecture(self) -> int:
         return 90
 
     def synchronise(self) -> None:

@@ -132,7 +132,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Conf
         return SINGLE[widest]
     q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
     short = query.shape[2] < SHORT_QUERIES * q_blocks or key.shape[2] < SHORT_KEYS * kv_blocks
-    return HALF[generation(query.device), widest][short]
+    return HALF[architecture(query.device), widest][short]
 
 
 def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> BackwardConfig:
@@ -143,7 +143,7 @@ def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable
     elif query.dtype == torch.float32:
         queries = keys = BACKWARD_SINGLE[widest], BACKWARD_SINGLE[widest]
     else:
-        queries, keys = BACKWARD_HALF[generation(query.device), widest]
+        queries, keys = BACKWARD_HALF[architecture(query.device), widest]
     q_blocks, kv_blocks = table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1
     if 2 * key.shape[2] >= keys[0].block_n * kv_blocks:  # they fill half of a tile on average
         return BackwardConfig(queries[query.shape[2] < SHORT_QUERIES * q_blocks], keys[0])
@@ -158,7 +158,7 @@ def width(head_dim: int) -> int:
 
 
 @functools.cache
-def generation(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """The row of the tables that serves a GPU."""
     return row(torch.cuda.get_device_capability(device)[0])
 
