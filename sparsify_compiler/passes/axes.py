@@ -509,7 +509,10 @@ def _meet(a: _Piece, b: _Piece) -> Label:
     assert isinstance(run, Atom)
     assert isinstance(parts_of, Cat)
     if run.source.kind not in ("input", "position", "weight"):
-        return (x,) if a.rank > b.rank or (a.rank == b.rank and x is run) else (y,)
+        rank = a.rank if x is run else b.rank
+        wins = {rank > _rank(part) or (rank == _rank(part) and x is run) for part in parts_of.parts}
+        if len(wins) == 1:  # else part by part: a text that is known does not speak for the rest
+            return (run,) if wins.pop() else (parts_of,)
     starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
     met = [
         merge(cut((run,), at, at + length(part)), part)

@@ -331,6 +331,16 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         ),
         (VIDEO,),
     ),
+    "mesh beside a text, and videos exchanged": (
+        lambda x, t: attend((lambda y: y + y.flip(0))(torch.cat([features(x) * mesh(), t], 1))),
+        (PACKED, TEXT),
+    ),
+    "mesh beside a text, and tokens exchanged": (
+        lambda x, t: attend(
+            (lambda y: y + y[:, torch.arange(37).flip(0)])(torch.cat([features(x) * mesh(), t], 1))
+        ),
+        (PACKED, TEXT),
+    ),
     "images": (lambda x: attend(by_image(x).flatten(0, 1)[None]), (noise(3, 4, 4, 10),)),
     "channels of images": (lambda x: attend(sequence(grey(x[:, None]))), (noise(2, 3, 4, 10),)),
     "one table on two": (

@@ -127,7 +127,10 @@ def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
     for name, codes in (("query", call.query), ("key", call.key)):
         if codes.shape[-2] != layout.tokens:
             return f"there are {codes.shape[-2]} tokens of the {name}"
-        at = places.places(codes[..., video, :].flatten(0, -3))  # [rows, tokens, D, 4]
+        rows = codes[..., video, :].flatten(0, -3)
+        if not layout.before + layout.after:  # whatever tokens of nothing attend to, it is all the same
+            rows = rows[(rows != 0).flatten(1).any(1)]
+        at = places.places(rows)  # [rows, tokens, D, 4]
         if (at < 0).any():
             token = int((at < 0).flatten(2).any(-1).nonzero()[0][1])
             return f"token {token} of the {name} is no token of the video"
@@ -152,7 +155,9 @@ def _mask(layout: TokenLayout, call: Call, places: Places) -> Tensor:
     """[S, S] of what the tokens of a call see, by the frames where they really are."""
     frame = torch.full((layout.tokens,), -1)
     video = slice(layout.before, layout.tokens - layout.after)
-    frame[video] = places.places(call.query.flatten(0, -3)[0, video, 0])[:, 1]
+    rows = call.query.flatten(0, -3)[:, video, 0]
+    row = int((rows != 0).any(1).nonzero()[0])  # the first that has tokens
+    frame[video] = places.places(rows[row])[:, 1]
     return seen(frame)
 
 

@@ -44,7 +44,7 @@ def _could_be_one_video(scene: Scene, tokens: list[str], features: list[str]) ->
     """Whether pixels are those of a video whose channels are another axis, as far as a graph can tell."""
     there = "bfchw" if scene.source == "frames first" else "bcfhw"
     ordered = len(tokens) == 3 and tokens == sorted(tokens, key=there.index)
-    return ordered and "c" in tokens and "b" not in (*tokens, *features)
+    return ordered and "c" in tokens and (scene.batch == 1 or "b" not in (*tokens, *features))
 
 
 def embed_freely(scene: Scene, draw: Draw) -> str:
