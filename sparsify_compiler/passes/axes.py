@@ -510,9 +510,9 @@ def _meet(a: _Piece, b: _Piece) -> Label:
     assert isinstance(parts_of, Cat)
     if run.source.kind not in ("input", "position", "weight"):
         rank = a.rank if x is run else b.rank
-        wins = {rank > _rank(part) or (rank == _rank(part) and x is run) for part in parts_of.parts}
-        if len(wins) == 1:  # else part by part: a text that is known does not speak for the rest
-            return (run,) if wins.pop() else (parts_of,)
+        ranks = [_rank(part) for part in parts_of.parts]
+        if rank > max(ranks) or rank < min(ranks):  # else part by part: a known text does not speak for the rest
+            return (run,) if rank > max(ranks) else (parts_of,)
     starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
     met = [
         merge(cut((run,), at, at + length(part)), part)

@@ -335,6 +335,12 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, t: attend((lambda y: y + y.flip(0))(torch.cat([features(x) * mesh(), t], 1))),
         (PACKED, TEXT),
     ),
+    "two meshes beside a text, and videos exchanged": (
+        lambda x, t: attend(
+            (lambda y: y + y.flip(0))(torch.cat([features(x) * mesh(3, 3, 3) + mesh(3, 3, 3).cos(), t], 1))
+        ),
+        (noise(2, 27, WIDTH), TEXT),
+    ),
     "mesh beside a text, and tokens exchanged": (
         lambda x, t: attend(
             (lambda y: y + y[:, torch.arange(37).flip(0)])(torch.cat([features(x) * mesh(), t], 1))

@@ -128,8 +128,7 @@ def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
         if codes.shape[-2] != layout.tokens:
             return f"there are {codes.shape[-2]} tokens of the {name}"
         rows = codes[..., video, :].flatten(0, -3)
-        if not layout.before + layout.after:  # whatever tokens of nothing attend to, it is all the same
-            rows = rows[(rows != 0).flatten(1).any(1)]
+        rows = rows[(rows != 0).flatten(1).any(1)]  # of a buffer that was filled in part, what was filled
         at = places.places(rows)  # [rows, tokens, D, 4]
         if (at < 0).any():
             token = int((at < 0).flatten(2).any(-1).nonzero()[0][1])
