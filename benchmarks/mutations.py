@@ -346,7 +346,7 @@ def main() -> None:
     parser.add_argument(
         "--most", type=int, default=400, help="cases to try on a mutant before it survives the fuzzer"
     )
-    parser.add_argument("--only", default="", help="only mutants whose name begins so")
+    parser.add_argument("--only", nargs="+", default=[""], help="only mutants whose names begin so")
     parser.add_argument(
         "--no-tests", action="store_true", help="do not run the tests on what survives the fuzzer"
     )
@@ -362,7 +362,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         batches = pool.map(baseline, [ids[at : at + 50] for at in range(0, len(ids), 50)])
         before = [one for batch in batches for one in batch if not one[1].is_fault]
-        chosen = [mutant for mutant in mutants().values() if mutant.name.startswith(args.only)]
+        chosen = [mutant for mutant in mutants().values() if mutant.name.startswith(tuple(args.only))]
         seeing = [
             [(case_id, verdict) for case_id, verdict, called in before if mutant.target in called][
                 : args.most

@@ -78,7 +78,8 @@ class Write:
                 doubtful.add(axis)
             else:
                 proved |= claims
-        self._axes = {*fixed, *(run.axis for label in before.labels for run in atoms(label))}
+        runs = [run for label in before.labels for run in atoms(label)]
+        self._axes = {*fixed, *(axis for run in runs for axis in (run.axis, *run.source.roots))}
         self._other_videos = {axis for axis in doubtful if _is_batch(axis)}
         self._covered = [part for label in before.labels for part in (label, *_parts(label))]
         self._proved = _by_axis(claim for claim in proved if claim.axis not in doubtful)

@@ -104,6 +104,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "one frame over another": lambda y, x: y[:, :63].copy_(x[:, 63:126]),
     "one token everywhere": lambda y, x: y.copy_(x[:, 9:10].expand_as(x)),
     "one token over a frame": lambda y, x: y[:, 63:126].copy_(x[:, 9:10].expand(1, 63, WIDTH)),
+    "half over half": lambda y, x: y[:, :157].copy_(x[:, 157:314]),
     "rows through a transpose": lambda y, x: y.transpose(0, 1)[9:18].copy_(x.transpose(0, 1)[18:27]),
     "index_put_": lambda y, x: y.index_put_((torch.tensor([0]), PERM), x[0]),
     "index by tensor": lambda y, x: y[0].__setitem__(PERM, x[0]),

@@ -181,6 +181,9 @@ NO_GRID: dict[str, Videos] = {
     "a part of another video, by index": lambda v, _: (
         lambda x: (x.__setitem__((0, torch.arange(6, 30)), x[1, 6:]), attend(x))[1]
     )(embed(v).clone()),
+    "half over half, beside padding": lambda v, _: (
+        lambda x: (x[:, :17].copy_(x[:, 17:].clone()), attend(x))[1]
+    )(F.pad(embed(v), (0, 0, 3, 1)).clone()),
     "half of each video": lambda v, _: (lambda x: attend(torch.cat([x[:1, :15], x[1:, 15:]], 1)))(embed(v)),
     "one or the other of a batch": lambda v, _: (
         lambda x: attend(torch.where(torch.arange(30)[:, None] > 14, x[:1], x[1:]))
