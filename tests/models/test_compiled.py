@@ -400,6 +400,7 @@ def test_nothing_to_rewrite_compiles_and_warns_once() -> None:
 )
 def test_the_default_says_that_it_is_lossy(far_field: str | None, names: str, other: str) -> None:
     asked = {"inner_backend": "eager"} | ({"far_field": far_field} if far_field else {})
+    torch.manual_seed(0)  # gains of clusters are those of these weights
     model = Attend()
     (message,) = _warnings_of(partial(torch.compile(model, backend="sparsify", options=asked), VIDEO))
     (*_, hint) = explain(model, VIDEO, options=asked).hints
@@ -408,7 +409,7 @@ def test_the_default_says_that_it_is_lossy(far_field: str | None, names: str, ot
         assert other not in text
     assert "lossy" in message
     densities = []
-    for value in (0.9, 1e-4):
+    for value in (0.9, 1e-9):
         torch._dynamo.reset()
         clusters = {"method": "svg2", "q_clusters": 4, "kv_clusters": 16, "dense_steps": 0, "dense_layers": 0}
         fast = torch.compile(
