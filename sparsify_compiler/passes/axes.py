@@ -511,7 +511,9 @@ def _meet(a: _Piece, b: _Piece) -> Label:
     if run.source.kind not in ("input", "position", "weight"):
         rank = a.rank if x is run else b.rank
         ranks = [_rank(part) for part in parts_of.parts]
-        if rank > max(ranks) or rank < min(ranks):  # else part by part: a known text does not speak for the rest
+        if rank > max(ranks) or rank < min(
+            ranks
+        ):  # else part by part: a known text does not speak for the rest
             return (run,) if rank > max(ranks) else (parts_of,)
     starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
     met = [
