@@ -328,7 +328,7 @@ def failing_test(name: str) -> str:
     return (failed or ["the tests end with an error"])[0][:160] if run.returncode else ""
 
 
-def test(name: str) -> int:
+def run_tests(name: str) -> int:
     """Run the tests with a mutant; pytest's exit code."""
     import pytest
 
@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--mutant", help="run the tests with this mutant, and nothing else")
     args = parser.parse_args()
     if args.mutant:
-        sys.exit(test(args.mutant))
+        sys.exit(run_tests(args.mutant))
     quiet()
     ids: list[CaseId] = [(kind, number) for number in range(args.cases // 2) for kind in ("tokens", "writes")]
     rows: list[dict[str, Any]] = []

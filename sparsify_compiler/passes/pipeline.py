@@ -60,9 +60,9 @@ def rewrite(
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> fx.GraphModule:
     """Run passes one after the other; after each, lint, check against the spec, and add to `meta["reports"]`."""
+    before = operators(gm)
     for one in passes:
         name = one.func.__name__ if isinstance(one, partial) else one.__name__
-        before = operators(gm)
         start = time.perf_counter()
         gm = one(gm)
         seconds = time.perf_counter() - start
@@ -70,7 +70,9 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
             module.graph.lint()
             module.recompile()
         spec.check(gm, after=name)
-        found = report(gm, name, seconds, before)
+        after = operators(gm)
+        found = report(gm, name, seconds, before, after)
+        before = after
         gm.meta["reports"] = (*gm.meta.get("reports", ()), found)
         log.debug("pass %s", found)
         if config.dump is not None:

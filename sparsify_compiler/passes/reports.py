@@ -34,13 +34,14 @@ class PassReport:
         )
 
 
-def report(gm: fx.GraphModule, name: str, seconds: float, before: Counter[str]) -> PassReport:
+def report(
+    gm: fx.GraphModule, name: str, seconds: float, before: Counter[str], after: Counter[str]
+) -> PassReport:
     """The report of the pass `name` that left this graph.
 
     Args:
-        before: `operators` of the graph before the pass.
+        before, after: `operators` of the graph before and after the pass.
     """
-    after = operators(gm)
     changes = {op: after[op] - before[op] for op in sorted({*before, *after})}
     matched, changed = _sites(gm, name)
     return PassReport(

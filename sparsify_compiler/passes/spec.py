@@ -34,14 +34,14 @@ def check(gm: fx.GraphModule, after: str) -> None:
 def _check_lowered(gm: fx.GraphModule) -> None:
     """Assert that sites are called where plans are sparse, and that the graph has the inputs that they need."""
     plan, extra = graph_plan(gm), gm.meta["extra"]
-    nodes = [node for node in site_nodes(gm) if node.meta["plan"].method != "dense"]
-    assert len(nodes) == len(site_nodes(gm)), "a site is called whose plan is dense"
+    nodes = site_nodes(gm)
+    dense = [node for node in nodes if node.meta["plan"].method == "dense"]
+    assert not dense, f"{dense} are sites, but their plans are dense"
     if gm.meta["variant"].phase == "sparse":  # calls that share a body share its sites
         called = {node.meta["plan"].site.index for node in nodes}
         missing = [one.site.name for one in plan.sparse if one.site.index not in called]
         assert nodes or not plan.sparse, f"no site is called for {missing}"
         assert not missing or len(list(modules(gm))) > 1, f"no site is called for {missing}"
-    count = len(extra.blank())
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    wrong = [name for name in names[len(names) - count :] if not name.startswith("sparsify_")]
-    assert not wrong, f"the last {count} inputs must be those of sites, got {wrong}"
+    wrong = [name for name in names[len(names) - len(extra) :] if not name.startswith("sparsify_")]
+    assert not wrong, f"the last {len(extra)} inputs must be those of sites, got {wrong}"

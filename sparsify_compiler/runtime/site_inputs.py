@@ -58,9 +58,7 @@ class SiteInputs:
 
     def bind(self, tensors: Sequence[Tensor | None]) -> Bound:
         """The tensors of a call, in order, by slot."""
-        names = (*self.constants, *self.trained)
-        read = dict(zip(names, tensors, strict=False))
-        rest = tensors[len(names) :]
+        read, rest = self._read(tensors)
         observed = dict(zip(self.observed, rest, strict=False))
         if not self.remembers:
             return Bound(read, observed, None, (), None)
@@ -75,14 +73,20 @@ class SiteInputs:
         self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
     ) -> tuple[dict[str, Tensor | None], State]:
         """The tensors that the method reads, by name, and its state, from the list that `to_select` returned."""
-        names = (*self.constants, *self.trained)
-        read = dict(zip(names, tensors, strict=False))
-        initialised, *state = tensors[len(names) :] or [None]
+        read, rest = self._read(tensors)
+        initialised, *state = rest or [None]
         if initialised is None:
             here = replace(plan, site=replace(plan.site, batch=batch))
             specs = [(name, shape, device) for name, shape in state_shapes(here).items()]
             return read, State(torch.zeros((), dtype=torch.bool, device="cpu"), tuple(blank(specs)))
         return read, State(initialised, tuple(t for t in state if t is not None))
+
+    def _read(
+        self, tensors: Sequence[Tensor | None]
+    ) -> tuple[dict[str, Tensor | None], Sequence[Tensor | None]]:
+        """(constants and trained tensors by name, those that follow them)."""
+        names = (*self.constants, *self.trained)
+        return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
 
 
 def state_shapes(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
@@ -127,6 +131,10 @@ class GraphInputs:
     """`state` and `report` of all sites."""
     reports: Mapping[str, int] = field(default_factory=dict)
     """Site -> place of its report in `state`."""
+
+    def __len__(self) -> int:
+        """How many inputs these are."""
+        return len(self.trained) + self.initialised + len(self.state)
 
     def bind(self, trained: Sequence[Tensor], state: Sequence[Tensor], *, initialised: bool) -> list[Tensor]:
         """The extra inputs of a call, in order."""
