@@ -146,9 +146,10 @@ def selection_of(
 
 def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> BlockTable:
     """The table of a cold call."""
-    if isinstance(method, DynamicMethod):
+    fitted = method.fit(site_of(query), layout)
+    if isinstance(fitted, DynamicMethod):
         return selection_of(method, query, key, layout).table
-    return method.fit(site_of(query), layout).table(layout)
+    return fitted.table(layout)
 
 
 def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:

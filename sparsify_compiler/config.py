@@ -7,23 +7,35 @@ General options are the fields of `SparsifyConfig`; a method's own options are t
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Protocol, SupportsIndex
 
 from sparsify_compiler.errors import GridError, OptionError, unknown_choice
+from sparsify_compiler.plan import AttentionSite, Entry, Method, TokenLayout
+
+
+class SitePolicy(Protocol):
+    """The part of a `policy.Policy` that planning needs."""
+
+    @property
+    def advice(self) -> str:
+        """The advice where every site stays dense; empty where one is sparse."""
+
+    def of(self, sites: Sequence[tuple[AttentionSite, TokenLayout]]) -> Sequence[tuple[Entry, str]]:
+        """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparsifyConfig:
     """The options of one compilation, checked."""
 
-    method: Any
+    method: Method | None
     """The method, which decides what each attention reads: `svg2`, `cubes`, `keys`, `tile`, `dsv` or `dense`.
     Options give its name; the config holds its dataclass with all settings, or None with a policy."""
-    policy: Any = None
+    policy: SitePolicy | None = None
     """A policy gives every attention a method of its own. Options give the path of its file, or a `Policy`.
     It replaces `method`, the method's options, `preset`, `far_field` and `dense_layers`."""
     grid: tuple[int, int, int] | None = None
@@ -172,6 +184,6 @@ def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return general, {name: value for name, value in options.items() if name not in GENERAL}
 
 
-def option_names(settings: type[Any]) -> tuple[str, ...]:
-    """The options a method's dataclass takes."""
-    return tuple(f.name for f in fields(settings))
+def option_names(method: type[Method]) -> tuple[str, ...]:
+    """The names of a method's options."""
+    return tuple(f.name for f in fields(method))

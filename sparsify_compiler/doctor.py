@@ -12,7 +12,7 @@ from sparsify_compiler import __version__
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.methods.tile import Tile
+from sparsify_compiler.methods.tile import FittedTile
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import assert_close_to_float64
 
@@ -83,7 +83,7 @@ def proof(name: str, device: str) -> str:
     if why:
         return f"no: {why}"
     layout = TokenLayout(tokens=5 * 6 * 7 + 3, grid=(5, 6, 7), after=3)
-    table = Tile(reference_frames=2).table(layout).to(device)
+    table = FittedTile(reference_frames=2).table(layout).to(device)
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, layout.tokens, 64, generator=generator, dtype=torch.float32).to(
         device, dtype

@@ -118,8 +118,8 @@ class Explanation:
             SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is
                 missing; or the path cannot be written to, or has no ending that matplotlib knows.
         """
-        tables: dict[tuple[TokenLayout, Any], AttentionPlan] = {}
-        names: dict[tuple[TokenLayout, Any], list[str]] = {}
+        tables: dict[tuple[TokenLayout, StaticMethod], AttentionPlan] = {}
+        names: dict[tuple[TokenLayout, StaticMethod], list[str]] = {}
         for name, plan in fold(self.plans):
             if isinstance(plan.settings, StaticMethod):
                 tables.setdefault((plan.layout, plan.settings), plan)
@@ -134,7 +134,8 @@ class Explanation:
         figure = pictures.figure(5.2 * columns, 5.6 * rows)
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (key, plan) in zip(grid, tables.items(), strict=False):
-            _draw(axes, plan, names[key])
+            layout, method = key
+            _draw(axes, plan, method.table(layout), names[key])
         for axes in list(grid)[len(tables) :]:
             axes.set_axis_off()
         return pictures.save(figure, path)
@@ -291,7 +292,7 @@ def grid_text(layout: TokenLayout) -> str:
 
 def method_text(plan: AttentionPlan, separator: str = " ") -> str:
     """`tile reference_frames=2`."""
-    settings: Any = plan.settings
+    settings = plan.settings
     numbers = [] if settings is None else [f"{f.name}={getattr(settings, f.name)}" for f in fields(settings)]
     far = [f"far_field={plan.far_field}"] if plan.far_field != "drop" else []
     return separator.join([plan.method, *numbers, *far])
@@ -346,12 +347,10 @@ def _operations(plan: AttentionPlan) -> int:
     return site.batch * site.heads * site.q_tokens * site.kv_tokens * (site.head_dim + site.value_dim)
 
 
-def _draw(axes: "Axes", plan: AttentionPlan, names: list[str]) -> None:
+def _draw(axes: "Axes", plan: AttentionPlan, table: BlockTable, names: list[str]) -> None:
     """One mask; q and k bounds are the edges of its cells."""
     from matplotlib.colors import ListedColormap
 
-    settings: Any = plan.settings
-    table: BlockTable = settings.table(plan.layout)
     rows, columns = (bounds[0, 0].tolist() for bounds in (table.q_bounds, table.kv_bounds))
     kept = table.block_mask()[0, 0].int()
     video = range(plan.layout.before, plan.layout.tokens - plan.layout.after)

@@ -1,12 +1,14 @@
-"""The three frozen things the compiler passes along: a site, the layout of its tokens, and the plan for it.
+"""The frozen data that the passes hand on: a site, the layout of its tokens, an entry (a method with a far field),
+and the plan. `Method` and `FittedMethod` say what planning needs of a method.
 
 Nothing here holds a tensor or a device: a plan can be hashed, compared, printed and stored.
 """
 
 import math
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
 SiteKind = Literal["self", "joint", "cross", "unknown"]
 
@@ -88,6 +90,59 @@ class TokenLayout:
         return self.grid[1] * self.grid[2]
 
 
+class FittedMethod(Protocol):
+    """A method whose numbers hold for one site: a frozen dataclass. `methods/__init__.py` has its kinds."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    name: ClassVar[str]
+    dense_steps: ClassVar[int | float]
+    """Default of the option: steps of a generation that stay dense, a number or a share."""
+
+
+class Method(Protocol):
+    """The options of a method: a frozen dataclass with a field for each option. `fit` makes them fit a site."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    name: ClassVar[str]
+    dense_layers: ClassVar[int | float]
+    """Default of the option: sites of a model that stay dense, a number or a share."""
+    far_field: ClassVar[str]
+    """Default of the option."""
+    otherwise: ClassVar[Mapping[str, Mapping[str, object]]]
+    """Far field -> the defaults of the method's options that are different there."""
+
+    def __init__(self, **options: Any) -> None:
+        """Check the options; raises OptionError."""
+
+    def refusal(self, layout: TokenLayout) -> str:
+        """The reason why sites of this layout must stay dense; empty if they need not."""
+
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> FittedMethod:
+        """The method with every number filled in for this site; raises OptionError."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """A method with its settings, and a far field: one way to run a site."""
+
+    method: Method
+    far_field: str
+    """The approximation of the keys that are not read."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that `policy.entry_of` takes; defaults that depend on the site are left out."""
+        usual = {f.name: f.default for f in fields(self.method)}
+        usual |= self.method.otherwise.get(self.far_field, {})
+        given = {name: getattr(self.method, name) for name in usual}
+        own = {
+            name: str(x) if isinstance(x, Path) else x
+            for name, x in given.items()
+            if x is not None or usual[name] is not None
+        }
+        return {"method": self.method.name, **own, "far_field": self.far_field}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
     """What is done at one site, and why."""
@@ -96,8 +151,8 @@ class AttentionPlan:
     layout: TokenLayout
     method: str
     """`dense`, or the name of the method that decides what each query block reads."""
-    settings: Hashable = None
-    """The method's numbers, every default filled in for this layout; None for `dense`."""
+    settings: FittedMethod | None = None
+    """The method, fitted to the site; None for `dense`."""
     provider: str = ""
     """Implementation of the attention op; empty for `dense`, which stays the model's own call."""
     far_field: str = "drop"

@@ -19,7 +19,7 @@ from sparsify_compiler.errors import OptionError, PolicyError, SparsifyError, un
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import METHODS
 from sparsify_compiler.names import align
-from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.plan import AttentionSite, Entry, TokenLayout
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -36,30 +36,6 @@ LOSS = (
 SEARCH_AGAIN = (
     "search for this one: sparsify search, or sparsify_compiler.training.search(model, inputs, ...)"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """What a site may do."""
-
-    method: Any
-    """With its settings."""
-    far_field: str
-    """What becomes of what is not read."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """As `entry_of` takes them, nothing left to defaults but what depends on the site."""
-        usual = {f.name: f.default for f in fields(self.method)} | _defaults(
-            type(self.method), self.far_field
-        )
-        given = {name: getattr(self.method, name) for name in usual}
-        own = {
-            name: str(x) if isinstance(x, Path) else x
-            for name, x in given.items()
-            if x is not None or usual[name] is not None
-        }
-        return {"method": self.method.name, **own, "far_field": self.far_field}
 
 
 def entry_of(options: Mapping[str, Any]) -> Entry:
@@ -89,12 +65,7 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
         raise OptionError(
             f"min_gain says what the linear far field leaves to be read, got far_field={far_field!r}: try top_p"
         )
-    return Entry(method=kind(**{**_defaults(kind, far_field), **own}), far_field=far_field)
-
-
-def _defaults(kind: type[Any], far_field: str) -> dict[str, Any]:
-    """Of a method's options, where they are not those of its fields."""
-    return dict(kind.otherwise.get(far_field, {}))
+    return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
 
 
 ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))

@@ -33,12 +33,8 @@ class Cubes(BlockMethod):
         for name in ("cube", "query_cube"):
             object.__setattr__(self, name, check_cube(name, getattr(self, name)))
 
-    def refusal(self, layout: TokenLayout) -> str:
-        """The method needs to know where the tokens lie in the video."""
-        return layout.reason if layout.grid is None else ""
-
     def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
-        """Itself: cubes larger than the grid are cut off."""
+        """The same: every cube fits every grid, whose edges cut it off."""
         return self
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods import predictor
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
 from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_share
 from sparsify_compiler.methods.single_keys import (
@@ -29,6 +30,7 @@ from sparsify_compiler.methods.single_keys import (
     far_cubes,
     keys_of,
     room,
+    share_of,
     single_key_table,
     unread,
 )
@@ -61,7 +63,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dsv:
+class Dsv(VideoMethod):
     """Options of the method."""
 
     rank: int | None = None
@@ -84,10 +86,6 @@ class Dsv:
     """The file of a trained predictor, for inference. `DSVTrainer.save_predictor` writes it."""
 
     name: ClassVar[str] = "dsv"
-    dense_steps: ClassVar[int] = 0
-    dense_layers: ClassVar[int] = 0
-    far_field: ClassVar[str] = "drop"
-    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -106,18 +104,14 @@ class Dsv:
                 raise OptionError(f"predictor must be the path of a file, got {self.predictor!r}")
             object.__setattr__(self, "predictor", Path(self.predictor))
 
-    def refusal(self, layout: TokenLayout) -> str:
-        """The method needs to know where the tokens lie in the video."""
-        return layout.reason if layout.grid is None else ""
-
-    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Dsv":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedDsv":
         """With a rank, and with what the predictor's file says, where there is one."""
         check_fits(self.kv_budget, layout)
         if self.predictor is None:
             rank = self.rank or RANK
             if rank > site.head_dim:
                 raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {rank}")
-            return replace(self, rank=rank)
+            return self.filled(FittedDsv, rank=rank)
         trained = predictor.load_predictor(self.predictor, site)
         if self.rank not in (None, trained.weights.shape[-1]):
             raise OptionError(
@@ -126,8 +120,8 @@ class Dsv:
             )
         sparse = trained.shares[trained.shares < 1]
         most = float(sparse.max()) if sparse.numel() else 0.0
-        return replace(
-            self,
+        return self.filled(
+            FittedDsv,
             rank=trained.weights.shape[-1],
             query_group=self.query_group or trained.group,
             chosen_by=self.chosen_by or trained.chosen_by,
@@ -143,12 +137,20 @@ class Dsv:
         """Site -> its name in the predictor's file; empty where it is still to be learnt."""
         return {} if self.predictor is None else predictor.names_in(self.predictor, names)
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedDsv(Dsv):
+    """The options with a rank, and with a choice of voters. `settle` adds the choices of training."""
+
+    rank: int
+    chosen_by: str
+
     @property
     def groups(self) -> tuple[Cube, ...]:
         """The cubes of queries to choose among."""
         return GROUPS if self.query_group is None else (self.query_group,)
 
-    def settle(self, choice: Choice | None) -> "Dsv":
+    def settle(self, choice: Choice | None) -> "FittedDsv":
         """With what training chose for a site."""
         if choice is None:
             return replace(self, query_group=self.groups[0])
@@ -179,17 +181,15 @@ class Dsv:
             weights, shares = trained.weights, trained.shares
             if self.kv_budget is not None:
                 # As given; or what `fit` made room for, which is no less than the share of any sparse head.
-                most = self.budget_share(layout.video_tokens)
+                most = share_of(self.kv_budget, layout.video_tokens)
                 shares = torch.where(shares < 1, shares.clamp(max=most), shares)
         else:
-            assert self.rank is not None
             weights = predictor.initial_weights(site.heads + site.kv_heads, site.head_dim, self.rank)
             shares = torch.ones(site.heads, dtype=torch.float32)
         return {"weights": weights, "shares": shares}
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """What `learn` writes, before anything was seen."""
-        assert self.rank is not None
         rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
         shapes = {
             "gradients": (site.heads + site.kv_heads, site.head_dim, self.rank),
@@ -216,7 +216,6 @@ class Dsv:
         Args:
             signal: [3] int64 on the CPU: whether to learn, whether to profile, and a number that changes.
         """
-        assert self.chosen_by is not None
         learns, profiles, turn = signal.tolist()
         gradients, observed = gradients.clone(), observed.clone()
         layout = tokens.layout
@@ -285,11 +284,6 @@ class Dsv:
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
         left = unread(tokens, counts, indices, is_dense, **far)
         return Selection(table, kept, whole=False, far_blocks=left), ()
-
-    def budget_share(self, video: int) -> float:
-        """`kv_budget` as a share of the video's keys."""
-        assert self.kv_budget is not None
-        return self.kv_budget / video if isinstance(self.kv_budget, int) else self.kv_budget
 
     def width(self, video: int) -> int:
         """Keys that a row of the table has room for, a power of two where the video allows."""

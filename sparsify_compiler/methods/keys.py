@@ -10,8 +10,8 @@ K is the same for all clusters, so what is read is known before: no density to t
 multiply C centroids with S keys costs C / 2S of dense attention, an iteration of k-means as much.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
 from sparsify_compiler.kernels.prediction import top_k_keys
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_seed
 from sparsify_compiler.methods.single_keys import (
     Budget,
@@ -35,7 +36,7 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Keys:
+class Keys(VideoMethod):
     """Options of the method."""
 
     kv_budget: Budget = 0.1
@@ -50,10 +51,9 @@ class Keys:
     """The seed that draws the queries from which the clusters start."""
 
     name: ClassVar[str] = "keys"
-    dense_steps: ClassVar[float] = 0.2
-    dense_layers: ClassVar[float] = 0.03
+    dense_steps: ClassVar[int | float] = 0.2
+    dense_layers: ClassVar[int | float] = 0.03
     far_field: ClassVar[str] = "mean"
-    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_budget", check_budget(self.kv_budget))
@@ -62,17 +62,20 @@ class Keys:
         object.__setattr__(self, "kmeans_iters", check_iterations(self.kmeans_iters))
         object.__setattr__(self, "seed", check_seed(self.seed))
 
-    def refusal(self, layout: TokenLayout) -> str:
-        """The method needs to know where the tokens lie in the video."""
-        return layout.reason if layout.grid is None else ""
-
-    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Keys":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedKeys":
         """With the number of clusters filled in."""
         tokens = layout.video_tokens
         check_fits(self.kv_budget, layout)
         if (asked := self.q_clusters) is not None and asked > tokens:
             raise OptionError(f"q_clusters must be at most the {tokens} tokens of the video, got {asked}")
-        return replace(self, q_clusters=asked or min(tokens, 4 * clusters_for(tokens)[0]))
+        return self.filled(FittedKeys, q_clusters=asked or min(tokens, 4 * clusters_for(tokens)[0]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedKeys(Keys):
+    """The options with a number of query clusters."""
+
+    q_clusters: int
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
         """The queries that clusters start from, [clusters] int64, drawn without repetition; and `far_cubes`."""
@@ -82,7 +85,6 @@ class Keys:
 
     def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """The centroids: [B, H, q_clusters, D]."""
-        assert self.q_clusters is not None
         return {"q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim)}
 
     def observe(self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +95,6 @@ class Keys:
         self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """What this call reads, and the new state."""
-        assert self.q_clusters is not None
         layout, bias = tokens.layout, tokens.key_bias
         _, key = tokens.video()
         centroids, labels = self._cluster(tokens, state, q_start)

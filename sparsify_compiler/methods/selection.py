@@ -1,9 +1,10 @@
 """What dynamic methods share: how much of what is read, and tables over video tokens amid others."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import top_p_blocks
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -92,7 +94,7 @@ class Blocks(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BlockMethod:
+class BlockMethod(VideoMethod):
     """A method that cuts queries and keys into blocks and reads the blocks of keys that matter to it now.
 
     With the mean query q_i and the mean key k_j of blocks, and |K_j| keys in block j, it estimates the attention as
@@ -116,10 +118,10 @@ class BlockMethod:
     in a small trained model. Random weights make attention sharp without structure; there it reads nearly
     everything. None sets no limit."""
 
-    dense_steps: ClassVar[float] = 0.2
-    dense_layers: ClassVar[float] = 0.03
+    dense_steps: ClassVar[int | float] = 0.2
+    dense_layers: ClassVar[int | float] = 0.03
     far_field: ClassVar[str] = "linear"
-    otherwise: ClassVar[dict[str, dict[str, Any]]] = {
+    otherwise: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "drop": {"top_p": 0.9, "min_kv_ratio": 0.1, "min_gain": None},
         "mean": {"top_p": 0.5, "min_kv_ratio": 0.1, "min_gain": None},
     }

@@ -46,6 +46,11 @@ def keys_of(budget: Budget, video: int) -> int:
     return budget if isinstance(budget, int) else max(1, math.ceil(budget * video - 1e-6))
 
 
+def share_of(budget: Budget, video: int) -> float:
+    """A budget as a share of the video's keys."""
+    return budget / video if isinstance(budget, int) else budget
+
+
 def room(keys: int) -> int:
     """What a row of the table has room for: a power of two."""
     return 1 << (keys - 1).bit_length()

@@ -7,7 +7,7 @@ before, in a few iterations. Tokens outside the grid (text, references) are one 
 are seen by everything.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -61,11 +61,7 @@ class Svg2(BlockMethod):
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def refusal(self, layout: TokenLayout) -> str:
-        """The method needs to know which tokens are the video's."""
-        return layout.reason if layout.grid is None else ""
-
-    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Svg2":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedSvg2":
         """With the numbers of clusters filled in."""
         tokens = layout.video_tokens
         counts = dict(zip(("q_clusters", "kv_clusters"), clusters_for(tokens), strict=True))
@@ -74,20 +70,24 @@ class Svg2(BlockMethod):
                 if asked > tokens:
                     raise OptionError(f"{name} must be at most the {tokens} tokens of the video, got {asked}")
                 counts[name] = asked
-        return replace(self, q_clusters=counts["q_clusters"], kv_clusters=counts["kv_clusters"])
+        return self.filled(FittedSvg2, **counts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedSvg2(Svg2):
+    """The options with numbers of clusters."""
+
+    q_clusters: int
+    kv_clusters: int
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
         """The tokens that clusters start from: [clusters] int64, drawn without repetition."""
-        assert self.q_clusters is not None
-        assert self.kv_clusters is not None
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(layout.video_tokens, generator=generator)
         return {"q_start": drawn[: self.q_clusters], "kv_start": drawn[: self.kv_clusters]}
 
     def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
         """The centroids: [B, H, q_clusters, D] and [B, Hkv, kv_clusters, D]."""
-        assert self.q_clusters is not None
-        assert self.kv_clusters is not None
         return {
             "q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim),
             "kv_centroids": (site.batch, site.kv_heads, self.kv_clusters, site.head_dim),

@@ -9,20 +9,21 @@ and keeps the frame pair (i, j) iff i == j or i in R or j in R: (2k+1) F - k (k+
 Tokens outside the grid (text, references) see everything and are seen by everything.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tile:
+class Tile(VideoMethod):
     """Options of the method."""
 
     reference_frames: int | float = 0.5
@@ -31,10 +32,6 @@ class Tile:
     least one frame. The share 1.0 is refused, since it equals the integer 1."""
 
     name: ClassVar[str] = "tile"
-    dense_steps: ClassVar[int] = 0
-    dense_layers: ClassVar[int] = 0
-    far_field: ClassVar[str] = "drop"
-    otherwise: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self) -> None:
         whole = integer(self.reference_frames)
@@ -46,27 +43,29 @@ class Tile:
             )
         object.__setattr__(self, "reference_frames", k)
 
-    def refusal(self, layout: TokenLayout) -> str:
-        """The method needs to know which tokens form a frame."""
-        return layout.reason if layout.grid is None else ""
-
-    def fit(self, site: AttentionSite, layout: TokenLayout) -> "Tile":
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedTile":
         """With `reference_frames` as a number."""
         if (k := self.count(layout.frames)) > layout.frames:
             raise OptionError(
                 f"reference_frames must be in 1..{layout.frames}, the latent frames of the video "
                 f"(grid {layout.grid}), got {k}"
             )
-        return replace(self, reference_frames=k)
+        return self.filled(FittedTile, reference_frames=k)
 
     def count(self, frames: int) -> int:
         """`reference_frames` as a number, in a video of so many frames."""
         k = self.reference_frames
         return k if isinstance(k, int) else max(1, int(k * frames + 1e-6))
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedTile(Tile):
+    """The options with a number of reference frames."""
+
+    reference_frames: int
+
     def table(self, layout: TokenLayout) -> BlockTable:
         """One block a frame, and one for the tokens before and after the grid where there are any."""
-        assert isinstance(self.reference_frames, int), "fit() comes first"
         sizes = torch.full((layout.frames,), layout.tokens_per_frame)
         kept = frame_mask(layout.frames, self.reference_frames)
         if layout.before:

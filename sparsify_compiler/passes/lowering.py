@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, tensor_of
 from sparsify_compiler.passes.planning import learns
@@ -101,11 +101,7 @@ class _Lowering:
         if key not in self._known:
             # On real tensors, whatever fake or device mode the compiler is in.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-                built = (
-                    method.table(layout).tensors()
-                    if isinstance(method, StaticMethod)
-                    else method.constants(layout)  # type: ignore[attr-defined]
-                )
+                built = constants_of(method, layout)
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
             self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
         name, tensors = self._known[key]

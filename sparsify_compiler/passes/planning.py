@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.config import SitePolicy, SparsifyConfig
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.methods import LearningMethod, StaticMethod
+from sparsify_compiler.methods import LearningMethod, StaticMethod, TrainedMethod
 from sparsify_compiler.passes.capture import all_sites
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout, count_of
-from sparsify_compiler.policy import Entry, Policy
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Entry, GraphPlan, TokenLayout, count_of
 
 Pair = tuple[AttentionSite, TokenLayout]
 
@@ -69,8 +68,8 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
             value_dim=site.value_dim,
         )
         if (layout, method) not in densities:
-            static = isinstance(method, StaticMethod)
-            densities[layout, method] = method.table(layout).density() if static else None
+            table = method.table(layout) if isinstance(method, StaticMethod) else None
+            densities[layout, method] = None if table is None else table.density()
         plans.append(
             AttentionPlan(
                 site=site,
@@ -88,7 +87,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
             )
         )
     # A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
-    defaults = (plan.settings.dense_steps for plan in plans if plan.method != "dense")  # type: ignore[attr-defined]
+    defaults = (plan.settings.dense_steps for plan in plans if plan.settings is not None)
     dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
     sparse = any(plan.method != "dense" for plan in plans)
     return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
@@ -97,6 +96,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
 def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[Entry | None, str]]:
     """(what it does, why) of each site, by one method for all; None: it stays dense."""
     method = config.method
+    assert method is not None
     entry = Entry(method=method, far_field=_or_default(config.far_field, method.far_field))
     refused = [method.refusal(layout) for _, layout in eligible]
     first = count_of(_or_default(config.dense_layers, method.dense_layers), refused.count(""))
@@ -109,7 +109,7 @@ def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[E
     return chosen
 
 
-def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[tuple[Entry | None, str]]:
+def _by_policy(eligible: Sequence[Pair], policy: SitePolicy) -> list[tuple[Entry | None, str]]:
     """The same by a policy, which speaks of sites with a grid alone."""
     chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
     return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
@@ -117,9 +117,9 @@ def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[tuple[Entry | N
 
 def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, str]]) -> dict[str, str]:
     """Site -> its name where something was learnt for it, of sites that read what was learnt."""
-    readers: dict[LearningMethod, list[str]] = {}
+    readers: dict[TrainedMethod, list[str]] = {}
     for (site, _), (entry, _) in zip(eligible, entries, strict=True):
-        if entry is not None and isinstance(entry.method, LearningMethod):
+        if entry is not None and isinstance(entry.method, TrainedMethod):
             readers.setdefault(entry.method, []).append(site.name)
     found: dict[str, str] = {}
     for method, names in readers.items():

@@ -8,7 +8,7 @@ rests on at every call, and puts its name before what its ops object to.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
-from sparsify_compiler.plan import AttentionPlan, AttentionSite
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
@@ -118,7 +118,7 @@ class SiteFunction:
     """
 
     def __init__(
-        self, name: str, plan: AttentionPlan, inputs: SiteInputs, method: Hashable, sampled_rows: int
+        self, name: str, plan: AttentionPlan, inputs: SiteInputs, method: FittedMethod, sampled_rows: int
     ) -> None:
         self.name, self.plan, self.inputs = name, plan, inputs
         self.method, self.sampled_rows = method, sampled_rows
@@ -345,9 +345,10 @@ def _check_sizes(
             raise OperandError("sparse attention has no forward-mode derivative: leave this attention dense")
 
 
-def settled(plan: AttentionPlan, choice: Any) -> Hashable:
-    """The method of a site, with what training chose."""
+def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
+    """The method of a sparse site, with the choices of training."""
     method = plan.settings
+    assert method is not None
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
 
 

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field
-from sparsify_compiler.methods.dsv import Dsv
+from sparsify_compiler.methods.dsv import FittedDsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
@@ -44,7 +44,7 @@ NOTHING = State(torch.tensor(False, device="cpu"), ())
 """`dsv` remembers nothing."""
 
 
-def measured_cost(plan: AttentionPlan, method: Dsv, group: Cube, rank: int) -> Cost:
+def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> Cost:
     """Of forward and backward, with selection and far field, where queries choose their keys by groups.
 
     The first call for a shape takes a few dense attentions' time.
@@ -69,7 +69,7 @@ def measured_cost(plan: AttentionPlan, method: Dsv, group: Cube, rank: int) -> C
 def _measure(
     grid: Cube,
     group: Cube,
-    chosen_by: str | None,
+    chosen_by: str,
     rank: int,
     heads: int,
     head_dim: int,
@@ -104,7 +104,7 @@ def _measure(
         .to(device)
     )
 
-    method = Dsv(query_group=group, chosen_by=chosen_by)
+    method = FittedDsv(rank=rank, query_group=group, chosen_by=chosen_by)
     constants = {name: tensor.to(device) for name, tensor in method.constants(layout).items()}
 
     def sparse(density: float) -> Tensor:

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.methods.dsv import OBSERVED, Choice, Dsv, most_share
+from sparsify_compiler.methods.dsv import OBSERVED, Choice, FittedDsv, most_share
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor, shares_to_keep
+from sparsify_compiler.methods.single_keys import share_of
 from sparsify_compiler.names import ROOT, align, without_wrappers
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Learning, share_state
@@ -119,9 +120,9 @@ class _Site:
     choice: Choice | None = None
 
     @property
-    def method(self) -> Dsv:
+    def method(self) -> FittedDsv:
         """Its options, unsettled."""
-        assert isinstance(self.plan.settings, Dsv)
+        assert isinstance(self.plan.settings, FittedDsv)
         return self.plan.settings
 
     def take_profile(self, observed: Tensor) -> None:
@@ -157,11 +158,10 @@ class _Site:
         else:
             overlaps = self.profile.overlap.mean(-1).tolist()
             place = next((i for i in candidates if overlaps[i] >= ENOUGH_OVERLAP), len(groups) - 1)
-            shares = torch.full_like(needed[place], method.budget_share(video))
+            shares = torch.full_like(needed[place], share_of(method.kv_budget, video))
         sparse = shares[shares < 1]
         most = most_share(float(sparse.max()) if sparse.numel() else 0.0)
         self.shares.copy_(shares)
-        assert method.chosen_by is not None
         self.choice = Choice(groups[place], most, method.chosen_by)
 
 

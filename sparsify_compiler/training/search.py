@@ -50,7 +50,7 @@ from sparsify_compiler.backend import BESIDE_A_POLICY, configure
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.explanation import Explanation, explain
-from sparsify_compiler.methods import LearningMethod, StaticMethod
+from sparsify_compiler.methods import StaticMethod, TrainedMethod
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.fx import tensor_of
@@ -217,7 +217,7 @@ def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
         if not isinstance(options, Mapping):
             raise OptionError(f"an entry of the menu must be a dict of options, got {options!r}")
         entry = entry_of(options)
-        if isinstance(entry.method, LearningMethod) and entry.method.learns:
+        if isinstance(entry.method, TrainedMethod) and entry.method.learns:
             raise OptionError(
                 f"an entry of the menu must be trained: {dict(options)} needs a 'predictor', written by DSVTrainer"
             )

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.methods import predictor
-from sparsify_compiler.methods.dsv import CHOSEN_BY, GROUPS, Choice, Dsv
+from sparsify_compiler.methods.dsv import CHOSEN_BY, GROUPS, Choice, Dsv, FittedDsv
 from sparsify_compiler.methods.grid import Cube, cut, middle_of_token
 from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.plan import TokenLayout
@@ -375,6 +376,7 @@ def test_a_predictors_file(tmp_path: Path) -> None:
 
 
 def test_widths_are_powers_of_two():
+    fitted = partial(FittedDsv, rank=16, chosen_by="all")
     for most in (0.26, 0.3, 0.5):
-        assert Dsv().settle(Choice((2, 2, 2), 0.5, "all")).width(100) == 64, most
-    assert Dsv(kv_budget=65).width(100) == 128
+        assert fitted().settle(Choice((2, 2, 2), 0.5, "all")).width(100) == 64, most
+    assert fitted(kv_budget=65).width(100) == 128

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
-from sparsify_compiler.methods.tile import Tile, frame_mask, reference_set, tile_sparsity
+from sparsify_compiler.methods.tile import FittedTile, Tile, frame_mask, reference_set, tile_sparsity
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.oracles import assert_close_to_float64, masked_attention, tile_mask
 from sparsify_compiler.testing.strategies import qkv, site_of
@@ -51,7 +51,7 @@ def test_kept_pairs_and_rows(frames: int, data: st.DataObject) -> None:
 @given(layouts())
 def test_text_sees_and_is_seen_by_everything(drawn: tuple[TokenLayout, int]) -> None:
     layout, k = drawn
-    mask = Tile(reference_frames=k).table(layout).mask()[0, 0]
+    mask = FittedTile(reference_frames=k).table(layout).mask()[0, 0]
     text = [*range(layout.before), *range(layout.tokens - layout.after, layout.tokens)]
     assert mask[text].all()
     assert mask[:, text].all()
@@ -60,7 +60,7 @@ def test_text_sees_and_is_seen_by_everything(drawn: tuple[TokenLayout, int]) -> 
 @given(layouts(), st.sampled_from(["reference", "cpu"]))
 def test_every_frame_as_reference_equals_dense(drawn: tuple[TokenLayout, int], provider: str) -> None:
     layout, _ = drawn
-    table = Tile(reference_frames=layout.frames).table(layout)
+    table = FittedTile(reference_frames=layout.frames).table(layout)
     assert table.density() == 1.0
     q, k, v = (t.requires_grad_() for t in qkv(1, 2, 2, layout.tokens, layout.tokens, 16, 16, torch.float32))
     out, lse = block_sparse_attention(q, k, v, table, provider=provider)

@@ -329,10 +329,10 @@ def test_strided_views_as_models_pass_them(provider: str) -> None:
     """[B, S, H, D] in memory, slices of a fused projection: what the ops promise holds on them too."""
     q, k, v = qkv(B, H, H, S, S, D, D, torch.float32)
     fused = torch.stack([q, k, v]).permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)
-    from sparsify_compiler.methods.tile import Tile
+    from sparsify_compiler.methods.tile import FittedTile
     from sparsify_compiler.plan import TokenLayout
 
-    table = Tile(reference_frames=1).table(TokenLayout(tokens=S, grid=(F_, 1, HW)))
+    table = FittedTile(reference_frames=1).table(TokenLayout(tokens=S, grid=(F_, 1, HW)))
     exact, _ = masked_attention(q, k, v, MASK)
     out, _ = block_sparse_attention(*fused, table, provider=provider)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

@@ -436,7 +436,12 @@ def a_site(shares: int = 2, **options: Any) -> _Site:
     layout = TokenLayout(tokens=400, grid=(4, 10, 10))
     site = site_of(torch.empty(1, shares, 400, 16))
     plan = AttentionPlan(
-        site=site, layout=layout, method="dsv", settings=Dsv(**options), provider="cpu", reason=""
+        site=site,
+        layout=layout,
+        method="dsv",
+        settings=Dsv(**options).fit(site, layout),
+        provider="cpu",
+        reason="",
     )
     empty = torch.zeros(0)
     return _Site(plan, empty, torch.ones(shares), empty, empty)
