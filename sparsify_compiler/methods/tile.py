@@ -18,6 +18,7 @@ from torch import Tensor
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods.base import VideoMethod
+from sparsify_compiler.methods.grid import cut, static_table
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -66,13 +67,10 @@ class FittedTile(Tile):
 
     def table(self, layout: TokenLayout) -> BlockTable:
         """One block a frame, and one for the tokens before and after the grid where there are any."""
-        sizes = torch.full((layout.frames,), layout.tokens_per_frame)
-        kept = frame_mask(layout.frames, self.reference_frames)
-        if layout.before:
-            sizes, kept = torch.cat([torch.tensor([layout.before]), sizes]), _see_all(kept, 1, 0)
-        if layout.after:
-            sizes, kept = torch.cat([sizes, torch.tensor([layout.after])]), _see_all(kept, 0, 1)
-        return BlockTable.from_block_mask(kept[None, None], sizes[None, None], sizes[None, None])
+        assert layout.grid is not None
+        frames, rows, columns = layout.grid
+        kept = frame_mask(frames, self.reference_frames)
+        return static_table(layout, kept[None], cut(layout.grid, (1, rows, columns)))
 
 
 def reference_set(frames: int, reference_frames: int) -> list[int]:
@@ -114,8 +112,3 @@ def tile_sparsity(frames: int, reference_frames: int, tokens_per_frame: int, blo
     area = (last - first + 1).double()
     computed = ((touched > 0) * area[:, None] * area[None, :]).sum()
     return float(1.0 - computed / tokens**2)
-
-
-def _see_all(kept: Tensor, before: int, after: int) -> Tensor:
-    """`kept` with rows and columns of True added before or after."""
-    return torch.nn.functional.pad(kept, (before, after, before, after), value=True)
