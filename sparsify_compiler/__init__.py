@@ -7,7 +7,7 @@
 
 Options of every method:
 
-    method           dense, tile, svg2 (the default), cubes, keys or dsv
+    method           dense, tile, sta, svg2 (the default), cubes, keys or dsv
     preset           svg2 or svg2-turbo: a method with its options; other options override them
     policy           a file that `sparsify search` wrote, or a Policy: a method for each attention
     grid             (frames, height, width) of the video tokens, where the graph does not show them
@@ -24,6 +24,7 @@ Options of every method:
 Options of one method:
 
     tile             reference_frames
+    sta              tile, window
     svg2             min_gain, top_p, min_kv_ratio, q_clusters, kv_clusters, kmeans_iters, seed
     cubes            min_gain, top_p, min_kv_ratio, cube, query_cube
     keys             kv_budget, q_clusters, kmeans_iters, seed

@@ -348,7 +348,7 @@ def _operations(plan: AttentionPlan) -> int:
 
 
 def _draw(axes: "Axes", plan: AttentionPlan, table: BlockTable, names: list[str]) -> None:
-    """One mask; q and k bounds are the edges of its cells."""
+    """The mask of one plan, or of its first head; the bounds of blocks are the edges of the cells."""
     from matplotlib.colors import ListedColormap
 
     rows, columns = (bounds[0, 0].tolist() for bounds in (table.q_bounds, table.kv_bounds))
@@ -360,9 +360,9 @@ def _draw(axes: "Axes", plan: AttentionPlan, table: BlockTable, names: list[str]
     axes.pcolormesh(
         columns, rows, kept.clamp(max=2), cmap=colours, vmin=0, vmax=2, edgecolors="white", linewidth=0.4
     )
-    axes.set(aspect="equal", xlabel="key token", ylabel="query token")
+    moved = "" if table.kv_order is None else ", block by block"
+    axes.set(aspect="equal", xlabel=f"key token{moved}", ylabel=f"query token{moved}")
     axes.invert_yaxis()
-    axes.set_title(
-        "\n".join([*names, f"{method_text(plan)} on {grid_text(plan.layout)}: density {density_text(plan)}"]),
-        fontsize=9,
-    )
+    head = ", head 0" if table.kv_num_blocks.shape[1] > 1 else ""
+    what = f"{method_text(plan)} on {grid_text(plan.layout)}: density {density_text(plan)}{head}"
+    axes.set_title("\n".join([*names, what]), fontsize=9)

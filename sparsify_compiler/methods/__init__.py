@@ -15,12 +15,15 @@ from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.keys import Keys
 from sparsify_compiler.methods.selection import Selection, State, Tokens
+from sparsify_compiler.methods.sta import Sta
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionSite, FittedMethod, Method, TokenLayout
 from sparsify_compiler.table import BlockTable
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Tile, Svg2, Cubes, Keys, Dsv)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, Tile, Sta, Svg2, Cubes, Keys, Dsv)
+}
 
 
 @runtime_checkable

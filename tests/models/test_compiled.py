@@ -321,7 +321,7 @@ VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
         ({"refernce_frames": 2}, ["option 'refernce_frames'", "Did you mean 'reference_frames'?", "grid"]),
         (
             {"method": "tiles"},
-            ["method 'tiles'", "cubes, dense, dsv, keys, svg2, tile", "Did you mean 'tile'?"],
+            ["method 'tiles'", "cubes, dense, dsv, keys, sta, svg2, tile", "Did you mean 'tile'?"],
         ),
         (
             {"method": "dense", "reference_frames": 2},

@@ -23,6 +23,7 @@ pytestmark = [
 EVERY_STEP = {"dense_layers": 0, "dense_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
     "tile": {"method": "tile", "reference_frames": 2},
+    "sta": {"method": "sta", "tile": (1, 1, 2), "window": (1, 1, 3)},
     "svg2": {"method": "svg2", "q_clusters": 4, "kv_clusters": 6, **EVERY_STEP},
     "cubes": {"method": "cubes", "cube": (2, 2, 2), "query_cube": (2, 2, 2), **EVERY_STEP},
     "keys": {"method": "keys", "kv_budget": 0.5, **EVERY_STEP},
