@@ -6,41 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+from choosing import PROVIDERS, select
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import sparsify_compiler
 from sparsify_compiler import OptionError
 from sparsify_compiler.kernels import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.methods.keys import Keys
-from sparsify_compiler.methods.selection import Selection, State, Tokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.testing.far_fields import planted_clusters
 from sparsify_compiler.testing.models import CASES, GRID
 from sparsify_compiler.testing.oracles import masked_attention
 from sparsify_compiler.testing.strategies import qkv, site_of
-
-PROVIDERS = ("reference", "cpu")
-
-
-def select(
-    method: Keys,
-    query: Tensor,
-    key: Tensor,
-    layout: TokenLayout,
-    warm: Tensor | None = None,
-    **others: Any,
-) -> tuple[Selection, Tensor]:
-    """What the method reads, and its centroids."""
-    site = site_of(query, key)
-    method = method.fit(site, layout)
-    (shape,) = method.state(site, layout).values()
-    state = State(torch.tensor(warm is not None), (torch.zeros(shape) if warm is None else warm,))
-    tokens = Tokens(query=query, key=key, layout=layout, scale=query.shape[-1] ** -0.5, **others)
-    selection, (centroids,) = method.select(tokens, state, **method.constants(layout))
-    return selection, centroids
 
 
 @given(data=st.data())
@@ -58,7 +37,7 @@ def test_each_cluster_reads_the_keys_that_its_mean_query_scores_highest(data: st
     hidden[..., :before] = hidden[..., before + video :] = False
     bias = torch.zeros(hidden.shape).masked_fill(hidden, -torch.inf) if hidden.any() else None
     method = Keys(kv_budget=budget, q_clusters=clusters, kmeans_iters=(3, 1))
-    got, centroids = select(method, query, key, layout, provider=provider, key_bias=bias, far_field="mean")
+    got, (centroids,) = select(method, query, key, layout, provider=provider, key_bias=bias, far_field="mean")
     table, far = got.table, got.far_blocks
     assert far is not None
     assert table.q_order is not None
@@ -120,9 +99,9 @@ def test_a_warm_start_goes_on_from_the_centroids_of_the_call_before() -> None:
     layout = TokenLayout(tokens=60, grid=(3, 4, 5))
     query, key, _ = qkv(1, 2, 2, 60, 60, 8, 8, torch.float32)
     short, long = (Keys(q_clusters=6, kmeans_iters=pair) for pair in ((2, 3), (5, 1)))
-    _, first = select(short, query, key, layout, provider="cpu")
-    _, second = select(short, query, key, layout, first, provider="cpu")
-    _, straight = select(long, query, key, layout, provider="cpu")
+    _, (first,) = select(short, query, key, layout, "cpu")
+    _, (second,) = select(short, query, key, layout, "cpu", (first,))
+    _, (straight,) = select(long, query, key, layout, "cpu")
     assert torch.equal(second, straight)
     assert not torch.equal(first, second)
 
