@@ -1,7 +1,7 @@
-"""What a user can set.
+"""The options of a compilation.
 
-General options are the fields of `SparsifyConfig`; a method's own options are the fields of its dataclass in
-`methods/`. Unknown names and wrong values are told apart by `OptionError`, before anything is compiled.
+General options are the fields of `SparsifyConfig`; the options of a method are the fields of its dataclass in
+`methods/`. An unknown name or a wrong value raises `OptionError` before anything is compiled.
 """
 
 import math
@@ -76,7 +76,7 @@ class SparsifyConfig:
             object.__setattr__(self, "text", _text(self.text))
             if self.grid is None:
                 raise OptionError(
-                    f"text says what is beside the grid: give grid too, got text={self.text!r} alone"
+                    f"text gives the tokens around the grid and needs it: give grid too, got text={self.text!r}"
                 )
         for name in ("dense_steps", "dense_layers"):
             if (value := getattr(self, name)) is not None:
@@ -87,7 +87,7 @@ class SparsifyConfig:
             raise OptionError(f"offload_indices must be True or False, got {self.offload_indices!r}")
         if self.offload_indices and self.inner_backend != "inductor":
             raise OptionError(
-                f"offload_indices needs inner_backend='inductor', which moves them, got {self.inner_backend!r}"
+                f"offload_indices needs inner_backend='inductor', which moves the lists, got {self.inner_backend!r}"
             )
         if self.dump is not None:
             if not isinstance(self.dump, (str, Path)) or not str(self.dump):
@@ -96,7 +96,7 @@ class SparsifyConfig:
 
 
 def integer(value: object) -> int | None:
-    """`value` as an int if it is a whole number of any integer type, NumPy's too; None else."""
+    """`value` as an int if it is a whole number of any integer type, also NumPy's; otherwise None."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     try:
@@ -106,20 +106,20 @@ def integer(value: object) -> int | None:
 
 
 def integers(value: object, *, least: int) -> tuple[int, ...]:
-    """`value` as ints where it is a tuple or list of integers of at least `least`; empty else."""
+    """`value` as ints if it is a tuple or list of integers of at least `least`; otherwise empty."""
     numbers = [integer(number) for number in value] if isinstance(value, (tuple, list)) else []
     found = tuple(number for number in numbers if number is not None and number >= least)
     return found if len(found) == len(numbers) else ()
 
 
 def share(value: object) -> float | None:
-    """`value` as a float if it is a real number in [0, 1]; None else."""
+    """`value` as a float if it is a real number in [0, 1]; otherwise None."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     return number if 0 <= number <= 1 else None
 
 
 def _count_or_share(name: str, value: object) -> int | float:
-    """An integer is a number, anything else a share; 1.0 is the whole."""
+    """`value` as a number if it is an integer, otherwise as a share; 1.0 is the whole."""
     count = integer(value)
     if count is not None and count >= 0:
         return count
@@ -152,7 +152,7 @@ def _text(value: object) -> tuple[int, int]:
 
 
 GENERAL = ("preset", *(f.name for f in fields(SparsifyConfig)))
-"""Names of the options that belong to no method."""
+"""The names of the options of all methods."""
 
 _SVG2 = {
     "method": "svg2",
@@ -171,7 +171,7 @@ image-to-video 35 %. `svg2-turbo` reads less, like the paper's Turbo, which was 
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(general options, options for the method), by name; those of a preset where none are given."""
+    """(general options, options of the method), by name. A preset gives those that are left out."""
     for name in options:
         if not isinstance(name, str):
             raise OptionError(f"option names must be strings, got {name!r}")

@@ -18,13 +18,13 @@ class AttentionSite:
     """One attention call found in a graph."""
 
     name: str
-    """Where it stands in the model, e.g. `blocks.0.attn1`: stable from compile to compile."""
+    """Its place in the model, e.g. `blocks.0.attn1`: the same in every compilation."""
     known_as: str = ""
-    """Its name where something was learnt for it, if that is another: paths of wrappers differ."""
+    """Its name in the file of trained tensors, if that is another: paths of wrappers differ."""
     index: int
     """Its place among the attention calls of the graph, from 0."""
     module: str = ""
-    """Class of the module that it stands in, e.g. `WanAttention`; empty for the model itself."""
+    """Class of the module that contains it, e.g. `WanAttention`; empty for the model itself."""
     batch: int
     heads: int
     """Query heads."""
@@ -35,25 +35,25 @@ class AttentionSite:
     head_dim: int
     value_dim: int
     dtype: str
-    """Data type the attention computes in, e.g. `bfloat16` (the autocast type where autocast is on)."""
+    """Data type in which the attention computes, e.g. `bfloat16` (the autocast type where autocast is on)."""
     device: str
     """Device type, e.g. `cuda`."""
     scale: float
-    """Factor on the scores; 1/sqrt(head_dim) unless the model gave one."""
+    """Factor on the scores; 1/sqrt(head_dim) unless the model gives one."""
     mask: Literal["none", "key"] = "none"
     """`key`: a padding mask or additive bias that depends on the key alone."""
     spelling: Literal["sdpa", "unfused"] = "sdpa"
-    """How the model wrote it: a call of SDPA, or softmax(q kᵀ) v by hand."""
+    """The model's spelling: a call of SDPA, or softmax(q kᵀ) v by hand."""
     kind: SiteKind = "unknown"
     """`self`: video to video. `joint`: video and other tokens in one sequence. `cross`: keys are other tokens
-    than the queries. `unknown`: the tokens could not be followed."""
+    than the queries. `unknown`: the analysis lost the tokens."""
     refusal: str = ""
-    """Why capture leaves this call as it is; empty if it may be rewritten."""
+    """The reason why capture leaves this call as it is; empty if it may be rewritten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLayout:
-    """What the tokens of a site are, in order: `before` other tokens, the video grid, `after` other tokens.
+    """The tokens of a site, in order: `before` other tokens, the video grid, `after` other tokens.
 
     The grid's tokens lie row-major: token `before + (t * height + y) * width + x` shows frame t, row y,
     column x. The other tokens are text, conditioning, reference or padding tokens.
@@ -62,11 +62,11 @@ class TokenLayout:
     tokens: int
     """All tokens of the sequence, S."""
     grid: tuple[int, int, int] | None = None
-    """(frames, height, width) in latent tokens; None where it could not be established."""
+    """(frames, height, width) in latent tokens; None where the grid is unknown."""
     before: int = 0
     after: int = 0
     reason: str = field(default="", compare=False)
-    """How the grid was established, or why it could not be."""
+    """The source of the grid, or the reason why it is unknown."""
 
     def __post_init__(self) -> None:
         if self.grid is not None and self.before + math.prod(self.grid) + self.after != self.tokens:
@@ -74,12 +74,12 @@ class TokenLayout:
 
     @property
     def video_tokens(self) -> int:
-        """Tokens of the sequence that are the video's."""
+        """The number of the video's tokens."""
         return self.tokens - self.before - self.after
 
     @property
     def frames(self) -> int:
-        """Frames of the grid."""
+        """The number of frames of the grid."""
         assert self.grid is not None
         return self.grid[0]
 
@@ -145,7 +145,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPlan:
-    """What is done at one site, and why."""
+    """The decision for one site, and its reason."""
 
     site: AttentionSite
     layout: TokenLayout
@@ -156,11 +156,11 @@ class AttentionPlan:
     provider: str = ""
     """Implementation of the attention op; empty for `dense`, which stays the model's own call."""
     far_field: str = "drop"
-    """What becomes of the keys that a query block does not read: see `kernels/far_field`."""
+    """The approximation of the keys that a query block does not read: see `kernels/far_field`."""
     density: float | None = 1.0
-    """Share of the query-key token pairs that are computed; None where every call decides."""
+    """Share of the query-key token pairs that are computed; None where every call decides it."""
     reason: str
-    """Why this method, or why dense; and why this provider."""
+    """The reasons for the method, or for full attention, and for the provider."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,10 +169,10 @@ class GraphPlan:
 
     plans: tuple[AttentionPlan, ...] = ()
     dense_steps: int | float = 0
-    """Steps of a generation, from its first, that run dense: a number, or a share."""
+    """The first steps of a generation that run dense: a number, or a share."""
 
     def runs_dense(self, step: int | None, steps: int) -> bool:
-        """Whether a step of a generation does; `steps` may be a guess, which the share 1.0 does not rely on."""
+        """Whether a step of a generation runs dense. `steps` may be a guess; the share 1.0 does not use it."""
         if isinstance(self.dense_steps, float) and self.dense_steps >= 1:
             return True
         return step is not None and step < count_of(self.dense_steps, steps)

@@ -1,7 +1,7 @@
-"""What each site of a model does: the entries of a menu, and the policy that a search chose from one.
+"""Policies: an entry of a menu for each site of a model. A search chooses them.
 
-A policy is a JSON file, made to be read: the menu, and for every site what tells it from those of other models and
-grids, the loss and the time of every entry, and the choice, which may be edited by hand.
+A policy is a JSON file that people can read. It has the menu, and for every site the features by which it is
+recognised, the loss and the time of every entry, and the choice, which may be edited by hand.
 """
 
 import io
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = "sparsify-policy-2"
 WIDTH = 100
-"""Characters of a line of the file, where there is a choice."""
+"""The characters of a line of the file, where a line can be broken."""
 DENSE = "dense"
 """The label of full attention, which every menu has."""
 LOSS = (
@@ -42,7 +42,7 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
     """The entry that `method`, `far_field` and options of the method describe.
 
     Raises:
-        OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+        OptionError: an unknown name or value; names the option, the choices and the nearest one.
     """
     own = {name: value for name, value in options.items() if name not in ("method", "far_field")}
     name, far_field = options.get("method"), options.get("far_field")
@@ -62,23 +62,21 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
         raise unknown_choice("far_field", far_field, FAR_FIELDS)
     far_field = far_field or kind.far_field
     if own.get("min_gain") is not None and far_field != "linear":
-        raise OptionError(
-            f"min_gain says what the linear far field leaves to be read, got far_field={far_field!r}: try top_p"
-        )
+        raise OptionError(f"min_gain needs the linear far field, got far_field={far_field!r}: try top_p")
     return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
 
 
 ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))
-"""Of all methods."""
+"""The options of all methods."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mark:
-    """What a site is known by again: on any device, in any batch, beside a prompt of any length."""
+    """The features by which a site is recognised: on any device, in any batch, with a prompt of any length."""
 
     site: str
     module: str
-    """Class of the module that it stands in."""
+    """Class of the module that contains it."""
     kind: str
     heads: int
     kv_heads: int
@@ -86,14 +84,14 @@ class Mark:
     grid: tuple[int, int, int]
 
     def differs_in(self, other: "Mark") -> list[str]:
-        """The fields in which two sites of one name differ. Of the model itself the class may not be known."""
+        """The fields in which two sites of one name differ. The class of the model itself may be unknown."""
         names = [f.name for f in fields(Mark) if f.name != "site"]
         unknown = () if self.module and other.module else ("module",)
         return [name for name in names if name not in unknown and getattr(self, name) != getattr(other, name)]
 
 
 def mark(site: AttentionSite, layout: TokenLayout) -> Mark:
-    """Of a site with a grid."""
+    """The mark of a site with a grid."""
     assert layout.grid is not None
     return Mark(
         site=site.name,
@@ -108,25 +106,25 @@ def mark(site: AttentionSite, layout: TokenLayout) -> Mark:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What an entry was measured to do at a site."""
+    """The measurements of an entry at a site."""
 
     loss: float
     """See `LOSS`."""
     milliseconds: float
-    """Of one call of the attention, with the choice of what is read."""
+    """The time of one call of the attention, with the selection."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicySite:
-    """One site of a policy: what it is, its choice, and the trials of all choices."""
+    """One site of a policy: its mark, its choice, and the trials of all entries."""
 
     mark: Mark
     graph: int
-    """Which of the model's graphs it is in, from 0."""
+    """The number of its graph in the model, from 0."""
     choice: str
     """A label of the menu."""
     trials: Mapping[str, Trial]
-    """By label; of `dense` too."""
+    """Label -> measurements, also of `dense`."""
 
     @property
     def chosen(self) -> Trial:
@@ -146,45 +144,45 @@ class PolicySite:
             if trial.milliseconds < dense.milliseconds and label != DENSE
         }
         if not cheaper:
-            return f"policy: dense, {dense.milliseconds:.3g} ms, which nothing on the menu is faster than"
+            return f"policy: dense, {dense.milliseconds:.3g} ms, and no entry of the menu is faster"
         least = min(cheaper, key=lambda label: cheaper[label].loss)
-        lost = f"{cheaper[least].loss:.3g} by {least} at least"
+        lost = f"at least {cheaper[least].loss:.3g}, by {least}"
         if cheaper[least].loss <= r:
-            return f"policy: dense, what is faster would lose {lost}, of {total:g} for all layers"
-        return f"policy: dense, what is faster loses more than {r:g}: {lost}"
+            return f"policy: dense, faster entries lose {lost}; all layers may lose {total:g}"
+        return f"policy: dense, faster entries lose more than {r:g}: {lost}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
-    """What each site of one model does at one grid, and why."""
+    """The entry of each site of one model at one grid, with the measurements of all entries."""
 
     model: str
     """Class of the model."""
     r: float
-    """The most that a site may lose."""
+    """The largest loss of a site."""
     total: float
-    """The most that the losses of all sites may add up to."""
+    """The largest sum of the losses of all sites."""
     menu: Mapping[str, Entry]
-    """By label."""
+    """Label -> entry."""
     layers: tuple[PolicySite, ...]
-    """In the order in which the model calls them."""
+    """The sites, in the order in which the model calls them."""
     together: float
-    """The loss with all choices at once."""
+    """The loss with the choices of all sites at once."""
     inputs: int
-    """How many calls of the model were calibrated on."""
+    """The number of calls of the model on which losses were measured."""
     machine: str
-    """What the times were taken on, in words."""
+    """The machine on which times were measured, in words."""
     source: str = field(default="the policy", compare=False)
-    """Where it comes from, for messages."""
+    """The origin of the policy, for messages."""
 
     @property
     def milliseconds(self) -> float:
-        """Of all these attentions."""
+        """The time of all these attentions."""
         return math.fsum(layer.chosen.milliseconds for layer in self.layers)
 
     @property
     def dense_milliseconds(self) -> float:
-        """Of all of them dense."""
+        """The time of all these attentions, dense."""
         return math.fsum(layer.trials[DENSE].milliseconds for layer in self.layers)
 
     @property
@@ -207,10 +205,10 @@ class Policy:
         return f"{self.source} keeps every attention dense, so nothing gets faster: {advice}"
 
     def of(self, sites: Sequence[tuple[AttentionSite, TokenLayout]]) -> list[tuple[Entry, str]]:
-        """What the sites of a graph that may be sparse do, and why.
+        """(entry, reason) of each site of a graph that may be sparse.
 
         Raises:
-            PolicyError: they are those of another model, or of another grid.
+            PolicyError: the sites are those of another model or another grid.
         """
         found = [mark(site, layout) for site, layout in sites]
         if not found:
@@ -229,7 +227,7 @@ class Policy:
         return [(self.menu[layer.choice], layer.why(self.r, self.total)) for layer in layers]
 
     def _difference(self, found: Sequence[Mark]) -> str:
-        """What sets the sites of a graph apart from those of the policy, in words."""
+        """The difference between the sites of a graph and those of the policy, in words."""
         known = {layer.mark.site: layer.mark for layer in self.layers}
         aligned = align([got.site for got in found], known)
         same = {} if aligned is None else aligned.names
@@ -242,12 +240,12 @@ class Policy:
         names = [got.site for got in found]
         if {same.get(name, name) for name in names} == known.keys():
             return (
-                f"the graph calls {_few(names)} in this order, each once, where the policy lists them twice, in "
+                f"the graph calls {_few(names)} in this order, each once, but the policy lists them twice, in "
                 f"another order or as of several graphs; {SEARCH_AGAIN}"
             )
         return (
             f"{self.model} must have the attentions {_few([*known])}, got {_few(names)}; {SEARCH_AGAIN}. "
-            "Blocks compiled one by one are not known again: compile the model as a whole"
+            "Blocks compiled one by one are not recognised: compile the model as a whole"
         )
 
     @classmethod
@@ -255,7 +253,7 @@ class Policy:
         """The policy in a file that `save` wrote.
 
         Raises:
-            PolicyError: it cannot be read, or is none; says what is wrong with it.
+            PolicyError: the file cannot be read, or is no policy; names the fault.
         """
         try:
             content = json.loads(Path(path).read_text("utf-8"))
@@ -366,7 +364,7 @@ class Policy:
 
 
 def _cut(found: Sequence[Mark], layers: Sequence[PolicySite]) -> int | None:
-    """How much of a wrapper's path sets the sites of a graph apart from layers; None if they are not the same."""
+    """The number of parts of a wrapper's path in which sites differ from layers; None if they are other sites."""
     marks = [layer.mark for layer in layers]
     aligned = align([one.site for one in found], [one.site for one in marks])
     if aligned is None or [aligned.names[one.site] for one in found] != [one.site for one in marks]:
@@ -400,7 +398,7 @@ def _whole(name: str, value: object) -> int:
 
 
 def _lines(content: Any, indent: str = "") -> str:
-    """JSON in which what fits on a line stands on one."""
+    """JSON with a line for every part that fits on one."""
     line = json.dumps(content)
     if len(line) <= WIDTH or not isinstance(content, (dict, list)):
         return line
@@ -416,7 +414,7 @@ def _limits(r: float, total: float) -> str:
 
 
 def _number(value: float) -> float | str:
-    """JSON knows no infinity; `float` reads it back from its name."""
+    """The value, or the name of infinity, which JSON does not have. `float` reads it back."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -425,5 +423,5 @@ def _text(value: object) -> str:
 
 
 def _few(names: Sequence[str]) -> str:
-    """All of a few names, the first and the last of many."""
+    """A few names, or the first and the last of many."""
     return ", ".join(names) if len(names) < 4 else f"{names[0]} to {names[-1]} ({len(names)})"

@@ -57,7 +57,7 @@ class TrainedMethod(Method, Protocol):
 
     @property
     def learns(self) -> bool:
-        """Whether training still writes these tensors. If not, `trained` has their values."""
+        """Whether training still writes these tensors. If not, a file has their values."""
 
     def known_as(self, names: Sequence[str]) -> Mapping[str, str]:
         """Site -> its name in the file of trained tensors, for all sites of a graph; raises OptionError."""

@@ -1,9 +1,9 @@
-"""Method `cubes`: the video cut into 3-D cubes, each of which reads the cubes that matter to it now.
+"""Method `cubes`: the video is cut into 3-D cubes. At every call each cube of queries selects cubes of keys.
 
-Neighbours in space and time attend alike, so a cube of the grid can do what a cluster does in SVG2 (arXiv
-2505.18875), without k-means: the order of the tokens is fixed, blocks are of one size but for the tails at the
-grid's edges, and only the choice (`BlockMethod`) is made anew in every call. Tokens outside the grid (text,
-references) see everything and are seen by everything.
+Neighbours in space and time attend alike, so a cube of the grid can replace a cluster of SVG2 (arXiv 2505.18875).
+It needs no k-means: the order of the tokens is fixed, and all blocks have one size, except at the edges. Only
+the selection (`BlockMethod`) is made at every call. Tokens outside the grid (text, references) see everything and
+are seen by everything.
 """
 
 from dataclasses import dataclass
@@ -49,11 +49,11 @@ class Cubes(BlockMethod):
         }
 
     def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
-        """Nothing is remembered."""
+        """Empty: the method keeps no state."""
         return {}
 
     def observe(self, tokens: Tokens, state: State, **constants: Tensor) -> tuple[Tensor, ...]:
-        """Nothing is learnt from dense steps."""
+        """Empty: a dense step changes no state."""
         return ()
 
     def select(
@@ -65,7 +65,7 @@ class Cubes(BlockMethod):
         kv_order: Tensor,
         kv_bounds: Tensor,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads."""
+        """The selection of this call, and no state."""
         query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
         q_means, kv_means = (
             block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)[0]

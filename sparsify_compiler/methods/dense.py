@@ -1,7 +1,7 @@
-"""Method `dense`: every attention stays the model's own call. The baseline, and what refusal falls back to."""
+"""Method `dense`: every attention stays the model's own call. It is the baseline."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, Self
 
 from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -14,9 +14,9 @@ class Dense(VideoMethod):
     name: ClassVar[str] = "dense"
 
     def refusal(self, layout: TokenLayout) -> str:
-        """Always: nothing is rewritten."""
+        """The reason why every site stays dense: the option."""
         return "method='dense'"
 
-    def fit(self, site: AttentionSite, layout: TokenLayout) -> NoReturn:
-        """Never called: `refusal` keeps every site dense."""
-        raise AssertionError("a dense site has no fitted method")
+    def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
+        """The same: there are no numbers to fill in."""
+        return self

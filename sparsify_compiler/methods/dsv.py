@@ -1,12 +1,13 @@
-"""Method `dsv`: dynamic sparsity that is learnt while the model trains, DSV (arXiv 2502.07590, ASPLOS '26).
+"""Method `dsv`: dynamic sparsity that is learned while the model trains, DSV (arXiv 2502.07590, ASPLOS '26).
 
-The queries of a small cube of the video attend alike, so they share one choice of keys. Which keys they will
-attend to is foretold by a low-rank predictor (`predictor.py`), and the K keys to which they are foretold to attend
-most are read, key by key: blocks of one token. The paper asks the query in the middle of a cube. In sharp heads
-each query attends to places of its own, which are lost so: hence here all of them are asked. K differs by head.
+The queries of a small cube of the video attend alike, so they share one choice of keys. A low-rank predictor
+(`predictor.py`) predicts their attention, and the K keys with the largest predicted attention are read, key by key:
+blocks of one token. In the paper the query in the middle of a cube chooses. In sharp heads each query attends to
+places of its own, and that choice loses them; so here all queries of a cube choose. K differs by head.
 
-Training has two stages (`training/dsv.py`): dense while the predictor learns from what it sees, then sparse where
-that pays. Tokens outside the grid (text, references) see everything and are seen by everything.
+Training has two stages (`training/dsv.py`): attention is dense while the predictor learns from queries and keys;
+then heads become sparse where that saves time. Tokens outside the grid (text, references) see everything and are
+seen by everything.
 """
 
 import math
@@ -37,27 +38,28 @@ from sparsify_compiler.methods.single_keys import (
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 GROUPS: tuple[Cube, ...] = ((2, 4, 4), (2, 2, 2), (1, 2, 2), (1, 1, 1))
-"""Cubes of queries to choose among, largest first; each divides the one before."""
+"""The candidate cubes of queries, largest first; each divides the previous one."""
 
 RANK = 16
-"""Where neither an option nor a file says otherwise."""
+"""The rank where neither an option nor a file sets one."""
 
 LOSS_ROWS = 64
-"""One query in so many is learnt from; at most four times as many queries in all."""
+"""The predictor learns from one query in 64, and from at most 256 queries."""
 
-OBSERVED = ("learnt", "loss", "profiled", "critical")
-"""Rows of what a site observes, for each head: sums, and over how many calls; then, of each candidate group,
-`missed` with each of the predictor's `SHARES`, and `overlap` and `kept` of all."""
+OBSERVED = ("learned", "loss", "profiled", "critical")
+"""The first rows of a site's observations, for each head: the number of calls that the predictor learned from, the
+sum of their losses, the number of calls that were profiled, the sum of critical shares. Then come sums for the
+candidate groups: `missed`, a row for each of the predictor's `SHARES`; then `overlap`, then `kept`."""
 CHOSEN_BY = ("all", "middle")
-"""The queries of a group that may choose its keys; the first where neither an option nor a file says otherwise."""
+"""The queries of a group that can choose its keys; the first where neither an option nor a file sets them."""
 
 
 class Choice(NamedTuple):
-    """What training settles for a site."""
+    """The choices of training for a site."""
 
     group: Cube
     most: float
-    """Of the shares of its sparse heads, the largest, rounded up to a power of two: programs differ by it."""
+    """The largest share of its sparse heads, rounded up to a power of two: programs differ by it."""
     chosen_by: str
     """The option, for the file that the trainer writes."""
 
@@ -105,7 +107,7 @@ class Dsv(VideoMethod):
             object.__setattr__(self, "predictor", Path(self.predictor))
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedDsv":
-        """With a rank, and with what the predictor's file says, where there is one."""
+        """Fill in a rank, and the values in the predictor's file where there is one."""
         check_fits(self.kv_budget, layout)
         if self.predictor is None:
             rank = self.rank or RANK
@@ -130,36 +132,36 @@ class Dsv(VideoMethod):
 
     @property
     def learns(self) -> bool:
-        """Whether what it reads is still to be learnt."""
+        """Whether training still writes the predictor; false with a predictor's file."""
         return self.predictor is None
 
     def known_as(self, names: Sequence[str]) -> Mapping[str, str]:
-        """Site -> its name in the predictor's file; empty where it is still to be learnt."""
+        """Site -> its name in the predictor's file; empty without a file."""
         return {} if self.predictor is None else predictor.names_in(self.predictor, names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedDsv(Dsv):
-    """The options with a rank, and with a choice of voters. `settle` adds the choices of training."""
+    """The options, with a rank and the queries that choose. `settle` adds the choices of training."""
 
     rank: int
     chosen_by: str
 
     @property
     def groups(self) -> tuple[Cube, ...]:
-        """The cubes of queries to choose among."""
+        """The candidate cubes of queries."""
         return GROUPS if self.query_group is None else (self.query_group,)
 
     def settle(self, choice: Choice | None) -> "FittedDsv":
-        """With what training chose for a site."""
+        """Fill in the choices of training for a site."""
         if choice is None:
             return replace(self, query_group=self.groups[0])
         return replace(self, query_group=choice.group, kv_budget=choice.most)
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; who chooses for them: the
-        tokens [Q] int64, one of each cube; or all, and then as [N+1] int32 where those of each begin; and
-        `far_cubes`."""
+        """Order and bounds of the cubes of queries, [1, 1, V] and [1, 1, N+1] int32; `voters`, the tokens that
+        choose, [Q] int64: one for each cube, or all, and then `voter_bounds`, [N+1] int32, the first of each cube;
+        and `far_cubes`."""
         assert layout.grid is not None
         group = self.groups[0]
         order, bounds = cut(layout.grid, group)
@@ -171,16 +173,16 @@ class FittedDsv(Dsv):
         return {"q_order": order, "q_bounds": bounds} | chosen_by | far_cubes(layout)
 
     def state(self, site: AttentionSite, layout: TokenLayout) -> dict[str, tuple[int, ...]]:
-        """Nothing is forgotten with a video."""
+        """Empty: nothing that belongs to one video is kept."""
         return {}
 
     def trained(self, site: AttentionSite, layout: TokenLayout) -> dict[str, Tensor]:
-        """What training changes, and what it starts from."""
+        """The predictor weights and the shares of all heads, as training starts, or as in the predictor's file."""
         if self.predictor is not None:
             trained = predictor.load_predictor(self.predictor, site)
             weights, shares = trained.weights, trained.shares
             if self.kv_budget is not None:
-                # As given; or what `fit` made room for, which is no less than the share of any sparse head.
+                # The option; or the value from `fit`, which is at least the share of every sparse head.
                 most = share_of(self.kv_budget, layout.video_tokens)
                 shares = torch.where(shares < 1, shares.clamp(max=most), shares)
         else:
@@ -189,7 +191,7 @@ class FittedDsv(Dsv):
         return {"weights": weights, "shares": shares}
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
-        """What `learn` writes, before anything was seen."""
+        """The tensors that `learn` writes, as zeros."""
         rows = len(OBSERVED) + (len(predictor.SHARES) + 2) * len(self.groups)
         shapes = {
             "gradients": (site.heads + site.kv_heads, site.head_dim, self.rank),
@@ -198,7 +200,7 @@ class FittedDsv(Dsv):
         return {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
 
     def observe(self, tokens: Tokens, state: State, **tensors: Tensor) -> tuple[Tensor, ...]:
-        """Nothing is remembered of a dense step."""
+        """Empty: a dense step changes no state."""
         return ()
 
     def learn(
@@ -211,10 +213,10 @@ class FittedDsv(Dsv):
         signal: Tensor,
         **constants: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the predictor and observations, with those of this call added.
+        """The gradients of the predictor and the observations, with those of this call added.
 
         Args:
-            signal: [3] int64 on the CPU: whether to learn, whether to profile, and a number that changes.
+            signal: [3] int64 on the CPU: whether to learn, whether to profile, and a number that differs by call.
         """
         learns, profiles, turn = signal.tolist()
         gradients, observed = gradients.clone(), observed.clone()
@@ -262,7 +264,7 @@ class FittedDsv(Dsv):
         voter_bounds: Tensor | None = None,
         **far: Tensor,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads. A head whose share is 1 reads everything, as one block."""
+        """The selection of this call, and no state. A head with a share of 1 reads everything, as one block."""
         layout = tokens.layout
         query, key = tokens.video()
         heads, video = query.shape[1], layout.video_tokens
@@ -286,7 +288,7 @@ class FittedDsv(Dsv):
         return Selection(table, kept, whole=False, far_blocks=left), ()
 
     def width(self, video: int) -> int:
-        """Keys that a row of the table has room for, a power of two where the video allows."""
+        """The capacity of a row of the table, in keys: a power of two."""
         return room(keys_of(self.kv_budget or 1, video))
 
 

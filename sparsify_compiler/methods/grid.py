@@ -1,4 +1,4 @@
-"""The video's grid cut into 3-D cubes, which begin at its first corner and are cut off at its edges."""
+"""The grid of a video, cut into 3-D cubes. Cubes begin at its first corner; its edges cut the last ones off."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ Cube = tuple[int, int, int]
 
 
 def check_cube(name: str, value: object) -> Cube:
-    """`value` as three integers of at least 1; OptionError else."""
+    """`value` as three integers of at least 1; raises OptionError if it is not."""
     if not isinstance(value, (tuple, list)) or len(value) != 3:
         raise OptionError(f"{name} must be three integers (frames, rows, columns), got {value!r}")
     frames, rows, columns = (check_count(name, size) for size in value)
@@ -22,7 +22,7 @@ def check_cube(name: str, value: object) -> Cube:
 
 
 def cut(grid: Cube, cube: Cube) -> Blocks:
-    """The tokens of a row-major grid, cube by cube; cubes and the tokens in each lie row-major too."""
+    """The tokens of a row-major grid, cube by cube. Cubes are row-major in the grid, tokens in their cube."""
     number = cube_of_token(grid, cube)
     sizes = number.bincount()
     bounds = pad(sizes.cumsum(0), (1, 0))
@@ -36,14 +36,14 @@ def cubes_in(grid: Cube, cube: Cube) -> Cube:
 
 
 def cube_of_token(grid: Cube, cube: Cube) -> Tensor:
-    """[V] int64: the number of the cube that each token lies in; cubes are counted row-major."""
+    """[V] int64: the number of each token's cube; cubes are counted row-major."""
     _, rows, columns = cubes_in(grid, cube)
     t, y, x = (place // edge for place, edge in zip(_places(grid), cube, strict=True))
     return (t * rows + y) * columns + x
 
 
 def middle_of_token(grid: Cube, cube: Cube) -> Tensor:
-    """[V] int64: the token in the middle of each token's cube, of what the grid's edge leaves of it."""
+    """[V] int64: the token in the middle of each token's cube, or of the part that the grid's edges leave."""
     middle = []
     for place, edge, size in zip(_places(grid), cube, grid, strict=True):
         first = place // edge * edge

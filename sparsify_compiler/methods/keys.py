@@ -1,13 +1,13 @@
-"""Method `keys`: clusters of queries read single keys, and cubes of the other keys answer by their means.
+"""Method `keys`: clusters of queries read single keys; the means of cubes approximate the other keys.
 
-Between two papers. As in Sparse VideoGen2 (arXiv 2505.18875) the queries of a head are clustered by k-means, warm
-from call to call; but keys are not: each cluster's centroid is multiplied with every key, and the K best are read,
-one by one, as in DSV (arXiv 2502.07590), yet without a predictor to be trained. What sticks out of attention is so
-read exactly wherever it lies, and what is left is even enough for the means of coarse cubes
+The method combines two papers. As in Sparse VideoGen2 (arXiv 2505.18875), k-means clusters the queries of a head,
+warm from call to call. Keys are not clustered: the centroid of each cluster is multiplied with every key, and the K
+best keys are read, one by one, as in DSV (arXiv 2502.07590). There is no predictor to train. So keys with much of
+the attention are read exactly wherever they lie, and the other keys are even enough for the means of coarse cubes
 (`kernels/far_field/virtual_keys.py`).
 
-K is the same for all clusters, so what is read is known before: no density to tune, no rows of uneven length. To
-multiply C centroids with S keys costs C / 2S of dense attention, an iteration of k-means as much.
+K is the same for all clusters, so the density is known before a run, no option tunes it, and all rows have one
+length. To multiply C centroids with S keys costs C / 2S of dense attention; an iteration of k-means costs the same.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Keys(VideoMethod):
         object.__setattr__(self, "seed", check_seed(self.seed))
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedKeys":
-        """With the number of clusters filled in."""
+        """Fill in the number of clusters."""
         tokens = layout.video_tokens
         check_fits(self.kv_budget, layout)
         if (asked := self.q_clusters) is not None and asked > tokens:
@@ -73,12 +73,12 @@ class Keys(VideoMethod):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedKeys(Keys):
-    """The options with a number of query clusters."""
+    """The options, with a number of query clusters."""
 
     q_clusters: int
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """The queries that clusters start from, [clusters] int64, drawn without repetition; and `far_cubes`."""
+        """The queries from which clusters start, [clusters] int64, drawn without repetition; and `far_cubes`."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(layout.video_tokens, generator=generator)
         return {"q_start": drawn[: self.q_clusters], **far_cubes(layout)}
@@ -88,13 +88,13 @@ class FittedKeys(Keys):
         return {"q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim)}
 
     def observe(self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
-        """Cluster, so that the first sparse step finds warm centroids; returns the new state."""
+        """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
         return (self._cluster(tokens, state, q_start)[0],)
 
     def select(
         self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads, and the new state."""
+        """The selection of this call, and the new state."""
         layout, bias = tokens.layout, tokens.key_bias
         _, key = tokens.video()
         centroids, labels = self._cluster(tokens, state, q_start)

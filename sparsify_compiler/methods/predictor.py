@@ -1,11 +1,11 @@
-"""The low-rank predictor of DSV (arXiv 2502.07590): which keys a query will attend to, from 16 numbers of each.
+"""The low-rank predictor of DSV (arXiv 2502.07590): it predicts scores from r numbers of each query and key.
 
-Per head, with W_q, W_k of shape [D, r], the scores q kᵀ are foretold as (q W_q) (k W_k)ᵀ. The paper projects the
-input of the block; here it is the query and key after their norm and RoPE, per head: fewer numbers, no change to
-the model, and with r = D and identities the prediction is exact.
+For each head, with W_q, W_k of shape [D, r], it predicts the scores q kᵀ as (q W_q) (k W_k)ᵀ. The paper projects
+the input of the block. Here the query and key of each head are projected, after their norm and RoPE: this takes
+fewer numbers and does not change the model, and with r = D and identities the prediction is exact.
 
-Learning looks at detached tensors alone and gives its gradients in closed form, so a model's own gradients are the
-same bits with and without it.
+Learning looks at detached tensors only and computes its gradients in closed form, so the model's own gradients are
+the same bits with it and without it.
 """
 
 import json
@@ -25,16 +25,16 @@ from sparsify_compiler.names import align
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 COSINE, NORM = 0.95, 0.05
-"""Weights of the two parts of the loss."""
+"""The weights of the two parts of the loss."""
 SHARES = tuple(2.0 ** (-i / 2) for i in reversed(range(20)))
-"""Of the video's keys, rising to 1, for which a profile measures the attention mass that they would keep."""
+"""Shares of the video's keys, rising to 1. A profile measures the attention mass that each would keep."""
 ROWS = 128
-"""Queries of each head that a profile looks at, at most; it takes the sorts of as many rows of scores."""
+"""The most queries of each head that a profile looks at; it sorts a row of scores for each."""
 FORMAT = "sparsify-dsv-2"
 
 
 def initial_weights(heads: int, head_dim: int, rank: int) -> Tensor:
-    """[heads, D, r] fp32: one projection for all, so that products are kept on average; the identity at r = D."""
+    """[heads, D, r] fp32: one projection for all, which keeps products on average; the identity at r = D."""
     if rank == head_dim:
         return torch.eye(head_dim, dtype=torch.float32).repeat(heads, 1, 1)
     generator = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def initial_weights(heads: int, head_dim: int, rank: int) -> Tensor:
 
 
 def loss_and_gradients(query: Tensor, key: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the predicted rows of scores are from the true ones, and what to change.
+    """The distance of predicted rows of scores from the true ones, and its gradients.
 
     For a row t of true scores and its prediction p: 0.95 (1 - cos(p, t)) + 0.05 (|p| / |t| - 1)².
 
@@ -53,8 +53,8 @@ def loss_and_gradients(query: Tensor, key: Tensor, weights: Tensor) -> tuple[Ten
         weights: [H + Hkv, D, r] fp32, W_q of every query head, then W_k of every key head.
 
     Returns:
-        loss: [H], mean over batches and rows.
-        gradients: as `weights`, of the sum of `loss`.
+        loss: [H], the mean over batches and rows.
+        gradients: the gradients of the sum of `loss`, with the shape of `weights`.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     w_query, w_key = weights.split([heads, kv_heads])
@@ -75,17 +75,17 @@ def loss_and_gradients(query: Tensor, key: Tensor, weights: Tensor) -> tuple[Ten
 
 
 class Profile(NamedTuple):
-    """What sampled queries say of each head: fp32 [H]; and of each candidate group: [groups, H]."""
+    """Measurements on sampled queries, fp32: for each head [H], and for each candidate group [groups, H]."""
 
     critical: Tensor
-    """Mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
+    """The mean share of the keys that hold `mass` of a query's attention, the paper's 1 - sparsity."""
     missed: Tensor
-    """Mean square of the attention mass that queries would miss with each of `SHARES` of the keys, chosen by
+    """The mean square of the attention mass that queries would miss with each of `SHARES` of the keys, chosen by
     prediction: [groups, SHARES, H]."""
     overlap: Tensor
-    """Mean share of the keys critical for a group's middle that are critical for a member of it."""
+    """The mean share of the critical keys of a group's middle that are critical for a member of the group."""
     kept: Tensor
-    """Mean attention mass that groups keep with the shares in use."""
+    """The mean attention mass that groups keep with the shares in use."""
 
 
 def profile(
@@ -102,16 +102,16 @@ def profile(
     scale: float,
     turn: int,
 ) -> Profile:
-    """Compare what is predicted with what is true, for some whole groups of queries.
+    """Compare predicted with true attention, for some whole groups of queries.
 
     Args:
         query, key: [H, S, D] and [Hkv, S, D] fp32, of one batch.
         key_bias: [H|1, S] fp32, added to the scaled scores, or None.
         weights: as in `loss_and_gradients`.
-        shares: [H] fp32, of the video's keys, that every group reads now.
+        shares: [H] fp32, the share of the video's keys that every group reads now.
         groups: cubes of queries, each of which divides the first.
-        chosen_by: which queries of a group choose its keys, as the method's option.
-        turn: which groups are looked at: another number, others.
+        chosen_by: the queries of a group that choose its keys, as in the method's option.
+        turn: a number that decides which groups are sampled.
     """
     heads, video = query.shape[0], slice(layout.before, layout.tokens - layout.after)
     tokens = sampled_tokens(layout, groups[0], turn)
@@ -144,8 +144,12 @@ def _profile_head(
     chosen_by: str,
     mass: float,
 ) -> tuple[Tensor, ...]:
-    """(critical, missed [groups, SHARES], overlap and kept [groups]) from rows of scores [R, S] and
-    predictions [R, V], and for each candidate the rows of its groups' middles and the group of each row [R]."""
+    """(critical, missed [groups, SHARES], overlap and kept [groups]) of one head.
+
+    Args:
+        scores, predicted: [R, S] true and [R, V] predicted rows of scores.
+        places: for each candidate, the rows of its groups' middles, and the group of each row, [R].
+    """
     weights = scores.softmax(-1)
     falling = weights.sort(-1, descending=True).values.cumsum(-1)
     critical = ((falling < mass).sum(-1) + 1).clamp(max=scores.shape[-1]).float().mean() / scores.shape[-1]
@@ -155,13 +159,13 @@ def _profile_head(
     top = (critical * count).ceil().long().clamp(1, count)
     is_critical = of_video.argsort(dim=-1, descending=True, stable=True).argsort(-1) < top
     measured = key_counts(torch.tensor(SHARES, dtype=torch.float32, device=scores.device), count) - 1
-    foretold = predicted.softmax(-1) if chosen_by == "all" else predicted
+    chances = predicted.softmax(-1) if chosen_by == "all" else predicted
     missed, overlap, kept = [], [], []
     for middles, group in places:
-        votes = foretold[middles]
+        votes = chances[middles]
         if chosen_by == "all":
             belongs = group == torch.arange(len(middles), device=group.device)[:, None]
-            votes = belongs.to(foretold.dtype) @ foretold
+            votes = belongs.to(chances.dtype) @ chances
         order = votes.argsort(dim=-1, descending=True, stable=True)
         curve = other_mass + of_video.gather(-1, order[group]).cumsum(-1)
         missed.append((1 - curve[:, measured]).square().mean(0))
@@ -171,15 +175,16 @@ def _profile_head(
 
 
 def key_counts(shares: Tensor, video: int) -> Tensor:
-    """The keys that shares of `video` keys are, int64, at least one."""
+    """Shares of `video` keys as numbers of keys, int64, at least one."""
     return (shares * video).round().long().clamp(1, video)
 
 
 def shares_to_keep(mass: float, missed: Tensor) -> Tensor:
-    """[...]: the least share of the keys with which queries keep `mass`, between `SHARES` by a straight line.
+    """[...]: the least share of the keys with which queries keep `mass`, on a straight line between `SHARES`.
 
-    A query errs about in proportion to the mass that it misses, and errors add up by their squares. So to keep 0.9
-    is to miss 0.1 in root mean square: a mean of 0.1 may leave a few queries with nothing, at ten times the error.
+    The error of a query is about proportional to the mass that it misses, and errors add up by their squares. So a
+    kept mass of 0.9 means a missed mass of 0.1 in root mean square. A mean of 0.1 could leave a few queries with
+    nothing, at ten times the error.
 
     Args:
         missed: [..., SHARES], mean squares, falling.
@@ -194,7 +199,7 @@ def shares_to_keep(mass: float, missed: Tensor) -> Tensor:
 
 
 def sampled_tokens(layout: TokenLayout, group: Cube, turn: int) -> Tensor:
-    """[R] int64, rising: the video tokens of evenly spread cubes, 1/16 of all and at most `ROWS`, but one cube."""
+    """[R] int64, rising: the video tokens of evenly spread cubes: 1/16 of all, at most `ROWS`; at least a cube."""
     assert layout.grid is not None
     number = cube_of_token(layout.grid, group)
     cubes = int(number.max()) + 1
@@ -204,24 +209,24 @@ def sampled_tokens(layout: TokenLayout, group: Cube, turn: int) -> Tensor:
     return torch.isin(number, chosen).nonzero()[:, 0]
 
 
-# ---- The file that a trained predictor is kept in --------------------------------------------------------------
+# ---- The file of a trained predictor ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """What a file says of one site."""
+    """The part of a file for one site."""
 
     weights: Tensor
     """[H + Hkv, D, r] fp32"""
     shares: Tensor
-    """[H] fp32, of the video's keys, that each head reads; 1 and more: the head is dense."""
+    """[H] fp32, the share of the video's keys that each head reads; a head with 1 or more is dense."""
     group: Cube
     chosen_by: str
-    """The queries of a group that choose, as the method's option."""
+    """The queries of a group that choose, as in the method's option."""
 
 
 def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
-    """Write safetensors; groups and who chooses for them are in its metadata."""
+    """Write safetensors; the metadata has the groups and the queries that choose."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -235,7 +240,7 @@ def save_predictor(path: Path, sites: Mapping[str, Trained]) -> None:
 
 
 def names_in(path: Path, names: Sequence[str]) -> Mapping[str, str]:
-    """Site -> its name in a file, for sites of one graph; it may lack the path of a wrapper or have one.
+    """Site -> its name in a file, for sites of one graph. Either name may have the path of a wrapper in front.
 
     Raises:
         OptionError: no such file, not a predictor, or one of another model.
@@ -252,7 +257,7 @@ def names_in(path: Path, names: Sequence[str]) -> Mapping[str, str]:
 
 
 def load_predictor(path: Path, site: AttentionSite) -> Trained:
-    """What a file says of a site.
+    """The part of a file for a site.
 
     Raises:
         OptionError: no such file, not a predictor, or one of another model.

@@ -1,4 +1,5 @@
-"""What dynamic methods share: how much of what is read, and tables over video tokens amid others."""
+"""Types and functions of dynamic methods: tokens, state, the selection of blocks, tables with the tokens around the
+video."""
 
 import math
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from sparsify_compiler.table import BlockTable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokens:
-    """What a dynamic method looks at: the inputs of an attention call, detached."""
+    """The inputs of an attention call that a dynamic method looks at, detached."""
 
     query: Tensor
     """[B, H, S, D], any strides."""
@@ -33,7 +34,7 @@ class Tokens:
     key_bias: Tensor | None = None
     """[B|1, H|1, S] added to the scaled scores; -inf hides a key."""
     far_field: str = "drop"
-    """What becomes of the keys that are not read."""
+    """The approximation of the keys that are not read."""
 
     def video(self) -> tuple[Tensor, Tensor]:
         """The query and key of the video tokens alone."""
@@ -45,38 +46,38 @@ class State(NamedTuple):
     """Tensors that a method keeps from call to call."""
 
     initialised: Tensor
-    """0-d bool on the CPU: whether `tensors` hold anything yet."""
+    """0-d bool on the CPU: whether a call has written `tensors`."""
     tensors: tuple[Tensor, ...]
-    """fp32, of the shapes that the method's `state` gives."""
+    """fp32, with the shapes of the method's `state`."""
 
 
 class Selection(NamedTuple):
-    """What a dynamic method decides in one call."""
+    """The decisions of a dynamic method in one call."""
 
     table: BlockTable
     kept: Tensor
-    """[B, H, Nq] fp32: the attention mass that the method estimates each block of video queries to keep."""
+    """[B, H, Nq] fp32: the estimated attention mass that each block of video queries keeps."""
     whole: bool = True
-    """Whether the queries of `table` are those of the whole sequence; else the video's, and others read all."""
+    """Whether `table` has the queries of the whole sequence. If not, it has those of the video; others read all."""
     min_gain: float | None = None
-    """With the linear far field: what else is worth reading (`kernels.far_field.virtual_keys.gains`)."""
+    """With the linear far field: blocks of a larger gain are read too (`kernels.far_field.virtual_keys.gains`)."""
     far_blocks: FarBlocks | None = None
-    """With a far field, where the table reads single keys: the blocks that answer for the others."""
+    """With a far field, where the table reads single keys: the blocks that approximate the other keys."""
 
 
 class Blocks(NamedTuple):
-    """The video tokens of one side in blocks, each of int32."""
+    """The video's queries or keys in blocks; int32."""
 
     order: Tensor
-    """[B|1, H|1, V], tokens of the video counted from 0."""
+    """[B|1, H|1, V], the tokens of the video, counted from 0."""
     bounds: Tensor
     """[B|1, H|1, N+1]."""
 
     def among(self, layout: TokenLayout, heads: int) -> "Blocks":
-        """In the whole sequence: the tokens before and after the video are a block of their own each.
+        """The blocks of the whole sequence, with a block for the tokens before the video and one for those after.
 
         Args:
-            heads: to repeat the heads for, where key heads serve several query heads.
+            heads: the number of query heads. Where several share a key head, the blocks of its keys are repeated.
         """
         order, bounds = self
         if order.shape[1] > 1:
@@ -95,15 +96,15 @@ class Blocks(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockMethod(VideoMethod):
-    """A method that cuts queries and keys into blocks and reads the blocks of keys that matter to it now.
+    """A method that cuts queries and keys into blocks, and selects blocks of keys at every call.
 
     With the mean query q_i and the mean key k_j of blocks, and |K_j| keys in block j, it estimates the attention as
 
         P_ij = |K_j| exp(s q_i . k_j) / sum over j' of |K_j'| exp(s q_i . k_j')
 
-    A block of queries reads those with the largest P until their sum passes `top_p`, never fewer than
-    `min_kv_ratio` of them; and with the linear far field what is worth reading by
-    `kernels.far_field.virtual_keys.gains`.
+    A block of queries reads the blocks of keys with the largest P until their sum passes `top_p`, never fewer than
+    the share `min_kv_ratio` of them. With the linear far field it also reads every block with a gain above
+    `min_gain` (`kernels.far_field.virtual_keys.gains`).
     """
 
     top_p: float | None = None
@@ -135,7 +136,7 @@ class BlockMethod(VideoMethod):
     def choose(
         self, tokens: Tokens, query: "Blocks", key: "Blocks", q_means: Tensor, kv_means: Tensor
     ) -> "Selection":
-        """What is read of these blocks, whose means are [B, H, Nq, D] and [B, Hkv, Nk, D]."""
+        """Select among these blocks, whose means are [B, H, Nq, D] and [B, Hkv, Nk, D]."""
         counts, indices, kept = top_p_blocks(
             q_means.float(),
             kv_means.float(),
@@ -145,18 +146,19 @@ class BlockMethod(VideoMethod):
             min_blocks=floor_blocks(self.min_kv_ratio, kv_means.shape[2]),
             provider=tokens.provider,
         )
-        table = table_amid(tokens.layout, query, key, counts, indices, q_means.shape[1])
+        table = table_around(tokens.layout, query, key, counts, indices, q_means.shape[1])
         return Selection(table, kept, min_gain=self.min_gain)
 
 
-def table_amid(
+def table_around(
     layout: TokenLayout, query: Blocks, key: Blocks, counts: Tensor, indices: Tensor, heads: int
 ) -> BlockTable:
-    """The table in which video reads the listed blocks of video, and other tokens see and are seen by everything.
+    """The table in which video queries read listed blocks of video keys, and other tokens see and are seen by
+    everything.
 
     Args:
-        counts: [B, H, Nq] int32, blocks that each block of video queries reads.
-        indices: [B, H, Nq, Nk] int32, which; a permutation of all, those read first.
+        counts: [B, H, Nq] int32, the number of blocks that each block of video queries reads.
+        indices: [B, H, Nq, Nk] int32, a permutation of all blocks; those that are read come first.
     """
     before, after = int(layout.before > 0), int(layout.after > 0)
     columns = indices.shape[-1] + before + after
@@ -181,7 +183,7 @@ def table_amid(
 
 
 def key_counts(tokens: Tokens, keys: Blocks) -> Tensor:
-    """[B|1, Hkv|1, Nk] int32: the keys in each block, each as much of one as its bias lets it weigh."""
+    """[B|1, Hkv|1, Nk] int32: the keys in each block. A key with a bias counts as exp(bias - largest bias)."""
     if tokens.key_bias is None:
         return keys.bounds.diff(dim=-1)
     layout = tokens.layout
@@ -196,7 +198,7 @@ def key_counts(tokens: Tokens, keys: Blocks) -> Tensor:
 
 
 def check_share(name: str, value: object, *, zero: bool) -> float:
-    """`value` as a float in (0, 1], or in [0, 1] where zero is allowed; OptionError else."""
+    """`value` as a float in (0, 1], or in [0, 1] where zero is allowed; raises OptionError if it is not."""
     number = share(value)
     if number is None or (number == 0 and not zero):
         raise OptionError(f"{name} must be a number in {'[' if zero else '('}0, 1], got {value!r}")
@@ -204,7 +206,7 @@ def check_share(name: str, value: object, *, zero: bool) -> float:
 
 
 def check_gain(value: object) -> float | None:
-    """`value` as a float of at least 0, or None; OptionError else."""
+    """`value` as a float of at least 0, or None; raises OptionError if it is neither."""
     if value is None:
         return None
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
@@ -214,7 +216,7 @@ def check_gain(value: object) -> float | None:
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int of at least `least`; OptionError else."""
+    """`value` as an int of at least `least`; raises OptionError if it is not."""
     count = integer(value)
     if count is None or count < least:
         raise OptionError(f"{name} must be an integer of at least {least}, got {value!r}")
@@ -222,7 +224,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 
 
 def check_seed(value: object) -> int:
-    """`value` as a seed of torch's generators; OptionError else."""
+    """`value` as a seed of torch's generators; raises OptionError if it is not."""
     seed = check_count("seed", value, 0)
     if seed >= 2**64:
         raise OptionError(f"seed must be below 2**64, got {seed}")

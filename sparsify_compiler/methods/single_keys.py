@@ -1,4 +1,4 @@
-"""What methods share that read single keys of the video: a budget of keys, the table, and a far field of cubes."""
+"""Functions of methods that read single keys of the video: the budget, the table, the far field of cubes."""
 
 import math
 from dataclasses import replace
@@ -16,14 +16,14 @@ from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
 FAR_CUBE: Cube = (4, 2, 2)
-"""Of keys that answer together for those of them that are not read."""
+"""(frames, rows, columns) of the keys that one mean approximates where they are not read."""
 
 Budget = int | float
-"""Keys that a group of queries reads: a number, or a share of the video's."""
+"""The keys that a group of queries reads: a number, or a share of the video's keys."""
 
 
 def check_budget(value: object) -> Budget:
-    """`value` as an int of at least 1 or a float in (0, 1]; OptionError else."""
+    """`value` as an int of at least 1 or a float in (0, 1]; raises OptionError if it is not."""
     whole = integer(value)
     number = share(value) if whole is None else whole
     if number is None or number <= 0:
@@ -34,7 +34,7 @@ def check_budget(value: object) -> Budget:
 
 
 def check_fits(budget: Budget | None, layout: TokenLayout) -> None:
-    """OptionError where a budget is more than there is."""
+    """Raise OptionError if a budget exceeds the keys of the video."""
     if isinstance(budget, int) and budget > layout.video_tokens:
         raise OptionError(
             f"kv_budget must be at most the {layout.video_tokens} tokens of the video, got {budget}"
@@ -52,13 +52,13 @@ def share_of(budget: Budget, video: int) -> float:
 
 
 def room(keys: int) -> int:
-    """What a row of the table has room for: a power of two."""
+    """The capacity of a row of the table: the next power of two."""
     return 1 << (keys - 1).bit_length()
 
 
 def far_cubes(layout: TokenLayout) -> dict[str, Tensor]:
-    """Order and bounds of the far field's cubes of keys, [1, 1, V] and [1, 1, N+1] int32, and as [V] int64 the one
-    that each token lies in."""
+    """Order and bounds of the far field's cubes of keys, [1, 1, V] and [1, 1, N+1] int32, and the cube of each
+    token, [V] int64."""
     assert layout.grid is not None
     order, bounds = cut(layout.grid, FAR_CUBE)
     return {"far_order": order, "far_bounds": bounds, "far_cube": cube_of_token(layout.grid, FAR_CUBE)}
@@ -74,12 +74,12 @@ def unread(
     far_bounds: Tensor,
     far_cube: Tensor,
 ) -> FarBlocks | None:
-    """What groups of video queries leave of each cube of video keys, nothing of the tokens before and after it.
-    None where that is dropped.
+    """The keys of each cube that groups of video queries do not read. The tokens before and after the video are
+    always read. None where the far field is dropped.
 
     Args:
         counts, indices, is_dense: as for `single_key_table`.
-        far_order, far_bounds, far_cube: of `far_cubes`.
+        far_order, far_bounds, far_cube: the results of `far_cubes`.
     """
     if tokens.far_field == "drop":
         return None
@@ -111,10 +111,10 @@ def single_key_table(
     """The table in which groups of video queries read single video keys, and the tokens before and after it.
 
     Args:
-        q_order, q_bounds: of the groups, [1|B, 1|H, V] and [1|B, 1|H, N+1] int32.
+        q_order, q_bounds: the groups, [1|B, 1|H, V] and [1|B, 1|H, N+1] int32.
         counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
-        is_dense: [H] bool, heads that read everything: for them the first block, of queries and of keys, is all
-            of them, and the others are empty.
+        is_dense: [H] bool, whether a head reads everything. Then its first block of queries, and of keys, has all
+            tokens, and the others are empty.
     """
     before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
     last = tokens - layout.after
@@ -143,7 +143,7 @@ def single_key_table(
 
 
 def _one_block(bounds: Tensor, tokens: int) -> Tensor:
-    """Bounds of as many blocks, of which the first has all tokens."""
+    """Bounds of the same number of blocks, of which the first has all tokens."""
     result = torch.full_like(bounds, tokens)
     result[..., 0] = 0
     return result

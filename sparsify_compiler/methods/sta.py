@@ -59,7 +59,7 @@ class Sta(VideoMethod):
         return f"the window covers all tiles of {_text(self.tile)} in the grid: try a smaller tile or window"
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedSta":
-        """With every size of every window as a number."""
+        """Fill in every size of every window as a number."""
         assert layout.grid is not None
         windows = windows_in(cubes_in(layout.grid, self.tile), self.window)
         if len(windows) not in (1, site.heads):
@@ -80,7 +80,7 @@ class FittedSta(Sta):
         """Check nothing: all tiles of a dimension may be an even number."""
 
     def table(self, layout: TokenLayout) -> BlockTable:
-        """One block a tile, and one for the tokens before and after the grid where there are any."""
+        """A block for each tile, one for the tokens before the grid and one for those after it."""
         assert layout.grid is not None
         tiles = cubes_in(layout.grid, self.tile)
         kept = [window_mask(tiles, window) for window in windows_in(tiles, self.window)]
@@ -126,7 +126,7 @@ def _sees(count: int, size: int) -> Tensor:
 
 
 def check_windows(value: object) -> Window | tuple[Window, ...]:
-    """`value` as a window, or as a window for each head; OptionError else."""
+    """`value` as a window, or as a window for each head; raises OptionError if it is neither."""
     if isinstance(value, (tuple, list)) and value and isinstance(value[0], (tuple, list)):
         return tuple(_check_window(one) for one in value)
     return _check_window(value)

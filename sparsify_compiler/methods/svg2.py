@@ -1,10 +1,10 @@
 """Method `svg2`: semantic permutation, Sparse VideoGen2 (arXiv 2505.18875).
 
-Per head, after QK-norm and RoPE, the queries and (separately) the keys of the video are clustered by k-means, and a
-cluster of queries reads the clusters of keys that matter to it (`BlockMethod`); as released, those with the largest
-estimated attention, until their sum passes `top_p`. Clusters are warm: a call goes on from the centroids of the one
-before, in a few iterations. Tokens outside the grid (text, references) are one more block each, see everything and
-are seen by everything.
+For each head, k-means clusters the queries of the video, and separately its keys, after QK-norm and RoPE. Each
+cluster of queries selects clusters of keys (`BlockMethod`). The released code selects those with the largest
+estimated attention, until their sum passes `top_p`. Clusters are warm: a call continues from the centroids of the
+previous call, in a few iterations. Tokens outside the grid (text, references) are a block before and a block after
+it, see everything and are seen by everything.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from sparsify_compiler.methods.selection import (
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 RELEASED = ((32_760, 200, 1000), (75_600, 300, 1000), (118_800, 400, 1000))
-"""(video tokens, query clusters, key clusters), as released for Wan 480p and 720p and for HunyuanVideo 720p."""
+"""(video tokens, query clusters, key clusters) of the released settings: Wan 480p, Wan 720p, HunyuanVideo 720p."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +62,7 @@ class Svg2(BlockMethod):
             object.__setattr__(self, name, value)
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedSvg2":
-        """With the numbers of clusters filled in."""
+        """Fill in the numbers of clusters."""
         tokens = layout.video_tokens
         counts = dict(zip(("q_clusters", "kv_clusters"), clusters_for(tokens), strict=True))
         for name in counts:
@@ -75,13 +75,13 @@ class Svg2(BlockMethod):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FittedSvg2(Svg2):
-    """The options with numbers of clusters."""
+    """The options, with numbers of clusters."""
 
     q_clusters: int
     kv_clusters: int
 
     def constants(self, layout: TokenLayout) -> dict[str, Tensor]:
-        """The tokens that clusters start from: [clusters] int64, drawn without repetition."""
+        """The tokens from which clusters start: [clusters] int64, drawn without repetition."""
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randperm(layout.video_tokens, generator=generator)
         return {"q_start": drawn[: self.q_clusters], "kv_start": drawn[: self.kv_clusters]}
@@ -94,14 +94,14 @@ class FittedSvg2(Svg2):
         }
 
     def observe(self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor) -> tuple[Tensor, ...]:
-        """Cluster, so that the first sparse step finds warm centroids; returns the new state."""
+        """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
         (q_centroids, _), (kv_centroids, _) = self._cluster(tokens, state, q_start, kv_start)
         return q_centroids, kv_centroids
 
     def select(
         self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """What this call reads, and the new state."""
+        """The selection of this call, and the new state."""
         clusters = self._cluster(tokens, state, q_start, kv_start)
         (q_centroids, _), (kv_centroids, _) = clusters
         query, key = (
@@ -132,18 +132,19 @@ class FittedSvg2(Svg2):
 
 
 def check_iterations(value: object) -> tuple[int, int]:
-    """`value` as two ints of at least 1; OptionError else."""
+    """`value` as two ints of at least 1; raises OptionError if it is not."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise OptionError(f"kmeans_iters must be two integers (first, later), got {value!r}")
     return check_count("kmeans_iters[0]", value[0]), check_count("kmeans_iters[1]", value[1])
 
 
 def clusters_for(tokens: int) -> tuple[int, int]:
-    """(query clusters, key clusters) for a video of so many tokens.
+    """(query clusters, key clusters) for a video with this number of tokens.
 
-    Straight lines through `RELEASED`, and on. Below it key clusters keep their size, 33 tokens, and query clusters
-    shrink with the square root of the tokens. At equal total time (`python -m benchmarks.methods --only clusters`)
-    smaller key clusters cost more, in k-means and as virtual keys of the far field, than their precision is worth.
+    The numbers lie on straight lines through `RELEASED`, also beyond its end. Below its start, key clusters keep
+    their size of 33 tokens, and the number of query clusters shrinks with the square root of the tokens. At equal
+    total time (`python -m benchmarks.methods --only clusters`) smaller key clusters cost more time, in k-means and
+    as virtual keys of the far field, than their precision saves.
     """
     least, q_least, kv_least = RELEASED[0]
     if tokens < least:

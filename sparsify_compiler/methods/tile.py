@@ -1,7 +1,7 @@
 """Method `tile`: the attention tile of Efficient-vDiT (arXiv 2502.06155).
 
 The attention map of a video model falls into F x F tiles, one for each pair of frames; the diagonal is strong
-and a few reference frames stand in for the rest. The mask "k : F-k" has the reference frames
+and a few reference frames represent the rest. The mask "k : F-k" has the reference frames
 
     R = {ceil(i F / k) : 0 <= i < k}
 
@@ -45,7 +45,7 @@ class Tile(VideoMethod):
         object.__setattr__(self, "reference_frames", k)
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> "FittedTile":
-        """With `reference_frames` as a number."""
+        """Fill in `reference_frames` as a number."""
         if (k := self.count(layout.frames)) > layout.frames:
             raise OptionError(
                 f"reference_frames must be in 1..{layout.frames}, the latent frames of the video "
@@ -54,7 +54,7 @@ class Tile(VideoMethod):
         return self.filled(FittedTile, reference_frames=k)
 
     def count(self, frames: int) -> int:
-        """`reference_frames` as a number, in a video of so many frames."""
+        """`reference_frames` as a number, in a video with this number of frames."""
         k = self.reference_frames
         return k if isinstance(k, int) else max(1, int(k * frames + 1e-6))
 
@@ -66,7 +66,7 @@ class FittedTile(Tile):
     reference_frames: int
 
     def table(self, layout: TokenLayout) -> BlockTable:
-        """One block a frame, and one for the tokens before and after the grid where there are any."""
+        """A block for each frame, one for the tokens before the grid and one for those after it."""
         assert layout.grid is not None
         frames, rows, columns = layout.grid
         kept = frame_mask(frames, self.reference_frames)
@@ -74,23 +74,23 @@ class FittedTile(Tile):
 
 
 def reference_set(frames: int, reference_frames: int) -> list[int]:
-    """R: the `reference_frames` frames, evenly spread from frame 0 on, that stand in for all."""
+    """R: the reference frames, evenly spread from frame 0 on."""
     return [-(-i * frames // reference_frames) for i in range(reference_frames)]
 
 
 def frame_mask(frames: int, reference_frames: int) -> Tensor:
-    """[F, F] bool: which frame pairs are kept."""
+    """[F, F] bool: whether each pair of frames is kept."""
     reference = torch.zeros(frames, dtype=torch.bool)
     reference[reference_set(frames, reference_frames)] = True
     return torch.eye(frames, dtype=torch.bool) | reference[:, None] | reference[None, :]
 
 
 def tile_sparsity(frames: int, reference_frames: int, tokens_per_frame: int, block_size: int = 128) -> float:
-    """Share of the score matrix skipped when whole `block_size` x `block_size` blocks are computed.
+    """The share of the score matrix that is skipped when whole `block_size` x `block_size` blocks are computed.
 
-    A block is computed if it touches a kept frame pair: the paper's arithmetic, whose table this gives to 0.01
-    points (8 frames of 3,600 tokens: 4:4 17.60 %, 3:5 29.88 %, 2:6 45.47 %, 1:7 64.38 %). Our kernels cut
-    blocks at frame bounds and need not round.
+    A block is computed if it touches a kept pair of frames. This is the paper's arithmetic and gives its table to
+    0.01 points (8 frames of 3,600 tokens: 4:4 17.60 %, 3:5 29.88 %, 2:6 45.47 %, 1:7 64.38 %). The kernels of
+    this package cut blocks at the bounds of frames and do not round.
 
     Raises:
         OptionError: an argument below 1, or more reference frames than frames.
