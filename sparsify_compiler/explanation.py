@@ -363,6 +363,6 @@ def _draw(axes: "Axes", plan: AttentionPlan, table: BlockTable, names: list[str]
     moved = "" if table.kv_order is None else ", block by block"
     axes.set(aspect="equal", xlabel=f"key token{moved}", ylabel=f"query token{moved}")
     axes.invert_yaxis()
-    head = ", head 0" if table.kv_num_blocks.shape[1] > 1 else ""
-    what = f"{method_text(plan)} on {grid_text(plan.layout)}: density {density_text(plan)}{head}"
-    axes.set_title("\n".join([*names, what]), fontsize=9)
+    head = ["head 0"] if table.kv_num_blocks.shape[1] > 1 else []
+    what = f"{method_text(plan)} on {grid_text(plan.layout)}: density {density_text(plan)}"
+    axes.set_title("\n".join([*names, what, *head]), fontsize=9)

@@ -1,5 +1,6 @@
 """What a run did: densities, mass kept, and where the far field was on, by site, head and step."""
 
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
 from sparsify_compiler.runtime.state import ModelState, Record, states_of
 
@@ -176,11 +179,9 @@ def _measurements(record: Record) -> list[Measurement]:
         shape = (plan.site.batch, plan.site.heads)
         if plan.site.name in record.reports:
             rows = record.reports[plan.site.name].cpu()
-        elif plan.density is not None:
-            nan = math.nan
-            rows = torch.tensor([plan.density, nan, nan, nan], dtype=torch.float32)[:, None, None].expand(
-                -1, *shape
-            )
+        elif isinstance(plan.settings, StaticMethod):
+            rows = torch.full((len(REPORT), *shape), math.nan, dtype=torch.float32)
+            rows[0] = _densities(plan.settings, plan.layout)
         else:  # in the body of a higher-order operator, which reports nothing
             continue
         reported = dict(zip(REPORT, rows, strict=True))
@@ -195,6 +196,12 @@ def _measurements(record: Record) -> list[Measurement]:
             )
         )
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _densities(method: StaticMethod, layout: TokenLayout) -> Tensor:
+    """[1, H|1] fp32: the density of each head, by the table of a method that has one before it runs."""
+    return method.table(layout).densities().float()
 
 
 def _text(number: float) -> str:

@@ -98,6 +98,9 @@ class FittedMethod(Protocol):
     dense_steps: ClassVar[int | float]
     """Default of the option: steps of a generation that stay dense, a number or a share."""
 
+    def __hash__(self) -> int:
+        """Plans and caches are keyed by methods."""
+
 
 class Method(Protocol):
     """The options of a method: a frozen dataclass with a field for each option. `fit` makes them fit a site."""
