@@ -433,16 +433,9 @@ def test_without_a_trainer_it_stays_dense():
 
 
 def a_site(shares: int = 2, **options: Any) -> _Site:
-    layout = TokenLayout(tokens=400, grid=(4, 10, 10))
-    site = site_of(torch.empty(1, shares, 400, 16))
-    plan = AttentionPlan(
-        site=site,
-        layout=layout,
-        method="dsv",
-        settings=Dsv(**options).fit(site, layout),
-        provider="cpu",
-        reason="",
-    )
+    site, layout = site_of(torch.empty(1, shares, 400, 16)), TokenLayout(tokens=400, grid=(4, 10, 10))
+    method = Dsv(**options).fit(site, layout)
+    plan = AttentionPlan(site=site, layout=layout, method="dsv", settings=method, provider="cpu", reason="")
     empty = torch.zeros(0)
     return _Site(plan, empty, torch.ones(shares), empty, empty)
 
