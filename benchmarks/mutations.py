@@ -39,7 +39,17 @@ CaseId = tuple[str, int]
 
 TESTS = tuple(
     f"tests/passes/test_{name}.py"
-    for name in ("rules", "axes", "videos", "layout", "given_grids", "bodies", "capture", "unfused", "strides")
+    for name in (
+        "rules",
+        "axes",
+        "videos",
+        "layout",
+        "given_grids",
+        "bodies",
+        "capture",
+        "unfused",
+        "strides",
+    )
 )
 """In this order, up to the first that fails."""
 MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_writes, layout)
@@ -396,13 +406,11 @@ def main() -> None:
                 f"{'caught  ' if how else 'SURVIVES'} {name}: {how or f'of {len(cases)} cases'}", flush=True
             )
     survivors = [row["mutant"] for row in rows if not row["caught_by"]]
-    print(f"caught {len(rows) - len(survivors)} of {len(rows)}")
-    print(*survivors, sep="\n")
+    caught_now = len(rows) - len(survivors)
+    print(f"caught {caught_now} of {len(rows)}", *survivors, sep="\n")
     if args.out:
-        write_json(
-            args.out,
-            [{"mutants": len(rows), "equal": EQUAL, "caught": len(rows) - len(survivors), "survivors": survivors}, *rows],
-        )
+        summary = {"mutants": len(rows), "caught": caught_now, "survivors": survivors, "equal": EQUAL}
+        write_json(args.out, [summary, *rows])
 
 
 if __name__ == "__main__":

@@ -233,7 +233,9 @@ GRIDS: dict[str, Videos] = {
             *(features(x).unflatten(2, (2, 8)).transpose(1, 2) for _ in range(3))
         )
     )(embed(v)),
-    "gates on queries": lambda v, o: (lambda x: attend(x * channels(o.mean((2, 3, 4)))[:, None], x))(embed(v)),
+    "gates on queries": lambda v, o: (lambda x: attend(x * channels(o.mean((2, 3, 4)))[:, None], x))(
+        embed(v)
+    ),
     "gates of two others": lambda v, o: (lambda g: attend(embed(v[:1]) * (g[0] + g[1])))(
         channels(o.mean((2, 3, 4)))
     ),
@@ -338,7 +340,9 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "mesh within windows of a frame's tokens": (
         lambda x: attend(
-            (features(x).unflatten(2, (2, 10)).transpose(1, 2).flatten(0, 1) + mesh(2, 5)[:, None]).flatten(1, 2)
+            (features(x).unflatten(2, (2, 10)).transpose(1, 2).flatten(0, 1) + mesh(2, 5)[:, None]).flatten(
+                1, 2
+            )
         ),
         (noise(2, 3, 20, WIDTH),),
     ),
