@@ -95,7 +95,6 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
                 node.meta["site"] = site
             else:
                 _retarget(module.graph, call, site)
-        module.recompile()
     return gm
 
 

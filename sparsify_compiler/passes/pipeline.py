@@ -68,7 +68,6 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
         seconds = time.perf_counter() - start
         for module in modules(gm):
             module.graph.lint()
-            module.recompile()
         spec.check(gm, after=name)
         after = operators(gm)
         found = report(gm, name, seconds, before, after)
@@ -77,6 +76,8 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
         log.debug("pass %s", found)
         if config.dump is not None:
             _dump(gm, found, config)
+    for module in modules(gm):
+        module.recompile()
     return gm
 
 
