@@ -27,6 +27,7 @@ from sparsify_compiler.passes.fx import (
     module_class,
     module_path,
     modules,
+    recorded,
     sizes_of,
     tensor_of,
 )
@@ -215,17 +216,16 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         heads=0, kv_heads=0, q_tokens=0, kv_tokens=0, head_dim=0, value_dim=0,
         dtype="", device="", scale=0.0, spelling=call.spelling,
     )  # fmt: skip
-    tensors = [one.value for one in call.operands]
-    out = tensor_of(call.node)
-    if not tensors or any(t is None for t in tensors):
+    tensors = [value for one in call.operands if (value := one.value) is not None]
+    if len(tensors) < 3:
         return replace(unknown, refusal=call.refusal or "its tensors were not recorded by Dynamo")
     q, k, v = tensors
-    shapes = [sizes_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
-    if any(shape is None for shape in shapes):
+    shapes = [shape for tensor in tensors if (shape := sizes_of(tensor)) is not None]
+    if len(shapes) < 3:
         return replace(unknown, refusal=call.refusal or "its sizes are known only at run time")
-    if len({len(shape) for shape in shapes if shape is not None}) > 1:  # heads or batch: they broadcast
+    if len({len(shape) for shape in shapes}) > 1:  # heads or batch: they broadcast
         return replace(unknown, refusal=call.refusal or "its query, key and value differ in dimensions")
-    q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)  # type: ignore[arg-type]
+    q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         return replace(
             unknown, refusal=call.refusal or f"query must have 3 or 4 dimensions, got {len(q_shape)}"
@@ -239,8 +239,8 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         kv_tokens=k_shape[2],
         head_dim=q_shape[3],
         value_dim=v_shape[3],
-        dtype=str(_compute_dtype(q, k, v, out)).removeprefix("torch."),  # type: ignore[arg-type]
-        device=q.device.type,  # type: ignore[union-attr]
+        dtype=str(_compute_dtype(q, k, v, tensor_of(call.node))).removeprefix("torch."),
+        device=q.device.type,
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
         mask="none" if call.mask is None else "key",
     )
@@ -297,15 +297,15 @@ def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
     """Place `attention` and what brings its tensors into its form right before the call, where SDPA would read."""
     node, operands, mask = call.node, call.operands, call.mask
     finish = () if call.unfused is None else call.unfused.finish
-    values = [*(one.value for one in operands), tensor_of(node)]
-    if values[0].dim() == 3:  # type: ignore[union-attr]
+    types = {recorded(one).dtype for one in operands}
+    if recorded(operands[0]).dim() == 3:
         operands = tuple(one.then(("unsqueeze", 1)) for one in operands)
         finish = (("squeeze", 1), *finish)
-        if mask is not None and mask.value.dim() == 3:  # type: ignore[union-attr]
+        if mask is not None and recorded(mask).dim() == 3:
             mask = mask.then(("unsqueeze", 1))
-    if call.unfused is not None and len({value.dtype for value in values}) > 1:  # type: ignore[union-attr]
+    if call.unfused is not None and len({*types, recorded(node).dtype}) > 1:
         operands = tuple(one.then(("to", getattr(torch, site.dtype))) for one in operands)
-        finish = (("to", values[-1].dtype), *finish)  # type: ignore[union-attr]
+        finish = (("to", recorded(node).dtype), *finish)
     tensors = [one.insert_before(node) for one in operands]
     bias = None if mask is None else mask.insert_before(node)
     with graph.inserting_before(node):
@@ -314,7 +314,7 @@ def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
     node.replace_all_uses_with(result)
     new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     new.meta |= {"site": site, "original": node, "result": result, "inserted": True}
-    result.meta["example_value"] = values[-1]
+    result.meta["example_value"] = tensor_of(node)
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:

@@ -22,9 +22,9 @@ class Body(NamedTuple):
     module: fx.GraphModule
 
     @property
-    def operands(self) -> tuple[fx.Node, ...]:
-        """The arguments the body's placeholders stand for."""
-        return self.call.args[-self.arity :] if self.arity else ()  # type: ignore[return-value]
+    def operands(self) -> tuple[object, ...]:
+        """The arguments of the call that the body's placeholders receive."""
+        return self.call.args[-self.arity :] if self.arity else ()
 
     @property
     def arity(self) -> int:
@@ -155,6 +155,20 @@ def tensor_of(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def node_of(argument: object) -> fx.Node:
+    """An argument that is known to be a node."""
+    assert isinstance(argument, fx.Node), f"expected a node of the graph, got {argument!r}"
+    return argument
+
+
+def run_call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of the function or the method that a node calls, for these arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target), f"expected a call of a function or a method, got a {node.op}"
+    return node.target(*args, **kwargs)
+
+
 def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
     """The sizes as integers, not specialised; None where a size is known only at run time."""
     sizes = [_torch.hint(size) for size in tensor.shape]
@@ -235,6 +249,13 @@ def step_through(value: Tensor, steps: Iterable[Step]) -> Tensor:
     with getattr(value, "fake_mode", nullcontext()):
         for method, *arguments in steps:
             value = getattr(value, method)(*arguments)
+    return value
+
+
+def recorded(one: object) -> Tensor:
+    """The fake tensor of a node or an operand for which Dynamo is known to have recorded one."""
+    value = one.value if isinstance(one, Operand) else tensor_of(one)
+    assert value is not None, f"Dynamo recorded no tensor for {one}"
     return value
 
 

@@ -5,7 +5,7 @@ import re
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import tensor_of
+from sparsify_compiler.passes.fx import recorded, tensor_of
 from sparsify_compiler.runtime.program import Inputs
 
 _TIME = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
@@ -29,7 +29,7 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
         elif owner is None and isinstance(node.meta["example_value"], nn.Parameter):
             owner = i
     named = [i for i in given if _TIME.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
-    numbers = [i for i in given if tensor_of(placeholders[i]).dim() <= 1]  # type: ignore[union-attr]
+    numbers = [i for i in given if recorded(placeholders[i]).dim() <= 1]
     time = named[0] if named else numbers[0] if len(numbers) == 1 else None
     return Inputs(owner=owner, time=time, others={placeholders[i].name: i for i in given if i != time})
 

@@ -54,6 +54,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
     entries = iter(decided)
     densities: dict[object, float | None] = {}
     plans = []
+    defaults = []
     for (site, layout), why in zip(pairs, refusals, strict=True):
         entry, reason = (None, why) if why else next(entries)
         if entry is None or entry.method.name == "dense":
@@ -61,6 +62,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
             continue
         site = replace(site, known_as=known_as.get(site.name, ""))
         method = entry.method.fit(site, layout)
+        defaults.append(method.dense_steps)
         provider = providers.choose(
             config.provider,
             device=site.device,
@@ -88,7 +90,6 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
             )
         )
     # A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
-    defaults = (plan.settings.dense_steps for plan in plans if plan.method != "dense")  # type: ignore[attr-defined]
     dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
     sparse = any(plan.method != "dense" for plan in plans)
     return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)

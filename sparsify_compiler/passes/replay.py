@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import Step, sizes_of, step_through, tensor_of, value_of
+from sparsify_compiler.passes.fx import Step, recorded, sizes_of, step_through, tensor_of, value_of
 from sparsify_compiler.passes.unfused import Sizes, Unfused, factors, softmax_dim
 
 MOST_SCORES = 2**22
@@ -86,7 +86,7 @@ class _Form:
 
 def differs(found: Unfused) -> str:
     """Why attention by hand is not what it was read as, in words; empty if it is, or has too many scores to run."""
-    sizes = sizes_of(tensor_of(found.chain[0]))  # type: ignore[arg-type]
+    sizes = sizes_of(recorded(found.chain[0]))
     if sizes is None or not 0 < math.prod(sizes) <= MOST_SCORES:
         return ""
     form = _form_of(found)
@@ -116,17 +116,17 @@ def _form_of(found: Unfused) -> _Form | None:
             return "cpu"
         return _torch.hint(value) if isinstance(value, torch.SymInt) else value
 
-    outside = [_outside(tensor_of(node)) for node in tensors]  # type: ignore[arg-type]
-    if None in outside:
+    outside = [memory for node in tensors if (memory := _outside(recorded(node))) is not None]
+    if len(outside) < len(tensors):
         return None
     return _Form(
-        outside=tuple(outside),  # type: ignore[arg-type]
+        outside=tuple(outside),
         calls=tuple(
             _Call(
                 node.target,
                 argument(node.args),
                 tuple((name, argument(value)) for name, value in node.kwargs.items()),
-                tensor_of(node).dtype,  # type: ignore[union-attr]
+                recorded(node).dtype,
                 factors(node) is not None or softmax_dim(node) is not None,
             )
             for node in chain
@@ -135,7 +135,7 @@ def _form_of(found: Unfused) -> _Form | None:
         mask=None if found.mask is None else _Part(numbers[found.mask.node], found.mask.steps),
         scale=found.scale,
         finish=found.finish,
-        dtype=tensor_of(found.chain[0]).dtype,  # type: ignore[union-attr]
+        dtype=recorded(found.chain[0]).dtype,
     )
 
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes.capture import attention_nodes
-from sparsify_compiler.passes.fx import copy_graph, modules, tensor_of
+from sparsify_compiler.passes.fx import copy_graph, modules, recorded
 from sparsify_compiler.plan import SiteKind, TokenLayout
 
 Infer = Callable[[fx.GraphModule], fx.GraphModule]
@@ -40,9 +40,7 @@ def fix_sizes(gm: fx.GraphModule, *, infer: Infer) -> fx.GraphModule:
         specialise()
     for node in sites:
         for operand in node.args[:3]:
-            value = tensor_of(operand)
-            assert value is not None, "capture takes what Dynamo recorded"
-            for size in value.shape[1:]:
+            for size in recorded(operand).shape[1:]:
                 int(size)
     free = _torch.free_sizes(
         node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"

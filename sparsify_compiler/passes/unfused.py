@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify_compiler.passes.fx import Operand, Step, sizes_of, tensor_of
+from sparsify_compiler.passes.fx import Operand, Step, node_of, recorded, sizes_of, tensor_of
 from sparsify_compiler.passes.writes import may_be_written
 
 _MATMULS = {operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
@@ -123,7 +123,7 @@ def _carried(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
         return []
     out = _sizes(node)
     if (order := _order(node, len(out))) is not None:
-        return [(node.args[0], order[dim] - len(out))]  # type: ignore[list-item]
+        return [(node_of(node.args[0]), order[dim] - len(out))]
     sizes = [(one, _sizes(one)) for one in reversed(node.all_input_nodes)]
     return [(one, dim) for one, have in sizes if have and out and have[min(dim, -2) :] == out[min(dim, -2) :]]
 
@@ -225,21 +225,21 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
 
 def _check_types(chain: Sequence[fx.Node], middle: int) -> None:
     """Raise NotRead where scores or weights pass through a type that does not hold them, or another device."""
-    tensors = [tensor_of(node) for node in chain]
-    if any(tensor is None for tensor in tensors):
+    tensors = [tensor for node in chain if (tensor := tensor_of(node)) is not None]
+    if len(tensors) < len(chain):
         raise NotRead("its tensors were not recorded by Dynamo")
     first, last = tensors[0], tensors[-1]
     for i, (node, tensor) in enumerate(zip(chain, tensors, strict=True)):
-        held = first.dtype if i <= middle else last.dtype  # type: ignore[union-attr]
+        held = first.dtype if i <= middle else last.dtype
         what = "scores" if i <= middle else "weights"
-        dtype = tensor.dtype  # type: ignore[union-attr]
+        dtype = tensor.dtype
         if not _holds(dtype, held):
             raise NotRead(f"its {what} are cast from {held} to {dtype}")
-        if tensor.device != first.device:  # type: ignore[union-attr]
+        if tensor.device != first.device:
             raise NotRead(f"its {what} change device")
         if not _sizes(node):
             raise NotRead("its sizes are known only at run time")
-    if first.dtype != last.dtype and _autocasts(chain[-1]):  # type: ignore[union-attr]
+    if first.dtype != last.dtype and _autocasts(chain[-1]):
         raise NotRead("autocast is not the same at both of its products")
 
 
@@ -251,8 +251,8 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 def _autocasts(product: fx.Node) -> bool:
     """Whether autocast is on at a product: its output has not the type that its operands promote to."""
-    dtypes = [tensor_of(one).dtype for one in (*factors(product), product)]  # type: ignore[misc, union-attr]
-    return torch.promote_types(dtypes[0], dtypes[1]) != dtypes[2]
+    a, b = (recorded(one).dtype for one in _multiplied(product))
+    return torch.promote_types(a, b) != recorded(product).dtype
 
 
 def _watched(chain: Sequence[fx.Node], middle: int) -> str:
@@ -273,8 +273,8 @@ def _written(gm: fx.GraphModule, reads: Mapping[str, tuple[fx.Node, fx.Node]], l
 
 def _ungraded(chain: Sequence[fx.Node], query: Operand, key: Operand) -> str:
     """Whether gradients end between the products though they would go on; in words."""
-    *between, last = (tensor_of(node).requires_grad for node in chain)  # type: ignore[union-attr]
-    wanted = any(tensor_of(one.node).requires_grad for one in (query, key))  # type: ignore[union-attr]
+    *between, last = (recorded(node).requires_grad for node in chain)
+    wanted = any(recorded(one.node).requires_grad for one in (query, key))
     return "gradients are switched off between its products" if last and wanted and not all(between) else ""
 
 
@@ -292,18 +292,25 @@ def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
 
 
+def _multiplied(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two tensors that a product multiplies."""
+    both = factors(product)
+    assert both is not None, f"{product} multiplies no two tensors"
+    return both
+
+
 def _first_product(node: fx.Node) -> tuple[Operand, Operand, float, Operand | None]:
     """(query, key, factor, added mask) of q kᵀ."""
     if _is(node, _BADDBMMS) and node.kwargs.keys() <= {"beta", "alpha"}:
-        added, query, key_t = node.args
+        query, key_t = _multiplied(node)
         beta, alpha = (_number(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
         if beta not in (0.0, 1.0) or alpha is None:
             raise NotRead("its first product is a baddbmm with a factor for its mask")
-        mask = Operand(added) if beta else None  # type: ignore[arg-type]
-        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), alpha, mask  # type: ignore[arg-type]
+        mask = Operand(node_of(node.args[0])) if beta else None
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), alpha, mask
     if _is(node, _MATMULS) and not node.kwargs:
-        query, key_t = node.args
-        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), 1.0, None  # type: ignore[arg-type]
+        query, key_t = _multiplied(node)
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), 1.0, None
     if (parsed := _einsum(node)) is None or len(parsed[2]) < 2:
         raise NotRead(f"its first product is a {_name(node)} with options")
     left, right, out, a, b = parsed
@@ -311,17 +318,18 @@ def _first_product(node: fx.Node) -> tuple[Operand, Operand, float, Operand | No
     if i not in left:
         left, right, a, b = right, left, b, a
     inner = [letter for letter in left if letter in right and letter not in out]
-    query, key = Operand(a), Operand(b)
-    return _permuted(query, left, [*batch, i, *inner]), _permuted(key, right, [*batch, j, *inner]), 1.0, None
+    rows = _permuted(Operand(a), left, [*batch, i, *inner])
+    columns = _permuted(Operand(b), right, [*batch, j, *inner])
+    return rows, columns, 1.0, None
 
 
 def _second_product(node: fx.Node, weights: fx.Node) -> tuple[Operand, tuple[Step, ...]]:
     """(value, steps from [..., Sq, Dv] to the output)."""
     if _is(node, _MATMULS) and not node.kwargs:
-        first, value = node.args
-        if first is not weights or value is weights:
+        first, second = _multiplied(node)
+        if first is not weights or second is weights:
             raise NotRead("its second product does not have the weights on the left")
-        return Operand(value), ()  # type: ignore[arg-type]
+        return Operand(second), ()
     if (parsed := _einsum(node)) is None:
         raise NotRead(f"its second product is a {_name(node)} with options")
     left, right, out, a, b = parsed
@@ -344,11 +352,12 @@ def _einsum(node: fx.Node) -> tuple[list[str], list[str], list[str], fx.Node, fx
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     equation = equation.replace(" ", "") if isinstance(equation, str) else ""
-    if len(operands) != 2 or "." in equation or "->" not in equation:
+    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    if not len(nodes) == len(operands) == 2 or "." in equation or "->" not in equation:
         return None
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
-    return list(left), list(right), list(out), *operands  # type: ignore[return-value]
+    return list(left), list(right), list(out), nodes[0], nodes[1]
 
 
 def _permuted(operand: Operand, have: list[str], want: list[str]) -> Operand:
@@ -370,7 +379,7 @@ def _is_regroup(node: fx.Node, before: fx.Node) -> bool:
     return (
         _is(node, _REGROUPS)
         and _sizes(node)[-2:] == _sizes(before)[-2:]
-        and tensor_of(node).dtype == tensor_of(before).dtype  # type: ignore[union-attr]
+        and recorded(node).dtype == recorded(before).dtype
     )
 
 
@@ -395,7 +404,7 @@ def _mask(node: fx.Node, scores: fx.Node) -> tuple[Operand, fx.Node] | None:
         value = tensor_of(mask)
         if value is None or not value.dtype.is_floating_point or mask is scores:
             return None
-        return Operand(mask), node  # type: ignore[arg-type]
+        return Operand(node_of(mask)), node
     if _is(node, _FILLS) and _argument(node, 0, "input") is scores:
         hidden, fill = _argument(node, 1, "mask"), _argument(node, 2, "value")
         return _hiding(node, scores, hidden, fill, seen=False)
@@ -420,7 +429,7 @@ def _hiding(
         seen: whether the condition is true where scores are kept.
     """
     number = _number(fill)
-    hides = max(_HIDDEN, torch.finfo(tensor_of(scores).dtype).min)  # type: ignore[union-attr]
+    hides = max(_HIDDEN, torch.finfo(recorded(scores).dtype).min)
     if number is None or not number <= hides or not _is_bool(condition) or _sizes(node) != _sizes(scores):
         return None
     reader = node
@@ -473,7 +482,7 @@ def _regrouping(before: fx.Node, after: fx.Node) -> tuple[Step, ...]:
     if math.prod(have) == math.prod(want) and {len(have), len(want)} == {1, 2}:
         if len(want) == 1:
             return (("flatten", 0, 1),)
-        return (("unflatten", 0, (-1, int(tensor_of(after).shape[1]))),)  # type: ignore[union-attr]
+        return (("unflatten", 0, (-1, int(recorded(after).shape[1]))),)
     raise NotRead(f"its batch dimensions {list(have)} are regrouped to {list(want)}")
 
 

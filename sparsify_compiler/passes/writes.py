@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import graphs_in, sizes_of, value_of
+from sparsify_compiler.passes.fx import graphs_in, run_call, sizes_of, strides_of, value_of
 
 _WRITERS = (
     operator.setitem, operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift,
@@ -149,17 +149,16 @@ def _written_by_running(node: fx.Node) -> frozenset[int]:
             return _torch.hint(value)
         if not isinstance(value, Tensor):
             return value
-        sizes, strides = sizes_of(value), tuple(map(_torch.hint, value.stride()))
-        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)  # type: ignore[arg-type]
-        owners[_torch.storage_of(twin)] = frozenset([_torch.storage_of(value)])  # type: ignore[list-item]
+        sizes, strides, storage = sizes_of(value), strides_of(value), _torch.storage_of(value)
+        if sizes is None or strides is None or storage is None:
+            raise ValueError("its memory is known only at run time")
+        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        owners[_torch.storage_of(twin)] = frozenset([storage])
         return twin
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Writes() as writes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: tree_map(fake, value_of(one)))
-        if node.op == "call_method":
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.target(*args, **kwargs)  # type: ignore[operator]
+        run_call(node, args, kwargs)
     return frozenset().union(*(owners.get(storage, frozenset()) for storage in writes.storages))
 
 
