@@ -3,9 +3,9 @@
     before   out = scaled_dot_product_attention(q, k, v, attn_mask=m)       (or softmax(q kᵀ) v by hand)
     after    out = attention(q, k, v, m, scale)        node.meta["site"]: AttentionSite
 
-The call that was there stays in the graph, unused, as node.meta["original"], so that lowering can put it back
-as it was. A call that cannot be rewritten is left alone; its site says why. So it is in the bodies that passes do
-not go into: those of conditions, maps, loops and custom autograd functions.
+The original call stays in the graph, unused, as node.meta["original"], so that lowering can restore it. A call that
+cannot be rewritten stays; its site gives the reason. Calls stay, too, in the bodies that passes do not enter: those
+of conditions, maps, loops and custom autograd functions.
 """
 
 import math
@@ -45,7 +45,7 @@ _MODULE = (
     "inside nn.MultiheadAttention, which Dynamo keeps as one call; write it with scaled_dot_product_attention"
 )
 _KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
-"""In the names of operators that compute attention, of whatever library."""
+"""Part of the name of operators that compute attention, in any library."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -59,16 +59,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One attention call as the graph has it, whatever its spelling."""
+    """One attention call of the graph, in any spelling."""
 
     node: fx.Node
-    """Its output."""
+    """The output of the call."""
     operands: tuple[Operand, ...] = ()
-    """Query, key and value; none where it is not known which tensors these are."""
+    """Query, key and value; empty where they are not known."""
     mask: Operand | None = None
     scale: float | None = None
     unfused: Unfused | None = None
-    """How attention by hand was read."""
+    """The reading of attention by hand."""
     spelling: Literal["sdpa", "unfused"] = "sdpa"
     refusal: str = ""
 
@@ -101,7 +101,7 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node, str] | None]]:
-    """(graph, None) of those that passes go into; (graph, (outermost call, why not)) of the bodies of others."""
+    """(graph, None) if passes enter the graph; else (graph, (outermost call, reason))."""
     seen: set[int] = set()
 
     def closed(module: fx.GraphModule, node: fx.Node, outer: fx.Node) -> Iterator[tuple[fx.GraphModule, Any]]:
@@ -154,7 +154,7 @@ def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
 
 
 def _kernel(node: fx.Node) -> Call | None:
-    """A call of an attention kernel, by its name: FlexAttention, ATen's own kernels, those of other libraries."""
+    """The call of an attention kernel, by its name: FlexAttention, the kernels of ATen and other libraries."""
     if node.op != "call_function" or not is_attention_kernel(name := _name(node)):
         return None
     tensors = [one for one in node.args[:3] if isinstance(one, fx.Node) and tensor_of(one) is not None]
@@ -170,7 +170,7 @@ def is_attention_kernel(name: str) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Of the function that a node calls; with its library, of an operator."""
+    """The name of the function that a node calls; for an operator, with its library."""
     operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
     return str(node.target) if operator else str(getattr(node.target, "__name__", node.target))
 
@@ -203,10 +203,10 @@ def _sdpa(
 
 
 def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> AttentionSite:
-    """Describe a call from the fake tensors Dynamo recorded; a call that can't be described is refused.
+    """Describe a call from the fake tensors Dynamo recorded; refuse a call that it cannot describe.
 
     Args:
-        place: the node whose module it stands in, where the call's own does not tell.
+        place: the node that gives the module where the call's own node has none.
     """
     name = module_path(call.node) or module_path(place) or ROOT
     names[name] = names.get(name, 0) + 1
@@ -250,10 +250,10 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
 
 
 def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> torch.dtype:
-    """The output's, as SDPA and autocast have it; the widest of the inputs' where they differ by hand.
+    """The output's type, as SDPA and autocast choose it; the widest input type where types differ by hand.
 
     Args:
-        out: None of a call with several outputs.
+        out: None for a call with several outputs.
     """
     if out is None:
         return q.dtype
@@ -263,7 +263,7 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> torch
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, S, D] is attention with one head."""
+    """The shape with a head axis: [B, S, D] is attention with one head."""
     return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
 
 
@@ -294,7 +294,7 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
 
 
 def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
-    """Place `attention` and what brings its tensors into its form right before the call, where SDPA would read."""
+    """Insert `attention`, and the steps for its operands, right before the call, where SDPA would read."""
     node, operands, mask = call.node, call.operands, call.mask
     finish = () if call.unfused is None else call.unfused.finish
     types = {recorded(one).dtype for one in operands}
