@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from any_provider import HAS_TRITON, IS_SLOW, device_of, pass_in_the_interpreter
-from hypothesis import HealthCheck, example, given, settings
+from any_provider import HAS_TRITON, IS_SLOW, POISONED, device_of, examples, pass_in_the_interpreter
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,13 +26,8 @@ LOWEST = torch.finfo(torch.float32).min
 UNIT = 2.0**-24
 """Largest relative error of one operation in fp32."""
 
-any_example = settings(
-    max_examples=4 if IS_SLOW else 30, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
-]
+any_example = examples(4, 30)
+pytestmark = POISONED
 
 
 def budgets(*values: Any) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from far_field_providers import DTYPES, EXAMPLES, FEW, PROVIDERS
+from far_field_cases import DTYPES, EXAMPLES, FEW, MARKS, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,10 +15,7 @@ from sparsify_compiler.kernels import cpu
 from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
-]
+pytestmark = MARKS
 
 
 def members(bounds: Tensor, order: Tensor | None, b: int, h: int, tokens: int) -> list[list[int]]:
