@@ -2,7 +2,6 @@
 
 import os
 
-import pytest
 import torch
 from cpu_problems import uniform_table
 from hypothesis import strategies as st
@@ -16,10 +15,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = 8 if INTERPRETED else 25
 FEW = (1, 2, 1) if INTERPRETED else (2, 4, 2)
 """Batch, heads and key heads where they are not what is looked at: the interpreter takes time for each program."""
-MARKS = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
-]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """Of outputs near 1, half precision rounding the virtual keys as it does keys."""
 

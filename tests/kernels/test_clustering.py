@@ -17,6 +17,7 @@ from any_provider import (
     examples,
     generator,
     pass_in_the_interpreter,
+    threads_of_torch,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -226,19 +227,14 @@ def test_float64_points_on_the_reference():
 def test_result_does_not_depend_on_threads(provider, dtype):
     points = points_like_keys(2, 3, 1500, 48, dtype)
     centroids, start = state_like(points, 50)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 3):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 3, 3):
+        with threads_of_torch(count):
             means, labels = run(provider, points, centroids, start, warm=False, first=3)
             order, bounds = sort_by_label(labels, 50, provider=provider)
-            sizes = bounds.diff(dim=-1)
-            selected = top_p_blocks(
-                means, means, sizes, scale=0.1, top_p=0.7, min_blocks=1, provider=provider
-            )
+            chosen = {"scale": 0.1, "top_p": 0.7, "min_blocks": 1, "provider": provider}
+            selected = top_p_blocks(means, means, bounds.diff(dim=-1), **chosen)
             results.append((means, labels, order, bounds, *selected))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(got, was) for got, was in zip(result, results[0], strict=True))
 

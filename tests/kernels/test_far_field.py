@@ -6,19 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from any_provider import pass_in_the_interpreter
+from any_provider import POISONED, pass_in_the_interpreter
 from cpu_problems import uniform_table
-from far_field_cases import (
-    DTYPES,
-    EXAMPLES,
-    FEW,
-    INTERPRETED,
-    MARKS,
-    PROVIDERS,
-    TOLERANCE,
-    problems,
-    some_table,
-)
+from far_field_cases import DTYPES, EXAMPLES, FEW, INTERPRETED, PROVIDERS, TOLERANCE, problems, some_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,7 +22,7 @@ from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.testing import far_fields, oracles
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = MARKS
+pytestmark = POISONED
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from far_field_cases import DTYPES, EXAMPLES, FEW, MARKS, PROVIDERS
+from any_provider import POISONED
+from far_field_cases import DTYPES, EXAMPLES, FEW, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +16,7 @@ from sparsify_compiler.kernels import cpu
 from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.testing.strategies import qkv, tables
 
-pytestmark = MARKS
+pytestmark = POISONED
 
 
 def members(bounds: Tensor, order: Tensor | None, b: int, h: int, tokens: int) -> list[list[int]]:

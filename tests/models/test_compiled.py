@@ -5,13 +5,13 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
@@ -35,11 +35,7 @@ are in every run, the other four in the nightly one."""
 
 KINDS = [pytest.param(name, marks=marks) for name, marks in REPEATS.items()]
 
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 Eager = Callable[..., Any]
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -24,11 +24,7 @@ SVG2 = {"method": "svg2", "q_clusters": 6, "kv_clusters": 12, "kmeans_iters": (4
 CUBES = {"method": "cubes", "cube": (2, 3, 4), "query_cube": (3, 4, 4), "top_p": 0.5}
 USUAL = {"inner_backend": "eager", "far_field": "drop", "dense_steps": 2, "dense_layers": 0}
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
-]
+pytestmark = [fresh_dynamo, no_warnings, needs_diffusers]
 
 
 class Tables(list[BlockTable]):

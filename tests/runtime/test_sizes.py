@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import fresh_dynamo, no_warnings
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.backend import sparsify
@@ -14,10 +15,7 @@ from sparsify_compiler.errors import GridError, OperandError, OptionError
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.site import _functions
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 WIDTH = 16
 DENSE_TILE = {"method": "tile", "reference_frames": 3}

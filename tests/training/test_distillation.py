@@ -2,12 +2,12 @@
 
 import copy
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, nn
 
 from sparsify_compiler import Distillation, DistillationLoss, OptionError, SparsifyError
@@ -15,11 +15,7 @@ from sparsify_compiler.testing.models import CASES, GRID, Inputs
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.training.distillation import attentions
 
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 TILE = {"method": "tile", "reference_frames": 2, "inner_backend": "eager"}
 HELD = {
     "wan": [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)],
