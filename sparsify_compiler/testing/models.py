@@ -36,6 +36,18 @@ NOISE = 0.1
 """Standard deviation of what is added to every weight."""
 
 
+def output_of(result: Any) -> Tensor:
+    """The tensor in the result of a model's forward, be it a tuple or an output of diffusers."""
+    return result[0] if isinstance(result, tuple) else result.sample
+
+
+def take_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a model's parameters by name; the model loses them."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """One attention call: the video tokens in its sequence and their neighbours, or why there are none."""

@@ -6,6 +6,7 @@ plain low-precision attention on the same inputs, plus a floor for inputs on whi
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -330,6 +331,50 @@ def tile_mask(
         [i is None or j is None or i == j or i in reference or j in reference for j in frame] for i in frame
     ]
     return torch.tensor(rows, dtype=torch.bool)
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((got - exact).abs().max() / exact.abs().max())
+
+
+class MaskedAttention(TorchFunctionMode):
+    """While active, every self-attention over at least `tokens` tokens is dense under the next of the masks.
+
+    Args:
+        masks: boolean, broadcast to [B, H, S, S], in the order of the calls; None leaves a call as it is.
+    """
+
+    def __init__(self, masks: Iterable[Tensor | None], tokens: int) -> None:
+        super().__init__()
+        self.masks, self.tokens = iter(masks), tokens
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **others: Any,
+    ) -> Tensor:
+        is_long = query.shape[-2] == key.shape[-2] >= self.tokens
+        if not is_long or (mask := next(self.masks)) is None:
+            return scaled_dot_product_attention(query, key, value, attn_mask, *args, **others)
+        bias = attn_mask
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                bias = torch.zeros(()).masked_fill(~bias, -torch.inf)
+            bias = bias[..., 0, :].expand(query.shape[0], -1, -1)
+        return masked_attention(query, key, value, mask, key_bias=bias, dtype=torch.float32)[0]
 
 
 class TileAttention(TorchFunctionMode):

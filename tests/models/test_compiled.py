@@ -24,7 +24,7 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.testing.dits import Attend, Recipe, recipes
 from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
-from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.testing.oracles import TileAttention, relative_error
 
 SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
@@ -85,10 +85,6 @@ def layout_of(plan: AttentionPlan) -> tuple[Grid | None, int, int]:
 
 def expected_layout(site: Expected) -> tuple[Grid | None, int, int]:
     return (site.grid, site.before, site.after) if site.grid else (None, 0, 0)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got - exact).abs().max() / exact.abs().max())
 
 
 def oracle_for(sites: list[Expected], reference_frames: int) -> TileAttention:

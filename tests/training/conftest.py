@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from searching import SECONDS, SPARSE, calls
-from torch import nn
 
 from sparsify_compiler import Policy
-from sparsify_compiler.testing.models import CASES, Inputs
+from sparsify_compiler.testing.models import CASES, Made
 from sparsify_compiler.training import search
 from sparsify_compiler.training.search import _Attention, read_menu
 
@@ -29,12 +28,12 @@ def clockless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def wan() -> tuple[nn.Module, Inputs]:
+def wan() -> Made:
     return CASES["wan"].build(batch=1)
 
 
 @pytest.fixture(scope="session")
-def found(wan: tuple[nn.Module, Inputs]) -> Policy:
+def found(wan: Made) -> Policy:
     """A policy searched with real times."""
     torch._dynamo.reset()
     return search(wan[0], calls(wan[1]), menu=SPARSE, r=math.inf, total=math.inf)

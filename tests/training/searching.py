@@ -1,19 +1,15 @@
 """The menu, the calls and the oracle with which searches and policies are tested."""
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from sparsify_compiler import Policy
 from sparsify_compiler.policy import DENSE
-from sparsify_compiler.testing.models import GRID, Inputs
-from sparsify_compiler.testing.oracles import masked_attention
+from sparsify_compiler.testing.models import GRID, Inputs, output_of
 from sparsify_compiler.training.search import read_menu
 
 SVG2 = {
@@ -37,34 +33,13 @@ def calls(inputs: Inputs) -> list[Inputs]:
     return [inputs, {**inputs, **other}]
 
 
-class Masked(TorchFunctionMode):
-    """Eager self-attentions over the video under one mask each, in order; dense where there is none."""
-
-    def __init__(self, masks: Sequence[Tensor | None]) -> None:
-        super().__init__()
-        self.masks: Iterator[Tensor | None] = iter(masks)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            query, key, value = (given[name] for name in ("query", "key", "value"))
-            if query.shape[-2] == key.shape[-2] == TOKENS and (mask := next(self.masks)) is not None:
-                return masked_attention(query, key, value, mask, dtype=torch.float32)[0]
-        return func(*args, **kwargs)
-
-
 def answer(model: Any, inputs: Inputs) -> Tensor:
     with torch.no_grad():
-        out = model(**inputs)
-    return out[0] if isinstance(out, tuple) else out.sample
+        return output_of(model(**inputs))
 
 
 def loss(got: Tensor, exact: Tensor) -> float:
     return float(((got - exact).double().norm() / exact.double().norm()) ** 2)
-
-
-# what a policy does
 
 
 def mixed(found: Policy, *choices: str) -> Policy:

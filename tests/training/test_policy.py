@@ -11,18 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from marks import fresh_dynamo, needs_diffusers, no_warnings
-from searching import CLUSTERS, TILE1, TILE2, TOKENS, Masked, answer, calls, loss, mixed
-from torch import Tensor, nn
+from searching import CLUSTERS, TILE1, TILE2, TOKENS, answer, calls, loss, mixed
+from torch import nn
 
 import sparsify_compiler
 from sparsify_compiler import OptionError, Policy, PolicyError, SparsifyWarning, explain
 from sparsify_compiler.backend import configure
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.policy import DENSE, Mark, PolicySite, Trial
-from sparsify_compiler.runtime import site as runtime_site
 from sparsify_compiler.table import BlockTable
-from sparsify_compiler.testing.models import CASES, GRID, Inputs
-from sparsify_compiler.testing.oracles import tile_mask
+from sparsify_compiler.testing.models import CASES, GRID, Made
+from sparsify_compiler.testing.oracles import MaskedAttention, tile_mask
 from sparsify_compiler.testing.strategies import site_of
 from sparsify_compiler.training.search import MENU, read_menu
 
@@ -30,28 +29,20 @@ pytestmark = [fresh_dynamo, no_warnings, needs_diffusers]
 
 
 def test_methods_mix_in_one_graph_and_do_what_each_says(
-    wan: tuple[nn.Module, Inputs], found: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan: Made, found: Policy, tmp_path: Path, tables: list[BlockTable]
 ) -> None:
     model, inputs = wan
-    used: list[BlockTable] = []
-    attend = runtime_site.attention_with_far_field
-
-    def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
-        used.append(table)
-        return attend(query, key, value, table, **others)
-
-    monkeypatch.setattr(runtime_site, "attention_with_far_field", spy)
     path = mixed(found, TILE1, CLUSTERS).save(tmp_path / "policy.json")
     options = {"policy": path, "inner_backend": "eager", "dense_steps": 0}
     got = answer(torch.compile(model, backend="sparsify", options=options, fullgraph=True), inputs)
     tile = tile_mask(GRID[0], 1, GRID[1] * GRID[2])
-    with Masked([tile, used[-1].mask()]):
+    with MaskedAttention([tile, tables[-1].mask()], TOKENS):
         expected = answer(model, inputs)
     assert loss(got, expected) < 1e-9
     assert loss(got, answer(model, inputs)) > 1e-6, "the check must be able to fail"
 
 
-def test_a_policy_loses_what_the_search_said(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+def test_a_policy_loses_what_the_search_said(wan: Made, found: Policy) -> None:
     model, inputs = wan
     options = {"policy": found, "inner_backend": "eager", "dense_steps": 0}
     fast = torch.compile(model, backend="sparsify", options=options)
@@ -62,7 +53,7 @@ def test_a_policy_loses_what_the_search_said(wan: tuple[nn.Module, Inputs], foun
     assert sum(measured) / 2 == pytest.approx(found.together, rel=1e-3)
 
 
-def test_mixed_methods_keep_their_state(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+def test_mixed_methods_keep_their_state(wan: Made, found: Policy) -> None:
     model, inputs = wan
     options = {"policy": mixed(found, CLUSTERS, TILE1), "inner_backend": "eager", "dense_steps": 1}
     fast = torch.compile(model, backend="sparsify", options=options)
@@ -77,7 +68,7 @@ def test_mixed_methods_keep_their_state(wan: tuple[nn.Module, Inputs], found: Po
     assert "(" not in str(stats), "each site has one method"
 
 
-def test_explain_says_what_each_site_does_and_why(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+def test_explain_says_what_each_site_does_and_why(wan: Made, found: Policy) -> None:
     model, inputs = wan
     policy = replace(mixed(found, CLUSTERS, DENSE), r=1e-12)
     explained = sparsify_compiler.explain(model, **inputs, options={"policy": policy})
@@ -90,8 +81,6 @@ def test_explain_says_what_each_site_does_and_why(wan: tuple[nn.Module, Inputs],
     assert explained.graph_plans[0].dense_steps == 0.2, "that of svg2"
     assert not any("default" in hint for hint in explained.hints)
 
-
-# files
 
 labels = st.text(min_size=1, max_size=8)
 marks = st.builds(
@@ -129,14 +118,7 @@ def test_a_policy_comes_back_from_its_file(
         for graph, one in enumerate(marks)
     )
     policy = Policy(
-        model="M",
-        r=r,
-        total=total,
-        menu=menu,
-        layers=layers,
-        together=together,
-        inputs=2,
-        machine="here",
+        model="M", r=r, total=total, menu=menu, layers=layers, together=together, inputs=2, machine="here"
     )
     path = policy.save(tmp_path_factory.mktemp("policies") / "policy.json")
     assert Policy.load(path) == policy
@@ -169,13 +151,7 @@ def test_the_choice_may_be_edited_by_hand(found: Policy, tmp_path: Path) -> None
     ],
 )
 def test_a_policy_that_keeps_everything_dense_says_what_to_try(
-    wan: tuple[nn.Module, Inputs],
-    found: Policy,
-    r: float,
-    total: float,
-    milliseconds: float,
-    says: str,
-    tmp_path: Path,
+    wan: Made, found: Policy, r: float, total: float, milliseconds: float, says: str, tmp_path: Path
 ) -> None:
     trials = {DENSE: Trial(0.0, 8.0), TILE1: Trial(0.5, milliseconds), TILE2: Trial(0.02, milliseconds)}
     layers = tuple(replace(layer, choice=DENSE, trials=trials) for layer in found.layers)
@@ -228,7 +204,7 @@ def test_a_file_that_is_no_policy(tmp_path: Path, content: str | None, says: str
     ],
 )
 def test_a_policy_edited_into_nonsense(
-    wan: tuple[nn.Module, Inputs], found: Policy, tmp_path: Path, name: str, value: Any, says: str
+    wan: Made, found: Policy, tmp_path: Path, name: str, value: Any, says: str
 ) -> None:
     path = found.save(tmp_path / "policy.json")
     content = json.loads(path.read_text())
@@ -259,9 +235,7 @@ def test_a_policy_stands_alone(found: Policy, options: Mapping[str, Any], says: 
         configure({"policy": 3})
 
 
-def test_a_policy_for_another_grid_is_refused_where_it_is_compiled(
-    wan: tuple[nn.Module, Inputs], found: Policy
-) -> None:
+def test_a_policy_for_another_grid_is_refused_where_it_is_compiled(wan: Made, found: Policy) -> None:
     fast = torch.compile(wan[0], backend="sparsify", options={"policy": found})
     says = r"blocks.0.attn1 of WanTransformer3DModel must have grid 5x7x9, got 3x7x9.*search"
     with pytest.raises(PolicyError, match=says):
@@ -279,9 +253,7 @@ class Wrapper(nn.Module):
         return self.module(**inputs)
 
 
-def test_a_policy_of_the_bare_model_does_for_a_wrapped_one(
-    wan: tuple[nn.Module, Inputs], found: Policy
-) -> None:
+def test_a_policy_of_the_bare_model_does_for_a_wrapped_one(wan: Made, found: Policy) -> None:
     model, inputs = wan
     policy = mixed(found, TILE1, TILE2)
     bare, wrapped = (explain(one, **inputs, options={"policy": policy}) for one in (model, Wrapper(model)))
@@ -307,9 +279,7 @@ def test_a_policy_of_the_bare_model_does_for_a_wrapped_one(
         ),
     ],
 )
-def test_a_policy_knows_its_sites(
-    wan: tuple[nn.Module, Inputs], found: Policy, change: Mapping[str, Any], says: str
-) -> None:
+def test_a_policy_knows_its_sites(wan: Made, found: Policy, change: Mapping[str, Any], says: str) -> None:
     layout = TokenLayout(tokens=TOKENS, grid=GRID)
     marks = [asdict(layer.mark) for layer in found.layers]
     sites = [

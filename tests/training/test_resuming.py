@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from marks import fresh_dynamo, needs_diffusers, no_warnings
-from two_stages import OPTIONS, made, step
+from two_stages import OPTIONS, in_stage_2, made, step
 
 from sparsify_compiler import DSVTrainer, SparsifyError
 from sparsify_compiler.methods.predictor import load_predictor
@@ -89,11 +89,7 @@ def test_another_rank_on_a_model_that_learnt_says_what_to_do():
 
 def test_a_loaded_state_gives_its_predictor_at_once(tmp_path: Path) -> None:
     model, inputs = made()
-    fast = torch.compile(model, backend="sparsify", options=OPTIONS)
-    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
-    for _ in range(4):
-        step(fast, inputs)
-        dsv.step()
+    _, dsv = in_stage_2(model, inputs, steps=4, every=2)
     dsv.save_predictor(tmp_path / "first.safetensors")
     other = torch.compile(made()[0], backend="sparsify", options=OPTIONS)
     resumed = DSVTrainer(other)

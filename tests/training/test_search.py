@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marks import fresh_dynamo, needs_diffusers, no_warnings
 from safetensors.torch import save_file
-from searching import CLUSTERS, CUBES, SECONDS, SPARSE, SVG2, TILE1, TILE2, Masked, answer, calls, loss, mixed
+from searching import CLUSTERS, CUBES, SECONDS, SPARSE, SVG2, TILE1, TILE2, TOKENS, answer, calls, loss, mixed
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -26,8 +26,8 @@ from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods.predictor import Trained, initial_weights, save_predictor
 from sparsify_compiler.policy import DENSE, Trial, entry_of
 from sparsify_compiler.testing.dits import Recipe
-from sparsify_compiler.testing.models import CASES, GRID, Inputs
-from sparsify_compiler.testing.oracles import tile_mask
+from sparsify_compiler.testing.models import CASES, GRID, Inputs, Made
+from sparsify_compiler.testing.oracles import MaskedAttention, tile_mask
 from sparsify_compiler.training import search
 from sparsify_compiler.training.search import MENU, PARTS, choose, label_of, read_menu
 
@@ -98,8 +98,6 @@ def tiny(**options: bool) -> tuple[nn.Module, Inputs]:
     return Tiny(**options).eval(), {"video": torch.randn(1, 3, *GRID)}
 
 
-# the choice
-
 losses = st.one_of(st.sampled_from([0.0, math.inf, math.nan]), st.floats(0, 10))
 trials = st.dictionaries(st.text(max_size=3), st.builds(Trial, losses, st.floats(0, 100)), max_size=6).map(
     lambda others: {DENSE: Trial(0.0, 5.0), **{label: one for label, one in others.items() if label != DENSE}}
@@ -160,12 +158,7 @@ def test_the_choices_of_all_sites_are_the_cheapest_within_the_total(
     assert sum(one.milliseconds for one in chosen) <= min(costs) * (1 + 1e-12)
 
 
-# what is measured
-
-
-def test_losses_are_those_of_the_eager_model_under_the_mask_of_one_layer(
-    wan: tuple[nn.Module, Inputs], found: Policy
-) -> None:
+def test_losses_are_those_of_the_eager_model_under_the_mask_of_one_layer(wan: Made, found: Policy) -> None:
     model, inputs = wan
     frames, tokens_per_frame = GRID[0], GRID[1] * GRID[2]
     for place, layer in enumerate(found.layers):
@@ -174,7 +167,7 @@ def test_losses_are_those_of_the_eager_model_under_the_mask_of_one_layer(
             masks[place] = tile_mask(frames, references, tokens_per_frame)
             expected = []
             for one in calls(inputs):
-                with Masked(masks):
+                with MaskedAttention(masks, TOKENS):
                     got = answer(model, one)
                 expected.append(loss(got, answer(model, one)))
             assert layer.trials[label].loss == pytest.approx(sum(expected) / 2, rel=1e-2)
@@ -195,7 +188,7 @@ def test_every_entry_is_measured_at_every_layer(found: Policy) -> None:
 
 
 @pytest.mark.usefixtures("clockless")
-def test_the_search_follows_r(wan: tuple[nn.Module, Inputs], found: Policy) -> None:
+def test_the_search_follows_r(wan: Made, found: Policy) -> None:
     model, inputs = wan
     middle = sorted(one.loss for layer in found.layers for one in layer.trials.values())[-3]
     policies = [search(model, calls(inputs), menu=SPARSE, r=r, total=math.inf) for r in (0, middle)]
@@ -220,7 +213,7 @@ def test_the_search_follows_r(wan: tuple[nn.Module, Inputs], found: Policy) -> N
             assert one.trials[label].loss == third.trials[label].loss
 
 
-def test_a_trained_predictor_on_the_menu(wan: tuple[nn.Module, Inputs], tmp_path: Path) -> None:
+def test_a_trained_predictor_on_the_menu(wan: Made, tmp_path: Path) -> None:
     model, inputs = wan
     path = tmp_path / "predictor.safetensors"
     weights, shares = initial_weights(4, 16, 4), torch.tensor([0.3, 1.0])
@@ -251,16 +244,13 @@ def test_models_of_one_graph_and_of_several(breaks: bool) -> None:
         model, backend="sparsify", options={"policy": sparse, "inner_backend": "eager", **options}
     )
     mask = tile_mask(GRID[0], 2, GRID[1] * GRID[2])
-    with Masked([mask, mask]), torch.no_grad():
+    with MaskedAttention([mask, mask], TOKENS), torch.no_grad():
         expected = model(**inputs)
     with torch.no_grad():
         assert loss(fast(**inputs), expected) < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("spelling", "mask", "kv_heads"),
-    [("gqa", "bool", 1), ("matmul", "additive", 2)],
-)
+@pytest.mark.parametrize(("spelling", "mask", "kv_heads"), [("gqa", "bool", 1), ("matmul", "additive", 2)])
 def test_every_spelling_is_measured_as_it_runs(
     spelling: str, mask: Literal["none", "bool", "additive", "per head"], kv_heads: int
 ) -> None:
@@ -275,12 +265,9 @@ def test_every_spelling_is_measured_as_it_runs(
             assert loss(fast(**inputs), model(**inputs)) == pytest.approx(layer.trials[choice].loss, rel=1e-3)
 
 
-# mistakes
-
-
 @pytest.mark.parametrize("value", [-1, -1e-9, math.nan, True, "0.1", None])
 @pytest.mark.parametrize("name", ["r", "total"])
-def test_limits_must_be_numbers_of_at_least_0(wan: tuple[nn.Module, Inputs], name: str, value: Any) -> None:
+def test_limits_must_be_numbers_of_at_least_0(wan: Made, name: str, value: Any) -> None:
     with pytest.raises(OptionError, match=f"{name} must be a number of at least 0"):
         search(wan[0], [wan[1]], **{name: value})
 
@@ -303,7 +290,7 @@ def test_limits_must_be_numbers_of_at_least_0(wan: tuple[nn.Module, Inputs], nam
         ([{"method": "tile", "reference_frames": 6}], "reference_frames must be in 1..5"),
     ],
 )
-def test_a_menu_must_make_sense(wan: tuple[nn.Module, Inputs], menu: Any, says: str) -> None:
+def test_a_menu_must_make_sense(wan: Made, menu: Any, says: str) -> None:
     with pytest.raises(OptionError, match=says):
         search(wan[0], [wan[1]], menu=menu)
 
@@ -331,12 +318,9 @@ def test_a_search_tells_what_it_cannot_work_with() -> None:
         search(model, [inputs], menu=SPARSE[:1])
 
 
-# the command
-
-
 @pytest.mark.usefixtures("clockless")
 def test_the_command_searches_a_checkpoint(tmp_path: Path) -> None:
-    model, inputs = CASES["cogvideox"].build(batch=1)  # diffusers loads Wan with accelerate alone
+    model, inputs = CASES["cogvideox"].build(batch=1)  # diffusers loads Made with accelerate alone
     model.save_pretrained(tmp_path / "checkpoint")
     torch.save([inputs], tmp_path / "calls.pt")
     save_file(

@@ -10,7 +10,7 @@ import torch
 from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, fx, nn
 from torch._functorch._activation_offloading import activation_offloading
-from two_stages import OPTIONS, gradients, made, step
+from two_stages import OPTIONS, in_stage_2, made, step
 
 import sparsify_compiler
 from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
@@ -18,7 +18,7 @@ from sparsify_compiler.kernels import providers
 from sparsify_compiler.passes import offload
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.dits import Attend
-from sparsify_compiler.testing.models import CASES, GRID, Inputs
+from sparsify_compiler.testing.models import CASES, GRID, Inputs, take_gradients
 
 pytestmark = [fresh_dynamo, no_warnings, needs_diffusers]
 
@@ -28,13 +28,13 @@ def test_learning_leaves_the_models_gradients_alone_bit_for_bit(inner: str) -> N
     model, inputs = made()
     dense = torch.compile(model, backend="sparsify", options={"method": "dense", "inner_backend": inner})
     step(dense, inputs)
-    expected = gradients(model)
+    expected = take_gradients(model)
     assert expected
     fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": inner})
     dsv = DSVTrainer(fast)
     for _ in range(2):  # the second call learns
         step(fast, inputs)
-        found = gradients(model)
+        found = take_gradients(model)
         dsv.step()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -69,7 +69,7 @@ def test_lists_that_wait_on_the_host_change_no_gradient(monkeypatch: pytest.Monk
         torch._dynamo.reset()
         model.zero_grad()
         train(OPTIONS | {"inner_backend": "inductor", "offload_indices": offloads})
-        found.append(gradients(model))
+        found.append(take_gradients(model))
         assert moved == ([(1, 1)] if offloads else [])
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -90,12 +90,7 @@ def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.Mo
         model, inputs = made()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"inner_backend": "aot_eager"})
-        dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
-        for _ in range(4):
-            step(fast, inputs)
-            dsv.step()
-        assert dsv.stage == 2
+        fast, dsv = in_stage_2(model, inputs, steps=4, every=2, inner_backend="aot_eager")
         model.zero_grad()
         chosen.clear()
         with monkeypatch.context() as patch:
@@ -107,7 +102,7 @@ def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.Mo
         learned = {
             name: tensor.clone() for name, tensor in state_of(next(model.parameters())).trained.items()
         }
-        seen.append((loss, gradients(model), learned))
+        seen.append((loss, take_gradients(model), learned))
     (loss, grads, learned), (other_loss, other_grads, other_learned) = seen
     assert torch.equal(loss, other_loss)
     for found, expected in ((other_grads, grads), (other_learned, learned)):
@@ -143,12 +138,7 @@ def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(
     far_field: str, tmp_path: Path
 ) -> None:
     model, inputs = made()
-    fast = torch.compile(model, backend="sparsify", options=OPTIONS | {"far_field": far_field})
-    dsv = DSVTrainer(fast, threshold=10.0, profile_every=(2, 2), break_even=1.0)
-    for _ in range(4):
-        step(fast, inputs)
-        dsv.step()
-    assert dsv.stage == 2
+    fast, dsv = in_stage_2(model, inputs, steps=4, every=2, far_field=far_field)
     trained = fast(**inputs, return_dict=False)[0].detach()
     with torch.no_grad():
         evaluated = fast(**inputs, return_dict=False)[0]
@@ -157,12 +147,7 @@ def test_stage_2_reads_what_it_says_and_inference_with_its_file_is_the_same(
     dsv.save_predictor(path)
     other = CASES["wan"].make(GRID, 1)[0]
     other.load_state_dict(model.state_dict())
-    options = {
-        "method": "dsv",
-        "predictor": str(path),
-        "inner_backend": "eager",
-        "far_field": far_field,
-    }
+    options = {"method": "dsv", "predictor": str(path), "inner_backend": "eager", "far_field": far_field}
     loaded = torch.compile(other.eval(), backend="sparsify", options=options)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs, return_dict=False)[0], trained, atol=1e-5, rtol=0)
@@ -197,7 +182,7 @@ def test_joint_attention_and_masks(family: str) -> None:
     dsv = DSVTrainer(fewer, threshold=10.0, profile_every=(1, 1), break_even=1.0)
     for _ in range(3):
         step(fewer, inputs)
-        found = gradients(model)
+        found = take_gradients(model)
         dsv.step()
     assert all(grad.isfinite().all() for grad in found.values())
     assert (fewer(**inputs, return_dict=False)[0] - eager).abs().max() > 1e-4
@@ -229,14 +214,7 @@ def test_batches_may_differ_in_stage_2(made: Callable[..., tuple[nn.Module, Inpu
     for backend in ("eager", inner):
         torch._dynamo.reset()
         model, inputs = made()
-        fast = torch.compile(
-            model, backend="sparsify", options=OPTIONS | {"inner_backend": backend, "kv_budget": 0.2}
-        )
-        dsv = DSVTrainer(fast, threshold=10.0, profile_every=(1, 1), break_even=1.0)
-        for _ in range(3):
-            step(fast, inputs)
-            dsv.step()
-        assert dsv.stage == 2
+        fast, _ = in_stage_2(model, inputs, steps=3, every=1, inner_backend=backend, kv_budget=0.2)
         batches = [made(batch=batch)[1] for batch in (1, 2, 3, 2)]
         losses[backend] = [float(step(fast, batch)) for batch in batches]
     assert losses[inner] == pytest.approx(losses["eager"], rel=1e-4)
