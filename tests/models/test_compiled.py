@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from marks import fresh_dynamo, needs_diffusers, no_warnings
+from recorder import Recorder
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
@@ -38,22 +39,6 @@ KINDS = [pytest.param(name, marks=marks) for name, marks in REPEATS.items()]
 pytestmark = [fresh_dynamo, no_warnings]
 
 Eager = Callable[..., Any]
-
-
-class Recorder:
-    """A backend that hands graphs to `sparsify` with these options and keeps what it returns."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = {"inner_backend": "eager", "reference_frames": 2, "method": "tile"} | options
-        self.programs: list[Program] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
-
-    @property
-    def plans(self) -> list[AttentionPlan]:
-        return [plan for program in self.programs for plan in program.plan]
 
 
 def planned(
