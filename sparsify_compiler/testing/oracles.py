@@ -6,7 +6,7 @@ plain low-precision attention on the same inputs, plus a floor for inputs on whi
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -338,7 +338,21 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     return float((got - exact).abs().max() / exact.abs().max())
 
 
-class MaskedAttention(TorchFunctionMode):
+class _Attention(TorchFunctionMode):
+    """While active, `_attention` runs instead of scaled_dot_product_attention."""
+
+    _attention: Callable[..., Tensor]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+
+class MaskedAttention(_Attention):
     """While active, every self-attention over at least `tokens` tokens is dense under the next of the masks.
 
     Args:
@@ -348,14 +362,6 @@ class MaskedAttention(TorchFunctionMode):
     def __init__(self, masks: Iterable[Tensor | None], tokens: int) -> None:
         super().__init__()
         self.masks, self.tokens = iter(masks), tokens
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(*args, **kwargs)
 
     def _attention(
         self,
@@ -377,7 +383,7 @@ class MaskedAttention(TorchFunctionMode):
         return masked_attention(query, key, value, mask, key_bias=bias, dtype=torch.float32)[0]
 
 
-class TileAttention(TorchFunctionMode):
+class TileAttention(_Attention):
     """While active, every attention over the whole sequence is dense SDPA under Efficient-vDiT's mask.
 
     Holds a model to the mask's definition without the compiler: run it eagerly, `with TileAttention(...)`.
@@ -391,14 +397,6 @@ class TileAttention(TorchFunctionMode):
         sees = tile_mask(frames, reference_frames, 1, before=before > 0, after=after > 0)
         sizes = [size for size in [before, *[tokens_per_frame] * frames, after] if size]
         self.sizes, self.rows = sizes, sees.repeat_interleave(torch.tensor(sizes), dim=1)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(*args, **kwargs)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any

@@ -71,3 +71,33 @@ def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 NO = -math.inf
+
+
+def flat(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = project(x)
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, S, H, D]"""
+    q, k, v = project(x)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def spelled(
+    scores: Function = lambda s: s, weights: Function = lambda w: w, dtype: torch.dtype = torch.float32
+) -> Function:
+    """softmax(scores(q kᵀ)), changed by `weights`, times v."""
+
+    def function(x: Tensor) -> Tensor:
+        q, k, v = project(x.to(dtype))
+        return weights(scores(q @ k.mT).softmax(-1)) @ v
+
+    return function
+
+
+def multiplied(
+    product: Callable[[Tensor, Tensor, Tensor], Tensor], of: Callable[[Tensor], Any] = project
+) -> Function:
+    """A function of q, k and v."""
+    return lambda x: product(*of(x))

@@ -1,8 +1,6 @@
 """Attention by hand: what is read as attention computes the same, and what is not stays as it is and says why."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +16,14 @@ from by_hand import (
     Outcome,
     S,
     X,
+    flat,
     heads,
     is_rewritten,
+    multiplied,
     outcomes,
     project,
+    rows,
+    spelled,
     stays,
 )
 from torch import Tensor
@@ -31,36 +33,6 @@ from sparsify_compiler.passes import replay, unfused
 FLAT_BIAS = BIAS.view(B, 1, S).repeat_interleave(H, 0)
 """[B H, 1, S]"""
 MEMORY = torch.arange(7.0 * D).view(7, D).sin()
-
-
-def flat(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = project(x)
-    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-
-
-def rows(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, S, H, D]"""
-    q, k, v = project(x)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-
-def spelled(
-    scores: Function = lambda s: s, weights: Function = lambda w: w, dtype: torch.dtype = torch.float32
-) -> Function:
-    """softmax(scores(q kᵀ)), changed by `weights`, times v."""
-
-    def function(x: Tensor) -> Tensor:
-        q, k, v = project(x.to(dtype))
-        return weights(scores(q @ k.mT).softmax(-1)) @ v
-
-    return function
-
-
-def multiplied(
-    product: Callable[[Tensor, Tensor, Tensor], Tensor], of: Callable[[Tensor], Any] = project
-) -> Function:
-    """A function of q, k and v."""
-    return lambda x: product(*of(x))
 
 
 def in_operators(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
