@@ -30,8 +30,7 @@ def fresh_dynamo() -> None:
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> list[BlockTable]:
     """The tables that sites use, in order."""
-    used: list[BlockTable] = []
-    attend = site.attention_with_far_field
+    used, attend = list[BlockTable](), site.attention_with_far_field
 
     def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
         used.append(table)
