@@ -14,9 +14,9 @@ PROVIDERS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = 8 if INTERPRETED else 25
 FEW = (1, 2, 1) if INTERPRETED else (2, 4, 2)
-"""Batch, heads and key heads where they are not what is looked at: the interpreter takes time for each program."""
+"""Batch, heads and key heads where a test is not about them: the interpreter takes time for each program."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Of outputs near 1, half precision rounding the virtual keys as it does keys."""
+"""For outputs near 1; half precision rounds the virtual keys as it rounds keys."""
 
 
 def some_table(seed: int = 0) -> BlockTable:

@@ -27,7 +27,7 @@ Outcome = tuple[Tensor, Tensor, AttentionPlan]
 
 
 def outcomes(functions: dict[str, Function], x: Tensor = X, **options: Any) -> dict[str, Outcome]:
-    """Of functions of tokens [B, S, H D], which are one graph: most of the time goes into tracing."""
+    """The outcomes of functions of tokens [B, S, H D], as one graph: most of the time goes into tracing."""
     plans: list[AttentionPlan] = []
 
     def together(x: Tensor) -> list[Tensor]:
