@@ -34,6 +34,8 @@ from sparsify_compiler.testing.fuzzing import (
     random_case,
     save,
     shrink,
+    tables,
+    writes,
 )
 from sparsify_compiler.testing.fuzzing.strategies import cases
 from sparsify_compiler.testing.fuzzing.tokens import Tokens
@@ -177,12 +179,12 @@ def runs(line: str, seed: int, **more: object) -> bool:
     draw = Draw(Random(seed).randint)
     tokens = Tokens(scenes[seed % 3])
     tokens.add("x = m.conv3d(video).flatten(2).mT; y = x.clone()")
-    return tokens.add(moves.filled(line, tokens, draw, **more))
+    return tokens.add(tables.filled(line, tokens, draw, **more))
 
 
 def test_no_line_of_a_table_is_dead() -> None:
-    everything = [*vars(moves).values(), *moves.RETURNING]
-    lines = {line for table in everything if isinstance(table, moves.Table) for line in table.lines}
+    everything = [*vars(moves).values(), *vars(writes).values(), *moves.RETURNING]
+    lines = {line for table in everything if isinstance(table, tables.Table) for line in table.lines}
     assert len(lines) > 300
     assert [line for line in lines if not any(runs(line, seed, y="x", dim=1) for seed in range(12))] == []
 

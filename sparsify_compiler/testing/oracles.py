@@ -6,6 +6,7 @@ plain low-precision attention on the same inputs, plus a floor for inputs on whi
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -332,7 +333,57 @@ def tile_mask(
     return torch.tensor(rows, dtype=torch.bool)
 
 
-class TileAttention(TorchFunctionMode):
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((got - exact).abs().max() / exact.abs().max())
+
+
+class _Attention(TorchFunctionMode):
+    """While active, `_attention` runs instead of scaled_dot_product_attention."""
+
+    _attention: Callable[..., Tensor]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+
+class MaskedAttention(_Attention):
+    """While active, every self-attention over at least `tokens` tokens is dense under the next of the masks.
+
+    Args:
+        masks: boolean, broadcast to [B, H, S, S], in the order of the calls; None leaves a call as it is.
+    """
+
+    def __init__(self, masks: Iterable[Tensor | None], tokens: int) -> None:
+        super().__init__()
+        self.masks, self.tokens = iter(masks), tokens
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **others: Any,
+    ) -> Tensor:
+        is_long = query.shape[-2] == key.shape[-2] >= self.tokens
+        if not is_long or (mask := next(self.masks)) is None:
+            return scaled_dot_product_attention(query, key, value, attn_mask, *args, **others)
+        bias = attn_mask
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                bias = torch.zeros(()).masked_fill(~bias, -torch.inf)
+            bias = bias[..., 0, :].expand(query.shape[0], -1, -1)
+        return masked_attention(query, key, value, mask, key_bias=bias, dtype=torch.float32)[0]
+
+
+class TileAttention(_Attention):
     """While active, every attention over the whole sequence is dense SDPA under Efficient-vDiT's mask.
 
     Holds a model to the mask's definition without the compiler: run it eagerly, `with TileAttention(...)`.
@@ -346,14 +397,6 @@ class TileAttention(TorchFunctionMode):
         sees = tile_mask(frames, reference_frames, 1, before=before > 0, after=after > 0)
         sizes = [size for size in [before, *[tokens_per_frame] * frames, after] if size]
         self.sizes, self.rows = sizes, sees.repeat_interleave(torch.tensor(sizes), dim=1)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(*args, **kwargs)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any

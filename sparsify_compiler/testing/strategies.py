@@ -56,6 +56,18 @@ def tables(draw: st.DrawFn, *, batch: int, heads: int, q_tokens: int, kv_tokens:
     return table
 
 
+@st.composite
+def key_biases(draw: st.DrawFn, *, batch: int, heads: int, tokens: int, seed: int) -> Tensor | None:
+    """A bias [B or 1, H or 1, tokens] that hides no, some or all keys; or None."""
+    if not draw(st.booleans()):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+    bias = torch.randn(*lead, tokens, generator=generator)
+    hidden = torch.rand(bias.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return bias.masked_fill(hidden, -torch.inf)
+
+
 def qkv(
     batch: int,
     heads: int,

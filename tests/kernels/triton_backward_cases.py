@@ -5,6 +5,7 @@ Every case goes all ways: dK and dV added to by atomics, computed block by block
 
 import pytest
 import torch
+from any_provider import POISONED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,10 +31,7 @@ WAYS = pytest.mark.parametrize(
     "way", [SCATTERED, BY_BLOCK, GROUPED], ids=["scattered", "by block", "grouped"]
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
-]
+pytestmark = POISONED
 
 
 def gradients(

@@ -18,13 +18,7 @@ from sparsify_compiler.lab import configurations as compared
 from sparsify_compiler.lab import model as evaluated
 from sparsify_compiler.lab.benchmark import Bench
 from sparsify_compiler.lab.calibration import calibration_inputs
-from sparsify_compiler.lab.configurations import (
-    TRIES,
-    Settings,
-    configurations,
-    find_reading,
-    nearest_tile,
-)
+from sparsify_compiler.lab.configurations import TRIES, Settings, configurations, find_reading, nearest_tile
 from sparsify_compiler.lab.quality import ssim
 from sparsify_compiler.lab.sparsity import Listen
 from sparsify_compiler.training import search

@@ -7,12 +7,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from marks import needs_diffusers, no_warnings
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -27,10 +27,7 @@ from sparsify_compiler.lab.students import Settings
 from sparsify_compiler.lab.world import Scene
 from sparsify_compiler.policy import DENSE, Policy
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
-]
+pytestmark = [no_warnings, needs_diffusers]
 FRAMES = 4
 SETTINGS = Settings(
     consistency_steps=3, distillation_steps=3, segments=2, r=math.inf, total=math.inf, frames=FRAMES

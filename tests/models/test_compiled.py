@@ -5,13 +5,14 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from marks import fresh_dynamo, needs_diffusers, no_warnings
+from recorder import Recorder
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
@@ -24,7 +25,7 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.testing.dits import Attend, Recipe, recipes
 from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
-from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.testing.oracles import TileAttention, relative_error
 
 SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
@@ -35,29 +36,9 @@ are in every run, the other four in the nightly one."""
 
 KINDS = [pytest.param(name, marks=marks) for name, marks in REPEATS.items()]
 
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 Eager = Callable[..., Any]
-
-
-class Recorder:
-    """A backend that hands graphs to `sparsify` with these options and keeps what it returns."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = {"inner_backend": "eager", "reference_frames": 2, "method": "tile"} | options
-        self.programs: list[Program] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
-
-    @property
-    def plans(self) -> list[AttentionPlan]:
-        return [plan for program in self.programs for plan in program.plan]
 
 
 def planned(
@@ -89,10 +70,6 @@ def layout_of(plan: AttentionPlan) -> tuple[Grid | None, int, int]:
 
 def expected_layout(site: Expected) -> tuple[Grid | None, int, int]:
     return (site.grid, site.before, site.after) if site.grid else (None, 0, 0)
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got - exact).abs().max() / exact.abs().max())
 
 
 def oracle_for(sites: list[Expected], reference_frames: int) -> TileAttention:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import fresh_dynamo, no_warnings
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
@@ -15,10 +16,7 @@ import sparsify_compiler
 from sparsify_compiler import DSVTrainer
 from sparsify_compiler.errors import OperandError
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 EVERY_STEP = {"dense_layers": 0, "dense_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {

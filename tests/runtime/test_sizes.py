@@ -7,17 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from marks import fresh_dynamo, no_warnings
+from recorder import Recorder
+from torch import Tensor, nn
 
-from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import GridError, OperandError, OptionError
-from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.site import _functions
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 WIDTH = 16
 DENSE_TILE = {"method": "tile", "reference_frames": 3}
@@ -53,25 +50,9 @@ def text_of(tokens: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
 
 
-class Recorder:
-    """A backend that keeps the programs it makes."""
-
-    def __init__(self, **options: Any) -> None:
-        method = {} if "method" in options else DENSE_TILE
-        self.options = {"inner_backend": "eager", **method, **options}
-        self.programs: list[Program] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
-
-    def layouts(self) -> list[tuple[int, int]]:
-        return [(plan.layout.before, plan.layout.after) for one in self.programs for plan in one.plan.sparse]
-
-
 def check(model: Callable[..., Tensor], calls: list[tuple[Tensor, ...]], **options: Any) -> Recorder:
     """Compiled first: an eager run before would hide faults."""
-    recorder = Recorder(**options)
+    recorder = Recorder(**({} if "method" in options else DENSE_TILE), **options)
     compiled = torch.compile(model, backend=recorder)
     with torch.no_grad():
         for inputs in calls:
@@ -138,7 +119,7 @@ def test_memory_is_of_one_batch() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_given_grid_is_of_its_tokens(dynamic: bool | None) -> None:
-    compiled = torch.compile(attend, backend=Recorder(grid=(3, 2, 5)), dynamic=dynamic)
+    compiled = torch.compile(attend, backend=Recorder(**DENSE_TILE, grid=(3, 2, 5)), dynamic=dynamic)
     with torch.no_grad():
         torch.testing.assert_close(compiled(text_of(30)), attend(text_of(30)), rtol=1e-4, atol=1e-5)
         with pytest.raises(GridError, match=r"\(3, 2, 5\) = 30 tokens, but .* 60 tokens"):
@@ -150,7 +131,7 @@ def test_frames_and_rows_must_not_be_marked_dynamic(dim: int) -> None:
     video = video_of()
     torch._dynamo.mark_dynamic(video, dim)
     with torch.no_grad(), pytest.raises(OptionError, match=rf"marked dynamic, got .*size\({dim}\) = "):
-        torch.compile(lambda v: attend(embed(v)), backend=Recorder())(video)
+        torch.compile(lambda v: attend(embed(v)), backend=Recorder(**DENSE_TILE))(video)
     torch._dynamo.reset()
     with torch.no_grad():  # nothing rests on it where nothing is sparse
         torch.compile(lambda v: attend(embed(v)), backend=Recorder(method="dense"))(video)

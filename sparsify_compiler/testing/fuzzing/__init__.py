@@ -7,8 +7,8 @@
 
 | kind | question | files |
 | --- | --- | --- |
-| `tokens` | do the tokens of a layout lie where it says? | `programs.py`, `moves.py`, `judging.py` |
-| `writes` | do they still, after writes and through aliases? | the same |
+| `tokens` | do the tokens of a layout lie where it says? | `programs.py`, `moves.py`, `tables.py`, `judging.py` |
+| `writes` | do they still, after writes and through aliases? | `writes.py` and the same |
 | `spellings` | is attention what was taken for attention? | `spellings.py` |
 | `calls` | does one compiled model serve any sizes, types and modes? | `calls.py` |
 

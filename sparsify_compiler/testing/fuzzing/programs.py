@@ -1,9 +1,17 @@
 """Programs of tokens: patches are cut, tokens move, attention runs over them; kinds `tokens` and `writes`."""
 
-from sparsify_compiler.testing.fuzzing import moves
 from sparsify_compiler.testing.fuzzing.cases import Case, Draw, Scene
 from sparsify_compiler.testing.fuzzing.machines import CHANNELS, WIDTH
-from sparsify_compiler.testing.fuzzing.tokens import MESHES, Tokens, draw_scene
+from sparsify_compiler.testing.fuzzing.moves import (
+    KEPT,
+    MOVED,
+    RETURNING,
+    attend,
+    attend_elsewhere,
+    attend_twice,
+)
+from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens, draw_scene
+from sparsify_compiler.testing.fuzzing.writes import KEPT_WRITES, MOVED_WRITES, write_around_attention
 
 
 def orders(scene: Scene) -> tuple[str, str]:
@@ -69,14 +77,27 @@ def embed_freely(scene: Scene, draw: Draw) -> str:
     )
 
 
+TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
+    "tokens": (KEPT, MOVED),
+    "writes": (KEPT_WRITES, MOVED_WRITES),
+}
+"""Kind of program -> (moves that keep tokens in their places, all others)."""
+
+ATTEND: dict[str, tuple[Move, ...]] = {
+    "tokens": (attend, attend, attend, attend_elsewhere, attend_twice),
+    "writes": (attend, write_around_attention, write_around_attention),
+}
+"""Kind of program -> the moves that end it."""
+
+
 def draw_program(kind: str, draw: Draw) -> Case:
     """A program of the kind `tokens` or `writes`."""
     tokens = Tokens(draw_scene(draw))
     freely = tokens.scene.source != "packed" and draw.chance(15)
     tokens.add((embed_freely if freely else embed)(tokens.scene, draw))
-    kept, moved = moves.TABLES[kind]
-    tables = draw.of([kept], [kept], [kept, moves.RETURNING], [kept, moved, moved])
+    kept, moved = TABLES[kind]
+    tables = draw.of([kept], [kept], [kept, RETURNING], [kept, moved, moved])
     for _ in range(draw.integer(0, 7)):
         draw.of(*draw.of(*tables))(tokens, draw)
-    draw.of(*moves.ATTEND[kind])(tokens, draw)
+    draw.of(*ATTEND[kind])(tokens, draw)
     return Case(kind=kind, scene=tokens.scene, moves=tuple(tokens.moves))
