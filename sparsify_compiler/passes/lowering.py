@@ -282,7 +282,8 @@ def _describe(node: fx.Node, *new: fx.Node) -> None:
 
 def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     """[B|1, H|1, Sk] additive bias from a mask that broadcasts to [B, H, Sq, Sk] and is constant along Sq."""
-    dims = recorded(mask).dim()
+    value = recorded(mask)
+    dims = value.dim()
     if dims >= 2:
         mask = graph.call_method("select", (mask, -2, 0))
     for _ in range(dims - 1 if dims >= 2 else 1, 3):
