@@ -171,7 +171,7 @@ def test_a_program_refuses_other_sizes(options: dict[str, Any]) -> None:
         torch.compile(attend, backend=recorder)(text_of(30))
         (program,) = recorder.programs
         for other in (text_of(60), text_of(29), text_of(30)[..., :8], text_of(30)[0]):
-            with pytest.raises(OperandError, match=r"attention .* rests on an input .* shape \[1, 30, 16\]"):
+            with pytest.raises(OperandError, match=r"attention .* needs an input .* shape \[1, 30, 16\]"):
                 program(other)
 
 

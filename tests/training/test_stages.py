@@ -327,7 +327,9 @@ def test_states_of_others_are_refused():
         dsv.step()
     learned = {name: tensor[..., :1] for name, tensor in state["dsv"]["learned"].items()}
     dsv.load_state_dict(state["dsv"] | {"learned": learned})
-    with pytest.raises(SparsifyError, match="what was learnt is of another model, or with other options"):
+    with pytest.raises(
+        SparsifyError, match="the trained tensors belong to another model or to other options"
+    ):
         step(fast, inputs)
 
 
