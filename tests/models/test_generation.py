@@ -506,7 +506,7 @@ def test_stats_of_a_model_that_did_not_run_says_so() -> None:
             {"method": "tile", "top_p": 0.5},
             "'top_p' belongs to method 'svg2' and 'cubes', got method='tile'",
         ),
-        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' is of method 'svg2', got method='tile'"),
+        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' has method 'svg2', got method='tile'"),
         ({"method": "cubes", "cube": (4, 4)}, r"cube must be three integers"),
         ({"method": "cubes", "query_cube": (4, 0, 4)}, "query_cube must be an integer of at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
