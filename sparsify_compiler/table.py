@@ -119,7 +119,7 @@ class BlockTable:
         return blocks > 0
 
     def listing(self, blocks: Tensor) -> "BlockTable":
-        """The same blocks, with rows that list, in rising order, those where `blocks` [B, H, Nq, Nk], bool, is True."""
+        """The same blocks, with rows that list, by rising index, those that `blocks`, bool [B, H, Nq, Nk], has."""
         columns = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
         # Each listed block moves to its place in the count, all others to an extra column that is cut off.
         place = torch.where(blocks, blocks.cumsum(-1) - 1, len(columns))
