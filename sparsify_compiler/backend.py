@@ -25,7 +25,7 @@ from sparsify_compiler.runtime.site_inputs import GraphInputs
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
-BESIDE_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
+WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
 """Options that may be given with a policy."""
 
 
@@ -160,11 +160,11 @@ def _policy(options: Mapping[str, Any]) -> Policy:
     """The requested policy. No other option may decide what sites do."""
     for option in options:
         if option not in (*GENERAL, *ALL_OPTIONS):
-            raise unknown_choice("option with a policy", option, BESIDE_A_POLICY)
-        if option not in ("policy", *BESIDE_A_POLICY):
+            raise unknown_choice("option with a policy", option, WITH_A_POLICY)
+        if option not in ("policy", *WITH_A_POLICY):
             raise OptionError(
                 f"a policy sets option {option!r} for every site: leave out one. "
-                f"With a policy you may give {', '.join(BESIDE_A_POLICY)}"
+                f"With a policy you may give {', '.join(WITH_A_POLICY)}"
             )
     asked = options["policy"]
     if not isinstance(asked, (str, Path, Policy)):

@@ -206,10 +206,10 @@ def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         and name not in inputs
     ]
     if unknown or missing:
-        told = [f"does not take {', '.join(unknown)}"] if unknown else []
-        told += [f"needs {', '.join(missing)}"] if missing else []
+        problems = [f"does not take {', '.join(unknown)}"] if unknown else []
+        problems += [f"needs {', '.join(missing)}"] if missing else []
         raise OptionError(
-            f"{type(model).__name__} {' and '.join(told)}; its inputs are {', '.join(signature.parameters)}"
+            f"{type(model).__name__} {' and '.join(problems)}; its inputs are {', '.join(signature.parameters)}"
         )
     try:
         with torch.no_grad():

@@ -239,8 +239,8 @@ def sample_few_steps(
 
 def velocity(model: Model, state: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
     """The model's velocity at `state` [B, ...] and `time` [B], from 0 to 1: float32, in the shape of `state`."""
-    answer = model(hidden_states=state, timestep=1000 * time, **conditioning, return_dict=False)
-    return answer[0].float()
+    result = model(hidden_states=state, timestep=1000 * time, **conditioning, return_dict=False)
+    return result[0].float()
 
 
 def _over(numbers: Tensor, video: Tensor) -> Tensor:

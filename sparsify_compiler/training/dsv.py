@@ -240,8 +240,8 @@ class DSVTrainer:
             )
         self._find_sites()
         signal = self._state.trained["signal"]
-        learnt, profiled, _ = signal.tolist()
-        if learnt:
+        learned, profiled, _ = signal.tolist()
+        if learned:
             self._learn()
         self.steps += 1
         progress = self._look() if profiled else None

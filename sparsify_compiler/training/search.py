@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.backend import BESIDE_A_POLICY, configure
+from sparsify_compiler.backend import WITH_A_POLICY, configure
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.explanation import Explanation, explain
@@ -260,8 +260,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 def _config(options: Mapping[str, Any] | None) -> SparsifyConfig:
     for name in options or {}:
-        if name not in BESIDE_A_POLICY:
-            raise unknown_choice("option of a search", name, BESIDE_A_POLICY)
+        if name not in WITH_A_POLICY:
+            raise unknown_choice("option of a search", name, WITH_A_POLICY)
     return configure({**(options or {}), "method": DENSE})
 
 
@@ -386,11 +386,11 @@ class _Bench:
     def loss(self, number: int, choices: Mapping[str, str], advance: Callable[[], object]) -> float:
         """The loss on an input with these choices."""
         self.choices = choices
-        lost = relative_error(self._answer(number), self._exact[number])
+        lost = relative_error(self._output(number), self._exact[number])
         advance()
         return lost
 
-    def _answer(self, number: int) -> Tensor:
+    def _output(self, number: int) -> Tensor:
         return _first_tensor(self.call(self.model, self.inputs[number]))
 
     def _time(self, number: int) -> dict[AttentionPlan, float]:
@@ -398,7 +398,7 @@ class _Bench:
         self.choices, self.reached = {}, set()
         timed: dict[AttentionPlan, float] = {}
         self.timed = timed
-        out, self.timed = self._answer(number), None
+        out, self.timed = self._output(number), None
         if beyond := sorted(self.plans.keys() - self.reached):
             raise SparsifyError(
                 f"{', '.join(beyond)} cannot be searched: not called for every input, or inside an operator such "
@@ -498,14 +498,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     )
 
 
-def _first_tensor(answer: Any) -> Tensor:
+def _first_tensor(result: Any) -> Tensor:
     """The first tensor of a model's result: a tensor, a tuple, or an output of diffusers."""
-    if isinstance(answer, Mapping):
-        answer = tuple(answer.values())
-    while isinstance(answer, (tuple, list)) and answer:
-        answer = answer[0]
-    if not isinstance(answer, Tensor):
+    if isinstance(result, Mapping):
+        result = tuple(result.values())
+    while isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
         raise SparsifyError(
-            f"the model must return a tensor, or a tuple that begins with one, got {type(answer)}"
+            f"the model must return a tensor, or a tuple that begins with one, got {type(result)}"
         )
-    return answer
+    return result
