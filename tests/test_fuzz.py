@@ -127,7 +127,7 @@ def test_a_broken_rule_is_found_shrunk_and_saved(
         broken.setitem(RULES, "flip", flipped_in_place)
         verdict = judge(FLIP, level)
         assert verdict.outcome == "WRONG"
-        assert "its tokens are of frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
+        assert "its tokens are from frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
         small, found = shrink(FLIP, lambda case: judge(case, level))
         assert small.moves == (FLIP.moves[0], "x = x.flip(1)", "x = m.attend(x, 0)")
         script = save(small, level, found, tmp_path, "fault")
@@ -156,7 +156,7 @@ def test_a_wrong_output_is_found() -> None:
     assert judge(case).outcome == "sparse"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(judging.OPTIONS, "reference_frames", 2)
-        assert "off dense attention under the true mask" in judge(case).message
+        assert "differs from dense attention under the true mask" in judge(case).message
 
 
 def test_the_same_case_is_drawn_again() -> None:

@@ -1,7 +1,7 @@
-"""Small diffusers video transformers with seeded weights and inputs, and what is to be found in each.
+"""Small diffusers video transformers with seeded weights and inputs, and the expected sites of each.
 
-What is expected was read off the models' sources, never off the compiler: it is what the compiler is held to.
-Weights are as the family initialises them plus noise, so that no zero gate hides an attention.
+The expectations come from the sources of the models, never from the compiler: tests compare the compiler with them.
+Weights are the family's initial weights plus noise, so that no zero gate hides an attention.
 """
 
 import math
@@ -19,38 +19,38 @@ Inputs = dict[str, Any]
 """Keyword arguments of a model's forward."""
 
 Made = tuple[Any, Inputs]
-"""A model and its inputs; a type checker doesn't see that diffusers' mixins are an nn.Module."""
+"""A model and its inputs. Any, since a type checker does not see that diffusers' mixins are an nn.Module."""
 
 _Make = Callable[[Grid, int], Made]
 
 GRID: Grid = (5, 7, 9)
-"""The usual grid: three different odd sizes, so that no other product matches it by accident."""
+"""The usual grid: three different odd sizes, so that no other product matches it by chance."""
 
 TEXT = 11
-"""Tokens of every prompt."""
+"""Number of tokens of every prompt."""
 
 LAYERS = 2
-"""Layers of each kind in every model."""
+"""Number of layers of each kind in every model."""
 
 NOISE = 0.1
-"""Standard deviation of what is added to every weight."""
+"""Standard deviation of the noise added to every weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """One attention call: the video tokens in its sequence and their neighbours, or why there are none."""
+    """One attention call: the video tokens in its sequence, and the numbers of other tokens around them."""
 
     grid: Grid | None
-    """None: this attention must stay dense, be it over text, within a frame, along time or cross."""
+    """None if this attention must stay dense: over text, within a frame, along time, or cross."""
     before: int = 0
-    """Other tokens before the video's in the sequence."""
+    """Number of other tokens before the video's in the sequence."""
     after: int = 0
-    """Other tokens after the video's."""
+    """Number of other tokens after the video's."""
     kind: Literal["self", "joint", "cross"] = "self"
 
     @property
     def tokens(self) -> int | None:
-        """Query tokens of the call; None without a grid."""
+        """Number of query tokens of the call; None without a grid."""
         if self.grid is None:
             return None
         return self.before + math.prod(self.grid) + self.after
@@ -58,12 +58,12 @@ class Expected:
 
 CROSS = Expected(grid=None, kind="cross")
 DENSE = Expected(grid=None)
-"""Self-attention among other tokens than the video's, or among a part of the video's."""
+"""Self-attention among tokens that are not the video's, or among a part of the video's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model family: how to make a small one, and its attention calls in the order a forward makes them."""
+    """A model family: a function that makes a small model, and its attention calls in the order of a forward."""
 
     name: str
     make: _Make
@@ -72,11 +72,11 @@ class Case:
     """Every call of scaled_dot_product_attention, for a grid and a batch."""
 
     def expect(self, grid: Grid = GRID, batch: int = 2) -> list[Expected]:
-        """What is to be found in the model that `build` makes of the same grid and batch."""
+        """The expected sites of the model that `build` makes for the same grid and batch."""
         return self.calls(grid, batch)
 
     def build(self, grid: Grid = GRID, batch: int = 2, seed: int = 0) -> tuple[nn.Module, Inputs]:
-        """The model in eval mode and the inputs of one forward; the global generator is left as it was."""
+        """The model in eval mode and the inputs of one forward. The global generator does not change."""
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             model, inputs = self.make(grid, batch)
@@ -97,7 +97,7 @@ def _case(calls: Callable[[Grid, int], list[Expected]]) -> Callable[[_Make], _Ma
 
 
 def _latents(grid: Grid, batch: int, *, channels: int = 4, patch: Grid = (1, 2, 2)) -> Tensor:
-    """[B, C, F, H, W] of noise that is patched to the grid."""
+    """[B, C, F, H, W] noise, whose patches form the grid."""
     return torch.randn(batch, channels, *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
@@ -106,7 +106,7 @@ def _prompt(batch: int, width: int = 16, tokens: int = TEXT) -> Inputs:
 
 
 def _lengths(batch: int) -> list[int]:
-    """Tokens of each prompt that are not padding."""
+    """Number of tokens of each prompt without padding."""
     return [TEXT - 3 - item % 4 for item in range(batch)]
 
 
@@ -150,7 +150,7 @@ def wan(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [Expected(grid=grid), CROSS, CROSS] * LAYERS)
 def wan_i2v(grid: Grid, batch: int) -> Made:
-    """Cross-attention to image tokens comes before that to the text, of which there must be 512 tokens."""
+    """Cross-attention to image tokens comes before that to the text, which must have 512 tokens."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(**_WAN, image_dim=16, added_kv_proj_dim=32), {
@@ -193,7 +193,7 @@ def _hunyuan_sites(grid: Grid, batch: int) -> list[Expected]:
 
 @_case(_hunyuan_sites)
 def hunyuan_video(grid: Grid, batch: int) -> Made:
-    """conv3d patches; a mask of keys in the joint layers, one of query and key in the text refiner."""
+    """conv3d patches; a mask of keys in the joint layers, a mask of query and key in the text refiner."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     return HunyuanVideoTransformer3DModel(**_HUNYUAN), _hunyuan_inputs(grid, batch)
@@ -201,7 +201,7 @@ def hunyuan_video(grid: Grid, batch: int) -> Made:
 
 @_case(_hunyuan_sites)
 def hunyuan_video_i2v(grid: Grid, batch: int) -> Made:
-    """The first frame is modulated apart from the others, so layers cut the sequence and join it."""
+    """The first frame is modulated separately, so layers cut the sequence and join it."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     model = HunyuanVideoTransformer3DModel(**_HUNYUAN, image_condition_type="token_replace")
@@ -244,7 +244,7 @@ def _text_first(grid: Grid, batch: int) -> list[Expected]:
 
 @_case(_text_first)
 def cogvideox(grid: Grid, batch: int) -> Made:
-    """Frames before channels, conv2d patches; positions added, from a buffer if the grid is the usual one."""
+    """Frames before channels, conv2d patches; positions are added, from a buffer if the grid is the usual one."""
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(**_COGVIDEOX), _cogvideox_inputs(grid, batch, (1, 2, 2))
@@ -252,7 +252,7 @@ def cogvideox(grid: Grid, batch: int) -> Made:
 
 @_case(_text_first)
 def cogvideox_rope(grid: Grid, batch: int) -> Made:
-    """Positions by rotary embeddings that come as inputs."""
+    """Positions by rotary embeddings that are inputs."""
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(**_COGVIDEOX, use_rotary_positional_embeddings=True)
@@ -270,7 +270,7 @@ def cogvideox_15(grid: Grid, batch: int) -> Made:
 
 @_case(_layers_with_cross)
 def ltx(grid: Grid, batch: int) -> Made:
-    """Packed tokens: the grid comes as three integers, for the rotary embedding alone."""
+    """Packed tokens: the grid is three integer inputs, used only by the rotary embedding."""
     from diffusers import LTXVideoTransformer3DModel
 
     frames, height, width = grid
@@ -327,7 +327,7 @@ def allegro(grid: Grid, batch: int) -> Made:
 
 @_case(_text_first)
 def easyanimate(grid: Grid, batch: int) -> Made:
-    """conv2d patches; one layer with weights of its own for the text, one without."""
+    """conv2d patches; one layer with separate weights for the text, one without."""
     from diffusers import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
@@ -344,7 +344,7 @@ def easyanimate(grid: Grid, batch: int) -> Made:
     return model, {"hidden_states": _latents(grid, batch), **_prompt(batch), **_time(batch)}
 
 
-# Further families: what the compiler was not written for.
+# Further families, for which the compiler was not written.
 
 
 @_case(_layers_with_cross)
@@ -362,7 +362,7 @@ def skyreels_v2(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [DENSE, CROSS] * LAYERS)
 def skyreels_v2_causal(grid: Grid, batch: int) -> Made:
-    """Blocks of frames see themselves and the earlier ones: a mask of query and key."""
+    """Blocks of frames attend to themselves and to earlier blocks: a mask of query and key."""
     from diffusers import SkyReelsV2Transformer3DModel
 
     block = next(n for n in range(2, grid[0] + 1) if grid[0] % n == 0)
@@ -375,7 +375,7 @@ def skyreels_v2_causal(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [Expected(grid=grid), CROSS] * (2 * LAYERS))
 def wan_vace(grid: Grid, batch: int) -> Made:
-    """A second stream of control tokens, joined with padding of no tokens, runs through layers first."""
+    """A second stream of control tokens, joined with a padding of zero tokens, runs through layers first."""
     from diffusers import WanVACETransformer3DModel
 
     return WanVACETransformer3DModel(**_WAN, vace_layers=[*range(LAYERS)], vace_in_channels=6), {
@@ -388,7 +388,7 @@ def wan_vace(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [Expected(grid=grid), CROSS, CROSS, Expected(grid=grid), CROSS])
 def wan_animate(grid: Grid, batch: int) -> Made:
-    """Pose is added in place to all frames but the first; faces by a cross-attention within each frame."""
+    """Pose is added in place to all frames except the first; faces enter by cross-attention within each frame."""
     from diffusers import WanAnimateTransformer3DModel
 
     config = _WAN | {"in_channels": 12, "latent_channels": 4}
@@ -440,7 +440,7 @@ def anyflow(grid: Grid, batch: int) -> Made:
 
 
 def _history(grid: Grid, *scales: int) -> int:
-    """Tokens of one patched frame of history at each scale, height and width padded to whole patches."""
+    """Number of tokens of one patched frame of history over all scales, with height and width padded to patches."""
     return sum(-(-grid[1] // n) * -(-grid[2] // n) for n in scales)
 
 
@@ -448,7 +448,7 @@ def _history(grid: Grid, *scales: int) -> int:
     lambda grid, batch: [Expected(grid=grid, before=_history(grid, 4, 2, 1, 1), kind="joint"), CROSS] * LAYERS
 )
 def helios(grid: Grid, batch: int) -> Made:
-    """History at three scales before the video; text reaches the video's tokens alone."""
+    """History at three scales before the video; text reaches only the video's tokens."""
     from diffusers import HeliosTransformer3DModel
 
     model = HeliosTransformer3DModel(**_WAN, rope_dim=(4, 6, 6), is_amplify_history=True)
@@ -489,7 +489,7 @@ def hunyuan_framepack(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=None, kind="joint")] * LAYERS)
 def hunyuan_video_15(grid: Grid, batch: int) -> Made:
-    """A mask of query and key, although padding alone is meant; text is sorted by boolean indexing."""
+    """A mask of query and key, although only keys are padded; text is sorted by boolean indexing."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     model = HunyuanVideo15Transformer3DModel(
@@ -517,7 +517,7 @@ def hunyuan_video_15(grid: Grid, batch: int) -> Made:
 
 @_case(_text_first)
 def consisid(grid: Grid, batch: int) -> Made:
-    """CogVideoX by another name."""
+    """CogVideoX under another name."""
     from diffusers import ConsisIDTransformer3DModel
 
     model = ConsisIDTransformer3DModel(**_COGVIDEOX, use_rotary_positional_embeddings=True)
@@ -551,7 +551,7 @@ def cosmos(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=grid), CROSS] * LAYERS)
 def kandinsky5(grid: Grid, batch: int) -> Made:
-    """Channels last; the positions of the axes come as inputs."""
+    """Channels last; the positions of the axes are inputs."""
     from diffusers import Kandinsky5Transformer3DModel
 
     model = Kandinsky5Transformer3DModel(
@@ -578,7 +578,7 @@ def kandinsky5(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [Expected(grid=grid), DENSE, CROSS, CROSS, CROSS, CROSS] * LAYERS)
 def ltx2(grid: Grid, batch: int) -> Made:
-    """Packed video and audio side by side: each attends to itself, to its text, then to the other."""
+    """Packed video and packed audio: each attends to itself, to its text, then to the other."""
     from diffusers import LTX2VideoTransformer3DModel
 
     frames, height, width = grid
@@ -618,7 +618,7 @@ def ltx2(grid: Grid, batch: int) -> Made:
     )
 )
 def motif_video(grid: Grid, batch: int) -> Made:
-    """Last comes a decoder layer: the patches anew, followed by the encoder's tokens of the same video."""
+    """The last layer is a decoder: the patches again, followed by the encoder's tokens of the same video."""
     from diffusers import MotifVideoTransformer3DModel
 
     model = MotifVideoTransformer3DModel(
@@ -648,7 +648,7 @@ def motif_video(grid: Grid, batch: int) -> Made:
     )
 )
 def mochi(grid: Grid, batch: int) -> Made:
-    """Text is pooled by attention; then each video of the batch attends by itself, its text unpadded."""
+    """Text is pooled by attention; then each video of the batch has its own attention, with unpadded text."""
     from diffusers import MochiTransformer3DModel
 
     model = MochiTransformer3DModel(
@@ -671,7 +671,7 @@ def mochi(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [CROSS] * LAYERS)
 def sana_video(grid: Grid, batch: int) -> Made:
-    """Linear attention over the video, without a softmax: there is nothing to make sparse."""
+    """Linear attention over the video, without a softmax: no attention can become sparse."""
     from diffusers import SanaVideoTransformer3DModel
 
     model = SanaVideoTransformer3DModel(
@@ -695,7 +695,7 @@ def sana_video(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [DENSE, CROSS, DENSE] * LAYERS)
 def latte(grid: Grid, batch: int) -> Made:
-    """Layers within a frame (frames in the batch) and along time (pixels in the batch) by turns."""
+    """Layers within a frame (frames in the batch) and along time (pixels in the batch), in turns."""
     from diffusers import LatteTransformer3DModel
 
     model = LatteTransformer3DModel(
@@ -731,7 +731,7 @@ def temporal(grid: Grid, batch: int) -> Made:
 
 @_case(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=None, kind="joint")] * LAYERS)
 def minimax_h3(grid: Grid, batch: int) -> Made:
-    """Text, video and audio are copied to where index tensors say: nothing in a graph tells the order."""
+    """Text, video and audio are copied to places given by index tensors: no graph shows the order."""
     from diffusers import MiniMaxH3Transformer3DModel
 
     model = MiniMaxH3Transformer3DModel(

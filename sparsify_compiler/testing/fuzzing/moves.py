@@ -1,11 +1,11 @@
-"""Everything that a program may do with its tokens, x [batch, tokens, WIDTH].
+"""The moves of a program on its tokens, x [batch, tokens, WIDTH].
 
-Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn when the line is.
-`; ` begins a new line of the program. The tables decide how often a program is sparse; places decide what is true.
+Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn with the line. `; `
+begins a new line of the program. The tables only decide how often a program is sparse; `Places` decides the truth.
 
-`KEPT`        every token stays in its place, in ways that the compiler should follow
-`RETURNING`   every token comes back to its place, in ways that the compiler need not follow
-`MOVED`       tokens are elsewhere, or only some of them are left, or they are no longer tokens of one video
+`KEPT`        every token stays in its place, and the compiler should follow
+`RETURNING`   every token returns to its place, and the compiler need not follow
+`MOVED`       tokens move, or some are missing, or they are no longer tokens of one video
 """
 
 import string
@@ -28,7 +28,7 @@ OTHERS = lines("""
 
 
 def _place(t: Tokens, draw: Draw) -> int:
-    """Between two tokens; now and then between two frames."""
+    """A place between two tokens, sometimes between two frames."""
     frame = t.scene.tokens // t.scene.grid[0]
     return draw.of(draw.integer(1, max(t.count - 1, 1)), t.before + frame, t.before + t.scene.tokens - frame)
 
@@ -54,14 +54,14 @@ NUMBERS: dict[str, Callable[[Tokens, Draw], Any]] = {
     "blank": lambda t, draw: draw.of("torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()"),
     "other": lambda t, draw: filled(draw.of(*OTHERS), t, draw),
 }
-"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in the
-sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the
-grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is
-written in part, one that is written all over. other: the tokens in another order."""
+"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in
+the sequence. i, j: two tokens. a: a divisor of the number of tokens. perm: an order of the tokens. axis, order,
+k: an axis of the grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a
+buffer that is written in part, a buffer that is written completely. other: the tokens in another order."""
 
 
 def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
-    """A line of a table with its numbers, as statements."""
+    """A line of a table with drawn numbers, as statements."""
     names = {name for _, name, _, _ in string.Formatter().parse(line) if name}
     numbers = {name: NUMBERS[name](t, draw) for name in sorted(names - more.keys())}
     return line.format(**numbers, **more)
@@ -69,11 +69,11 @@ def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The move that is any of these lines."""
+    """A move that is one of these lines."""
 
     lines: tuple[str, ...]
     video: bool
-    """Whether it is for the tokens of a video alone."""
+    """Whether it needs a sequence of only the video's tokens."""
 
     def __call__(self, t: Tokens, draw: Draw) -> None:
         """Append one of the lines to a program."""
@@ -82,16 +82,16 @@ class Table:
 
 
 def table(text: str, *, inside: str = "{line}", video: bool = False) -> Table:
-    """The lines of a text.
+    """The table with the lines of a text.
 
     Args:
-        inside: what each of them stands in.
-        video: whether they are for the tokens of a video alone.
+        inside: the text around each line.
+        video: whether the lines need a sequence of only the video's tokens.
     """
     return Table(tuple(inside.replace("{line}", line) for line in lines(text)), video)
 
 
-# Moves that keep every token in its place, where the compiler is to follow.
+# Moves that keep every token in its place. The compiler should follow them.
 
 content = table("""
     x = m.norm(x)
@@ -155,7 +155,7 @@ rejoined = table("""
 
 
 def attend_in_part(t: Tokens, draw: Draw) -> None:
-    """Attention within frames, or along time: the rest of the video's axes go to the batch and come back."""
+    """Attention within frames, or along time: the other axes of the video move to the batch and back."""
     turn = draw.of("", ".transpose(1, 2)")
     if t.is_video:
         t.add(
@@ -165,7 +165,7 @@ def attend_in_part(t: Tokens, draw: Draw) -> None:
 
 
 def windows(t: Tokens, draw: Draw) -> None:
-    """Windows of rows and columns go to the batch and come back, with an attention in between or none."""
+    """Windows of rows and columns move to the batch and back, with or without an attention in between."""
     f, h, w = t.scene.grid
     a, b = draw.divisor(h), draw.divisor(w)
     if not t.is_video:
@@ -180,7 +180,7 @@ def windows(t: Tokens, draw: Draw) -> None:
 
 
 def there_and_back(t: Tokens, draw: Draw) -> None:
-    """The axes of the grid in another order, something, and back."""
+    """The axes of the grid move to another order and back, with or without an operator in between."""
     if not t.is_video:
         return
     order = draw.permutation(3)
@@ -195,7 +195,7 @@ def there_and_back(t: Tokens, draw: Draw) -> None:
 
 
 def text_joined(t: Tokens, draw: Draw) -> None:
-    """The text comes before or after."""
+    """The text is joined before or after the tokens."""
     front = draw.chance(50)
     before = ("x = torch.cat([text, x], 1)", "x = torch.cat((text.clone(), x), -2)")
     after = ("x = torch.cat([x, text], 1)", "x = torch.cat((x, m.linear(text)), dim=1)")
@@ -205,7 +205,7 @@ def text_joined(t: Tokens, draw: Draw) -> None:
 
 
 def text_cut(t: Tokens, draw: Draw) -> None:
-    """What is before and after the video's tokens goes."""
+    """The tokens before and after the video's are cut."""
     end = t.count - t.after
     way = draw.of(
         f"x = x[:, {t.before}:{end}]",
@@ -218,7 +218,7 @@ def text_cut(t: Tokens, draw: Draw) -> None:
 
 
 def padded(t: Tokens, draw: Draw) -> None:
-    """Tokens of nothing come before and after."""
+    """Zero tokens are added before and after."""
     a, b = draw.integer(0, 3), draw.integer(0, 3)
     first, last = (f"x.new_zeros({t.batch}, {n}, {WIDTH})" for n in (a, b))
     if t.add(draw.of(f"x = F.pad(x, (0, 0, {a}, {b}))", f"x = torch.cat([{first}, x, {last}], 1)")):
@@ -226,7 +226,7 @@ def padded(t: Tokens, draw: Draw) -> None:
 
 
 def positions(t: Tokens, draw: Draw) -> None:
-    """Positions of the video's grid are added, padded where there are other tokens; or they turn the tokens."""
+    """Positions of the video's grid are added, padded where there are other tokens, or rotate the tokens."""
     sizes = "{}, {}, {}".format(*t.scene.grid)
     if t.is_video and draw.chance(30):
         t.add(f"x = m.turned(x, {sizes})")
@@ -257,7 +257,7 @@ attend_twice = table("""
     y = m.region(m.norm(x), {tag}); x = m.region(x, {tag})
     y = m.region(x.flip(0), {tag}); x = m.region(x, {tag})
 """)
-"""One body, called with tokens in two orders."""
+"""One body is called with tokens in two orders."""
 
 attend_elsewhere = table("""
     x = m.attend_to(x, x, {tag})
@@ -273,7 +273,7 @@ attend_elsewhere = table("""
     x = m.attend_to(x, torch.cat([x[:, 1:], x[:, :1]], 1), {tag})
     x = m.attend_to(x, x[:, 1:], {tag})
 """)
-"""Queries of these tokens, keys of tokens that were moved or are another video's."""
+"""Queries come from these tokens, keys from tokens that were moved or belong to another video."""
 
 KEPT: tuple[Move, ...] = (
     content, content, reshaped, reshaped, rejoined, rejoined, text_joined, text_joined, text_cut, padded, positions,
@@ -316,7 +316,7 @@ RETURNING: tuple[Move, ...] = (
 """),
 )
 
-# Moves after which tokens are elsewhere.
+# Moves that change the places of tokens.
 
 moved = table("""
     x = x.roll({n}, 1)
@@ -429,7 +429,7 @@ cropped = table("""
     x = x[[0] * {B}]
     x = x.as_strided(({B}, {S}, x.shape[-1]), ({S} * x.shape[-1], 1, {S}))
 """)
-"""Fewer tokens; or as many, of which some are not what they were."""
+"""Fewer tokens, or the same number of which some are replaced."""
 
 mixed = table("""
     x = (x + {other}) / 2
@@ -444,13 +444,13 @@ mixed = table("""
     x = torch.stack([x, {other}], 1).flatten(0, 1)[::2]
     x = torch.stack([x, {other}], 1).flatten(0, 1)[:{B}]
 """)
-"""Tokens that are two at once, or now one and now the other."""
+"""Every token is a mixture of two, or one of two."""
 
 
 def wrong_positions(t: Tokens, draw: Draw) -> None:
-    """Positions of another grid of as many tokens are added, to tokens of which a grid is known."""
+    """Positions of another grid with the same number of tokens are added to tokens with a known grid."""
     if t.scene.source == "packed" and "m.mesh" not in t.moves[0]:
-        return  # they would be all that is known
+        return  # the wrong positions would be the only ones
     f, h, w = t.scene.grid
     sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
     t.add(f"x = x + m.mesh{sizes}")
@@ -500,7 +500,7 @@ write_whole = table(
 """,
     inside="y = {blank}; {line}; x = y",
 )
-"""A buffer is filled part by part, every token where it belongs."""
+"""A buffer is filled part by part, with every token in its place."""
 
 
 def write_with_text(t: Tokens, draw: Draw) -> None:
@@ -543,7 +543,7 @@ alias = table("""
     x = x.clone(); y = x[:, {n}:]
     x = x.contiguous(); y = x.view({B}, {a}, -1, x.shape[-1])
 """)
-"""Another name for the memory of the tokens, or of some of them, before they are written."""
+"""Another name for the memory of all or some tokens, taken before a write."""
 
 
 write_moved = table(
@@ -596,7 +596,7 @@ write_moved = table(
 """,
     inside="y = {copy}; {line}; x = y",
 )
-"""A copy or a buffer is written from elsewhere."""
+"""A copy or a buffer is written with tokens from other places."""
 
 
 write_grid = table(
@@ -629,7 +629,7 @@ write_alias = table("""
     y[:, 1] *= m.zero
     y[:] = y.flip(1)
 """)
-"""Writes through a name that was taken before."""
+"""Writes go through a name that was taken before."""
 
 
 AROUND = table("""
@@ -649,11 +649,11 @@ AROUND = table("""
     {y}[0].mul_(m.two)
     torch._foreach_mul_([{y}], m.two)
 """)
-"""Writes into y, whose tokens are dimension dim."""
+"""Writes into y, whose tokens lie along dimension `dim`."""
 
 
 def write_around_attention(t: Tokens, draw: Draw) -> None:
-    """q, k, v or their bases are written before, between or after the products of attention by hand."""
+    """q, k, v or their base tensors are written before, between or after the products of attention by hand."""
     tag = t.tag()
     sources = [
         draw.of(f"m.{f}(x)", f"m.{f}(x).contiguous()", "x", "x.clone()") for f in ("sin", "cos", "act")
@@ -665,7 +665,7 @@ def write_around_attention(t: Tokens, draw: Draw) -> None:
         "x = m.joined(w @ v)" if split else "x = w @ v",
     ]
     name = draw.of("q", "k", "v", "q0", "k0", "v0", "x", "x", "k")
-    dim = 2 if split and name in ("q", "k", "v") else 1  # of the tokens
+    dim = 2 if split and name in ("q", "k", "v") else 1  # the dimension of the tokens
     steps.insert(draw.of(1, 2, 1, 2, 0, 3), filled(draw.of(*AROUND.lines), t, draw, y=name, dim=dim))
     operands = [f"{one}0 = {source}" for one, source in zip("qkv", sources, strict=True)]
     operands += [f"{one} = m.heads({one}0)" if split else f"{one} = {one}0" for one in "qkv"]
@@ -689,10 +689,10 @@ TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
     "tokens": (KEPT, MOVED),
     "writes": (KEPT_WRITES, MOVED_WRITES),
 }
-"""Kind of program -> (moves that keep tokens where they are, all others)."""
+"""Kind of program -> (moves that keep tokens in place, all other moves)."""
 
 ATTEND: dict[str, tuple[Move, ...]] = {
     "tokens": (attend, attend, attend, attend_elsewhere, attend_twice),
     "writes": (attend, write_around_attention, write_around_attention),
 }
-"""Kind of program -> what it ends with."""
+"""Kind of program -> its last moves."""
