@@ -455,7 +455,7 @@ def test_stats_are_of_the_program_that_was_compiled() -> None:
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
     assert calls(by["tile"]) == {"tile": {2, 3, 4, 5}}
     assert calls(model) == calls(by["tile"])
-    with pytest.raises(SparsifyError, match="programs with other options alone"):
+    with pytest.raises(SparsifyError, match="only programs with other options"):
         sparsify_compiler.stats(by["wide"])
     run("tile", "wide", steps=7)
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
