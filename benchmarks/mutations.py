@@ -1,9 +1,10 @@
-"""`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
+"""`python -m benchmarks.mutations`: break layout inference in many ways, one at a time, and check that it is
+noticed.
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
-what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
-is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
-survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of the
+effect of writes on labels (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It is
+caught if a case of the fuzzer becomes wrong, crashes or loses its grid, or if a test fails. The names of mutants
+that survive are printed.
 """
 
 import argparse
@@ -35,12 +36,12 @@ from sparsify_compiler.passes.axis_rules import RULES, AxisTracker, Rule
 from sparsify_compiler.testing.fuzzing import Verdict, judge, random_case
 
 CaseId = tuple[str, int]
-"""Kind and number of a case of seed 0."""
+"""(kind, number) of a case of seed 0."""
 
 TESTS = ("tests/passes", "tests/models/test_zoo.py")
 MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_writes, layout)
 SECONDS = 20
-"""After which a case is said to hang."""
+"""Seconds after which a case counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Mutant:
 
     name: str
     target: str
-    """The function, `axes.cut`, that a case must call to see it."""
+    """The broken function, e.g. `axes.cut`, which a case must call to notice the mutant."""
     install: Callable[[], Callable[[], None]]
-    """Breaks it, and returns what mends it again."""
+    """Breaks the function, and returns a function that restores it."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, it is broken."""
+        """Break the function inside the block."""
         mend = self.install()
         try:
             yield
@@ -63,11 +64,11 @@ class Mutant:
             mend()
 
 
-# Broken copies of rules: whatever a rule says, it says one of these instead.
+# Broken copies of rules: instead of its own result, a rule returns one of these.
 
 
 def by_size(rule: Rule) -> Rule:
-    """Believes sizes: every dimension has the label of the first input's first dimension of that size."""
+    """Trust sizes: every dimension gets the label of the first input's first dimension of that size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
@@ -82,7 +83,7 @@ def by_size(rule: Rule) -> Rule:
 
 
 def disordered(rule: Rule) -> Rule:
-    """Reverses the factors of every label, or else exchanges the labels of two dimensions of one size."""
+    """Reverse the factors of every label, or exchange the labels of two dimensions of the same size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         labels = list(rule(tracker, output, *args, **kwargs))
@@ -98,7 +99,7 @@ def disordered(rule: Rule) -> Rule:
 
 
 def forgetful(rule: Rule) -> Rule:
-    """Knows nothing, not even that the tokens were a video's."""
+    """Know nothing, not even that the tokens were a video's."""
     return lambda tracker, output, *args, **kwargs: [fresh(size) for size in output.shape]
 
 
@@ -117,7 +118,7 @@ def rule_mutants() -> Iterator[Mutant]:
 
 
 def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
-    """Put `broken` in the place of `rule`; returns what puts it back."""
+    """Replace `rule` by `broken`; return a function that restores it."""
     before = dict(RULES)
     RULES.update({name: broken for name, one in before.items() if one is rule})
     return lambda: RULES.update(before)
@@ -127,7 +128,7 @@ def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
 
 
 class Edit(ast.NodeTransformer):
-    """Makes edit number `wanted` of all that can be made to a function, and says which it was."""
+    """Makes edit number `wanted` of all possible edits of a function, and describes it."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted, self.seen, self.said = wanted, -1, ""
@@ -184,7 +185,7 @@ class Edit(ast.NodeTransformer):
 
 
 def edited(function: FunctionType, number: int) -> tuple[str, CodeType] | None:
-    """What edit `number` of a function does, and the code that it makes; None beyond the last."""
+    """(description of edit `number` of a function, its code); None after the last edit."""
     edit = Edit(number)
     code = compiled(function, edit.visit(parsed(function)))
     return (edit.said, code) if edit.said else None
@@ -235,7 +236,7 @@ def source_mutants() -> Iterator[Mutant]:
 
 
 def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
-    """Give a function other code; returns what gives it back its own."""
+    """Give a function other code; return a function that restores its own."""
     before = function.__code__
     function.__code__ = code
 
@@ -247,7 +248,7 @@ def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
 
 @cache
 def mutants() -> dict[str, Mutant]:
-    """All of them, by name."""
+    """Name -> mutant, for all mutants."""
     return {mutant.name: mutant for mutant in (*rule_mutants(), *source_mutants())}
 
 
@@ -259,7 +260,7 @@ class Hangs(BaseException):
 
 
 def outcome(case_id: CaseId) -> Verdict:
-    """What comes of a case by analysis."""
+    """The verdict on a case by analysis."""
 
     def hang(*_: object) -> None:
         raise Hangs
@@ -277,7 +278,7 @@ def outcome(case_id: CaseId) -> Verdict:
 
 @contextmanager
 def watched() -> Iterator[set[str]]:
-    """Inside, the names of the functions that are called: a set that grows."""
+    """Yield the set of names of the functions called inside; it grows during the block."""
     called: set[str] = set()
     mends = []
     for name, function in list(functions()):
@@ -293,11 +294,11 @@ def watched() -> Iterator[set[str]]:
 
 
 Seen = tuple[CaseId, Verdict, set[str]]
-"""A case, what comes of it while nothing is broken, and the functions that it calls."""
+"""(case, its verdict without mutants, the functions that it calls)."""
 
 
 def baseline(ids: Sequence[CaseId]) -> list[Seen]:
-    """Judge some cases while nothing is broken."""
+    """Judge some cases without mutants."""
     quiet()
     seen = []
     with watched() as called:
@@ -308,7 +309,7 @@ def baseline(ids: Sequence[CaseId]) -> list[Seen]:
 
 
 def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
-    """How the first of some cases that sees a mutant does: what is wrong, or which grid is lost; or ""."""
+    """The fault of the first case that notices a mutant, or the grid that it loses; or ""."""
     quiet()
     with mutants()[name].installed():
         for case_id, before in cases:
@@ -341,18 +342,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", type=int, default=3000, help="of the fuzzer, from which those are taken that matter"
+        "--cases",
+        type=int,
+        default=3000,
+        help="number of fuzzer cases, of which those with faults or grids are used",
     )
     parser.add_argument(
         "--most", type=int, default=400, help="cases to try on a mutant before it survives the fuzzer"
     )
-    parser.add_argument("--only", nargs="+", default=[""], help="only mutants whose names begin so")
     parser.add_argument(
-        "--no-tests", action="store_true", help="do not run the tests on what survives the fuzzer"
+        "--only", nargs="+", default=[""], help="run only mutants whose names begin with this"
+    )
+    parser.add_argument(
+        "--no-tests", action="store_true", help="do not run the tests on mutants that survive the fuzzer"
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--mutant", help="run the tests with this mutant, and nothing else")
+    parser.add_argument("--mutant", help="only run the tests with this mutant")
     args = parser.parse_args()
     if args.mutant:
         sys.exit(run_tests(args.mutant))

@@ -251,8 +251,9 @@ def compile_with(
     """Compile a graph with a registered backend.
 
     Args:
-        mode: for Inductor, as torch.compile passes it. offload: for Inductor: selects the nodes of the joint
-        graph that stay on the host between forward and backward.
+        mode: for Inductor, as torch.compile passes it.
+        offload: for Inductor. It selects the nodes of the joint graph that wait on the host between forward and
+            backward.
 
     When Dynamo has finished, a graph with symbols, or with operators whose bodies may have symbols, gets its own
     environment for them.
