@@ -149,7 +149,7 @@ def test_random_programs_find_the_broken_rule(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wrong_output_is_found() -> None:
-    """An attention whose mask is not the model's: the plan is right, and what is computed is not."""
+    """An attention whose mask is not the model's: the plan is right, and the output is wrong."""
     case = Case(
         kind="tokens", scene=Scene(), moves=("x = m.conv3d(video).flatten(2).mT", "x = m.attend(x, 0)")
     )

@@ -195,7 +195,7 @@ def test_other_schedules(loop: Loop, tables: Tables) -> None:
 
 
 def test_time_steps_for_each_token(tables: Tables) -> None:
-    """The first frame given, at time step 0, as image-to-video has it: the largest counts."""
+    """The first frame is given, at time step 0, as in image-to-video: the largest time step counts."""
     model, inputs = CASES["wan"].build(GRID, batch=1)
     compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
     tokens = GRID[0] * GRID[1] * GRID[2]
