@@ -124,7 +124,7 @@ BACKWARD_SINGLE = {
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Config:
-    """The tiles for these tensors, from their shapes alone: nothing is read from the device."""
+    """The tiles for these tensors, from their shapes only: nothing is read from the device."""
     if query.device.type == "cpu":
         return INTERPRETED
     widest = width(max(query.shape[-1], value.shape[-1]))
