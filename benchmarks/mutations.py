@@ -412,21 +412,11 @@ def main() -> None:
                 f"{'caught  ' if how else 'SURVIVES'} {name}: {how or f'of {len(cases)} cases'}", flush=True
             )
     survivors = [row["mutant"] for row in rows if not row["caught_by"]]
-    print(f"caught {len(rows) - len(survivors)} of {len(rows)}")
-    print(*survivors, sep="\n")
+    caught_now = len(rows) - len(survivors)
+    print(f"caught {caught_now} of {len(rows)}", *survivors, sep="\n")
     if args.out:
-        write_json(
-            args.out,
-            [
-                {
-                    "mutants": len(rows),
-                    "equal": EQUAL,
-                    "caught": len(rows) - len(survivors),
-                    "survivors": survivors,
-                },
-                *rows,
-            ],
-        )
+        summary = {"mutants": len(rows), "caught": caught_now, "survivors": survivors, "equal": EQUAL}
+        write_json(args.out, [summary, *rows])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ KERNEL = torch.randn(3, 3, 1, 1, 1, generator=NUMBERS)
 Case = tuple[Callable[[Tensor], object], str]
 """(function of an input, axes of the input that the dimensions of every output run along)
 
-An axis is named by its letter, the first is `a`, a part of it by `A`; `p` is a mesh of positions, `v` an axis of a convolution, `[a]` an
-axis with others before or after it, `r` a repeat, `_` a blank, and `.` is not known. Outputs are separated by spaces.
+An axis is named by its letter, the first is `a`, a part of it by `A`, one with others before or after it by `[a]`;
+`p` is a mesh of positions, `v` an axis of a convolution, `r` a repeat, `_` a blank or one position, `.` something
+else. Spaces separate outputs.
 """
 CASES: dict[str, Case] = {
     "complex": (lambda x: aten.complex(torch.zeros(3), x), "abc"),
