@@ -107,8 +107,8 @@ def search(
 
     Raises:
         OptionError: r, total, the menu, an entry or an option is wrong, or does not fit the model's video.
-        SparsifyError: the model has no attention to choose for, is in training mode, or returns no tensor; or the
-            inputs have several grids.
+        SparsifyError: the model has no attention to choose for, is in training mode, or returns no tensor, or one
+            that is zero or not finite; or the inputs have several grids.
     """
     check_limits(r, total)
     entries = read_menu(menu)
