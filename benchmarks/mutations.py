@@ -1,9 +1,10 @@
-"""`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
+"""`python -m benchmarks.mutations`: break layout inference in many ways, one at a time, and check that it is
+noticed.
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
-what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
-is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
-survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of the
+effect of writes on labels (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It is
+caught if a case of the fuzzer becomes wrong, crashes or loses its grid, or if a test fails. The names of mutants
+that survive are printed.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from sparsify_compiler.passes.axis_rules import RULES, AxisTracker, Rule
 from sparsify_compiler.testing.fuzzing import Verdict, judge, random_case
 
 CaseId = tuple[str, int]
-"""Kind and number of a case of seed 0."""
+"""(kind, number) of a case of seed 0."""
 
 TESTS = tuple(
     f"tests/passes/test_{name}.py"
@@ -51,10 +52,10 @@ TESTS = tuple(
         "strides",
     )
 )
-"""In this order, up to the first that fails."""
+"""Tests in the order in which they run, up to the first that fails."""
 MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_writes, layout)
 SECONDS = 20
-"""After which a case is said to hang."""
+"""Seconds after which a case counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ class Mutant:
 
     name: str
     target: str
-    """The function, `axes.cut`, that a case must call to see it."""
+    """The broken function, e.g. `axes.cut`, which a case must call to notice the mutant."""
     install: Callable[[], Callable[[], None]]
-    """Breaks it, and returns what mends it again."""
+    """Breaks the function, and returns a function that restores it."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, it is broken."""
+        """Break the function inside the block."""
         mend = self.install()
         try:
             yield
@@ -77,11 +78,11 @@ class Mutant:
             mend()
 
 
-# Broken copies of rules: whatever a rule says, it says one of these instead.
+# Broken copies of rules: instead of its own result, a rule returns one of these.
 
 
 def by_size(rule: Rule) -> Rule:
-    """Believes sizes: every dimension has the label of the first input's first dimension of that size."""
+    """Trust sizes: every dimension gets the label of the first input's first dimension of that size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
@@ -96,7 +97,7 @@ def by_size(rule: Rule) -> Rule:
 
 
 def disordered(rule: Rule) -> Rule:
-    """Reverses the factors of every label, or else exchanges the labels of two dimensions of one size."""
+    """Reverse the factors of every label, or exchange the labels of two dimensions of the same size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         labels = list(rule(tracker, output, *args, **kwargs))
@@ -112,7 +113,7 @@ def disordered(rule: Rule) -> Rule:
 
 
 def forgetful(rule: Rule) -> Rule:
-    """Knows nothing, not even that the tokens were a video's."""
+    """Know nothing, not even that the tokens were a video's."""
     return lambda tracker, output, *args, **kwargs: [fresh(size) for size in output.shape]
 
 
@@ -123,7 +124,7 @@ EQUAL = {
     "rule of empty, zeros, ones, ... disordered": "labels of which nothing is known are all alike",
     "rule of view_as_real, view_as_complex by_size": "dimensions that keep order and size get their own labels",
 }
-"""Mutants that do what the original does, and why: no case and no test can tell."""
+"""Mutant -> reason why it is equal to the original: no case and no test can distinguish them."""
 
 
 def rule_mutants() -> Iterator[Mutant]:
@@ -138,7 +139,7 @@ def rule_mutants() -> Iterator[Mutant]:
 
 
 def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
-    """Put `broken` in the place of `rule`; returns what puts it back."""
+    """Replace `rule` by `broken`; return a function that restores it."""
     before = dict(RULES)
     RULES.update({name: broken for name, one in before.items() if one is rule})
     return lambda: RULES.update(before)
@@ -148,7 +149,7 @@ def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
 
 
 class Edit(ast.NodeTransformer):
-    """Makes edit number `wanted` of all that can be made to a function, and says which it was."""
+    """Makes edit number `wanted` of all possible edits of a function, and describes it."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted, self.seen, self.said = wanted, -1, ""
@@ -205,7 +206,7 @@ class Edit(ast.NodeTransformer):
 
 
 def edited(function: FunctionType, number: int) -> tuple[str, CodeType] | None:
-    """What edit `number` of a function does, and the code that it makes; None beyond the last."""
+    """(description of edit `number` of a function, its code); None after the last edit."""
     edit = Edit(number)
     code = compiled(function, edit.visit(parsed(function)))
     return (edit.said, code) if edit.said else None
@@ -256,7 +257,7 @@ def source_mutants() -> Iterator[Mutant]:
 
 
 def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
-    """Give a function other code; returns what gives it back its own."""
+    """Give a function other code; return a function that restores its own."""
     before = function.__code__
     function.__code__ = code
 
@@ -268,7 +269,7 @@ def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
 
 @cache
 def mutants() -> dict[str, Mutant]:
-    """All of them but those of `EQUAL`, by name."""
+    """Name -> mutant, for all mutants except those of `EQUAL`."""
     made = {mutant.name: mutant for mutant in (*rule_mutants(), *source_mutants())}
     assert made.keys() >= EQUAL.keys(), EQUAL.keys() - made.keys()
     return {name: mutant for name, mutant in made.items() if name not in EQUAL}
@@ -282,7 +283,7 @@ class Hangs(BaseException):
 
 
 def outcome(case_id: CaseId) -> Verdict:
-    """What comes of a case by analysis."""
+    """The verdict on a case by analysis."""
 
     def hang(*_: object) -> None:
         raise Hangs
@@ -300,7 +301,7 @@ def outcome(case_id: CaseId) -> Verdict:
 
 @contextmanager
 def watched() -> Iterator[set[str]]:
-    """Inside, the names of the functions that are called: a set that grows."""
+    """Yield the set of names of the functions called inside; it grows during the block."""
     called: set[str] = set()
     mends = []
     for name, function in list(functions()):
@@ -316,11 +317,11 @@ def watched() -> Iterator[set[str]]:
 
 
 Seen = tuple[CaseId, Verdict, set[str]]
-"""A case, what comes of it while nothing is broken, and the functions that it calls."""
+"""(case, its verdict without mutants, the functions that it calls)."""
 
 
 def baseline(ids: Sequence[CaseId]) -> list[Seen]:
-    """Judge some cases while nothing is broken."""
+    """Judge some cases without mutants."""
     quiet()
     seen = []
     with watched() as called:
@@ -331,7 +332,7 @@ def baseline(ids: Sequence[CaseId]) -> list[Seen]:
 
 
 def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
-    """How the first of some cases that sees a mutant does: what is wrong, or which grid is lost; or ""."""
+    """The fault of the first case that notices a mutant, or the grid that it loses; or ""."""
     quiet()
     with mutants()[name].installed():
         for case_id, before in cases:
@@ -344,7 +345,7 @@ def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
 
 
 def failing_test(name: str) -> str:
-    """The first test that fails with a mutant, or ""; in a process of its own."""
+    """The first test that fails with a mutant, or "". It runs in a separate process."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -373,14 +374,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", type=int, default=3000, help="of the fuzzer, from which those are taken that matter"
+        "--cases",
+        type=int,
+        default=3000,
+        help="number of fuzzer cases, of which those with faults or grids are used",
     )
     parser.add_argument(
         "--most", type=int, default=400, help="cases to try on a mutant before it survives the fuzzer"
     )
-    parser.add_argument("--only", nargs="+", default=[""], help="only mutants whose names begin so")
     parser.add_argument(
-        "--no-tests", action="store_true", help="do not run the tests on what survives the fuzzer"
+        "--only", nargs="+", default=[""], help="run only mutants whose names begin with this"
+    )
+    parser.add_argument(
+        "--no-tests", action="store_true", help="do not run the tests on mutants that survive the fuzzer"
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)

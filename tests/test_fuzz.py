@@ -129,7 +129,7 @@ def test_a_broken_rule_is_found_shrunk_and_saved(
         broken.setitem(RULES, "flip", flipped_in_place)
         verdict = judge(FLIP, level)
         assert verdict.outcome == "WRONG"
-        assert "its tokens are of frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
+        assert "its tokens are from frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
         small, found = shrink(FLIP, lambda case: judge(case, level))
         assert small.moves == (FLIP.moves[0], "x = x.flip(1)", "x = m.attend(x, 0)")
         script = save(small, level, found, tmp_path, "fault")
@@ -151,14 +151,14 @@ def test_random_programs_find_the_broken_rule(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wrong_output_is_found() -> None:
-    """An attention whose mask is not the model's: the plan is right, and what is computed is not."""
+    """An attention whose mask is not the model's: the plan is right, and the output is wrong."""
     case = Case(
         kind="tokens", scene=Scene(), moves=("x = m.conv3d(video).flatten(2).mT", "x = m.attend(x, 0)")
     )
     assert judge(case).outcome == "sparse"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(judging.OPTIONS, "reference_frames", 2)
-        assert "off dense attention under the true mask" in judge(case).message
+        assert "differs from dense attention under the true mask" in judge(case).message
 
 
 def test_the_same_case_is_drawn_again() -> None:

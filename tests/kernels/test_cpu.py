@@ -332,7 +332,7 @@ def test_the_compilers_words_are_told_as_it_wrote_them(small_sources, caplog):
 def test_without_a_compiler_packed_sdpa_runs_and_says_so_once(tmp_path, compiler, reason):
     output, log = finish(start_build(tmp_path, compiler))
     assert output.strip() == "False None"
-    assert log.count("packed SDPA runs in its stead") == 1
+    assert log.count("packed SDPA runs instead") == 1
     assert reason in log
 
 

@@ -322,7 +322,7 @@ def test_arguments_that_do_not_fit():
         merge_far_field(
             tensors[0], out, lse, out, lse.double(), None, None, some_table().q_bounds, None, scale=1
         )
-    with pytest.raises(ValueError, match="come together"):
+    with pytest.raises(ValueError, match="must be given together"):
         merge_far_field(tensors[0], out, lse, out, lse, None, lse, some_table().q_bounds, None, scale=1)
 
 

@@ -191,8 +191,8 @@ BOUNDS = torch.tensor([[[0, 6]]]).int()
     ("change", "words"),
     [
         ({"key": KEY[0]}, "key must have shape"),
-        ({"value": VALUE[:, :, :3]}, "must agree in all but"),
-        ({"value": VALUE.half()}, "must agree in all but"),
+        ({"value": VALUE[:, :, :3]}, "must agree in batch"),
+        ({"value": VALUE.half()}, "must agree in batch"),
         ({"bounds": BOUNDS.long()}, "bounds must be int32, got torch.int64"),
         ({"bounds": BOUNDS.expand(3, 1, 2)}, "bounds must be"),
         ({"bounds": BOUNDS.expand(1, 3, 2)}, "multiple of key heads, got 3 and 2"),

@@ -175,7 +175,7 @@ def test_opcheck(ordered):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_cuda_graph():
-    """Captured once, replayed with other queries and another table of the same shapes."""
+    """Check a graph that is captured once and replayed with other queries and another table of the same shapes."""
     q, k, v = qkv(1, 2, 2, 500, 500, 64, 64, torch.bfloat16, device=DEVICE)
     table = table_of([[1, 0], [1, 1]], [200, 300], [300, 200])
     block_sparse_attention(q, k, v, table, provider="triton")

@@ -1,4 +1,4 @@
-"""Efficient-vDiT as a run: it goes on exactly where it was killed, repeats nothing, reports what was measured."""
+"""Efficient-vDiT as a run: it continues exactly after a kill, repeats nothing and reports its measurements."""
 
 import copy
 import json
@@ -367,7 +367,7 @@ def test_another_policy_than_the_third_stage_began_with_is_told(
     path.write_text(path.read_text().replace(f'"choice": "{TILE}"', f'"choice": "{DENSE}"'))
     with pytest.raises(DamagedError, match="json chooses otherwise"):
         distill(tiny(), out, SETTINGS)
-    # What it says to do: nothing of the old choice is told again.
+    # The remedy of the message: nothing of the old choice is reported again.
     (out / "distillation.pt").unlink()
     report = distill(tiny(), out, SETTINGS)
     assert set(report.choices.values()) == {DENSE}

@@ -1,4 +1,4 @@
-"""Whole models through the backend: what is planned, what comes out, and what a user is told."""
+"""Whole models through the backend: plans, outputs, and messages to the user."""
 
 import copy
 import re
@@ -31,8 +31,8 @@ SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
 
 REPEATS = {name: () if name in ("cogvideox", "allegro") else (pytest.mark.nightly,) for name in SIX}
-"""Marks of the six where what is computed hardly differs among them: joint attention behind text and masked tokens
-are in every run, the other four in the nightly one."""
+"""Marks of the six models for tests that compute almost the same on all of them: joint attention after text and
+with masked tokens are in every run, the other four in the nightly run."""
 
 KINDS = [pytest.param(name, marks=marks) for name, marks in REPEATS.items()]
 
@@ -78,7 +78,7 @@ def oracle_for(sites: list[Expected], reference_frames: int) -> TileAttention:
     return TileAttention(frames, reference_frames, height * width, before=video.before, after=video.after)
 
 
-# What is planned
+# Plans
 
 
 WHOLE = (*SIX, "wan_i2v", "hunyuan_video_i2v", "cogvideox_rope", "cogvideox_15", "skyreels_v2", "wan_vace", "ltx2",
@@ -286,7 +286,7 @@ def test_each_resolution_has_its_own_tables(name: str) -> None:
     assert [program.plan.plans[0].layout.grid for program in recorder.programs] == grids[:2]
 
 
-# What a user is told
+# Messages to the user
 
 
 VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))

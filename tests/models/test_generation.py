@@ -137,7 +137,7 @@ def test_other_schedules(loop: Loop, tables: Tables) -> None:
 
 
 def test_time_steps_for_each_token(tables: Tables) -> None:
-    """The first frame given, at time step 0, as image-to-video has it: the largest counts."""
+    """The first frame is given, at time step 0, as in image-to-video: the largest time step counts."""
     model, inputs = CASES["wan"].build(GRID, batch=1)
     compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
     tokens = GRID[0] * GRID[1] * GRID[2]
@@ -397,7 +397,7 @@ def test_stats_are_of_the_program_that_was_compiled() -> None:
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
     assert calls(by["tile"]) == {"tile": {2, 3, 4, 5}}
     assert calls(model) == calls(by["tile"])
-    with pytest.raises(SparsifyError, match="programs with other options alone"):
+    with pytest.raises(SparsifyError, match="only programs with other options"):
         sparsify_compiler.stats(by["wide"])
     run("tile", "wide", steps=7)
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
@@ -448,7 +448,7 @@ def test_stats_of_a_model_that_did_not_run_says_so() -> None:
             {"method": "tile", "top_p": 0.5},
             "'top_p' belongs to method 'svg2' and 'cubes', got method='tile'",
         ),
-        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' is of method 'svg2', got method='tile'"),
+        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' has method 'svg2', got method='tile'"),
         ({"method": "cubes", "cube": (4, 4)}, r"cube must be three integers"),
         ({"method": "cubes", "query_cube": (4, 0, 4)}, "query_cube must be an integer of at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),

@@ -1,4 +1,4 @@
-"""What a user's process may be set to, and a graph may hold: right results, or an error of ours."""
+"""Settings of a user's process, and unusual graphs: results are right, or the package raises its own error."""
 
 import ast
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def test_the_default_dtype_does_not_matter(method: str, dtype: torch.dtype) -> N
 
 
 FACTORIES = {"zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace", "logspace"}
-"""Of tensors whose dtype is the default one unless they are told."""
+"""Functions that make tensors of the default dtype unless a dtype is given."""
 
 
 @pytest.mark.parametrize("room", ["kernels", "methods", "runtime", "passes", "training"])

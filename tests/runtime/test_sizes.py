@@ -1,4 +1,4 @@
-"""Sizes that a plan rests on: other ones get a program of their own, or an error of ours; never another's table."""
+"""Sizes that a plan needs: other sizes get their own program, or an error; never the table of another plan."""
 
 import gc
 from collections.abc import Callable
@@ -18,7 +18,7 @@ pytestmark = [fresh_dynamo, no_warnings]
 
 WIDTH = 16
 DENSE_TILE = {"method": "tile", "reference_frames": 3}
-"""Of three frames all see each other: what comes out is dense attention, if the table is of the right tokens."""
+"""Three of three frames are references: the output is dense attention, if the table is for the right tokens."""
 SVG2 = {"method": "svg2", "q_clusters": 4, "kv_clusters": 6, "dense_layers": 0, "dense_steps": 0}
 
 torch.manual_seed(0)
@@ -67,7 +67,7 @@ LOSERS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second": lambda text: text[:, ::2],
     "matmul": lambda text: torch.ones(text.shape[1], text.shape[1]) @ text,
 }
-"""What a text goes through, so that no label says how long it is."""
+"""Operators on a text after which no label has its length."""
 
 
 @pytest.mark.parametrize("name", LOSERS)
@@ -152,7 +152,7 @@ def test_a_program_refuses_other_sizes(options: dict[str, Any]) -> None:
         torch.compile(attend, backend=recorder)(text_of(30))
         (program,) = recorder.programs
         for other in (text_of(60), text_of(29), text_of(30)[..., :8], text_of(30)[0]):
-            with pytest.raises(OperandError, match=r"attention .* rests on an input .* shape \[1, 30, 16\]"):
+            with pytest.raises(OperandError, match=r"attention .* needs an input .* shape \[1, 30, 16\]"):
                 program(other)
 
 
@@ -171,7 +171,7 @@ def test_a_site_refuses_other_sizes(options: dict[str, Any]) -> None:
 
 
 def test_what_programs_call_by_name_goes_with_them() -> None:
-    recorder = Recorder(**SVG2, seed=7)  # as no other test has it
+    recorder = Recorder(**SVG2, seed=7)  # options that no other test has
     with torch.no_grad():
         torch.compile(lambda v: attend(embed(v)), backend=recorder)(video_of())
     (name,) = (function.name for function in recorder.programs[0].functions)

@@ -267,7 +267,7 @@ def test_a_module_that_is_called_twice_is_compared_twice() -> None:
     torch.testing.assert_close(found.modules, {"inner": error})
 
 
-# What a user is told
+# Messages to the user
 
 
 def test_unknown_modules_are_refused() -> None:
@@ -292,7 +292,7 @@ def test_a_module_that_is_never_called_is_told() -> None:
         def forward(self, x: Tensor, return_dict: bool = True) -> tuple[Tensor]:
             return (self.inner(x),)
 
-    with pytest.raises(SparsifyError, match=r"'plain' must give as many .* got 0 and 0"):
+    with pytest.raises(SparsifyError, match=r"'plain' must return the same number .* got 0 and 0"):
         Distillation(Part(), Part(), ["plain"])(x=torch.zeros(1, 2, 5, 4))
 
 

@@ -220,7 +220,7 @@ def test_a_policy_edited_into_nonsense(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"method": "tile"}, "option 'method' says, for every site: leave out one"),
+        ({"method": "tile"}, "a policy sets option 'method' for every site: leave out one"),
         ({"preset": "svg2"}, "option 'preset'"),
         ({"top_p": 0.5}, "option 'top_p'"),
         ({"far_field": "drop"}, "option 'far_field'"),

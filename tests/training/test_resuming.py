@@ -55,20 +55,22 @@ def test_states_of_others_are_refused():
     model, inputs = made()
     fast = torch.compile(model, backend="sparsify", options=OPTIONS)
     dsv = DSVTrainer(fast)
-    with pytest.raises(SparsifyError, match=r"state must be what DSVTrainer\.state_dict returned"):
+    with pytest.raises(SparsifyError, match=r"state must be a result of DSVTrainer\.state_dict"):
         dsv.load_state_dict({"weights": 3})
-    with pytest.raises(SparsifyError, match="the state is of 4 ranks, this run has 1"):
+    with pytest.raises(SparsifyError, match="the state is from 4 ranks, this run has 1"):
         dsv.load_state_dict(state["dsv"] | {"world_size": 4})
     profiles = dict(list(state["dsv"]["profiles"].items())[:1])
     dsv.load_state_dict(state["dsv"] | {"profiles": profiles})
     step(fast, inputs)
     with pytest.raises(
-        SparsifyError, match=r"the state is of another model: it has 1 sites .* this model has 2"
+        SparsifyError, match=r"the state belongs to another model: it has 1 sites .* this model has 2"
     ):
         dsv.step()
     learned = {name: tensor[..., :1] for name, tensor in state["dsv"]["learned"].items()}
     dsv.load_state_dict(state["dsv"] | {"learned": learned})
-    with pytest.raises(SparsifyError, match="what was learnt is of another model, or with other options"):
+    with pytest.raises(
+        SparsifyError, match="the trained tensors belong to another model or to other options"
+    ):
         step(fast, inputs)
 
 

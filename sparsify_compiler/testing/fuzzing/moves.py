@@ -1,11 +1,11 @@
-"""Everything that a program may do with its tokens, x [batch, tokens, WIDTH].
+"""The moves of a program on its tokens, x [batch, tokens, WIDTH].
 
-Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn when the line is.
-`; ` begins a new line of the program. The tables decide how often a program is sparse; places decide what is true.
+Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn with the line. `; `
+begins a new line of the program. The tables only decide how often a program is sparse; `Places` decides the truth.
 
-`KEPT`        every token stays in its place, in ways that the compiler should follow
-`RETURNING`   every token comes back to its place, in ways that the compiler need not follow
-`MOVED`       tokens are elsewhere, or only some of them are left, or they are no longer tokens of one video
+`KEPT`        every token stays in its place, and the compiler should follow
+`RETURNING`   every token returns to its place, and the compiler need not follow
+`MOVED`       tokens move, or some are missing, or they are no longer tokens of one video
 """
 
 from sparsify_compiler.testing.fuzzing.cases import Draw
@@ -13,7 +13,7 @@ from sparsify_compiler.testing.fuzzing.machines import WIDTH
 from sparsify_compiler.testing.fuzzing.tables import table
 from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens
 
-# Moves that keep every token in its place, where the compiler is to follow.
+# Moves that keep every token in its place. The compiler should follow them.
 
 content = table("""
     x = m.norm(x)
@@ -77,7 +77,7 @@ rejoined = table("""
 
 
 def attend_in_part(t: Tokens, draw: Draw) -> None:
-    """Attention within frames, or along time: the rest of the video's axes go to the batch and come back."""
+    """Attention within frames, or along time: the other axes of the video move to the batch and back."""
     turn = draw.of("", ".transpose(1, 2)")
     if t.is_video:
         t.add(
@@ -87,7 +87,7 @@ def attend_in_part(t: Tokens, draw: Draw) -> None:
 
 
 def windows(t: Tokens, draw: Draw) -> None:
-    """Windows of rows and columns go to the batch and come back, with an attention in between or none."""
+    """Windows of rows and columns move to the batch and back, with or without an attention in between."""
     f, h, w = t.scene.grid
     a, b = draw.divisor(h), draw.divisor(w)
     if not t.is_video:
@@ -102,7 +102,7 @@ def windows(t: Tokens, draw: Draw) -> None:
 
 
 def there_and_back(t: Tokens, draw: Draw) -> None:
-    """The axes of the grid in another order, something, and back."""
+    """The axes of the grid move to another order and back, with or without an operator in between."""
     if not t.is_video:
         return
     order = draw.permutation(3)
@@ -117,7 +117,7 @@ def there_and_back(t: Tokens, draw: Draw) -> None:
 
 
 def text_joined(t: Tokens, draw: Draw) -> None:
-    """The text comes before or after."""
+    """The text is joined before or after the tokens."""
     front = draw.chance(50)
     before = ("x = torch.cat([text, x], 1)", "x = torch.cat((text.clone(), x), -2)")
     after = ("x = torch.cat([x, text], 1)", "x = torch.cat((x, m.linear(text)), dim=1)")
@@ -127,7 +127,7 @@ def text_joined(t: Tokens, draw: Draw) -> None:
 
 
 def text_cut(t: Tokens, draw: Draw) -> None:
-    """What is before and after the video's tokens goes."""
+    """The tokens before and after the video's are cut."""
     end = t.count - t.after
     way = draw.of(
         f"x = x[:, {t.before}:{end}]",
@@ -140,7 +140,7 @@ def text_cut(t: Tokens, draw: Draw) -> None:
 
 
 def padded(t: Tokens, draw: Draw) -> None:
-    """Tokens of nothing come before and after."""
+    """Zero tokens are added before and after."""
     a, b = draw.integer(0, 3), draw.integer(0, 3)
     first, last = (f"x.new_zeros({t.batch}, {n}, {WIDTH})" for n in (a, b))
     if t.add(draw.of(f"x = F.pad(x, (0, 0, {a}, {b}))", f"x = torch.cat([{first}, x, {last}], 1)")):
@@ -148,7 +148,7 @@ def padded(t: Tokens, draw: Draw) -> None:
 
 
 def positions(t: Tokens, draw: Draw) -> None:
-    """Positions of the video's grid are added, padded where there are other tokens; or they turn the tokens."""
+    """Positions of the video's grid are added, padded where there are other tokens, or rotate the tokens."""
     sizes = "{}, {}, {}".format(*t.scene.grid)
     if t.is_video and draw.chance(30):
         t.add(f"x = m.turned(x, {sizes})")
@@ -179,7 +179,7 @@ attend_twice = table("""
     y = m.region(m.norm(x), {tag}); x = m.region(x, {tag})
     y = m.region(x.flip(0), {tag}); x = m.region(x, {tag})
 """)
-"""One body, called with tokens in two orders."""
+"""One body is called with tokens in two orders."""
 
 attend_elsewhere = table("""
     x = m.attend_to(x, x, {tag})
@@ -195,7 +195,7 @@ attend_elsewhere = table("""
     x = m.attend_to(x, torch.cat([x[:, 1:], x[:, :1]], 1), {tag})
     x = m.attend_to(x, x[:, 1:], {tag})
 """)
-"""Queries of these tokens, keys of tokens that were moved or are another video's."""
+"""Queries come from these tokens, keys from tokens that were moved or belong to another video."""
 
 KEPT: tuple[Move, ...] = (
     content, content, reshaped, reshaped, rejoined, rejoined, text_joined, text_joined, text_cut, padded, positions,
@@ -238,7 +238,7 @@ RETURNING: tuple[Move, ...] = (
 """),
 )
 
-# Moves after which tokens are elsewhere.
+# Moves that change the places of tokens.
 
 moved = table("""
     x = x.roll({n}, 1)
@@ -351,7 +351,7 @@ cropped = table("""
     x = x[[0] * {B}]
     x = x.as_strided(({B}, {S}, x.shape[-1]), ({S} * x.shape[-1], 1, {S}))
 """)
-"""Fewer tokens; or as many, of which some are not what they were."""
+"""Fewer tokens, or the same number of which some are replaced."""
 
 mixed = table("""
     x = (x + {other}) / 2
@@ -366,13 +366,13 @@ mixed = table("""
     x = torch.stack([x, {other}], 1).flatten(0, 1)[::2]
     x = torch.stack([x, {other}], 1).flatten(0, 1)[:{B}]
 """)
-"""Tokens that are two at once, or now one and now the other."""
+"""Every token is a mixture of two, or one of two."""
 
 
 def wrong_positions(t: Tokens, draw: Draw) -> None:
-    """Positions of another grid of as many tokens are added, to tokens of which a grid is known."""
+    """Positions of another grid with the same number of tokens are added to tokens with a known grid."""
     if t.scene.source == "packed" and "m.mesh" not in t.moves[0]:
-        return  # they would be all that is known
+        return  # the wrong positions would be the only ones
     f, h, w = t.scene.grid
     sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
     t.add(f"x = x + m.mesh{sizes}")

@@ -1,4 +1,4 @@
-"""Programs of tokens: patches are cut, tokens move, attention runs over them; kinds `tokens` and `writes`."""
+"""Programs of tokens, kinds `tokens` and `writes`: they cut patches, move tokens and run attention."""
 
 from sparsify_compiler.testing.fuzzing.cases import Case, Draw, Scene
 from sparsify_compiler.testing.fuzzing.machines import CHANNELS, WIDTH
@@ -21,7 +21,7 @@ def orders(scene: Scene) -> tuple[str, str]:
 
 
 def embed(scene: Scene, draw: Draw) -> str:
-    """From the video to x, in one of the ways that a grid can be known by."""
+    """Statements from the video to x, in one of the ways that show a grid."""
     batch, (frames, rows, columns) = scene.batch, scene.grid
     if scene.source == "packed":
         mesh = f" + m.mesh({frames}, {rows}, {columns}, {draw.of(*MESHES)!r})" if draw.chance(85) else ""
@@ -49,14 +49,14 @@ def embed(scene: Scene, draw: Draw) -> str:
 
 
 def _could_be_one_video(scene: Scene, tokens: list[str], features: list[str]) -> bool:
-    """Whether pixels are those of a video whose channels are another axis, as far as a graph can tell."""
+    """Whether a graph cannot distinguish these pixels from those of a video with another axis as channels."""
     there = "bfchw" if scene.source == "frames first" else "bcfhw"
     ordered = len(tokens) == 3 and tokens == sorted(tokens, key=there.index)
     return ordered and "c" in tokens and (scene.batch == 1 or "b" not in (*tokens, *features))
 
 
 def embed_freely(scene: Scene, draw: Draw) -> str:
-    """From the video to [batch, tokens, WIDTH], with any of its axes as batch, as tokens and as channels."""
+    """Statements from the video to x [batch, tokens, WIDTH], with any of its axes as batch, tokens and channels."""
     channels_first, frames_first = orders(scene)
     way = draw.of("conv3d", "conv2d", "pixels")
     x, axes = f"m.conv3d({channels_first})", "bcfhw"
@@ -91,7 +91,7 @@ ATTEND: dict[str, tuple[Move, ...]] = {
 
 
 def draw_program(kind: str, draw: Draw) -> Case:
-    """A program of the kind `tokens` or `writes`."""
+    """Draw a program of the kind `tokens` or `writes`."""
     tokens = Tokens(draw_scene(draw))
     freely = tokens.scene.source != "packed" and draw.chance(15)
     tokens.add((embed_freely if freely else embed)(tokens.scene, draw))

@@ -20,7 +20,7 @@ OTHERS = lines("""
 
 
 def _place(t: Tokens, draw: Draw) -> int:
-    """Between two tokens; now and then between two frames."""
+    """A place between two tokens, sometimes between two frames."""
     frame = t.scene.tokens // t.scene.grid[0]
     return draw.of(draw.integer(1, max(t.count - 1, 1)), t.before + frame, t.before + t.scene.tokens - frame)
 
@@ -46,14 +46,14 @@ NUMBERS: dict[str, Callable[[Tokens, Draw], Any]] = {
     "blank": lambda t, draw: draw.of("torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()"),
     "other": lambda t, draw: filled(draw.of(*OTHERS), t, draw),
 }
-"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in the
-sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the
-grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is
-written in part, one that is written all over. other: the tokens in another order."""
+"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in
+the sequence. i, j: two tokens. a: a divisor of the number of tokens. perm: an order of the tokens. axis, order,
+k: an axis of the grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a
+buffer that is written in part, a buffer that is written completely. other: the tokens in another order."""
 
 
 def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
-    """A line of a table with its numbers, as statements."""
+    """A line of a table with drawn numbers, as statements."""
     names = {name for _, name, _, _ in string.Formatter().parse(line) if name}
     numbers = {name: NUMBERS[name](t, draw) for name in sorted(names - more.keys())}
     return line.format(**numbers, **more)
@@ -61,11 +61,11 @@ def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The move that is any of these lines."""
+    """A move that is one of these lines."""
 
     lines: tuple[str, ...]
     video: bool
-    """Whether it is for the tokens of a video alone."""
+    """Whether it needs a sequence of only the video's tokens."""
 
     def __call__(self, t: Tokens, draw: Draw) -> None:
         """Append one of the lines to a program."""
@@ -74,10 +74,10 @@ class Table:
 
 
 def table(text: str, *, inside: str = "{line}", video: bool = False) -> Table:
-    """The lines of a text.
+    """The table with the lines of a text.
 
     Args:
-        inside: what each of them stands in.
-        video: whether they are for the tokens of a video alone.
+        inside: the text around each line.
+        video: whether the lines need a sequence of only the video's tokens.
     """
     return Table(tuple(inside.replace("{line}", line) for line in lines(text)), video)

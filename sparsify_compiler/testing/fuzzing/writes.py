@@ -46,7 +46,7 @@ write_whole = table(
 """,
     inside="y = {blank}; {line}; x = y",
 )
-"""A buffer is filled part by part, every token where it belongs."""
+"""A buffer is filled part by part, with every token in its place."""
 
 
 def write_with_text(t: Tokens, draw: Draw) -> None:
@@ -89,7 +89,7 @@ alias = table("""
     x = x.clone(); y = x[:, {n}:]
     x = x.contiguous(); y = x.view({B}, {a}, -1, x.shape[-1])
 """)
-"""Another name for the memory of the tokens, or of some of them, before they are written."""
+"""Another name for the memory of all or some tokens, taken before a write."""
 
 
 write_moved = table(
@@ -142,7 +142,7 @@ write_moved = table(
 """,
     inside="y = {copy}; {line}; x = y",
 )
-"""A copy or a buffer is written from elsewhere."""
+"""A copy or a buffer is written with tokens from other places."""
 
 
 write_grid = table(
@@ -175,7 +175,7 @@ write_alias = table("""
     y[:, 1] *= m.zero
     y[:] = y.flip(1)
 """)
-"""Writes through a name that was taken before."""
+"""Writes go through a name that was taken before."""
 
 
 AROUND = table("""
@@ -195,11 +195,11 @@ AROUND = table("""
     {y}[0].mul_(m.two)
     torch._foreach_mul_([{y}], m.two)
 """)
-"""Writes into y, whose tokens are dimension dim."""
+"""Writes into y, whose tokens lie along dimension `dim`."""
 
 
 def write_around_attention(t: Tokens, draw: Draw) -> None:
-    """q, k, v or their bases are written before, between or after the products of attention by hand."""
+    """q, k, v or their base tensors are written before, between or after the products of attention by hand."""
     tag = t.tag()
     sources = [
         draw.of(f"m.{f}(x)", f"m.{f}(x).contiguous()", "x", "x.clone()") for f in ("sin", "cos", "act")
@@ -211,7 +211,7 @@ def write_around_attention(t: Tokens, draw: Draw) -> None:
         "x = m.joined(w @ v)" if split else "x = w @ v",
     ]
     name = draw.of("q", "k", "v", "q0", "k0", "v0", "x", "x", "k")
-    dim = 2 if split and name in ("q", "k", "v") else 1  # of the tokens
+    dim = 2 if split and name in ("q", "k", "v") else 1  # the dimension of the tokens
     steps.insert(draw.of(1, 2, 1, 2, 0, 3), filled(draw.of(*AROUND.lines), t, draw, y=name, dim=dim))
     operands = [f"{one}0 = {source}" for one, source in zip("qkv", sources, strict=True)]
     operands += [f"{one} = m.heads({one}0)" if split else f"{one} = {one}0" for one in "qkv"]

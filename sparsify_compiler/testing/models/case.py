@@ -15,18 +15,18 @@ Inputs = dict[str, Any]
 """Keyword arguments of a model's forward."""
 
 Made = tuple[Any, Inputs]
-"""A model and its inputs; a type checker doesn't see that diffusers' mixins are an nn.Module."""
+"""A model and its inputs. Any, since a type checker does not see that diffusers' mixins are an nn.Module."""
 
 Make = Callable[[Grid, int], Made]
 
 GRID: Grid = (5, 7, 9)
-"""The usual grid: three different odd sizes, so that no other product matches it by accident."""
+"""The usual grid: three different odd sizes, so that no other product matches it by chance."""
 
 TEXT = 11
-"""Tokens of every prompt."""
+"""Number of tokens of every prompt."""
 
 LAYERS = 2
-"""Layers of each kind in every model."""
+"""Number of layers of each kind in every model."""
 
 NOISE = 0.1
 """Standard deviation of the noise that is added to every weight."""
@@ -34,19 +34,19 @@ NOISE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """One attention call: the video tokens in its sequence and their neighbours, or why there are none."""
+    """One attention call: the video tokens in its sequence, and the numbers of other tokens around them."""
 
     grid: Grid | None
     """None: this attention must stay dense (over text, within a frame, along time, cross)."""
     before: int = 0
-    """Other tokens before the video's in the sequence."""
+    """Number of other tokens before the video's in the sequence."""
     after: int = 0
-    """Other tokens after the video's."""
+    """Number of other tokens after the video's."""
     kind: Literal["self", "joint", "cross"] = "self"
 
     @property
     def tokens(self) -> int | None:
-        """Query tokens of the call; None without a grid."""
+        """Number of query tokens of the call; None without a grid."""
         if self.grid is None:
             return None
         return self.before + math.prod(self.grid) + self.after
@@ -54,12 +54,12 @@ class Expected:
 
 CROSS = Expected(grid=None, kind="cross")
 DENSE = Expected(grid=None)
-"""Self-attention among other tokens than the video's, or among a part of the video's."""
+"""Self-attention among tokens that are not the video's, or among a part of the video's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A model family: how to make a small one, and its attention calls in the order a forward makes them."""
+    """A model family: a function that makes a small model, and its attention calls in the order of a forward."""
 
     name: str
     make: Make
@@ -95,7 +95,7 @@ def family(calls: Callable[[Grid, int], list[Expected]]) -> Callable[[Make], Mak
 
 
 def latents(grid: Grid, batch: int, *, channels: int = 4, patch: Grid = (1, 2, 2)) -> Tensor:
-    """[B, C, F, H, W] of noise that is patched to the grid."""
+    """[B, C, F, H, W] noise, whose patches form the grid."""
     return torch.randn(batch, channels, *(n * p for n, p in zip(grid, patch, strict=True)))
 
 
@@ -104,7 +104,7 @@ def prompt(batch: int, width: int = 16, tokens: int = TEXT) -> Inputs:
 
 
 def lengths(batch: int) -> list[int]:
-    """Tokens of each prompt that are not padding."""
+    """Number of tokens of each prompt without padding."""
     return [TEXT - 3 - item % 4 for item in range(batch)]
 
 
@@ -128,7 +128,7 @@ def text_first(grid: Grid, batch: int) -> list[Expected]:
 
 
 def history(grid: Grid, *scales: int) -> int:
-    """Tokens of one patched frame of history at each scale, height and width padded to whole patches."""
+    """Number of tokens of one patched frame of history over all scales, with height and width padded to patches."""
     return sum(-(-grid[1] // n) * -(-grid[2] // n) for n in scales)
 
 

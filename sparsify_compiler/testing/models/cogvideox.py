@@ -45,7 +45,7 @@ def _cogvideox_rope(grid: Grid) -> Inputs:
 
 @family(text_first)
 def cogvideox(grid: Grid, batch: int) -> Made:
-    """Frames before channels, conv2d patches; positions added, from a buffer if the grid is the usual one."""
+    """Frames before channels, conv2d patches; positions are added, from a buffer if the grid is the usual one."""
     from diffusers import CogVideoXTransformer3DModel
 
     return CogVideoXTransformer3DModel(**_COGVIDEOX), _cogvideox_inputs(grid, batch, (1, 2, 2))
@@ -53,7 +53,7 @@ def cogvideox(grid: Grid, batch: int) -> Made:
 
 @family(text_first)
 def cogvideox_rope(grid: Grid, batch: int) -> Made:
-    """Positions by rotary embeddings that come as inputs."""
+    """Positions by rotary embeddings that are inputs."""
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(**_COGVIDEOX, use_rotary_positional_embeddings=True)
@@ -71,7 +71,7 @@ def cogvideox_15(grid: Grid, batch: int) -> Made:
 
 @family(text_first)
 def consisid(grid: Grid, batch: int) -> Made:
-    """CogVideoX by another name."""
+    """CogVideoX under another name."""
     from diffusers import ConsisIDTransformer3DModel
 
     model = ConsisIDTransformer3DModel(**_COGVIDEOX, use_rotary_positional_embeddings=True)

@@ -50,7 +50,7 @@ def _hunyuan_sites(grid: Grid, batch: int) -> list[Expected]:
 
 @family(_hunyuan_sites)
 def hunyuan_video(grid: Grid, batch: int) -> Made:
-    """conv3d patches; a mask of keys in the joint layers, one of query and key in the text refiner."""
+    """conv3d patches; a mask of keys in the joint layers, a mask of query and key in the text refiner."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     return HunyuanVideoTransformer3DModel(**_HUNYUAN), _hunyuan_inputs(grid, batch)
@@ -58,7 +58,7 @@ def hunyuan_video(grid: Grid, batch: int) -> Made:
 
 @family(_hunyuan_sites)
 def hunyuan_video_i2v(grid: Grid, batch: int) -> Made:
-    """The first frame is modulated apart from the others, so layers cut the sequence and join it."""
+    """The first frame is modulated separately, so layers cut the sequence and join it."""
     from diffusers import HunyuanVideoTransformer3DModel
 
     model = HunyuanVideoTransformer3DModel(**_HUNYUAN, image_condition_type="token_replace")
@@ -92,7 +92,7 @@ def hunyuan_framepack(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=None, kind="joint")] * LAYERS)
 def hunyuan_video_15(grid: Grid, batch: int) -> Made:
-    """A mask of query and key, although padding alone is meant; text is sorted by boolean indexing."""
+    """A mask of query and key, although only keys are padded; text is sorted by boolean indexing."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     model = HunyuanVideo15Transformer3DModel(

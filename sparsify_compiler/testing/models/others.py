@@ -26,7 +26,7 @@ from sparsify_compiler.testing.models.case import (
 
 @family(layers_with_cross)
 def ltx(grid: Grid, batch: int) -> Made:
-    """Packed tokens: the grid comes as three integers, for the rotary embedding alone."""
+    """Packed tokens: the grid is three integer inputs, used only by the rotary embedding."""
     from diffusers import LTXVideoTransformer3DModel
 
     frames, height, width = grid
@@ -83,7 +83,7 @@ def allegro(grid: Grid, batch: int) -> Made:
 
 @family(text_first)
 def easyanimate(grid: Grid, batch: int) -> Made:
-    """conv2d patches; one layer with weights of its own for the text, one without."""
+    """conv2d patches; one layer with separate weights for the text, one without."""
     from diffusers import EasyAnimateTransformer3DModel
 
     model = EasyAnimateTransformer3DModel(
@@ -127,7 +127,7 @@ def cosmos(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=grid), CROSS] * LAYERS)
 def kandinsky5(grid: Grid, batch: int) -> Made:
-    """Channels last; the positions of the axes come as inputs."""
+    """Channels last; the positions of the axes are inputs."""
     from diffusers import Kandinsky5Transformer3DModel
 
     model = Kandinsky5Transformer3DModel(
@@ -154,7 +154,7 @@ def kandinsky5(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [Expected(grid=grid), DENSE, CROSS, CROSS, CROSS, CROSS] * LAYERS)
 def ltx2(grid: Grid, batch: int) -> Made:
-    """Packed video and audio side by side: each attends to itself, to its text, then to the other."""
+    """Packed video and packed audio: each attends to itself, to its text, then to the other."""
     from diffusers import LTX2VideoTransformer3DModel
 
     frames, height, width = grid
@@ -194,7 +194,7 @@ def ltx2(grid: Grid, batch: int) -> Made:
     )
 )
 def motif_video(grid: Grid, batch: int) -> Made:
-    """Last comes a decoder layer: the patches anew, followed by the encoder's tokens of the same video."""
+    """The last layer is a decoder: the patches again, followed by the encoder's tokens of the same video."""
     from diffusers import MotifVideoTransformer3DModel
 
     model = MotifVideoTransformer3DModel(
@@ -224,7 +224,7 @@ def motif_video(grid: Grid, batch: int) -> Made:
     )
 )
 def mochi(grid: Grid, batch: int) -> Made:
-    """Text is pooled by attention; then each video of the batch attends by itself, its text unpadded."""
+    """Text is pooled by attention; then each video of the batch has its own attention, with unpadded text."""
     from diffusers import MochiTransformer3DModel
 
     model = MochiTransformer3DModel(
@@ -247,7 +247,7 @@ def mochi(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [CROSS] * LAYERS)
 def sana_video(grid: Grid, batch: int) -> Made:
-    """Linear attention over the video, without a softmax: there is nothing to make sparse."""
+    """Linear attention over the video, without a softmax: no attention can become sparse."""
     from diffusers import SanaVideoTransformer3DModel
 
     model = SanaVideoTransformer3DModel(
@@ -271,7 +271,7 @@ def sana_video(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE, CROSS, DENSE] * LAYERS)
 def latte(grid: Grid, batch: int) -> Made:
-    """Layers within a frame (frames in the batch) and along time (pixels in the batch) by turns."""
+    """Layers within a frame (frames in the batch) and along time (pixels in the batch), in turns."""
     from diffusers import LatteTransformer3DModel
 
     model = LatteTransformer3DModel(

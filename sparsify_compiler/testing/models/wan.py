@@ -43,7 +43,7 @@ def wan(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [Expected(grid=grid), CROSS, CROSS] * LAYERS)
 def wan_i2v(grid: Grid, batch: int) -> Made:
-    """Cross-attention to image tokens comes before that to the text, of which there must be 512 tokens."""
+    """Cross-attention to image tokens comes before that to the text, which must have 512 tokens."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(**_WAN, image_dim=16, added_kv_proj_dim=32), {
@@ -69,7 +69,7 @@ def skyreels_v2(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE, CROSS] * LAYERS)
 def skyreels_v2_causal(grid: Grid, batch: int) -> Made:
-    """Blocks of frames see themselves and the earlier ones: a mask of query and key."""
+    """Blocks of frames attend to themselves and to earlier blocks: a mask of query and key."""
     from diffusers import SkyReelsV2Transformer3DModel
 
     block = next(n for n in range(2, grid[0] + 1) if grid[0] % n == 0)
@@ -82,7 +82,7 @@ def skyreels_v2_causal(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [Expected(grid=grid), CROSS] * (2 * LAYERS))
 def wan_vace(grid: Grid, batch: int) -> Made:
-    """A second stream of control tokens, joined with padding of no tokens, runs through layers first."""
+    """A second stream of control tokens, joined with a padding of zero tokens, runs through layers first."""
     from diffusers import WanVACETransformer3DModel
 
     return WanVACETransformer3DModel(**_WAN, vace_layers=[*range(LAYERS)], vace_in_channels=6), {
@@ -95,7 +95,7 @@ def wan_vace(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [Expected(grid=grid), CROSS, CROSS, Expected(grid=grid), CROSS])
 def wan_animate(grid: Grid, batch: int) -> Made:
-    """Pose is added in place to all frames but the first; faces by a cross-attention within each frame."""
+    """Pose is added in place to all frames except the first; faces enter by cross-attention within each frame."""
     from diffusers import WanAnimateTransformer3DModel
 
     config = _WAN | {"in_channels": 12, "latent_channels": 4}
@@ -150,7 +150,7 @@ def anyflow(grid: Grid, batch: int) -> Made:
     lambda grid, batch: [Expected(grid=grid, before=history(grid, 4, 2, 1, 1), kind="joint"), CROSS] * LAYERS
 )
 def helios(grid: Grid, batch: int) -> Made:
-    """History at three scales before the video; text reaches the video's tokens alone."""
+    """History at three scales before the video; text reaches only the video's tokens."""
     from diffusers import HeliosTransformer3DModel
 
     model = HeliosTransformer3DModel(**_WAN, rope_dim=(4, 6, 6), is_amplify_history=True)
