@@ -1,7 +1,7 @@
-"""`python -m benchmarks.attention`: the op on the CPU beside dense SDPA (and FlexAttention).
+"""`python -m benchmarks.attention`: the op on the CPU, compared with dense SDPA (and FlexAttention).
 
-Every case is first held to float64 attention on sampled queries. Dense is the best SDPA backend in the same
-run at the same number of threads; efficiency = speedup x density, 1 where sparse work runs at its rate.
+Every case is first checked against float64 attention on sampled queries. Dense is the best SDPA backend in the same
+run at the same number of threads; efficiency = speedup x density, which is 1 if sparse work runs at the dense rate.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from sparsify_compiler.timing import interleaved_medians
 
 DTYPES = ["float32", "bfloat16", "float16"]
 DENSE_SCORES_LIMIT = 2**30
-"""Bytes of scores up to which SDPA's math backend is tried: it writes them all to memory."""
+"""Largest size of the scores, in bytes, for which SDPA's math backend is tried: it writes all scores to memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One table and the tensors it is run on."""
+    """A table and its tensors."""
 
     name: str
     table: BlockTable
@@ -77,7 +77,7 @@ def tile_table(frames: int, tokens_per_frame: int, reference_frames: int) -> Blo
 
 
 def random_table(tokens: int, q_size: int, kv_size: int, density: float) -> BlockTable:
-    """Each query block reads that share of the key blocks, drawn at random."""
+    """Each query block reads a share of the key blocks, drawn at random."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = tokens // q_size, tokens // kv_size
     kept = torch.rand(1, 1, rows, columns, generator=generator).argsort(-1) < round(density * columns)
@@ -135,7 +135,7 @@ def dense_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor
 
 
 def compiled_flex(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Callable[[], Tensor]:
-    """FlexAttention under the same mask. Its blocks have their own size, so ours cut some of them."""
+    """FlexAttention under the same mask. Its blocks have another size, so some of them are cut."""
     q_block, kv_block = (
         torch.searchsorted(
             bounds[0, 0, 1:].contiguous(), torch.arange(case.tokens, dtype=torch.int32), right=True
@@ -152,7 +152,7 @@ def compiled_flex(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Call
 
 @torch.inference_mode()
 def measure(case: Case, repeats: int, flex: bool, provider: str) -> Result:
-    """Check, then time in turns."""
+    """Check a case, then time in turns."""
     query, key, value = qkv(
         1, case.heads, case.heads, case.tokens, case.tokens, case.head_dim, case.head_dim, case.dtype
     )

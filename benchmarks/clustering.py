@@ -1,8 +1,8 @@
-"""`python -m benchmarks.clustering`: what choosing blocks by clusters costs, beside dense attention.
+"""`python -m benchmarks.clustering`: the cost of selecting blocks by clusters, relative to dense attention.
 
 One step of a video model is timed: warm k-means of queries and of keys (2 iterations each), both orders, and the
-selection. Before that, its results are held to the definition in float64. Dense is SDPA's flash attention in the
-same run at the same number of threads.
+selection. Before that, the results are checked against the definition in float64. Dense is SDPA's flash attention
+in the same run at the same number of threads.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Result:
 
 
 class Step:
-    """One step on fixed queries and keys, from the centroids that a step before has left."""
+    """One step on fixed queries and keys, from the centroids of an earlier step."""
 
     def __init__(self, case: Case, provider: str) -> None:
         self.provider = provider
@@ -111,7 +111,7 @@ class Step:
             return scaled_dot_product_attention(self.query, self.key, self.value)
 
     def verify(self) -> None:
-        """Raise unless labels are nearest, centroids means, orders sorted, and rows hold their share."""
+        """Raise unless labels are nearest, centroids are means, orders are sorted, and rows hold their share."""
         for points, (state, _), (after, labels) in zip(
             (self.query, self.key), self.states, self.kmeans(), strict=True
         ):
@@ -134,7 +134,7 @@ class Step:
 
 
 def measure(case: Case, repeats: int, provider: str) -> Result:
-    """Check, then time in turns."""
+    """Check a case, then time in turns."""
     step = Step(case, provider)
     step.verify()
     functions = {"dense": step.dense, "kmeans": step.kmeans, "sort": step.order, "select": step.select}
@@ -144,7 +144,7 @@ def measure(case: Case, repeats: int, provider: str) -> Result:
 
 
 def cases(dtypes: list[str]) -> list[Case]:
-    """Sizes x clusters, about 128 queries and 48 keys in one and then fewer and more."""
+    """Sizes x clusters: about 128 queries and 48 keys in a cluster, then fewer and more."""
     return [
         Case(dtype=dtype, tokens=tokens, heads=8, head_dim=head_dim, q_clusters=q, kv_clusters=kv)
         for dtype in dtypes

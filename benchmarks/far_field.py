@@ -1,4 +1,4 @@
-"""`python -m benchmarks.far_field`: what a far field costs beside dense SDPA, and how far it errs.
+"""`python -m benchmarks.far_field`: the cost of a far field relative to dense SDPA, and its error.
 
 Errors: attention dropped and approximated, with the guard and without, on the generators of
 `sparsify_compiler.testing.far_fields`, and `linear` expanded at the queries instead of by key. Costs: time added
@@ -61,7 +61,7 @@ def random_table(tokens: int, q_size: int, kv_size: int) -> BlockTable:
 
 
 def verify(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, far_field: str) -> None:
-    """Raise unless the sampled rows are dense attention, and the far field is the reference's on a part."""
+    """Raise unless the sampled rows equal dense attention, and the far field equals the reference on a part."""
     rows = torch.arange(7, query.shape[2], query.shape[2] // 8)[None, None]
     out, lse = exact_rows(query, key, value, rows, None, HEAD_DIM**-0.5)
     everything = torch.ones(1, key.shape[2], dtype=torch.bool)

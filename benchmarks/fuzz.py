@@ -1,9 +1,10 @@
 """`python -m benchmarks.fuzz --cases 1000 --seed 0 1 2`: many random programs, and every fault that they find.
 
-Case 7 of a seed is the same program each time (`sparsify_compiler.testing.fuzzing`). Cases run in chunks, each in a
-process of its own, so that one that kills its process takes no other with it. Every chunk is appended to
-`progress.jsonl` in the folder of `--save`, and `--resume` goes on from there. Every fault is shrunk, and one of
-each sort is saved there as a script that exits with 1 while the fault stands. Exits with 1 if there is one.
+Case 7 of a seed is always the same program (`sparsify_compiler.testing.fuzzing`). Cases run in chunks, each in
+its own process, so that a case that kills its process affects no other chunk. Every chunk is appended to
+`progress.jsonl` in the folder of `--save`, and `--resume` continues from there. Every fault is shrunk, and one of
+each sort is saved there as a script that exits with 1 as long as the fault exists. The command exits with 1 if
+there is a fault.
 """
 
 import argparse
@@ -50,10 +51,10 @@ SHARES: dict[tuple[str, Level], float] = {
 """Share of each kind among all cases: the larger, the less time a case takes."""
 
 CHUNK = {"analysis": 1000, "end to end": 200}
-"""Cases that share a process."""
+"""Number of cases that share a process."""
 
 SHRUNK = 10
-"""Faults of a chunk that are shrunk, at most."""
+"""Largest number of faults of a chunk that are shrunk."""
 
 PATIENCE = 300.0
 """Seconds without a message after which a process is killed."""
@@ -61,7 +62,7 @@ PATIENCE = 300.0
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some cases in a row."""
+    """Some consecutive cases."""
 
     kind: str
     level: Level
@@ -72,7 +73,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Fault:
-    """A case that something is wrong with, shrunk unless its chunk has many."""
+    """A case with a fault, shrunk unless its chunk has many faults."""
 
     number: int
     verdict: Verdict
@@ -81,7 +82,7 @@ class Fault:
 
 @dataclass
 class Result:
-    """What came of a chunk."""
+    """The result of a chunk."""
 
     chunk: Chunk
     outcomes: dict[str, int] = field(default_factory=dict)
@@ -89,7 +90,7 @@ class Result:
     cpu_seconds: float = 0.0
 
     def count(self, verdict: Verdict) -> None:
-        """One more case of this outcome."""
+        """Count a case with this outcome."""
         self.outcomes[verdict.outcome] = self.outcomes.get(verdict.outcome, 0) + 1
 
 
@@ -104,7 +105,7 @@ def chunks(cases: int, seeds: list[int], kinds: list[str], levels: list[str]) ->
 
 
 def work(chunk: Chunk, first: int, connection: Connection) -> None:
-    """Judge the cases of a chunk from number `first` on, and send each as it begins, is judged and is shrunk."""
+    """Judge the cases of a chunk from number `first` on, and report when each begins, is judged and is shrunk."""
     quiet()
     shrunk = 0
     for number in range(first, chunk.first + chunk.count):
@@ -119,14 +120,14 @@ def work(chunk: Chunk, first: int, connection: Connection) -> None:
 
 
 def quiet() -> None:
-    """One thread, no logs and no warnings: most programs are wrong on purpose."""
+    """Set one thread, and turn off logs and warnings: most programs are wrong on purpose."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
 
 
 def run(chunk: Chunk, work: Callable[[Chunk, int, Connection], None] = work, start: str = "spawn") -> Result:
-    """Judge a chunk. A case that ends its process is a crash; a new process goes on with the next one."""
+    """Judge a chunk. A case that ends its process is a crash; a new process continues with the next case."""
     result, first = Result(chunk), chunk.first
     while first < chunk.first + chunk.count:
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -165,12 +166,12 @@ def run(chunk: Chunk, work: Callable[[Chunk, int, Connection], None] = work, sta
 
 
 def exit_name(code: int) -> str:
-    """`SIGSEGV`, or `exit code 1`."""
+    """The end of a process in words: `SIGSEGV`, or `exit code 1`."""
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def keep(result: Result, folder: Path, seen: set[str]) -> None:
-    """Append a chunk to the progress, and save those of its faults whose sort was not seen yet."""
+    """Append a chunk to the progress, and save those of its faults that are of a new sort."""
     chunk = result.chunk
     for found in result.faults:
         signature = re.sub(r"\d+", "N", f"{chunk.kind} {found.verdict.outcome} {found.case.moves}")
@@ -185,14 +186,14 @@ def keep(result: Result, folder: Path, seen: set[str]) -> None:
 
 
 def done(folder: Path) -> dict[Chunk, Result]:
-    """What `keep` has appended."""
+    """The results that `keep` appended."""
     path = folder / "progress.jsonl"
     results = [from_json(json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
     return {result.chunk: result for result in results}
 
 
 def from_json(row: dict[str, Any]) -> Result:
-    """The result whose `asdict` went through JSON."""
+    """The result from its `asdict`, after JSON."""
     faults = [
         Fault(one["number"], Verdict(**one["verdict"]), Case.from_json(one["case"])) for one in row["faults"]
     ]
@@ -240,15 +241,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", type=int, default=1000, help="of each seed, divided among the kinds")
+    parser.add_argument(
+        "--cases", type=int, default=1000, help="number of cases of each seed, divided among the kinds"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--levels", nargs="+", choices=list(CHUNK), default=list(CHUNK))
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, of one thread each")
-    parser.add_argument("--out", type=Path, help="JSON of counts by kind and outcome, and of all faults")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="number of processes at a time, with one thread each"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for counts by kind and outcome, and all faults")
     parser.add_argument("--save", type=Path, default=Path(tempfile.gettempdir()) / "sparsify-fuzz")
-    parser.add_argument("--resume", action="store_true", help="go on with what is in the folder of --save")
-    parser.add_argument("--replay", type=Path, help="judge the case of a saved JSON file, and nothing else")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder of --save")
+    parser.add_argument("--replay", type=Path, help="judge only the case of a saved JSON file")
     args = parser.parse_args()
     if args.replay:
         quiet()

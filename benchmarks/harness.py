@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, and the JSON they write."""
+"""The common parts of the benchmarks: a description of the machine, and the JSON that they write."""
 
 import json
 import sys
@@ -12,9 +12,9 @@ __all__ = ["machine", "write_json"]
 
 
 def write_json(path: Path, cases: list[dict[str, Any]], *, lines: bool = False, **about: Any) -> None:
-    """The cases, with the machine, the date, the command and what else is said `about` them.
+    """Write the cases, with the machine, the date, the command and further facts `about` them.
 
-    lines: each case in a line of its own.
+    lines: whether each case has its own line.
     """
     module = sys.modules["__main__"].__spec__
     command = ["python", *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]

@@ -1,4 +1,4 @@
-"""The Triton kernels of the package, found in it, so that no benchmark can forget one."""
+"""The Triton kernels of the package, found by a search of its modules, so that no benchmark can forget one."""
 
 import importlib
 import pkgutil

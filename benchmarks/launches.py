@@ -1,4 +1,4 @@
-"""Example launches of every Triton kernel, on meta tensors: every shipped choice of tiles, for every data type.
+"""Example launches of every Triton kernel, on meta tensors: all tiles in `configs`, for every data type.
 
 Tensors are views [B, H, S, D] of [B, S, H, D], as models pass them.
 """
@@ -28,19 +28,19 @@ BATCH, HEADS, TOKENS, BLOCKS = 2, 8, 32768, 21
 BFLOAT16, FLOAT16, FLOAT32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 128, 256)
 ODD_HEAD_DIMS = (48, 72, 80, 96)
-"""Between powers of two: of some kernels there is a line each."""
+"""Head dims between powers of two, for some kernels."""
 RANKS = (16, 64, 128)
-"""Head dims of what predicts."""
+"""Head dims of predictors."""
 CLUSTERS = (1000, 9450, 20000)
-"""Of keys, of which a query cluster selects some."""
+"""Numbers of key clusters, of which a query cluster selects some."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One launch, and what it is an example of."""
+    """One launch, with a description."""
 
     case: str
-    """Blocks and arguments, in words."""
+    """The blocks and arguments, in words."""
     head_dim: int | None
     """None where no tensor has one."""
     dtype: torch.dtype | None
@@ -48,12 +48,12 @@ class Example:
 
     @property
     def kernel(self) -> str:
-        """As in `benchmarks.kernels`."""
+        """The name in `benchmarks.kernels`."""
         return str(self.launch.kernel.__name__)
 
     @property
     def name(self) -> str:
-        """One for each example of a GPU."""
+        """The launches of all examples of a GPU."""
         words = (
             self.kernel,
             self.case,
@@ -64,7 +64,7 @@ class Example:
 
 
 def examples(arch: int) -> Iterator[Example]:
-    """All of a GPU of this compute capability, 80 for 8.0."""
+    """All examples of a GPU with this compute capability, 80 for 8.0."""
     row = configs.row(arch // 10)
     yield from _forward(row)
     yield from _backward(row)
@@ -81,7 +81,7 @@ def _forward(row: int) -> Iterator[Example]:
             for length, config in tiles.items():
                 for ordered, biased in ((False, False), (False, True), (True, False), (True, True)):
                     if dtype == FLOAT16 and not (ordered and biased):
-                        continue  # its code is that of bfloat16
+                        continue  # compiled to the same code as bfloat16
                     words = _words(length, "orders" if ordered else "", "bias" if biased else "")
                     for launch in _forward_launches(head_dim, dtype, config, ordered, biased):
                         tail = (
@@ -105,7 +105,7 @@ def _by_length(pair: tuple[Config, Config]) -> dict[str, Config]:
 
 
 def _backward(row: int) -> Iterator[Example]:
-    """With orders and a key bias, which take the most registers."""
+    """Examples of attention with orders and a key bias, which need most registers."""
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             for way, config in _ways(row, head_dim, dtype).items():
@@ -119,7 +119,7 @@ def _backward(row: int) -> Iterator[Example]:
 
 
 def _ways(row: int, head_dim: int, dtype: torch.dtype) -> dict[str, BackwardConfig]:
-    """What is shipped, by where the gradients of keys are added up."""
+    """The configs of the backward pass, by the method that adds up the gradients of keys."""
     width = configs.width(head_dim)
     if dtype == FLOAT32:
         queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
@@ -175,7 +175,7 @@ def _clustering() -> Iterator[Example]:
 
 
 def _far_field() -> Iterator[Example]:
-    """With orders, and statistics with a key bias too."""
+    """Examples of the far field with orders; statistics also have a key bias."""
     bounds, order = _index(1, HEADS, BLOCKS + 1), _index(1, HEADS, TOKENS)
     bias = torch.empty(BATCH, 1, TOKENS, device="meta")
     for head_dim in (*HEAD_DIMS, 96):
@@ -194,7 +194,7 @@ def _far_field() -> Iterator[Example]:
 
 
 def _prediction() -> Iterator[Example]:
-    """With a key bias."""
+    """Examples of prediction with a key bias."""
     groups, width = 2048, 4096
     for rank in RANKS:
         for dtype in DTYPES:

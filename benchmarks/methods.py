@@ -1,14 +1,15 @@
-"""`python -m benchmarks.methods`: what the methods keep of the attention at equal density, and what they cost.
+"""`python -m benchmarks.methods`: the attention mass that methods keep at equal density, and their cost.
 
     keep      share of the true attention mass that is read, at equal density, by every method and by flat blocks of
-              64 tokens, on a planted video and on others that are given; the mean over heads; and the error of the
-              output with each far field, and with what is worth most read in place of what holds most mass
-    cost      one warm sparse call of a site, selection and far field included, beside dense SDPA in the same run:
-              efficiency is speed-up times density, 1 for a kernel that works at SDPA's rate and selects for nothing
-    clusters  error of svg2 by how many clusters of keys it makes, at equal total work
-    memory    what such a call allocates beyond its inputs and output
+              64 tokens, on a planted video and on given ones, as a mean over heads; and the error of the output
+              with each far field, and with the blocks of largest gain read instead of those of largest mass
+    cost      one warm sparse call of a site, including selection and far field, relative to dense SDPA in the
+    same run:
+              efficiency is speed-up times density, 1 for a kernel that runs at SDPA's rate and selects at no cost
+    clusters  error of svg2 by the number of its key clusters, at equal total work
+    memory    memory that such a call allocates in addition to its inputs and output
 
-Every call that is timed is first held to float64 attention under the mask of its own table.
+Every timed call is first checked against float64 attention under the mask of its own table.
 """
 
 import argparse
@@ -50,10 +51,11 @@ WORKS = (0.3, 0.45, 0.6)
 
 
 def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, value) [1, H, S, D]: things of a few kinds move over a background; like attends to like.
+    """(query, key, value) [1, H, S, D]: things of a few kinds move over a background; similar tokens attend to each
+    other.
 
-    A token shows one of 24 things (the one whose moving centre is nearest), a thing is of one of 8 kinds; query
-    and key are the sum of what stands for the kind, the thing and the place, and noise.
+    A token shows one of 24 things, the one with the nearest moving centre, and a thing has one of 8 kinds. Query
+    and key are the sum of vectors for the kind, the thing and the place, and noise.
     """
     g = torch.Generator().manual_seed(seed)
     frames, height, width = grid
@@ -79,7 +81,7 @@ def planted_video(grid: Grid, heads: int, head_dim: int, *, seed: int = 0) -> tu
 
     shared = torch.Generator().set_state(g.get_state())
     query = tokens(0.4)
-    g.set_state(shared.get_state())  # the same kinds and things stand for the same; only the noise may differ
+    g.set_state(shared.get_state())  # kinds and things have the same vectors in both; only the noise differs
     key = tokens(1.0) + 0.5 * torch.randn(1, heads, len(thing), head_dim, generator=g)
     return query, key, torch.randn(1, heads, len(thing), head_dim, generator=g)
 
@@ -112,7 +114,7 @@ def relative_error(
     far_field: str,
     far_blocks: FarBlocks | None = None,
 ) -> float:
-    """Of the attention's output."""
+    """Relative error of the attention's output."""
     dense = scaled_dot_product_attention(query, key, value)
     out, _, _ = attention_with_far_field(
         query, key, value, table, far_field=far_field, far_blocks=far_blocks, provider="cpu"
@@ -129,7 +131,7 @@ def mass_kept(query: Tensor, key: Tensor, table: BlockTable) -> float:
 def selection_of(
     method: Any, query: Tensor, key: Tensor, layout: TokenLayout, far_field: str = "drop"
 ) -> Selection:
-    """What a cold call of a dynamic method reads."""
+    """The selection of a cold call of a dynamic method."""
     method = method.fit(site_of(query), layout)
     zeros = (torch.zeros(shape) for shape in method.state(site_of(query), layout).values())
     tokens = Tokens(
@@ -153,8 +155,8 @@ def table_of(method: Any, query: Tensor, key: Tensor, layout: TokenLayout) -> Bl
 
 
 def at_density(make: Callable[[float, float], BlockTable], density: float) -> BlockTable:
-    """The table of about this density, by bisection: `make(top_p, min_kv_ratio)` with half of the density as the
-    floor, about as released, and top_p rising to 0.99; then the floor rises too."""
+    """The table of about this density, by bisection of `make(top_p, min_kv_ratio)`. The floor is half the density,
+    about as in the released code, and top_p rises to 0.99; then the floor rises too."""
     low, high = 0.0, 2.0
     table = make(0.99, density / 2)
     for _ in range(10):
@@ -167,7 +169,7 @@ def at_density(make: Callable[[float, float], BlockTable], density: float) -> Bl
 def by_gain(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, density: float
 ) -> tuple[float, float]:
-    """(density, relative error) of the linear far field over the blocks of a table, those worth most being read."""
+    """(density, relative error) of the linear far field on a table of blocks; those of largest gain are read."""
     nothing = replace(table, kv_num_blocks=torch.zeros_like(table.kv_num_blocks))
     dense = scaled_dot_product_attention(query, key, value)
     low, high = -12.0, 12.0
@@ -184,7 +186,7 @@ def by_gain(
 def keep_cases(
     name: str, grid: Grid, problems: Sequence[tuple[Tensor, Tensor, Tensor]]
 ) -> Iterator[dict[str, Any]]:
-    """At every density: what each method keeps, and how far each far field is from dense; means over problems."""
+    """At every density: the mass that each method keeps, and the error of each far field; means over problems."""
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
 
     for density in DENSITIES:
@@ -241,7 +243,7 @@ def keep_cases(
 
 
 def single_keys(density: float, layout: TokenLayout) -> dict[int, Keys]:
-    """`keys` by as many clusters of queries as svg2 has, and by twice and four times as many."""
+    """`keys` with the same number of query clusters as svg2, and with twice and four times as many."""
     usual, _ = clusters_for(layout.tokens)
     return {n * usual: Keys(kv_budget=density, q_clusters=n * usual) for n in (1, 2, 4)}
 
@@ -252,7 +254,7 @@ def cluster_cases(
     """Errors of svg2 with more and with fewer clusters of keys, at equal work.
 
     Work is counted in products of dense attention: the density, a virtual key for each cluster, and two iterations
-    of k-means over both kinds of clusters. Fewer clusters leave more of it for the density.
+    of k-means over both kinds of clusters. Fewer clusters leave more work for the density.
     """
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
     q_clusters, usual = clusters_for(layout.tokens)
@@ -301,7 +303,7 @@ class Site:
     value: Tensor
 
     def call(self) -> Callable[[], Tensor]:
-        """A later call, which goes on from the state of the one before."""
+        """Run a later call, which continues from the state of the call before."""
         method = self.method.fit(site_of(self.query), self.layout)
         site = site_of(self.query)
         plan = AttentionPlan(
@@ -336,7 +338,7 @@ class Site:
 
 
 def never_by_gain(method: Any, far_field: str) -> Any:
-    """The method with gains that are all too small, where it has them: they are estimated, but add nothing."""
+    """The method with a `min_gain` above all gains, if it has one: gains are estimated, but select no block."""
     if not isinstance(method, BlockMethod):
         return method
     return replace(method, min_gain=1e9 if far_field == "linear" else None)
@@ -346,7 +348,7 @@ def never_by_gain(method: Any, far_field: str) -> Any:
 def cost_case(
     name: str, method: Any, grid: Grid, heads: int, dtype: torch.dtype, repeats: int
 ) -> dict[str, Any]:
-    """A site with every far field, beside dense SDPA."""
+    """A site with every far field, next to dense SDPA."""
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
     query, key, value = (t.to(dtype) for t in planted_video(grid, heads, 64))
     table = table_of(method, query, key, layout)
@@ -389,7 +391,7 @@ def cost_case(
 
 @torch.no_grad()
 def memory_case(name: str, method: Any, grid: Grid, heads: int) -> dict[str, Any]:
-    """Peak of what one call allocates beyond inputs and output, as a multiple of q, k and v together."""
+    """Peak memory that one call allocates besides inputs and output, as a multiple of q, k and v together."""
     from torch.profiler import ProfilerActivity, profile
 
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)

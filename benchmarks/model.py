@@ -1,10 +1,10 @@
-"""`python -m benchmarks.model`: whole models, `backend="sparsify"` beside plain torch.compile, on the CPU.
+"""`python -m benchmarks.model`: whole models, `backend="sparsify"` and plain torch.compile, on the CPU.
 
-Every case is first held to the same model with its attention dense under the mask. Then both take turns.
-With a the share of a dense step spent in the attention that is made sparse (that attention timed alone) and d
-its density, Amdahl allows a speed-up of 1 / (1 - a + a d); `reached` is the speed-up over that, and is above
-1 where the sparse kernel does more pairs a second than SDPA. Efficiency is that of the attention alone at the
-model's shapes: dense time over sparse time, times d. Compile times are of fresh processes with empty caches.
+Every case is first compared with the same model with dense attention under the mask. Then both are timed in
+turns. With a the share of a dense step in the attention that becomes sparse (that attention timed alone) and d
+its density, Amdahl allows a speed-up of 1 / (1 - a + a d). `reached` is the speed-up divided by this bound; it is
+above 1 if the sparse kernel does more pairs per second than SDPA. Efficiency is for the attention alone at the
+model's shapes: dense time over sparse time, times d. Compile times are from fresh processes with empty caches.
 """
 
 import argparse
@@ -33,10 +33,10 @@ from sparsify_compiler.timing import interleaved_medians, timed
 RESULTS = Path(__file__).parent / "results" / "model-cpu.json"
 
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Largest relative distance to the oracle: some ten times what rounding makes of a few layers."""
+"""Largest relative distance to the oracle: about ten times the rounding error of a few layers."""
 
 TEXT = 64
-"""Tokens of the prompt."""
+"""Number of tokens of the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Family, head dim and type: no two cases share them."""
+        """Family, head dim and type, which are different for all cases."""
         return f"{self.family}-{self.head_dim}-{str(self.dtype)[6:]}"
 
     @property
@@ -118,7 +118,7 @@ def hunyuan(case: Case) -> tuple[Any, dict[str, Any]]:
 
 
 def latents(case: Case) -> dict[str, Tensor]:
-    """What every family is given: noise that is patched 1 x 2 x 2 to the grid, and a time step."""
+    """The inputs of every family: noise whose 1 x 2 x 2 patches form the grid, and a time step."""
     frames, height, width = case.grid
     return {
         "hidden_states": torch.randn(1, 16, frames, 2 * height, 2 * width),
@@ -153,9 +153,9 @@ class Result:
     dense_s: float
     sparse_s: float
     attention_s: float
-    """All attention that is made sparse, dense and alone."""
+    """Time of all attention that becomes sparse, dense and alone."""
     sparse_attention_s: float
-    """The same by the attention op."""
+    """Time of the same attention by the attention op."""
     speedup: float
     attention_share: float
     allowed: float
@@ -180,7 +180,7 @@ class Result:
 
 @torch.no_grad()
 def measure(case: Case, repeats: int, compile_rounds: int) -> Result:
-    """Check, then time in turns."""
+    """Check a case, then time in turns."""
     model, inputs = case.build()
     explained = explain(model, **inputs, options=case.options)
     plans = [plan for graph in explained.graph_plans for plan in graph.sparse]
@@ -227,7 +227,7 @@ def measure(case: Case, repeats: int, compile_rounds: int) -> Result:
 
 
 def padding_mask(case: Case, inputs: dict[str, Any]) -> Tensor | None:
-    """[1, 1, 1, S] bool: the mask over the keys that a joint model's attention has."""
+    """[1, 1, 1, S] bool: the key mask of a joint model's attention."""
     if case.family != "hunyuan":
         return None
     text = inputs["encoder_attention_mask"].bool()[:, None, None]
@@ -247,12 +247,12 @@ def sparse_attention(plan: AttentionPlan, mask: Tensor | None) -> Callable[[], A
 
 
 def compiled(model: nn.Module, backend: str, case: Case) -> Callable[..., Any]:
-    """By plain Inductor, or by this package."""
+    """The model compiled by plain Inductor, or by this package."""
     return torch.compile(model, backend=backend, options=case.options if backend == "sparsify" else None)
 
 
 def compile_seconds(case: Case, rounds: int) -> dict[str, float]:
-    """Of each backend, the least over fresh processes with empty caches that take turns."""
+    """Compile time of each backend: the least over fresh processes with empty caches, in turns."""
     seconds: dict[str, list[float]] = {"inductor": [], "sparsify": []}
     for _ in range(rounds):
         for backend, values in seconds.items():
@@ -276,7 +276,7 @@ def compile_seconds(case: Case, rounds: int) -> dict[str, float]:
 
 @torch.no_grad()
 def time_compilation(case: Case, backend: str) -> float:
-    """First call less second call; what `compile_seconds` runs in its process. The kernel is built before."""
+    """Time of the first call minus the second, for `compile_seconds` in its process. The kernel is built before."""
     from sparsify_compiler.kernels.cpu import library
 
     library.build_info()
@@ -289,7 +289,7 @@ def time_compilation(case: Case, backend: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
     parser.add_argument("--json", type=Path, default=RESULTS, help="write the results there")
-    parser.add_argument("--case", help="only those whose name contains this")
+    parser.add_argument("--case", help="run only cases whose name contains this")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--compile-rounds",

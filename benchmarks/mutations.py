@@ -1,9 +1,10 @@
-"""`python -m benchmarks.mutations`: layout inference, broken in many ways, one at a time: is each of them noticed?
+"""`python -m benchmarks.mutations`: break layout inference in many ways, one at a time, and check that it is
+noticed.
 
-A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of
-what a write leaves of them (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It
-is caught where a case of the fuzzer becomes wrong, crashes or loses its grid, or else where a test fails. What
-survives is printed by name.
+A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the algebra of labels (`passes/axes.py`), of the
+effect of writes on labels (`passes/axis_writes.py`) or of the conditions of a layout (`passes/layout.py`). It is
+caught if a case of the fuzzer becomes wrong, crashes or loses its grid, or if a test fails. The names of mutants
+that survive are printed.
 """
 
 import argparse
@@ -11,8 +12,8 @@ import ast
 import inspect
 import itertools
 import multiprocessing
+import os
 import signal
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -35,12 +36,26 @@ from sparsify_compiler.passes.axis_rules import RULES, AxisTracker, Rule
 from sparsify_compiler.testing.fuzzing import Verdict, judge, random_case
 
 CaseId = tuple[str, int]
-"""Kind and number of a case of seed 0."""
+"""(kind, number) of a case of seed 0."""
 
-TESTS = ("tests/passes", "tests/models/test_zoo.py")
+TESTS = tuple(
+    f"tests/passes/test_{name}.py"
+    for name in (
+        "rules",
+        "axes",
+        "videos",
+        "layout",
+        "given_grids",
+        "bodies",
+        "capture",
+        "unfused",
+        "strides",
+    )
+)
+"""Tests in the order in which they run, up to the first that fails."""
 MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_writes, layout)
 SECONDS = 20
-"""After which a case is said to hang."""
+"""Seconds after which a case counts as hanging."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,13 @@ class Mutant:
 
     name: str
     target: str
-    """The function, `axes.cut`, that a case must call to see it."""
+    """The broken function, e.g. `axes.cut`, which a case must call to notice the mutant."""
     install: Callable[[], Callable[[], None]]
-    """Breaks it, and returns what mends it again."""
+    """Breaks the function, and returns a function that restores it."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Inside, it is broken."""
+        """Break the function inside the block."""
         mend = self.install()
         try:
             yield
@@ -63,11 +78,11 @@ class Mutant:
             mend()
 
 
-# Broken copies of rules: whatever a rule says, it says one of these instead.
+# Broken copies of rules: instead of its own result, a rule returns one of these.
 
 
 def by_size(rule: Rule) -> Rule:
-    """Believes sizes: every dimension has the label of the first input's first dimension of that size."""
+    """Trust sizes: every dimension gets the label of the first input's first dimension of that size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         tensors = [one for one in tree_leaves(args) if isinstance(one, Tensor)]
@@ -82,7 +97,7 @@ def by_size(rule: Rule) -> Rule:
 
 
 def disordered(rule: Rule) -> Rule:
-    """Reverses the factors of every label, or else exchanges the labels of two dimensions of one size."""
+    """Reverse the factors of every label, or exchange the labels of two dimensions of the same size."""
 
     def broken(tracker: AxisTracker, output: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
         labels = list(rule(tracker, output, *args, **kwargs))
@@ -98,11 +113,18 @@ def disordered(rule: Rule) -> Rule:
 
 
 def forgetful(rule: Rule) -> Rule:
-    """Knows nothing, not even that the tokens were a video's."""
+    """Know nothing, not even that the tokens were a video's."""
     return lambda tracker, output, *args, **kwargs: [fresh(size) for size in output.shape]
 
 
 BROKEN_RULES = (by_size, disordered, forgetful)
+
+EQUAL = {
+    "rule of arange disordered": "one dimension has one order",
+    "rule of empty, zeros, ones, ... disordered": "labels of which nothing is known are all alike",
+    "rule of view_as_real, view_as_complex by_size": "dimensions that keep order and size get their own labels",
+}
+"""Mutant -> reason why it is equal to the original: no case and no test can distinguish them."""
 
 
 def rule_mutants() -> Iterator[Mutant]:
@@ -117,7 +139,7 @@ def rule_mutants() -> Iterator[Mutant]:
 
 
 def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
-    """Put `broken` in the place of `rule`; returns what puts it back."""
+    """Replace `rule` by `broken`; return a function that restores it."""
     before = dict(RULES)
     RULES.update({name: broken for name, one in before.items() if one is rule})
     return lambda: RULES.update(before)
@@ -127,7 +149,7 @@ def replace_rule(rule: Rule, broken: Rule) -> Callable[[], None]:
 
 
 class Edit(ast.NodeTransformer):
-    """Makes edit number `wanted` of all that can be made to a function, and says which it was."""
+    """Makes edit number `wanted` of all possible edits of a function, and describes it."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted, self.seen, self.said = wanted, -1, ""
@@ -184,7 +206,7 @@ class Edit(ast.NodeTransformer):
 
 
 def edited(function: FunctionType, number: int) -> tuple[str, CodeType] | None:
-    """What edit `number` of a function does, and the code that it makes; None beyond the last."""
+    """(description of edit `number` of a function, its code); None after the last edit."""
     edit = Edit(number)
     code = compiled(function, edit.visit(parsed(function)))
     return (edit.said, code) if edit.said else None
@@ -235,7 +257,7 @@ def source_mutants() -> Iterator[Mutant]:
 
 
 def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
-    """Give a function other code; returns what gives it back its own."""
+    """Give a function other code; return a function that restores its own."""
     before = function.__code__
     function.__code__ = code
 
@@ -247,8 +269,10 @@ def replace_code(function: FunctionType, code: CodeType) -> Callable[[], None]:
 
 @cache
 def mutants() -> dict[str, Mutant]:
-    """All of them, by name."""
-    return {mutant.name: mutant for mutant in (*rule_mutants(), *source_mutants())}
+    """Name -> mutant, for all mutants except those of `EQUAL`."""
+    made = {mutant.name: mutant for mutant in (*rule_mutants(), *source_mutants())}
+    assert made.keys() >= EQUAL.keys(), EQUAL.keys() - made.keys()
+    return {name: mutant for name, mutant in made.items() if name not in EQUAL}
 
 
 # Running them.
@@ -259,7 +283,7 @@ class Hangs(BaseException):
 
 
 def outcome(case_id: CaseId) -> Verdict:
-    """What comes of a case by analysis."""
+    """The verdict on a case by analysis."""
 
     def hang(*_: object) -> None:
         raise Hangs
@@ -277,7 +301,7 @@ def outcome(case_id: CaseId) -> Verdict:
 
 @contextmanager
 def watched() -> Iterator[set[str]]:
-    """Inside, the names of the functions that are called: a set that grows."""
+    """Yield the set of names of the functions called inside; it grows during the block."""
     called: set[str] = set()
     mends = []
     for name, function in list(functions()):
@@ -293,11 +317,11 @@ def watched() -> Iterator[set[str]]:
 
 
 Seen = tuple[CaseId, Verdict, set[str]]
-"""A case, what comes of it while nothing is broken, and the functions that it calls."""
+"""(case, its verdict without mutants, the functions that it calls)."""
 
 
 def baseline(ids: Sequence[CaseId]) -> list[Seen]:
-    """Judge some cases while nothing is broken."""
+    """Judge some cases without mutants."""
     quiet()
     seen = []
     with watched() as called:
@@ -308,7 +332,7 @@ def baseline(ids: Sequence[CaseId]) -> list[Seen]:
 
 
 def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
-    """How the first of some cases that sees a mutant does: what is wrong, or which grid is lost; or ""."""
+    """The fault of the first case that notices a mutant, or the grid that it loses; or ""."""
     quiet()
     with mutants()[name].installed():
         for case_id, before in cases:
@@ -321,11 +345,18 @@ def caught(name: str, cases: Sequence[tuple[CaseId, Verdict]]) -> str:
 
 
 def failing_test(name: str) -> str:
-    """The first test that fails with a mutant, or ""."""
-    command = [sys.executable, "-m", "benchmarks.mutations", "--mutant", name]
-    run = subprocess.run(command, capture_output=True, text=True)
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return (failed or ["the tests end with an error"])[0][:160] if run.returncode else ""
+    """The first test that fails with a mutant, or "". It runs in a separate process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, sys.stdout.fileno())
+        os.dup2(write, sys.stderr.fileno())
+        os._exit(run_tests(name))
+    os.close(write)
+    with os.fdopen(read, errors="replace") as lines:
+        failed = [line.strip() for line in lines if line.startswith(("FAILED", "ERROR"))]
+    _, status = os.waitpid(child, 0)
+    return (failed or ["the tests end with an error"])[0][:160] if status else ""
 
 
 def run_tests(name: str) -> int:
@@ -333,7 +364,9 @@ def run_tests(name: str) -> int:
     import pytest
 
     with mutants()[name].installed():
-        return int(pytest.main([*TESTS, "-x", "-q", "-rf", "-p", "no:cacheprovider", "--tb=no"]))
+        code = int(pytest.main([*TESTS, "-x", "-q", "-rf", "-p", "no:cacheprovider", "--tb=no"]))
+    sys.stdout.flush()
+    return code
 
 
 def main() -> None:
@@ -341,21 +374,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--cases", type=int, default=3000, help="of the fuzzer, from which those are taken that matter"
+        "--cases",
+        type=int,
+        default=3000,
+        help="number of fuzzer cases, of which those with faults or grids are used",
     )
     parser.add_argument(
         "--most", type=int, default=400, help="cases to try on a mutant before it survives the fuzzer"
     )
-    parser.add_argument("--only", nargs="+", default=[""], help="only mutants whose names begin so")
     parser.add_argument(
-        "--no-tests", action="store_true", help="do not run the tests on what survives the fuzzer"
+        "--only", nargs="+", default=[""], help="run only mutants whose names begin with this"
+    )
+    parser.add_argument(
+        "--no-tests", action="store_true", help="do not run the tests on mutants that survive the fuzzer"
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--mutant", help="run the tests with this mutant, and nothing else")
     args = parser.parse_args()
-    if args.mutant:
-        sys.exit(run_tests(args.mutant))
     quiet()
     ids: list[CaseId] = [(kind, number) for number in range(args.cases // 2) for kind in ("tokens", "writes")]
     rows: list[dict[str, Any]] = []
@@ -377,13 +412,11 @@ def main() -> None:
                 f"{'caught  ' if how else 'SURVIVES'} {name}: {how or f'of {len(cases)} cases'}", flush=True
             )
     survivors = [row["mutant"] for row in rows if not row["caught_by"]]
-    print(f"caught {len(rows) - len(survivors)} of {len(rows)}")
-    print(*survivors, sep="\n")
+    caught_now = len(rows) - len(survivors)
+    print(f"caught {caught_now} of {len(rows)}", *survivors, sep="\n")
     if args.out:
-        write_json(
-            args.out,
-            [{"mutants": len(rows), "caught": len(rows) - len(survivors), "survivors": survivors}, *rows],
-        )
+        summary = {"mutants": len(rows), "caught": caught_now, "survivors": survivors, "equal": EQUAL}
+        write_json(args.out, [summary, *rows])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.prediction`: what choosing keys by low-rank scores costs, beside dense attention.
+"""`python -m benchmarks.prediction`: the cost of selecting keys by low-rank scores, relative to dense attention.
 
-Dense is a forward and a backward pass of SDPA's flash attention in the same run at the same number of threads;
-unfused is the choice made of plain torch calls, all scores at once: a product, `topk`, and a sort of the indices;
-and where all queries of a group choose, a softmax and a sum before that. Before anything is timed, some rows of
-every choice are held to float64.
+Dense is a forward and a backward pass of SDPA's flash attention in the same run at the same number of threads.
+Unfused is the selection by plain torch calls, with all scores at once: a product, `topk`, and a sort of the
+indices, and before that a softmax and a sum if all queries of a group select. Before anything is timed, some rows
+of every selection are checked against float64.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Result:
     rank: int
     groups: int
     chosen_by: str
-    """As the option of method `dsv`."""
+    """The option of method `dsv` with this name."""
     keys: int
     dense_ms: float
     unfused_ms: float
@@ -60,7 +60,7 @@ class Result:
 
 
 def choose(query: Tensor, key: Tensor, keys: int, chosen_by: str, provider: str) -> tuple[Tensor, Tensor]:
-    """With a row's room rounded up to a power of two, as a table has it."""
+    """With the length of a row rounded up to a power of two, as in a table."""
     budget = torch.tensor([[keys]], dtype=torch.int32, device=query.device)
     width, bounds = 1 << (keys - 1).bit_length(), None
     if chosen_by == "all":
@@ -81,7 +81,7 @@ def choose_unfused(query: Tensor, key: Tensor, keys: int, chosen_by: str) -> Ten
 
 
 def verify(query: Tensor, key: Tensor, keys: int, chosen_by: str, provider: str) -> None:
-    """Raise unless the keys chosen rise and score highest, but for what rounding may hide."""
+    """Raise unless the selected keys rise and have the highest scores, within rounding."""
     counts, indices = (t[:, :, ::37] for t in choose(query, key, keys, chosen_by, provider))
     chosen = indices[..., :keys].long()
     assert (counts == keys).all()
@@ -108,7 +108,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def measure(dtype: str, tokens: int, repeats: int, provider: str) -> list[Result]:
-    """Check, then time in turns, every share of the keys and way to choose beside one dense pass."""
+    """Check, then time in turns, every share of the keys and method of selection, with one dense pass."""
     q, k, v = qkv(1, HEADS, HEADS, *[tokens] * 2, *[HEAD_DIM] * 2, getattr(torch, dtype))
     query, key, _ = qkv(1, HEADS, HEADS, tokens, tokens, RANK, 1, getattr(torch, dtype))
     functions: dict[str, Callable[[], object]] = {

@@ -1,9 +1,9 @@
 """`python -m benchmarks.roofline`: the least time that svg2 can take on a GPU, counted, not measured.
 
-Every product and every byte of a warm sparse call, kernel by kernel, against the rates that the makers state.
-A kernel takes at least its products at the full rate, or its bytes at the full bandwidth, whichever is longer; a
-call the sum of its kernels, as they run one after the other. Launches, partial tiles and reads that miss the cache
-a second time are left out: no measurement can beat these figures.
+It counts every product and every byte of a warm sparse call, kernel by kernel, at the rates that the makers
+state. A kernel takes at least the time of its products at the full rate, or of its bytes at the full bandwidth,
+whichever is longer. Kernels run one after another, so a call takes the sum. Launches, partial tiles and further
+cache misses are left out: no measurement can be faster.
 """
 
 import argparse
@@ -20,15 +20,15 @@ NARROW, WIDE, INDEX = 2, 4, 4
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """Rates as its maker states them, dense, without sparsity features."""
+    """Rates that the maker states, dense, without sparsity features."""
 
     name: str
     tensor: float
     """bf16 products with fp32 sums, FLOP/s."""
     vector: float
-    """fp32 outside tensor cores, FLOP/s."""
+    """fp32 outside of tensor cores, FLOP/s."""
     bandwidth: float
-    """Of the memory, bytes/s."""
+    """Memory bandwidth, bytes/s."""
 
 
 GPUS = (
@@ -49,7 +49,7 @@ class Shape:
     kv_clusters: int
     density: float
     iterations: int = 2
-    """Of k-means in a warm call."""
+    """Iterations of k-means in a warm call."""
 
 
 WAN_720P = {"tokens": 75_600, "heads": 40, "head_dim": 128}
@@ -57,7 +57,7 @@ WAN_720P = {"tokens": 75_600, "heads": 40, "head_dim": 128}
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a kernel does, for all heads."""
+    """The work of a kernel, for all heads."""
 
     kernel: str
     part: str
@@ -65,11 +65,11 @@ class Work:
     tensor: float
     """FLOP on tensor cores."""
     vector: float
-    """FLOP outside them: products kept in fp32."""
+    """FLOP outside of tensor cores: products in fp32."""
     bytes: float
 
     def seconds(self, gpu: Gpu) -> float:
-        """At least."""
+        """The least time."""
         return max(self.tensor / gpu.tensor, self.vector / gpu.vector, self.bytes / gpu.bandwidth)
 
 
@@ -131,7 +131,7 @@ def sparse(shape: Shape) -> Iterator[Work]:
 
 
 def case(gpu: Gpu, shape: Shape) -> dict[str, Any]:
-    """Milliseconds by kernel, shares of dense attention by part, and the efficiency that cannot be beaten."""
+    """Milliseconds by kernel, shares of dense attention by part, and the upper bound of the efficiency."""
     whole = dense(shape).seconds(gpu)
     works = list(sparse(shape))
     parts = {work.part: 0.0 for work in works}

@@ -17,14 +17,14 @@ class Instruction:
 
     address: int
     predicate: str
-    """`@P0`, or empty where it always runs. Branches may have theirs among the operands."""
+    """`@P0`, or empty if it always runs. Branches may have their predicate among the operands."""
     name: str
     """With its modifiers: `BAR.SYNC.DEFER_BLOCKING`."""
     operands: str
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The target of a branch."""
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.name.split(".")[0] == "BRA" else None
         return None if found is None else int(found[1], 16)
 
@@ -40,13 +40,13 @@ class Loop:
     """The instructions of a loop, in two parts."""
 
     always: tuple[Instruction, ...]
-    """What every pass runs."""
+    """Instructions that every pass runs."""
     skipped: tuple[Instruction, ...]
-    """What some passes skip."""
+    """Instructions that some passes skip."""
 
 
 def instructions(listing: str) -> list[Instruction]:
-    """Those of one kernel, from what `cuobjdump -sass` prints."""
+    """The instructions of one kernel, from the output of `cuobjdump -sass`."""
     pattern = r"/\*([0-9a-f]{4,5})\*/\s+(@!?U?P[0-9T]+ )?\s*([A-Z][A-Za-z0-9_.]*)([^;]*);"
     return [
         Instruction(int(found[1], 16), (found[2] or "").strip(), found[3], found[4].strip())
@@ -55,8 +55,8 @@ def instructions(listing: str) -> list[Instruction]:
 
 
 def main_loop(code: list[Instruction]) -> Loop | None:
-    """Of the loops that hold no other, the one with most products of matrices; then the one with most instructions;
-    then the first. None where there is no loop. A loop that only waits for a barrier is none."""
+    """The innermost loop with most products of matrices; at equal numbers, the one with most instructions, then the
+    first. None if there is no loop. A loop that only waits for a barrier does not count."""
     starts, follow = _blocks(code)
     dominators = _dominators(follow)
 
@@ -86,7 +86,7 @@ def main_loop(code: list[Instruction]) -> Loop | None:
 
 
 def _blocks(code: list[Instruction]) -> tuple[list[int], list[list[int]]]:
-    """(where in the code each basic block begins, and at last its end; which blocks may follow each)."""
+    """(beginnings of the basic blocks in the code, and its end; for each block the blocks that may follow)."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
     cuts = {0, len(code)}
     for i, instruction in enumerate(code):
@@ -107,7 +107,7 @@ def _blocks(code: list[Instruction]) -> tuple[list[int], list[list[int]]]:
 
 
 def _dominators(follow: list[list[int]]) -> list[set[int]]:
-    """For each block the blocks on every way to it, itself among them; of one that no way leads to, none."""
+    """For each block the blocks on every path to it, including itself; none if no path leads to it."""
     before: list[list[int]] = [[] for _ in follow]
     reached, todo = {0}, [0]
     while todo:
@@ -132,7 +132,7 @@ def _dominators(follow: list[list[int]]) -> list[set[int]]:
 def _natural_loops(
     follow: list[list[int]], dominators: list[set[int]]
 ) -> dict[int, tuple[set[int], set[int]]]:
-    """Head -> (its blocks, those of them that go back to the head)."""
+    """Head of a loop -> (its blocks, the blocks that jump back to the head)."""
     before: dict[int, list[int]] = {}
     for block, after in enumerate(follow):
         for one in after:

@@ -1,12 +1,13 @@
-"""`python -m benchmarks.static`: facts of every Triton kernel as it is compiled for GPUs. The machine needs none.
+"""`python -m benchmarks.static`: facts of every Triton kernel, compiled for GPUs on a machine without a GPU.
 
 Each launch of `benchmarks.launches` is compiled for compute capabilities 8.0, 8.9, 9.0 and 10.0. A line gives the
-registers of a thread, the bytes of a thread that are spilled, the shared memory of a program beside the most that
-it may have, the programs that a multiprocessor holds, and the instructions that multiply matrices. Then it gives
-what one warp runs of the main loop for 128 keys: instructions, barriers and exponentials. What some passes of the
-loop skip follows a +: a tile in which no block of keys ends skips it.
+registers of a thread, the bytes of a thread that are spilled, the shared memory of a program and its limit, the
+programs that a multiprocessor holds, and the instructions that multiply matrices. Then it gives the numbers of
+instructions, barriers and exponentials that one warp runs in the main loop for 128 keys. Numbers after a + belong
+to code that some passes of the loop skip: a tile in which no block of keys ends skips it.
 
-Nothing is timed. The lines are kept in `benchmarks/results/static.json`, and the tests hold the package to them.
+Nothing is timed. The lines are kept in `benchmarks/results/static.json`, and the tests compare the package with
+them.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from sparsify_compiler.kernels.triton.launcher import Launch
 RESULTS = Path(__file__).parent / "results" / "static.json"
 PROCESSES = 2
 KEYS = 128
-"""What instructions of a loop are counted for."""
+"""Number of keys for which instructions of a loop are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Gpu:
     program_memory: int
     """Bytes of shared memory that one program may have."""
     memory: int
-    """Bytes of a multiprocessor, of which every program takes 1 KB for the system."""
+    """Bytes of shared memory of a multiprocessor; every program takes 1 KB of it for the system."""
     warps: int
     programs: int
 
@@ -60,9 +61,9 @@ GPUS = {
     100: Gpu(227 * 1024, 228 * 1024, 64, 32),
 }
 REGISTERS = 65536
-"""Of a multiprocessor, given to warps by 256."""
+"""Registers of a multiprocessor, allocated to warps in units of 256."""
 TENSOR_COLUMNS = 512
-"""Of a multiprocessor's tensor memory, on 10.0."""
+"""Columns of a multiprocessor's tensor memory, on 10.0."""
 
 PRODUCTS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 """Instructions of tensor cores: their name here and in PTX."""
@@ -80,15 +81,15 @@ STEPS = {
     "softmax_kernel": "BLOCK_N",
     "top_k_kernel": "BLOCK_N",
 }
-"""Which argument says how many keys (tokens, queries, centroids) the main loop of a kernel takes at a time."""
+"""Kernel -> argument with the number of keys (tokens, queries, centroids) that its main loop takes at a time."""
 
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
 """Triton's names of the types that tensors have."""
 
 
 def compiled(launch: Launch, arch: int) -> Any:
-    """The kernel as the launch would compile it: its arguments are specialised as Triton does (an integer of 1
-    becomes a constant, pointers and multiples of 16 are known to be such)."""
+    """The kernel as the launch would compile it, with Triton's specialisation of arguments (an integer 1 becomes a
+    constant, pointers and multiples of 16 are marked as such)."""
     types, constants, hints = {}, {}, {}
 
     def specialise(path: tuple[int, ...], value: Any) -> Any:
@@ -114,7 +115,7 @@ def compiled(launch: Launch, arch: int) -> Any:
 
 
 def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
-    """What a compiled kernel is made of. `step`: keys that its main loop takes at a time."""
+    """The facts of a compiled kernel. `step`: number of keys that its main loop takes at a time."""
     gpu, meta = GPUS[arch], kernel.metadata
     usage, listing = printed(kernel, "-res-usage"), printed(kernel, "-sass")
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
@@ -129,7 +130,7 @@ def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     found = {
         "registers": registers,
-        "spilled": spilled,  # our kernels have no arrays: what lies in local memory was a register
+        "spilled": spilled,  # these kernels have no arrays: everything in local memory is a spilled register
         "shared": meta.shared,
         "shared_limit": gpu.program_memory,
         "programs": min(bounds),
@@ -157,7 +158,7 @@ def _count(body: tuple[sass.Instruction, ...], name: str) -> int:
 
 
 def printed(kernel: Any, option: str) -> str:
-    """What cuobjdump says of a kernel."""
+    """The output of cuobjdump for a kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -166,7 +167,7 @@ def printed(kernel: Any, option: str) -> str:
 
 
 def cluster_sizes(tokens: int, clusters: int) -> Tensor:
-    """Sizes of clusters as k-means makes them of tokens like those of a video: a smooth field, and noise."""
+    """Sizes of k-means clusters of simulated video tokens: a smooth field, and noise."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(1, 64, 7, 8, 8, generator=generator)
     frame = math.isqrt(tokens // 21)
@@ -189,7 +190,7 @@ def row_fill(sizes: Tensor, config: Config) -> float:
 
 
 def tiles(launch: Launch) -> str:
-    """How a launch is cut up, in words."""
+    """The tiles of a launch, in words."""
     sizes = [
         f"{name}={launch.arguments[name]}"
         for name, parameter in zip(launch.kernel.arg_names, launch.kernel.params, strict=True)
@@ -199,7 +200,7 @@ def tiles(launch: Launch) -> str:
 
 
 def case(arch: int, example: Example) -> dict[str, Any]:
-    """A line of the table, without the facts: what is compiled, which takes no time to say."""
+    """A line of the table without the facts: a description of the launch, which needs no compilation."""
     return {
         "gpu": f"sm_{arch}",
         "kernel": example.kernel,
@@ -217,7 +218,7 @@ def of_gpu(arch: int) -> tuple[Example, ...]:
 
 
 def measured(place: tuple[int, int]) -> dict[str, Any]:
-    """The line of a GPU's example of that number."""
+    """The line for example `number` of a GPU."""
     arch, number = place
     example = of_gpu(arch)[number]
     step = STEPS.get(example.kernel)
@@ -226,7 +227,7 @@ def measured(place: tuple[int, int]) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> tuple[str, ...]:
-    """What is printed of a case."""
+    """A case as printed."""
     loop, skipped = found.get("loop", {}), found.get("skipped", {})
     return (
         found["gpu"],

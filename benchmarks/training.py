@@ -1,10 +1,10 @@
-"""`python -m benchmarks.training`: a forward and a backward pass of the op on the CPU, beside those of dense SDPA.
+"""`python -m benchmarks.training`: a forward and a backward pass of the op on the CPU, compared with dense SDPA.
 
-Tables of blocks, and of single keys for groups of queries. Before anything is timed, the gradients are held to
-float64 where 32 queries alone have one. Dense is the faster of SDPA's flash and math backends in the same run at
-the same number of threads; efficiency = speedup x density. The break-even density of a kind of table is where a
-line through its times would reach dense. Memory is what the passes add to the peak of a process of its own (Linux);
-and so for a training step of the evaluation model.
+Tables have blocks, or single keys for groups of queries. Before anything is timed, the gradients are checked
+against float64, with only 32 queries that have a gradient. Dense is the faster of SDPA's flash and math backends
+in the same run at the same number of threads; efficiency = speedup x density. The break-even density of a kind of
+table is where a line through its times reaches dense. Memory is the amount that the passes add to the peak of a
+separate process (Linux), and the same for a training step of the evaluation model.
 """
 
 import argparse
@@ -40,11 +40,11 @@ KINDS = {
     "keys of 64": (64, 1),
     "keys of 16": (16, 1),
 }
-"""Queries and keys of a block."""
+"""Numbers of queries and keys of a block."""
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
 STEP_GRID = (16, 16, 32)
-"""Of the video on which a step of the evaluation model is taken: 8,192 tokens."""
+"""Frames of the video for a step of the evaluation model: 8,192 tokens."""
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -89,13 +89,13 @@ def dense(backend: str) -> Attention:
 
 
 def both_passes(attend: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """Gradients, as if those of `out` were `out`."""
+    """Gradients, with `out` as the gradient of `out`."""
     out = attend(query, key, value)
     return torch.autograd.grad(out, (query, key, value), out.detach())
 
 
 def verify(table: BlockTable, query: Tensor, key: Tensor, value: Tensor, provider: str) -> None:
-    """Raise unless gradients are float64's where 32 queries alone have one: a dense oracle needs no others."""
+    """Raise unless gradients equal float64's. Only 32 queries have a gradient, so the oracle needs only these."""
     tokens = query.shape[2]
     rows = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:32]
     q_block, kv_block = (
@@ -104,7 +104,7 @@ def verify(table: BlockTable, query: Tensor, key: Tensor, value: Tensor, provide
     )
     mask = table.block_mask()[:, :, q_block][..., kv_block]
     outputs = block_sparse_attention(query, key, value, table, provider=provider)
-    # So large that those of keys, of which a row reads many, are not small beside what rounding is allowed.
+    # Large, so that gradients of keys are not small next to the tolerance, although a row reads many keys.
     given = [torch.randn_like(t[:, :, rows]) * (tokens / 8) for t in outputs]
     whole = [torch.zeros_like(t).index_copy(2, rows, g) for t, g in zip(outputs, given, strict=True)]
     d_query, d_key, d_value = torch.autograd.grad(outputs, (query, key, value), whole)
@@ -115,7 +115,7 @@ def verify(table: BlockTable, query: Tensor, key: Tensor, value: Tensor, provide
 def measure(
     kind: str, dtype: torch.dtype, heads: int, tokens: int, head_dim: int, repeats: int, provider: str
 ) -> list[Result]:
-    """Check, then time in turns, every density."""
+    """Check every density, then time all in turns."""
     inputs = [t.requires_grad_() for t in qkv(1, heads, heads, *[tokens] * 2, *[head_dim] * 2, dtype)]
     tables = [random_table(tokens, *KINDS[kind], density) for density in DENSITIES]
     runs: dict[str, Callable[[], object]] = {
@@ -151,27 +151,27 @@ def measure(
 def peak_memory(
     name: str, dtype: torch.dtype, heads: int, tokens: int, head_dim: int, provider: str
 ) -> float:
-    """MiB that a forward and a backward pass add to the peak of this process, with the table that they go by."""
+    """MiB that a forward and a backward pass, with their table, add to the peak of this process."""
     inputs = [t.requires_grad_() for t in qkv(1, heads, heads, *[tokens] * 2, *[head_dim] * 2, dtype)]
     small = [t[:, :, :64].detach().requires_grad_() for t in inputs]
-    both_passes(sparse(random_table(64, 64, 64, 1.0), provider), *small)  # loads what it runs on
+    both_passes(sparse(random_table(64, 64, 64, 1.0), provider), *small)  # loads the libraries
     if name in BACKENDS:
         attend, table_mib = dense(name), 0.0
     else:
         table = random_table(tokens, *KINDS[name], 0.25)
         attend = sparse(table, provider)
         table_mib = sum(t.nbytes for t in table.tensors().values() if t is not None) / 2**20
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed is not held on to
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory returns to the system
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_mib()
     both_passes(attend, *inputs)
     return table_mib + peak_mib() - before
 
 
 def peak_of_step(name: str) -> float:
-    """MiB that a step of the evaluation model, fp32, adds to the peak of this process: by SDPA's backends, or in
-    stage 2 of method `dsv`, where every head reads a tenth of the keys for groups of (2, 4, 4). By math uncompiled:
-    torch.compile takes flash on a CPU whatever it is told."""
+    """MiB that a step of the evaluation model, fp32, adds to the peak of this process: with SDPA's backends, or
+    in stage 2 of method `dsv`, where every head reads a tenth of the keys for groups of (2, 4, 4). The math
+    backend runs uncompiled, since torch.compile always takes flash on a CPU."""
     model = load()
     video = torch.randn(1, 3, STEP_GRID[0], *(4 * edge for edge in STEP_GRID[1:]))
     time, text = torch.tensor([500.0]), encode(["small red plain disc still; grey grid still"])
@@ -203,7 +203,7 @@ def peak_of_step(name: str) -> float:
 
 
 def peak_mib() -> float:
-    """The most memory that this process held at a time."""
+    """The peak memory of this process."""
     (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 

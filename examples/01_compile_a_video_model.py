@@ -1,8 +1,8 @@
-"""Compile a diffusers video transformer with block-sparse attention, see what was done, and what it changes.
+"""Compile a diffusers video transformer with block-sparse attention, and show the plan and the changed output.
 
     python examples/01_compile_a_video_model.py
 
-Runs on the CPU in less than a minute. The weights are random: with a checkpoint, write
+It runs on the CPU in less than a minute. The weights are random. For a checkpoint, write
 `WanTransformer3DModel.from_pretrained(...)` instead; nothing else changes.
 """
 

@@ -1,8 +1,8 @@
-"""A sampling loop with the default method, and what its attention read at every step.
+"""A sampling loop with the default method, and the density of its attention at every step.
 
     python examples/02_generate_with_the_default.py
 
-Runs on the CPU in about a minute. The weights are random: with a checkpoint, nothing else changes.
+It runs on the CPU in about a minute. The weights are random; with a checkpoint, nothing else changes.
 """
 
 import torch
@@ -22,7 +22,7 @@ def main() -> None:
     prompt, empty = torch.randn(1, 32, 64), torch.zeros(1, 32, 64)
 
     fast = torch.compile(model, backend="sparsify", options={"measure_recall": 0.02})
-    # Guidance in two calls. Without `generation` a first video is taken to have 50 steps, a fifth of them dense.
+    # Guidance in two calls. Without `generation`, a first video counts as one of 50 steps, a fifth of them dense.
     with torch.no_grad(), sparsify_compiler.generation(steps=STEPS, streams=2):
         for step in range(STEPS):
             time = torch.tensor([1000 * (STEPS - step) / STEPS])

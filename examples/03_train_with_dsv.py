@@ -1,11 +1,12 @@
-"""Train a small video model with method `dsv`: dense while a predictor learns, then sparse where that pays.
+"""Train a small video model with method `dsv`: dense while a predictor learns, then sparse where that is faster.
 
     python examples/03_train_with_dsv.py --steps 300                  # about eight minutes on one core
-    python examples/03_train_with_dsv.py --steps 300 --method dense   # what it is to be compared with
+    python examples/03_train_with_dsv.py --steps 300 --method dense   # dense training, to compare
 
-The shipped Wan of 4 M parameters, which knows short procedural videos, learns longer ones by flow matching:
-attention gets sparse as a model learns, and from random weights a few hundred steps see none of that. Killed, the
-same command goes on from the last checkpoint. Curves of loss, predictor, sparsity and time are left in `--out`.
+The shipped Wan of 4 M parameters, trained on short procedural videos, learns longer ones by flow matching.
+Attention becomes sparse as a model learns; from random weights, a few hundred steps are too few for that. After a
+kill, the same command continues from the last checkpoint. Curves of loss, predictor, sparsity and time are
+written to `--out`.
 """
 
 import argparse
@@ -23,20 +24,24 @@ from sparsify_compiler.pictures import figure, save
 
 SAVE_EVERY = 25
 RATES = {"matrix_rate": 0.002, "rate": 2e-4}
-"""Of a model that is trained already: with those it began with, a few hundred steps of small batches undo much."""
+"""Rates for a trained model: at the rates of its first training, some hundred small batches undo much."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--frames", type=int, default=24, help="of 96 tokens each")
+    parser.add_argument("--frames", type=int, default=24, help="frames of a video (96 tokens each)")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--method", choices=("dsv", "dense"), default="dsv")
-    parser.add_argument("--mass", type=float, default=0.9, help="of a head's attention that is to be kept")
     parser.add_argument(
-        "--query-group", type=int, nargs=3, metavar=("F", "H", "W"), help="tokens that choose keys together"
+        "--mass", type=float, default=0.9, help="share of a head's attention that must be kept"
     )
-    parser.add_argument("--threshold", type=float, default=0.05, help="predictor's loss that begins stage 2")
+    parser.add_argument(
+        "--query-group", type=int, nargs=3, metavar=("F", "H", "W"), help="tokens that select keys together"
+    )
+    parser.add_argument(
+        "--threshold", type=float, default=0.05, help="loss of the predictor below which stage 2 begins"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo_out/dsv"))
     options = parser.parse_args()
     out = options.out / options.method
@@ -83,7 +88,7 @@ def main() -> None:
 
 
 def checkpoint(trainer: Trainer, dsv: DSVTrainer | None, records: list[dict[str, float]], out: Path) -> None:
-    """The model's own checkpoint last: what `resume` finds is never ahead of the rest."""
+    """Save the checkpoint of the model last, so that the one that `resume` finds is never ahead of the rest."""
     if dsv is not None:
         torch.save(dsv.state_dict(), out / f"dsv_{trainer.step}.pt")
     (out / f"records_{trainer.step}.json").write_text(json.dumps(records))
@@ -96,12 +101,12 @@ def resume(trainer: Trainer, dsv: DSVTrainer | None, out: Path) -> list[dict[str
     trainer.restore(out / "checkpoint.pt")
     if dsv is not None:
         dsv.load_state_dict(torch.load(out / f"dsv_{trainer.step}.pt", weights_only=True))
-    print(f"goes on from step {trainer.step}")
+    print(f"continues from step {trainer.step}")
     return json.loads((out / f"records_{trainer.step}.json").read_text())
 
 
 def draw(records: list[dict[str, float]], path: Path) -> Path:
-    """Four curves over the steps."""
+    """Draw four curves over the steps."""
     drawn = figure(10, 7)
     panels = drawn.subplots(2, 2).flatten()
     for axes, names in zip(

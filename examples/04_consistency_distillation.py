@@ -2,11 +2,11 @@
 
     python examples/04_consistency_distillation.py --steps 300   # six to fifteen minutes on one core
 
-Student and teacher are the shipped Wan of 4 M parameters. Reported is the PSNR of videos of held-out prompts
-against those that the teacher makes from the same noise in a hundred guided steps: of the teacher in as few steps
-as the student, with guidance (two calls a step) and without, and of the student. A video that stands still would
-pass for a good one, so the motion, mean |difference| of neighbouring frames, is given beside it. Killed, the same
-command goes on from the last checkpoint.
+Student and teacher are the shipped Wan of 4 M parameters. The example reports the PSNR of videos of held-out
+prompts, compared with videos that the teacher makes from the same noise in a hundred guided steps. It does so for
+the student, and for the teacher with the student's number of steps, with guidance (two calls a step) and without.
+A video without motion would have a good PSNR, so the example also reports the motion, the mean |difference| of
+neighbouring frames. After a kill, the same command continues from the last checkpoint.
 """
 
 import argparse
@@ -33,12 +33,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
-        "--segments", type=int, default=5, help="steps that the student is to need; divides 50"
+        "--segments", type=int, default=5, help="number of steps of the student; must divide 50"
     )
-    parser.add_argument("--frames", type=int, default=8, help="of 96 tokens each")
+    parser.add_argument("--frames", type=int, default=8, help="frames of a video (96 tokens each)")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=2e-4, help="of AdamW")
-    parser.add_argument("--videos", type=int, default=8, help="to validate with")
+    parser.add_argument("--rate", type=float, default=2e-4, help="learning rate of AdamW")
+    parser.add_argument("--videos", type=int, default=8, help="number of videos for validation")
     parser.add_argument("--out", type=Path, default=Path("demo_out/consistency"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def main() -> None:
 def advance(
     trainer: ConsistencyTrainer, optimizer: torch.optim.Optimizer, step: int, frames: int, batch: int
 ) -> float:
-    """One step of training. Returns its loss. Products of matrices are `fast_products`."""
+    """Do one step of training and return its loss. Products of matrices are `fast_products`."""
     scenes = [world.scene(world.TRAINING, step * WIDEST + number) for number in range(batch)]
     video, text = to_model(world.videos(scenes, frames)), encode([scene.prompt for scene in scenes])
     with fast_products():
@@ -85,7 +85,7 @@ def advance(
 
 @torch.no_grad()
 def validate(trainer: ConsistencyTrainer, teacher: nn.Module, frames: int, count: int) -> None:
-    """Prints how far few steps are from many."""
+    """Print the difference of few steps from many."""
     prompts = [world.scene(world.VALIDATION, number).prompt for number in range(count)]
     start, steps = noise(range(count), frames), trainer.config.segments
     with fast_products():
@@ -125,14 +125,14 @@ def checkpoint(
 def resume(
     student: nn.Module, trainer: ConsistencyTrainer, optimizer: torch.optim.Optimizer, out: Path
 ) -> list[float]:
-    """The losses so far."""
+    """The losses of the steps so far."""
     if not (out / "checkpoint.pt").exists():
         return []
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     student.load_state_dict(state["student"])
     trainer.load_state_dict(state["consistency"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"goes on from step {len(state['losses'])}")
+    print(f"continues from step {len(state['losses'])}")
     return state["losses"]
 
 

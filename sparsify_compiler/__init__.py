@@ -103,12 +103,12 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """What needs Dynamo or a kernel's module, on first use: `import sparsify_compiler` takes no time."""
+    """Import names that need Dynamo or a kernel's module on first use: so `import sparsify_compiler` is fast."""
     if name in _LAZY:
         return getattr(importlib.import_module(f"sparsify_compiler.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """The public names too that no one has used yet, for completion and help."""
+    """The names of the module, with the public names that are not imported yet, for completion and help."""
     return sorted({*globals(), *__all__})

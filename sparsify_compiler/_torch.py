@@ -1,7 +1,7 @@
-"""Everything of PyTorch's compiler that is not public API, in one place.
+"""All uses of PyTorch's private compiler API.
 
-Checked with torch 2.11 and 2.13. `torch._dynamo` is imported where it is used: importing this package must
-not cost its import.
+Checked with torch 2.11 and 2.13. Functions import `torch._dynamo` themselves, so that importing this package does
+not import it.
 """
 
 import logging
@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
 DIRECTORY = str(Path(torch.__file__).parent)
-"""Of PyTorch's own files."""
+"""The folder of PyTorch's own files."""
 
 
 def unwrapped(error: SparsifyError) -> SparsifyError:
-    """The same error, of a class that Dynamo lets pass through a backend instead of wrapping it."""
+    """The same error, in a class that Dynamo does not wrap when a backend raises it."""
     from torch._dynamo.exc import ShortenTraceback
 
     kind = type(error)
@@ -37,16 +37,16 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU's products of bfloat16 matrices are as fast as those of float32, at least.
+    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 matrices.
 
-    PyTorch hands them to oneDNN where the CPU has AVX-512 or bfloat16 instructions. Elsewhere they run in a plain
-    loop, and take fifty times as long.
+    PyTorch uses oneDNN for them if the CPU has AVX-512 or bfloat16 instructions. Otherwise they run in a plain loop
+    and take fifty times as long.
     """
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def hint(size: Any) -> int | None:
-    """The value a size has in this compilation, without guarding on it; None if it is known only at run time."""
+    """The value of a size in this compilation, without a guard on it; None if it is known only at run time."""
     if isinstance(size, int):
         return size
     return size.node.hint if size.node.has_hint() else None
@@ -58,7 +58,7 @@ def known(size: Any) -> int | None:
 
 
 def free_sizes(values: Iterable[Any]) -> dict[Any, Any]:
-    """Symbol -> size, of all sizes of inputs, and numbers that are inputs, that are free."""
+    """Symbol -> size, for every free size of an input and every free input that is a number."""
     found = {}
     for value in values:
         for size in value.shape if isinstance(value, Tensor) else (value,):
@@ -68,7 +68,7 @@ def free_sizes(values: Iterable[Any]) -> dict[Any, Any]:
 
 
 def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
-    """What Dynamo recorded, a tensor or number, where symbols have these sizes; as it is where it has no such."""
+    """A tensor or number that Dynamo recorded, with these sizes for its symbols; unchanged if it has no symbols."""
 
     def number(size: Any) -> Any:
         plain = size if isinstance(size, int) else size.node.expr.subs(sizes)
@@ -88,7 +88,7 @@ def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
 
 @contextmanager
 def quiet_fakes() -> Iterator[None]:
-    """Inside, an operator that refuses fake tensors logs nothing."""
+    """Suppress the log of operators that refuse fake tensors."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -99,14 +99,14 @@ def quiet_fakes() -> Iterator[None]:
 
 
 def _is_symbolic(value: Any) -> bool:
-    """Whether a value that Dynamo recorded is a symbol, or a tensor that has one for a size or stride."""
+    """Whether a value that Dynamo recorded is a symbol, or a tensor with a symbol as a size or stride."""
     if isinstance(value, Tensor):
         return any(isinstance(n, torch.SymInt) for n in (*value.shape, *value.stride()))
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
-    """Sizes of inputs that the user marked dynamic and that are free so far, by what Dynamo calls them."""
+    """Dynamo's name -> size, for input sizes that the user marked dynamic and that are still free."""
     from torch._guards import detect_fake_mode
 
     mode = detect_fake_mode(list(example_inputs))
@@ -114,7 +114,7 @@ def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
     found = {}
     for one in tracked or ():
         for dim, constraint in enumerate(getattr(one.symbolic_context, "constraint_sizes", None) or ()):
-            # A size that Dynamo itself made dynamic has a constraint that only warns.
+            # If Dynamo itself made a size dynamic, its constraint only warns.
             insists = constraint is not None and not constraint.warn_only
             if insists and known(size := one.fake.shape[dim]) is None:
                 found[f"{_name(one.source)}.size({dim})"] = size
@@ -122,14 +122,14 @@ def marked_dynamic(example_inputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation goes through one of these."""
+    """Whether one of these tensors takes part in forward-mode differentiation."""
     forward_ad = torch.autograd.forward_ad
     level = forward_ad._current_level
     return level >= 0 and any(forward_ad.unpack_dual(one).tangent is not None for one in tensors)
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """What tells the memory of a tensor, real or fake, from others while it lives; None where it has none."""
+    """An identifier of the memory of a living tensor, real or fake; None for a tensor without memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse tensors, wrappers of functorch
@@ -137,12 +137,12 @@ def storage_of(tensor: Tensor) -> int | None:
 
 
 def is_transformed(tensor: Tensor | None) -> bool:
-    """Whether a tensor lives in a transform of `torch.func`; outside of it it has other sizes."""
+    """Whether a tensor belongs to a transform of `torch.func`. Outside of the transform it has other sizes."""
     return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def source_name(placeholder: fx.Node) -> str:
-    """Where Dynamo reads an input from, e.g. `L['kwargs']['timestep']`; empty if it is not recorded."""
+    """The expression from which Dynamo reads an input, e.g. `L['kwargs']['timestep']`; empty if not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
     return "" if source is None else _name(source)
 
@@ -157,7 +157,7 @@ def is_model_tensor(placeholder: fx.Node) -> bool:
 
 
 def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
-    """A tensor to compile for, of the kind that the other example inputs are: fake where these are."""
+    """The tensor as an example input for compilation: fake if the other example inputs are fake."""
     from torch._guards import detect_fake_mode
 
     mode = detect_fake_mode(list(example_inputs))
@@ -165,9 +165,9 @@ def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
 
 
 def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> None:
-    """Where `body` is recomputed in backward (activation checkpointing), the results of `ops` are kept instead.
+    """Keep the results of `ops` where backward recomputes `body` (activation checkpointing).
 
-    Says nothing where the model already says what is to be kept.
+    Changes nothing if the model itself sets a policy for its checkpoints.
     """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -178,13 +178,13 @@ def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> 
 
 
 class GraphBreak(NamedTuple):
-    """Where Dynamo ended a graph before the end of the code; of calls into PyTorch, where PyTorch is called."""
+    """The place where Dynamo ended a graph before the end of the code; inside PyTorch, the call into it."""
 
     file: str
     function: str
     line: int
     why: str
-    """In Dynamo's words, on one line."""
+    """Dynamo's reason, on one line."""
 
     def __str__(self) -> str:
         return f"Dynamo ends a graph at {place_text(self.file, self.line)} ({self.why})"
@@ -196,14 +196,14 @@ def place_text(file: str, line: int) -> str:
 
 
 def graph_breaks() -> list[GraphBreak]:
-    """All since the process began, or `torch.compiler.reset`."""
+    """All graph breaks since the process began, or since `torch.compiler.reset`."""
     from torch._dynamo.utils import graph_break_reasons
 
     return [found for one in graph_break_reasons if (found := _graph_break(one)) is not None]
 
 
 def graph_break(gm: fx.GraphModule) -> GraphBreak | None:
-    """What ended Dynamo's graph; None where that is the end of the code."""
+    """The graph break that ended Dynamo's graph; None if the graph ends with the code."""
     return _graph_break(getattr(gm, "compile_subgraph_reason", None))
 
 
@@ -216,13 +216,13 @@ def _graph_break(reason: Any) -> GraphBreak | None:
 
 
 def name_body(call: fx.Node, name: str) -> None:
-    """Tell a call of a nested compile region which body it calls: bodies of one name are compiled once."""
+    """Name the body that a call of a nested compile region calls: bodies with the same name are compiled once."""
     if call.target is torch.ops.higher_order.invoke_subgraph:
         call.update_arg(1, name)
 
 
 def is_last_program() -> bool:
-    """Whether Dynamo's recompile limit is reached with the program that is being compiled now."""
+    """Whether the program that is being compiled now reaches Dynamo's recompile limit."""
     from torch._dynamo import config
     from torch._guards import CompileContext
 
@@ -232,7 +232,7 @@ def is_last_program() -> bool:
 
 
 def check_backend(name: str) -> None:
-    """Raise OptionError unless `name` is a backend that the rewritten graph can be given to."""
+    """Raise OptionError unless `name` is a backend that can compile the rewritten graph."""
     from torch._dynamo import list_backends
 
     known = [backend for backend in list_backends(exclude_tags=()) if backend != "sparsify"]
@@ -251,11 +251,12 @@ def compile_with(
     """Compile a graph with a registered backend.
 
     Args:
-        mode: goes to Inductor as torch.compile passes it.
-        offload: of Inductor: which nodes of the joint graph wait on the host between forward and backward.
+        mode: for Inductor, as torch.compile passes it.
+        offload: for Inductor. It selects the nodes of the joint graph that wait on the host between forward and
+            backward.
 
-    After Dynamo is done, a graph that has symbols, or operators whose bodies may have some, gets an environment for
-    them of its own.
+    When Dynamo has finished, a graph with symbols, or with operators whose bodies may have symbols, gets its own
+    environment for them.
     """
     from torch._dynamo import lookup_backend
     from torch._guards import detect_fake_mode
@@ -290,14 +291,14 @@ def _has_symbols(gm: fx.GraphModule) -> bool:
 
 @contextmanager
 def _own_environment(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[list[Any]]:
-    """The inputs as fake tensors of the sizes that they have, and inside what Dynamo has for symbols."""
+    """Provide a new environment for symbols; yield the inputs as fake tensors of the same sizes."""
     from torch._guards import TracingContext, tracing
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
-            node.meta.pop("unbacked_bindings", None)  # of the environment that Dynamo had
+            node.meta.pop("unbacked_bindings", None)  # symbols of Dynamo's environment
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with tracing(TracingContext(mode)):
         yield [
@@ -306,7 +307,7 @@ def _own_environment(gm: fx.GraphModule, inputs: Sequence[Any]) -> Iterator[list
 
 
 def _offloading_pass(chosen: Callable[[fx.Graph], Iterable[fx.Node]]) -> Callable[[fx.Graph], None]:
-    """What marks the nodes chosen, as Inductor takes a pass over the joint graph, after those that it has."""
+    """A pass over Inductor's joint graph that marks the chosen nodes, after the passes that are set already."""
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch.utils.checkpoint import CheckpointPolicy
@@ -323,18 +324,19 @@ def _offloading_pass(chosen: Callable[[fx.Graph], Iterable[fx.Node]]) -> Callabl
                 node.meta["should_offload"] = True
 
         def uuid(self) -> Any:
-            return None  # which keeps programs with this pass out of Inductor's cache on disk
+            return None  # None keeps programs with this pass out of Inductor's cache on disk
 
     return Pass()
 
 
 @contextmanager
 def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Inside, `function` through Dynamo with `backend`, whatever was compiled before and leaving it as it was.
+    """Yield `function` compiled by Dynamo with `backend`, independent of programs compiled before, which stay.
 
-    The calls start from a code object of its own, which has neither programs nor a history of recompiles.
-    Only where a graph breaks does Dynamo compile the model's own code objects: those that carry no other
-    program are cleaned again, the others keep an entry in a region apart (torch 2.13; before, beside theirs).
+    The calls start from a new code object, which has no programs and no history of recompiles. Dynamo compiles
+    the model's own code objects only where a graph breaks. Code objects without other programs are reset at the
+    end. The others keep an entry: in a separate region in torch 2.13, next to their own entries in earlier
+    versions.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo import config
@@ -362,12 +364,12 @@ def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterat
 
 
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model that torch.compile was given, where `model` is what it gave back."""
+    """The model that torch.compile got, if `model` is its result; else `model`."""
     return getattr(model, "_orig_mod", model)
 
 
 def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The options that torch.compile was given, where `model` is a module that it gave back for this backend."""
+    """The options that torch.compile got, if `model` is a module that it compiled with this backend; else None."""
     from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
 
     if not isinstance(model, OptimizedModule):
@@ -379,15 +381,18 @@ def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
 
 
 def compiled_like(model: Callable[..., Any], module: Module) -> Callable[..., Any]:
-    """`module` compiled as `model` was by torch.compile; itself where `model` was not."""
+    """`module`, compiled like `model`; unchanged if `model` is not compiled."""
     from torch._dynamo.eval_frame import OptimizedModule
 
     return OptimizedModule(module, model.dynamo_ctx) if isinstance(model, OptimizedModule) else module
 
 
 def hooks_under_checkpointing() -> AbstractContextManager[Any]:
-    """Inside, Dynamo traces forward hooks that put an output aside in checkpointed bodies as well, which it else
-    leaves to eager. It then leaves such effects out of the recomputed pass."""
+    """Let Dynamo trace forward hooks that store an output, also in checkpointed bodies, which otherwise run
+    eagerly.
+
+    Dynamo then skips these side effects in the recomputed pass.
+    """
     from torch._dynamo import config
 
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)

@@ -1,4 +1,4 @@
-"""The front door: `torch.compile(model, backend="sparsify", options={...})`."""
+"""The entry: `torch.compile(model, backend="sparsify", options={...})`."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ from sparsify_compiler.runtime.site_inputs import GraphInputs
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
-BESIDE_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
-"""Options that a policy leaves open."""
+WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
+"""Options that may be given with a policy."""
 
 
 def sparsify(
@@ -36,16 +36,16 @@ def sparsify(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Program:
-    """Backend for torch.compile: block-sparse attention in, everything else to the inner backend untouched.
+    """Backend for torch.compile: makes attention block-sparse, and gives the rest unchanged to the inner backend.
 
     Args:
         gm: Dynamo's graph; not modified.
         example_inputs: its inputs.
         options: see `configure`.
-        mode: as torch.compile has it; passed on to Inductor.
+        mode: the mode of torch.compile, for Inductor.
 
     Raises:
-        SparsifyError: options that cannot be met; it reaches the caller of the compiled model as itself.
+        SparsifyError: options are wrong or do not fit the model. Dynamo does not wrap this error.
     """
     try:
         config = configure(options)
@@ -55,8 +55,8 @@ def sparsify(
     _tell(program.plan, config, options or {}, _torch.graph_break(gm))
     if _torch.is_last_program():
         warn_once(
-            "this is the last program that Dynamo compiles for this model: beyond it, other shapes run uncompiled "
-            "and dense. Raise torch._dynamo.config.recompile_limit, or keep to fewer resolutions."
+            "this is the last program that Dynamo compiles for this model: after it, other shapes run uncompiled "
+            "and dense. Raise torch._dynamo.config.recompile_limit, or use fewer resolutions."
         )
     return program
 
@@ -71,7 +71,7 @@ def _program(
     marked = _torch.marked_dynamic(example_inputs)
     analysed = pipeline.analyse(gm, config)
     plan = graph_plan(analysed)
-    # In training time steps are drawn at random, and what runs forward may run again.
+    # In training, time steps are random, and checkpointing may run a forward pass again.
     trains = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
@@ -98,7 +98,7 @@ def _program(
         trains=trains,
         learning_sites=tuple(one for one in plan.sparse if learns(one)),
     )
-    # Guards on sizes can be added now alone, and CUDA graphs want to know the model's tensors.
+    # Guards on sizes can be added only now, and CUDA graphs need to know the model's tensors.
     if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
         examples = (_torch.example_like(example_inputs, tensor) for tensor in extra.blank())
         program.prepare([*example_inputs, *examples])
@@ -106,17 +106,17 @@ def _program(
 
 
 def _check_marked(marked: Mapping[str, Any]) -> None:
-    """Raise OptionError where a size that the user marked dynamic is one that a sparse plan rests on."""
+    """Raise OptionError if a sparse plan needs a fixed size that the user marked dynamic."""
     fixed = [f"{name} = {size}" for name, one in marked.items() if (size := _torch.known(one)) is not None]
     if fixed:
         raise OptionError(
-            f"sizes that a grid of video tokens rests on must not be marked dynamic, got {', '.join(fixed)}: every "
-            "grid gets a program of its own. Leave out mark_dynamic, or take maybe_mark_dynamic"
+            f"sizes that determine a grid of video tokens must not be marked dynamic, got {', '.join(fixed)}: "
+            "every grid gets its own program. Leave out mark_dynamic, or use maybe_mark_dynamic"
         )
 
 
 def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
-    """What is fixed in this compilation of the inputs that the caller gives, by their places."""
+    """Place of an input from the caller -> the sizes of it that are fixed in this compilation."""
     found = {}
     for place, node in enumerate(node for node in gm.graph.nodes if node.op == "placeholder"):
         value = value_of(node)
@@ -130,11 +130,11 @@ def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
 def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     """Check the options of torch.compile and turn them into a config.
 
-    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`; or
-    `policy`, the path of a file or a `Policy`, in place of all that says what sites do.
+    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`. Or
+    `policy`, the path of a file or a `Policy`, instead of the options that decide what sites do.
 
     Raises:
-        OptionError: a name or value that is not known; names the option, the choices and the nearest one.
+        OptionError: a name or value is unknown. The error names the option, the choices and the nearest one.
         PolicyError: the policy cannot be read.
     """
     if options is not None and not isinstance(options, Mapping):
@@ -147,7 +147,7 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     name = general.pop("method", DEFAULT_METHOD)
     if options and options.get("preset") is not None and name != (of := PRESETS[options["preset"]]["method"]):
         raise OptionError(
-            f"preset {options['preset']!r} is of method {of!r}, got method={name!r}: leave out one"
+            f"preset {options['preset']!r} has method {of!r}, got method={name!r}: leave out one"
         )
     for option in own:
         if option not in ALL_OPTIONS:
@@ -157,14 +157,14 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
 
 
 def _policy(options: Mapping[str, Any]) -> Policy:
-    """The policy asked for, and by itself."""
+    """The requested policy. No other option may decide what sites do."""
     for option in options:
         if option not in (*GENERAL, *ALL_OPTIONS):
-            raise unknown_choice("option beside a policy", option, BESIDE_A_POLICY)
-        if option not in ("policy", *BESIDE_A_POLICY):
+            raise unknown_choice("option with a policy", option, WITH_A_POLICY)
+        if option not in ("policy", *WITH_A_POLICY):
             raise OptionError(
-                f"a policy says what option {option!r} says, for every site: leave out one; "
-                f"beside it may stand {', '.join(BESIDE_A_POLICY)}"
+                f"a policy sets option {option!r} for every site: leave out one. "
+                f"With a policy you may give {', '.join(WITH_A_POLICY)}"
             )
     asked = options["policy"]
     if not isinstance(asked, (str, Path, Policy)):
@@ -173,7 +173,7 @@ def _policy(options: Mapping[str, Any]) -> Policy:
 
 
 def reads_more_or_less(far_field: str) -> str:
-    """The option that says how much the default method reads with a far field, in words."""
+    """A sentence about the option that sets how much the default method reads, for a far field."""
     if far_field == "linear":
         return "options={'min_gain': g} reads more (towards 0) or less (above 0.02)"
     return f"options={{'far_field': {far_field!r}, 'top_p': p}} reads more (up to 1) or less"
@@ -182,10 +182,10 @@ def reads_more_or_less(far_field: str) -> str:
 def _tell(
     plan: GraphPlan, config: SparsifyConfig, options: Mapping[str, Any], end: _torch.GraphBreak | None
 ) -> None:
-    """Say once what a user should know who did not ask.
+    """Warn once about dense attention and about the default method.
 
     Args:
-        end: what ended the graph before the end of the code.
+        end: the graph break that ended the graph before the end of the code.
     """
     if options.get("method") == "dense":
         return
@@ -194,7 +194,7 @@ def _tell(
     if not plan.sparse and options.get("policy") is None:
         what = f" Its {len(plan)} attention calls: {causes}." if left else f" {end}." if end else ""
         warn_once(
-            f"sparsify found no attention to rewrite in a graph: it is compiled as it is.{what} "
+            f"sparsify found no attention to rewrite in a graph: the graph is compiled unchanged.{what} "
             "sparsify_compiler.explain(model, ...) shows why."
         )
     if config.policy is not None and plan.plans and config.policy.advice:
@@ -207,6 +207,6 @@ def _tell(
         )
     if plan.sparse and left:
         warn_once(
-            f"sparsify leaves {left.total()} of {len(plan)} attention calls of a graph as they are: {causes}. "
+            f"sparsify leaves {left.total()} of {len(plan)} attention calls of a graph unchanged: {causes}. "
             "sparsify_compiler.explain(model, ...) names them."
         )

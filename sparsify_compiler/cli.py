@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-bench = typer.Typer(help="What sparse attention does to the evaluation model.", no_args_is_help=True)
+bench = typer.Typer(help="Measure sparse attention on the evaluation model.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -41,7 +41,7 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     out: Annotated[Path, typer.Option(help="folder for pictures and videos")] = Path("demo_out"),
 ) -> None:
-    """Video models, dense and sparse: what is done, how fast it is, that it is right, and videos side by side."""
+    """Compile video models dense and sparse: show the plan, check the result, compare times and videos."""
     require_laboratory()
     from sparsify_compiler.lab import demo
 
@@ -51,7 +51,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices and compilers; which providers work, and why the others do not."""
+    """Show versions, devices and compilers; check which providers work, and why the others do not."""
     from sparsify_compiler import doctor
 
     doctor.run()
@@ -61,27 +61,28 @@ def doctor() -> None:
 def explain(
     class_name: Annotated[str, typer.Argument(metavar="CLASS", help="e.g. WanTransformer3DModel")],
     config: Annotated[
-        str, typer.Option(help="JSON, or a file of it such as a checkpoint's config.json")
+        str, typer.Option(help="JSON, or a JSON file such as a checkpoint's config.json")
     ] = "{}",
     inputs: Annotated[
         list[str] | None, typer.Option("--input", help="name=SHAPE[:dtype], e.g. timestep=1:int64")
     ] = None,
     values: Annotated[
-        list[str] | None, typer.Option("--value", help="name=JSON: an input that is no tensor")
+        list[str] | None, typer.Option("--value", help="name=JSON: an input that is not a tensor")
     ] = None,
     options: Annotated[
-        list[str] | None, typer.Option("--option", help="key=value of torch.compile's options")
+        list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda, to plan for")] = "cuda",
+    device: Annotated[str, typer.Option(help="device to plan for: cpu or cuda")] = "cuda",
     picture: Annotated[
-        Path | None, typer.Option(help="draw the masks there, or with --run the densities, e.g. masks.png")
+        Path | None,
+        typer.Option(help="file for a picture of the masks, or with --run of the densities, e.g. masks.png"),
     ] = None,
     run: Annotated[
         int,
         typer.Option(help="steps of a generation to run on the CPU, with random weights and inputs", min=0),
     ] = 0,
 ) -> None:
-    """What would be done with a diffusers model, and why. Takes neither weights nor memory, but for --run."""
+    """Show the plan for a diffusers model, with reasons. Needs neither weights nor memory, except with --run."""
     from sparsify_compiler import diffusers_model, explanation, pictures
     from sparsify_compiler.measured import RunStats
 
@@ -115,7 +116,7 @@ def search(
         Path | None,
         typer.Argument(
             metavar="[CHECKPOINT]",
-            help="folder of a diffusers model, with --inputs; without, the evaluation model of this package",
+            help="folder of a diffusers model, given with --inputs; the package's evaluation model if not given",
         ),
     ] = None,
     inputs: Annotated[
@@ -126,20 +127,18 @@ def search(
         ),
     ] = None,
     r: Annotated[
-        float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
+        float, typer.Option(help="largest loss of one attention: relative squared error of the output")
     ] = 0.01,
-    total: Annotated[
-        float, typer.Option(help="the most that the losses of all attentions may add up to")
-    ] = 0.02,
+    total: Annotated[float, typer.Option(help="largest sum of the losses of all attentions")] = 0.02,
     menu: Annotated[
         Path | None, typer.Option(help='JSON file: a list such as [{"method": "svg2", "min_gain": 0.02}]')
     ] = None,
     out: Annotated[Path, typer.Option(help="the policy's file")] = Path("policy.json"),
     options: Annotated[
-        list[str] | None, typer.Option("--option", help="key=value of torch.compile's options, e.g. grid")
+        list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile, e.g. grid")
     ] = None,
 ) -> None:
-    """For every attention the fastest method that changes the output little, as a policy for torch.compile."""
+    """Find for every attention the fastest method that changes the output little; write a policy."""
     import torch
 
     from sparsify_compiler import diffusers_model
@@ -152,7 +151,7 @@ def search(
     }
     entries = MENU if menu is None else read_menu_file(menu)
     if (checkpoint is None) != (inputs is None):
-        raise OptionError("a checkpoint and --inputs to calibrate it on must be given together, or neither")
+        raise OptionError("a checkpoint and --inputs for its calibration must be given together, or neither")
     try:
         check_file(out)
     except OSError as error:
@@ -179,22 +178,22 @@ def search(
 
 @app.command()
 def distill(
-    out: Annotated[Path, typer.Option(help="folder of the run; one that was begun there goes on")],
-    consistency_steps: Annotated[int, typer.Option(help="of stage 1, consistency distillation")] = 300,
-    distillation_steps: Annotated[int, typer.Option(help="of stage 3, of the sparse student")] = 100,
-    segments: Annotated[int, typer.Option(help="steps that the student is to need; divides 50")] = 5,
+    out: Annotated[Path, typer.Option(help="folder of the run; a run that was begun there continues")],
+    consistency_steps: Annotated[int, typer.Option(help="steps of stage 1, consistency distillation")] = 300,
+    distillation_steps: Annotated[
+        int, typer.Option(help="steps of stage 3, distillation of the sparse student")
+    ] = 100,
+    segments: Annotated[int, typer.Option(help="number of steps of the student; must divide 50")] = 5,
     r: Annotated[
-        float, typer.Option(help="the most that an attention may lose: relative squared error of the output")
+        float, typer.Option(help="largest loss of one attention: relative squared error of the output")
     ] = 0.015,
-    total: Annotated[
-        float, typer.Option(help="the most that the losses of all attentions may add up to")
-    ] = 0.035,
+    total: Annotated[float, typer.Option(help="largest sum of the losses of all attentions")] = 0.035,
     weights: Annotated[
-        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+        Path | None, typer.Option(help="safetensors of the evaluation model, instead of the shipped ones")
     ] = None,
-    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+    frames: Annotated[int, typer.Option(help="frames of a video (96 tokens each)")] = 24,
 ) -> None:
-    """Efficient-vDiT on the evaluation model: fewer steps, then sparse, then as good as before; and a report."""
+    """Run Efficient-vDiT on the evaluation model: train fewer steps, then sparse attention; write a report."""
     require_laboratory()
     from rich.markdown import Markdown
 
@@ -217,32 +216,33 @@ def distill(
 
 @bench.command()
 def quality(
-    out: Annotated[Path, typer.Option(help="folder of the run; one that was begun there goes on")] = Path(
+    out: Annotated[Path, typer.Option(help="folder of the run; a run that was begun there continues")] = Path(
         "demo_out/quality"
     ),
     densities: Annotated[
         list[float] | None,
-        typer.Option("--density", help="share of the query-key pairs that methods are to read, in (0, 1]"),
+        typer.Option("--density", help="share of the query-key pairs that methods read, in (0, 1]"),
     ] = None,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--method", help="to be compared: tile, svg2, cubes, keys, dsv; all by default"),
+        typer.Option("--method", help="method to compare: tile, svg2, cubes, keys or dsv; all by default"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="videos of each configuration")] = 8,
-    steps: Annotated[int, typer.Option(help="of a generation")] = 16,
-    dense_steps: Annotated[int, typer.Option(help="the first ones, which stay dense")] = 2,
-    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+    steps: Annotated[int, typer.Option(help="steps of a generation")] = 16,
+    dense_steps: Annotated[int, typer.Option(help="number of first steps that stay dense")] = 2,
+    frames: Annotated[int, typer.Option(help="frames of a video (96 tokens each)")] = 24,
     policies: Annotated[
-        list[Path] | None, typer.Option("--policy", help="a file of `sparsify search`, to be compared too")
+        list[Path] | None, typer.Option("--policy", help="file of `sparsify search` to compare too")
     ] = None,
     predictor: Annotated[
-        Path | None, typer.Option(help="of dsv, as DSVTrainer writes it; learnt in some minutes if not given")
+        Path | None,
+        typer.Option(help="predictor file of DSVTrainer for dsv; trained in minutes if not given"),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+        Path | None, typer.Option(help="safetensors of the evaluation model, instead of the shipped ones")
     ] = None,
 ) -> None:
-    """How far videos with sparse attention are from dense ones, at matched densities, and what they cost."""
+    """Compare videos of sparse attention with dense ones at matched densities, and their cost."""
     require_laboratory()
     from sparsify_compiler.lab import benchmark, report
     from sparsify_compiler.lab import model as evaluated
@@ -272,12 +272,12 @@ def sparsity(
         "demo_out/sparsity"
     ),
     videos: Annotated[int, typer.Option(help="held-out videos, at every noise level")] = 8,
-    frames: Annotated[int, typer.Option(help="of the videos, of 96 tokens each")] = 24,
+    frames: Annotated[int, typer.Option(help="frames of a video (96 tokens each)")] = 24,
     weights: Annotated[
-        Path | None, typer.Option(help="safetensors of the evaluation model, in place of the shipped ones")
+        Path | None, typer.Option(help="safetensors of the evaluation model, instead of the shipped ones")
     ] = None,
 ) -> None:
-    """The share of the keys that holds 90 % of the attention, for every layer and head."""
+    """Measure the share of the keys that holds 90 % of the attention, for every layer and head."""
     require_laboratory()
     from sparsify_compiler.lab import check, report
     from sparsify_compiler.lab import model as evaluated
@@ -289,10 +289,10 @@ def sparsity(
 
 
 def require_laboratory() -> None:
-    """Check that the packages are there which commands on the evaluation model need beyond torch.
+    """Check that the packages are installed that commands on the evaluation model need beyond torch.
 
     Raises:
-        SparsifyError: one is missing.
+        SparsifyError: a package is missing.
     """
     from sparsify_compiler.lab import require
 
@@ -300,5 +300,5 @@ def require_laboratory() -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command `sparsify`."""
     run_command(app)

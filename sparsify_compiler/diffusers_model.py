@@ -1,4 +1,4 @@
-"""A diffusers model and its inputs, on the meta device or from files, from the words of a command line."""
+"""A diffusers model and its inputs, on the meta device or from files, from the arguments of a command line."""
 
 import difflib
 import inspect
@@ -19,37 +19,37 @@ from sparsify_compiler.runtime.clock import generation
 
 
 def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
-    """The model in eval mode; on the meta device it has no weights, elsewhere random ones.
+    """Build a model in eval mode: without weights on the meta device, with random weights elsewhere.
 
     Args:
-        class_name: of diffusers, e.g. `WanTransformer3DModel`.
-        config: a JSON object, or the path of a file that holds one.
+        class_name: a class of diffusers, e.g. `WanTransformer3DModel`.
+        config: a JSON object, or the path of a file with a JSON object.
 
     Raises:
-        SparsifyError: diffusers is missing, knows no such model, or cannot make it of this config.
+        SparsifyError: diffusers is missing, has no such model, or cannot make it from this config.
     """
     kind = _model_class(class_name)
     settings = read_config(config)
-    # A constructor checks little: a wrong config ends in whatever its arithmetic and branches raise.
+    # A constructor checks little: with a wrong config, its arithmetic and branches may raise anything.
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
             return kind.from_config(settings).eval()
     except Exception as error:
         raise OptionError(
-            f"{class_name} cannot be made of the config: {_cause(error)}. "
-            "Try the config.json of a checkpoint, or fewer settings: those left out have defaults"
+            f"{class_name} cannot be made from the config: {_cause(error)}. "
+            "Try the config.json of a checkpoint, or fewer settings: all settings have defaults"
         ) from error
 
 
 def load(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The model of a checkpoint, the folder of a model that diffusers wrote, in eval mode.
+    """Load a model from the folder that diffusers wrote, in eval mode.
 
     Args:
-        dtype: to load it in; parts that diffusers keeps in fp32 stay so.
+        dtype: data type of the model; parts that diffusers keeps in fp32 stay in fp32.
 
     Raises:
-        SparsifyError: diffusers is missing, or cannot load it.
+        SparsifyError: diffusers is missing, or cannot load the model.
     """
     class_name = read_config(str(folder / "config.json")).get("_class_name")
     if not isinstance(class_name, str):
@@ -58,7 +58,7 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
         )
     try:
         return _model_class(class_name).from_pretrained(folder, torch_dtype=dtype).eval()
-    except Exception as error:  # whatever a file of any format can have wrong
+    except Exception as error:  # a damaged file may raise anything
         if isinstance(error, SparsifyError):
             raise
         hint = "" if find_spec("accelerate") else ". Many models need accelerate: try pip install accelerate"
@@ -66,13 +66,13 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def read_calls(path: Path) -> list[dict[str, Any]]:
-    """Keyword arguments of calls of a model, from a file.
+    """Read the keyword arguments of calls of a model from a file.
 
     Args:
-        path: of `torch.save`, a list of dicts; or safetensors, with names such as `0.hidden_states`.
+        path: a file of `torch.save` with a list of dicts, or safetensors with names such as `0.hidden_states`.
 
     Raises:
-        OptionError: it holds something else.
+        OptionError: the file holds something else.
     """
     form = "torch.save of a list of dicts, or safetensors with names such as 0.hidden_states"
     try:
@@ -85,7 +85,7 @@ def read_calls(path: Path) -> list[dict[str, Any]]:
                 numbered.setdefault(int(number), {})[argument] = tensor
             return [numbered[number] for number in sorted(numbered)]
         calls = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickles and safetensors have classes of their own
+    except Exception as error:  # pickles and safetensors have their own errors
         raise OptionError(f"inputs must be {form}, got {str(path)!r}: {_cause(error)}") from error
     if not isinstance(calls, list) or not calls or not all(isinstance(call, dict) for call in calls):
         raise OptionError(f"inputs must be {form}, got {type(calls).__name__} in {str(path)!r}")
@@ -93,7 +93,7 @@ def read_calls(path: Path) -> list[dict[str, Any]]:
 
 
 def dtype_of(calls: Iterable[Mapping[str, Any]]) -> torch.dtype:
-    """The type to load a model in: that of the first input that can be its latents, floating and no mere number."""
+    """The data type for a model: that of the first input that may be latents, a float tensor of 2 or more dims."""
     floating = (
         value.dtype
         for call in calls
@@ -104,7 +104,7 @@ def dtype_of(calls: Iterable[Mapping[str, Any]]) -> torch.dtype:
 
 
 def _model_class(class_name: str) -> Any:
-    """Of diffusers, by name."""
+    """The model class of diffusers with this name."""
     try:
         import diffusers
     except ImportError as error:
@@ -113,7 +113,7 @@ def _model_class(class_name: str) -> Any:
         ) from error
     if class_name == "AutoModel":
         raise OptionError(
-            "AutoModel is a loader, not a model with a config: name the class that it loads, "
+            "AutoModel is a loader, not a model with a config: give the class that it loads, "
             "which is _class_name in the checkpoint's config.json"
         )
 
@@ -134,7 +134,7 @@ def _model_class(class_name: str) -> Any:
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """A JSON object from a string that starts with `{` or `[`, else from the file of that name."""
+    """The JSON object in a string that starts with `{` or `[`, or in the file with that path."""
     given = text.lstrip().startswith(("{", "["))
     source = "the config" if given else f"config file {text}"
     try:
@@ -147,7 +147,7 @@ def read_config(text: str) -> dict[str, Any]:
 
 
 def assignments(words: Iterable[str], what: str) -> dict[str, str]:
-    """`name=value` words as a dict."""
+    """Arguments of the form `name=value` as a dict."""
     pairs = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -158,7 +158,7 @@ def assignments(words: Iterable[str], what: str) -> dict[str, str]:
 
 
 def parse_input(name: str, text: str) -> Tensor:
-    """A meta tensor from `1x16x21x60x104` or `1x512:int64`; fp32 if no type is given."""
+    """A meta tensor from text such as `1x16x21x60x104` or `1x512:int64`; fp32 if the text has no type."""
     shape, _, dtype_name = text.partition(":")
     dtype = getattr(torch, dtype_name or "float32", None)
     if not isinstance(dtype, torch.dtype):
@@ -170,7 +170,7 @@ def parse_input(name: str, text: str) -> Tensor:
 
 
 def parse_value(name: str, text: str) -> Any:
-    """A JSON value, a list as a tuple."""
+    """A JSON value; a list becomes a tuple."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -181,7 +181,7 @@ def parse_value(name: str, text: str) -> Any:
 
 
 def parse_option(text: str) -> Any:
-    """A JSON value, lists as tuples; what is not JSON is a string, or with commas a tuple."""
+    """A JSON value, with lists as tuples. Values separated by commas become a tuple; other text stays a string."""
     try:
         value = json.loads(f"[{text}]")
     except json.JSONDecodeError:
@@ -191,10 +191,10 @@ def parse_option(text: str) -> Any:
 
 
 def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run the model on the meta device: what is wrong with the inputs is told best by the model itself.
+    """Run the model on the meta device: its own error describes wrong inputs best.
 
     Raises:
-        OptionError: an input is missing, not known, or of a shape or type that does not fit.
+        OptionError: an input is missing, unknown, or has a wrong shape or type.
     """
     signature = inspect.signature(model.forward)
     unknown = [name for name in inputs if name not in signature.parameters]
@@ -206,28 +206,28 @@ def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:
         and name not in inputs
     ]
     if unknown or missing:
-        told = [f"does not take {', '.join(unknown)}"] if unknown else []
-        told += [f"needs {', '.join(missing)}"] if missing else []
+        problems = [f"does not take {', '.join(unknown)}"] if unknown else []
+        problems += [f"needs {', '.join(missing)}"] if missing else []
         raise OptionError(
-            f"{type(model).__name__} {' and '.join(told)}; its inputs are {', '.join(signature.parameters)}"
+            f"{type(model).__name__} {' and '.join(problems)}; its inputs are {', '.join(signature.parameters)}"
         )
     try:
         with torch.no_grad():
             model(**inputs)
-    except Exception as error:  # as unchecked as the constructor
+    except Exception as error:  # a forward checks as little as a constructor
         raise OptionError(f"{type(model).__name__} does not run on these inputs: {_cause(error)}") from error
 
 
 def generate(
     class_name: str, config: str, inputs: Mapping[str, Any], options: Mapping[str, Any], *, steps: int
 ) -> RunStats:
-    """What the attention of the model reads in a generation on the CPU, with random weights and seeded inputs.
+    """Measure what attention reads in a generation on the CPU, with random weights and seeded inputs.
 
-    Random weights attend more evenly than trained ones: densities are those of a worse case.
+    Random weights give more even attention than trained ones, so densities are higher than with trained weights.
 
     Args:
-        inputs: of `forward`; tensors give shape and type alone. Those named timestep fall from 1000 on.
-        options: of torch.compile; compiled by the eager backend, and with the recall measured, unless they say so.
+        inputs: inputs of `forward`; tensors give only shape and type. Inputs named timestep* fall from 1000 on.
+        options: options of torch.compile. Defaults here: the eager inner backend, and the recall is measured.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -247,7 +247,7 @@ def generate(
 
 
 def _random_like(value: Any) -> Any:
-    """Noise of the shape and type of a float tensor, ones for any other; what is no tensor as it is."""
+    """Noise with the shape and type of a float tensor, ones for other tensors; other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     if value.is_floating_point():
@@ -256,6 +256,6 @@ def _random_like(value: Any) -> Any:
 
 
 def _cause(error: Exception) -> str:
-    """The first line of what went wrong; its class too, for messages such as `0` or none."""
+    """The error's class and the first line of its message: some messages are empty, or only `0`."""
     message = next(iter(str(error).strip().splitlines()), "no message")
     return f"{type(error).__name__}: {message.rstrip('.')}"

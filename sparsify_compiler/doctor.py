@@ -1,4 +1,4 @@
-"""`sparsify doctor`: what is installed, what runs, and why the rest does not."""
+"""`sparsify doctor`: versions, devices, and the providers that run, with reasons for those that do not."""
 
 import platform
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "diffusers", "matplotlib")
 
 
 def run(console: Console | None = None) -> None:
-    """Print the report. Proves each provider by running it."""
+    """Print the report. Every provider is run to check it."""
     console = console or Console()
     table = Table("what", title="sparsify doctor", title_justify="left", highlight=True)
     table.add_column("state", overflow="fold")
@@ -46,14 +46,16 @@ def versions() -> Iterator[tuple[str, str]]:
 
 
 def devices() -> Iterator[tuple[str, str]]:
-    """(device, what it is)."""
+    """(device, description)."""
     capability = torch.backends.cpu.get_cpu_capability()
     yield "cpu", f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         yield (
             "cuda",
-            f"torch is built for CUDA {built}, but finds no device" if built else "torch is built without it",
+            f"torch is built for CUDA {built}, but finds no device"
+            if built
+            else "torch is built without CUDA",
         )
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -64,7 +66,7 @@ def devices() -> Iterator[tuple[str, str]]:
 
 
 def compiler() -> tuple[str, str]:
-    """(`C++ compiler`, how the CPU kernel's build went)."""
+    """(`C++ compiler`, result of the CPU kernel's build)."""
     build = library.build_info()
     if build.library is None:
         return (
@@ -75,7 +77,7 @@ def compiler() -> tuple[str, str]:
 
 
 def proof(name: str, device: str) -> str:
-    """`works` if the provider computes a small attention as float64 does; else why not."""
+    """`works` if the provider's result for a small attention is close to float64; else the reason."""
     if device == "cuda" and not torch.cuda.is_available():
         return "no: there is no CUDA device"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -88,7 +90,7 @@ def proof(name: str, device: str) -> str:
     query, key, value = torch.randn(3, 1, 2, layout.tokens, 64, generator=generator, dtype=torch.float32).to(
         device, dtype
     )
-    # A report has to go on whatever a broken driver or compiler raises; it shows the error.
+    # A broken driver or compiler may raise anything: the report shows the error and continues.
     try:
         out, lse = block_sparse_attention(query, key, value, table, provider=name)
         assert_close_to_float64(out, lse, query, key, value, table.mask())

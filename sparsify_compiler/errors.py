@@ -1,7 +1,7 @@
-"""What can go wrong for a user, and what the user is told once.
+"""The errors and warnings for users.
 
-Every error says what was expected, what was got and what to try. `SparsifyError` is a `ValueError`, so a
-caller that knows nothing of this package still catches it.
+Every error says what was expected, what was got and what to try. `SparsifyError` is a `ValueError`, so callers that
+do not know this package catch it too.
 """
 
 import difflib
@@ -12,34 +12,34 @@ from collections.abc import Callable, Iterable
 
 
 class SparsifyError(ValueError):
-    """Base of everything this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class OptionError(SparsifyError):
-    """An option, or its value, that the compiler cannot take."""
+    """An option or its value is wrong."""
 
 
 class GridError(OptionError):
-    """A token grid that does not fit the tokens of the model."""
+    """A token grid does not fit the tokens of the model."""
 
 
 class PolicyError(OptionError):
-    """A policy that cannot be read, or is for another model or grid."""
+    """A policy cannot be read, or is for another model or grid."""
 
 
 class ProviderError(SparsifyError):
-    """A provider was asked for by name and cannot run here."""
+    """A provider was requested by name and cannot run here."""
 
 
 class OperandError(SparsifyError):
-    """Tensors that do not fit together, or a table that points outside of the tensors it speaks of."""
+    """Tensors do not fit together, or a table has indices outside of its tensors."""
 
     site: str | None = None
-    """The attention that the op belongs to, once it is known; its name stands in the message."""
+    """The name of the attention that the op belongs to, if known; it is part of the message."""
 
 
 class SparsifyWarning(UserWarning):
-    """Category of every warning of this package."""
+    """The category of every warning of this package."""
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def warn_once(message: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> None:
-    """Run a command of the shell: a `SparsifyError` is one line on stderr and exit code 2."""
+    """Run a shell command. A `SparsifyError` becomes one line on stderr and exit code 2."""
     try:
         command()
     except SparsifyError as error:
@@ -58,7 +58,7 @@ def run_command(command: Callable[[], object]) -> None:
 
 
 def unknown_choice(what: str, got: object, choices: Iterable[str]) -> OptionError:
-    """The error for a name that is not among `choices`: names it, the choices and the nearest one."""
+    """The error for a name that is not among `choices`. It has the name, the choices and the nearest one."""
     known = sorted(choices)
     near = difflib.get_close_matches(str(got), known, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""What the compiler would do with a model, and why: as objects, as a table and as a picture."""
+"""The plan of the compiler for a model, with reasons: as objects, as a table and as a picture."""
 
 import io
 import re
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 WIDTH = 150
-"""Columns of the table as text."""
+"""Width of the table as text, in columns."""
 
 DEVICES = ("cpu", "cuda")
-"""Device types that can be planned for without being there."""
+"""Device types that can be planned for, on any machine."""
 
 NARROW = 120
-"""Columns below which the table is cut down."""
+"""Width in columns; a narrower table has fewer columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +44,27 @@ class Explanation:
 
     graph_plans: tuple[GraphPlan, ...]
     hints: tuple[str, ...] = ()
-    """What to try next, in words."""
+    """Sentences about what to try next."""
     outside: tuple[AttentionPlan, ...] = ()
-    """Attention calls that ran outside every graph, in order: dense, and why."""
+    """Attention calls that ran outside every graph, in order: they are dense, and have the reason."""
     passes: tuple[tuple[PassReport, ...], ...] = ()
-    """What each pass did to each graph; empty unless asked for."""
+    """The reports of the passes for each graph; empty unless `verbose`."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
-        """The plan of every attention call, over all graphs; then of those outside."""
+        """The plan of every attention call: first those in graphs, then those outside."""
         return [*(plan for graph in self.graph_plans for plan in graph), *self.outside]
 
     @property
     def graphs(self) -> int:
-        """Graphs that Dynamo made of the model: 1 where nothing breaks it."""
+        """The number of graphs that Dynamo made of the model: 1 without graph breaks."""
         return len(self.graph_plans)
 
     @property
     def density(self) -> float:
-        """Share of all attention's arithmetic that is left: densities weighted by each call's operations.
+        """Share of the arithmetic of all attention that is computed: densities weighted by each call's operations.
 
-        Calls whose density is known only when they run count as dense.
+        A call whose density is known only when it runs counts as dense.
         """
         total = sum(map(_operations, self.plans))
         return sum((plan.density or 1.0) * _operations(plan) for plan in self.plans) / total if total else 1.0
@@ -77,7 +77,7 @@ class Explanation:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """A table; on a narrow console the last columns stand below it, a line for each row."""
+        """A table; on a narrow console the last columns stand below it, one line for each row."""
         from rich import box
         from rich.table import Table
 
@@ -110,13 +110,14 @@ class Explanation:
             yield from (f"Graph {number}, pass {one}." for one in reports)
 
     def save_picture(self, path: str | Path) -> Path:
-        """Draw the mask of every distinct table, to scale, and save it in the format of the path's ending.
+        """Draw the mask of every distinct table, to scale, and save it in the format of the path's suffix.
 
-        Rows are queries, columns are keys. Frames are dark where they are computed, other tokens are orange.
+        Rows are queries, columns are keys. Computed pairs of video tokens are dark, those of other tokens are
+        orange.
 
         Raises:
-            SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is
-                missing; or the path cannot be written to, or has no ending that matplotlib knows.
+            SparsifyError: no table is known before it runs, so there is nothing to draw; matplotlib is missing;
+                the path cannot be written to, or has no suffix that matplotlib knows.
         """
         tables: dict[tuple[TokenLayout, StaticMethod], AttentionPlan] = {}
         names: dict[tuple[TokenLayout, StaticMethod], list[str]] = {}
@@ -127,7 +128,7 @@ class Explanation:
         if not tables:
             raise SparsifyError(
                 "there is no mask to draw: no attention has a table that is known before it runs. str() of "
-                "this says why; sparsify_compiler.stats(model) draws what was read in a run."
+                "this explanation has the reasons; sparsify_compiler.stats(model) draws the densities of a run."
             )
         columns = min(len(tables), 3)
         rows = -(-len(tables) // columns)
@@ -149,19 +150,19 @@ def explain(
     verbose: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """What `torch.compile(model, backend="sparsify", options=options)` would do in `model(*args, **kwargs)`.
+    """Show what `torch.compile(model, backend="sparsify", options=options)` would do in `model(*args, **kwargs)`.
 
-    Runs the model once, eagerly, so that graph breaks are followed. Model and inputs may live on the meta
-    device: then nothing is computed and no memory is needed. Programs compiled before stay as they are.
+    It runs the model once, eagerly, and so finds all graphs, also after graph breaks. Model and inputs may be on
+    the meta device: then nothing is computed and no memory is needed. Programs compiled before do not change.
 
     Args:
-        model: a module or function; without gradients unless it is in training mode.
-        options: as torch.compile takes them; if None those that `model` was compiled with.
-        device: to choose providers for, `cpu` or `cuda`; that of the model's tensors if None.
-        verbose: whether to say what each pass did, too.
+        model: a module or function. It runs without gradients unless it is in training mode.
+        options: options of torch.compile; if None, those that `model` was compiled with.
+        device: the device to choose providers for, `cpu` or `cuda`; if None, that of the model's tensors.
+        verbose: whether to add the report of every pass.
 
     Raises:
-        SparsifyError: options that cannot be met.
+        SparsifyError: options are wrong or do not fit the model.
     """
     options = _torch.options_of(model) if options is None else options
     config = configure(options)
@@ -195,7 +196,7 @@ def explain(
         with gradients, _torch.tracing(record, _call) as call, uncompiled:
             call(model, args, kwargs)
     except SparsifyError:
-        raise errors[0] from None  # without what Dynamo appended to it
+        raise errors[0] from None  # without the text that Dynamo appends
     return Explanation(
         tuple(plans),
         tuple(_hints(plans, config, options or {})),
@@ -205,7 +206,7 @@ def explain(
 
 
 def _device_type(device: str | None) -> str | None:
-    """`cuda` of `cuda` and of `cuda:0`."""
+    """The type of a device: `cuda` for `cuda` and for `cuda:0`."""
     kind, colon, index = (device or "cpu").partition(":")
     if kind not in DEVICES or (colon and not index.isdecimal()):
         raise unknown_choice("device", device, DEVICES)
@@ -221,18 +222,18 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
     if not graphs:
         yield "Dynamo compiled nothing: is the model wrapped in torch.compiler.disable?"
     if len(graphs) > 1:
-        yield "the model breaks into several graphs; torch.compile(..., fullgraph=True) says where."
+        yield "the model breaks into several graphs; torch.compile(..., fullgraph=True) shows where."
     slow = next((plan for plan in plans if plan.provider == "reference"), None)
     if slow is not None and options.get("provider") != "reference":
-        yield f"provider reference is slow; {slow.site.name} has it because: {slow.reason}"
+        yield f"provider reference is slow; {slow.site.name} uses it because: {slow.reason}"
     shares = {graph.dense_steps for graph in graphs if isinstance(graph.dense_steps, float) and graph.sparse}
     for share in shares - {0.0}:
         yield (
-            f"the first {share:.0%} of a generation's steps run dense: of those that sparsify_compiler.generation("
-            f"steps=...) says, else of the last video's, else of {USUAL_STEPS}."
+            f"the first {share:.0%} of a generation's steps run dense. The number of steps is that of "
+            f"sparsify_compiler.generation(steps=...), else that of the last video, else {USUAL_STEPS}."
         )
     if any(plan.density is None for plan in plans):
-        yield "sites by call choose what they read when they run; sparsify_compiler.stats(model) tells afterwards."
+        yield "sites by call select keys when they run; sparsify_compiler.stats(model) shows their density."
     general, own = split_options(options)
     sparse = [plan for graph in graphs for plan in graph.sparse]
     if sparse and not {"method", "policy"} & general.keys() and not own:
@@ -242,7 +243,7 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
 
 
 def fold(plans: Iterable[AttentionPlan]) -> list[tuple[str, AttentionPlan]]:
-    """(name, plan) with calls that differ in numbers of their path alone as one: `blocks.{0..39}.attn1`."""
+    """(name, plan), with one row for calls that differ only in numbers of their path: `blocks.{0..39}.attn1`."""
     groups: dict[Any, dict[tuple[Any, ...], AttentionPlan]] = {}
     for plan in plans:
         parts = tuple((int(part),) if part.isdigit() else part for part in plan.site.name.split("."))
@@ -299,7 +300,7 @@ def method_text(plan: AttentionPlan, separator: str = " ") -> str:
 
 
 def _broken_path(path: str, width: int = 24) -> str:
-    """The path on as many lines as it takes to be no wider, broken after dots."""
+    """The path, broken after dots into lines of at most `width` columns where possible."""
     lines = [""]
     for part in re.findall(r"(?:\{.*?\}|[^.])+\.?", path):
         if lines[-1] and len(lines[-1] + part) > width:
@@ -309,7 +310,7 @@ def _broken_path(path: str, width: int = 24) -> str:
 
 
 def density_text(plan: AttentionPlan) -> str:
-    """The density, or that every call decides it."""
+    """The density, or `by call` if every call decides it."""
     return "by call" if plan.density is None else f"{plan.density:.3f}"
 
 
@@ -342,13 +343,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _operations(plan: AttentionPlan) -> int:
-    """Multiply-adds of the call, were it dense."""
+    """Multiply-adds of the call if it were dense."""
     site = plan.site
     return site.batch * site.heads * site.q_tokens * site.kv_tokens * (site.head_dim + site.value_dim)
 
 
 def _draw(axes: "Axes", plan: AttentionPlan, table: BlockTable, names: list[str]) -> None:
-    """The mask of one plan, or of its first head; the bounds of blocks are the edges of the cells."""
+    """Draw the mask of one plan, or of its first head; the bounds of blocks are the edges of its cells."""
     from matplotlib.colors import ListedColormap
 
     rows, columns = (bounds[0, 0].tolist() for bounds in (table.q_bounds, table.kv_bounds))

@@ -1,4 +1,4 @@
-"""What a run did: densities, mass kept, and where the far field was on, by site, head and step."""
+"""Measurements of a run: densities, mass kept, and use of the far field, by site, head and step."""
 
 import functools
 import io
@@ -29,24 +29,24 @@ class Measurement:
     site: str
     method: str
     call: int
-    """Of the model since the video began, from 0."""
+    """Number of the model's call since the video began, from 0."""
     step: int | None
-    """Of the generation, from 0; None where the calls do not tell."""
+    """Step of the generation, from 0; None if unknown."""
     stream: int
     """0, or the number of the conditional or unconditional stream."""
     density: Tensor
     """Share of the query-key pairs computed."""
     kept: Tensor
-    """Attention mass that the method estimates to have kept, mean over its query blocks; NaN for a static one."""
+    """Attention mass kept, as the method estimates it, mean over query blocks; NaN for a static method."""
     recall: Tensor
-    """Attention mass truly kept, mean over sampled queries; NaN where none was sampled."""
+    """Attention mass truly kept, mean over sampled queries; NaN if none was sampled."""
     far_field: Tensor
     """1 where the far field was on, 0 where it was dropped."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RunStats:
-    """What the attention of a model did since the last video began."""
+    """Measurements of a model's attention since the last video began."""
 
     measurements: tuple[Measurement, ...]
     dense_calls: int
@@ -54,16 +54,16 @@ class RunStats:
 
     @property
     def density(self) -> float:
-        """Mean density of what ran sparse; NaN if nothing did."""
+        """Mean density of the calls that ran sparse; NaN if there are none."""
         return self._mean("density")
 
     @property
     def recall(self) -> float:
-        """Mean attention mass truly kept, of what was sampled; NaN where nothing was."""
+        """Mean attention mass truly kept, over sampled queries; NaN if none was sampled."""
         return self._mean("recall")
 
     def of(self, method: str) -> "RunStats":
-        """Those of one method alone, where programs of several ran."""
+        """The measurements of one method, if programs of several methods ran."""
         return replace(self, measurements=tuple(one for one in self.measurements if one.method == method))
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class RunStats:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
     def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
-        """A row for each site, means over calls, batches and heads; its name stands above where it has no room."""
+        """A row for each site, with means over calls, batches and heads; a long name stands above its row."""
         from sparsify_compiler.tables import fitting
 
         others = (name.replace("_", " ") for name in REPORT[1:])
@@ -116,7 +116,7 @@ class RunStats:
         return pictures.save(figure, path)
 
     def _by_site(self) -> dict[str, list[Measurement]]:
-        """By site; and by method, where programs of several ran it."""
+        """Site -> its measurements; a site that several methods ran has one entry for each."""
         methods: dict[str, set[str]] = {}
         for one in self.measurements:
             methods.setdefault(one.site, set()).add(one.method)
@@ -135,12 +135,12 @@ def stats(model: Callable[..., Any]) -> RunStats:
     """The calls of a model since the last video began.
 
     Args:
-        model: what torch.compile returned: the calls of the programs that it compiled, in the last video that they
-            made. Or a module: all calls in its last video, whatever programs they were of (`RunStats.of` selects
-            those of one method); parts of it may have been compiled one by one.
+        model: the result of torch.compile: the calls of its own programs, in their last video. Or a module: all
+            calls in its last video, of any program (`RunStats.of` selects those of one method); parts of it may
+            have been compiled separately.
 
     Raises:
-        SparsifyError: the model is no module, or no call of it was recorded.
+        SparsifyError: the model is not a module, or no call of it was recorded.
     """
     module, options = _torch.uncompiled(model), _torch.options_of(model)
     if not isinstance(module, nn.Module):
@@ -151,13 +151,13 @@ def stats(model: Callable[..., Any]) -> RunStats:
     records = [record for state in states for record in _last_video(state, options)]
     if not records:
         others = (
-            "its module was called by programs with other options alone, "
+            "only programs with other options called its module, "
             if any(state.history for state in states)
             else ""
         )
         raise SparsifyError(
             f"no call of this model was recorded: {others}run it first, compiled with backend='sparsify' and "
-            "without gradients; sparsify_compiler.explain(model, ...) shows whether anything in it would be sparse"
+            "without gradients; sparsify_compiler.explain(model, ...) shows whether any attention would be sparse"
         )
     sparse = (
         measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
@@ -166,14 +166,14 @@ def stats(model: Callable[..., Any]) -> RunStats:
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:
-    """Its calls by programs of these options; by all programs where there are none."""
+    """The calls of its last video, by programs with these options, or by all programs if `options` is None."""
     own = [record for record in state.history if options is None or record.options == options]
     video = state.video if options is None or not own else own[-1].video
     return [record for record in own if record.video == video]
 
 
 def _measurements(record: Record) -> list[Measurement]:
-    """Of every site that is sparse by the plan of the program that was called."""
+    """The measurements of a call, for every site that its plan makes sparse."""
     found = []
     for plan in record.plan.sparse:
         shape = (plan.site.batch, plan.site.heads)
@@ -182,7 +182,7 @@ def _measurements(record: Record) -> list[Measurement]:
         elif isinstance(plan.settings, StaticMethod):
             rows = torch.full((len(REPORT), *shape), math.nan, dtype=torch.float32)
             rows[0] = _densities(plan.settings, plan.layout)
-        else:  # in the body of a higher-order operator, which reports nothing
+        else:  # the body of a higher-order operator reports nothing
             continue
         reported = dict(zip(REPORT, rows, strict=True))
         found.append(

@@ -1,52 +1,53 @@
-"""Names of sites in models that stand in other modules.
+"""Names of sites in models that are wrapped in other modules.
 
-A trainer, a pipeline or DistributedDataParallel puts a module round a model, and every path then begins with its
-name. The same sites are known again by what follows the path that all of them share.
+A trainer, a pipeline or DistributedDataParallel wraps a model in a module, and every path then begins with its
+name. The part after the path that all sites share identifies the sites.
 """
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 ROOT = "attention"
-"""The name of a site that stands in the model itself, in no module of it."""
+"""The name of a site in the model itself, outside of its modules."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Modules that PyTorch puts round others, wherever in a model."""
+"""Modules in which PyTorch wraps other modules, anywhere in a model."""
 
 Path = tuple[str, ...]
 
 
 class Aligned(NamedTuple):
-    """Which names mean the same sites."""
+    """The names that mean the same sites."""
 
     names: dict[str, str]
     """Name -> known name."""
     cut: int
-    """Components of the paths that only one of the two has."""
+    """Number of components that only one of the two paths has."""
 
 
 class _Place(NamedTuple):
     path: Path
     ordinal: str
-    """`2` of the second site in a module; empty of the first."""
+    """`2` for the second site in a module; empty for the first."""
 
 
 def align(names: Sequence[str], known: Collection[str]) -> Aligned | None:
-    """The known names of sites, which may differ by the path of a wrapper; None where they are other sites.
+    """The known names of sites, which may differ by the path of a wrapper; None if they are other sites.
 
-    One path is cut from the front of all names, and one is put there instead. Both may be there only where all
-    known names are met; and of a single name two components must stay, and the paths begin with other ones.
+    One path is removed from the front of all names, and another is put there. Either path may be empty. If neither
+    is, the names must match all known names; a single name must also keep two components, and the two paths must
+    begin differently.
     """
     if not names:
         return Aligned({}, 0)
-    for root in (False, True):  # a module may be called as the root is
+    for root in (False, True):  # a module may have the name `ROOT`
         places = [_place(name, root) for name in names]
         targets = {_place(name, root): name for name in known}
         found: dict[int, list[dict[str, str]]] = {}
         for cut, put in _moves(places[0], targets):
             moved = [_moved(place, cut, put) for place in places]
             alike = len(places[0].path) - len(cut)
-            if cut and put:  # else any site would do as well as another
+            if cut and put:  # otherwise any site would match any other
                 sure = len(names) > 1 or (alike > 1 and cut[0] != put[0])
                 if not sure or len(names) != len(known):
                     continue
@@ -60,13 +61,13 @@ def align(names: Sequence[str], known: Collection[str]) -> Aligned | None:
 
 
 def without_wrappers(path: str) -> str:
-    """`blocks.0.attn1` of `_orig_mod.blocks.0._fsdp_wrapped_module.attn1`."""
+    """The path without wrappers: `blocks.0.attn1` for `_orig_mod.blocks.0._fsdp_wrapped_module.attn1`."""
     return ".".join(part for part in path.split(".") if part not in WRAPPERS)
 
 
 def _place(name: str, root: bool) -> _Place:
     """Args:
-    root: whether `ROOT` is no module's name.
+    root: whether `ROOT` means the model itself, and not a module of this name.
     """
     path, _, ordinal = name.partition("#")
     parts = tuple(without_wrappers(path).split("."))
@@ -74,7 +75,7 @@ def _place(name: str, root: bool) -> _Place:
 
 
 def _moves(place: _Place, targets: Iterable[_Place]) -> set[tuple[Path, Path]]:
-    """(path to cut, path to put) that lead from a place to targets that end alike."""
+    """(path to remove, path to put) for every target with the same ending as a place."""
     moves = set()
     for target in targets:
         alike = 0

@@ -1,4 +1,4 @@
-"""Checks of what a command is to write, made before its work: a run of hours must not end at a path."""
+"""Checks that a command can write its outputs, made before its work: a run of hours must not fail at a path."""
 
 import os
 import tempfile
@@ -11,7 +11,7 @@ def make_folder(out: Path, *names: str) -> None:
     """Make a folder, and check that files of these names can be written in it.
 
     Raises:
-        OptionError: it cannot be made or written in, or a folder has the name of a file.
+        OptionError: the folder cannot be made or written to, or one of the names is a folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -19,7 +19,7 @@ def make_folder(out: Path, *names: str) -> None:
             pass
     except OSError as error:
         raise OptionError(
-            f"out must be a folder that can be written to, got {str(out)!r}: {error}. Try another one"
+            f"out must be a folder that can be written to, got {str(out)!r}: {error}. Try another folder"
         ) from error
     for name in names:
         if (out / name).is_dir():
@@ -29,10 +29,10 @@ def make_folder(out: Path, *names: str) -> None:
 
 
 def check_file(path: Path) -> None:
-    """Check that a file can be written; one that is there stays as it is.
+    """Check that a file can be written; a file that exists does not change.
 
     Raises:
-        OSError: it cannot.
+        OSError: the file cannot be written.
     """
     is_new = not os.path.lexists(path)
     with path.open("ab"):

@@ -1,4 +1,4 @@
-"""Saving pictures, with errors that say what to try. matplotlib is imported when a picture is drawn."""
+"""Functions that save pictures, with errors that say what to try. They import matplotlib when they draw."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches; SparsifyError where matplotlib is missing."""
+    """An empty figure, with width and height in inches; raises SparsifyError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -24,10 +24,10 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def check(path: Path) -> None:
-    """Check that a picture can be saved there; make the folders that are missing.
+    """Check that a picture can be saved at a path, and make the folders that are missing.
 
     Raises:
-        SparsifyError: the path cannot be written to, or has no ending that matplotlib knows; matplotlib is missing.
+        SparsifyError: the path cannot be written to, or has no suffix that matplotlib knows; matplotlib is missing.
     """
     if path.is_dir():
         raise SparsifyError(f"cannot save the picture as {path}: it is a folder. Try {path / 'picture.png'}")
@@ -43,10 +43,10 @@ def check(path: Path) -> None:
 
 
 def save(drawn: "Figure", path: str | Path) -> Path:
-    """Write a figure in the format of the path's ending, folders made where they are missing.
+    """Write a figure in the format of the path's suffix, and make the folders that are missing.
 
     Raises:
-        SparsifyError: the path cannot be written to, or has no ending that matplotlib knows.
+        SparsifyError: the path cannot be written to, or has no suffix that matplotlib knows.
     """
     path = Path(path)
     check(path)
@@ -57,7 +57,7 @@ def save(drawn: "Figure", path: str | Path) -> Path:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Inside, an OSError is one of ours."""
+    """Turn an OSError into a SparsifyError."""
     try:
         yield
     except OSError as error:

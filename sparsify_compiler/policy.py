@@ -42,7 +42,7 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
     """The entry that `method`, `far_field` and options of the method describe.
 
     Raises:
-        OptionError: an unknown name or value; names the option, the choices and the nearest one.
+        OptionError: a name or value is unknown. The error names the option, the choices and the nearest one.
     """
     own = {name: value for name, value in options.items() if name not in ("method", "far_field")}
     name, far_field = options.get("method"), options.get("far_field")

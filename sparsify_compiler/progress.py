@@ -22,7 +22,7 @@ EVERY = 10.0
 
 
 def bars(console: Console | None = None, *, transient: bool = False) -> Progress:
-    """A display without tasks yet; text printed to its `console` goes above the bars.
+    """A display without tasks; text printed to its `console` appears above the bars.
 
     Args:
         console: stderr if None.
@@ -43,14 +43,14 @@ def bars(console: Console | None = None, *, transient: bool = False) -> Progress
 
 @contextmanager
 def phase(progress: Progress, name: str) -> Iterator[None]:
-    """A task without a count, finished when the block is."""
+    """A task without a count that ends with the block."""
     task = progress.add_task(name, total=None)
     yield
     progress.update(task, total=1, completed=1)
 
 
 def advance(progress: Progress, name: str, total: int) -> Callable[[], None]:
-    """A task of `total` steps, and the function that counts one."""
+    """Add a task of `total` steps; return a function that counts one step."""
     task = progress.add_task(name, total=total)
     return lambda: progress.advance(task)
 
@@ -67,7 +67,7 @@ class _Lines(Progress):
             speed_estimate_period=60 * EVERY,
         )
         self._printed: dict[TaskID, float] = {}
-        """When a task last had a line; infinity once it has its last."""
+        """Time of a task's last line; infinity after the line for its end."""
 
     def add_task(self, *args: Any, **kwargs: Any) -> TaskID:
         task = super().add_task(*args, **kwargs)

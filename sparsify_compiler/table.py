@@ -1,7 +1,7 @@
-"""`BlockTable`: which blocks of keys each block of queries reads.
+"""`BlockTable`: the blocks of keys that each block of queries reads.
 
-The one data structure between methods (which fill it) and kernels (which read it). Shape letters: B batch,
-H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, meaning shared.
+It is the only data structure between methods, which fill it, and kernels, which read it. Shape letters: B batch,
+H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, which means shared.
 """
 
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ class BlockTable:
     """Blocks of any size over (optionally permuted) tokens, and a list of key blocks for each query block.
 
     All tensors are int32. Positions `q_bounds[i] : q_bounds[i+1]` form query block i; the token at position p
-    is `q_order[p]`, or p itself where there is no order. Keys likewise. Query block i reads the key blocks
-    `kv_indices[i, : kv_num_blocks[i]]`; what lies beyond in the row is ignored. A block may be empty, a row
-    may list no block (its queries come out as 0 with lse -inf), and no block may be listed twice in a row.
+    is `q_order[p]`, or p itself if there is no order. The same holds for keys. Query block i reads the key blocks
+    `kv_indices[i, : kv_num_blocks[i]]`; the rest of the row is ignored. A block may be empty. A row may list no
+    block (the output of its queries is 0, with lse -inf), and must not list a block twice.
     """
 
     q_bounds: Tensor
@@ -71,7 +71,7 @@ class BlockTable:
 
     @classmethod
     def of(cls, *tensors: Any) -> "BlockTable":
-        """The table of tensors in the order of the fields, as `tensors` gives them."""
+        """The table with these tensors, in the order of the fields, as `tensors` returns them."""
         q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order = tensors
         return cls(
             q_bounds=q_bounds,
@@ -91,9 +91,9 @@ class BlockTable:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def check(self, q_tokens: int, kv_tokens: int) -> None:
-        """Raise OperandError unless the table speaks of so many tokens and no others. Waits for the device.
+        """Raise OperandError unless the table is for exactly these numbers of tokens. Waits for the device.
 
-        Shapes and types are what `kernels.attention.check` has seen. A block that a row lists twice is not found.
+        `kernels.attention.check` has checked shapes and types before. A block that a row lists twice is not found.
         """
         check_blocks("table.q_", self.q_bounds, self.q_order, q_tokens)
         check_blocks("table.kv_", self.kv_bounds, self.kv_order, kv_tokens)
@@ -104,7 +104,7 @@ class BlockTable:
         check_range("table.kv_indices", self.kv_indices, blocks - 1, used)
 
     def block_mask(self) -> Tensor:
-        """[B|1, H|1, Nq, Nk] bool: which key block each query block reads."""
+        """[B|1, H|1, Nq, Nk] bool: whether each query block reads each key block."""
         columns = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
         used = columns < self.kv_num_blocks.unsqueeze(-1)
         lead = torch.broadcast_shapes(
@@ -119,16 +119,16 @@ class BlockTable:
         return blocks > 0
 
     def listing(self, blocks: Tensor) -> "BlockTable":
-        """The same blocks, but rows list what `blocks` says, bool [B, H, Nq, Nk], in rising order."""
+        """The same blocks, with rows that list, by rising index, those that `blocks`, bool [B, H, Nq, Nk], has."""
         columns = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device)
-        # Each listed block moves to the place that counting gives it, the others to one that is cut off.
+        # Each listed block moves to its place in the count, all others to an extra column that is cut off.
         place = torch.where(blocks, blocks.cumsum(-1) - 1, len(columns))
         indices = torch.zeros(*blocks.shape[:-1], len(columns) + 1, dtype=torch.int32, device=blocks.device)
         indices = indices.scatter(-1, place, columns.expand_as(place))[..., : max(len(columns), 1)]
         return replace(self, kv_num_blocks=blocks.sum(-1, dtype=torch.int32), kv_indices=indices)
 
     def mask(self) -> Tensor:
-        """[B|1, H|1, Sq, Sk] bool: the dense mask this table stands for. The oracle of every test."""
+        """[B|1, H|1, Sq, Sk] bool: the dense mask of this table. It is the oracle of every test."""
         q_block, kv_block = self._block_of_token("q"), self._block_of_token("kv")
         blocks = self.block_mask()
         lead = torch.broadcast_shapes(blocks.shape[:2], q_block.shape[:2], kv_block.shape[:2])
@@ -138,7 +138,7 @@ class BlockTable:
         return blocks.gather(-2, rows).gather(-1, columns)
 
     def density(self) -> float:
-        """Share of the token pairs that are kept: the mean of `mask()`, found without building it."""
+        """Share of the token pairs that are kept: the mean of `mask()`, computed without building it."""
         return float(self.densities().mean())
 
     def densities(self) -> Tensor:
@@ -155,7 +155,7 @@ class BlockTable:
         return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
     def _block_of_token(self, side: str) -> Tensor:
-        """[B|1, H|1, S] int64: the block each token lies in."""
+        """[B|1, H|1, S] int64: the block of each token."""
         bounds = getattr(self, f"{side}_bounds").long()
         order = getattr(self, f"{side}_order")
         positions = torch.arange(int(bounds[0, 0, -1]), device=bounds.device)
@@ -169,7 +169,7 @@ class BlockTable:
 
 
 def check_blocks(prefix: str, bounds: Tensor, order: Tensor | None, tokens: int) -> None:
-    """Raise OperandError unless blocks, as those of one side of a table, have each token once."""
+    """Raise OperandError unless the blocks of one side of a table hold each token once."""
     check_bounds(f"{prefix}bounds", bounds, tokens)
     if order is not None:
         check_order(f"{prefix}order", order, tokens)
@@ -193,13 +193,13 @@ def check_order(name: str, order: Tensor, tokens: int) -> None:
 
 
 def check_range(name: str, tensor: Tensor, most: int, used: Tensor | None = None) -> None:
-    """Raise OperandError unless the elements of a tensor, or those used, lie in 0..most. Waits for the device."""
+    """Raise OperandError unless all elements, or those where `used`, lie in 0..most. Waits for the device."""
     wrong = (tensor < 0) | (tensor > most)
     _refuse(name, tensor, wrong if used is None else wrong & used, f"lie in 0..{most}")
 
 
 def _refuse(name: str, tensor: Tensor, wrong: Tensor, must: str) -> None:
-    """Raise OperandError for the first element that is wrong, if there is one."""
+    """Raise OperandError for the first wrong element, if there is one."""
     if bool(wrong.any()):
         at = wrong.nonzero()[0].tolist()
         got = int(tensor.expand_as(wrong)[tuple(at)])

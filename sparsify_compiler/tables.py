@@ -19,8 +19,8 @@ def fitting(
 ) -> RenderResult:
     """A table with a row for each site; no name is cut off. Cells may have several lines.
 
-    Where the console has too few columns, headings take two lines; and where that is not enough, each name stands
-    on a line above its row, whose widest column may take several.
+    If the console has too few columns, headings take two lines. If that is not enough, each name stands on a line
+    above its row, and the widest column of the row may take several lines.
     """
 
     def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""Wall-clock seconds of what runs on a device, fairly taken."""
+"""Wall-clock seconds of functions that run on a device, with functions timed in turns."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 def timed(function: Callable[[], Result], device: str = "cpu") -> tuple[float, Result]:
-    """Seconds of one call, with all that it started on the device; and what it returned."""
+    """(seconds of one call, with all work that it starts on the device; the result of the call)."""
     _synchronise(device)
     begin = time.perf_counter()
     result = function()
@@ -26,9 +26,9 @@ def interleaved_medians(
     device: str = "cpu",
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Median seconds of each function over rounds in which all take turns, so that all see the same noise.
+    """Median seconds of each function over rounds in which all take turns, so that all have the same noise.
 
-    A round before them does not count.
+    A first round does not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():

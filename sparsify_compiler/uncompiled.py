@@ -1,4 +1,4 @@
-"""Attention that runs outside every graph that Dynamo captures: seen as it runs, by the operators it is made of."""
+"""Attention that runs outside every graph that Dynamo captures, found while it runs, by its operators."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 _SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _DOOR = str(Path(__file__).with_name("explanation.py"))
-"""From where the model is called."""
+"""The file that calls the model."""
 _NOT_THE_MODEL = (__file__, _DOOR, _torch.DIRECTORY, "<")
-"""How the files begin whose frames are not the model's."""
+"""Beginnings of the files whose frames are not the model's."""
 
 
 class Uncompiled(TorchDispatchMode):
-    """While it is entered, notes every attention that runs and is in no graph. Dynamo compiles as without it."""
+    """A mode that records every attention that runs outside of graphs. Dynamo compiles as without the mode."""
 
     supports_higher_order_operators = True
 
@@ -44,12 +44,12 @@ class Uncompiled(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Without it Dynamo compiles nothing under a mode."""
+        """Return True: otherwise Dynamo compiles nothing under a mode."""
         return True
 
     @contextmanager
     def in_graph(self) -> Iterator[None]:
-        """Inside runs what Dynamo captured."""
+        """Mark the code inside as part of a graph that Dynamo captured."""
         self._in_graph += 1
         try:
             yield
@@ -63,7 +63,7 @@ class Uncompiled(TorchDispatchMode):
         return out
 
     def _note(self, func: torch._ops.OpOverload, tensors: Sequence[Tensor], out: Any) -> None:
-        """Look at a call of an operator: products make scores, softmax makes weights of them."""
+        """Record a call of an operator: a product computes scores, and a softmax turns them into weights."""
         if is_attention_kernel(str(func)) and tensors:
             sizes = [tuple(tensor.shape) for tensor in tensors[:3]]
             known = "_scaled_dot_product" in str(func) and all(len(one) == 4 for one in sizes)
@@ -117,13 +117,13 @@ class Uncompiled(TorchDispatchMode):
 
     def _why(self, frames: Sequence[FrameType]) -> str:
         """Args:
-        frames: those that lead to the attention, innermost first.
+        frames: the frames that lead to the attention, innermost first.
         """
         breaks = _torch.graph_breaks()[self._breaks :]
         places = [(one.f_code.co_filename, one.f_code.co_name, one.f_lineno) for one in frames]
         causes = [
             *(str(one) for file, _, line in places for one in breaks if (one.file, one.line) == (file, line)),
-            # A function that Dynamo cannot go on with in the middle, it does not compile at all.
+            # Dynamo does not compile a function at all if it cannot continue after a break in the middle.
             *(
                 str(one)
                 for file, name, _ in places
@@ -137,7 +137,7 @@ class Uncompiled(TorchDispatchMode):
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """Those of the model that lead to a frame, innermost first."""
+    """The frames of the model that lead to a frame, innermost first."""
     while frame is not None:
         if not frame.f_code.co_filename.startswith(_NOT_THE_MODEL):
             yield frame

@@ -5,10 +5,15 @@ the machine is busy. Tests of kernels that divide work among threads ask for sev
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
+
+from sparsify_compiler.runtime import site
+from sparsify_compiler.table import BlockTable
 
 torch.set_num_threads(1)
 
@@ -20,3 +25,16 @@ settings.load_profile("sparsify")
 def fresh_dynamo() -> None:
     """Dynamo knows no program of another test."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> list[BlockTable]:
+    """The tables that sites use, in order."""
+    used, attend = list[BlockTable](), site.attention_with_far_field
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
+        used.append(table)
+        return attend(query, key, value, table, **others)
+
+    monkeypatch.setattr(site, "attention_with_far_field", spy)
+    return used

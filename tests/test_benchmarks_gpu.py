@@ -35,7 +35,7 @@ def test_without_a_gpu_it_says_so():
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """(what is printed, records, folder) of every step, run once."""
+    """(printed output, records, folder) of every step, run once."""
     pytest.importorskip("triton", minversion="3.7")  # of 3.6 the interpreter does not know NumPy 2.4
     out = tmp_path_factory.mktemp("gpu")
     run = command_line("--dry-run", "--out", str(out), "--seconds", "3600")
@@ -274,7 +274,7 @@ def tiny(monkeypatch):
 
 
 def spoiled(function, place):
-    """The function with one element of one of its results far off, beside the largest of them."""
+    """The function with a large error in one element of one of its results, next to the largest element."""
 
     def call(*arguments, **options):
         results = list(function(*arguments, **options))

@@ -68,10 +68,10 @@ def test_explain_runs_a_small_model(tmp_path):
         (["explain", "WanPipeline"], "no model class"),
         (["explain", "ModelMixin"], "no model class"),
         (["explain", "AutoModel"], "is a loader"),
-        ([*WAN, "--config", '{"num_attention_heads": 0}'], "of the config: ZeroDivisionError: "),
+        ([*WAN, "--config", '{"num_attention_heads": 0}'], "from the config: ZeroDivisionError: "),
         (
             ["explain", "LTXVideoTransformer3DModel", "--config", '{"activation_fn": "zzz"}'],
-            "of the config: UnboundLocalError: ",
+            "from the config: UnboundLocalError: ",
         ),
         ([*WAN, "--config", sys.executable], "must hold a JSON object: 'utf-8'"),
         ([*WAN, "--config", "[1]"], "the config must hold a JSON object, got list"),

@@ -90,7 +90,7 @@ class UncompiledByHand(ByHand):
 
 
 class Rows(nn.Module):
-    """Breaks where Dynamo cannot go on behind: in a generator."""
+    """Breaks where Dynamo cannot continue after the break: in a generator."""
 
     def rows(self, x):
         torch._dynamo.graph_break()

@@ -34,6 +34,8 @@ from sparsify_compiler.testing.fuzzing import (
     random_case,
     save,
     shrink,
+    tables,
+    writes,
 )
 from sparsify_compiler.testing.fuzzing.strategies import cases
 from sparsify_compiler.testing.fuzzing.tokens import Tokens
@@ -127,7 +129,7 @@ def test_a_broken_rule_is_found_shrunk_and_saved(
         broken.setitem(RULES, "flip", flipped_in_place)
         verdict = judge(FLIP, level)
         assert verdict.outcome == "WRONG"
-        assert "its tokens are of frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
+        assert "its tokens are from frame [2, 2, 2, 2, 2, 2, 1" in verdict.message
         small, found = shrink(FLIP, lambda case: judge(case, level))
         assert small.moves == (FLIP.moves[0], "x = x.flip(1)", "x = m.attend(x, 0)")
         script = save(small, level, found, tmp_path, "fault")
@@ -149,14 +151,14 @@ def test_random_programs_find_the_broken_rule(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_wrong_output_is_found() -> None:
-    """An attention whose mask is not the model's: the plan is right, and what is computed is not."""
+    """An attention whose mask is not the model's: the plan is right, and the output is wrong."""
     case = Case(
         kind="tokens", scene=Scene(), moves=("x = m.conv3d(video).flatten(2).mT", "x = m.attend(x, 0)")
     )
     assert judge(case).outcome == "sparse"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(judging.OPTIONS, "reference_frames", 2)
-        assert "off dense attention under the true mask" in judge(case).message
+        assert "differs from dense attention under the true mask" in judge(case).message
 
 
 def test_the_same_case_is_drawn_again() -> None:
@@ -177,12 +179,12 @@ def runs(line: str, seed: int, **more: object) -> bool:
     draw = Draw(Random(seed).randint)
     tokens = Tokens(scenes[seed % 3])
     tokens.add("x = m.conv3d(video).flatten(2).mT; y = x.clone()")
-    return tokens.add(moves.filled(line, tokens, draw, **more))
+    return tokens.add(tables.filled(line, tokens, draw, **more))
 
 
 def test_no_line_of_a_table_is_dead() -> None:
-    everything = [*vars(moves).values(), *moves.RETURNING]
-    lines = {line for table in everything if isinstance(table, moves.Table) for line in table.lines}
+    everything = [*vars(moves).values(), *vars(writes).values(), *moves.RETURNING]
+    lines = {line for table in everything if isinstance(table, tables.Table) for line in table.lines}
     assert len(lines) > 300
     assert [line for line in lines if not any(runs(line, seed, y="x", dim=1) for seed in range(12))] == []
 

@@ -28,13 +28,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder to write to")
     parser.add_argument(
-        "--dry-run", action="store_true", help="everything on the CPU, tiny, in the interpreter"
+        "--dry-run", action="store_true", help="run everything on the CPU, tiny, in the interpreter"
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="after which no step begins")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="no step begins after this time")
     parser.add_argument(
-        "--only", nargs="+", metavar="STEP", choices=[s.name for s in STEPS], help="these steps"
+        "--only", nargs="+", metavar="STEP", choices=[s.name for s in STEPS], help="run only these steps"
     )
-    parser.add_argument("--step", choices=[s.name for s in STEPS], help="this one, here; prints its cases")
+    parser.add_argument(
+        "--step", choices=[s.name for s in STEPS], help="run this step in this process, and print its cases"
+    )
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not options.dry_run and not torch.cuda.is_available():
@@ -81,7 +83,7 @@ def run_all(options: argparse.Namespace, device: Device) -> list[Record]:
 
 
 def coverage(records: list[Record]) -> Record:
-    """Whether every kernel of the package was launched by a case that was right."""
+    """The record that says whether a right case launched every kernel of the package."""
     missing = unchecked(kernels(), records)
     found: Record = {"step": "coverage", "group": CORRECT, "status": OK, "seconds": 0.0, "cases": []}
     if missing:
@@ -90,7 +92,7 @@ def coverage(records: list[Record]) -> Record:
 
 
 def python_path() -> str:
-    """For processes: the checkout first."""
+    """The PYTHONPATH of workers, with the checkout first."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 

@@ -1,4 +1,4 @@
-"""The attention kernels, forward and backward, in every type, with all tiles that are shipped for the device."""
+"""The attention kernels, forward and backward, in every type, with all tiles in `configs` for the device."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -30,10 +30,10 @@ from sparsify_compiler.testing import oracles
 
 SCALE = 0.11
 ODD_WIDTHS = ((48, 48), (72, 40), (80, 80), (96, 96))
-"""(head dim, value dim) of models, that fill no power of two."""
+"""(head dim, value dim) of models that are no powers of two."""
 
 KINDS = ("plain", "full")
-"""Of problems; `full` has orders, a bias that hides keys, and key heads that serve several query heads."""
+"""Kinds of problems; `full` has orders, a bias that hides keys, and several query heads for each key head."""
 
 
 def shipped(device: Device, dtype: torch.dtype) -> Iterator[tuple[int, Config]]:
@@ -47,7 +47,7 @@ def shipped(device: Device, dtype: torch.dtype) -> Iterator[tuple[int, Config]]:
 
 
 def backward_ways(device: Device, dtype: torch.dtype) -> Iterator[tuple[int, str, BackwardConfig]]:
-    """(head dim, name, tiles) of every way that the backward pass goes."""
+    """(head dim, name, tiles) of every method of the backward pass."""
     for width in (64, 128, 256):
         if dtype == torch.float32:
             queries = keys = (configs.BACKWARD_SINGLE[width],) * 2
@@ -63,7 +63,7 @@ Problem = tuple[Tensor, Tensor, Tensor, BlockTable, Tensor | None]
 
 
 def problem(device: Device, head_dim: int, value_dim: int, dtype: torch.dtype, kind: str) -> Problem:
-    """Of one of the `KINDS`."""
+    """A problem of one of the `KINDS`."""
     batch, heads, tokens, kv_tokens = device.size((2, 4, 1000, 1500), (1, 2, 40, 50))
     blocks = device.size((9, 70), (3, 5))
     full = kind == "full"
@@ -96,14 +96,14 @@ def forward_cases(dtype: torch.dtype, device: Device) -> Iterable[Case]:
 
 
 def short(config: Config) -> str:
-    """Tiles as a word: queries, keys, chunk, warps, stages."""
+    """Tiles as one word: queries, keys, chunk, warps, stages."""
     return "/".join(
         map(str, (config.block_m, config.block_n, config.chunk, config.num_warps, config.num_stages))
     )
 
 
 def run(tensors: Problem, config: Config | None) -> tuple[Tensor, Tensor]:
-    """(out, lse): of these tiles; or of the op, with the tiles that it chooses."""
+    """(out, lse) with these tiles, or of the op with the tiles that it chooses."""
     *qkv_, table, bias = tensors
     if config is None:
         return block_sparse_attention(*qkv_, table, key_bias=bias, scale=SCALE, provider="triton")
@@ -121,7 +121,7 @@ def check_forward(
 
 
 def check_random_tables(device: Device, dtype: torch.dtype) -> dict[str, Any]:
-    """Tables shared by batches and heads or not, of few or many blocks, that read little, half or all."""
+    """Check tables that batches and heads share or not, with few or many blocks, that read little, half or all."""
     worst, tables = 0.0, device.size(40, 2)
     batch, heads, tokens, kv_tokens = device.size((2, 4, 333, 1000), (1, 2, 33, 50))
     for seed in range(tables):
@@ -138,7 +138,7 @@ def check_random_tables(device: Device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_blind_rows(device: Device, dtype: torch.dtype) -> None:
-    """Rows that read no block, and such as read hidden keys alone, come out as 0 and -inf."""
+    """Check that rows that read no block, or only hidden keys, give 0 and -inf."""
     q, k, v = qkv(device, 1, 2, 2, 96, 64, dtype, kv_tokens=64)
     bias = torch.zeros(1, 1, 64, device=device.name)
     bias[..., :32] = -torch.inf
@@ -152,7 +152,7 @@ def check_blind_rows(device: Device, dtype: torch.dtype) -> None:
 
 
 def check_not_finite(device: Device, dtype: torch.dtype) -> None:
-    """NaN in a key reaches the rows that read it, and no others."""
+    """Check that NaN in a key reaches the rows that read it, and no others."""
     q, k, v = qkv(device, 1, 2, 2, 60, 64, dtype)
     k[:, :, 29] = torch.nan
     table = cluster_table(device, 1, 2, 60, 4, 6, 0.5)
@@ -173,7 +173,7 @@ def check_far_apart(device: Device) -> None:
 
 
 def check_graph(device: Device, dtype: torch.dtype) -> dict[str, Any]:
-    """Captured once, replayed with other queries and another table of the same shapes."""
+    """Check a graph that is captured once and replayed with other queries and another table of the same shapes."""
     q, k, v, table, _ = problem(device, 64, 64, dtype, "plain")
     other = replaced(device, table, q, k)
     (out, lse), replay = device.captured(lambda: run((q, k, v, table, None), None))
@@ -194,7 +194,7 @@ def replaced(device: Device, table: BlockTable, query: Tensor, key: Tensor) -> B
 
 
 def overwrite(table: BlockTable, other: BlockTable) -> None:
-    """Give a table what another one holds."""
+    """Copy the content of one table into another."""
     for old, new in zip(table.tensors().values(), other.tensors().values(), strict=True):
         if old is not None:
             old.copy_(new)
@@ -204,7 +204,7 @@ def backward_cases(dtype: torch.dtype, device: Device) -> Iterable[Case]:
     """The backward pass in one type."""
     ways = list(backward_ways(device, dtype))
     for kind in device.size(KINDS, KINDS[1:]):
-        for width, way, config in device.size(ways, ways[::4]):  # each width, and each way
+        for width, way, config in device.size(ways, ways[::4]):  # each width, and each method
             name = f"{named(dtype)} D {width} {kind} {way}"
             yield name, partial(check_backward, device, width, dtype, kind, config)
     for deterministic in (False, True):
@@ -216,7 +216,7 @@ def backward_cases(dtype: torch.dtype, device: Device) -> Iterable[Case]:
 def check_backward(
     device: Device, width: int, dtype: torch.dtype, kind: str, config: BackwardConfig
 ) -> dict[str, Any]:
-    """Against float64; without atomics on floats, the same bits in every run."""
+    """Check against float64; without atomics on floats, every run must give the same bits."""
     tensors = problem(device, width, width, dtype, kind)
     q, k, v, table, bias = tensors
     out, lse = run(tensors, None)
@@ -241,7 +241,7 @@ def error_of_gradients(
     *,
     key_bias: Tensor | None = None,
 ) -> float:
-    """Hold gradients to float64 and return the largest |d - exact| / |exact| of the three."""
+    """Check gradients against float64 and return the largest |d - exact| / |exact| of the three."""
     inputs = query, key, value, mask
     oracles.assert_gradients_close_to_float64(
         found, grad_out, grad_lse, *inputs, key_bias=key_bias, scale=SCALE
@@ -253,7 +253,7 @@ def error_of_gradients(
 
 
 def check_autograd(device: Device, dtype: torch.dtype, deterministic: bool) -> dict[str, Any]:
-    """Through the op as a model calls it, with key blocks of one token."""
+    """Check gradients through the op, as a model calls it, with key blocks of one token."""
     tokens, keys = device.size((200, 300), (30, 40))
     q, k, v = qkv(device, 1, 2, 2, tokens, 64, dtype, kv_tokens=keys)
     table = flat_keys(device, 2, tokens, keys)
@@ -271,7 +271,7 @@ def check_autograd(device: Device, dtype: torch.dtype, deterministic: bool) -> d
 
 
 def flat_keys(device: Device, heads: int, tokens: int, keys: int) -> BlockTable:
-    """Ten queries to a block, every key a block; a third of them read."""
+    """A table with ten queries in a block and one key in a block; a third of the keys is read."""
     kept = randn(device, 1, heads, tokens // 10, keys) > 0.4
     sizes = (
         torch.full((1, 1, tokens // 10), 10, device=device.name),
@@ -281,7 +281,7 @@ def flat_keys(device: Device, heads: int, tokens: int, keys: int) -> BlockTable:
 
 
 def check_backward_graph(device: Device, dtype: torch.dtype) -> dict[str, Any]:
-    """Captured once, replayed with other tensors and another table of the same shapes."""
+    """Check a graph that is captured once and replayed with other tensors and another table of the same shapes."""
     worst = 0.0
     ways = [(width, config) for width, _, config in backward_ways(device, dtype) if width == 64]
     for width, config in device.size(ways, ways[1:2]):
@@ -301,7 +301,7 @@ def check_backward_graph(device: Device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def candidates(device: Device) -> dict[str, Config]:
-    """Tiles to try at video size in bfloat16 with a head dim of 128: the shipped ones, and others."""
+    """Tiles to try at video size in bfloat16 with a head dim of 128: those in `configs`, and others."""
     long, short_ = configs.HALF[device.architecture(), 128]
     tried = (
         long,
@@ -318,18 +318,18 @@ def candidates(device: Device) -> dict[str, Config]:
 
 
 def video_problem(device: Device, heads: int, density: float) -> Problem:
-    """75,600 tokens, as Wan has at 720p, in 300 clusters of queries and 1,000 of keys; every head has its own."""
+    """75,600 tokens, like Wan at 720p, with 300 clusters of queries and 1,000 of keys, different for every head."""
     tokens, blocks = device.size((75_600, (300, 1000)), (96, (4, 9)))
     tensors = qkv(device, 1, heads, heads, tokens, 128, torch.bfloat16)
     return *tensors, cluster_table(device, 1, heads, tokens, *blocks, density), None
 
 
 ROWS = 12
-"""Of video size, that are computed in float64."""
+"""Number of rows at video size that are computed in float64."""
 
 
 def check_rows(tensors: Problem, call: Callable[[], Any]) -> float:
-    """Hold a few rows of what a call returns, out or (out, lse), to float64, and return their error."""
+    """Check a few rows of the result of a call, out or (out, lse), against float64, and return their error."""
     q, k, v, table, bias = tensors
     rows = some_rows(q.shape[2], ROWS, q)
     found = call()
@@ -341,7 +341,7 @@ def check_rows(tensors: Problem, call: Callable[[], Any]) -> float:
 
 
 def candidate_cases(device: Device) -> Iterable[Case]:
-    """All tiles that are timed later, on eight heads, which is what 40 are compiled as."""
+    """Check all tiles that are timed later, on eight heads; 40 heads run the same compiled kernels."""
     tensors = video_problem(device, device.size(8, 2), 0.2)
     for name, config in candidates(device).items():
         call = partial(run, tensors, config)

@@ -24,13 +24,13 @@ from sparsify_compiler.kernels.statistics import block_means, block_statistics
 from sparsify_compiler.testing import oracles
 
 SUMS = 3e-5
-"""Of fp32 sums of numbers near 1."""
+"""Tolerance of fp32 sums of numbers near 1."""
 
 PRODUCTS = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2e-3}
-"""Of products in TF32, which those of half precision are taken in: eleven bits each."""
+"""Tolerance of products. Those of half precision run in TF32, with eleven bits."""
 
 OUTPUTS = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-"""Of outputs near 1 in a type, virtual keys and the first order rounded too."""
+"""Tolerance of outputs near 1; virtual keys and the first order are rounded too."""
 
 
 def cases(device: Device) -> Iterable[Case]:
@@ -59,7 +59,7 @@ def membership(bounds: Tensor, order: Tensor | None) -> Tensor:
 
 
 def off(found: Tensor, exact: Tensor, allowed: float, what: str) -> float:
-    """The largest |found - exact| / (1 + |exact|), held to what is allowed. Infinities have to be the same."""
+    """The largest |found - exact| / (1 + |exact|), which must be at most `allowed`. Infinities must be the same."""
     assert found.shape == exact.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(found.isfinite(), finite), f"{what}: finite where it must not be, or the reverse"
@@ -161,7 +161,7 @@ SCALE = 0.11
 
 
 def check_whole(device: Device, dtype: torch.dtype, far_field: str) -> dict[str, Any]:
-    """Near and far field together, row by row from the formulas, which float64 on the CPU takes its time for."""
+    """Near and far field together, against the formulas row by row in float64 on the CPU, which is slow."""
     heads, tokens = device.size((4, 60), (2, 16))
     q, k, v = qkv(device, 1, heads, heads // 2, tokens, 64, dtype)
     table = cluster_table(device, 1, heads, tokens, 4, 9, 0.3)

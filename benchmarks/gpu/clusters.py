@@ -1,4 +1,4 @@
-"""k-means, sorting by cluster and the choice of blocks by estimated attention, against float64."""
+"""k-means, sorting by cluster and the selection of blocks by estimated attention, against float64."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -13,10 +13,10 @@ from benchmarks.gpu.runner import Case
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label, top_p_blocks
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of a squared distance, relative to the largest: centroids are rounded to the type of the points."""
+"""Error of a squared distance, relative to the largest: centroids are rounded to the type of the points."""
 
 CLOSE = 2e-5
-"""Of a share of the attention in fp32."""
+"""Error of a share of the attention in fp32."""
 
 
 def cases(device: Device) -> Iterable[Case]:
@@ -35,7 +35,7 @@ def cases(device: Device) -> Iterable[Case]:
 def points_in_blobs(
     device: Device, batch: int, heads: int, tokens: int, width: int, dtype: torch.dtype, offset: float = 0.0
 ) -> Tensor:
-    """[B, H, S, D] about some centres, a slice along S of what holds NaN elsewhere."""
+    """[B, H, S, D] around some centres; a slice along S of a tensor with NaN outside."""
     blobs = 8
     blob = torch.randint(blobs, (tokens,), generator=generator(device, 1), device=device.name)
     inside = 2 * randn(device, batch, blobs, heads, width, seed=2)[:, blob]
@@ -53,7 +53,8 @@ def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def check_kmeans(device: Device, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """An iteration assigns every point to the nearest centroid and then moves these to the means; runs repeat."""
+    """Check that an iteration assigns every point to the nearest centroid and moves centroids to the means, and
+    that two runs give the same bits."""
     batch, heads, tokens, count = device.size((2, 3, 1500, 130), (1, 1, 40, 7))
     points = points_in_blobs(device, batch, heads, tokens, width, dtype)
     start = torch.randperm(tokens, generator=generator(device, 5), device=device.name)[:count]
@@ -77,12 +78,12 @@ def check_kmeans(device: Device, width: int, dtype: torch.dtype) -> dict[str, An
 
 
 def check_blobs(device: Device, dtype: torch.dtype) -> None:
-    """Blobs far from 0 are told apart: beside the vector they share, their differences are small."""
+    """Check that blobs far from 0 get different labels, although their differences are small next to their mean."""
     tokens = device.size(1000, 40)
     points = points_in_blobs(device, 1, 2, tokens, 64, dtype, offset=40.0)
     exact = points.double()
     start = torch.zeros(8, dtype=torch.long, device=device.name)
-    for c in range(1, 8):  # a point of every blob: the one that is furthest from those before
+    for c in range(1, 8):  # a point of every blob: the point furthest from those before
         start[c] = squared_distances(exact[:, :1], exact[:, :1, start[:c]]).amin(-1)[0, 0].argmax()
     unread = torch.full((1, 2, 8, 64), torch.nan, device=device.name)
     found, labels = kmeans(points, unread, start, torch.tensor(False), first=3, later=1, provider="triton")
@@ -91,7 +92,7 @@ def check_blobs(device: Device, dtype: torch.dtype) -> None:
 
 
 def check_not_finite(device: Device) -> None:
-    """A point that is not finite has a label, and spoils one centroid of its own head at most."""
+    """Check that a point that is not finite has a label, and affects at most one centroid, in its own head."""
     points = points_in_blobs(device, 1, 2, 90, 64, torch.float32).contiguous()
     points[0, 0, 70, 3] = torch.nan
     start = torch.arange(9, device=device.name) * 7
@@ -103,7 +104,7 @@ def check_not_finite(device: Device) -> None:
 
 
 def check_sort(device: Device, tokens: int, count: int) -> None:
-    """A stable sort, and where each label begins."""
+    """Check the stable sort, and the bounds of the labels."""
     labels = torch.randint(
         count, (1, tokens, 3), generator=generator(device, 1), device=device.name, dtype=torch.int32
     ).transpose(1, 2)
@@ -115,7 +116,7 @@ def check_sort(device: Device, tokens: int, count: int) -> None:
 
 
 def check_top_p(device: Device, rows: int, count: int) -> dict[str, Any]:
-    """As few blocks as hold the share, those with the largest first; at least some; all from 1 up."""
+    """Check that a row keeps the fewest blocks that hold the share, at least `min_blocks`, and all from 1 on."""
     batch, kv_heads, heads, width, scale = device.size(2, 1), 2, 4, 128, 0.1
     q = randn(device, batch, heads, rows, width, seed=1)
     k = randn(device, batch, kv_heads, count, width, seed=2)
@@ -130,7 +131,7 @@ def check_top_p(device: Device, rows: int, count: int) -> dict[str, Any]:
         )
         assert torch.equal(indices.sort(-1).values, column.int().expand_as(indices)), "no permutation"
         inside = column < counts[..., None]
-        # Kept and left blocks rise, each by itself.
+        # Kept blocks rise, and so do the others.
         rises = indices.diff(dim=-1) > 0
         border = column[1:] == counts[..., None]
         assert (rises | border).all(), "indices do not rise"

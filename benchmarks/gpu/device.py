@@ -1,4 +1,4 @@
-"""Where the steps run: on the GPU, or on the CPU in its place. All that differs between the two is here."""
+"""The device of the steps: the GPU, or the CPU in a dry run. All differences between the two are here."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ class Gpu:
         return real
 
     def facts(self) -> dict[str, Any]:
-        """What the device is."""
+        """A description of the device."""
         found = torch.cuda.get_device_properties(0)
         return {
             "name": found.name,
@@ -38,11 +38,11 @@ class Gpu:
         }
 
     def architecture(self) -> int:
-        """The row of `configs` that serves the device."""
+        """The row of `configs` for the device."""
         return configs.architecture(torch.device("cuda", 0))
 
     def synchronise(self) -> None:
-        """Wait for all work; raises what went wrong in it."""
+        """Wait for all work; raise its errors."""
         torch.cuda.synchronize()
 
     def stamp(self) -> Any:
@@ -56,17 +56,17 @@ class Gpu:
         return float(first.elapsed_time(last))
 
     def run_ahead(self) -> None:
-        """Keep the device busy for some 50 ms, so that what is launched next waits in line, with no gaps."""
+        """Keep the device busy for about 50 ms, so that the next launches queue without gaps."""
         factor = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
         for _ in range(35):
             factor @ factor
 
     def not_synchronising(self) -> AbstractContextManager[None]:
-        """Inside, an operation that waits for the device raises."""
+        """Make operations raise that wait for the device."""
         return _sync_debug_mode()
 
     def captured(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """(result, replay) of a CUDA graph of the function; each replay writes the result anew."""
+        """(result, replay) of a CUDA graph of the function; each replay writes the result again."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -78,7 +78,7 @@ class Gpu:
         return result, graph.replay
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
-        """The most that is allocated during a call, beyond what was before."""
+        """The peak of memory allocated during a call, in addition to the memory before."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -88,11 +88,11 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def compiled(self, function: Any) -> Any:
-        """By Inductor."""
+        """The function, compiled by Inductor."""
         return torch.compile(function, dynamic=False)
 
     def release(self) -> None:
-        """Give back memory that nothing holds."""
+        """Free cached memory."""
         torch.cuda.empty_cache()
 
 
@@ -107,7 +107,7 @@ def _sync_debug_mode() -> Iterator[None]:
 
 
 class DryRun:
-    """The CPU as an H200 whose kernels Triton interprets: everything runs, and no number means anything."""
+    """The CPU in place of an H200, with interpreted kernels: everything runs, and no number has a meaning."""
 
     name = "cpu"
     dense: ClassVar = {"cudnn": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
@@ -169,7 +169,7 @@ READS = ("__bool__", "__float__", "__index__", "__int__", "cpu", "item", "nonzer
 
 @contextmanager
 def _nothing_read_back() -> Iterator[None]:
-    """Reading a value raises, but of what lies on the CPU beside a GPU too: a bool without dimensions."""
+    """Make reading a value raise, except for a bool without dimensions, which is on the CPU also with a GPU."""
 
     def guarded(name: str) -> Any:
         read = getattr(Tensor, name)

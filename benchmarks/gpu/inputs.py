@@ -1,4 +1,4 @@
-"""Tensors and tables to run on, made on the device; and what float64 needs to look at a few rows of much."""
+"""Tensors and tables, made on the device, and the comparison of a few rows of large outputs with float64."""
 
 from collections.abc import Iterator
 
@@ -59,8 +59,8 @@ def clusters(
     ordered: bool,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """(sizes [B, H, count], order [B, H, S] int32 or None): blocks of sizes that k-means makes, two of them of no
-    token and of one, other ones for every head; in the order that sorting by label gives."""
+    """(sizes [B, H, count], order [B, H, S] int32 or None): blocks with sizes like those of k-means, different
+    for every head; one is empty and one has one token. The order is that of sorting by label."""
     weight = torch.rand(batch, heads, 4, count, generator=generator(device, seed), device=device.name)
     weight = -weight.log().sum(2)  # gamma distributed: sizes vary by half of their mean
     weight[..., 1:2] = 0.0
@@ -88,7 +88,7 @@ def cluster_table(
     ordered: bool = True,
     seed: int = 0,
 ) -> BlockTable:
-    """A table of uneven clusters in which every head has its own, and reads that share of them at random."""
+    """A table of uneven clusters, different for every head. Every head reads a random share `density` of them."""
     q_sizes, q_order = clusters(device, batch, heads, tokens, q_count, ordered=ordered, seed=4 * seed)
     kv_sizes, kv_order = clusters(
         device, batch, heads, kv_tokens or tokens, kv_count, ordered=ordered, seed=4 * seed + 2
@@ -101,7 +101,7 @@ def cluster_table(
 def flat_table(
     device: Device, heads: int, tokens: int, q_size: int, kv_size: int, density: float
 ) -> BlockTable:
-    """Blocks of one size; every head reads other ones, the same share of them."""
+    """A table of blocks of one size. Every head reads different blocks, the same share of them."""
     rows, columns = tokens // q_size, tokens // kv_size
     drawn = torch.rand(1, heads, rows, columns, generator=generator(device, 0), device=device.name)
     sizes = (
@@ -111,7 +111,7 @@ def flat_table(
 
 
 def single_key_table(device: Device, heads: int, tokens: int, group: int, density: float) -> BlockTable:
-    """Every group of queries reads that share of the keys, drawn one by one for each head."""
+    """A table of single keys. Every group of queries reads a share of the keys, drawn separately for each head."""
     rows, count = tokens // group, round(density * tokens)
     drawn = [
         torch.rand(rows, tokens, generator=generator(device, head), device=device.name)
@@ -134,7 +134,7 @@ def single_key_table(device: Device, heads: int, tokens: int, group: int, densit
 
 
 def hiding_bias(device: Device, batch: int, heads: int, tokens: int, seed: int = 0) -> Tensor:
-    """[B, H, S] fp32; a sixth of the keys is hidden."""
+    """[B, H, S] fp32, which hides a sixth of the keys."""
     bias = randn(device, batch, heads, tokens, seed=seed)
     return bias.masked_fill(bias > 1, -torch.inf)
 
@@ -159,7 +159,7 @@ def site_of(query: Tensor, key: Tensor) -> AttentionSite:
 
 
 def block_of_token(bounds: Tensor, order: Tensor | None) -> Tensor:
-    """[B|1, H|1, S] int64: the block that each token lies in."""
+    """[B|1, H|1, S] int64: the block of each token."""
     places = torch.arange(int(bounds[0, 0, -1]), dtype=torch.int32, device=bounds.device)
     block = torch.searchsorted(
         bounds[..., 1:].contiguous(), places.expand(*bounds.shape[:2], -1).contiguous(), right=True
@@ -172,7 +172,7 @@ def block_of_token(bounds: Tensor, order: Tensor | None) -> Tensor:
 
 
 def mask_of_rows(table: BlockTable, rows: Tensor) -> Tensor:
-    """[B|1, H|1, R, Sk] bool: the rows of the mask of a few queries, [R] int64."""
+    """[B|1, H|1, R, Sk] bool: the rows of the mask for a few queries, [R] int64."""
     q_block = block_of_token(table.q_bounds, table.q_order)[..., rows]
     kv_block = block_of_token(table.kv_bounds, table.kv_order)
     blocks = table.block_mask()
@@ -189,7 +189,7 @@ def some_rows(tokens: int, count: int, like: Tensor) -> Tensor:
 
 
 HEADS_AT_ONCE = 8
-"""Of video size, whose keys fit in float64 beside their scores."""
+"""Number of heads at video size whose keys and scores fit memory in float64."""
 
 
 def by_heads(heads: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
@@ -202,7 +202,7 @@ def by_heads(heads: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
 
 
 def of_heads(tensor: Tensor | None, heads: slice) -> Tensor | None:
-    """[B|1, H|1, ...] of some of the heads."""
+    """[B|1, H|1, ...] for some of the heads."""
     return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
 
@@ -217,10 +217,10 @@ def error_of_rows(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> float:
-    """Hold rows of attention to float64 and return |out - exact| / |exact|.
+    """Check rows of attention against float64 and return |out - exact| / |exact|.
 
     Args:
-        query, mask: of the rows of `out` and `lse`.
+        query, mask: those of the rows of `out` and `lse`.
     """
     off = size = 0.0
     for some, of_keys in by_heads(query.shape[1], key.shape[1]):

@@ -1,4 +1,4 @@
-"""What is launched, seen from outside: every launch of the package goes through `Launch.__call__`."""
+"""Observation of launches from outside: every launch of the package goes through `Launch.__call__`."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,12 +12,12 @@ from benchmarks.gpu.device import Device
 from sparsify_compiler.kernels.triton.launcher import Launch
 
 Launched = dict[str, list[str]]
-"""Name of a kernel -> the types it was launched in."""
+"""Name of a kernel -> types in which it was launched."""
 
 
 @contextmanager
 def around(listener: Callable[[Launch], AbstractContextManager[object]]) -> Iterator[None]:
-    """Every launch inside happens within the listener's context."""
+    """Put every launch inside the listener's context."""
     plain = Launch.__call__
 
     def call(self: Launch) -> None:
@@ -30,7 +30,7 @@ def around(listener: Callable[[Launch], AbstractContextManager[object]]) -> Iter
 
 @contextmanager
 def launched() -> Iterator[Launched]:
-    """What is launched inside, and has returned; filled as it goes."""
+    """Yield the launches inside that have returned; the dict is filled during the block."""
     seen: Launched = {}
 
     @contextmanager
@@ -45,7 +45,7 @@ def launched() -> Iterator[Launched]:
 
 
 def type_of(launch: Launch) -> str:
-    """The narrowest floating type among the tensors of a launch, which is that of its inputs."""
+    """The narrowest float type among the tensors of a launch, which is the type of its inputs."""
     tensors = [t for t in launch.arguments.values() if isinstance(t, Tensor)]
     floats = {t.dtype for t in tensors if t.is_floating_point()}
     narrow = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,7 +53,7 @@ def type_of(launch: Launch) -> str:
 
 
 def milliseconds_of_kernels(device: Device, function: Callable[[], object]) -> dict[str, tuple[float, int]]:
-    """Name of a kernel -> (milliseconds in all, launches) of one call, whose launches follow each other closely."""
+    """Name of a kernel -> (total milliseconds, number of launches) in one call, whose launches have no gaps."""
     stamps = []
 
     @contextmanager

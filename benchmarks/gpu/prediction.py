@@ -1,4 +1,4 @@
-"""The choice of single keys by predicted scores, against float64."""
+"""The selection of single keys by predicted scores, against float64."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ UNIT = 2.0**-24
 
 
 def cases(device: Device) -> Iterable[Case]:
-    """Queries that choose alone and in groups."""
+    """Queries that select alone and in groups."""
     for dtype in DTYPES:
         for rank in device.size((16, 64, 128), (24,)):
             for hides in device.size((False, True), (True,)):
@@ -36,7 +36,7 @@ def cases(device: Device) -> Iterable[Case]:
 
 
 def problem(device: Device, rank: int, dtype: torch.dtype, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(query, key, budget of each head: none, one, a tenth, more than there are)."""
+    """(query, key, budget of each head: 0, 1, a tenth of the keys, more than all keys)."""
     batch, keys = device.size((2, 3000), (1, 40))
     query = randn(device, batch, queries, 4, rank, seed=1).to(dtype).transpose(1, 2)
     key = randn(device, batch, keys, 2, rank, seed=2).to(dtype).transpose(1, 2)
@@ -53,7 +53,8 @@ def scores_of(query: Tensor, key: Tensor, bias: Tensor | None, scale: float) -> 
 def check_choice(
     found: tuple[Tensor, Tensor], scores: Tensor, budget: Tensor, slack: Tensor | float
 ) -> dict[str, Any]:
-    """Every row holds as many as it may, those with the highest scores but for what rounding may hide, rising."""
+    """Check that every row has the right number of keys, those with the highest scores within rounding, in rising
+    order."""
     counts, indices = found
     width, tokens = indices.shape[-1], scores.shape[-1]
     visible = (scores > -math.inf).sum(-1)
@@ -85,7 +86,7 @@ def check_alone(device: Device, rank: int, dtype: torch.dtype, hides: bool) -> d
 
 
 def check_ties(device: Device, dtype: torch.dtype) -> None:
-    """Sums of small integers are exact, so the choice is: of equal scores the first."""
+    """Check that the selection is exact for small integers, whose sums are exact: the first of equal scores."""
     query, key, budget = problem(device, 16, dtype, device.size(200, 5))
     query, key = query.round(), key.round()
     counts, indices = top_k_keys(query, key, budget, width=4096, provider="triton")
@@ -98,7 +99,7 @@ def check_ties(device: Device, dtype: torch.dtype) -> None:
 
 
 def group_scores(query: Tensor, key: Tensor, bounds: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """[B, H, G, S] float64: what the queries of a group attend to together."""
+    """[B, H, G, S] float64: the attention of all queries of a group together."""
     attention = scores_of(query, key, bias, scale).softmax(-1)
     edges = bounds.tolist()
     together = [attention[:, :, a:b].sum(2) for a, b in itertools.pairwise(edges)]

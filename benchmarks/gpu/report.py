@@ -1,4 +1,4 @@
-"""The records of a run as short text: what is wrong, which kernels ran in which types, and the times."""
+"""The records of a run as short text: faults, the kernels that ran with their types, and the times."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.gpu.runner import OK, SPEED, Record
 
 MOST_CHARACTERS = 11_000
-"""Of a report: more is cut off at its front where only the end of an output is kept."""
+"""Largest length of a report. The front of a longer report is cut off."""
 
 
 def text(records: list[Record]) -> str:
@@ -16,7 +16,7 @@ def text(records: list[Record]) -> str:
 
 
 def kernels(records: Iterable[Record]) -> str:
-    """Every kernel with the types it was launched in."""
+    """Every kernel with the types in which it was launched."""
     seen: dict[str, set[str]] = {}
     for record in records:
         for case in record["cases"]:
@@ -40,7 +40,7 @@ def steps(records: Iterable[Record]) -> str:
 
 
 def wrong(records: Iterable[Record]) -> str:
-    """What went wrong, shortened."""
+    """The faults, shortened."""
     lines = []
     for record in records:
         lines += [
@@ -56,14 +56,14 @@ def wrong(records: Iterable[Record]) -> str:
 
 
 def timed(records: Iterable[Record]) -> Iterator[tuple[str, Record]]:
-    """(step, case) of all that was timed."""
+    """(step, case) of every timed case."""
     for record in records:
         if record["group"] == SPEED:
             yield from ((record["step"], case) for case in record["cases"] if "ms" in case)
 
 
 def times(records: Iterable[Record]) -> list[str]:
-    """A section for each case that was timed, what it was compared with in its first line."""
+    """A section for each timed case, with dense attention in its first line."""
     sections = [
         f"copy {case['copy_tb_s']:.2f} TB/s, product {case['product_tflops']:.0f} TFLOP/s"
         for record in records
@@ -91,7 +91,7 @@ def times(records: Iterable[Record]) -> list[str]:
 
 
 def break_even(records: list[Record]) -> str:
-    """The densities at which sparse attention takes as long as dense: a straight line through what was timed."""
+    """The densities at which sparse attention takes as long as dense, by a straight line through the times."""
     points: dict[str, list[tuple[float, float]]] = {}
     for step, case in timed(records):
         for name, ms in case["ms"].items():
@@ -107,7 +107,7 @@ def break_even(records: list[Record]) -> str:
 
 
 def even_density(points: list[tuple[float, float]]) -> float | None:
-    """Where the least squares line through (density, time over dense time) meets 1; None if it does not rise."""
+    """The density where the least squares line through (density, time over dense time) is 1; None if it falls."""
     mean_x, mean_y = (sum(column) / len(points) for column in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0

@@ -1,9 +1,8 @@
-"""Runs a list of steps in processes of their own, and keeps what came of each.
+"""Runs a list of steps in worker processes, and keeps the result of each.
 
-A worker is a process that is told steps one after the other. One that failed, hung or crashed is replaced, so that
-no step meets what another one broke; the cases that ended before are kept. Steps of the groups before `SPEED` run
-beside each other, as most of their time is compilation; those of `SPEED` run alone. No step begins after the
-deadline.
+A worker performs one step after another. A worker that failed, hung or crashed is replaced, so that a broken step
+does not affect others; its finished cases are kept. Steps of the groups before `SPEED` run in parallel, since
+most of their time is compilation; steps of `SPEED` run alone. No step begins after the deadline.
 """
 
 import contextlib
@@ -33,16 +32,16 @@ CORRECT, SITES, SPEED = "correct", "sites", "speed"
 """Groups of steps, in the order in which they run."""
 
 OK, FAILED, CRASHED, TIMED_OUT, NOT_RUN = "ok", "failed", "crashed", "timed out", "not run: out of time"
-"""What becomes of a step."""
+"""Statuses of a step."""
 
 RESULTS, LOG = "results.jsonl", "log.txt"
-"""What is written, besides the report: a line for each step, and all that steps print."""
+"""Files in addition to the report: a line for each step, and everything that steps print."""
 
 KEPT_LINES = 15
-"""Of what a worker printed last, in the record of a step that crashed."""
+"""Number of the worker's last lines in the record of a step that crashed."""
 
 Case = tuple[str, Callable[[], dict[str, Any] | None]]
-"""A name, and what raises where something is wrong, or returns what it found."""
+"""(name, function that raises if something is wrong, or returns its results)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +50,19 @@ class Step:
 
     name: str
     function: Callable[[Device], Iterable[Case]]
-    """Its cases. They are run one by one, each after the one before."""
+    """The cases of the step, which run one after another."""
     seconds: float
-    """Then it is killed."""
+    """Time after which it is killed."""
     group: str
 
 
 Record = dict[str, Any]
-"""What came of a step: step, group, status, seconds, cases, and where something is wrong, error.
-Of a case: case, ok, seconds, launched, and what it found or its error."""
+"""The result of a step: step, group, status, seconds, cases, and error if something is wrong.
+The result of a case: case, ok, seconds, launched, and its own results or its error."""
 
 
 def perform(step: Step, device: Device, records: Path) -> bool:
-    """Run a step in this process: whether all was right. Every case that ends adds a line to `records`.
+    """Run a step in this process, and return whether all cases were right. Every case adds a line to `records`.
 
     After a case that raises, the others still run, unless the device is lost.
     """
@@ -83,7 +82,7 @@ def perform(step: Step, device: Device, records: Path) -> bool:
 
 
 def _next_case(cases: Iterator[Case], device: Device) -> Record | None:
-    """What came of the next case; None after the last."""
+    """The result of the next case; None after the last."""
     begin, name = time.monotonic(), "(preparing)"
     found: Record = {"ok": True}
     try:
@@ -103,16 +102,16 @@ def _next_case(cases: Iterator[Case], device: Device) -> Record | None:
 
 
 def _in_short(error: Exception) -> str:
-    """The error, and where in our own code it was raised."""
+    """The error, and the place in this project's code that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}"[:1500] + where
 
 
 def serve(steps: Mapping[str, Step], device: Device) -> None:
-    """Be a worker: perform what each line of stdin names, a step and its file of cases, and answer ok or failed."""
+    """Be a worker: perform the step in each line of stdin, given with its file of cases, and write ok or failed."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what steps print is no answer
+    os.dup2(2, 1)  # steps print to stderr, so that stdout has only results
     for line in sys.stdin:
         name, records = json.loads(line)
         all_right = perform(steps[name], device, Path(records))
@@ -124,8 +123,8 @@ class Worker:
 
     def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
         """Args:
-        command: starts what calls `serve`.
-        folder: for what it prints.
+        command: starts a process that calls `serve`.
+        folder: for its printed output.
         """
         handle, path = tempfile.mkstemp(dir=folder)
         self._printed = Path(path)
@@ -141,7 +140,7 @@ class Worker:
         os.close(handle)
 
     def perform(self, step: Step, cases: Path, seconds: float) -> tuple[str, str]:
-        """(status, all that was printed)."""
+        """(status, printed output)."""
         begin = self._printed.stat().st_size
         status = self._ask(json.dumps([step.name, str(cases)]), seconds)
         with self._printed.open(errors="replace") as file:
@@ -162,9 +161,9 @@ class Worker:
         return answers.readline().strip() or CRASHED
 
     def end(self) -> str:
-        """Kill the process, with what it started itself, such as an assembler; or how it had ended."""
+        """Kill the process and its own children, such as an assembler; return how it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)  # one that crashed may still be on its way
+            self._process.wait(1)  # a crashed process may still be ending
         code = self._process.poll()
         if code is None:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -182,7 +181,7 @@ class Worker:
 
 
 class Run:
-    """A run of some steps: `Run(...).all()` is what came of each."""
+    """A run of some steps: `Run(...).all()` returns the result of each."""
 
     def __init__(
         self,
@@ -198,9 +197,9 @@ class Run:
         """Args:
         command: starts a worker.
         out: folder of `RESULTS` and `LOG`.
-        seconds: after which no step begins, and those that run are killed.
-        workers: steps that run beside each other, where they may.
-        tell: is told what came of each step.
+        seconds: after this time no step begins, and running steps are killed.
+        workers: number of steps that run in parallel, where they may.
+        tell: gets a line about the result of each step.
         """
         self._steps, self._command, self._out, self._workers = tuple(steps), command, out, workers
         self._seconds, self._tell = seconds, tell
@@ -228,7 +227,7 @@ class Run:
         return self._records
 
     def _work(self, waiting: "queue.SimpleQueue[Step]", folder: Path) -> None:
-        """Have steps performed until none waits, by one worker after the other."""
+        """Perform steps until none waits, with one worker after another."""
         worker = None
         while True:
             try:
@@ -274,7 +273,7 @@ class Run:
 
 
 def _read(lines: Path) -> list[Record]:
-    """The cases that were written whole."""
+    """The cases that were written completely."""
     found = []
     for line in lines.read_text().splitlines() if lines.exists() else ():
         try:

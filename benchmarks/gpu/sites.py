@@ -1,8 +1,8 @@
-"""Every method as a model calls it: selection, attention and far field of a site, Triton beside the reference.
+"""Every method as a model calls it: selection, attention and far field of a site, by Triton and by the reference.
 
-What a method selects may differ in a few blocks between providers, by rounding: a point may lie between two
-clusters. So the reference is run twice on the same inputs. With the selection of the Triton site it has to give the
-same output; with its own, an output as near to dense attention.
+By rounding, the selections of two providers may differ in a few blocks: a point may lie between two clusters. So
+the reference runs twice on the same inputs. With the selection of the Triton site it must give the same output;
+with its own selection, an output as near to dense attention.
 """
 
 import math
@@ -33,7 +33,7 @@ from sparsify_compiler.runtime.site_inputs import REPORT, SiteInputs, state_shap
 from sparsify_compiler.testing import oracles
 
 SAME = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""|one - other| / |other| of two providers that read the same."""
+"""Largest |one - other| / |other| of two providers with the same selection."""
 
 Grid = tuple[int, int, int]
 VIDEO: Grid = (21, 45, 80)
@@ -47,7 +47,7 @@ def method_of(device: Device, name: str, density: float, min_gain: float | None)
     """The method with about this share of the keys; in a dry run with few iterations and small blocks.
 
     Args:
-        min_gain: of the methods that have one, with the linear far field.
+        min_gain: for methods that have one, with the linear far field.
     """
     by_share = {"top_p": 1e-6, "min_kv_ratio": density, "min_gain": min_gain}
     match name:
@@ -67,7 +67,7 @@ def method_of(device: Device, name: str, density: float, min_gain: float | None)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Of a site."""
+    """The inputs of a site."""
 
     layout: TokenLayout
     query: Tensor
@@ -79,7 +79,7 @@ class Inputs:
 def planted(
     device: Device, layout: TokenLayout, heads: int, kv_heads: int, width: int, dtype: torch.dtype
 ) -> Inputs:
-    """Queries look like keys of their own kind, of which there are some tens; values follow the kind in part."""
+    """Inputs in which queries resemble keys of their own kind, of some tens; values partly follow the kind."""
     tokens, kinds = layout.tokens, device.size(60, 4)
     kind = torch.randint(kinds, (tokens,), generator=torch.Generator().manual_seed(0)).to(device.name)
 
@@ -103,7 +103,7 @@ class Site:
         self, device: Device, method: Any, density: float, far_field: str, provider: str, inputs: Inputs
     ) -> None:
         """Args:
-        density: share of the keys that heads read, of a method that training tells.
+        density: share of the keys that heads read, for a method that is trained.
         """
         site, layout = site_of(inputs.query, inputs.key), inputs.layout
         assert not (why := method.refusal(layout)), why
@@ -136,7 +136,7 @@ class Site:
         self.inputs, self.cold, self.warm = inputs, torch.tensor(False), torch.tensor(True)
 
     def call(self, warm: bool = True) -> Tensor:
-        """A call of a generation: its first, or a later one, which goes on from what it remembers."""
+        """Run a call of a generation: its first, or a later one, which continues from the state."""
         given = self.inputs
         state = (self.warm if warm else self.cold), *self.state, self.report
         return self.module(
@@ -144,13 +144,13 @@ class Site:
         )
 
     def reported(self) -> dict[str, float]:
-        """Means over the heads of what the last call reported."""
+        """Means over the heads of the last call's report."""
         return {name: float(row.nan_to_num().mean()) for name, row in zip(REPORT, self.report, strict=True)}
 
 
 @contextmanager
 def selecting_by_triton(method: Any) -> Iterator[None]:
-    """Inside, the method selects by the Triton kernels, whatever provider its site has."""
+    """Make the method select by the Triton kernels, for any provider of its site."""
     kind = type(method)
     if not isinstance(method, DynamicMethod):
         yield
@@ -165,12 +165,12 @@ def selecting_by_triton(method: Any) -> Iterator[None]:
 
 
 TINY: Grid = (2, 2, 4)
-"""Of a dry run."""
+"""The grid of a dry run."""
 
 
 def cases(name: str, device: Device) -> Iterable[Case]:
-    """One method: small in every type, with text, hidden keys and grouped heads; larger; and at video size, where
-    the reference takes too long, without synchronising and in a graph."""
+    """The cases of one method: small, in every type, with text, hidden keys and grouped heads; larger; and at video
+    size without the reference, which takes too long, but without synchronisation and in a graph."""
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for dtype, far_field in device.size(tuple(product(dtypes, FAR_FIELDS)), ((torch.float16, "mean"),)):
         what = f"{name} {far_field} {named(dtype)}, text, hidden keys, grouped heads"
@@ -182,7 +182,7 @@ def cases(name: str, device: Device) -> Iterable[Case]:
 
 
 def check_small(device: Device, name: str, far_field: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Text before and after the video, hidden keys, two query heads to a key head."""
+    """Check a video with text before and after it, hidden keys, and two query heads for each key head."""
     grid: Grid = device.size((6, 10, 12), TINY)
     before, after = 5, 3
     layout = TokenLayout(tokens=before + math.prod(grid) + after, grid=grid, before=before, after=after)
@@ -193,23 +193,23 @@ def check_small(device: Device, name: str, far_field: str, dtype: torch.dtype) -
 
 
 def check_short(device: Device, name: str, far_field: str) -> dict[str, Any]:
-    """A video of 8,640 tokens."""
+    """Check a video of 8,640 tokens."""
     return compare(device, name, 0.2, far_field, video_inputs(device, (9, 24, 40), 4))
 
 
 def video_inputs(device: Device, grid: Grid, heads: int) -> Inputs:
-    """In bfloat16 with a head dim of 128."""
+    """Inputs in bfloat16 with a head dim of 128."""
     grid = device.size(grid, TINY)
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
     return planted(device, layout, *device.size((heads, heads, 128), (1, 1, 16)), torch.bfloat16)
 
 
 def check_video(device: Device, name: str, far_field: str) -> dict[str, Any]:
-    """With eight heads, which is what 40 are compiled as."""
+    """Check video size with eight heads; 40 heads run the same compiled kernels."""
     inputs = video_inputs(device, VIDEO, 8)
     method = method_of(device, name, 0.1, gain(far_field))
     site = Site(device, method, 0.1, far_field, "triton", inputs)
-    for warm in device.size((False, True), ()):  # compiled before anything may not synchronise
+    for warm in device.size((False, True), ()):  # compile before the check, since compilation synchronises
         site.call(warm)
     for warm in (False, True):
         with device.not_synchronising():
@@ -219,12 +219,12 @@ def check_video(device: Device, name: str, far_field: str) -> dict[str, Any]:
 
 
 def gain(far_field: str) -> float | None:
-    """The default of methods that have one."""
+    """The default `min_gain` of methods that have one."""
     return 0.02 if far_field == "linear" else None
 
 
 def check_graph(device: Device, site: Site) -> dict[str, Any]:
-    """A graph of a later call, replayed with other inputs, gives what a call gives."""
+    """Check that a graph of a later call, replayed with other inputs, gives the result of a call."""
     start = [t.clone() for t in site.state]
 
     def rewind() -> None:
@@ -251,7 +251,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 def compare(device: Device, name: str, density: float, far_field: str, inputs: Inputs) -> dict[str, Any]:
-    """A first and a later call by both providers."""
+    """Compare a first and a later call by both providers."""
     method = method_of(device, name, density, gain(far_field))
 
     def new(provider: str) -> Site:
@@ -264,9 +264,9 @@ def compare(device: Device, name: str, density: float, far_field: str, inputs: I
         assert out.isfinite().all(), "not all of the output is finite"
         with selecting_by_triton(method):
             same = following.call(warm)
-        # A head whose far field is judged otherwise, on rows that differ by rounding, is another attention.
+        # Rounding in the sampled rows may switch a head's far field. Such heads are not compared.
         agree = (ours.report[3] == following.report[3])[0]
-        assert agree.any(), "the far field is judged otherwise for every head"
+        assert agree.any(), "the far field of every head differs: on with one provider, off with the other"
         worst = max(worst, difference(out[:, agree], same[:, agree]))
         assert worst <= SAME[out.dtype], f"{worst:.1e} from the reference with the same selection"
     alone.call(warm=False)

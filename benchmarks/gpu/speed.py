@@ -1,7 +1,7 @@
-"""What kernels and sites take at video size. Everything that is timed is held to float64 first, on a few rows.
+"""Times of kernels and sites at video size. Everything is checked against float64 on a few rows before it is timed.
 
-All times of one table are taken in turns, so that they see the same clocks, and one of them twice: where these two
-differ, so much is noise. Inputs are far larger than the L2 cache.
+All times of one table are taken in turns, so that they have the same clock rates, and one of them twice: the
+difference of this pair is noise. Inputs are far larger than the L2 cache.
 """
 
 import math
@@ -51,11 +51,11 @@ from sparsify_compiler.table import BlockTable
 
 HEADS = 40
 FLEX_BLOCK = 128
-"""Of queries and of keys, that FlexAttention's tables are made of."""
+"""Size of the blocks of queries and of keys in FlexAttention's tables."""
 
 
 def milliseconds(device: Device, function: Callable[[], object]) -> float:
-    """Of one call, from the device's clock."""
+    """Milliseconds of one call, by the device's clock."""
     first = device.stamp()
     function()
     last = device.stamp()
@@ -66,10 +66,10 @@ def milliseconds(device: Device, function: Callable[[], object]) -> float:
 def in_turns(
     device: Device, functions: Mapping[str, Callable[[], object]], *, seconds: float, rounds: int = 9
 ) -> dict[str, float]:
-    """Median milliseconds of each function over some rounds: as many as fit into the seconds, and three where these
-    fit into twice as many.
+    """Median milliseconds of each function over as many rounds as fit into `seconds`; three rounds if these fit
+    into twice the time.
 
-    A round before them does not count.
+    A first round does not count.
     """
     found: dict[str, list[float]] = {name: [] for name in functions}
     end = time.monotonic() + seconds
@@ -85,7 +85,7 @@ def in_turns(
 
 
 def ceilings(device: Device) -> dict[str, Any]:
-    """Of copying memory, read and written, and of products of bfloat16 matrices."""
+    """Rates of copying memory, read and written, and of products of bfloat16 matrices."""
     size, width = device.size((2**32, 8192), (2**20, 64))
     source = torch.empty(size, dtype=torch.uint8, device=device.name).random_(0, 256)
     target = torch.empty_like(source)
@@ -109,7 +109,7 @@ def ceilings(device: Device) -> dict[str, Any]:
 def dense_calls(
     device: Device, attend: Callable[..., object], *inputs: Tensor
 ) -> dict[str, Callable[[], object]]:
-    """Dense attention by each of its kernels that takes these tensors."""
+    """Name -> call of dense attention, for each of its kernels that takes these tensors."""
 
     def under(backend: Any) -> Callable[[], object]:
         def call() -> object:
@@ -137,15 +137,15 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def flops(query: Tensor, key: Tensor) -> float:
-    """Of dense attention's forward pass."""
+    """FLOP of the forward pass of dense attention."""
     return 4.0 * math.prod(query.shape) * key.shape[2]
 
 
 def rated(
     times: Mapping[str, float], density: float, work: float, dense_names: Iterable[str]
 ) -> dict[str, Any]:
-    """What follows from milliseconds: the fastest dense kernel, and for the others speed-up, efficiency (1 where
-    sparse work is done at the rate of dense work) and TFLOP/s."""
+    """Figures from milliseconds: the fastest dense kernel, and for the others speed-up, efficiency (1 if sparse
+    work runs at the rate of dense work) and TFLOP/s."""
     fastest = min(times[name] for name in dense_names)
     return {
         "density": round(density, 4),
@@ -161,7 +161,7 @@ def rated(
 
 
 def tile_cases(device: Device) -> Iterable[Case]:
-    """What the device is; then the candidates at every density, beside dense attention."""
+    """The device; then the candidates at every density, next to dense attention."""
     yield "device", device.facts
     yield "ceilings", partial(ceilings, device)
     for density in device.size((0.2, 0.1, 0.3), (0.2,)):
@@ -169,7 +169,7 @@ def tile_cases(device: Device) -> Iterable[Case]:
 
 
 def time_tiles(device: Device, density: float) -> dict[str, Any]:
-    """Those that are wrong, or do not run, have a reason in place of a time."""
+    """Time the candidates. Those that are wrong, or do not run, have a reason instead of a time."""
     tensors = video_problem(device, device.size(HEADS, 2), density)
     q, k, v, table, _ = tensors
     calls: dict[str, Callable[[], object]] = {}
@@ -193,9 +193,10 @@ def time_tiles(device: Device, density: float) -> dict[str, Any]:
 
 
 def site_cases(name: str, device: Device) -> Iterable[Case]:
-    """A method's site at every density with its own far field, and once without.
+    """A method's site at every density with its own far field, and once without a far field.
 
-    What `dsv` lists, for 2,640 groups of queries in each head, fits into memory at 40 heads for the lowest alone.
+    The lists of `dsv`, for 2,640 groups of queries in each head, fit into memory at 40 heads only for the lowest
+    density.
     """
     own = method_of(device, name, 0.2, None).far_field
     few = 8 if name == "dsv" else HEADS
@@ -208,9 +209,9 @@ def site_cases(name: str, device: Device) -> Iterable[Case]:
 
 
 def time_site(device: Device, name: str, far_field: str, density: float, heads: int) -> dict[str, Any]:
-    """A later call of a generation: as a whole, in a graph, and kernel by kernel; and what memory it takes."""
+    """Time a later call of a generation as a whole, in a graph and kernel by kernel, and measure its memory."""
     inputs = video_inputs(device, VIDEO, heads)
-    # Gains are estimated, but add nothing to what is read: so densities are those asked for.
+    # Gains are estimated but select no block, so densities are the requested ones.
     method = method_of(device, name, density, 1e9 if far_field == "linear" else None)
     site = Site(device, method, density, far_field, "triton", inputs)
     cold = milliseconds(device, partial(site.call, warm=False))
@@ -251,7 +252,7 @@ def qkv_of(site: Site) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def error_under_its_table(site: Site) -> float:
-    """Hold a call that drops the far field to float64 under the mask of its own table, on a few rows."""
+    """Check a call that drops the far field against float64 under the mask of its own table, on a few rows."""
     inputs = site.inputs
     remembered = State(site.warm, tuple(t.clone() for t in site.state))
     out = site.call()
@@ -272,11 +273,11 @@ def error_under_its_table(site: Site) -> float:
 
 
 BACKWARD_WORK = 3.5
-"""Products of a forward and a backward pass, over those of a forward pass: two, and five more."""
+"""Products of a forward and a backward pass, relative to a forward pass, which has two; backward has five more."""
 
 
 def backward_cases(device: Device) -> Iterable[Case]:
-    """Forward and backward together, of clusters and of single keys, with and without atomics."""
+    """Time forward and backward together, for clusters and for single keys, with and without atomics."""
     yield "clusters", partial(time_backward, device, "clusters", False)
     yield "single keys, by atomics", partial(time_backward, device, "single keys", False)
     yield "single keys, without atomics", partial(time_backward, device, "single keys", True)
@@ -323,7 +324,7 @@ def time_backward(device: Device, kind: str, deterministic: bool) -> dict[str, A
 
 @contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """torch's deterministic mode. Dense attention may have no kernel for it."""
+    """Set torch's deterministic mode. Dense attention may have no kernel for it."""
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     try:
         yield
@@ -332,11 +333,11 @@ def determinism(wanted: bool) -> Iterator[None]:
 
 
 def error_of_some_gradients(tensors: Problem, way: BackwardConfig) -> None:
-    """Hold the gradients to float64 where a few queries alone are given any: dense float64 needs no others."""
+    """Check gradients against float64. Only a few queries have a gradient, so dense float64 needs only these."""
     q, k, v, table, _ = tensors
     out, lse = run(tensors, None)
     rows = some_rows(q.shape[2], 24, q)
-    # So large that those of keys, of which a row reads many, are not small beside what rounding is allowed.
+    # Large, so that gradients of keys are not small next to the tolerance, although a row reads many keys.
     size = k.shape[2] / 8
     given = [torch.randn_like(t[:, :, rows]) * size for t in (out, lse)]
     whole = [torch.zeros_like(t).index_copy_(2, rows, g) for t, g in zip((out, lse), given, strict=True)]
@@ -361,7 +362,7 @@ def other_cases(device: Device) -> Iterable[Case]:
 
 
 def time_flex(device: Device) -> dict[str, Any]:
-    """On blocks that are its own, compiled, on eight heads."""
+    """Time FlexAttention on its own blocks, compiled, on eight heads."""
     tokens, heads = device.size((75_776, 8), (256, 2))
     q, k, v = qkv(device, 1, heads, heads, tokens, 128, torch.bfloat16)
     table = flat_table(device, heads, tokens, FLEX_BLOCK, FLEX_BLOCK, device.size(0.2, 0.5))
@@ -378,7 +379,7 @@ def time_flex(device: Device) -> dict[str, Any]:
 
 
 def flex_mask(table: BlockTable) -> BlockMask:
-    """The same blocks for FlexAttention, all of them whole; where it is not compiled, it looks at pairs alone."""
+    """The same blocks for FlexAttention, all of them full; uncompiled, it only uses the mask of pairs."""
     blocks = table.block_mask()
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.int().argsort(dim=-1, descending=True, stable=True).int()

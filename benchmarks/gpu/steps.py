@@ -1,9 +1,9 @@
 """The list of steps, with the seconds after which each is killed.
 
-What they are expected to take on an H200 with 16 cores, estimated and not measured. In the first groups all steps
-run at once and mostly compile: some 400 kernels of 0.3 to 3 s each on one core (`triton.compile` for 9.0, an EPYC),
-40 s of them in the longest step; with slower cores and 15 processes that start at once 90 s. Alone: tiles 60 s, the
-site of a method 30 s, the others 60 s. In all some six minutes of the eight.
+Times on an H200 with 16 cores, estimated and not measured: in the first groups all steps run in parallel and
+mostly compile, about 400 kernels of 0.3 to 3 s each on one core (`triton.compile` for 9.0, an EPYC). The longest
+step has 40 s of them; with slower cores and 15 processes that start together, 90 s. Steps that run alone: tiles
+60 s, the site of a method 30 s, the others 60 s. The total is about six minutes of the eight.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from benchmarks.gpu.inputs import DTYPES, named
 from benchmarks.gpu.runner import CORRECT, SITES, SPEED, Step
 
 STEPS = (
-    # The longest first: they run beside each other.
+    # The longest first: they run in parallel.
     *(
         Step(name=f"{way} {named(dtype)}", function=partial(function, dtype), seconds=180, group=CORRECT)
         for way, function in (("backward", attention.backward_cases), ("forward", attention.forward_cases))

@@ -1,7 +1,7 @@
 """The providers of the ops, and the choice among them.
 
-A provider has a module in every family of ops, with the functions of the family's `Provider`, and a module of its
-own name here (`cpu`, `reference`, `triton`), with one function:
+A provider has a module in every family of ops, with the functions of the family's `Provider`, and a module of the
+same name here (`cpu`, `reference`, `triton`), with one function:
 
     supports(*, device, dtype, head_dim, value_dim) -> str | None   the reason it cannot run, or None
 """
@@ -24,7 +24,7 @@ _FASTEST = {"cpu": "cpu", "cuda": "triton"}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A provider and why it was taken."""
+    """A provider and the reason for it."""
 
     name: str
     reason: str
@@ -46,15 +46,15 @@ def load(provider: str, family: str) -> Any:
 
 
 def reads_values(device: torch.device) -> bool:
-    """Whether tensors of indices are checked element by element before a kernel reads memory by them.
+    """Whether every element of index tensors is checked before a kernel uses it as an address.
 
-    On the CPU they are. On a GPU that waits for the device: only where SPARSIFY_CHECK_TABLES asks for it.
+    On the CPU it is. On a GPU the check waits for the device, so it runs only if SPARSIFY_CHECK_TABLES is set.
     """
     return device.type == "cpu" or config.CHECK_TABLES
 
 
 def checks_values(provider: str, device: torch.device) -> bool:
-    """Whether an op is to do so itself: the kernels of `cpu` do it before anything else."""
+    """Whether the op must make this check itself. The kernels of `cpu` make it before anything else."""
     if provider == "cpu":
         from sparsify_compiler.kernels.cpu import library
 
@@ -63,7 +63,7 @@ def checks_values(provider: str, device: torch.device) -> bool:
 
 
 def refusal(provider: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """Why a provider cannot run on tensors like these, or None."""
+    """The reason why a provider cannot run on tensors of this type and size, or None."""
     # Not through importlib, which Dynamo does not trace.
     from sparsify_compiler.kernels import cpu, reference, triton
 
@@ -72,17 +72,17 @@ def refusal(provider: str, *, device: str, dtype: torch.dtype, head_dim: int, va
 
 
 def check_name(requested: str) -> str:
-    """`requested` if it is `auto` or a provider's name; OptionError else."""
+    """`requested`, if it is `auto` or a provider's name; otherwise raise OptionError."""
     if not isinstance(requested, str) or requested not in ("auto", *PROVIDERS):
         raise unknown_choice("provider", requested, ("auto", *PROVIDERS))
     return requested
 
 
 def choose(requested: str, *, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> Choice:
-    """The provider to run on tensors like these.
+    """The provider to run on tensors of this type and size.
 
     An explicit request never falls back: it raises `ProviderError` with the provider's own reason. `auto`
-    takes the device's fast provider if it can run, else `reference`, and says why.
+    takes the device's fast provider if it can run, else `reference`; the choice has the reason.
     """
     check_name(requested)
 
@@ -92,7 +92,7 @@ def choose(requested: str, *, device: str, dtype: torch.dtype, head_dim: int, va
     if requested != "auto":
         if why := why_not(requested):
             raise ProviderError(f"provider {requested!r} cannot run here: {why}. Try provider='auto'.")
-        return Choice(requested, "asked for")
+        return Choice(requested, "requested")
     if why := why_not("reference"):
         raise ProviderError(f"no provider can run here: {why}.")
     fastest = _FASTEST.get(device)

@@ -31,7 +31,7 @@ def require() -> None:
     """Check that the packages of the laboratory are installed.
 
     Raises:
-        SparsifyError: one is missing.
+        SparsifyError: a package is missing.
     """
     missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
     if missing:

@@ -3,9 +3,9 @@
     before   out = scaled_dot_product_attention(q, k, v, attn_mask=m)       (or softmax(q kᵀ) v by hand)
     after    out = attention(q, k, v, m, scale)        node.meta["site"]: AttentionSite
 
-The call that was there stays in the graph, unused, as node.meta["original"], so that lowering can put it back
-as it was. A call that cannot be rewritten is left alone; its site says why. So it is in the bodies that passes do
-not go into: those of conditions, maps, loops and custom autograd functions.
+The original call stays in the graph, unused, as node.meta["original"], so that lowering can restore it. A call that
+cannot be rewritten stays; its site gives the reason. Calls stay, too, in the bodies that passes do not enter: those
+of conditions, maps, loops and custom autograd functions.
 """
 
 import math
@@ -27,6 +27,7 @@ from sparsify_compiler.passes.fx import (
     module_class,
     module_path,
     modules,
+    recorded,
     sizes_of,
     tensor_of,
 )
@@ -44,7 +45,7 @@ _MODULE = (
     "inside nn.MultiheadAttention, which Dynamo keeps as one call; write it with scaled_dot_product_attention"
 )
 _KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
-"""In the names of operators that compute attention, of whatever library."""
+"""Part of the name of operators that compute attention, in any library."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -58,16 +59,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One attention call as the graph has it, whatever its spelling."""
+    """One attention call of the graph, in any spelling."""
 
     node: fx.Node
-    """Its output."""
+    """The output of the call."""
     operands: tuple[Operand, ...] = ()
-    """Query, key and value; none where it is not known which tensors these are."""
+    """Query, key and value; empty where they are not known."""
     mask: Operand | None = None
     scale: float | None = None
     unfused: Unfused | None = None
-    """How attention by hand was read."""
+    """The reading of attention by hand."""
     spelling: Literal["sdpa", "unfused"] = "sdpa"
     refusal: str = ""
 
@@ -95,12 +96,11 @@ def capture(gm: fx.GraphModule) -> fx.GraphModule:
                 node.meta["site"] = site
             else:
                 _retarget(module.graph, call, site)
-        module.recompile()
     return gm
 
 
 def _graphs(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, tuple[fx.Node, str] | None]]:
-    """(graph, None) of those that passes go into; (graph, (outermost call, why not)) of the bodies of others."""
+    """(graph, None) if passes enter the graph; else (graph, (outermost call, reason))."""
     seen: set[int] = set()
 
     def closed(module: fx.GraphModule, node: fx.Node, outer: fx.Node) -> Iterator[tuple[fx.GraphModule, Any]]:
@@ -153,7 +153,7 @@ def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
 
 
 def _kernel(node: fx.Node) -> Call | None:
-    """A call of an attention kernel, by its name: FlexAttention, ATen's own kernels, those of other libraries."""
+    """The call of an attention kernel, by its name: FlexAttention, the kernels of ATen and other libraries."""
     if node.op != "call_function" or not is_attention_kernel(name := _name(node)):
         return None
     tensors = [one for one in node.args[:3] if isinstance(one, fx.Node) and tensor_of(one) is not None]
@@ -169,7 +169,7 @@ def is_attention_kernel(name: str) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Of the function that a node calls; with its library, of an operator."""
+    """The name of the function that a node calls; for an operator, with its library."""
     operator = isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket))
     return str(node.target) if operator else str(getattr(node.target, "__name__", node.target))
 
@@ -202,10 +202,10 @@ def _sdpa(
 
 
 def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> AttentionSite:
-    """Describe a call from the fake tensors Dynamo recorded; a call that can't be described is refused.
+    """Describe a call from the fake tensors Dynamo recorded; refuse a call that it cannot describe.
 
     Args:
-        place: the node whose module it stands in, where the call's own does not tell.
+        place: the node that gives the module where the call's own node has none.
     """
     name = module_path(call.node) or module_path(place) or ROOT
     names[name] = names.get(name, 0) + 1
@@ -215,17 +215,16 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         heads=0, kv_heads=0, q_tokens=0, kv_tokens=0, head_dim=0, value_dim=0,
         dtype="", device="", scale=0.0, spelling=call.spelling,
     )  # fmt: skip
-    tensors = [one.value for one in call.operands]
-    out = tensor_of(call.node)
-    if not tensors or any(t is None for t in tensors):
+    tensors = [value for one in call.operands if (value := one.value) is not None]
+    if len(tensors) < 3:
         return replace(unknown, refusal=call.refusal or "its tensors were not recorded by Dynamo")
     q, k, v = tensors
-    shapes = [sizes_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
-    if any(shape is None for shape in shapes):
+    shapes = [shape for tensor in tensors if (shape := sizes_of(tensor)) is not None]
+    if len(shapes) < 3:
         return replace(unknown, refusal=call.refusal or "its sizes are known only at run time")
-    if len({len(shape) for shape in shapes if shape is not None}) > 1:  # heads or batch: they broadcast
+    if len({len(shape) for shape in shapes}) > 1:  # heads or batch: they broadcast
         return replace(unknown, refusal=call.refusal or "its query, key and value differ in dimensions")
-    q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)  # type: ignore[arg-type]
+    q_shape, k_shape, v_shape = (_four(shape) for shape in shapes)
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         return replace(
             unknown, refusal=call.refusal or f"query must have 3 or 4 dimensions, got {len(q_shape)}"
@@ -239,8 +238,8 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         kv_tokens=k_shape[2],
         head_dim=q_shape[3],
         value_dim=v_shape[3],
-        dtype=str(_compute_dtype(q, k, v, out)).removeprefix("torch."),  # type: ignore[arg-type]
-        device=q.device.type,  # type: ignore[union-attr]
+        dtype=str(_compute_dtype(q, k, v, tensor_of(call.node))).removeprefix("torch."),
+        device=q.device.type,
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
         mask="none" if call.mask is None else "key",
     )
@@ -250,10 +249,10 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
 
 
 def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> torch.dtype:
-    """The output's, as SDPA and autocast have it; the widest of the inputs' where they differ by hand.
+    """The output's type, as SDPA and autocast choose it; the widest input type where types differ by hand.
 
     Args:
-        out: None of a call with several outputs.
+        out: None for a call with several outputs.
     """
     if out is None:
         return q.dtype
@@ -263,7 +262,7 @@ def _compute_dtype(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> torch
 
 
 def _four(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[B, S, D] is attention with one head."""
+    """The shape with a head axis: [B, S, D] is attention with one head."""
     return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
 
 
@@ -294,18 +293,18 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
 
 
 def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
-    """Place `attention` and what brings its tensors into its form right before the call, where SDPA would read."""
+    """Insert `attention`, and the steps for its operands, right before the call, where SDPA would read."""
     node, operands, mask = call.node, call.operands, call.mask
     finish = () if call.unfused is None else call.unfused.finish
-    values = [*(one.value for one in operands), tensor_of(node)]
-    if values[0].dim() == 3:  # type: ignore[union-attr]
+    types = {recorded(one).dtype for one in operands}
+    if recorded(operands[0]).dim() == 3:
         operands = tuple(one.then(("unsqueeze", 1)) for one in operands)
         finish = (("squeeze", 1), *finish)
-        if mask is not None and mask.value.dim() == 3:  # type: ignore[union-attr]
+        if mask is not None and recorded(mask).dim() == 3:
             mask = mask.then(("unsqueeze", 1))
-    if call.unfused is not None and len({value.dtype for value in values}) > 1:  # type: ignore[union-attr]
+    if call.unfused is not None and len({*types, recorded(node).dtype}) > 1:
         operands = tuple(one.then(("to", getattr(torch, site.dtype))) for one in operands)
-        finish = (("to", values[-1].dtype), *finish)  # type: ignore[union-attr]
+        finish = (("to", recorded(node).dtype), *finish)
     tensors = [one.insert_before(node) for one in operands]
     bias = None if mask is None else mask.insert_before(node)
     with graph.inserting_before(node):
@@ -314,7 +313,7 @@ def _retarget(graph: fx.Graph, call: Call, site: AttentionSite) -> None:
     node.replace_all_uses_with(result)
     new.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
     new.meta |= {"site": site, "original": node, "result": result, "inserted": True}
-    result.meta["example_value"] = values[-1]
+    result.meta["example_value"] = tensor_of(node)
 
 
 def attention_nodes(gm: fx.GraphModule) -> list[fx.Node]:

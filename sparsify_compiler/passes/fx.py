@@ -22,21 +22,21 @@ class Body(NamedTuple):
     module: fx.GraphModule
 
     @property
-    def operands(self) -> tuple[fx.Node, ...]:
-        """The arguments the body's placeholders stand for."""
-        return self.call.args[-self.arity :] if self.arity else ()  # type: ignore[return-value]
+    def operands(self) -> tuple[object, ...]:
+        """The arguments of the call that the body's placeholders receive."""
+        return self.call.args[-self.arity :] if self.arity else ()
 
     @property
     def arity(self) -> int:
-        """Placeholders of the body."""
+        """The number of placeholders of the body."""
         return sum(node.op == "placeholder" for node in self.module.graph.nodes)
 
 
 def body_of(gm: fx.GraphModule, node: fx.Node) -> Body | None:
     """The body of a higher-order call of the form op(..., body, ..., *operands); None for any other node.
 
-    Operators with several bodies (conditions, loops, custom autograd functions) are not of this form, nor those
-    that take their operands in lists (maps, scans).
+    Operators with several bodies (conditions, loops, custom autograd functions) do not have this
+    form; nor do those that take their operands in lists (maps, scans).
     """
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None
@@ -57,14 +57,14 @@ def body_of(gm: fx.GraphModule, node: fx.Node) -> Body | None:
 
 
 def bodies(gm: fx.GraphModule) -> Iterator[Body]:
-    """The higher-order calls of a graph whose bodies passes go into."""
+    """The higher-order calls of a graph whose bodies the passes enter."""
     for node in gm.graph.nodes:
         if node.op == "call_function" and (body := body_of(gm, node)):
             yield body
 
 
 def graphs_in(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
-    """The graphs that a node is given: the bodies of a higher-order call, whatever its form."""
+    """The graphs among the arguments of a node: the bodies of a higher-order call of any form."""
     names = (str(arg.target) for arg in node.all_input_nodes if arg.op == "get_attr")
     return [graph for name in names if isinstance(graph := getattr(gm, name, None), fx.GraphModule)]
 
@@ -87,10 +87,10 @@ def modules(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
 def copy_graph(
     gm: fx.GraphModule, *, alike: Callable[[fx.GraphModule], Hashable] | None = None
 ) -> fx.GraphModule:
-    """A copy whose graph and bodies can be rewritten while the first stays; tensors are shared.
+    """A copy of a graph and its bodies that passes can rewrite; the original stays, and tensors are shared.
 
-    Every call of a body gets a body of its own, so that what is found at one call is not taken for another's. With
-    `alike`, calls of one body of which it returns the same share a copy.
+    Every call of a body gets its own copy of it, so that results for one call do not apply to another. With
+    `alike`, calls of one body share a copy where `alike` returns the same value.
     """
     return _copy(gm, alike, itertools.count())
 
@@ -98,7 +98,7 @@ def copy_graph(
 def _copy(
     gm: fx.GraphModule, alike: Callable[[fx.GraphModule], Hashable] | None, numbers: Iterator[int]
 ) -> fx.GraphModule:
-    """`copy_graph`. `numbers` makes the names of bodies differ, wherever in the graph they are."""
+    """Do the work of `copy_graph`. `numbers` gives every body of the graph its own name."""
     twin = fx.GraphModule(gm, copy.deepcopy(gm.graph))
     twin.meta.update(gm.meta)
     twins = dict(zip(gm.graph.nodes, twin.graph.nodes, strict=True))
@@ -125,14 +125,14 @@ def _copy(
 
 
 def _unused(gm: fx.GraphModule, attribute: str, taken: Collection[str]) -> str:
-    """`attribute`, if none of those taken; else the first name after it that nothing of `gm` has."""
+    """`attribute` if it is not taken; else the first of `attribute_1`, `attribute_2`, ... that is free in `gm`."""
     if attribute not in taken:
         return attribute
     return next(name for i in itertools.count(1) if not hasattr(gm, name := f"{attribute}_{i}"))
 
 
 def _call(body: Body, attribute: str) -> None:
-    """Let a higher-order call be one of another body."""
+    """Replace the body of a higher-order call."""
     call = body.call
     if attribute != body.attribute:
         inputs = call.all_input_nodes
@@ -145,14 +145,28 @@ def _call(body: Body, attribute: str) -> None:
 
 
 def value_of(node: object) -> object:
-    """What Dynamo recorded for an argument: a fake tensor, a number, or the constant itself."""
+    """The value Dynamo recorded for an argument: a fake tensor, a number, or the constant itself."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
 def tensor_of(node: object) -> Tensor | None:
-    """The fake tensor Dynamo recorded for a node, if it is one."""
+    """The fake tensor Dynamo recorded for a node; None where it recorded none."""
     value = value_of(node)
     return value if isinstance(value, Tensor) else None
+
+
+def node_of(argument: object) -> fx.Node:
+    """An argument that is known to be a node."""
+    assert isinstance(argument, fx.Node), f"expected a node of the graph, got {argument!r}"
+    return argument
+
+
+def run_call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of the function or the method that a node calls, for these arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target), f"expected a call of a function or a method, got a {node.op}"
+    return node.target(*args, **kwargs)
 
 
 def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
@@ -162,7 +176,7 @@ def sizes_of(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The strides as integers, not specialised; None where they are known only at run time, or there are none."""
+    """The strides as integers, not specialised; None where they are known only at run time, or do not exist."""
     if tensor.layout is not torch.strided:
         return None
     strides = [_torch.hint(stride) for stride in tensor.stride()]
@@ -170,7 +184,7 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 _FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
-"""Higher-order operators whose bodies write to nothing that they are given."""
+"""Higher-order operators whose bodies write to none of their inputs."""
 
 
 _IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod",
@@ -179,7 +193,7 @@ _IN_PLACE = {"setitem", *(f"i{name}" for name in ("add", "and", "concat", "floor
 
 
 def written_by(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
-    """Which arguments of a call it may write to, as far as its name and schema tell."""
+    """The arguments that a call may write to, as far as its name and schema show."""
     target = node.target
     everything = (*args, *kwargs.values())
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -209,7 +223,7 @@ class Operand(NamedTuple):
     steps: tuple[Step, ...] = ()
 
     def then(self, *steps: Step) -> "Operand":
-        """With further steps at the end."""
+        """The operand with further steps at the end."""
         return Operand(self.node, (*self.steps, *steps))
 
     @property
@@ -219,7 +233,7 @@ class Operand(NamedTuple):
         return None if value is None else step_through(value, self.steps)
 
     def insert_before(self, place: fx.Node) -> fx.Node:
-        """Place the steps right before a node, marked as inserted: they read what the tensor holds there."""
+        """Insert the steps right before a node and mark them: they read the tensor as it is at that place."""
         node, value = self.node, tensor_of(self.node)
         for step in self.steps:
             with place.graph.inserting_before(place):
@@ -231,10 +245,17 @@ class Operand(NamedTuple):
 
 
 def step_through(value: Tensor, steps: Iterable[Step]) -> Tensor:
-    """The tensor after the steps; a fake one stays in its mode."""
+    """The tensor after the steps; a fake tensor stays in its mode."""
     with getattr(value, "fake_mode", nullcontext()):
         for method, *arguments in steps:
             value = getattr(value, method)(*arguments)
+    return value
+
+
+def recorded(one: object) -> Tensor:
+    """The fake tensor of a node or an operand for which Dynamo is known to have recorded one."""
+    value = one.value if isinstance(one, Operand) else tensor_of(one)
+    assert value is not None, f"Dynamo recorded no tensor for {one}"
     return value
 
 
@@ -250,7 +271,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def module_class(node: fx.Node) -> str:
-    """The name of the class of that module; empty for the model itself, which not every graph tells."""
+    """The class name of that module; empty for the model itself, whose class not every graph records."""
     stack = node.meta.get("nn_module_stack") or {}
     kind = next((kind for _, kind in reversed(stack.values())), "")
     name = kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]

@@ -1,23 +1,23 @@
-"""Find out which inputs of a graph tell what call this is: the model, the time step, and all the rest."""
+"""Find the inputs of a graph that identify a call: the model, the time step, and all others."""
 
 import re
 
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import tensor_of
+from sparsify_compiler.passes.fx import recorded, tensor_of
 from sparsify_compiler.runtime.program import Inputs
 
 _TIME = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
-"""What models call their time step."""
+"""The names that models use for their time step."""
 
 
 def find_inputs(gm: fx.GraphModule) -> Inputs:
     """Sort the inputs of a Dynamo graph.
 
-    The time step is the tensor of that name: the one decision that looks at a name, since nothing else sets a time
-    step apart from a frame rate or a guidance strength. Positional arguments that were captured have no name:
-    there it is the only input that is a number, or a number for each video of the batch.
+    The time step is the tensor with such a name. No other decision looks at a name: nothing else distinguishes a
+    time step from a frame rate or a guidance strength. Captured positional arguments have no name; there the time
+    step is the only input that is a number, or one number for each video of the batch.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     owner, given = None, []
@@ -29,12 +29,12 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
         elif owner is None and isinstance(node.meta["example_value"], nn.Parameter):
             owner = i
     named = [i for i in given if _TIME.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
-    numbers = [i for i in given if tensor_of(placeholders[i]).dim() <= 1]  # type: ignore[union-attr]
+    numbers = [i for i in given if recorded(placeholders[i]).dim() <= 1]
     time = named[0] if named else numbers[0] if len(numbers) == 1 else None
     return Inputs(owner=owner, time=time, others={placeholders[i].name: i for i in given if i != time})
 
 
 def _last_name(source: str) -> str:
-    """`timestep` of `L['kwargs']['timestep']` and of `L['self'].timestep`; empty if it ends otherwise."""
+    """`timestep` for `L['kwargs']['timestep']` and `L['self'].timestep`; empty for other endings."""
     match = re.search(r"(?:\['(\w+)'\]|\.(\w+))$", source)
     return (match[1] or match[2]).lower() if match else ""

@@ -223,29 +223,33 @@ def _of_several_videos(known: Known) -> bool:
     return any(len(found) > length(known.labels[0]) for found in places.values())
 
 
-def _runs(known: Known) -> list[Atom]:
-    """What the batch and the heads of a query or key run over, and where it was taken from along other axes."""
-    return [*atoms(known.labels[0]), *atoms(known.labels[1]), *known.taken]
+def _laid(known: Known) -> list[Atom]:
+    """The runs of the batch and the heads of a query or key."""
+    return [*atoms(known.labels[0]), *atoms(known.labels[1])]
 
 
 def _batches(known: Known) -> set[Source]:
     """The inputs of whose batches a query or key has something."""
-    return {claim.source for run in _runs(known) for claim in run.claims if claim.of_batch}
+    runs = [*_laid(known), *known.taken]
+    return {claim.source for run in runs for claim in run.claims if claim.of_batch}
 
 
 def _batch(known: Known, inputs: set[Source]) -> tuple[list[frozenset[Atom]], set[frozenset[Atom]]]:
-    """What a query or key runs over of batches, in order, and where along them it was taken from; of inputs, only
-    what concerns these."""
-    told = [
-        frozenset(
-            claim
-            for claim in run.claims
-            if claim.of_batch and (claim.source.kind != "input" or claim.source in inputs)
-        )
-        for run in _runs(known)
-    ]
-    laid = len(told) - len(known.taken)
-    return [claims for claims in told[:laid] if claims], {claims for claims in told[laid:] if claims}
+    """The runs of a query or key along batches, in order, and the positions on batches that it was taken from; of
+    inputs, only these."""
+
+    def along(runs: Iterable[Atom]) -> list[frozenset[Atom]]:
+        claims = [
+            frozenset(
+                claim
+                for claim in run.claims
+                if claim.of_batch and (claim.source.kind != "input" or claim.source in inputs)
+            )
+            for run in runs
+        ]
+        return [some for some in claims if some]
+
+    return along(_laid(known)), set(along(known.taken))
 
 
 def _contradicted(site: Site, embeddings: Iterable[Embedding], before: int, after: int) -> bool:
@@ -412,7 +416,7 @@ def _plain(*runs: Atom) -> bool:
 
 def _in_order(first: Atom, second: Atom) -> bool:
     """Whether one run along an input's axes is further out than another, where both are of one axis the next."""
-    return first.dim < second.dim or (first.dim == second.dim and len(joined((first, second))) == 1)
+    return first.dim < second.dim or len(joined((first, second))) == 1
 
 
 def _origins(run: Atom) -> list[Atom]:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
 from sparsify_compiler.passes.capture import attention_nodes
-from sparsify_compiler.passes.fx import bodies, tensor_of
+from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
 from sparsify_compiler.passes.strides import lay_out, strides_to_restore
 from sparsify_compiler.plan import AttentionPlan
@@ -188,9 +188,9 @@ def _operands(
 ) -> tuple[SiteInputs, fx.Node | None, list[fx.Node | None]]:
     """(names of the tensors of a site, its bias, the tensors) of an `attention` node."""
     query, _, _, mask, _ = node.args
-    plan, device = node.meta["plan"], tensor_of(query).device  # type: ignore[union-attr]
+    plan, device = node.meta["plan"], recorded(query).device
     with gm.graph.inserting_before(node):
-        bias = None if mask is None else _key_bias(gm.graph, mask)  # type: ignore[arg-type]
+        bias = None if mask is None else _key_bias(gm.graph, node_of(mask))
         constants = {
             field: None if tensor is None else request(name, tensor)
             for field, (name, tensor) in lowering.constants(plan, device).items()
@@ -261,8 +261,7 @@ def _kept_by(node: fx.Node, kept: InputBuilder | None) -> list[fx.Node | None]:
     plan = node.meta["plan"]
     if kept is None or not isinstance(plan.settings, DynamicMethod):
         return []
-    query = tensor_of(node.args[0])
-    assert query is not None
+    query = recorded(node.args[0])
     int(query.shape[0])  # state has a batch: guard on it
     return kept.kept(plan, query.device)
 
@@ -279,8 +278,7 @@ def _describe(node: fx.Node, *new: fx.Node) -> None:
 
 def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
     """[B|1, H|1, Sk] additive bias from a mask that broadcasts to [B, H, Sq, Sk] and is constant along Sq."""
-    value = tensor_of(mask)
-    assert value is not None
+    value = recorded(mask)
     dims = value.dim()
     if dims >= 2:
         mask = graph.call_method("select", (mask, -2, 0))

@@ -1,7 +1,7 @@
-"""Long lists of single keys wait on the host between forward and backward, as in DSV (arXiv 2502.07590).
+"""Find the long lists of single keys that move to the host between forward and backward (DSV, arXiv 2502.07590).
 
-The pass sees the joint graph of forward and backward, before it is cut in two, and says what is to wait. PyTorch's
-activation offloading moves it: to the host once forward has read it, back when backward is about to.
+The pass sees the joint graph of forward and backward before PyTorch partitions it. PyTorch's activation offloading
+moves the lists: to the host after forward reads them, back before backward reads them.
 """
 
 from operator import getitem
@@ -11,14 +11,14 @@ from torch import fx, ops
 from sparsify_compiler import _torch
 
 LEAST = 2**20
-"""Bytes of a list that is worth the way."""
+"""The smallest list that moves, in bytes."""
 
 
 def long_lists(graph: fx.Graph) -> list[fx.Node]:
     """The `kv_indices` of at least `LEAST` bytes that attention reads in backward.
 
-    PyTorch moves neither inputs, as the tables of `tile` are, nor one of several results, as the lists of clusters
-    and cubes are; both are short.
+    PyTorch moves neither inputs, such as the tables of `tile`, nor one of several results, such as the lists of
+    clusters and cubes; both are short.
     """
     backward = ops.sparsify.block_sparse_attention_backward.default
     place = [argument.name for argument in backward._schema.arguments].index("kv_indices")

@@ -1,4 +1,4 @@
-"""The passes, in order, and the runner that alone lints, checks, times, reports and dumps."""
+"""The passes, in order, and the runner, which lints, checks, times, reports and dumps for all of them."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
 def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
-    """The passes that find out and decide: what `explain` runs. `device` as `plan_sites` has it."""
+    """The passes that analyse and plan, which `explain` runs. `device` is that of `plan_sites`."""
     infer = partial(infer_layouts, grid=config.grid, text=config.text)
     return [
         capture,
@@ -35,15 +35,15 @@ def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
 
 
 def rewriting(config: SparsifyConfig, variant: Variant) -> list[Pass]:
-    """The passes that carry the decision out, for one variant."""
+    """The passes that carry out the plan, for one variant."""
     return [partial(lower, variant=variant, measure_recall=config.measure_recall)]
 
 
 def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
-    """A copy of a Dynamo graph that carries its plan: `graph_plan` reads it. `gm` itself is not touched.
+    """A copy of a Dynamo graph that carries its plan: `graph_plan` reads it. `gm` itself does not change.
 
     Args:
-        device: device type to plan for, in place of the graph's own.
+        device: device type to plan for, instead of the graph's own.
     """
     return run(copy_graph(gm), analysis(config, device), config)
 
@@ -53,7 +53,7 @@ def rewrite(
     config: SparsifyConfig,
     variant: Variant | None = None,
 ) -> fx.GraphModule:
-    """A copy of what `analyse` returned that does what the plan says, as `lower` describes it."""
+    """A copy of the result of `analyse` that follows the plan, as `lower` describes."""
     passes = rewriting(config, variant or Variant())
     return run(copy_graph(analysed, alike=plans_within), passes, config)
 
@@ -68,7 +68,6 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
         seconds = time.perf_counter() - start
         for module in modules(gm):
             module.graph.lint()
-            module.recompile()
         spec.check(gm, after=name)
         after = operators(gm)
         found = report(gm, name, seconds, before, after)
@@ -77,6 +76,8 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], config: SparsifyConfig) -> f
         log.debug("pass %s", found)
         if config.dump is not None:
             _dump(gm, found, config)
+    for module in modules(gm):
+        module.recompile()
     return gm
 
 

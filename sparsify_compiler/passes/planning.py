@@ -1,4 +1,4 @@
-"""Decide what is done at every site: a pure function of sites, layouts and config.
+"""Plan every site: a pure function of sites, layouts and config.
 
 before   attention(q, k, v, m, scale)     meta["site"], meta["layout"]
 after    the same                         meta["plan"]: AttentionPlan; the graph's: GraphPlan
@@ -21,10 +21,10 @@ Pair = tuple[AttentionSite, TokenLayout]
 
 
 def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
-    """Attach to every node that carries a site the plan for it; see the module's picture.
+    """Attach its plan to every node that carries a site; see the module's picture.
 
     Args:
-        device: device type to plan for, in place of the one the graph was traced on.
+        device: device type to plan for, instead of the one the graph was traced on.
     """
     nodes = all_sites(gm)
     if device is not None:
@@ -43,7 +43,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
     Raises:
         OptionError: a setting that does not fit the layout, such as more reference frames than frames.
         PolicyError: the policy is for another model or grid.
-        ProviderError: the provider asked for cannot run a site that is to be sparse.
+        ProviderError: the requested provider cannot run a site that the method makes sparse.
     """
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
     refusals = [refusal(*pair) for pair in pairs]
@@ -86,7 +86,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 ),
             )
         )
-    # A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
+    # A default is 0 or a share of the steps: where methods differ, the largest one holds.
     defaults = (plan.settings.dense_steps for plan in plans if plan.settings is not None)
     dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
     sparse = any(plan.method != "dense" for plan in plans)
@@ -94,7 +94,7 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
 
 
 def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[Entry | None, str]]:
-    """(what it does, why) of each site, by one method for all; None: it stays dense."""
+    """(entry, reason) of each site, by one method for all; None if it stays dense."""
     method = config.method
     assert method is not None
     entry = Entry(method=method, far_field=_or_default(config.far_field, method.far_field))
@@ -110,13 +110,13 @@ def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[E
 
 
 def _by_policy(eligible: Sequence[Pair], policy: SitePolicy) -> list[tuple[Entry | None, str]]:
-    """The same by a policy, which speaks of sites with a grid alone."""
+    """(entry, reason) of each site, by a policy, which covers only sites with a grid."""
     chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
     return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
 
 
 def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, str]]) -> dict[str, str]:
-    """Site -> its name where something was learnt for it, of sites that read what was learnt."""
+    """Site -> the name that its trained tensors have, for sites whose method reads trained tensors."""
     readers: dict[TrainedMethod, list[str]] = {}
     for (site, _), (entry, _) in zip(eligible, entries, strict=True):
         if entry is not None and isinstance(entry.method, TrainedMethod):
@@ -128,7 +128,7 @@ def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, st
 
 
 def _until(method: object) -> str:
-    """What a plan waits for."""
+    """The reason why a plan is dense for now; empty if it is not."""
     waits = isinstance(method, LearningMethod) and method.learns
     return "dense until a trainer (DSVTrainer) or a predictor's file says what to read" if waits else ""
 
@@ -138,7 +138,7 @@ def _or_default(asked: Any, default: Any) -> Any:
 
 
 def refusal(site: AttentionSite, layout: TokenLayout) -> str:
-    """Why a site stays dense whatever the method, or ""."""
+    """The reason why a site stays dense with every method; empty if there is none."""
     if site.refusal:
         return site.refusal
     if site.kind == "cross":
@@ -147,14 +147,14 @@ def refusal(site: AttentionSite, layout: TokenLayout) -> str:
 
 
 def learns(plan: AttentionPlan) -> bool:
-    """Whether what a site reads is still to be learnt."""
+    """Whether a site reads tensors that are not trained yet."""
     return isinstance(plan.settings, LearningMethod) and plan.settings.learns
 
 
 def plans_within(gm: fx.GraphModule) -> tuple[AttentionPlan, ...]:
-    """The plans of the sites of a graph and its bodies, without what sets calls of one body apart: place and name.
+    """The plans of the sites of a graph and its bodies, without index and name.
 
-    Names stay where a trainer knows sites by them.
+    Both differ between calls of one body. Names stay where a trainer identifies sites by them.
     """
     plans = (node.meta["plan"] for node in all_sites(gm))
     return tuple(

@@ -1,8 +1,7 @@
-"""Run attention by hand on random tensors, beside the attention that it was read as.
+"""Run attention by hand on random tensors and compare it with the attention that `unfused.py` reads in it.
 
-A second look at what `unfused.py` reads: where they differ, the call stays as it is. The shapes are the true ones,
-as literals in the graph fit no others. Scores are small, middling and large: caps and clamps show in large ones
-alone.
+Where they differ, the call stays as it is. The shapes are those of the graph, because its literals fit no others.
+Scores are small, medium and large, because caps and clamps change only large ones.
 """
 
 import math
@@ -15,54 +14,54 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import Step, sizes_of, step_through, tensor_of, value_of
+from sparsify_compiler.passes.fx import Step, recorded, sizes_of, step_through, tensor_of, value_of
 from sparsify_compiler.passes.unfused import Sizes, Unfused, factors, softmax_dim
 
 MOST_SCORES = 2**22
-"""Numbers in the scores beyond which nothing is run."""
+"""The most scores for which it runs."""
 SPREADS = (0.1, 10.0, 100.0)
 """Standard deviations of the scores."""
 TOLERANCE = 1e-3
-"""Relative error of the output, beside four times that of plain attention in the same type."""
+"""Relative error of the output, on top of four times the error of plain attention in the same type."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """A value by its number: the tensors that come from outside, then the results of the calls."""
+    """The number of a value: first the tensors from outside, then the results of the calls."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Outside:
-    """A tensor that comes from outside."""
+    """A tensor from outside."""
 
     sizes: Sizes
-    """Those of its memory: 1 where it is expanded."""
+    """The sizes of its memory: 1 where it is expanded."""
     expanded: Sizes
     dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call between the products, or one of them."""
+    """A product, or a call between the products."""
 
     function: str | Callable[..., Any]
-    """A method by name, or a function."""
+    """The name of a method, or a function."""
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     dtype: torch.dtype
-    """Of its result."""
+    """The type of its result."""
     adds_up: bool
-    """Whether it is a product or a softmax: it computes in the type of its result, or float32 where that has fewer
-    digits, whatever it gets, since autocast may have chosen that type."""
+    """Whether it is a product or a softmax. It then computes in the type of its result, at least float32, for
+    arguments of any type, since autocast may have chosen that type."""
 
 
 class _Part(NamedTuple):
     """An operand of the attention."""
 
     number: int
-    """Of the tensor from outside."""
+    """The number of its tensor from outside."""
     steps: tuple[Step, ...]
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -71,7 +70,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Attention by hand without its graph: equal where two calls are spelled alike."""
+    """Attention by hand without its graph; two calls with the same spelling have equal forms."""
 
     outside: tuple[_Outside, ...]
     calls: tuple[_Call, ...]
@@ -81,12 +80,12 @@ class _Form:
     scale: float
     finish: tuple[Step, ...]
     dtype: torch.dtype
-    """Of the scores, as the first product has them."""
+    """The type of the scores after the first product."""
 
 
 def differs(found: Unfused) -> str:
-    """Why attention by hand is not what it was read as, in words; empty if it is, or has too many scores to run."""
-    sizes = sizes_of(tensor_of(found.chain[0]))  # type: ignore[arg-type]
+    """The reason why attention by hand is not the attention read in it; empty if it is, or has too many scores."""
+    sizes = sizes_of(recorded(found.chain[0]))
     if sizes is None or not 0 < math.prod(sizes) <= MOST_SCORES:
         return ""
     form = _form_of(found)
@@ -94,11 +93,11 @@ def differs(found: Unfused) -> str:
 
 
 def _form_of(found: Unfused) -> _Form | None:
-    """None where sizes are known only at run time."""
+    """The form of attention by hand; None where sizes are known only at run time."""
     parts = [found.query, found.key, found.value, *([] if found.mask is None else [found.mask])]
     tensors = list(dict.fromkeys(part.node for part in parts))
     chain = list(found.chain)
-    # The mask may be read through an inversion; a tensor that counts for nothing has no part in the operands.
+    # The mask may be read through an inversion; a tensor without effect is not among the operands.
     for one in dict.fromkeys(one for node in found.chain for one in node.all_input_nodes):
         if tensor_of(one) is not None and one not in chain and one not in tensors:
             if found.mask is not None and one.all_input_nodes == [found.mask.node]:
@@ -116,17 +115,17 @@ def _form_of(found: Unfused) -> _Form | None:
             return "cpu"
         return _torch.hint(value) if isinstance(value, torch.SymInt) else value
 
-    outside = [_outside(tensor_of(node)) for node in tensors]  # type: ignore[arg-type]
-    if None in outside:
+    outside = [memory for node in tensors if (memory := _outside(recorded(node))) is not None]
+    if len(outside) < len(tensors):
         return None
     return _Form(
-        outside=tuple(outside),  # type: ignore[arg-type]
+        outside=tuple(outside),
         calls=tuple(
             _Call(
                 node.target,
                 argument(node.args),
                 tuple((name, argument(value)) for name, value in node.kwargs.items()),
-                tensor_of(node).dtype,  # type: ignore[union-attr]
+                recorded(node).dtype,
                 factors(node) is not None or softmax_dim(node) is not None,
             )
             for node in chain
@@ -135,7 +134,7 @@ def _form_of(found: Unfused) -> _Form | None:
         mask=None if found.mask is None else _Part(numbers[found.mask.node], found.mask.steps),
         scale=found.scale,
         finish=found.finish,
-        dtype=tensor_of(found.chain[0]).dtype,  # type: ignore[union-attr]
+        dtype=recorded(found.chain[0]).dtype,
     )
 
 
@@ -159,7 +158,7 @@ def _outside(tensor: Tensor) -> _Outside | None:
 @lru_cache(maxsize=256)
 @torch.no_grad()
 def _difference(form: _Form) -> str:
-    """What a run of both shows, in words."""
+    """The difference that a run of both shows, in words."""
     with (
         torch._subclasses.fake_tensor.unset_fake_temporarily(),
         torch.device("cpu"),
@@ -171,9 +170,7 @@ def _difference(form: _Form) -> str:
             return f"it cannot be run on random tensors: {type(error).__name__}: {error}".partition("\n")[0]
     if spread is None:
         return ""
-    return (
-        f"run on random tensors it is not the attention that it looks like, where scores are about {spread:g}"
-    )
+    return f"on random tensors it is not the attention that it looks like, for scores of about {spread:g}"
 
 
 def _differs_at(form: _Form, spread: float) -> bool:
@@ -185,19 +182,19 @@ def _differs_at(form: _Form, spread: float) -> bool:
     if error <= TOLERANCE:
         return False
     plain = _relative_error(_attention(form, tensors, form.dtype), exact)
-    # Where plain attention overflows, nothing can be seen.
+    # Where plain attention overflows, there is nothing to compare with.
     return math.isfinite(plain) and not error <= TOLERANCE + 4 * plain
 
 
 def _random(outside: _Outside, generator: torch.Generator) -> Tensor:
-    """Normal numbers; seven of ten are true."""
+    """Normal numbers; of booleans, seven of ten are true."""
     numbers = torch.randn(outside.sizes, generator=generator, dtype=torch.float32)
     drawn = numbers < 0.5 if outside.dtype == torch.bool else numbers.to(outside.dtype)
     return drawn.expand(outside.expanded)
 
 
 def _prepare(form: _Form, tensors: list[Tensor], spread: float) -> None:
-    """Bring scores to a standard deviation; where there is a mask, hide three of ten keys, but never the first."""
+    """Scale the scores to a standard deviation; with a mask, hide three of ten keys, but never the first."""
     query, key, _ = form.operands
     channels = query.of(tensors).shape[-1]
     factor = math.sqrt(spread / (abs(form.scale) * math.sqrt(channels))) if form.scale else 1.0
@@ -221,7 +218,7 @@ _OF_VALUES = ("logical_not", "to", "mul")
 
 
 def _run(form: _Form, tensors: Sequence[Tensor]) -> Tensor:
-    """The output of the calls as they are spelled."""
+    """The output of the calls."""
     values = list(tensors)
 
     def filled(value: Any, dtype: torch.dtype | None) -> Any:
@@ -244,7 +241,7 @@ def _run(form: _Form, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _attention(form: _Form, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The output of the attention that the calls were read as, computed in a type."""
+    """The output of the attention read in the calls, computed in a type."""
     query, key, value = (part.of(tensors).to(dtype).to(_wide(dtype)) for part in form.operands)
     scores = form.scale * (query @ key.transpose(-1, -2)).to(dtype)
     if form.mask is not None:
@@ -256,12 +253,12 @@ def _attention(form: _Form, tensors: Sequence[Tensor], dtype: torch.dtype) -> Te
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type in which kernels add up."""
+    """The type in which kernels accumulate."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _relative_error(got: Tensor, exact: Tensor) -> float:
-    """Not finite where a number is not, or the sizes are others."""
+    """The error relative to `exact`; not finite where a number is not, or the sizes differ."""
     if got.shape != exact.shape:
         return math.inf
     return float((got.double() - exact).norm() / exact.norm())

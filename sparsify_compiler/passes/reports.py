@@ -12,19 +12,19 @@ from sparsify_compiler.runtime.site import Observer, SparseSite, TableSite
 
 @dataclass(frozen=True, slots=True)
 class PassReport:
-    """What one pass did to one graph and its bodies."""
+    """The effect of one pass on one graph and its bodies."""
 
     name: str
-    """Of the pass."""
+    """The name of the pass."""
     seconds: float
     matched: int
-    """Sites that the pass had to decide about."""
+    """Sites that the pass decided about."""
     changed: int
-    """Sites that go on to be sparse, or that were rewritten."""
+    """Sites that may still become sparse, or that the pass rewrote."""
     refused: int
-    """Sites that stay as they are; their plans have the reason."""
+    """Sites that stay as they are; their plans give the reason."""
     operators: tuple[tuple[str, int], ...]
-    """(operator, how many more there are than before), for each operator whose number changed."""
+    """(operator, change of its count), for each operator whose count changed."""
 
     def __str__(self) -> str:
         difference = ", ".join(f"{count:+d} {name}" for name, count in self.operators)
@@ -37,7 +37,7 @@ class PassReport:
 def report(
     gm: fx.GraphModule, name: str, seconds: float, before: Counter[str], after: Counter[str]
 ) -> PassReport:
-    """The report of the pass `name` that left this graph.
+    """The report of the pass `name`, which returned this graph.
 
     Args:
         before, after: `operators` of the graph before and after the pass.
@@ -50,7 +50,7 @@ def report(
 
 
 def operators(gm: fx.GraphModule) -> Counter[str]:
-    """How many nodes of each operator a graph and its bodies have."""
+    """The number of nodes of each operator in a graph and its bodies."""
     return Counter(
         _operator(module, node)
         for module in modules(gm)
@@ -60,7 +60,7 @@ def operators(gm: fx.GraphModule) -> Counter[str]:
 
 
 def site_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The nodes of a lowered graph and its bodies that call a site, observers among them."""
+    """The nodes of a lowered graph and its bodies that call a site or an observer."""
     return [
         node
         for module in modules(gm)

@@ -1,12 +1,12 @@
-"""Fix the sizes that sparse attention rests on, so that Dynamo guards on them and other sizes get another program.
+"""Fix the sizes that sparse attention depends on, so that Dynamo guards on them and others get another program.
 
     before   attention(q, k, v, m, scale)     meta["plan"]; sizes may be symbols
-    after    the same                         what a plan rests on is a number
+    after    the same                         sizes that a plan depends on are numbers
 
-These are the axes that layouts were read from; tokens, heads and dims of query, key and value; and of what is
-free then, every size with which a layout would be another one. That is found by trying other sizes: labels may be
-lost on the way, so that no symbol of the sequence says where its text ends. A batch, or the length of a prompt
-elsewhere in the model, stays free.
+These are the axes that layouts were inferred from; tokens, heads and dims of query, key and value; and every other
+free size that changes a layout. The pass finds the latter by trying other sizes: labels may be lost on the way, so
+that no symbol of the sequence shows where its text ends. A batch, or the length of a prompt elsewhere in the model,
+stays free.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes.capture import attention_nodes
-from sparsify_compiler.passes.fx import copy_graph, modules, tensor_of
+from sparsify_compiler.passes.fx import copy_graph, modules, recorded
 from sparsify_compiler.plan import SiteKind, TokenLayout
 
 Infer = Callable[[fx.GraphModule], fx.GraphModule]
@@ -27,7 +27,7 @@ Layouts = list[tuple[SiteKind, TokenLayout]]
 
 
 def fix_sizes(gm: fx.GraphModule, *, infer: Infer) -> fx.GraphModule:
-    """Fix the sizes that sites planned sparse rest on; see the module's picture.
+    """Fix the sizes that sparse sites depend on; see the module's picture.
 
     Args:
         infer: the pass that gave the graph its layouts.
@@ -40,9 +40,7 @@ def fix_sizes(gm: fx.GraphModule, *, infer: Infer) -> fx.GraphModule:
         specialise()
     for node in sites:
         for operand in node.args[:3]:
-            value = tensor_of(operand)
-            assert value is not None, "capture takes what Dynamo recorded"
-            for size in value.shape[1:]:
+            for size in recorded(operand).shape[1:]:
                 int(size)
     free = _torch.free_sizes(
         node.meta.get("example_value") for node in gm.graph.nodes if node.op == "placeholder"
@@ -59,11 +57,11 @@ def fix_sizes(gm: fx.GraphModule, *, infer: Infer) -> fx.GraphModule:
 
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)
-"""Factors on sizes that are tried together: no two of them cancel out."""
+"""Factors for sizes that change together: no two of them cancel out."""
 
 
 def _changes(gm: fx.GraphModule, sizes: Mapping[Any, int], infer: Infer) -> bool | None:
-    """Whether the layouts of sparse sites are others where symbols have these sizes; None if they are not known."""
+    """Whether the layouts of sparse sites change where symbols have these sizes; None if they are not known."""
     if not sizes:
         return False
     before, twin = _layouts(gm), copy_graph(gm)

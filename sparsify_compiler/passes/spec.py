@@ -1,4 +1,4 @@
-"""What may exist in a graph after each pass; checked by the runner, so that a broken pass fails where it broke."""
+"""The spec of a graph after each pass; the runner checks it, so that a broken pass fails at once."""
 
 from torch import fx
 
@@ -14,11 +14,11 @@ _CARRIES: dict[str, dict[str, type]] = {
     "plan_sites": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
     "fix_sizes": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
 }
-"""Pass -> what the meta of every captured attention carries afterwards."""
+"""Pass -> key and type of each value in the meta of every captured attention after it."""
 
 
 def check(gm: fx.GraphModule, after: str) -> None:
-    """Assert what must hold after the pass named `after`."""
+    """Assert the spec of a graph after the pass named `after`."""
     captured = [n for module in modules(gm) for n in module.graph.nodes if n.target is attention]
     if after not in _CARRIES:
         assert not captured, f"{after} left {captured}: every attention must be lowered or put back"
@@ -32,7 +32,7 @@ def check(gm: fx.GraphModule, after: str) -> None:
 
 
 def _check_lowered(gm: fx.GraphModule) -> None:
-    """Assert that sites are called where plans are sparse, and that the graph has the inputs that they need."""
+    """Assert that the graph calls a site where a plan is sparse, and has the inputs that sites need."""
     plan, extra = graph_plan(gm), gm.meta["extra"]
     nodes = site_nodes(gm)
     dense = [node for node in nodes if node.meta["plan"].method == "dense"]

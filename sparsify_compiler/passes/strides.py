@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify_compiler import _torch
 from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import sizes_of, tensor_of, value_of
+from sparsify_compiler.passes.fx import run_call, sizes_of, tensor_of, value_of
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _SEES_MEMORY = ("as_strided", "set_", "resize")
@@ -99,7 +99,8 @@ class _Replay:
     def run(self, node: fx.Node) -> None:
         """Run a node if it concerns us; nodes come in their order."""
         if node.target in _AUTOCAST:
-            self._values[node] = node.target(*(self._values.get(arg, arg) for arg in node.args))  # type: ignore
+            args = fx.node.map_arg(node.args, lambda one: self._values.get(one, one))
+            self._values[node] = run_call(node, args, {})
         elif node.target is attention:
             if _is_rewritten(node):
                 query = tensor_of(node.args[0])
@@ -136,9 +137,7 @@ class _Replay:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
         self._watch.begin(otherwise=not self._otherwise.isdisjoint(node.all_input_nodes))
         with self._watch:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return run_call(node, args, kwargs)
 
     def _value(self, node: fx.Node) -> Any:
         """What lies otherwise, else what Dynamo recorded."""

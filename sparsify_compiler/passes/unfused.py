@@ -1,12 +1,13 @@
 """Attention written by hand: softmax(scale * q kᵀ + mask) v, in the spellings people use.
 
-What looks like attention is a softmax over the keys between two products. It is found from its second product
-backwards, then read strictly from its first. Products are `@`, `matmul`, `bmm`, `baddbmm` (the first) and `einsum`.
-Between them stand, in this order, casts to types that hold the scores, `* scale` or `/ scale` by numbers, a mask
-(`+ mask`, `masked_fill(mask, -inf)`, `where(mask, scores, -inf)`), softmax over the last dimension, and dropout.
-Batch dimensions may be regrouped. Anything else, or another order, and the call stays as it is, with the reason.
+A softmax over the keys between two products looks like attention. `find_chain` searches backwards from the second
+product; `read_chain` reads strictly, forwards from the first. Products are `@`, `matmul`, `bmm`, `einsum` and, as
+the first, `baddbmm`. Between them are, in this order, casts to types that hold the scores, `* scale` or `/ scale`
+by numbers, a mask (`+ mask`, `masked_fill(mask, -inf)`, `where(mask, scores, -inf)`), softmax over the last
+dimension, and dropout. Batch dimensions may be regrouped. In all other cases the call stays as it is, with the
+reason.
 
-Rewritten attention reads its tensors where the second product stands, so nothing may write to them in between.
+Rewritten attention reads its tensors at the second product, so nothing may write to them in between.
 """
 
 import math
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify_compiler.passes.fx import Operand, Step, sizes_of, tensor_of
+from sparsify_compiler.passes.fx import Operand, Step, node_of, recorded, sizes_of, tensor_of
 from sparsify_compiler.passes.writes import may_be_written
 
 _MATMULS = {operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
@@ -41,11 +42,11 @@ _FILLS = {torch.masked_fill, "masked_fill", "masked_fill_"}
 _CHOOSES = {torch.where, "where"}
 _INVERTS = {operator.invert, torch.logical_not, torch.bitwise_not, "logical_not", "bitwise_not", "__invert__"}
 _HIDDEN = -1e9
-"""A score filled with this or less weighs nothing beside others, and among its like all weigh the same."""
+"""A score of this value or less has no weight next to others; in a row of such scores all weigh the same."""
 _HIDING = -1e30
-"""Added to any score, it is that score's only digits."""
+"""Large enough to swamp any score that it is added to."""
 _MOST_NODES = 16
-"""Looked at between a product and the softmax."""
+"""The most nodes searched between a product and the softmax."""
 
 Sizes = tuple[int, ...]
 
@@ -55,9 +56,9 @@ class Unfused:
     """Attention by hand: output = finish(softmax(scale * q kᵀ + mask) v)."""
 
     chain: tuple[fx.Node, ...]
-    """From the first product to the second; each reads the one before."""
+    """The nodes from the first product to the second; each reads the one before."""
     query: Operand
-    """[*lead, Sq, D] beside scores [*lead, Sq, Sk]"""
+    """[*lead, Sq, D], for scores [*lead, Sq, Sk]"""
     key: Operand
     """[*lead, Sk, D]"""
     value: Operand
@@ -66,17 +67,17 @@ class Unfused:
     """Additive, or boolean with True where a key is seen; broadcasts to the scores."""
     scale: float
     finish: tuple[Step, ...]
-    """Bring [*lead, Sq, Dv] into the form of the output."""
+    """Steps from [*lead, Sq, Dv] to the form of the output."""
     refusal: str
     """Why it cannot be rewritten; empty if it can."""
 
 
 class NotRead(Exception):
-    """The message says what keeps a softmax between two products from being read as attention."""
+    """A softmax between two products is not read as attention; the message gives the reason."""
 
 
 def find_chain(node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The nodes from the first product to `node`, if that is the second product of what looks like attention."""
+    """The nodes from the first product to `node`, if it is the second product of apparent attention."""
     for weights, dim in _contracted(node):
         after = _climb(weights, dim, lambda one, dim: softmax_dim(one) == dim)
         if after is None:
@@ -89,7 +90,7 @@ def find_chain(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def _contracted(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
-    """(operand, its dimension, from the end, that is summed over) of a product."""
+    """(operand, dimension from the end) for each operand of a product, which sums over this dimension."""
     if (parsed := _einsum(node)) is not None:
         left, right, out, a, b = parsed
         for letters, others, operand in ((left, right, a), (right, left, b)):
@@ -102,7 +103,7 @@ def _contracted(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
 
 
 def _climb(start: Any, dim: int, found: Callable[[fx.Node, int], bool]) -> list[tuple[fx.Node, int]] | None:
-    """The way from `start` up to a node that is looked for, along tensors that have its dimension `dim`."""
+    """The path from `start` up to a node that `found` accepts, along tensors that have its dimension `dim`."""
     ways = [[(start, dim)]] if isinstance(start, fx.Node) else []
     seen: set[fx.Node] = set()
     while ways and len(seen) < _MOST_NODES:
@@ -118,18 +119,18 @@ def _climb(start: Any, dim: int, found: Callable[[fx.Node, int], bool]) -> list[
 
 
 def _carried(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
-    """(input, where it has the dimension `dim` of the output) of a call that keeps the last sizes."""
+    """(input, its dimension that becomes `dim` of the output), for a call that keeps the last sizes."""
     if node.op not in ("call_function", "call_method") or factors(node):
         return []
     out = _sizes(node)
     if (order := _order(node, len(out))) is not None:
-        return [(node.args[0], order[dim] - len(out))]  # type: ignore[list-item]
+        return [(node_of(node.args[0]), order[dim] - len(out))]
     sizes = [(one, _sizes(one)) for one in reversed(node.all_input_nodes)]
     return [(one, dim) for one, have in sizes if have and out and have[min(dim, -2) :] == out[min(dim, -2) :]]
 
 
 def _order(node: fx.Node, rank: int) -> list[int] | None:
-    """Where each dimension of the output lies in the input, of a call that moves dimensions."""
+    """The dimension of the input for each dimension of the output, if a call moves dimensions."""
     dims = list(range(rank))
     if _is(node, _PERMUTES):
         given = node.args[1] if len(node.args) == 2 else node.args[1:]
@@ -158,10 +159,10 @@ def softmax_dim(node: fx.Node) -> int | None:
 
 
 def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
-    """Attention as the chain of `find_chain` has it.
+    """The attention in a chain of `find_chain`.
 
     Raises:
-        NotRead: something between its products is no part of attention, or not in this order.
+        NotRead: a node between its products is not part of attention, or is out of order.
     """
     product, last = chain[0], chain[-1]
     middle = next(i for i, node in enumerate(chain) if softmax_dim(node) is not None)
@@ -225,38 +226,38 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
 
 def _check_types(chain: Sequence[fx.Node], middle: int) -> None:
     """Raise NotRead where scores or weights pass through a type that does not hold them, or another device."""
-    tensors = [tensor_of(node) for node in chain]
-    if any(tensor is None for tensor in tensors):
+    tensors = [tensor for node in chain if (tensor := tensor_of(node)) is not None]
+    if len(tensors) < len(chain):
         raise NotRead("its tensors were not recorded by Dynamo")
     first, last = tensors[0], tensors[-1]
     for i, (node, tensor) in enumerate(zip(chain, tensors, strict=True)):
-        held = first.dtype if i <= middle else last.dtype  # type: ignore[union-attr]
+        held = first.dtype if i <= middle else last.dtype
         what = "scores" if i <= middle else "weights"
-        dtype = tensor.dtype  # type: ignore[union-attr]
+        dtype = tensor.dtype
         if not _holds(dtype, held):
             raise NotRead(f"its {what} are cast from {held} to {dtype}")
-        if tensor.device != first.device:  # type: ignore[union-attr]
+        if tensor.device != first.device:
             raise NotRead(f"its {what} change device")
         if not _sizes(node):
             raise NotRead("its sizes are known only at run time")
-    if first.dtype != last.dtype and _autocasts(chain[-1]):  # type: ignore[union-attr]
+    if first.dtype != last.dtype and _autocasts(chain[-1]):
         raise NotRead("autocast is not the same at both of its products")
 
 
 def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Whether a type has every number of another one. Types of 8 bits are promoted to nothing: they hold none."""
+    """Whether a type has every number of another one. Types of 8 bits do not promote: they hold none."""
     wide = dtype.is_floating_point and min(dtype.itemsize, other.itemsize) > 1
     return wide and torch.promote_types(dtype, other) == dtype
 
 
 def _autocasts(product: fx.Node) -> bool:
-    """Whether autocast is on at a product: its output has not the type that its operands promote to."""
-    dtypes = [tensor_of(one).dtype for one in (*factors(product), product)]  # type: ignore[misc, union-attr]
-    return torch.promote_types(dtypes[0], dtypes[1]) != dtypes[2]
+    """Whether autocast is on at a product: its operands promote to a type other than its output's."""
+    a, b = (recorded(one).dtype for one in _multiplied(product))
+    return torch.promote_types(a, b) != recorded(product).dtype
 
 
 def _watched(chain: Sequence[fx.Node], middle: int) -> str:
-    """Whether something else reads, or writes, what lies between the products; in words."""
+    """The reason, if another node reads or writes a tensor between the products."""
     for i, (node, following) in enumerate(pairwise(chain)):
         if set(node.users) != {following}:
             return f"its {'weights' if i >= middle else 'scores'} are used elsewhere too"
@@ -264,7 +265,7 @@ def _watched(chain: Sequence[fx.Node], middle: int) -> str:
 
 
 def _written(gm: fx.GraphModule, reads: Mapping[str, tuple[fx.Node, fx.Node]], last: fx.Node) -> str:
-    """Whether something may write to a tensor between the node that reads it and the second product; in words."""
+    """The reason, if a node may write to a tensor between its reader and the second product."""
     for name, (node, reader) in reads.items():
         if may_be_written(gm, node, reader, last):
             return f"its {name} is written to between its products"
@@ -272,9 +273,9 @@ def _written(gm: fx.GraphModule, reads: Mapping[str, tuple[fx.Node, fx.Node]], l
 
 
 def _ungraded(chain: Sequence[fx.Node], query: Operand, key: Operand) -> str:
-    """Whether gradients end between the products though they would go on; in words."""
-    *between, last = (tensor_of(node).requires_grad for node in chain)  # type: ignore[union-attr]
-    wanted = any(tensor_of(one.node).requires_grad for one in (query, key))  # type: ignore[union-attr]
+    """The reason, if gradients end between the products but would continue by the rewritten call."""
+    *between, last = (recorded(node).requires_grad for node in chain)
+    wanted = any(recorded(one.node).requires_grad for one in (query, key))
     return "gradients are switched off between its products" if last and wanted and not all(between) else ""
 
 
@@ -292,18 +293,25 @@ def factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
 
 
+def _multiplied(product: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two tensors that a product multiplies."""
+    both = factors(product)
+    assert both is not None, f"{product} multiplies no two tensors"
+    return both
+
+
 def _first_product(node: fx.Node) -> tuple[Operand, Operand, float, Operand | None]:
     """(query, key, factor, added mask) of q kᵀ."""
     if _is(node, _BADDBMMS) and node.kwargs.keys() <= {"beta", "alpha"}:
-        added, query, key_t = node.args
+        query, key_t = _multiplied(node)
         beta, alpha = (_number(node.kwargs.get(name, 1)) for name in ("beta", "alpha"))
         if beta not in (0.0, 1.0) or alpha is None:
             raise NotRead("its first product is a baddbmm with a factor for its mask")
-        mask = Operand(added) if beta else None  # type: ignore[arg-type]
-        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), alpha, mask  # type: ignore[arg-type]
+        mask = Operand(node_of(node.args[0])) if beta else None
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), alpha, mask
     if _is(node, _MATMULS) and not node.kwargs:
-        query, key_t = node.args
-        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), 1.0, None  # type: ignore[arg-type]
+        query, key_t = _multiplied(node)
+        return Operand(query), Operand(key_t).then(("transpose", -1, -2)), 1.0, None
     if (parsed := _einsum(node)) is None or len(parsed[2]) < 2:
         raise NotRead(f"its first product is a {_name(node)} with options")
     left, right, out, a, b = parsed
@@ -311,17 +319,18 @@ def _first_product(node: fx.Node) -> tuple[Operand, Operand, float, Operand | No
     if i not in left:
         left, right, a, b = right, left, b, a
     inner = [letter for letter in left if letter in right and letter not in out]
-    query, key = Operand(a), Operand(b)
-    return _permuted(query, left, [*batch, i, *inner]), _permuted(key, right, [*batch, j, *inner]), 1.0, None
+    rows = _permuted(Operand(a), left, [*batch, i, *inner])
+    columns = _permuted(Operand(b), right, [*batch, j, *inner])
+    return rows, columns, 1.0, None
 
 
 def _second_product(node: fx.Node, weights: fx.Node) -> tuple[Operand, tuple[Step, ...]]:
     """(value, steps from [..., Sq, Dv] to the output)."""
     if _is(node, _MATMULS) and not node.kwargs:
-        first, value = node.args
-        if first is not weights or value is weights:
+        first, second = _multiplied(node)
+        if first is not weights or second is weights:
             raise NotRead("its second product does not have the weights on the left")
-        return Operand(value), ()  # type: ignore[arg-type]
+        return Operand(second), ()
     if (parsed := _einsum(node)) is None:
         raise NotRead(f"its second product is a {_name(node)} with options")
     left, right, out, a, b = parsed
@@ -344,11 +353,12 @@ def _einsum(node: fx.Node) -> tuple[list[str], list[str], list[str], fx.Node, fx
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
     equation = equation.replace(" ", "") if isinstance(equation, str) else ""
-    if len(operands) != 2 or "." in equation or "->" not in equation:
+    nodes = [operand for operand in operands if isinstance(operand, fx.Node)]
+    if not len(nodes) == len(operands) == 2 or "." in equation or "->" not in equation:
         return None
     inputs, out = equation.split("->")
     left, right = inputs.split(",")
-    return list(left), list(right), list(out), *operands  # type: ignore[return-value]
+    return list(left), list(right), list(out), nodes[0], nodes[1]
 
 
 def _permuted(operand: Operand, have: list[str], want: list[str]) -> Operand:
@@ -361,7 +371,7 @@ def _permuted(operand: Operand, have: list[str], want: list[str]) -> Operand:
 
 
 def _is_cast(node: fx.Node) -> bool:
-    """Whether a node changes type or strides at most."""
+    """Whether a node changes nothing but type or strides."""
     return _is(node, _CASTS)
 
 
@@ -370,12 +380,12 @@ def _is_regroup(node: fx.Node, before: fx.Node) -> bool:
     return (
         _is(node, _REGROUPS)
         and _sizes(node)[-2:] == _sizes(before)[-2:]
-        and tensor_of(node).dtype == tensor_of(before).dtype  # type: ignore[union-attr]
+        and recorded(node).dtype == recorded(before).dtype
     )
 
 
 def _factor(node: fx.Node, scores: fx.Node) -> float | None:
-    """The finite number that scores are multiplied by."""
+    """The finite number by which a node multiplies scores."""
     if node.kwargs or len(node.args) != 2:
         return None
     a, b = node.args
@@ -388,14 +398,14 @@ def _factor(node: fx.Node, scores: fx.Node) -> float | None:
 
 
 def _mask(node: fx.Node, scores: fx.Node) -> tuple[Operand, fx.Node] | None:
-    """(mask, the node that reads it) where one is added to scores, or hides some of them."""
+    """(mask, the node that reads it) if a node adds a mask to scores, or hides some of them."""
     if _is(node, _PLUS) and not node.kwargs and len(node.args) == 2 and _sizes(node) == _sizes(scores):
         a, b = node.args
         mask = b if a is scores else a
         value = tensor_of(mask)
         if value is None or not value.dtype.is_floating_point or mask is scores:
             return None
-        return Operand(mask), node  # type: ignore[arg-type]
+        return Operand(node_of(mask)), node
     if _is(node, _FILLS) and _argument(node, 0, "input") is scores:
         hidden, fill = _argument(node, 1, "mask"), _argument(node, 2, "value")
         return _hiding(node, scores, hidden, fill, seen=False)
@@ -414,13 +424,13 @@ def _mask(node: fx.Node, scores: fx.Node) -> tuple[Operand, fx.Node] | None:
 def _hiding(
     node: fx.Node, scores: fx.Node, condition: Any, fill: Any, *, seen: bool
 ) -> tuple[Operand, fx.Node] | None:
-    """(mask, the node that reads it) where scores are kept or filled by a condition.
+    """(mask, the node that reads it) if a condition keeps or fills scores.
 
     Args:
         seen: whether the condition is true where scores are kept.
     """
     number = _number(fill)
-    hides = max(_HIDDEN, torch.finfo(tensor_of(scores).dtype).min)  # type: ignore[union-attr]
+    hides = max(_HIDDEN, torch.finfo(recorded(scores).dtype).min)
     if number is None or not number <= hides or not _is_bool(condition) or _sizes(node) != _sizes(scores):
         return None
     reader = node
@@ -444,7 +454,7 @@ def _is_bool(node: Any) -> bool:
 def _led(
     operand: Operand, place: fx.Node, lead_node: fx.Node, *, broadcasts: bool = False, name: str = "mask"
 ) -> Operand:
-    """An operand of scores or weights `place` with the batch dimensions of those of `lead_node`.
+    """An operand of the scores or weights `place`, with the batch dimensions of `lead_node`.
 
     Args:
         broadcasts: whether the operand may have fewer or smaller dimensions, as a mask.
@@ -461,19 +471,19 @@ def _led(
         if sizes[:-2] == (1,):
             return operand.then(("unsqueeze", 0))
     if sizes[:-2] != here:
-        raise NotRead(f"its {name} has the sizes {sizes} beside scores {_sizes(place)}")
+        raise NotRead(f"its {name} has the sizes {sizes}, its scores have {_sizes(place)}")
     return operand.then(*steps)
 
 
 def _regrouping(before: fx.Node, after: fx.Node) -> tuple[Step, ...]:
-    """Bring the batch dimensions of scores `before` into those of `after`."""
+    """Steps from the batch dimensions of scores `before` to those of `after`."""
     have, want = _sizes(before)[:-2], _sizes(after)[:-2]
     if have == want:
         return ()
     if math.prod(have) == math.prod(want) and {len(have), len(want)} == {1, 2}:
         if len(want) == 1:
             return (("flatten", 0, 1),)
-        return (("unflatten", 0, (-1, int(tensor_of(after).shape[1]))),)  # type: ignore[union-attr]
+        return (("unflatten", 0, (-1, int(recorded(after).shape[1]))),)
     raise NotRead(f"its batch dimensions {list(have)} are regrouped to {list(want)}")
 
 
@@ -496,7 +506,7 @@ def _number(value: Any) -> float | None:
 
 
 def _sizes(node: Any) -> Sizes:
-    """The sizes of a node's tensor, not specialised; none where it has none, or they are known only at run time."""
+    """The sizes of a node's tensor, not specialised; empty if it has none, or they are known only at run time."""
     value = tensor_of(node)
     return () if value is None else sizes_of(value) or ()
 

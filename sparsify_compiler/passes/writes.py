@@ -1,7 +1,7 @@
-"""Whether a tensor still holds, later in a graph, what it held where it was read.
+"""Find out whether a tensor keeps its content from one node of a graph to a later one.
 
-Tensors are known by their storage: the fake tensors that Dynamo recorded for a view and for its base share one, as
-do those of inputs that overlap. A node that cannot be proved to only read writes to every tensor that it is given.
+The storage identifies a tensor: the fake tensors that Dynamo recorded for a view and for its base share one, as do
+those of inputs that overlap. A node that is not proved to only read counts as writing to all its tensors.
 """
 
 import operator
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.fx import graphs_in, sizes_of, value_of
+from sparsify_compiler.passes.fx import graphs_in, run_call, sizes_of, strides_of, value_of
 
 _WRITERS = (
     operator.setitem, operator.iadd, operator.iand, operator.iconcat, operator.ifloordiv, operator.ilshift,
@@ -27,7 +27,7 @@ _WRITERS = (
 
 
 def may_be_written(gm: fx.GraphModule, tensor: fx.Node, reader: fx.Node, place: fx.Node) -> bool:
-    """Whether something may write to a tensor from the node that reads it on, and before `place`.
+    """Whether a node may write to a tensor, from `reader`, which reads it, up to the node before `place`.
 
     Args:
         reader, place: nodes of the graph of `gm`, in this order.
@@ -39,19 +39,19 @@ def may_be_written(gm: fx.GraphModule, tensor: fx.Node, reader: fx.Node, place: 
         written = _written(gm, node)
         if held is None or written is None or held & written:
             return True
-        # Another call may bring inputs that overlap.
+        # Inputs may overlap in another call.
         if written and written & (inputs := _inputs(gm)) and held & inputs:
             return True
     return False
 
 
 def reshaping_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The calls that give a tensor another shape or memory in place: Dynamo records the last it has alone."""
+    """The calls that change a tensor's shape or memory in place: Dynamo records only the last ones."""
     return [node for node in graph.nodes if _reshapes(node)]
 
 
 def reshaped_after(place: fx.Node, nodes: Sequence[fx.Node], reshaping: Sequence[fx.Node]) -> bool:
-    """Whether one of these tensors is reshaped in place after `place`, by calls of `reshaping_nodes`."""
+    """Whether one of these tensors is reshaped in place after `place`, by one of the nodes `reshaping`."""
     values = [value_of(node) for node in nodes] if reshaping else []
     return any(
         place < node
@@ -72,7 +72,7 @@ def _reshapes(node: fx.Node) -> bool:
 
 
 def _storages(node: fx.Node) -> frozenset[int] | None:
-    """Those of all tensors that Dynamo recorded for a node; None where one has none."""
+    """The storages of all tensors that Dynamo recorded for a node; None if a tensor has none."""
     leaves = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
     found = [storage for leaf in leaves if (storage := _torch.storage_of(leaf)) is not None]
     return frozenset(found) if len(found) == len(leaves) else None
@@ -83,7 +83,7 @@ def _inputs(gm: fx.GraphModule) -> frozenset[int]:
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
-    """The storages that a node may write to; None: any."""
+    """The storages that a node may write to; None if it may write to any."""
     if _only_reads(node):
         return frozenset()
     touched = _union(_storages(one) for one in node.all_input_nodes)
@@ -103,13 +103,13 @@ def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
 
 
 def _is_unrecorded(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is a tensor of the graph's own that Dynamo recorded nothing of."""
+    """Whether a node is a tensor that the graph holds, and Dynamo recorded nothing for it."""
     held = node.op == "get_attr" and value_of(node) is None
     return held and isinstance(getattr(gm, str(node.target), None), Tensor)
 
 
 def _union(sets: Iterable[frozenset[int] | None]) -> frozenset[int] | None:
-    """Of all; None if one is None."""
+    """The union of all sets; None if one is None."""
     found: frozenset[int] = frozenset()
     for one in sets:
         if one is None:
@@ -119,7 +119,7 @@ def _union(sets: Iterable[frozenset[int] | None]) -> frozenset[int] | None:
 
 
 def _only_reads(node: fx.Node) -> bool:
-    """Whether the name and the schema of what a node calls say that it writes to nothing; False if they may not."""
+    """Whether the kind, name or schema of a node proves that it writes to nothing."""
     if node.op in ("placeholder", "get_attr", "output"):
         return True
     if "out" in node.kwargs:
@@ -141,7 +141,7 @@ def _only_reads(node: fx.Node) -> bool:
 
 
 def _written_by_running(node: fx.Node) -> frozenset[int]:
-    """The storages that a call writes to, on fake tensors of its own."""
+    """The storages that a call writes to when it runs on new fake tensors."""
     owners: dict[int | None, frozenset[int]] = {}
 
     def fake(value: Any) -> Any:
@@ -149,22 +149,21 @@ def _written_by_running(node: fx.Node) -> frozenset[int]:
             return _torch.hint(value)
         if not isinstance(value, Tensor):
             return value
-        sizes, strides = sizes_of(value), tuple(map(_torch.hint, value.stride()))
-        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)  # type: ignore[arg-type]
-        owners[_torch.storage_of(twin)] = frozenset([_torch.storage_of(value)])  # type: ignore[list-item]
+        sizes, strides, storage = sizes_of(value), strides_of(value), _torch.storage_of(value)
+        if sizes is None or strides is None or storage is None:
+            raise ValueError("its memory is known only at run time")
+        twin = torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+        owners[_torch.storage_of(twin)] = frozenset([storage])
         return twin
 
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), _Writes() as writes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: tree_map(fake, value_of(one)))
-        if node.op == "call_method":
-            getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            node.target(*args, **kwargs)  # type: ignore[operator]
+        run_call(node, args, kwargs)
     return frozenset().union(*(owners.get(storage, frozenset()) for storage in writes.storages))
 
 
 class _Writes(TorchDispatchMode):
-    """Notes the storages of tensors that an operator writes to, as its schema has it."""
+    """Records the storages of tensors that operators write to, by their schemas."""
 
     def __init__(self) -> None:
         super().__init__()

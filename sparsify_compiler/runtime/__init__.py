@@ -1,1 +1,1 @@
-"""What is left when compilation is over: the programs that Dynamo calls."""
+"""The programs that Dynamo calls after compilation, their inputs and their state."""

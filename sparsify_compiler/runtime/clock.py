@@ -1,13 +1,13 @@
 """The step clock: which step of a generation a call of the model is, and which stream it belongs to.
 
-Nothing here touches a tensor: a clock sees the time step and a few numbers for each of the other inputs, and
-counts. What it works out:
+Nothing here touches a tensor. A clock gets the time step and a few numbers for each of the other inputs, and
+counts. It finds:
 
-- *step*: how many times the time step has changed since the video began, up or down. A solver of second order,
-  which asks twice at one time step, stays in its step.
-- *new video*: the time step went against the direction of the schedule. Direction is found anew each video.
+- *step*: the number of changes of the time step, up or down, since the video began. A solver of second order calls
+  twice at one time step; the step stays the same.
+- *new video*: the time step went against the direction of the schedule. The direction is found again in each video.
 - *stream*: calls at one time step whose other inputs differ are streams (conditional, unconditional). An input
-  that changed for every stream when the time step did (the latents) tells no streams apart.
+  that changed for every stream when the time step did (the latents) does not distinguish streams.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,47 +19,47 @@ from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError
 
 USUAL_STEPS = 50
-"""Steps of a generation of which nothing is known."""
+"""Steps of a generation, as long as nothing is known about it."""
 
 MOST_STREAMS = 4
 """Streams of one model; a further one means that a new video began without a change of the time step."""
 
 Print = tuple[float, ...]
 Prints = Mapping[str, Print]
-"""For each input but the time step, by name, numbers that are equal where the input is. Calls of one model may
+"""Name of an input, except the time step -> numbers that are equal if the input is equal. Calls of one model may
 have different inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """What the clock says of one call."""
+    """The place of one call in a generation."""
 
     step: int | None
-    """From 0; None where the calls do not tell: no time step among the inputs, no open `generation`."""
+    """Number of the step, from 0. None if unknown: no time step among the inputs and no open `generation`."""
     steps: int
-    """Steps of the whole generation: what `generation` says, else those of the last video, else 50."""
+    """Steps of the whole generation: those given to `generation`, else those of the last video, else 50."""
     stream: int = 0
-    """From 0, in the order in which the video's first step called them."""
+    """Number of the stream, from 0, in the order of the calls in the video's first step."""
     new_video: bool = False
-    """Whether the state that earlier calls left is of another video."""
+    """Whether the state from earlier calls belongs to another video."""
 
 
 @dataclass(slots=True)
 class StepClock:
-    """One for each model; `tick` is called at every forward."""
+    """The clock of one model. Every forward calls `tick`."""
 
     _steps: int = USUAL_STEPS
     _generation: "Generation | None" = None
     _before: int = 0
-    """Steps that other models of the generation had done when this one was first called in it."""
+    """Steps that other models of the generation had done before the first call of this one."""
     _calls: int = 0
-    """Since the generation or the process began."""
+    """Calls since the generation or the process began."""
     _step: int = 0
     _time: float | None = None
     _direction: int = 0
-    """Of the time steps of this video: 1 rising, -1 falling, 0 not known yet."""
+    """Direction of this video's time steps: 1 rising, -1 falling, 0 not known yet."""
     _streams: list[Prints] = field(default_factory=list)
-    """The last prints of each."""
+    """The last prints of each stream."""
     _varying: set[str] = field(default_factory=set)
     """Inputs that change with the steps."""
 
@@ -72,7 +72,7 @@ class StepClock:
         """Count a call.
 
         Args:
-            time: the time step; None where the graph has none, or where `reads` says that it is not needed.
+            time: the time step; None if the graph has none, or if `reads` returned False.
             prints: the other inputs; empty if time is None.
         """
         generation = _open.get()
@@ -92,7 +92,7 @@ class StepClock:
         return Tick(self._before + self._step, self._steps, stream, new_video)
 
     def _begin(self, generation: "Generation | None") -> None:
-        """A `generation` was opened or closed."""
+        """Start a video, since a `generation` was opened or closed."""
         self._generation, self._before, self._calls = generation, 0, 0
         self._start_video()
         if generation is not None:
@@ -106,7 +106,7 @@ class StepClock:
         self._streams.clear()
 
     def _advance(self, time: float, prints: Prints) -> bool:
-        """Move to the step of a time step; whether a new video begins with it."""
+        """Move to the step of this time step. Return whether a new video begins with it."""
         if self._time is None:
             return False
         if time == self._time:
@@ -125,7 +125,7 @@ class StepClock:
         return ended
 
     def _update(self, prints: Prints) -> None:
-        """The time step changed: what changed for every stream goes with the steps, not with a stream."""
+        """Note the inputs that changed for every stream with the time step: they do not distinguish streams."""
         for name, value in prints.items():
             before = [stream[name] for stream in self._streams if name in stream]
             if before and value not in before:
@@ -139,24 +139,24 @@ class StepClock:
         return frozenset((name, () if name in self._varying else value) for name, value in prints.items())
 
     def _is_foreign(self, prints: Prints) -> bool:
-        """Whether a call is of no stream known so far."""
+        """Whether a call belongs to none of the streams known so far."""
         return all(self._conditioning(stream) != self._conditioning(prints) for stream in self._streams)
 
     def _recognise(self, prints: Prints, *, moved: bool) -> int:
-        """The stream of a call; `moved`: the time step has just changed, so that no stream begins."""
+        """The stream of a call. `moved`: the time step has just changed, so no stream begins."""
         if not self._is_foreign(prints):
             own = self._conditioning(prints)
             return next(i for i, stream in enumerate(self._streams) if self._conditioning(stream) == own)
         if not moved or not self._streams:
             return len(self._streams)
-        # An input changed with the step that tells streams apart: the stream that is most like it.
+        # An input that distinguishes streams changed with the step: take the most similar stream.
         alike = [len(prints.items() & stream.items()) for stream in self._streams]
         return alike.index(max(alike))
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """What a user says of the calls to come."""
+    """The user's statement about the next calls."""
 
     steps: int
     streams: int | None
@@ -168,19 +168,19 @@ _open: ContextVar[Generation | None] = ContextVar("generation", default=None)
 
 @contextmanager
 def generation(steps: int, streams: int | None = None) -> Iterator[None]:
-    """Say that one video is generated in the block, so that no step has to be guessed.
+    """State that the block generates one video, so that no step has to be guessed.
 
     Args:
-        steps: denoising steps, of which `dense_steps` may be a share.
-        streams: calls of the model in each step, which then come in turn: 1, or 2 for guidance in two calls.
-            Given, nothing is read from the device, and steps are counted: a solver of second order makes two.
-            None: time steps and streams are read off the inputs, one synchronisation a forward on a GPU.
+        steps: number of denoising steps. `dense_steps` may be a share of it.
+        streams: calls of the model in each step, always in the same order: 1, or 2 for guidance in two calls.
+            If given, nothing is read from the device and calls are counted: a solver of second order makes two.
+            If None, time steps and streams are read from the inputs: one synchronisation per forward on a GPU.
 
-    Models that take turns within a generation (experts for high and low noise) go on counting where the one
-    before stopped.
+    Where models take turns within a generation (experts for high and low noise), each continues the count of the
+    one before.
 
     Raises:
-        OptionError: a number below 1.
+        OptionError: a number is below 1.
     """
     for name, value in (("steps", steps), ("streams", streams)):
         if (value is not None or name == "steps") and (integer(value) or 0) < 1:

@@ -16,10 +16,10 @@ from sparsify_compiler.runtime.state import ModelState, state_of
 
 Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
-"""(site, what its method's `settle` takes), for sites whose method learns."""
+"""(site, argument of its method's `settle`), for sites whose method learns."""
 Run = Callable[..., Any]
 Numbers = tuple[int, ...]
-"""The sizes that are free in Dynamo's graph, in one call; none for a graph that was compiled for all of them."""
+"""Values, in one call, of the sizes that are free in Dynamo's graph; empty for a graph that fits all values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +27,32 @@ class Variant:
     """One of the graphs that a plan is lowered to."""
 
     phase: Phase = "sparse"
-    """`dense`: every call is the model's own, and is observed."""
+    """In `dense`, every call is the model's own, and its site observes it."""
     trains: bool = False
-    """Whether it runs in training: sites keep no state, and methods that learn do so."""
+    """Whether it runs in training: there sites keep no state, and methods that learn observe."""
     choices: Choices = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Which inputs of a graph tell what call this is, by their places."""
+    """The places of the inputs of a graph that distinguish calls."""
 
     owner: int | None
-    """A Parameter of the model, to which its state belongs."""
+    """Place of a Parameter of the model. The model's state belongs to it."""
     time: int | None
-    """The time step."""
+    """Place of the time step."""
     others: dict[str, int]
-    """All other tensors that are not the model's own, by name: latents, conditioning."""
+    """Name -> place of every other tensor that is not the model's own: latents, conditioning."""
 
 
 class Sizes(NamedTuple):
-    """What is fixed of an input: the sizes of a tensor, None for those that are free, or a number."""
+    """The fixed part of an input: the sizes of a tensor, with None for free sizes, or a number."""
 
     name: str
     fixed: tuple[int | None, ...] | int
 
     def fit(self, value: Any) -> bool:
-        """Whether an input is so."""
+        """Whether an input has these sizes."""
         if isinstance(self.fixed, int):
             return bool(value == self.fixed)
         shape = value.shape
@@ -71,31 +71,31 @@ class Sizes(NamedTuple):
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
-    """What Dynamo calls instead of the model's code: the compiled variants of a graph, and the plan they follow."""
+    """The compiled variants of a graph and their plan. Dynamo calls it instead of the model's code."""
 
     options: Mapping[str, Any]
-    """Those that torch.compile was given."""
+    """The options that torch.compile got."""
     plan: GraphPlan
     inputs: Inputs
     sizes: Mapping[int, Sizes]
-    """Place -> what is fixed of an input; empty where nothing is sparse, so that nothing rests on it."""
+    """Place -> fixed part of an input; empty where nothing is sparse, since a dense plan depends on no size."""
     extra: GraphInputs
-    """What its graphs get after these inputs."""
+    """The extra inputs that its graphs get after the model's."""
     functions: Collection[SiteFunction]
-    """What its graphs call by name, which lives as long as the program."""
+    """The functions that its graphs call by name. They live as long as the program."""
     compile: Callable[[Variant, Sequence[Any]], Run]
-    """Compiles a variant for inputs like these."""
+    """Compiles a variant for given inputs."""
     trains: bool
-    """Whether gradients are needed: then nothing is kept from call to call."""
+    """Whether gradients are needed. If so, nothing is kept from call to call."""
     learning_sites: tuple[AttentionPlan, ...] = ()
-    """The plans of sites that are still to learn what they read."""
+    """The plans of sites that have no predictor yet and learn one in training."""
     _compiled: dict[tuple[Variant, Numbers], Run] = field(default_factory=dict)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph. A variant is compiled when it is first needed.
 
         Raises:
-            OperandError: sizes that the program is not for, which Dynamo's guards let through.
+            OperandError: the inputs have sizes that the plan does not fit, although Dynamo's guards passed.
         """
         self._check_sizes(args)
         if not self._remembers and not self.extra.trained:
@@ -127,8 +127,8 @@ class Program:
                 sites = ", ".join(plan.site.name for plan in self.plan.sparse)
                 got = getattr(args[place], "shape", args[place])
                 raise OperandError(
-                    f"the plan of attention {sites} rests on an input {sizes}, got {got}: other sizes need a "
-                    "program of their own, which torch.compile makes unless its guards are skipped"
+                    f"the plan of attention {sites} needs an input {sizes}, got {got}: other sizes need their "
+                    "own program, which torch.compile makes unless its guards are skipped"
                 )
 
     def prepare(self, inputs: Sequence[Any]) -> None:
@@ -136,7 +136,7 @@ class Program:
         phases: tuple[Phase, ...] = (
             ("sparse", "dense") if self._remembers and self.plan.dense_steps else ("sparse",)
         )
-        if self.learning_sites:  # what is sparse depends on what training chooses
+        if self.learning_sites:  # the sparse variant depends on the choices of training
             phases = ("dense",)
         for phase in phases:
             variant = Variant(phase, self.trains)
@@ -149,7 +149,7 @@ class Program:
 
     @property
     def _clocked(self) -> bool:
-        """Whether anything depends on what call this is."""
+        """Whether anything depends on the step or the stream of a call."""
         return bool(self.extra.state) or self.plan.dense_steps > 0
 
     def _chosen(self, state: ModelState) -> Variant:
@@ -159,8 +159,8 @@ class Program:
             return Variant(trains=self.trains)
         if state.learning is None:
             warn_once(
-                "method='dsv' runs dense until it has learnt what to read: train with "
-                "sparsify_compiler.DSVTrainer, or give options={'predictor': a file that it wrote}"
+                "method='dsv' runs dense until its predictor is trained: train it with "
+                "sparsify_compiler.DSVTrainer, or pass options={'predictor': a file that the trainer wrote}"
             )
             return dense
         if not state.learning.sparse:
@@ -174,7 +174,7 @@ class Program:
     def _run(self, variant: Variant, inputs: Sequence[Any]) -> Any:
         run = self._compiled.get((variant, ()))
         if run is None:
-            # Free sizes are symbols only while Dynamo compiles: later, a graph is for the sizes of the call.
+            # Free sizes are symbols only while Dynamo compiles. A later graph is for the sizes of its call.
             numbers = tuple(value for value in inputs if isinstance(value, int))
             run = self._compiled.get((variant, numbers))
             if run is None:
@@ -183,9 +183,9 @@ class Program:
 
 
 def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
-    """The time step, the largest where there are several, and two numbers for every other input.
+    """(the time step, or the largest of several; two numbers for every other input).
 
-    All are read from a device at once: one synchronisation.
+    All numbers on one device are read together: one synchronisation.
     """
     assert inputs.time is not None
     numbers = [
@@ -204,7 +204,7 @@ def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
 
 
 def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares: equal for equal tensors, hardly ever else."""
+    """Sum and sum of squares: equal for equal tensors, and almost never for others."""
     flat = tensor.detach().flatten()
     flat = flat.float() if not flat.is_complex() else torch.view_as_real(flat).flatten().float()
     return flat.sum(dtype=torch.float64), flat.square().sum(dtype=torch.float64)

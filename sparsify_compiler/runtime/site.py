@@ -1,10 +1,10 @@
-"""What a rewritten attention call computes, and how it gets into the graph.
+"""The computation of a rewritten attention call, and its form in the graph.
 
-Where gradients are needed the call is traced, op by op. Else it is one opaque op, `sparsify::site`: the many small
-operations round the kernels cost little to run and much to compile.
+Where gradients are needed the call is traced, op by op. Otherwise it is one opaque op, `sparsify::site`: the many
+small operations around the kernels take little time to run and much to compile.
 
-Whatever a site computes lies in memory as [B, S, H, D], which models go on with. It checks the sizes that its plan
-rests on at every call, and puts its name before what its ops object to.
+The output of a site lies in memory as [B, S, H, D], the layout that the next operators of a model read. A site
+checks the sizes that its plan needs at every call, and puts its name in front of the errors of its ops.
 """
 
 import hashlib
@@ -27,11 +27,11 @@ from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
-"""Rows of each head that are computed exactly, to see whether the far field helps."""
+"""Rows of each head that are computed exactly, to decide whether the far field is used."""
 
 
 class TableSite(nn.Module):
-    """One attention call that reads the table of a static method, and nothing else."""
+    """An attention call whose only extra input is the table of a static method."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TableSite(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, *table: Tensor | None
     ) -> Tensor:
-        """Attend: as `kernels.attention.block_sparse_attention`, with the fields of the table in order."""
+        """Attend, as `kernels.attention.block_sparse_attention` does; `table`: the fields of the table in order."""
         site = self.plan.site
         with _named(site.name):
             _check_sizes(site, query, key, value)
@@ -51,15 +51,15 @@ class TableSite(nn.Module):
 
 
 class SparseSite(nn.Module):
-    """One attention call, as its plan has it."""
+    """An attention call that follows its plan."""
 
     def __init__(
         self, plan: AttentionPlan, inputs: SiteInputs, *, choice: Any = None, sampled_rows: int = 0
     ) -> None:
         """Args:
         inputs: names of the tensors that `forward` gets.
-        choice: what training chose for the site, of a method that learns.
-        sampled_rows: rows of each head to measure the recall on.
+        choice: the choice of training for the site, if its method learns.
+        sampled_rows: number of rows of each head on which the recall is measured.
         """
         super().__init__()
         self.site = plan.site
@@ -72,7 +72,7 @@ class SparseSite(nn.Module):
 
         Args:
             query, key, value, key_bias: as in `kernels.attention.block_sparse_attention`.
-            tensors: those that `inputs` names; `observed`, `state` and `report` are written to.
+            tensors: the tensors that `inputs` names; `observed`, `state` and `report` are written.
         """
         function = self.function
         query, key, value = attention.cast(query, key, value)
@@ -98,7 +98,7 @@ class Observer(nn.Module):
     def forward(
         self, out: Tensor, query: Tensor, key: Tensor, key_bias: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        """`out`, the call's output, as it is; the tensors are those of `SparseSite`."""
+        """Return `out`, the call's output, unchanged; `tensors` as in `SparseSite`."""
         function = self.function
         bound = function.inputs.bind(tensors)
         query, key, _ = attention.cast(query, key, key)
@@ -112,9 +112,9 @@ class Observer(nn.Module):
 
 
 class SiteFunction:
-    """The arithmetic of a site: a function of tensors, the same for all sites that are planned alike.
+    """The arithmetic of a site: a function of tensors, shared by all sites with the same plan.
 
-    Ops know it by its name. It lives as long as somebody holds it: a program does, whose graphs call it.
+    Ops find it by its name. The program whose graphs call it keeps it alive.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class SiteFunction:
         bound: Bound,
         site: str,
     ) -> list[Tensor]:
-        """[out, report, *state], as an op of its own where nobody asks for gradients. `site`: its name."""
+        """[out, report, *state], as one opaque op where no gradients are needed. `site`: its name."""
         inputs = self.inputs.to_select(bound)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
             return self.trace(query, key, value, key_bias, inputs)
@@ -144,7 +144,7 @@ class SiteFunction:
         return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name, site)
 
     def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
-        """Write what the method learns from a call of training."""
+        """Update the observed tensors from a call of training."""
         bias = None if key_bias is None else key_bias.detach()
         inputs = [*bound.read.values(), *bound.observed.values()]
         updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
@@ -192,7 +192,7 @@ class SiteFunction:
     def _with_others(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
     ) -> Tensor:
-        """`out` of the video's tokens between that of the others, who read everything."""
+        """`out` of the video's tokens, between the output of the other tokens, which read everything."""
         layout = self.plan.layout
         places = torch.arange(layout.tokens, device=query.device)
         others = torch.cat([places[: layout.before], places[layout.tokens - layout.after :]])
@@ -218,7 +218,7 @@ class SiteFunction:
         return list(method.learn(self._tokens(query, key, key_bias), **named))
 
     def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
-        """Uninitialised results of `trace_learn`: new values of all that is observed but the signal."""
+        """Uninitialised results of `trace_learn`: one for every observed tensor except the signal."""
         *written, _ = self.inputs.bind(inputs).observed.values()
         return [t.new_empty(t.shape) for t in written if t is not None]
 
@@ -236,11 +236,11 @@ class SiteFunction:
 
 
 _functions: WeakValueDictionary[str, SiteFunction] = WeakValueDictionary()
-"""By name: an op takes no object."""
+"""Name -> function: an op takes no object."""
 
 
 def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows: int) -> SiteFunction:
-    """The arithmetic of a site, one object for all that are planned alike."""
+    """The arithmetic of a site, one object for all sites with the same plan."""
     site, method = plan.site, settled(plan, choice)
     shape = site.heads, site.kv_heads, site.head_dim, site.scale
     text = repr((plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, inputs))
@@ -252,7 +252,7 @@ def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows
 
 
 def functions_of(module: nn.Module) -> set[SiteFunction]:
-    """What the sites of a lowered graph, and of its bodies, call by name."""
+    """The functions that the sites of a lowered graph, and of its bodies, call by name."""
     return {part.function for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
@@ -312,7 +312,7 @@ _lay_out.register_autograd(lambda ctx, grad: (grad, None))
 
 @contextmanager
 def _named(site: str) -> Iterator[None]:
-    """Put the name of a site before what its ops object to, unless it is there."""
+    """Put the name of a site in front of the errors of its ops, unless the error has a name already."""
     try:
         yield
     except OperandError as error:
@@ -326,7 +326,7 @@ def _named(site: str) -> Iterator[None]:
 def _check_sizes(
     site: AttentionSite, query: Tensor, key: Tensor, value: Tensor | None = None, *, batch: bool = False
 ) -> None:
-    """Raise OperandError unless a call has the sizes that its site was planned for; `batch`: this one too."""
+    """Raise OperandError unless a call has the sizes of its plan. `batch`: whether to check the batch too."""
     expected: list[tuple[str, Tensor, int, int, int]] = [
         ("query", query, site.heads, site.q_tokens, site.head_dim),
         ("key", key, site.kv_heads, site.kv_tokens, site.head_dim),
@@ -338,22 +338,22 @@ def _check_sizes(
         if shape[1:] != tuple(sizes) or (batch and shape[0] != site.batch):
             wanted = ", ".join(map(str, (site.batch if batch else "B", *sizes)))
             raise OperandError(
-                f"{name} must be [{wanted}], as when it was planned, got {list(shape)}: other sizes need a program "
-                "of their own, which torch.compile makes unless its guards are skipped"
+                f"{name} must be [{wanted}], as in its plan, got {list(shape)}: other sizes need their own "
+                "program, which torch.compile makes unless its guards are skipped"
             )
         if _torch.has_tangent(tensor):
             raise OperandError("sparse attention has no forward-mode derivative: leave this attention dense")
 
 
 def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
-    """The method of a sparse site, with the choices of training."""
+    """The method of a site, with the choice of training."""
     method = plan.settings
     assert method is not None
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
 
 
 def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:
-    """Write new values into tensors that are held from call to call."""
+    """Write new values into tensors that are kept from call to call."""
     for old, value in zip(held, new, strict=True):
-        # Not seen by autograd: where a body runs again in backward, its operands are saved, these among them.
+        # Hidden from autograd, which saves these tensors: they are operands of bodies that run again in backward.
         old.data.copy_(value)  # type: ignore[union-attr]

@@ -1,13 +1,13 @@
 """The tensors that a site gets after query, key, value and bias. Only this file knows their order.
 
-| slot          | holds                                            | of a lowered graph it is         |
-| ------------- | ------------------------------------------------ | -------------------------------- |
-| `constants`   | the table of a method, or what `select` needs    | a constant, shared by sites      |
-| `trained`     | what a trainer writes and `select` reads         | an input                         |
-| `observed`    | what `learn` writes in training, `signal` last   | an input                         |
-| `initialised` | whether `state` holds anything yet, 0-d bool     | one input for all sites, on the CPU |
-| `state`       | what a method keeps from call to call, fp32      | an input that the site writes to |
-| `report`      | what the site reports of a call, see `REPORT`    | an input that the site writes to |
+| slot          | holds                                              | in a lowered graph               |
+| ------------- | -------------------------------------------------- | -------------------------------- |
+| `constants`   | the table of a method, or other inputs of `select` | a constant, shared by sites      |
+| `trained`     | tensors that a trainer writes and `select` reads   | an input                         |
+| `observed`    | tensors that `learn` writes, `signal` last         | an input                         |
+| `initialised` | whether `state` holds anything yet, 0-d bool       | one input for all sites, on the CPU |
+| `state`       | tensors kept from call to call, fp32               | an input that the site writes to |
+| `report`      | the site's report on a call, see `REPORT`          | an input that the site writes to |
 
 A lowered graph gets its own inputs first, then `trained` and `observed` of all sites, then `initialised`, then
 `state` and `report`, site by site. `SiteInputs` names the slots of one site, `GraphInputs` describes the extra
@@ -27,9 +27,9 @@ from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.runtime.state import Spec, Trained, blank
 
 REPORT = ("density", "kept", "recall", "far_field")
-"""What a dynamic site reports of each call, for every batch and head: share of the token pairs computed; mean
-attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without; whether
-the far field is on, 1 or 0."""
+"""The report of a dynamic site on each call, for every batch and head: share of the token pairs computed; mean
+attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without sampled rows;
+whether the far field is on, 1 or 0."""
 
 _INITIALISED, _BLANK = (torch.tensor(flag, dtype=torch.bool, device="cpu") for flag in (True, False))
 
@@ -54,10 +54,10 @@ class SiteInputs:
     observed: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     remembers: bool = False
-    """Whether the site gets `initialised`, `state` and `report`; else every call starts anew."""
+    """Whether the site gets `initialised`, `state` and `report`; otherwise every call starts without state."""
 
     def bind(self, tensors: Sequence[Tensor | None]) -> Bound:
-        """The tensors of a call, in order, by slot."""
+        """Sort the tensors of a call, given in order, by slot."""
         read, rest = self._read(tensors)
         observed = dict(zip(self.observed, rest, strict=False))
         if not self.remembers:
@@ -66,7 +66,7 @@ class SiteInputs:
         return Bound(read, observed, initialised, tuple(t for t in state if t is not None), report)
 
     def to_select(self, bound: Bound) -> list[Tensor | None]:
-        """What an op gets that selects or observes: all but `observed` and `report`."""
+        """The tensors for an op that selects or observes: all except `observed` and `report`."""
         return [*bound.read.values(), *([bound.initialised, *bound.state] if self.remembers else [])]
 
     def selecting(
@@ -84,7 +84,7 @@ class SiteInputs:
     def _read(
         self, tensors: Sequence[Tensor | None]
     ) -> tuple[dict[str, Tensor | None], Sequence[Tensor | None]]:
-        """(constants and trained tensors by name, those that follow them)."""
+        """(constants and trained tensors by name, the tensors after them)."""
         names = (*self.constants, *self.trained)
         return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
 
@@ -98,10 +98,10 @@ def state_shapes(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
 def trained_tensors(
     plan: AttentionPlan, device: torch.device, *, trains: bool
 ) -> tuple[dict[str, Trained], dict[str, Trained]]:
-    """(what the method reads, what it observes), by name; nothing for a method that is not trained.
+    """(tensors that the method reads, tensors that it observes), by name; empty for a method without training.
 
     Args:
-        trains: whether this graph runs in training, where a method observes.
+        trains: whether this graph runs in training. Only there a method observes.
     """
     method, site = plan.settings, plan.site
     if not isinstance(method, LearningMethod):
@@ -133,7 +133,7 @@ class GraphInputs:
     """Site -> place of its report in `state`."""
 
     def __len__(self) -> int:
-        """How many inputs these are."""
+        """The number of these inputs."""
         return len(self.trained) + self.initialised + len(self.state)
 
     def bind(self, trained: Sequence[Tensor], state: Sequence[Tensor], *, initialised: bool) -> list[Tensor]:
@@ -142,17 +142,17 @@ class GraphInputs:
         return [*trained, *flag, *state]
 
     def blank(self) -> list[Tensor]:
-        """The extra inputs of a first call: trained tensors as they start, and a blank state."""
+        """The extra inputs of a first call: trained tensors with their initial values, and a blank state."""
         trained = [one.initial.to(one.device) for one in self.trained]
         return self.bind(trained, blank(self.state), initialised=False)
 
     def later(self, first: Sequence[Tensor]) -> list[Tensor]:
-        """The extra inputs of a call that goes on from an earlier one, of the inputs of that one."""
+        """The extra inputs of a call that continues after the call with the inputs `first`."""
         trained, state = first[: len(self.trained)], first[len(first) - len(self.state) :]
         return self.bind(trained, state, initialised=True)
 
     def reports_in(self, state: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Site -> its report, [4, B, H], in the tensors of a call."""
+        """Site -> its report, [4, B, H], from the state tensors of a call."""
         return {site: state[place] for site, place in self.reports.items()}
 
 
@@ -168,13 +168,13 @@ class InputBuilder:
         self._trained: list[Trained] = []
 
     def trained(self, name: str, source: Trained) -> fx.Node:
-        """An input for a tensor that a trainer writes."""
+        """Add an input for a tensor that a trainer writes."""
         self._trained.append(source)
         after = [self._initialised] if self._initialised is not None else self._state
         return add_placeholder(self._graph, name, before=after[0] if after else None)
 
     def kept(self, plan: AttentionPlan, device: torch.device) -> list[fx.Node | None]:
-        """`initialised`, `state` and `report` of a site; None for the first where a site has no state."""
+        """Add `initialised`, `state` and `report` of a site; the first is None where a site has no state."""
         site, shapes = plan.site, state_shapes(plan)
         if shapes and self._initialised is None:
             first = self._state[0] if self._state else None
@@ -187,7 +187,7 @@ class InputBuilder:
         return [self._initialised if shapes else None, *self._state[-len(tensors) :]]
 
     def built(self) -> GraphInputs:
-        """All that were added."""
+        """The inputs that were added."""
         return GraphInputs(
             trained=tuple(self._trained),
             initialised=self._initialised is not None,
@@ -197,7 +197,7 @@ class InputBuilder:
 
 
 def add_placeholder(graph: fx.Graph, name: str, *, before: fx.Node | None = None) -> fx.Node:
-    """A new input of a graph: the last one, or the one before another."""
+    """Add an input to a graph: after all others, or directly before a given one."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if before is not None:
         place = graph.inserting_before(before)

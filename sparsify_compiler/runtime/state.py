@@ -1,7 +1,8 @@
-"""What lasts from call to call: a clock for each model, and for each of its streams the tensors of its sites.
+"""State from call to call: a clock for each model, and the tensors of its sites for each of its streams.
 
 State belongs to the model and not to a compiled program: two models of one class share their programs, and one
-model has several. It is found by a Parameter that the program is called with, and goes when that goes.
+model has several programs. A Parameter among the inputs of the program identifies the model; the state is freed
+with it.
 """
 
 import weakref
@@ -18,7 +19,7 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import StepClock, Tick
 
 REMEMBERED = 1000
-"""Calls of which reports are kept."""
+"""Number of calls whose reports are kept."""
 
 Spec = tuple[str, tuple[int, ...], torch.device]
 """Name, shape and device of an fp32 tensor."""
@@ -35,18 +36,18 @@ class Trained:
 
     name: str
     initial: Tensor
-    """What it holds until it is trained."""
+    """Its values before training."""
     device: torch.device
 
 
 @dataclass(slots=True, eq=False)
 class Learning:
-    """How far the learning of a model has come."""
+    """The progress of a model's training."""
 
     sparse: bool = False
-    """Whether its sites run sparse; else dense, and are looked at."""
+    """Whether its sites run sparse; otherwise they run dense and are observed."""
     choices: dict[str, Hashable] = field(default_factory=dict)
-    """Site -> what its method's `settle` takes."""
+    """Site -> argument of its method's `settle`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +56,7 @@ class Stream:
 
     tensors: list[Tensor]
     calls: int = 0
-    """Calls since the video began; 0: the tensors hold nothing yet."""
+    """Calls since the video began; at 0 the tensors hold nothing yet."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +64,7 @@ class Record:
     """One call of a program."""
 
     options: Mapping[str, Any]
-    """Those that torch.compile was given: programs of one model differ by them."""
+    """The options that torch.compile got: they distinguish the programs of one model."""
     video: int
     """Number of the video of this model, from 0."""
     call: int
@@ -77,28 +78,28 @@ class Record:
 
 @dataclass(slots=True, eq=False)
 class ModelState:
-    """Everything that is remembered about a model."""
+    """The whole state of a model."""
 
     clock: StepClock = field(default_factory=StepClock)
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    """Records of the last calls of each program, in the last video that it made."""
+    """Records of the last calls of each program, in its last video."""
     video: int = 0
     """The number of the video, from 0."""
     calls: int = 0
-    """Calls recorded since it began."""
+    """Number of calls recorded since the video began."""
     learning: Learning | None = None
-    """Of a model whose sites learn, once a trainer takes care of it."""
+    """Progress of training; None if no trainer has the model."""
     trained: dict[str, Tensor] = field(default_factory=dict)
-    """By name; lasts from video to video, and is shared by streams and programs."""
+    """Name -> tensor. Kept from video to video, and shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
-    """Those that learn: the plan of the last program that called them, and whose parameter it was called with."""
+    """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
     _streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
 
     def trained_tensors(self, specs: Sequence[Trained]) -> list[Tensor]:
-        """The tensors that `specs` describe, made where they do not exist yet.
+        """The tensors that `specs` describe. Tensors that do not exist yet are made.
 
         Raises:
-            SparsifyError: one that was loaded is of another model.
+            SparsifyError: a tensor that was loaded belongs to another model.
         """
         for spec in specs:
             if spec.name not in self.trained:
@@ -107,38 +108,40 @@ class ModelState:
             held = self.trained[spec.name]
             if held.shape != spec.initial.shape or held.device != spec.device:
                 raise SparsifyError(
-                    f"what was learnt is of another model, or with other options: {spec.name} must be "
+                    f"the trained tensors belong to another model or to other options: {spec.name} must be "
                     f"{tuple(spec.initial.shape)} on {spec.device}, got {tuple(held.shape)} on {held.device}. "
-                    "Compile with the options that it learned with, such as the rank, or train a new "
-                    "instance of the model"
+                    "Compile with the options of the training, such as the rank, or train a new instance "
+                    "of the model"
                 )
         return [self.trained[spec.name] for spec in specs]
 
     def enter(self, plans: Iterable[AttentionPlan], owner: int) -> None:
-        """Note sites that learn.
+        """Register sites that learn. `owner`: id of the Parameter that the state of the program belongs to.
 
         Raises:
-            SparsifyError: two parts of a model, compiled one by one, have a site of one name.
+            SparsifyError: two parts of a model were compiled separately and have sites of the same name.
         """
         for plan in plans:
             name = plan.site.name
             if name in self.sites and self.sites[name][1] != owner:
                 raise SparsifyError(
-                    f"two attentions of this model are called {name!r}, since its parts were compiled one by one: "
-                    "to learn, compile it as a whole"
+                    f"two attentions of this model are called {name!r}, since its parts were compiled "
+                    "separately: compile the whole model to train it"
                 )
             self.sites[name] = plan, owner
 
     def stream(self, specs: Sequence[Spec], number: int) -> Stream:
-        """The tensors that `specs` describe, of a stream; zeros at its first call."""
+        """The tensors of a stream that `specs` describe; zeros at its first call."""
         key = tuple(specs), number
         if key not in self._streams:
-            with torch.inference_mode(False):  # a tensor made in it could not be written to out of it
+            with torch.inference_mode(
+                False
+            ):  # tensors made in inference mode cannot be written outside of it
                 self._streams[key] = Stream(blank(specs))
         return self._streams[key]
 
     def new_video(self) -> None:
-        """Forget the state that another video left."""
+        """Drop the state of the last video."""
         self._streams.clear()
         self.video, self.calls = self.video + 1, 0
 
@@ -150,7 +153,7 @@ class ModelState:
         phase: str,
         reports: Mapping[str, Tensor],
     ) -> None:
-        """Keep what the sites report of a call, and forget what programs of these options did in earlier videos."""
+        """Keep the reports on a call, and drop those of programs with these options on earlier videos."""
         if self.history and self.history[0].video != self.video:
             kept = (one for one in self.history if one.video == self.video or one.options != options)
             self.history = deque(kept, maxlen=REMEMBERED)
@@ -164,21 +167,22 @@ _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
 
 
 def states_of(owners: Iterable[object]) -> list[ModelState]:
-    """The different states that exist of these owners; makes none."""
+    """The distinct states that these owners have already. No state is made."""
     return list(dict.fromkeys(_models[id(owner)][1] for owner in owners if id(owner) in _models))
 
 
 def share_state(owners: Iterable[object]) -> ModelState:
-    """The one state of all these owners from now on, by whichever of them it is looked up.
+    """Give all these owners one state, and return it.
 
     Raises:
-        SparsifyError: they have several already.
+        SparsifyError: the owners have several states already.
     """
     owners = list(owners)
     states = states_of(owners)
     if len(states) > 1:
         raise SparsifyError(
-            f"{len(states)} parts of this model were compiled one by one and have run: to learn, compile it whole"
+            f"{len(states)} parts of this model were compiled separately and have run: compile the whole model "
+            "to train it"
         )
     state = states[0] if states else ModelState()
     for owner in owners:
@@ -187,7 +191,7 @@ def share_state(owners: Iterable[object]) -> ModelState:
 
 
 def state_of(owner: object) -> ModelState:
-    """The state that belongs to `owner`, a Parameter of the model, for as long as that lives."""
+    """The state that belongs to `owner`, a Parameter of the model, for the life of `owner`."""
     if id(owner) not in _models:
         _keep(owner, ModelState())
     return _models[id(owner)][1]

@@ -1,1 +1,1 @@
-"""What tests need, for this project's and for users' own: oracles, hypothesis strategies, small models."""
+"""Helpers for tests, this project's and users' own: oracles, hypothesis strategies, small models."""

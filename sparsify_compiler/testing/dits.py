@@ -1,7 +1,7 @@
-"""Random small video DiTs of many spellings, each with what is to be found in it; and the least of all, `Attend`.
+"""Random small video DiTs in many spellings, each with its expected sites; and the smallest video model, `Attend`.
 
-A `Recipe` says what a model is made of; `recipes()` draws one. Some recipes hold a trap: tokens in another
-order than the grid's, or an attention that must not be touched.
+A `Recipe` holds the choices for a model; `recipes()` draws one. Some recipes have a trap: tokens in another order
+than the grid's, or an attention that must not be rewritten.
 """
 
 import math
@@ -19,13 +19,13 @@ CHANNELS = 4
 LAYERS = 2
 
 ORDERS = ("shuffled", "rolled", "flipped", "frames last", "first token cut")
-"""Traps for all layers: the sequence of video tokens is not the grid, row-major."""
+"""Traps for all layers: the sequence of video tokens is not the grid in row-major order."""
 
 REGROUPED = ("within frames", "along time", "within rows")
-"""Traps for one layer: attention over a part of the video, the rest in the batch."""
+"""Traps for one layer: attention over a part of the video, with the rest in the batch."""
 
 INSIDE = ("causal", "query mask", "dropout", "pooled keys", "rolled keys")
-"""Traps for one layer, in the attention itself."""
+"""Traps for one layer, inside the attention."""
 
 SDPA = ("positional", "all positional", "keywords", "gqa")
 UNFUSED = ("matmul", "operators", "einsum", "bmm", "baddbmm", "two roots")
@@ -39,32 +39,32 @@ class Recipe:
     batch: int
     patch: Literal["conv3d", "conv2d", "linear", "packed"]
     frames_first: bool
-    """Input [B, F, C, H, W] instead of [B, C, F, H, W]; nothing to packed input, [B, S, C]."""
+    """Input [B, F, C, H, W] instead of [B, C, F, H, W]; without effect on packed input, [B, S, C]."""
     position: Literal["none", "added", "rope halves", "rope pairs", "rope complex"]
     text: Literal["none", "first", "last", "cross"]
     text_tokens: int
     extra_tokens: int
-    """Conditioning tokens right before the video's."""
+    """Number of conditioning tokens directly before the video's."""
     streams: bool
-    """Video and other tokens have projections of their own, joined as queries, keys and values."""
+    """Video and other tokens have separate projections, joined as queries, keys and values."""
     mask: Literal["none", "bool", "additive", "per head"]
-    """Padding of keys."""
+    """The mask of padded keys."""
     heads: int
     kv_heads: int
     head_dim: int
     split: Literal["linears", "chunks", "permute"]
-    """Queries, keys and values by three linear layers, by one and split, or by one, reshape and permute."""
+    """Queries, keys and values from three linear layers, from one and a split, or from one, reshape and permute."""
     view: Literal["view", "unflatten", "reshape"]
-    """How the heads are made an axis."""
+    """The operator that makes an axis of the heads."""
     norm: bool
-    """Normalise queries and keys."""
+    """Whether queries and keys are normalised."""
     spelling: str
     """One of `SDPA` or `UNFUSED`."""
     scale: float | None
     trap: str
     """Empty, or one of `ORDERS`, `REGROUPED`, `INSIDE`."""
     trapped: int
-    """The layer of a trap that is for one layer."""
+    """The layer with the trap, if the trap is for one layer."""
 
     @property
     def video_tokens(self) -> int:
@@ -72,16 +72,16 @@ class Recipe:
 
     @property
     def parts(self) -> list[int]:
-        """Tokens before the video's, the video's, and after them."""
+        """Numbers of tokens: before the video's, the video's, after the video's."""
         first, last = (self.text_tokens * (self.text == place) for place in ("first", "last"))
         return [first + self.extra_tokens, self.video_tokens, last]
 
     def trap_of(self, layer: int) -> str:
-        """The trap that a layer's own attention holds."""
+        """The trap in a layer's own attention, or ""."""
         return self.trap if layer == self.trapped and self.trap not in ORDERS else ""
 
     def expect(self) -> list[Expected]:
-        """All attention calls in order. Packed tokens without positions could be anything."""
+        """All attention calls in order. The grid of packed tokens without positions cannot be known."""
         before, _, after = self.parts
         kind: Literal["self", "joint"] = "joint" if before + after else "self"
         found = Expected(grid=self.grid, before=before, after=after, kind=kind)
@@ -97,7 +97,7 @@ class Recipe:
         return calls
 
     def build(self, seed: int = 0) -> tuple[nn.Module, Inputs]:
-        """The model and the inputs of one forward; in training mode only if its trap is dropout."""
+        """The model and the inputs of one forward; the model is in training mode only if its trap is dropout."""
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             model = _DiT(self).train(self.trap == "dropout")
@@ -175,7 +175,7 @@ class _DiT(nn.Module):
         return self.out(x[:, before : before + video])
 
     def patch(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        """[B, S, C] and the grid."""
+        """(tokens [B, S, C], grid)."""
         if self.recipe.patch == "packed":
             return self.embed(x), grid
         if self.recipe.frames_first:
@@ -193,7 +193,7 @@ class _DiT(nn.Module):
         return self.embed(x.flatten(4)).flatten(1, 3), grid
 
     def reorder(self, x: Tensor, grid: Grid) -> Tensor:
-        """[B, S, C] to the same, in the order of the trap."""
+        """Bring tokens [B, S, C] into the order of the trap."""
         match self.recipe.trap:
             case "shuffled":
                 return x[:, self.order]
@@ -257,7 +257,7 @@ class _Layer(nn.Module):
         return _attention(recipe, q, k, v, mask, dropout, trap == "causal").transpose(1, 2).flatten(2)
 
     def attend_in_groups(self, x: Tensor, grid: Grid) -> Tensor:
-        """Attention among the tokens of each group; the groups go to the batch and come back."""
+        """Attention among the tokens of each group. The groups move to the batch and back."""
         frames, _, width = grid
         groups = x.unflatten(1, grid).transpose(1, 2).flatten(2, 3)  # rows
         if self.trap != "within rows":
@@ -273,7 +273,7 @@ class _Layer(nn.Module):
         return out.flatten(1, 2)
 
     def project(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values [B, H, S, D] of [B, S, C]."""
+        """Queries, keys and values [B, H, S, D] from tokens [B, S, C]."""
         recipe = self.recipe
         parts = x.split(recipe.parts, 1) if recipe.streams else [x]
         joined = [
@@ -292,7 +292,7 @@ class _Layer(nn.Module):
 
 
 def _angles(places: Tensor, count: int) -> Tensor:
-    """[S, count]: the three coordinates of each token, at frequencies that fall."""
+    """[S, count]: the three coordinates of each token, at falling frequencies."""
     return torch.cat([places / 2**power for power in range(count)], -1)[:, :count]
 
 
@@ -404,14 +404,14 @@ def _unfused(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    """Any recipe that makes a model: about half of them hold a trap."""
+    """Any valid recipe. About half of them have a trap."""
 
     def one_of(*choices: Any) -> Any:
         return draw(st.sampled_from(choices))
 
     grid = draw(st.tuples(st.integers(2, 5), st.integers(2, 4), st.integers(2, 5)))
     trap = one_of("", one_of(*ORDERS, *REGROUPED, *INSIDE))
-    alone = trap in REGROUPED or trap == "pooled keys"  # only video tokens can be regrouped
+    alone = trap in REGROUPED or trap == "pooled keys"  # a sequence with other tokens cannot be regrouped
     heads = one_of(2, 4)
     text = one_of("none", "cross") if alone else one_of("none", "first", "last", "cross")
     extra_tokens = 0 if alone else one_of(0, 0, 3, grid[1] * grid[2])
@@ -440,9 +440,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
 
 
 class Attend(nn.Module):
-    """The least of video transformers: patches by a 3-D convolution, one attention of two heads of 16.
+    """The smallest video transformer: patches by a 3-D convolution, and one attention with two heads of 16
+    channels.
 
-    Its input is [B, 4, F, H, W], of the grid (F, H / 2, W / 2).
+    Its input is [B, 4, F, H, W], with the grid (F, H / 2, W / 2).
     """
 
     def __init__(self) -> None:

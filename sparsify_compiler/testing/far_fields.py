@@ -1,4 +1,4 @@
-"""Attention problems on which far fields are compared, and the near blocks that a method would choose for them."""
+"""Attention problems to compare far fields on, and the near blocks that a method would select for them."""
 
 import math
 from collections.abc import Callable
@@ -15,10 +15,11 @@ Problem = tuple[Tensor, Tensor, Tensor]
 def planted_clusters(
     tokens: int, heads: int, head_dim: int, *, seed: int = 0, sharpness: float = 1.0
 ) -> Problem:
-    """(query, key, value) [1, H, S, D]: tokens lie about centres, as those of a video's objects do.
+    """(query, key, value) [1, H, S, D]: tokens lie around centres, like the tokens of a video's objects.
 
-    A query looks like the keys of its own cluster, clusters are neighbours in the sequence and of uneven
-    size, and values follow keys in part: by a linear map, the cluster's own value and noise.
+    A query resembles the keys of its own cluster. The tokens of a cluster are neighbours in the sequence, and
+    sizes of clusters differ. Values partly follow keys: a value is a linear map of the key, the cluster's own
+    value and noise.
     """
     g = torch.Generator().manual_seed(seed)
     clusters = max(tokens // 48, 2)
@@ -42,9 +43,9 @@ def planted_clusters(
 
 
 def diffuse(tokens: int, heads: int, head_dim: int, *, seed: int = 0) -> Problem:
-    """Every query spreads over all keys: weak, smooth scores, as at high noise."""
+    """(query, key, value) in which every query attends to all keys: weak, smooth scores, as at high noise."""
     g = torch.Generator().manual_seed(seed)
-    # Smooth along the sequence: random walks that forget over some tens of tokens.
+    # Smooth along the sequence: noise under a kernel that decays over some tens of tokens.
     steps = torch.randn(3, heads, tokens + 256, head_dim, generator=g)
     kernel = torch.exp(-torch.arange(256) / 32.0)
     kernel = kernel / kernel.square().sum().sqrt()
@@ -57,7 +58,7 @@ def diffuse(tokens: int, heads: int, head_dim: int, *, seed: int = 0) -> Problem
 
 
 def very_sharp(tokens: int, heads: int, head_dim: int, *, seed: int = 0) -> Problem:
-    """Planted clusters with queries five times as long: a few keys hold all of the mass."""
+    """Planted clusters with queries five times as long: a few keys hold all the mass."""
     return planted_clusters(tokens, heads, head_dim, seed=seed, sharpness=5.0)
 
 
@@ -69,7 +70,8 @@ GENERATORS: dict[str, Callable[..., Problem]] = {
 
 
 def nearest_blocks(query: Tensor, key: Tensor, q_size: int, kv_size: int, density: float) -> BlockTable:
-    """Flat blocks; each query block reads that share of the key blocks, best products of block means first."""
+    """A table of flat blocks. Each query block reads a share of the key blocks, those with the largest products of
+    block means."""
     means = [t.unflatten(2, (-1, n)).float().mean(3) for t, n in ((query, q_size), (key, kv_size))]
     scores = means[0] @ means[1].mT
     kept = max(1, round(density * scores.shape[-1]))
@@ -88,11 +90,12 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
 
 
 def query_side(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the far field alone, expanded at the mean query qbar of each query block instead of by key.
+    """(out, lse) of only the far field, expanded at the mean query qbar of each query block instead of by key.
 
     Over the skipped blocks, under the softmax at qbar: log Z, mean output o, mean key mu, covariance C of keys and
-    values, within blocks and between them. Then lse = log Z + s mu.(q - qbar) and out = o + s Cᵀ (q - qbar). Its
-    lse is a tangent below a convex function, so it never overweighs; it costs one key and one matrix a block.
+    values, within blocks and between them. Then lse = log Z + s mu.(q - qbar) and out = o + s Cᵀ (q - qbar). This
+    lse is a tangent below a convex function, so the far field never gets too much weight. It costs one key and one
+    matrix per query block.
     """
     scale = query.shape[-1] ** -0.5
     log_weight, k, v, _, _, within = block_statistics(

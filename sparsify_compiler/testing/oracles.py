@@ -1,11 +1,12 @@
-"""Definitions to hold the code against; they share none of it.
+"""Oracles: definitions that share no code with the package.
 
-Error bound of a kernel test: the kernel's distance to float64 attention may be at most `SLACK` times that of
-plain low-precision attention on the same inputs, plus a floor for inputs on which eager happens to be exact.
+The error bound of a kernel test: the kernel's distance to float64 attention may be at most `SLACK` times that of
+plain low-precision attention on the same inputs, plus a floor for inputs on which eager is exact by chance.
 """
 
 import itertools
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from sparsify_compiler.table import BlockTable
 
 SLACK = 2.0
-"""Kernels accumulate in another order than eager, so their rounding errors differ, not their size."""
+"""Kernels add in another order than eager, so rounding errors differ, but their size is the same."""
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Two units in the last place of an output near 1 (fp32: of a sum of some hundred terms)."""
+"""Two units in the last place of an output near 1 (for fp32, of a sum of some hundred terms)."""
 
 
 def masked_attention(
@@ -34,7 +35,7 @@ def masked_attention(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention under a boolean mask, written out: (out [B,H,Sq,Dv], lse [B,H,Sq]) in `dtype`.
 
-    A row that sees no key comes out as 0 with lse -inf. `mask` broadcasts to [B, H, Sq, Sk].
+    A row without visible keys is 0, with lse -inf. `mask` broadcasts to [B, H, Sq, Sk].
     """
     weights, lse = _masked_weights(query, key, mask, key_bias=key_bias, scale=scale, dtype=dtype)
     return weights @ value.to(dtype).repeat_interleave(query.shape[1] // value.shape[1], 1), lse
@@ -56,7 +57,7 @@ def _masked_weights(
     if key_bias is not None:
         scores = scores + key_bias.to(dtype)[:, :, None, :]
     scores = scores.masked_fill(~mask, -torch.inf)
-    # Rows that see nothing are set aside, so that their gradient is 0 too and not NaN.
+    # Rows without visible keys are masked out, so that their gradient is 0 and not NaN.
     blind = (scores == -torch.inf).all(-1)
     scores = scores.masked_fill(blind[..., None], 0.0)
     lse = scores.logsumexp(-1)
@@ -75,11 +76,10 @@ def far_field_attention(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) in float64 of near keys and approximated blocks, query by query from the formulas; no guard.
+    """(out, lse) in float64 of near keys and approximated blocks, query by query from the formulas, without guard.
 
     Args:
-        cubes: tokens of the blocks of keys that answer for those of them which a row does not read; None: the
-            blocks of the table do.
+        cubes: tokens of each block that approximates its unread keys; if None, the blocks of the table do.
     """
     q, k, v = query.double(), key.double(), value.double()
     batch, heads, q_tokens, head_dim = q.shape
@@ -156,8 +156,8 @@ def _blocks_of(
 def gains(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Both [B, H, Nq, N] float64, block by block from the formulas: what reading a block of `table` gains, and the
-    share of the attention that it is estimated to get."""
+    """(gain of reading each block of `table`, estimated share of the attention of each block), both [B, H, Nq, N]
+    float64, block by block from the formulas."""
     q, k, v = query.double(), key.double(), value.double()
     batch, heads, q_tokens, _ = q.shape
     found = q.new_zeros(batch, heads, table.q_bounds.shape[-1] - 1, table.kv_bounds.shape[-1] - 1)
@@ -198,7 +198,7 @@ def gains(
 def _groups(
     keys: Tensor, values: Tensor, columns: list[list[int]], key_bias: Tensor | None, b: int, h: int
 ) -> tuple[list[float], list[list[int]], dict[int, Any]]:
-    """(bias of each key, blocks without hidden keys, `_moments` of those that are not empty)."""
+    """(bias of each key, visible keys of each block, `_moments` of the blocks with visible keys)."""
     bias = [0.0] * len(keys)
     if key_bias is not None:
         bias = key_bias[b % key_bias.shape[0], h % key_bias.shape[1]].double().tolist()
@@ -234,7 +234,7 @@ def assert_close_to_float64(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> None:
-    """`out` and `lse` equal float64 attention as closely as eager attention in the inputs' dtype does."""
+    """Assert that `out` and `lse` are as close to float64 attention as eager attention in the inputs' dtype."""
     exact, exact_lse = masked_attention(query, key, value, mask, key_bias=key_bias, scale=scale)
     eager, eager_lse = masked_attention(
         query, key, value, mask, key_bias=key_bias, scale=scale, dtype=query.dtype
@@ -257,8 +257,8 @@ def assert_gradients_close_to_float64(
     key_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> None:
-    """Gradients of query, key and value equal those of float64 attention as closely as autograd's do in the
-    inputs' dtype. A row that sees no key has none."""
+    """Assert that gradients of query, key and value are as close to those of float64 attention as autograd's in the
+    inputs' dtype. A row without visible keys has gradient 0."""
     sizes = _sizes_of_gradients(
         grad_out.double(), grad_lse.double(), query, key, value, mask, key_bias=key_bias, scale=scale
     )
@@ -282,8 +282,8 @@ def _sizes_of_gradients(
     key_bias: Tensor | None,
     scale: float | None,
 ) -> list[float]:
-    """The largest sum of magnitudes that a gradient of query, key or value is a sum of: to these rounding is
-    relative, not to what is left when they cancel, as weights x grad_out . value and weights x delta do."""
+    """For query, key and value: the largest sum of magnitudes of the terms of a gradient. Rounding is relative to
+    this sum. The gradient itself may be small, since weights x grad_out . value and weights x delta cancel."""
     q, k, v = query.detach().double(), key.detach().double(), value.detach().double()
     group = q.shape[1] // k.shape[1]
     v = v.repeat_interleave(group, 1)
@@ -302,7 +302,7 @@ def _sizes_of_gradients(
 def _assert_within(
     got: Tensor, exact: Tensor, eager: Tensor, floor: float, size: float | None = None
 ) -> None:
-    """`floor` is relative to `size`, or to the largest element of `exact`."""
+    """Assert the error bound. `floor` is relative to `size`, or to the largest element of `exact`."""
     assert got.shape == exact.shape, f"shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     finite = exact.isfinite()
     assert torch.equal(got.isfinite(), finite), "finite where it must not be, or the reverse"
@@ -321,7 +321,7 @@ def _assert_within(
 def tile_mask(
     frames: int, reference_frames: int, tokens_per_frame: int, before: int = 0, after: int = 0
 ) -> Tensor:
-    """[S, S] bool: Efficient-vDiT's mask k : F-k, token pair by token pair from the paper's definition."""
+    """[S, S] bool: Efficient-vDiT's mask k : F-k, for each token pair from the paper's definition."""
     reference = {-(-i * frames // reference_frames) for i in range(reference_frames)}
     frame: list[int | None] = [None] * before
     frame += [t // tokens_per_frame for t in range(frames * tokens_per_frame)]
@@ -332,11 +332,61 @@ def tile_mask(
     return torch.tensor(rows, dtype=torch.bool)
 
 
-class TileAttention(TorchFunctionMode):
-    """While active, every attention over the whole sequence is dense SDPA under Efficient-vDiT's mask.
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((got - exact).abs().max() / exact.abs().max())
 
-    Holds a model to the mask's definition without the compiler: run it eagerly, `with TileAttention(...)`.
-    Queries are taken frame by frame, so that no mask of S x S is ever there.
+
+class _Attention(TorchFunctionMode):
+    """While active, `_attention` runs instead of scaled_dot_product_attention."""
+
+    _attention: Callable[..., Tensor]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attention(*args, **kwargs)
+
+
+class MaskedAttention(_Attention):
+    """While active, every self-attention over at least `tokens` tokens is dense under the next of the masks.
+
+    Args:
+        masks: boolean, broadcast to [B, H, S, S], in the order of the calls; None leaves a call as it is.
+    """
+
+    def __init__(self, masks: Iterable[Tensor | None], tokens: int) -> None:
+        super().__init__()
+        self.masks, self.tokens = iter(masks), tokens
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **others: Any,
+    ) -> Tensor:
+        is_long = query.shape[-2] == key.shape[-2] >= self.tokens
+        if not is_long or (mask := next(self.masks)) is None:
+            return scaled_dot_product_attention(query, key, value, attn_mask, *args, **others)
+        bias = attn_mask
+        if bias is not None:
+            if bias.dtype == torch.bool:
+                bias = torch.zeros(()).masked_fill(~bias, -torch.inf)
+            bias = bias[..., 0, :].expand(query.shape[0], -1, -1)
+        return masked_attention(query, key, value, mask, key_bias=bias, dtype=torch.float32)[0]
+
+
+class TileAttention(_Attention):
+    """A mode in which every attention over the whole sequence is dense SDPA under Efficient-vDiT's mask.
+
+    It is the oracle of a whole model without the compiler: run the model eagerly `with TileAttention(...)`.
+    Queries are computed frame by frame, so no mask of S x S is needed.
     """
 
     def __init__(
@@ -346,14 +396,6 @@ class TileAttention(TorchFunctionMode):
         sees = tile_mask(frames, reference_frames, 1, before=before > 0, after=after > 0)
         sizes = [size for size in [before, *[tokens_per_frame] * frames, after] if size]
         self.sizes, self.rows = sizes, sees.repeat_interleave(torch.tensor(sizes), dim=1)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self._attention(*args, **kwargs)
 
     def _attention(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **others: Any

@@ -1,4 +1,4 @@
-"""Poisoned memory: elements that a kernel leaves unwritten show in its output."""
+"""Poisoned memory: elements that a kernel does not write show in its output."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 INDEX = -(2**30)
-"""A value far out of the range of every index."""
+"""A value far outside the range of every index."""
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, `Tensor.new_empty`, which makes the outputs of kernels, gives NaN or `INDEX`; booleans stay."""
+    """Make `Tensor.new_empty`, which makes the outputs of kernels, return NaN or `INDEX`, except for booleans."""
     plain = Tensor.new_empty
 
     def poisoned(*arguments: Any, **options: Any) -> Tensor:

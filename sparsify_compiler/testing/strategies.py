@@ -12,7 +12,7 @@ from sparsify_compiler.table import BlockTable
 
 @st.composite
 def sizes(draw: st.DrawFn, tokens: int, most_blocks: int = 6) -> list[int]:
-    """Block sizes that add up to `tokens`: empty blocks, one-token blocks and one big block among them."""
+    """Block sizes that add up to `tokens`, including empty blocks, one-token blocks and one big block."""
     cuts = draw(st.lists(st.integers(0, tokens), max_size=most_blocks - 1))
     bounds = [0, *sorted(cuts), tokens]
     return [b - a for a, b in itertools.pairwise(bounds)]
@@ -46,7 +46,7 @@ def tables(draw: st.DrawFn, *, batch: int, heads: int, q_tokens: int, kv_tokens:
         q_order=order(q_tokens) if draw(st.booleans()) else None,
         kv_order=order(kv_tokens) if draw(st.booleans()) else None,
     )
-    # What lies beyond a row's count must not matter, nor the order of the blocks within a row.
+    # Entries beyond a row's count must not matter, nor the order of the blocks within a row.
     columns = torch.arange(table.kv_indices.shape[-1])
     beyond = columns >= table.kv_num_blocks[..., None]
     table.kv_indices[beyond] = kv_count - 1
@@ -54,6 +54,18 @@ def tables(draw: st.DrawFn, *, batch: int, heads: int, q_tokens: int, kv_tokens:
         key = torch.rand(table.kv_indices.shape, generator=generator) + beyond * 2.0
         table.kv_indices.copy_(table.kv_indices.gather(-1, key.argsort(-1)))
     return table
+
+
+@st.composite
+def key_biases(draw: st.DrawFn, *, batch: int, heads: int, tokens: int, seed: int) -> Tensor | None:
+    """A bias [B or 1, H or 1, tokens] that hides no, some or all keys; or None."""
+    if not draw(st.booleans()):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
+    bias = torch.randn(*lead, tokens, generator=generator)
+    hidden = torch.rand(bias.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return bias.masked_fill(hidden, -torch.inf)
 
 
 def qkv(
@@ -79,7 +91,7 @@ def qkv(
 
 
 def site_of(query: Tensor, key: Tensor | None = None, name: str = "here") -> AttentionSite:
-    """The site of a self-attention with these inputs; as many key heads as query heads without a key."""
+    """The site of a self-attention with these inputs. Without a key, it has as many key heads as query heads."""
     batch, heads, tokens, width = query.shape
     return AttentionSite(
         name=name,

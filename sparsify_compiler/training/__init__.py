@@ -1,4 +1,4 @@
-"""Training: dynamic sparsity in two stages, fewer steps, students held to their teachers, layer-wise search."""
+"""Training: dynamic sparsity in two stages, distillation to fewer steps and of sparse students, search."""
 
 from sparsify_compiler.training.search import search
 

@@ -8,16 +8,16 @@
     video = sample_few_steps(student, noise, {"encoder_hidden_states": text}, trainer.config)
 
 It is the first stage of Efficient-vDiT (arXiv 2502.06155). The convention is that of flow matching, as in Wan:
-x_t = (1 - t) video + t noise for t from 0 to 1, and a model, told 1000 t, answers the velocity, noise - video.
-The steps of the teacher's sampler, along times that fall from 1 to 0, are split into segments of as many each. The
-student f(x_t) = x_t + (e - t) v(x_t, t) learns where the teacher's trajectory through x_t leaves the segment, at
-time e: where it ends from s, one step of the solver further,
+x_t = (1 - t) video + t noise for t from 0 to 1. A model gets 1000 t and returns the velocity, noise - video. The
+times of the teacher's sampler fall from 1 to 0. Its steps are split into segments of equal length. The student
+f(x_t) = x_t + (e - t) v(x_t, t) learns the point where the teacher's trajectory through x_t ends its segment, at
+time e. The target predicts this point from s, one step of the solver after t:
 
     x_s = x_t + (s - t) v_teacher(x_t, t),    f(x_t) = x_s + (e - s) v_target(x_s, s),
 
-with guidance inside the teacher and the moving average of the student as target. A step of Euler and one of DDIM
-are the same here: DDIM goes on to (1 - s) video + s noise with both as predicted, which is x_t + (s - t) v. The
-velocity that the student should answer is thus an average of the teacher's and the target's, and so it is computed.
+with guidance inside the teacher and the moving average of the student as target. A step of Euler and a step of DDIM
+are the same here: DDIM moves to (1 - s) video + s noise with its predictions of both, which is x_t + (s - t) v. So
+the velocity for the student is an average of the teacher's and the target's velocity, and is computed as one.
 """
 
 import copy
@@ -39,27 +39,27 @@ from sparsify_compiler.training.pairs import Model, modules_of
 
 FORMAT = "sparsify-consistency-training-1"
 Conditioning = Mapping[str, Any]
-"""What a model is called with beside `hidden_states`, `timestep` and `return_dict`."""
+"""Arguments of a model, except `hidden_states`, `timestep` and `return_dict`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConsistencyConfig:
-    """What is distilled, and how."""
+    """The settings of a consistency distillation."""
 
     segments: int
-    """Of the trajectory: as many steps as the student is to need. 1: consistency all the way."""
+    """Number of segments of the trajectory, and of steps of the student. 1: one step from noise to the video."""
     solver_steps: int = 50
-    """Of the teacher's sampler; a multiple of `segments`."""
+    """Number of steps of the teacher's sampler; a multiple of `segments`."""
     shift: float = 1.0
-    """Of the times, as the teacher's sampler has it: above 1, more of its steps lie near the noise."""
+    """Shift of the times, as in the teacher's sampler: above 1, more of its steps lie near the noise."""
     guidance: float = 1.0
-    """In the teacher: v = v_without + guidance (v_with - v_without). The student learns it, and is called once."""
+    """Guidance in the teacher: v = v_without + guidance (v_with - v_without). The student learns it."""
     ema: float = 0.95
-    """Share that the target keeps of itself at every step."""
+    """Share of the target's own weights that it keeps at every step."""
     huber: float = 1e-3
-    """c in the loss, sqrt(d^2 + c^2) - c of a difference d: squared below, absolute above."""
+    """c in the loss sqrt(d^2 + c^2) - c of a difference d: about squared for d below c, absolute above."""
     seed: int = 0
-    """Of noise and times: another one for each rank that has videos of its own."""
+    """Seed of noise and times. Ranks with different videos need different seeds."""
 
     def __post_init__(self) -> None:
         for name, least in (("solver_steps", 1), ("segments", 1), ("seed", 0)):
@@ -71,7 +71,7 @@ class ConsistencyConfig:
         if self.solver_steps % self.segments:
             fitting = [n for n in range(1, self.solver_steps + 1) if self.solver_steps % n == 0]
             raise SparsifyError(
-                f"segments must divide the {self.solver_steps} solver steps, got {self.segments}: take one of "
+                f"segments must divide the {self.solver_steps} solver steps, got {self.segments}: try one of "
                 f"{', '.join(map(str, fitting))}, or other solver_steps"
             )
         for name in ("shift", "huber"):
@@ -84,49 +84,49 @@ class ConsistencyConfig:
 
     @property
     def times(self) -> Tensor:
-        """Of the solver, falling from 1 to 0: float32 [solver_steps + 1]."""
+        """Times of the solver, falling from 1 to 0: float32 [solver_steps + 1]."""
         even = torch.linspace(1, 0, self.solver_steps + 1, dtype=torch.float64)
         return (self.shift * even / (1 + (self.shift - 1) * even)).float()
 
     @property
     def length(self) -> int:
-        """Solver steps in a segment."""
+        """Number of solver steps in a segment."""
         return self.solver_steps // self.segments
 
 
 class ConsistencyTrainer:
-    """Makes the loss, and takes care of the target, while a plain PyTorch loop trains the student.
+    """Computes the loss and updates the target, while a plain PyTorch loop trains the student.
 
-    It draws times and noise itself, as a function of the seed and of how often it did so before.
+    It draws times and noise itself: they depend only on the seed and on the number of earlier draws.
 
-    A student that is sparse by `svg2` or `cubes` wants `dense_steps=0`: the target is called without gradients, and
-    would take these calls for the steps of a generation.
+    A student with method `svg2` or `cubes` needs `dense_steps=0`: the target is called without gradients, so these
+    calls would count as the steps of a generation.
     """
 
     def __init__(self, student: Model, teacher: Model, config: ConsistencyConfig) -> None:
         """Args:
-            student: a module, or what torch.compile made of it: a copy of the teacher, to begin with.
-            teacher: of the same parameters; called without gradients, twice a step with guidance.
+            student: a module, compiled or not. At the start it is a copy of the teacher.
+            teacher: a model with the same parameters; called without gradients, twice a step with guidance.
 
         Raises:
-            SparsifyError: either is no module, their parameters differ, or they share some.
+            SparsifyError: one is not a module, their parameters differ, or they share parameters.
         """
         self._module, _ = modules_of(student, teacher)
         self.student, self.teacher, self.config = student, teacher, config
         self._average = copy.deepcopy(self._module).requires_grad_(False).eval()
         self._average.zero_grad()  # gradients are copied along
         self.target = _torch.compiled_like(student, self._average)
-        """The moving average of the student, compiled as the student is."""
+        """The moving average of the student, compiled like the student."""
         self.draws = 0
-        """How many losses were made."""
+        """Number of losses computed so far."""
 
     def loss(
         self, video: Tensor, conditioning: Conditioning, unconditional: Conditioning | None = None
     ) -> Tensor:
-        """The loss of a batch, a float32 scalar whose gradient reaches the student alone.
+        """The loss of a batch, a float32 scalar. Its gradient reaches only the student.
 
         Args:
-            video: clean latents [B, ...], in the dtype that the models are to be called with.
+            video: clean latents [B, ...], in the dtype for the models.
             conditioning: further arguments of the models, e.g. {"encoder_hidden_states": [B, L, C]}.
             unconditional: the same without the prompt, for guidance.
 
@@ -154,34 +154,32 @@ class ConsistencyTrainer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Call after every step of the optimizer: the target moves towards the student; buffers it copies."""
+        """Move the target towards the student, and copy its buffers. Call this after every optimizer step."""
         for average, own in zip(self._average.parameters(), self._module.parameters(), strict=True):
             average.lerp_(own, 1 - self.config.ema)
         for kept, copied in zip(self._average.buffers(), self._module.buffers(), strict=True):
             kept.copy_(copied)
 
     def state_dict(self) -> dict[str, Any]:
-        """What training goes on from exactly, with the student's and the optimizer's own states."""
+        """The state to resume training exactly, together with the states of the student and the optimizer."""
         target = {name: tensor.clone() for name, tensor in self._average.state_dict().items()}
         return {"format": FORMAT, "draws": self.draws, "target": target}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, with this trainer's own config: with fewer segments, for instance.
+        """Resume from a `state_dict`, with this trainer's own config: with fewer segments, for instance.
 
         Raises:
-            SparsifyError: not such a state, or of another model.
+            SparsifyError: the state is not from `state_dict`, or belongs to another model.
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            raise SparsifyError(
-                "state must be what ConsistencyTrainer.state_dict returned, got something else"
-            )
+            raise SparsifyError("state must be a result of ConsistencyTrainer.state_dict, got something else")
         draws = integer(state.get("draws"))
         if draws is None or draws < 0 or not isinstance(state.get("target"), Mapping):
             raise SparsifyError("the state must have the number of draws and the weights of the target")
         try:
             self._average.load_state_dict(state["target"])
         except RuntimeError as error:
-            raise SparsifyError(f"the state is of another model: {error}") from error
+            raise SparsifyError(f"the state belongs to another model: {error}") from error
         self.draws = draws
 
 
@@ -196,12 +194,12 @@ def consistency_loss(
     conditioning: Conditioning,
     unconditional: Conditioning | None = None,
 ) -> Tensor:
-    """How far the student is from the target, one solver step further: float32 [B], a mean over each video.
+    """The difference of the student from the target one solver step later: float32 [B], a mean over each video.
 
-    Compared are the videos predicted from x_t, as Heek et al. do: t times the difference of the velocities.
+    The loss compares the videos predicted from x_t, as Heek et al. do: t times the difference of the velocities.
 
     Args:
-        video, noise: [B, ...], clean latents and what they are mixed with.
+        video, noise: [B, ...], clean latents and the noise to mix them with.
         steps: int64 [B], the solver step of each video, 0 to solver_steps - 1.
     """
     if config.guidance != 1 and unconditional is None:
@@ -228,9 +226,9 @@ def consistency_loss(
 def sample_few_steps(
     model: Model, noise: Tensor, conditioning: Conditioning, config: ConsistencyConfig
 ) -> Tensor:
-    """Latents from noise in one call of the model for every segment: of the shape and dtype of `noise`.
+    """Generate latents from noise, with one call of the model for every segment: shape and dtype of `noise`.
 
-    Guidance is in the student already.
+    The student has learned guidance, so no second call is needed.
     """
     state = noise.float()
     for here, end in pairwise(config.times[:: config.length].tolist()):
@@ -240,9 +238,9 @@ def sample_few_steps(
 
 
 def velocity(model: Model, state: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-    """What the model answers at `state` [B, ...] and `time` [B], 0 to 1: float32, as `state`."""
-    answer = model(hidden_states=state, timestep=1000 * time, **conditioning, return_dict=False)
-    return answer[0].float()
+    """The model's velocity at `state` [B, ...] and `time` [B], from 0 to 1: float32, in the shape of `state`."""
+    result = model(hidden_states=state, timestep=1000 * time, **conditioning, return_dict=False)
+    return result[0].float()
 
 
 def _over(numbers: Tensor, video: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What sparse attention costs beside dense on this machine: measured once for a shape, then remembered.
+"""The cost of sparse attention relative to dense on this machine, measured once for each shape.
 
-Timed are forward and backward, of dense SDPA and of what method `dsv` runs at two densities with its selection, on
-random tokens. Between and beyond the two the cost is taken to grow by the density in a straight line.
+It is the time of forward and backward on random tokens: of dense SDPA, and of method `dsv` at two densities, with
+its selection. The cost at other densities lies on the straight line through the two.
 """
 
 import functools
@@ -26,28 +26,28 @@ from sparsify_compiler.timing import timed
 
 
 class Cost(NamedTuple):
-    """Of a head that reads a share of the video's keys; 1 is dense."""
+    """Cost of a head that reads a share of the video's keys. The cost of a dense head is 1."""
 
     fixed: float
     by_share: float
 
     def of(self, share: Tensor) -> Tensor:
-        """Of heads that read these shares. Below 1 it pays to be sparse."""
+        """The cost of heads that read these shares. Below 1, sparse is faster than dense."""
         return self.fixed + self.by_share * share
 
 
 DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
-"""Heads that are timed, at most: enough for every core of a small machine, soon done on a large grid."""
+"""Largest number of heads that are timed: enough for every core of a small machine, and fast on a large grid."""
 REPEATS = 3
 NOTHING = State(torch.tensor(False, device="cpu"), ())
-"""`dsv` remembers nothing."""
+"""The empty state of `dsv`."""
 
 
 def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> Cost:
-    """Of forward and backward, with selection and far field, where queries choose their keys by groups.
+    """The cost of forward and backward, with selection and far field, where groups of queries select keys together.
 
-    The first call for a shape takes a few dense attentions' time.
+    The first call for a shape takes as long as a few dense attentions.
     """
     site, layout = plan.site, plan.layout
     return _measure(
@@ -112,7 +112,7 @@ def _measure(
         shares = torch.full((heads,), density, dtype=torch.float32, device=device)
         with torch.no_grad():
             chosen, _ = budgeted.select(seen, NOTHING, weights=weights, shares=shares, **constants)
-        if far_field == "drop":  # without the report of the call below, which is for inference
+        if far_field == "drop":  # without the report of the call below, which training does not need
             return block_sparse_attention(query, key, value, chosen.table, provider=provider)[0]
         return attention_with_far_field(
             query,

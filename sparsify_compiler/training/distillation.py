@@ -7,9 +7,10 @@
         (loss.output + loss.attention).backward()
         optimizer.step(); optimizer.zero_grad()
 
-Both models see the same inputs. The student is held to the teacher's output, and each of its attentions to the
-output that the same one has in the teacher. These are taken by forward hooks, which Dynamo traces: they leave the
-compiled graph as further results, without a break, and gradients come in through them.
+Both models get the same inputs. One loss compares the student's output with the teacher's; the other compares the
+output of each attention with that of the same attention in the teacher. Forward hooks take these outputs. Dynamo
+traces the hooks, so the outputs are further results of the compiled graph, without a graph break, and gradients
+flow through them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +32,13 @@ from sparsify_compiler.training.pairs import Model, modules_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillationLoss:
-    """How far the student is from the teacher: float32 scalars with gradients."""
+    """The difference between student and teacher: float32 scalars with gradients."""
 
     output: Tensor
     """Mean squared difference of the outputs."""
     modules: dict[str, Tensor]
-    """By name of the attention: squared difference of its outputs relative to the teacher's square, so that all
-    layers count alike, whatever the size of what they add."""
+    """Name of an attention -> squared difference of its outputs, relative to the square of the teacher's. So all
+    layers have the same weight, whatever the size of their outputs."""
 
     @property
     def attention(self) -> Tensor:
@@ -46,18 +47,18 @@ class DistillationLoss:
 
 
 class Distillation:
-    """Calls a student and its teacher on the same inputs and compares them. It has no state to be saved."""
+    """Calls a student and its teacher on the same inputs and compares them. It has no state to save."""
 
     def __init__(self, student: Model, teacher: Model, modules: Sequence[str] | None = None) -> None:
         """Args:
-            student: what torch.compile gave back, not called in training before: programs that are compiled
-                already know nothing of the hooks.
-            teacher: of the same parameters; called without gradients.
-            modules: names of the submodules whose outputs are compared. If None, at the first call, all that
-                call scaled_dot_product_attention.
+            student: the result of torch.compile, not called in training before: programs compiled before do not
+                have the hooks.
+            teacher: a model with the same parameters; called without gradients.
+            modules: names of the submodules whose outputs are compared. If None, all submodules that call
+                scaled_dot_product_attention, found at the first call.
 
         Raises:
-            SparsifyError: either is no module, their parameters differ or are shared, a name is unknown.
+            SparsifyError: one is not a module, their parameters differ or are shared, or a name is unknown.
         """
         self.student, self.teacher = student, teacher
         self._modules = modules_of(student, teacher)
@@ -69,10 +70,10 @@ class Distillation:
             self._compare(modules)
 
     def __call__(self, **inputs: Any) -> DistillationLoss:
-        """Both models on the same inputs, which are passed on with `return_dict=False`. Outputs are their first.
+        """Call both models with the same inputs and `return_dict=False`, and compare the first of their results.
 
         Raises:
-            SparsifyError: no attention was found; the student was compiled too early.
+            SparsifyError: no attention was found, or the student was compiled too early.
         """
         inputs["return_dict"] = False
         if not self.modules:
@@ -86,9 +87,9 @@ class Distillation:
         for name, (own, exact) in pairs.items():
             if not exact or len(own) != len(exact):
                 raise SparsifyError(
-                    f"{name!r} must give as many tensors in the student as in the teacher, and one at least: "
-                    f"got {len(own)} and {len(exact)}. Programs compiled before do not know what is compared: "
-                    "call torch.compiler.reset() after making a Distillation of models that ran already"
+                    f"{name!r} must return the same number of tensors in student and teacher, at least one: "
+                    f"got {len(own)} and {len(exact)}. Programs compiled before do not have the hooks: call "
+                    "torch.compiler.reset() after making a Distillation of models that ran already"
                 )
         return DistillationLoss(
             output=(found.float() - expected.float()).square().mean(),
@@ -96,7 +97,7 @@ class Distillation:
         )
 
     def close(self) -> None:
-        """Take the hooks off both models."""
+        """Remove the hooks from both models."""
         for handle in self._handles:
             handle.remove()
 
@@ -108,8 +109,8 @@ class Distillation:
                 raise unknown_choice("module", name, known)
         if not names:
             raise SparsifyError(
-                "no submodule of the teacher calls scaled_dot_product_attention: name those whose outputs are to "
-                "be compared, e.g. Distillation(student, teacher, modules=['blocks.0.attn1'])"
+                "no submodule of the teacher calls scaled_dot_product_attention: name the modules to compare, "
+                "e.g. Distillation(student, teacher, modules=['blocks.0.attn1'])"
             )
         for module, taps in zip(self._modules, self._taps, strict=True):
             for name in names:
@@ -119,7 +120,7 @@ class Distillation:
 
 
 def attentions(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
-    """Names of the submodules that themselves call scaled_dot_product_attention, seen in a call of the model."""
+    """Names of the submodules that directly call scaled_dot_product_attention, found in a call of the model."""
     finder, handles = _Finder(), []
     for name, module in model.named_modules():
         if name:
@@ -135,7 +136,7 @@ def attentions(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 
 class _Finder(TorchFunctionMode):
-    """Sees under which module attention is called."""
+    """Finds the modules that call attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class _Finder(TorchFunctionMode):
 
 @dataclass(slots=True)
 class _Taps:
-    """Takes the outputs of modules, while it listens: a recomputed forward pass is not heard."""
+    """Takes the outputs of modules while `listens` is set; outputs of a recomputed forward pass are not taken."""
 
     listens: bool = False
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -173,14 +174,14 @@ class _Taps:
             self.listens = False
 
     def take(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook."""
+        """Take the output of a module; a forward hook."""
         if self.listens:
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             self.outputs.setdefault(name, []).extend(tensors)
 
 
 def _relative(found: list[Tensor], expected: list[Tensor]) -> Tensor:
-    """Squared difference relative to the square of what was expected, over all tensors: float32 scalar."""
+    """Squared difference relative to the square of the expected tensors, over all tensors: float32 scalar."""
     pairs = [(own.float(), exact.float()) for own, exact in zip(found, expected, strict=True)]
     error = torch.stack([(own - exact).square().sum() for own, exact in pairs]).sum()
     size = torch.stack([exact.square().sum() for _, exact in pairs]).sum()

@@ -7,12 +7,12 @@
         optimizer.step(); optimizer.zero_grad()
         dsv.step()
 
-In stage 1 attention is dense, and a low-rank predictor learns at every site from the queries and keys that pass.
-Once its mean loss is below `threshold`, stage 2 begins: every head reads the keys that it is foretold to need, if
-that costs less than to be dense, as measured on this machine, and goes on being profiled, so that it may turn dense
-again. The predictor goes on learning at a lower rate.
+In stage 1 attention is dense, and a low-rank predictor at every site learns from its queries and keys. When the
+mean loss of the predictors is below `threshold`, stage 2 begins. There a head reads only the keys that are
+predicted for it, if this costs less than dense attention, as measured on this machine. Heads are still profiled,
+so a head may become dense again. The predictors continue to learn at a lower rate.
 
-Everything is decided by means over all ranks, so all ranks decide alike.
+All decisions use means over all ranks, so all ranks decide the same.
 """
 
 import math
@@ -39,31 +39,31 @@ from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-2"
 ENOUGH_OVERLAP = 0.8
-"""Share of the keys critical for a group's middle that must be critical for its others."""
+"""Least share of the critical keys of a group's middle query that must be critical for its other queries."""
 LOWER = 0.9
-"""Of the cost of the group in use, what that of another must be below."""
+"""Another group is taken only if its cost is below this share of the cost of the group in use."""
 KEEP = 0.9
-"""Of a profile, when a new one comes."""
+"""Share of the old profile in the running mean with a new one."""
 PARTS = ("weights", "shares", "gradients", "observed")
-"""Learned tensors of a site."""
+"""Trained and observed tensors of a site."""
 
 
 @dataclass(slots=True)
 class Profile:
-    """What is known of a site: running means on the CPU, of heads [H] or, of candidate groups, [groups, H]."""
+    """Measurements of a site: running means on the CPU, [H] for heads, or [groups, H] for candidate groups."""
 
     critical: Tensor
     """Share of the keys that hold `mass` of a query's attention."""
     missed: Tensor
     """Mean square of the attention mass that queries would miss with each of `predictor.SHARES`, [groups, H,
-    SHARES]. A share is chosen by the mean of these curves: the mean of shares that calls need would miss more."""
+    SHARES]. The mean of these curves decides the share: a mean of the shares that calls need would miss more."""
     overlap: Tensor
-    """Share of the keys critical for a group's middle that are critical for its others."""
+    """Share of the critical keys of a group's middle query that are critical for its other queries."""
     kept: Tensor
     """Attention mass kept with the shares in use."""
 
     def update(self, new: "Profile") -> None:
-        """Move a tenth of the way; `kept` is of the shares in use now, so it is replaced."""
+        """Move a tenth of the way to a new profile. `kept` is replaced, since it is for the shares in use now."""
         for name in ("critical", "missed", "overlap"):
             setattr(self, name, torch.lerp(getattr(new, name), getattr(self, name), KEEP))
         self.kept = new.kept
@@ -71,45 +71,45 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How training stands after a profile."""
+    """The progress of training after a profile."""
 
     step: int
     stage: Literal[1, 2]
     loss: float
-    """Of the predictor, mean over sites, heads and the steps since the profile before."""
+    """Loss of the predictor, mean over sites, heads and the steps since the last profile."""
     critical: float
     """Mean share of the keys that hold `mass` of the attention; DSV's sparsity is 1 less this."""
     share: float
     """Mean share of the video's keys that are read; 1 for a dense head."""
     kept: float
-    """Mean attention mass that is kept by reading them."""
+    """Mean attention mass of these keys."""
     sparse_heads: float
     """Share of the heads that are sparse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Head:
-    """What is known of one head, and what was chosen for it."""
+    """Measurements of one head, and the choices for it."""
 
     site: str
     head: int
     critical: float
-    """Share of the keys that hold `mass` of a query's attention: what an oracle would read for each query."""
+    """Share of the keys that hold `mass` of a query's attention: an oracle would read this share for each query."""
     needed: float
-    """Share of the video's keys with which queries keep `mass`, chosen by prediction for their group."""
+    """Share of the video's keys with which queries keep `mass`, if keys are predicted for their group."""
     share: float
-    """Share of the video's keys that is read; 1: the head is dense."""
+    """Share of the video's keys that is read; 1 for a dense head."""
     kept: float
-    """Attention mass that is kept by reading them."""
+    """Attention mass of these keys."""
     group: Cube
-    """Queries that share a choice."""
+    """Cube of queries that select keys together."""
     overlap: float
-    """Share of the keys critical for the group's middle that are critical for its others."""
+    """Share of the critical keys of the group's middle query that are critical for its other queries."""
 
 
 @dataclass(slots=True, eq=False)
 class _Site:
-    """A site that learns: its plan, its tensors in the state of the model, and what is known of it."""
+    """A site that learns: its plan, its tensors in the state of the model, its profile and its choice."""
 
     plan: AttentionPlan
     weights: Tensor
@@ -121,12 +121,12 @@ class _Site:
 
     @property
     def method(self) -> FittedDsv:
-        """Its options, unsettled."""
+        """The method of the plan, without the choices of training."""
         assert isinstance(self.plan.settings, FittedDsv)
         return self.plan.settings
 
     def take_profile(self, observed: Tensor) -> None:
-        """Take in what was observed since the last time, [rows, H] on the CPU."""
+        """Update the profile with the observations since the last profile, [rows, H] on the CPU."""
         count = observed[2]
         groups = len(self.method.groups)
         rows = [groups * len(SHARES), groups, groups]
@@ -138,11 +138,11 @@ class _Site:
             self.profile.update(new)
 
     def choose(self, cost_of: Callable[[Cube], Cost]) -> None:
-        """Settle group and shares by the profile; `cost_of` gives what a group costs.
+        """Choose group and shares by the profile; `cost_of` returns the cost of a group.
 
-        With a fixed budget the group is the paper's, the largest whose queries attend alike. Else groups that
-        attend less alike need more keys to keep `mass`, and the group is the one that costs least. Groups only get
-        smaller: a change of group is a new program.
+        With a fixed budget the group is the paper's: the largest whose queries attend to similar keys. Otherwise it
+        is the group of least cost: less similar queries need more keys to keep `mass`. Groups only get smaller,
+        since a change of group is a new program.
         """
         assert self.profile is not None
         method, video = self.method, self.plan.layout.video_tokens
@@ -166,7 +166,7 @@ class _Site:
 
 
 class DSVTrainer:
-    """Takes care of predictors, profiles and stages while a plain PyTorch loop trains the model."""
+    """Trains predictors, profiles heads and switches stages, while a plain PyTorch loop trains the model."""
 
     def __init__(
         self,
@@ -180,17 +180,17 @@ class DSVTrainer:
         break_even: float | None = None,
     ) -> None:
         """Args:
-            model: what torch.compile was given, or what it gave back.
-            learning_rate: of the predictor's AdamW. The paper takes the model's own. On a young model 300 steps
-                with this one came within 4 % of the loss of the best projections there are, those of a singular
-                value decomposition; with 1e-3 the loss was still 1.7 times that.
-            late_rate: factor on it in stage 2.
-            threshold: mean loss of the predictor at which stage 2 begins.
+            model: the module, compiled or not.
+            learning_rate: learning rate of the predictor's AdamW. The paper uses the model's own. On a young model,
+                300 steps with the default came within 4 % of the loss of the best possible projections, those of a
+                singular value decomposition; with 1e-3 the loss was still 1.7 times that.
+            late_rate: factor on the learning rate in stage 2.
+            threshold: mean loss of the predictor below which stage 2 begins.
             profile_every: steps between profiles, in the first `early_steps` and later.
-            break_even: share of the keys below which a head turns sparse; measured on this machine if None.
+            break_even: share of the keys below which a head becomes sparse; measured on this machine if None.
 
         Raises:
-            SparsifyError: the model is no module; numbers that make no sense.
+            SparsifyError: the model is not a module, or a number is out of range.
         """
         module = _torch.uncompiled(model)
         if not isinstance(module, nn.Module):
@@ -211,7 +211,7 @@ class DSVTrainer:
         self.break_even = break_even
         self.steps = 0
         self.progress: Progress | None = None
-        """Of the last profile."""
+        """Progress at the last profile."""
         self._modules = [without_wrappers(name) or ROOT for name, _ in module.named_modules()]
         self._state = share_state(module.parameters())
         self._learning = self._state.learning = Learning()
@@ -221,24 +221,27 @@ class DSVTrainer:
 
     @property
     def stage(self) -> Literal[1, 2]:
-        """1: dense, the predictor learns. 2: sparse."""
+        """1: dense, while the predictor learns. 2: sparse."""
         return 2 if self._learning.sparse else 1
 
     def step(self) -> Progress | None:
-        """Call after every step of the optimizer. Returns how training stands, where this step was profiled.
+        """Train the predictors for a step. Call it after every step of the optimizer.
 
-        A profile for which nothing was computed since the last step is put off to the next.
+        It returns the progress if this step was profiled. A profile moves to the next step if no site computed
+        anything since the last one.
 
         Raises:
-            SparsifyError: no attention of the model learns, what was loaded is of another model, or another trainer
-                was made for the model.
+            SparsifyError: no attention of the model learns, the loaded state belongs to another model, or another
+                trainer was made for the model.
         """
         if self._state.learning is not self._learning:
-            raise SparsifyError("another DSVTrainer was made for this model since: step that one alone")
+            raise SparsifyError(
+                "another DSVTrainer was made for this model later: call step of that one only"
+            )
         self._find_sites()
         signal = self._state.trained["signal"]
-        learnt, profiled, _ = signal.tolist()
-        if learnt:
+        learned, profiled, _ = signal.tolist()
+        if learned:
             self._learn()
         self.steps += 1
         progress = self._look() if profiled else None
@@ -250,7 +253,7 @@ class DSVTrainer:
         return progress
 
     def save_predictor(self, path: str | Path) -> None:
-        """Write what `options={"method": "dsv", "predictor": path}` needs for inference, as safetensors.
+        """Write the predictor for inference, as safetensors, for `options={"method": "dsv", "predictor": path}`.
 
         Raises:
             SparsifyError: stage 2 has not begun.
@@ -261,11 +264,11 @@ class DSVTrainer:
             parts = {part: learned[f"{name}.{part}"] for part in ("weights", "shares")}
             trained[name] = Trained(**parts, group=choice.group, chosen_by=choice.chosen_by)
         if self.stage == 1 or not trained:
-            raise SparsifyError("there is no predictor to save before stage 2: every head is dense so far")
+            raise SparsifyError("there is no predictor to save before stage 2: every head is still dense")
         save_predictor(Path(path), trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything from which training goes on exactly, as `torch.save` takes it."""
+        """The whole state to resume training exactly; `torch.save` can write it."""
         return {
             "format": FORMAT,
             "world_size": _world_size(),
@@ -278,21 +281,21 @@ class DSVTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`, before the first call of the model or after.
+        """Resume from a `state_dict`, before or after the first call of the model.
 
         Raises:
-            SparsifyError: not such a state, or of another number of ranks. That it is of another model may show
-                only when the model is called, or at the next `step`.
+            SparsifyError: the state is not from `state_dict`, or has another number of ranks. A state of another
+                model may raise only when the model is called, or at the next `step`.
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-            raise SparsifyError("state must be what DSVTrainer.state_dict returned, got something else")
+            raise SparsifyError("state must be a result of DSVTrainer.state_dict, got something else")
         if missing := sorted(self.state_dict().keys() - state.keys()):
             raise SparsifyError(
-                f"the state lacks {', '.join(missing)}: give one as DSVTrainer.state_dict returned it"
+                f"the state lacks {', '.join(missing)}: give a complete result of DSVTrainer.state_dict"
             )
         if state["world_size"] != _world_size():
             raise SparsifyError(
-                f"the state is of {state['world_size']} ranks, this run has {_world_size()}: resume on as many"
+                f"the state is from {state['world_size']} ranks, this run has {_world_size()}: use the same number"
             )
         state = self._renamed(state)
         self.steps, self._learning.sparse = state["steps"], state["sparse"]
@@ -301,7 +304,7 @@ class DSVTrainer:
         self._sites, self._optimizer, self._loaded = {}, None, state
 
     def _renamed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The state with its sites named as in this model, where they differ by the path of a wrapper."""
+        """The state, with the names that its sites have in this model, if they differ by the path of a wrapper."""
         sites = {name: name.partition("#") for name in state["profiles"]}
         aligned = align(list(dict.fromkeys(module for module, *_ in sites.values())), self._modules)
         if aligned is None:
@@ -325,7 +328,7 @@ class DSVTrainer:
         }
 
     def _find_sites(self) -> None:
-        """Take notice of the sites that programs have called."""
+        """Add the sites that programs have called."""
         plans = {
             name: plan
             for name, (plan, _) in self._state.sites.items()
@@ -335,12 +338,12 @@ class DSVTrainer:
             raise SparsifyError(
                 "no attention of this model learns yet: call the model in training mode, compiled with "
                 "backend='sparsify' and options={'method': 'dsv'}, before DSVTrainer.step(); "
-                "sparsify_compiler.explain(model, ...) says why a site stays dense"
+                "sparsify_compiler.explain(model, ...) shows why a site stays dense"
             )
         loaded = self._loaded
         if loaded is not None and set(loaded["profiles"]) != set(plans):
             raise SparsifyError(
-                f"the state is of another model: it has {len(loaded['profiles'])} sites "
+                f"the state belongs to another model: it has {len(loaded['profiles'])} sites "
                 f"({', '.join(loaded['profiles'])}), this model has {len(plans)} ({', '.join(plans)})"
             )
         for name, plan in plans.items():
@@ -363,7 +366,7 @@ class DSVTrainer:
         self._loaded = None
 
     def _learn(self) -> None:
-        """A step of the predictors."""
+        """Do one optimizer step on the predictors."""
         assert self._optimizer is not None
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate * (self.late_rate if self._learning.sparse else 1.0)
@@ -375,11 +378,11 @@ class DSVTrainer:
             site.gradients.zero_()
 
     def _look(self) -> Progress | None:
-        """Read what was observed since the last time, and decide by it; None where nothing was."""
+        """Update profiles with the observations since the last profile, and decide; None if there are none."""
         losses = []
         for site in self._sites.values():
             observed = _mean(site.observed).cpu()
-            if observed[0].all() and observed[2].all():  # it was called, learnt and was profiled
+            if observed[0].all() and observed[2].all():  # the site was called, learned and was profiled
                 losses.append((observed[1] / observed[0]).mean())
                 site.take_profile(observed)
                 site.observed.zero_()
@@ -396,7 +399,7 @@ class DSVTrainer:
 
     @property
     def heads(self) -> list[Head]:
-        """Every head of every site, as the last profile left it; nothing before the first."""
+        """Every head of every site, at the last profile; empty before the first."""
         found = []
         for name, site in self._sites.items():
             if (profile := site.profile) is None:
@@ -435,7 +438,7 @@ class DSVTrainer:
         return step % (early if step < self.early_steps else late) == 0
 
     def _cost(self, site: _Site, group: Cube) -> Cost:
-        """Of a group, the same on all ranks."""
+        """The cost of a group, the same on all ranks."""
         if self.break_even is not None:
             return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
         measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])

@@ -1,4 +1,4 @@
-"""A student and its teacher: what every kind of distillation asks of the two."""
+"""A student and its teacher: the requirements of every kind of distillation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +9,14 @@ from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 
 Model = Callable[..., Any]
-"""A module, or what torch.compile made of it, called as diffusers calls its transformers."""
+"""A module, compiled or not, that is called as diffusers calls its transformers."""
 
 
 def modules_of(student: Model, teacher: Model) -> tuple[nn.Module, nn.Module]:
-    """The two as modules, as they were before torch.compile.
+    """The modules of the two models, without torch.compile.
 
     Raises:
-        SparsifyError: one is no module; their parameters differ in name or shape; they share one that learns.
+        SparsifyError: one is not a module; their parameters differ in name or shape; they share one that learns.
     """
     pair = []
     for role, model in (("student", student), ("teacher", teacher)):
@@ -37,7 +37,7 @@ def modules_of(student: Model, teacher: Model) -> tuple[nn.Module, nn.Module]:
     shared = [name for name, p in learner.named_parameters() if p.requires_grad and id(p) in fixed]
     if shared:
         raise SparsifyError(
-            f"the teacher must stay as it is while the student learns, but they share {len(shared)} parameters, "
+            f"the teacher must not change while the student learns, but they share {len(shared)} parameters, "
             f"{shared[0]!r} first: give a copy, e.g. copy.deepcopy(teacher)"
         )
     return learner, guide

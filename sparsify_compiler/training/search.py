@@ -1,31 +1,31 @@
 """Layer-wise search, after Efficient-vDiT (arXiv 2502.06155).
 
-For every attention of a model an entry of a menu whose loss on calibration inputs stays at or below r, one r for
-the model, or full attention: the cheapest ones whose losses add up to no more than `total`. Without a total it is
-the paper's rule, at each attention the cheapest.
+For every attention of a model, the search chooses full attention or an entry of a menu with a loss of at most r on
+calibration inputs; r is one number for the model. It takes the cheapest choices with a sum of losses of at most
+`total`. Without a total it follows the paper's rule: the cheapest entry at each attention.
 
     policy = search(model, inputs, menu=[{"method": "tile"}, {"method": "svg2", "min_gain": 0.02}], total=0.02)
     policy.save("policy.json")
     fast = torch.compile(model, backend="sparsify", options={"policy": "policy.json"})
 
-The paper's loss is not normalised, so its r depends on the model. Here it is the relative squared error of what the
-model answers when one attention alone is sparse,
+The paper's loss is not normalised, so its r depends on the model. Here it is the relative squared error of the
+model's output when only one attention is sparse,
 
     loss = mean over calibration inputs of ||v - v_dense||^2 / ||v_dense||^2
 
-taken at the output and not at the attention, since layers differ in how much of an error reaches the output; per
-input, so that each noise level counts alike. Squared errors of layers roughly add up where they are independent: so
-the total is about what all choices together lose, which is measured in the end too. With r alone they come to up to
-r times the number of layers, and an attention that would gain much for little more than r stays dense beside others
-that lose almost r for nothing much.
+It is measured at the output and not at the attention, since the share of an error that reaches the output differs
+between layers. It is normalised per input, so that all noise levels have the same weight. Squared errors of
+layers roughly add up if they are independent, so the total is about the loss of all choices together. This loss
+is measured at the end too. With only r, it may be up to r times the number of layers: an attention that would
+gain much for little more than r stays dense, while others lose almost r for a small gain.
 
-Costs are the measured times of an attention call with all it takes to choose what is read, on the queries, keys and
-values of the calibration inputs: a median for each input, the mean of these. As in the middle of a video, k-means
-starts warm. Dense, and methods that look at the layout alone, are timed once an input for all sites of one shape.
-Dense is SDPA, however the model wrote it.
+Costs are measured times of an attention call, including selection, on the queries, keys and values of the
+calibration inputs: the mean over inputs of the median for each input. K-means starts warm, as in the middle of a
+video. Dense attention, and methods that need only the layout, are timed once per input for all sites of one
+shape. Dense attention is always SDPA, whatever the model calls.
 
-The model is traced once. Every call of it then tries one entry at one site, as the first call of a video does:
-sites x entries x inputs calls in all.
+The model is traced once. Every call of it then tries one entry at one site, as in the first call of a video. The
+number of calls is sites x entries x inputs.
 """
 
 import json
@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.backend import BESIDE_A_POLICY, configure
+from sparsify_compiler.backend import WITH_A_POLICY, configure
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.explanation import Explanation, explain
@@ -73,11 +73,11 @@ MENU: tuple[Mapping[str, Any], ...] = (
     *({**_CUBES, "far_field": "drop", "top_p": mass} for mass in MASSES),
     *({"method": "keys", "kv_budget": budget} for budget in BUDGETS),
 )
-"""Entries for a video of any size. Few tokens leave a far field no time to pay for itself: hence some without."""
+"""Entries for a video of any size. With few tokens a far field costs more than it saves: some entries have none."""
 PARTS = 1000
-"""That a total is divided into."""
+"""Number of parts of a total."""
 REPEATS = 3
-"""Calls of an attention that are timed, of which the median counts."""
+"""Number of timed calls of an attention, of which the median counts."""
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of a call of the model."""
@@ -94,22 +94,21 @@ def search(
     total: float = 0.02,
     options: Mapping[str, Any] | None = None,
 ) -> Policy:
-    """The policy of a model: see the module. Shows its progress on stderr.
+    """Search a policy for a model; the module's docstring describes the rule. It shows its progress on stderr.
 
     Args:
-        model: a module in eval mode, or what torch.compile made of one. It runs uncompiled.
-        inputs: keyword arguments of calls to calibrate on, of one grid: several noise levels, videos and prompts.
-        menu: options of each entry as torch.compile takes them: `method`, its own, `far_field`. `dense` is on every
+        model: a module in eval mode, compiled or not. It runs uncompiled.
+        inputs: keyword arguments of calibration calls, all of one grid: several noise levels, videos and prompts.
+        menu: options of torch.compile for each entry: `method`, its own options, `far_field`. `dense` is on every
             menu.
-        r: the most that a site may lose; 0 is full attention.
-        total: the most that the losses of all sites may add up to. With both infinite the fastest entries win.
-        options: those of torch.compile that a policy leaves open, such as `grid` and `provider`.
+        r: largest loss of a site; 0 means full attention.
+        total: largest sum of the losses of all sites. If r and total are infinite, the fastest entries win.
+        options: options of torch.compile that may be given with a policy, such as `grid` and `provider`.
 
     Raises:
-        OptionError: r, total, the menu, an entry of it or an option makes no sense, or does not fit the model's
-            video.
-        SparsifyError: the model has no attention to choose for, is in training mode, or answers nothing that can be
-            compared; the inputs are of several grids.
+        OptionError: r, total, the menu, an entry or an option is wrong, or does not fit the model's video.
+        SparsifyError: the model has no attention to choose for, is in training mode, or returns no tensor, or one
+            that is zero or not finite; or the inputs have several grids.
     """
     check_limits(r, total)
     entries = read_menu(menu)
@@ -158,7 +157,7 @@ def search(
 
 def check_limits(r: float, total: float) -> None:
     """Raises:
-    OptionError: r or total is no number of at least 0.
+    OptionError: r or total is not a number of at least 0.
     """
     for name, value in (("r", r), ("total", total)):
         if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
@@ -166,10 +165,11 @@ def check_limits(r: float, total: float) -> None:
 
 
 def choose(trials: Mapping[str, Mapping[str, Trial]], r: float, total: float) -> dict[str, str]:
-    """Site -> label: the cheapest choices that lose at most r each and `total` in sum; then those that lose least.
+    """Site -> label: the cheapest choices with a loss of at most r each and `total` in sum; at equal cost, least
+    loss.
 
-    A knapsack. Losses are rounded up to whole parts of the total, of `PARTS`, so it is never exceeded, and what is
-    missed is less than the sites times a part.
+    A knapsack. Losses are rounded up to whole parts of the total, of which there are `PARTS`. So the total is never
+    exceeded, and the unused rest is less than one part per site.
     """
     best, picked = [(0.0, 0.0)] * (PARTS + 1), []
     for entries in trials.values():
@@ -195,7 +195,7 @@ def choose(trials: Mapping[str, Mapping[str, Trial]], r: float, total: float) ->
 
 
 def _parts(loss: float, total: float) -> int:
-    """Of the total that a loss takes; more than there are where it does not fit."""
+    """The number of parts of the total that a loss takes; more than `PARTS` if it does not fit."""
     if loss == 0 or total == math.inf:
         return 0
     return PARTS + 1 if loss > total else math.ceil(loss / total * PARTS)
@@ -205,7 +205,7 @@ def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
     """Label -> entry, `dense` first.
 
     Raises:
-        OptionError: there is none; or one of them is not known, comes twice, or has still to be trained.
+        OptionError: the menu is empty, or an entry is unknown, comes twice, or has no trained predictor.
     """
     if isinstance(menu, (str, Mapping)) or not isinstance(menu, Sequence) or not menu:
         raise OptionError(
@@ -223,16 +223,16 @@ def read_menu(menu: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
             )
         label = label_of(options)
         if entry in [other for name, other in entries.items() if name != DENSE]:
-            raise OptionError(f"the menu must have every entry once, got {label!r} again")
+            raise OptionError(f"the menu must have every entry only once, got {label!r} again")
         entries[label] = entry
     return entries
 
 
 def read_menu_file(path: Path) -> Any:
-    """What a JSON file holds, for `read_menu` to look at.
+    """The content of a JSON file, for `read_menu`, which checks it.
 
     Raises:
-        OptionError: it cannot be read, or holds no JSON.
+        OptionError: the file cannot be read, or holds no JSON.
     """
     try:
         return json.loads(path.read_text("utf-8"))
@@ -244,7 +244,7 @@ def read_menu_file(path: Path) -> Any:
 
 
 def label_of(options: Mapping[str, Any]) -> str:
-    """`svg2 min_gain=0.02`: the method, and what else was given."""
+    """The label of an entry, such as `svg2 min_gain=0.02`: its method and the other options."""
 
     def text(value: Any) -> str:
         return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
@@ -260,8 +260,8 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
 
 def _config(options: Mapping[str, Any] | None) -> SparsifyConfig:
     for name in options or {}:
-        if name not in BESIDE_A_POLICY:
-            raise unknown_choice("option of a search", name, BESIDE_A_POLICY)
+        if name not in WITH_A_POLICY:
+            raise unknown_choice("option of a search", name, WITH_A_POLICY)
     return configure({**(options or {}), "method": DENSE})
 
 
@@ -274,7 +274,7 @@ def _machine(device: str) -> str:
 
 
 def _graphs(explained: Explanation) -> list[list[Pair]]:
-    """The attentions for which there is a choice, of every graph that has some."""
+    """The attentions with a choice, for every graph that has such attentions."""
     graphs = [
         [(plan.site, plan.layout) for plan in graph if _has_choice(plan.site, plan.layout)]
         for graph in explained.graph_plans
@@ -287,7 +287,7 @@ def _graphs(explained: Explanation) -> list[list[Pair]]:
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SparsifyError(
             f"two attentions of this model are called {twice!r}, since it breaks into graphs; "
-            "torch.compile(model, fullgraph=True) says where"
+            "torch.compile(model, fullgraph=True) shows where"
         )
     return [graph for graph in graphs if graph]
 
@@ -297,7 +297,7 @@ def _has_choice(site: AttentionSite, layout: TokenLayout) -> bool:
 
 
 def _plan(entry: Entry, config: SparsifyConfig, site: AttentionSite, layout: TokenLayout) -> AttentionPlan:
-    """Of a site by itself."""
+    """The plan of a single site."""
     config = replace(config, method=entry.method, far_field=entry.far_field, dense_layers=0)
     (plan,) = make_plan([(site, layout)], config)
     return plan
@@ -310,7 +310,7 @@ def _bench(
     plans: Mapping[str, Mapping[str, AttentionPlan]],
     config: SparsifyConfig,
 ) -> Iterator["_Bench"]:
-    """Inside, the model runs with probes in place of attentions; `plans` by site and label."""
+    """Yield a bench on which the model runs with probes instead of attentions. `plans`: site -> label -> plan."""
     bench = _Bench(model, plans, inputs)
 
     def compile_with_probes(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
@@ -341,7 +341,7 @@ def _place_probe(gm: fx.GraphModule, node: fx.Node, bench: "_Bench") -> None:
 
 
 class _Bench:
-    """A model whose attentions do what they are told, and are timed."""
+    """A model whose attentions follow `choices` and are timed."""
 
     call: Callable[..., Any]
 
@@ -353,15 +353,15 @@ class _Bench:
     ) -> None:
         self.model, self.plans, self.inputs = model, plans, inputs
         self.choices: Mapping[str, str] = {}
-        """Site -> label of what it does in this call; dense where there is none."""
+        """Site -> label of its entry in this call; dense if it has none."""
         self.timed: dict[AttentionPlan, float] | None = None
-        """Seconds of each plan in this call, where it is one to take times in."""
+        """Seconds of each plan in this call; None in a call without timing."""
         self.reached: set[str] = set()
-        """Sites that this call came to."""
+        """Sites that this call has reached."""
         self._exact: list[Tensor] = []
 
     def trials(self, advance: Callable[[], object]) -> dict[str, dict[str, Trial]]:
-        """Site -> label -> what it was measured to do; `advance` is called after each call of the model."""
+        """Site -> label -> measurements; `advance` is called after each call of the model."""
         times, losses = [], []
         for number in range(len(self.inputs)):
             times.append(self._time(number))
@@ -384,25 +384,25 @@ class _Bench:
         }
 
     def loss(self, number: int, choices: Mapping[str, str], advance: Callable[[], object]) -> float:
-        """What the answer to an input loses where sites do what they are told."""
+        """The loss on an input with these choices."""
         self.choices = choices
-        lost = relative_error(self._answer(number), self._exact[number])
+        lost = relative_error(self._output(number), self._exact[number])
         advance()
         return lost
 
-    def _answer(self, number: int) -> Tensor:
+    def _output(self, number: int) -> Tensor:
         return _first_tensor(self.call(self.model, self.inputs[number]))
 
     def _time(self, number: int) -> dict[AttentionPlan, float]:
-        """Seconds of each plan in a dense call, whose answer is kept."""
+        """Seconds of each plan in a dense call. The call's output is kept."""
         self.choices, self.reached = {}, set()
         timed: dict[AttentionPlan, float] = {}
         self.timed = timed
-        out, self.timed = self._answer(number), None
+        out, self.timed = self._output(number), None
         if beyond := sorted(self.plans.keys() - self.reached):
             raise SparsifyError(
-                f"{', '.join(beyond)} cannot be told what to do: not called for every input, or inside an operator "
-                "such as activation checkpointing; try to turn that off"
+                f"{', '.join(beyond)} cannot be searched: not called for every input, or inside an operator such "
+                "as activation checkpointing; try to turn that off"
             )
         if not (out.isfinite().all() and out.any()):
             raise SparsifyError(
@@ -414,14 +414,14 @@ class _Bench:
 
 
 def _alike(plan: AttentionPlan) -> AttentionPlan:
-    """What plans that take the same time have in common. Those of dynamic methods do not: they look at tokens."""
+    """A key shared by plans that take the same time. Plans of dynamic methods are distinct: they look at tokens."""
     if plan.method != DENSE and not isinstance(plan.settings, StaticMethod):
         return plan
     return replace(plan, reason="", site=replace(plan.site, name="", index=0))
 
 
 class _Probe(nn.Module):
-    """In place of an attention: does what the bench says, and where it says so takes times."""
+    """A module that replaces an attention. It runs the entry that the bench chooses, and times entries for it."""
 
     def __init__(self, node: fx.Node, bench: _Bench) -> None:
         super().__init__()
@@ -435,12 +435,12 @@ class _Probe(nn.Module):
         plans = bench.plans.get(name)
         if plans is None or mark(plans[DENSE].site, plans[DENSE].layout) != mark(self.site, self.layout):
             raise SparsifyError(
-                f"all inputs must be of one model and grid, got {name} of grid {self.layout.grid} in one of them; "
-                "search for each grid by itself"
+                f"all inputs must give the same attentions and grid, got {name} of grid {self.layout.grid} in one "
+                "of them; search each grid separately"
             )
         bench.reached.add(name)
         for label, plan in plans.items():
-            if label not in self.calls:  # for the batch and the prompt's length of this call
+            if label not in self.calls:  # lowered for the batch and the prompt length of this call
                 here = replace(plan, site=replace(self.site, spelling="sdpa"), layout=self.layout)
                 self.calls[label] = _Attention(here, self.examples)
             if bench.timed is not None and _alike(plan) not in bench.timed:
@@ -449,7 +449,7 @@ class _Probe(nn.Module):
 
 
 class _Attention:
-    """One attention by a plan, lowered as in a model, with a memory of its own."""
+    """One attention with a plan, lowered as in a model, with its own state."""
 
     def __init__(self, plan: AttentionPlan, examples: Sequence[Tensor | None]) -> None:
         """Args:
@@ -473,11 +473,11 @@ class _Attention:
         self._extra: GraphInputs = self._graph.meta["extra"]
 
     def __call__(self, *tensors: Tensor | None) -> Tensor:
-        """As the first call of a video."""
+        """Run it as in the first call of a video."""
         return self._run(tensors, self._extra.blank())
 
     def seconds(self, *tensors: Tensor | None) -> float:
-        """Of a later call: median of `REPEATS`."""
+        """Seconds of a later call, the median of `REPEATS`."""
         query = tensors[0]
         assert query is not None
         first = self._extra.blank()
@@ -490,7 +490,7 @@ class _Attention:
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """SDPA, as `attention` has its arguments."""
+    """SDPA with the arguments of `attention`."""
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(
@@ -498,14 +498,14 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     )
 
 
-def _first_tensor(answer: Any) -> Tensor:
-    """Of what a model returns: a tensor, a tuple, or an output of diffusers."""
-    if isinstance(answer, Mapping):
-        answer = tuple(answer.values())
-    while isinstance(answer, (tuple, list)) and answer:
-        answer = answer[0]
-    if not isinstance(answer, Tensor):
+def _first_tensor(result: Any) -> Tensor:
+    """The first tensor of a model's result: a tensor, a tuple, or an output of diffusers."""
+    if isinstance(result, Mapping):
+        result = tuple(result.values())
+    while isinstance(result, (tuple, list)) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
         raise SparsifyError(
-            f"the model must answer a tensor, or a tuple that begins with one, got {type(answer)}"
+            f"the model must return a tensor, or a tuple that begins with one, got {type(result)}"
         )
-    return answer
+    return result

@@ -3,14 +3,46 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = HAS_GPU or os.environ.get("TRITON_INTERPRET") == "1"
 PROVIDERS = ["reference", "cpu", *(["triton"] if HAS_TRITON else [])]
 IS_SLOW = HAS_TRITON and not HAS_GPU
 """The interpreter takes milliseconds for a program: shapes are smaller there, and examples fewer."""
+
+
+POISONED = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
+]
+"""Marks of cases that run on poisoned memory."""
+
+
+def examples(slow: int, fast: int) -> settings:
+    """The numbers of examples in the interpreter and elsewhere."""
+    return settings(
+        max_examples=slow if IS_SLOW else fast, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_of(provider: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.table import BlockTable
-from sparsify_compiler.testing.strategies import qkv, tables
+from sparsify_compiler.testing.strategies import key_biases, qkv, tables
 
 DTYPES = library.DTYPES
 HEAD_DIMS = (16, 48, 64, 72, 80, 96, 128, 256)
@@ -51,12 +51,5 @@ def problems(draw: st.DrawFn):
     heads, dtype, seed = kv_heads * group, draw(st.sampled_from(DTYPES)), draw(st.integers(0, 99))
     tensors = qkv(batch, heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, dtype, seed=seed)
     table = draw(tables(batch=batch, heads=heads, q_tokens=q_tokens, kv_tokens=kv_tokens))
-    bias = None
-    if draw(st.booleans()):
-        generator = torch.Generator().manual_seed(seed)
-        lead = draw(st.sampled_from([1, batch])), draw(st.sampled_from([1, heads]))
-        bias = torch.randn(*lead, kv_tokens, generator=generator)
-        bias[
-            torch.rand(bias.shape, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
-        ] = -torch.inf
+    bias = draw(key_biases(batch=batch, heads=heads, tokens=kv_tokens, seed=seed))
     return *tensors, table, bias

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from any_provider import threads_of_torch
 from cpu_problems import DTYPES, HEAD_DIMS, full_table, problems, symbol_without_amx, uniform_table
 from hypothesis import given, settings
 from torch import Tensor
@@ -155,13 +156,10 @@ def test_large_scores_do_not_overflow(forward, dtype):
 def test_result_does_not_depend_on_threads(dtype):
     query, key, value = qkv(2, 2, 2, 500, 500, 64, 64, dtype)
     blocks = torch.rand(10, 50, generator=torch.Generator().manual_seed(2)) < 0.4
-    table, threads, results = uniform_table(blocks, 50, 10), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    table, results = uniform_table(blocks, 50, 10), []
+    for count in (1, 2, 3):
+        with threads_of_torch(count):
             results.append(attention.forward(query, key, value, table, None, 0.125))
-    finally:
-        torch.set_num_threads(threads)
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])
         assert torch.equal(lse, results[0][1])
@@ -334,7 +332,7 @@ def test_the_compilers_words_are_told_as_it_wrote_them(small_sources, caplog):
 def test_without_a_compiler_packed_sdpa_runs_and_says_so_once(tmp_path, compiler, reason):
     output, log = finish(start_build(tmp_path, compiler))
     assert output.strip() == "False None"
-    assert log.count("packed SDPA runs in its stead") == 1
+    assert log.count("packed SDPA runs instead") == 1
     assert reason in log
 
 

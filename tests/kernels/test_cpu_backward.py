@@ -1,10 +1,8 @@
 """The gradients of provider `cpu` against those of float64 dense attention under `table.mask()`."""
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
+from any_provider import threads_of_torch
 from cpu_problems import DTYPES, HEAD_DIMS, full_table, problems, symbol_without_amx, uniform_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,16 +50,6 @@ def check(
         found, *given, query, key, value, mask, key_bias=bias, scale=scale
     )
     return found
-
-
-@contextlib.contextmanager
-def threads_of_torch(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def some_blocks(rows: int, columns: int, share: float, seed: int = 0) -> Tensor:

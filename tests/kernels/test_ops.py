@@ -171,7 +171,7 @@ def test_a_table_of_the_wrong_shape_or_type() -> None:
     for name, tensor, words in (
         ("kv_indices", good["kv_indices"].long(), "int32"),
         ("kv_num_blocks", good["kv_num_blocks"].expand(1, 1, 3), "kv_num_blocks must end with"),
-        ("q_bounds", good["q_bounds"].expand(3, 1, 2), "must lead with"),
+        ("q_bounds", good["q_bounds"].expand(3, 1, 2), "must begin with"),
         ("q_order", torch.zeros(1, 1, 5, dtype=torch.int32), "q_order must end with"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -10,8 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from any_provider import HAS_TRITON, IS_SLOW, device_of, pass_in_the_interpreter
-from hypothesis import HealthCheck, example, given, settings
+from any_provider import (
+    HAS_TRITON,
+    IS_SLOW,
+    POISONED,
+    device_of,
+    examples,
+    pass_in_the_interpreter,
+    threads_of_torch,
+)
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -26,13 +34,8 @@ LOWEST = torch.finfo(torch.float32).min
 UNIT = 2.0**-24
 """Largest relative error of one operation in fp32."""
 
-any_example = settings(
-    max_examples=4 if IS_SLOW else 30, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
-]
+any_example = examples(4, 30)
+pytestmark = POISONED
 
 
 def budgets(*values: Any) -> Tensor:
@@ -400,13 +403,10 @@ def test_result_does_not_depend_on_threads(dtype, grouped):
     random = torch.Generator().manual_seed(0)
     bounds = torch.tensor([0, 30, 31, 77, 100], dtype=torch.int32) if grouped else None
     query, key = (torch.randn(2, 2, size, 16, generator=random).to(dtype) for size in (100, 700))
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 3):
+        with threads_of_torch(count):
             results.append(run("cpu", query, key, budgets(50), width=64, q_bounds=bounds))
-    finally:
-        torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(got, was) for got, was in zip(result, results[0], strict=True))
 

@@ -5,6 +5,7 @@ Every case goes all ways: dK and dV added to by atomics, computed block by block
 
 import pytest
 import torch
+from any_provider import POISONED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,10 +31,7 @@ WAYS = pytest.mark.parametrize(
     "way", [SCATTERED, BY_BLOCK, GROUPED], ids=["scattered", "by block", "grouped"]
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value", "ignore:overflow"),
-]
+pytestmark = POISONED
 
 
 def gradients(
@@ -269,7 +267,7 @@ def test_opcheck():
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @WAYS
 def test_cuda_graph(way):
-    """Captured once, replayed with other queries and another table of the same shapes."""
+    """Check a graph that is captured once and replayed with other queries and another table of the same shapes."""
     q, k, v = qkv(1, 2, 2, 500, 500, 64, 64, torch.bfloat16, device=DEVICE)
     table = table_of([[1, 0], [1, 1]], [200, 300], [300, 200])
     out, lse = reference.forward(q, k, v, table, None, 0.3)

@@ -5,6 +5,7 @@ By hand: `pytest tests/kernels/triton_cases.py` on a GPU, or with TRITON_INTERPR
 
 import pytest
 import torch
+from any_provider import POISONED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +21,7 @@ TAILS = Config(32, 32, 32, 4, 2), Config(16, 16, 16, 4, 2)
 TILES = [Config(16, 16, 16, 4, 2), Config(32, 16, 64, 4, 2), Config(64, 32, 16, 4, 2, tails=TAILS)]
 """Small, so that blocks are cut, joined and chunked in every way on few tokens."""
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value"),
-]
+pytestmark = POISONED
 
 
 def table_of(blocks, q_sizes, kv_sizes, **orders) -> BlockTable:
@@ -177,7 +175,7 @@ def test_opcheck(ordered):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_cuda_graph():
-    """Captured once, replayed with other queries and another table of the same shapes."""
+    """Check a graph that is captured once and replayed with other queries and another table of the same shapes."""
     q, k, v = qkv(1, 2, 2, 500, 500, 64, 64, torch.bfloat16, device=DEVICE)
     table = table_of([[1, 0], [1, 1]], [200, 300], [300, 200])
     block_sparse_attention(q, k, v, table, provider="triton")

@@ -18,13 +18,7 @@ from sparsify_compiler.lab import configurations as compared
 from sparsify_compiler.lab import model as evaluated
 from sparsify_compiler.lab.benchmark import Bench
 from sparsify_compiler.lab.calibration import calibration_inputs
-from sparsify_compiler.lab.configurations import (
-    TRIES,
-    Settings,
-    configurations,
-    find_reading,
-    nearest_tile,
-)
+from sparsify_compiler.lab.configurations import TRIES, Settings, configurations, find_reading, nearest_tile
 from sparsify_compiler.lab.quality import ssim
 from sparsify_compiler.lab.sparsity import Listen
 from sparsify_compiler.training import search
@@ -54,7 +48,7 @@ def small_model():
 
 @pytest.fixture(scope="module")
 def weights(small_model, tmp_path_factory) -> Path:
-    """Random ones, with which the model answers something."""
+    """Random weights, with which the model's output is not zero."""
     model = evaluated.build()
     torch.nn.init.normal_(model.proj_out.weight, std=0.3, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
@@ -64,7 +58,7 @@ def weights(small_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(weights, tmp_path_factory) -> Path:
-    """Of a bench by the command line."""
+    """The folder of a bench from the command line."""
     out = tmp_path_factory.mktemp("quality")
     result = quality(out, weights)
     assert result.exit_code == 0, result.exception
@@ -223,7 +217,7 @@ points = st.lists(st.tuples(st.integers(1, 100), heights), min_size=1, max_size=
 
 @given(points=points, level=heights)
 def test_least_density_is_where_the_line_first_reaches_the_level(points, level):
-    """Beside the line itself, at many places."""
+    """Compared with the line itself, at many places."""
     found = report.least_density(points, level)
     xs, ys = np.array(sorted(points), dtype=float).T
     places = np.linspace(xs[0], xs[-1], 4001)
@@ -250,7 +244,7 @@ def test_the_best_line_is_told_and_what_is_not_reached():
 
 @given(target=st.floats(0.05, 1.0), power=st.floats(1.0, 4.0), floor=st.floats(0.001, 0.02))
 def test_how_much_to_read_is_found_in_few_tries(target, power, floor):
-    """Of convex densities: the blocks that are read first hold most of the attention."""
+    """Densities are convex: the blocks that are read first hold most of the attention."""
     tried = []
 
     def density(much):
@@ -264,7 +258,7 @@ def test_how_much_to_read_is_found_in_few_tries(target, power, floor):
     assert len(tried) - 1 == len(known) <= TRIES
     before = len(tried)
     find_reading(density, known[much], known)
-    assert len(tried) == before, "what is known is not measured again"
+    assert len(tried) == before, "a known density must not be measured again"
 
 
 def test_methods_can_be_compared_by_themselves(tmp_path):
@@ -289,7 +283,7 @@ def test_ssim_is_of_each_video():
 
 
 def test_a_policy_has_a_row(folder, weights, tmp_path):
-    """Of one dense attention and one tile: its density counts both."""
+    """A policy with one dense attention and one tile: its density counts both."""
     model = evaluated.load(weights)
     menu = [{"method": "tile", "reference_frames": 1}]
     policy = search(model, calibration_inputs(4)[:1], menu=menu, r=1.0)

@@ -1,10 +1,10 @@
 """The search on the evaluation model, and the calls that it calibrates on."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from marks import needs_diffusers, no_warnings
 from typer.testing import CliRunner
 
 from sparsify_compiler import cli
@@ -14,10 +14,7 @@ from sparsify_compiler.policy import Policy
 from sparsify_compiler.testing.models import CASES
 from sparsify_compiler.training.search import MENU, read_menu
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
-]
+pytestmark = [no_warnings, needs_diffusers]
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

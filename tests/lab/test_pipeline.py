@@ -1,4 +1,4 @@
-"""Efficient-vDiT as a run: it goes on exactly where it was killed, repeats nothing, reports what was measured."""
+"""Efficient-vDiT as a run: it continues exactly after a kill, repeats nothing and reports its measurements."""
 
 import copy
 import json
@@ -7,12 +7,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from marks import needs_diffusers, no_warnings
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -27,10 +27,7 @@ from sparsify_compiler.lab.students import Settings
 from sparsify_compiler.lab.world import Scene
 from sparsify_compiler.policy import DENSE, Policy
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
-]
+pytestmark = [no_warnings, needs_diffusers]
 FRAMES = 4
 SETTINGS = Settings(
     consistency_steps=3, distillation_steps=3, segments=2, r=math.inf, total=math.inf, frames=FRAMES
@@ -370,7 +367,7 @@ def test_another_policy_than_the_third_stage_began_with_is_told(
     path.write_text(path.read_text().replace(f'"choice": "{TILE}"', f'"choice": "{DENSE}"'))
     with pytest.raises(DamagedError, match="json chooses otherwise"):
         distill(tiny(), out, SETTINGS)
-    # What it says to do: nothing of the old choice is told again.
+    # The remedy of the message: nothing of the old choice is reported again.
     (out / "distillation.pt").unlink()
     report = distill(tiny(), out, SETTINGS)
     assert set(report.choices.values()) == {DENSE}

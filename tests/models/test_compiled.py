@@ -1,17 +1,18 @@
-"""Whole models through the backend: what is planned, what comes out, and what a user is told."""
+"""Whole models through the backend: plans, outputs, and messages to the user."""
 
 import copy
 import re
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
+from marks import fresh_dynamo, needs_diffusers, no_warnings
+from recorder import Recorder
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
@@ -24,40 +25,20 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.testing.dits import Attend, Recipe, recipes
 from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
-from sparsify_compiler.testing.oracles import TileAttention
+from sparsify_compiler.testing.oracles import TileAttention, relative_error
 
 SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 """The families named by the project; the others are there to show that nothing was fitted to these."""
 
 REPEATS = {name: () if name in ("cogvideox", "allegro") else (pytest.mark.nightly,) for name in SIX}
-"""Marks of the six where what is computed hardly differs among them: joint attention behind text and masked tokens
-are in every run, the other four in the nightly one."""
+"""Marks of the six models for tests that compute almost the same on all of them: joint attention after text and
+with masked tokens are in every run, the other four in the nightly run."""
 
 KINDS = [pytest.param(name, marks=marks) for name, marks in REPEATS.items()]
 
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 Eager = Callable[..., Any]
-
-
-class Recorder:
-    """A backend that hands graphs to `sparsify` with these options and keeps what it returns."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = {"inner_backend": "eager", "reference_frames": 2, "method": "tile"} | options
-        self.programs: list[Program] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
-
-    @property
-    def plans(self) -> list[AttentionPlan]:
-        return [plan for program in self.programs for plan in program.plan]
 
 
 def planned(
@@ -91,17 +72,13 @@ def expected_layout(site: Expected) -> tuple[Grid | None, int, int]:
     return (site.grid, site.before, site.after) if site.grid else (None, 0, 0)
 
 
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got - exact).abs().max() / exact.abs().max())
-
-
 def oracle_for(sites: list[Expected], reference_frames: int) -> TileAttention:
     video = next(site for site in sites if site.grid)
     frames, height, width = video.grid
     return TileAttention(frames, reference_frames, height * width, before=video.before, after=video.after)
 
 
-# What is planned
+# Plans
 
 
 WHOLE = (*SIX, "wan_i2v", "hunyuan_video_i2v", "cogvideox_rope", "cogvideox_15", "skyreels_v2", "wan_vace", "ltx2",
@@ -309,7 +286,7 @@ def test_each_resolution_has_its_own_tables(name: str) -> None:
     assert [program.plan.plans[0].layout.grid for program in recorder.programs] == grids[:2]
 
 
-# What a user is told
+# Messages to the user
 
 
 VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))

@@ -1,95 +1,37 @@
 """Dynamic methods over whole generations: phases, streams, videos, and at every step what the tables say."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 import sparsify_compiler
 from sparsify_compiler import OptionError, SparsifyError
-from sparsify_compiler.runtime import site as runtime_site
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.table import BlockTable
-from sparsify_compiler.testing.models import CASES, GRID, Inputs
-from sparsify_compiler.testing.oracles import masked_attention
+from sparsify_compiler.testing.models import CASES, GRID, Inputs, output_of
+from sparsify_compiler.testing.oracles import MaskedAttention, relative_error
 
 SIX = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 SVG2 = {"method": "svg2", "q_clusters": 6, "kv_clusters": 12, "kmeans_iters": (4, 2), "top_p": 0.5}
 CUBES = {"method": "cubes", "cube": (2, 3, 4), "query_cube": (3, 4, 4), "top_p": 0.5}
 USUAL = {"inner_backend": "eager", "far_field": "drop", "dense_steps": 2, "dense_layers": 0}
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-    pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers"),
-]
+pytestmark = [fresh_dynamo, no_warnings, needs_diffusers]
 
 
-class Tables(list[BlockTable]):
-    """The tables that the sites of the last call used, in order."""
+Tables = list[BlockTable]
 
 
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> Tables:
-    used = Tables()
-    attend = runtime_site.attention_with_far_field
-
-    def spy(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, **others: Any) -> Any:
-        used.append(table)
-        return attend(query, key, value, table, **others)
-
-    monkeypatch.setattr(runtime_site, "attention_with_far_field", spy)
-    return used
-
-
-class UnderMasks(TorchFunctionMode):
-    """Eager attention, dense under the masks of these tables wherever a table has as many tokens."""
-
-    def __init__(self, tables: Tables) -> None:
-        super().__init__()
-        self.masks = iter([table.mask() for table in tables])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        return self.attend(*args, **kwargs)
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        *_: Any,
-        **others: Any,
-    ) -> Tensor:
-        tokens = GRID[0] * GRID[1] * GRID[2]
-        if query.shape[-2] != key.shape[-2] or query.shape[-2] < tokens:
-            return scaled_dot_product_attention(query, key, value, attn_mask, *_, **others)
-        bias = None
-        if attn_mask is not None:
-            bias = (
-                torch.zeros(()).masked_fill(~attn_mask, -torch.inf)
-                if attn_mask.dtype == torch.bool
-                else attn_mask
-            )
-            bias = bias[..., 0, :].expand(query.shape[0], -1, -1)
-        return masked_attention(query, key, value, next(self.masks), key_bias=bias, dtype=torch.float32)[0]
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output.sample
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    return float((got - exact).abs().max() / exact.abs().max())
+def under(tables: Tables) -> MaskedAttention:
+    """Eager attention under the masks of these tables wherever a table has as many tokens."""
+    return MaskedAttention([table.mask() for table in tables], math.prod(GRID))
 
 
 def conditioning(inputs: Inputs) -> str:
@@ -136,14 +78,14 @@ def check_generation(
     for step, stream, now in loop(inputs, steps):
         tables.clear()
         with torch.no_grad():
-            got = first(compiled(**now))
+            got = output_of(compiled(**now))
             if step < USUAL["dense_steps"]:
                 assert not tables
-                assert torch.equal(got, first(model(**now)))
+                assert torch.equal(got, output_of(model(**now)))
             else:
                 assert tables
-                with UnderMasks(tables):
-                    exact = first(model(**now))
+                with under(tables):
+                    exact = output_of(model(**now))
                 assert relative_error(got, exact) < 1e-5
         record = sparsify_compiler.runtime.state.states_of(model.parameters())[0].history[-1]
         assert (record.tick.step, record.tick.stream) == (step, stream)
@@ -195,7 +137,7 @@ def test_other_schedules(loop: Loop, tables: Tables) -> None:
 
 
 def test_time_steps_for_each_token(tables: Tables) -> None:
-    """The first frame given, at time step 0, as image-to-video has it: the largest counts."""
+    """The first frame is given, at time step 0, as in image-to-video: the largest time step counts."""
     model, inputs = CASES["wan"].build(GRID, batch=1)
     compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2)
     tokens = GRID[0] * GRID[1] * GRID[2]
@@ -264,7 +206,7 @@ def test_training_then_generating() -> None:
     compiled = torch.compile(model, backend="sparsify", options=USUAL | SVG2 | {"inner_backend": "aot_eager"})
     model.train()
     for _, _, now in batched(inputs, 2):
-        first(compiled(**now)).square().sum().backward()
+        output_of(compiled(**now)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     assert not states_of(model.parameters()), "training neither counts steps nor remembers"
     model.eval()
@@ -283,10 +225,10 @@ def test_blocks_compiled_one_by_one(tables: Tables) -> None:
     with torch.no_grad(), sparsify_compiler.generation(steps=5, streams=2):
         for step, stream, now in two_calls(inputs, 5):
             tables.clear()
-            got = first(model(**now))
+            got = output_of(model(**now))
             assert len(tables) == (0 if step < 2 else len(model.blocks))
-            with UnderMasks(tables) if tables else nullcontext():
-                exact = first(twin(**now))
+            with under(tables) if tables else nullcontext():
+                exact = output_of(twin(**now))
             assert relative_error(got, exact) < 1e-5
             for block in model.blocks:
                 (state,) = states_of(block.parameters())
@@ -455,7 +397,7 @@ def test_stats_are_of_the_program_that_was_compiled() -> None:
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
     assert calls(by["tile"]) == {"tile": {2, 3, 4, 5}}
     assert calls(model) == calls(by["tile"])
-    with pytest.raises(SparsifyError, match="programs with other options alone"):
+    with pytest.raises(SparsifyError, match="only programs with other options"):
         sparsify_compiler.stats(by["wide"])
     run("tile", "wide", steps=7)
     assert calls(by["svg2"]) == {"svg2": {2, 3}}
@@ -506,7 +448,7 @@ def test_stats_of_a_model_that_did_not_run_says_so() -> None:
             {"method": "tile", "top_p": 0.5},
             "'top_p' belongs to method 'svg2' and 'cubes', got method='tile'",
         ),
-        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' is of method 'svg2', got method='tile'"),
+        ({"method": "tile", "preset": "svg2"}, "preset 'svg2' has method 'svg2', got method='tile'"),
         ({"method": "cubes", "cube": (4, 4)}, r"cube must be three integers"),
         ({"method": "cubes", "query_cube": (4, 0, 4)}, "query_cube must be an integer of at least 1"),
         ({"seed": -1}, "seed must be an integer of at least 0"),

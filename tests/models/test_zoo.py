@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from marks import needs_diffusers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,8 +17,6 @@ from sparsify_compiler.testing.models import CASES, GRID, Expected, Grid, Inputs
 
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 """Stands for the whole call where a model spells attention out."""
-
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
 
 
 class Attention(TorchFunctionMode):

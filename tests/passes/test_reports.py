@@ -13,6 +13,7 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.runtime.program import Variant
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"method": "tile", "reference_frames": 1, "inner_backend": "eager"}
 DYNAMIC = {"method": "cubes", "dense_steps": 0, "dense_layers": 0, "inner_backend": "eager"}
 VIDEO = torch.randn(1, 4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -32,11 +33,6 @@ class Model(nn.Module):
         x = F.scaled_dot_product_attention(x, text[:, None], text[:, None])
         weights = (x @ x.transpose(-1, -2)).softmax(-1)
         return weights @ x, weights
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def test_passes_report_what_they_matched_changed_and_refused() -> None:

@@ -32,6 +32,8 @@ with torch.no_grad():
     image = nn.Conv2d(4, WIDTH, 2, 2).requires_grad_(False)
     channels = nn.Linear(4, WIDTH).requires_grad_(False)
     pairs = nn.Linear(2, WIDTH).requires_grad_(False)
+    numbers = nn.Linear(1, WIDTH).requires_grad_(False)
+    columns = nn.Linear(5 * WIDTH, WIDTH).requires_grad_(False)
     features = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
 
 
@@ -119,7 +121,9 @@ NO_GRID: dict[str, Videos] = {
     ),
     "batch folded into frames": lambda v, _: attend(embed(v.transpose(0, 1).flatten(1, 2)[None])),
     "views folded into frames": lambda v, o: attend(embed(torch.stack([v, o], 2).flatten(2, 3))),
+    "views folded between frames": lambda v, o: attend(embed(torch.stack([v, o], 3).flatten(2, 3))),
     "frames and frames reversed": lambda v, _: attend(embed(torch.cat([v, v.flip(2)], 2))),
+    "frames and every other frame": lambda v, _: attend(embed(torch.cat([v, v[:, :, ::2]], 2))),
     "last frames first": lambda v, _: attend(embed(torch.cat([v[:, :, 1:], v[:, :, :1]], 2))),
     # 3. order
     "rows and columns": lambda v, _: attend(embed(v.transpose(3, 4))),
@@ -205,8 +209,8 @@ GRIDS: dict[str, Videos] = {
     "patches by reshape": lambda v, _: attend(
         features(v.reshape(2, 4, 3, 2, 2, 5, 2).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)).flatten(1, 3)
     ),
-    "zeros beside": lambda v, _: attend(embed(F.pad(v[..., 1:], (1, 0)))),
-    "edges beside": lambda v, _: attend(embed(F.pad(v[..., 1:], (1, 0, 0, 0, 0, 0), mode="replicate"))),
+    "zeros beside": lambda v, _: attend(embed(F.pad(v[..., 2:], (2, 0)))),
+    "edges beside": lambda v, _: attend(embed(F.pad(v[..., 2:], (2, 0, 0, 0, 0, 0), mode="replicate"))),
     "nothing beside, round": lambda v, _: attend(embed(F.pad(v, (0, 0, 0, 0, 0, 0), mode="circular"))),
     "cropped before": lambda v, o: attend(embed(torch.cat([v, o], 2)[:, :, 2:5])),
     "with a mask": lambda v, o: attend(sequence(wide(torch.cat([v, o], 1)))),
@@ -217,12 +221,27 @@ GRIDS: dict[str, Videos] = {
     "and another": lambda v, o: attend(embed(v) + embed(o)),
     "all of another video": lambda v, _: (lambda x: (x[0].copy_(x[1]), attend(x))[1])(embed(v).clone()),
     "one of the batch": lambda v, _: attend(embed(v)[1:]),
+    "one of the batch by index": lambda v, _: attend(embed(v)[1][None]),
     "half of a doubled batch": lambda v, _: attend(torch.cat([embed(v)] * 2).chunk(2)[1]),
     "gates first": lambda v, _: attend(v.mean((1, 2, 3, 4))[:, None, None] * embed(v)),
     "clipped": lambda v, _: (lambda x: attend(torch.where(x > 0, x, 0.0)))(embed(v)),
     "tokens hidden": lambda v, _: (lambda x: attend(torch.where(x[..., :1] > 0, x, torch.ones(WIDTH))))(
         embed(v)
     ),
+    "heads of their own": lambda v, _: (
+        lambda x: F.scaled_dot_product_attention(
+            *(features(x).unflatten(2, (2, 8)).transpose(1, 2) for _ in range(3))
+        )
+    )(embed(v)),
+    "gates on queries": lambda v, o: (lambda x: attend(x * channels(o.mean((2, 3, 4)))[:, None], x))(
+        embed(v)
+    ),
+    "gates of two others": lambda v, o: (lambda g: attend(embed(v[:1]) * (g[0] + g[1])))(
+        channels(o.mean((2, 3, 4)))
+    ),
+    "gates of two frames": lambda v, _: (
+        lambda g: attend(embed(v[:1]) * channels(g[..., 0] + g[..., 2])[:, None])
+    )(v[:1].mean((3, 4))),
     "keys and values stacked": lambda v, _: (lambda x: attend(x, torch.stack([features(x), features(x)])[0]))(
         embed(v)
     ),
@@ -235,6 +254,7 @@ def test_what_may_not_be_one_video_stays_dense() -> None:
     assert "batch of videos" in plans["videos as time"].reason
     assert "channels" in plans["channels as time"].reason
     assert "order" in plans["columns as time"].reason
+    assert "part of the video grid" in plans["frames reversed before"].reason
     assert "other videos" in plans["one video and the other"].reason
 
 
@@ -265,6 +285,16 @@ INPUTS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
     "mesh on a frame's tokens": (
         lambda x: attend((features(x) + mesh(2, 5)[:, None]).flatten(1, 2)),
         (noise(2, 3, 10, WIDTH),),
+        0,
+    ),
+    "mesh on a slice of a frame's tokens": (
+        lambda x: attend((features(x)[:, :, 7:] + mesh(2, 5)[:, None]).flatten(1, 2)),
+        (noise(2, 3, 17, WIDTH),),
+        0,
+    ),
+    "weights over another batch": (
+        lambda v, x: attend(embed(v) + features(x.t()).mean(0)),
+        (VIDEO, noise(WIDTH, 3)),
         0,
     ),
     "text first": (lambda x, y: attend(torch.cat([y, x], 1) * mesh(before=7)), (PACKED, TEXT), 7),
@@ -302,6 +332,46 @@ TRAPS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     ),
     "mesh moved with its tokens": (
         lambda x: attend((x * mesh()).unflatten(1, GRID).permute(0, 2, 3, 1, 4).flatten(1, 3)),
+        (PACKED,),
+    ),
+    "mesh on every other token": (
+        lambda x: attend(features(x.unflatten(1, (TOKENS, 2))[:, :, 0]) * mesh()),
+        (noise(2, 2 * TOKENS, WIDTH),),
+    ),
+    "mesh within windows of a frame's tokens": (
+        lambda x: attend(
+            (features(x).unflatten(2, (2, 10)).transpose(1, 2).flatten(0, 1) + mesh(2, 5)[:, None]).flatten(
+                1, 2
+            )
+        ),
+        (noise(2, 3, 20, WIDTH),),
+    ),
+    "mesh on a frame's tokens, weights on their mean": (
+        lambda x: attend((x + features(x.mean(2, keepdim=True)) + mesh(2, 5)[:, None]).flatten(1, 2)),
+        (noise(2, 3, 10, WIDTH),),
+    ),
+    "mesh on numbers": (
+        lambda x: attend((numbers(x[..., None]) + mesh(2, 5)).flatten(0, 1)[None]),
+        (noise(3, 10),),
+    ),
+    "pairs of frames": (
+        lambda x: attend(features(x[:, :, None] * x[:, None]).flatten(1, 3)),
+        (noise(2, 3, 10, WIDTH),),
+    ),
+    "columns by all columns": (
+        lambda x: attend(columns((x[..., :, None, :] * x[..., None, :, :]).flatten(4)).flatten(1, 3)),
+        (noise(2, 3, 2, 5, WIDTH),),
+    ),
+    "channels as time, of one patch": (
+        lambda v: attend(sequence(grey(v.transpose(1, 2).flatten(0, 1)[:, None]))),
+        (noise(2, 4, 3, 2, 2),),
+    ),
+    "packed, convolved, with other frames first": (
+        lambda x: attend(
+            (lambda y: sequence(deep(torch.cat([y[:, :, ::3], y[:, :, 2:]], 2))))(
+                x.transpose(1, 2).unflatten(2, (5, 2, 3))
+            )
+        ),
         (PACKED,),
     ),
     "a mesh over images": (lambda x: attend(x.flatten(0, 1)[None] * mesh()), (noise(3, 10, WIDTH),)),

@@ -25,7 +25,7 @@ class Call:
     step: int
     stream: int
     first: bool
-    """Of a video that is not the first."""
+    """Whether it is the first call of a later video than the first."""
 
 
 @st.composite
@@ -40,7 +40,7 @@ def videos(draw: st.DrawFn) -> list[Call]:
     for video in range(draw(st.integers(1, 3))):
         steps = draw(st.integers(2, 6))
         times = sorted(draw(st.sets(st.integers(1, 999), min_size=steps, max_size=steps)), reverse=not rising)
-        # A first time step beyond all that came, as schedules have it.
+        # A first time step beyond all earlier ones, as in a new schedule.
         times[0] = 0 if rising else 1000
         for step, time in enumerate(times):
             # Heun and the like ask once at the first time step and twice at every later one.

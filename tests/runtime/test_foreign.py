@@ -1,4 +1,4 @@
-"""What a user's process may be set to, and a graph may hold: right results, or an error of ours."""
+"""Settings of a user's process, and unusual graphs: results are right, or the package raises its own error."""
 
 import ast
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import fresh_dynamo, no_warnings
 from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
@@ -15,10 +16,7 @@ import sparsify_compiler
 from sparsify_compiler import DSVTrainer
 from sparsify_compiler.errors import OperandError
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 EVERY_STEP = {"dense_layers": 0, "dense_steps": 0}
 METHODS: dict[str, dict[str, Any]] = {
@@ -74,7 +72,7 @@ def test_the_default_dtype_does_not_matter(method: str, dtype: torch.dtype) -> N
 
 
 FACTORIES = {"zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace", "logspace"}
-"""Of tensors whose dtype is the default one unless they are told."""
+"""Functions that make tensors of the default dtype unless a dtype is given."""
 
 
 @pytest.mark.parametrize("room", ["kernels", "methods", "runtime", "passes", "training"])

@@ -1,4 +1,4 @@
-"""Sizes that a plan rests on: other ones get a program of their own, or an error of ours; never another's table."""
+"""Sizes that a plan needs: other sizes get their own program, or an error; never the table of another plan."""
 
 import gc
 from collections.abc import Callable
@@ -7,21 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from marks import fresh_dynamo, no_warnings
+from recorder import Recorder
+from torch import Tensor, nn
 
-from sparsify_compiler.backend import sparsify
 from sparsify_compiler.errors import GridError, OperandError, OptionError
-from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.site import _functions
 
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 
 WIDTH = 16
 DENSE_TILE = {"method": "tile", "reference_frames": 3}
-"""Of three frames all see each other: what comes out is dense attention, if the table is of the right tokens."""
+"""Three of three frames are references: the output is dense attention, if the table is for the right tokens."""
 SVG2 = {"method": "svg2", "q_clusters": 4, "kv_clusters": 6, "dense_layers": 0, "dense_steps": 0}
 
 torch.manual_seed(0)
@@ -53,25 +50,9 @@ def text_of(tokens: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
 
 
-class Recorder:
-    """A backend that keeps the programs it makes."""
-
-    def __init__(self, **options: Any) -> None:
-        method = {} if "method" in options else DENSE_TILE
-        self.options = {"inner_backend": "eager", **method, **options}
-        self.programs: list[Program] = []
-
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
-
-    def layouts(self) -> list[tuple[int, int]]:
-        return [(plan.layout.before, plan.layout.after) for one in self.programs for plan in one.plan.sparse]
-
-
 def check(model: Callable[..., Tensor], calls: list[tuple[Tensor, ...]], **options: Any) -> Recorder:
     """Compiled first: an eager run before would hide faults."""
-    recorder = Recorder(**options)
+    recorder = Recorder(**({} if "method" in options else DENSE_TILE), **options)
     compiled = torch.compile(model, backend=recorder)
     with torch.no_grad():
         for inputs in calls:
@@ -86,7 +67,7 @@ LOSERS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second": lambda text: text[:, ::2],
     "matmul": lambda text: torch.ones(text.shape[1], text.shape[1]) @ text,
 }
-"""What a text goes through, so that no label says how long it is."""
+"""Operators on a text after which no label has its length."""
 
 
 @pytest.mark.parametrize("name", LOSERS)
@@ -138,7 +119,7 @@ def test_memory_is_of_one_batch() -> None:
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_given_grid_is_of_its_tokens(dynamic: bool | None) -> None:
-    compiled = torch.compile(attend, backend=Recorder(grid=(3, 2, 5)), dynamic=dynamic)
+    compiled = torch.compile(attend, backend=Recorder(**DENSE_TILE, grid=(3, 2, 5)), dynamic=dynamic)
     with torch.no_grad():
         torch.testing.assert_close(compiled(text_of(30)), attend(text_of(30)), rtol=1e-4, atol=1e-5)
         with pytest.raises(GridError, match=r"\(3, 2, 5\) = 30 tokens, but .* 60 tokens"):
@@ -150,7 +131,7 @@ def test_frames_and_rows_must_not_be_marked_dynamic(dim: int) -> None:
     video = video_of()
     torch._dynamo.mark_dynamic(video, dim)
     with torch.no_grad(), pytest.raises(OptionError, match=rf"marked dynamic, got .*size\({dim}\) = "):
-        torch.compile(lambda v: attend(embed(v)), backend=Recorder())(video)
+        torch.compile(lambda v: attend(embed(v)), backend=Recorder(**DENSE_TILE))(video)
     torch._dynamo.reset()
     with torch.no_grad():  # nothing rests on it where nothing is sparse
         torch.compile(lambda v: attend(embed(v)), backend=Recorder(method="dense"))(video)
@@ -171,7 +152,7 @@ def test_a_program_refuses_other_sizes(options: dict[str, Any]) -> None:
         torch.compile(attend, backend=recorder)(text_of(30))
         (program,) = recorder.programs
         for other in (text_of(60), text_of(29), text_of(30)[..., :8], text_of(30)[0]):
-            with pytest.raises(OperandError, match=r"attention .* rests on an input .* shape \[1, 30, 16\]"):
+            with pytest.raises(OperandError, match=r"attention .* needs an input .* shape \[1, 30, 16\]"):
                 program(other)
 
 
@@ -190,7 +171,7 @@ def test_a_site_refuses_other_sizes(options: dict[str, Any]) -> None:
 
 
 def test_what_programs_call_by_name_goes_with_them() -> None:
-    recorder = Recorder(**SVG2, seed=7)  # as no other test has it
+    recorder = Recorder(**SVG2, seed=7)  # options that no other test has
     with torch.no_grad():
         torch.compile(lambda v: attend(embed(v)), backend=recorder)(video_of())
     (name,) = (function.name for function in recorder.programs[0].functions)

@@ -360,7 +360,7 @@ def test_a_sparse_student_is_distilled_as_it_is_compiled():
     assert all(parameter.grad is None for parameter in others)
 
 
-# What a user is told
+# Messages to the user
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_a_sparse_student_is_distilled_as_it_is_compiled():
     [
         (
             {"segments": 3},
-            r"segments must divide the 50 solver steps, got 3: take one of 1, 2, 5, 10, 25, 50",
+            r"segments must divide the 50 solver steps, got 3: try one of 1, 2, 5, 10, 25, 50",
         ),
         ({"segments": 100}, "segments must divide"),
         ({"segments": 0}, "segments must be an integer of at least 1, got 0"),
@@ -423,9 +423,9 @@ def test_guidance_needs_the_arguments_without_a_prompt():
 
 def test_a_state_of_something_else_is_refused():
     trainer = ConsistencyTrainer(Net(0), Net(1), ConsistencyConfig(segments=1))
-    with pytest.raises(SparsifyError, match=r"must be what ConsistencyTrainer\.state_dict returned"):
+    with pytest.raises(SparsifyError, match=r"must be a result of ConsistencyTrainer\.state_dict"):
         trainer.load_state_dict({"target": {}})
     state = trainer.state_dict()
     state["target"].pop("mix")
-    with pytest.raises(SparsifyError, match=r"the state is of another model: (.|\n)*\"mix\""):
+    with pytest.raises(SparsifyError, match=r"the state belongs to another model: (.|\n)*\"mix\""):
         trainer.load_state_dict(state)

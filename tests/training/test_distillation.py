@@ -2,24 +2,20 @@
 
 import copy
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, nn
 
 from sparsify_compiler import Distillation, DistillationLoss, OptionError, SparsifyError
-from sparsify_compiler.testing.models import CASES, GRID, Inputs
+from sparsify_compiler.testing.models import CASES, GRID, Inputs, take_gradients
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.training.distillation import attentions
 
-needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
-pytestmark = [
-    pytest.mark.usefixtures("fresh_dynamo"),
-    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
-]
+pytestmark = [fresh_dynamo, no_warnings]
 TILE = {"method": "tile", "reference_frames": 2, "inner_backend": "eager"}
 HELD = {
     "wan": [f"blocks.{i}.attn{j}" for i in range(2) for j in (1, 2)],
@@ -87,12 +83,6 @@ def brute_force(
     return F.mse_loss(found["out"], expected["out"].detach()), losses
 
 
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
 def assert_same_gradients(got: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     assert got.keys() == exact.keys()
     for name, gradient in exact.items():
@@ -109,7 +99,7 @@ def test_losses_and_gradients_of_a_sparse_student_are_those_of_eager_hooks(famil
     student, teacher, inputs = pair(family, moved=0.02)
     output, modules = brute_force(student, teacher, inputs, family, sparse=True)
     (output + torch.stack(list(modules.values())).mean()).backward()
-    expected = gradients(student)
+    expected = take_gradients(student)
     options = TILE | {"inner_backend": inner}
     fast = torch.compile(student, backend="sparsify", options=options, fullgraph=True)
     distillation = Distillation(fast, teacher)
@@ -121,8 +111,8 @@ def test_losses_and_gradients_of_a_sparse_student_are_those_of_eager_hooks(famil
         for name, exact in modules.items():
             torch.testing.assert_close(loss.modules[name], exact, atol=1e-8, rtol=1e-4)
         (loss.output + loss.attention).backward()
-        assert_same_gradients(gradients(student), expected)
-        assert not gradients(teacher)
+        assert_same_gradients(take_gradients(student), expected)
+        assert not take_gradients(teacher)
 
 
 @needs_diffusers
@@ -140,7 +130,7 @@ def test_with_activation_checkpointing_it_is_the_same() -> None:
         for _ in range(2):
             loss = distillation(**inputs)
             (loss.output + loss.attention).backward()
-            found.append((loss.output, loss.attention, gradients(student)))
+            found.append((loss.output, loss.attention, take_gradients(student)))
     output, attention, expected = found[0]
     for other_output, other_attention, got in found[1:]:
         torch.testing.assert_close(other_output, output)
@@ -158,14 +148,14 @@ def test_a_student_that_reads_everything_loses_nothing_and_learns_nothing() -> N
     scale = teacher(**inputs)[0].square().mean()
     assert loss.output < 1e-10 * scale
     assert all(one < 1e-10 for one in loss.modules.values())
-    assert all(gradient.abs().max() < 1e-3 for gradient in gradients(student).values())
+    assert all(gradient.abs().max() < 1e-3 for gradient in take_gradients(student).values())
 
     dense_options = {"method": "dense", "inner_backend": "eager"}
     dense = torch.compile(copy.deepcopy(teacher), backend="sparsify", options=dense_options)
     exact = Distillation(dense, teacher)(**inputs)
     (exact.output + exact.attention).backward()
     assert exact.output == exact.attention == 0
-    assert not any(gradient.any() for gradient in gradients(dense).values())
+    assert not any(gradient.any() for gradient in take_gradients(dense).values())
 
 
 @needs_diffusers
@@ -173,13 +163,13 @@ def test_the_gradient_reaches_all_of_the_student_and_none_of_the_teacher() -> No
     student, teacher, inputs = pair()
     loss = Distillation(torch.compile(student, backend="sparsify", options=TILE), teacher)(**inputs)
     loss.output.backward(retain_graph=True)
-    from_output = gradients(student)
+    from_output = take_gradients(student)
     assert from_output.keys() == {name for name, _ in student.named_parameters()}
     loss.modules["blocks.0.attn1"].backward()
-    reached = gradients(student)
+    reached = take_gradients(student)
     assert reached["blocks.0.attn1.to_q.weight"].any()
     assert not any(gradient.any() for name, gradient in reached.items() if "blocks.1." in name)
-    assert not gradients(teacher)
+    assert not take_gradients(teacher)
 
 
 @needs_diffusers
@@ -277,7 +267,7 @@ def test_a_module_that_is_called_twice_is_compared_twice() -> None:
     torch.testing.assert_close(found.modules, {"inner": error})
 
 
-# What a user is told
+# Messages to the user
 
 
 def test_unknown_modules_are_refused() -> None:
@@ -302,7 +292,7 @@ def test_a_module_that_is_never_called_is_told() -> None:
         def forward(self, x: Tensor, return_dict: bool = True) -> tuple[Tensor]:
             return (self.inner(x),)
 
-    with pytest.raises(SparsifyError, match=r"'plain' must give as many .* got 0 and 0"):
+    with pytest.raises(SparsifyError, match=r"'plain' must return the same number .* got 0 and 0"):
         Distillation(Part(), Part(), ["plain"])(x=torch.zeros(1, 2, 5, 4))
 
 

@@ -1,6 +1,6 @@
 """The op `sparsify::block_sparse_attention`: schema, fake, autograd, autocast.
 
-This file imports torch alone; a provider's kernels are imported when the op first runs on it.
+This file imports only torch. A provider's kernels are imported when the op first runs on it.
 """
 
 import math
@@ -17,7 +17,7 @@ from sparsify_compiler.table import BlockTable
 
 
 class Provider(Protocol):
-    """The functions of a provider of attention. Tensors are those of `block_sparse_attention`, and they fit."""
+    """The functions of a provider of attention. They get the tensors of `block_sparse_attention`, checked."""
 
     def forward(
         self,
@@ -28,7 +28,7 @@ class Provider(Protocol):
         key_bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse), laid out as `empty_outputs`."""
+        """(out, lse), in the layout of `empty_outputs`."""
 
     def backward(
         self,
@@ -43,7 +43,7 @@ class Provider(Protocol):
         key_bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value, laid out as `empty_gradients`."""
+        """Gradients of query, key and value, in the layout of `empty_gradients`."""
 
 
 def block_sparse_attention(
@@ -56,25 +56,25 @@ def block_sparse_attention(
     scale: float | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attention in which each query block reads the key blocks its row of `table` lists.
+    """Attention in which each query block reads the key blocks that its row of `table` lists.
 
     Args:
         query: [B, H, Sq, D] fp32, fp16, bf16 (reference: also fp64), any strides.
         key: [B, Hkv, Sk, D], H a multiple of Hkv; query head h reads key head h * Hkv // H.
         value: [B, Hkv, Sk, Dv].
-        table: which keys are read; its B and H are 1 or those of `query`.
+        table: the keys that are read; its B and H are 1 or those of `query`.
         key_bias: [B|1, H|1, Sk] float, added to the scaled scores; -inf hides a key. No gradient flows to it.
         scale: factor on the scores, 1/sqrt(D) if None.
         provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
 
     Returns:
         out: [B, H, Sq, Dv] in the dtype of `query`, laid out in memory as [B, Sq, H, Dv].
-        lse: [B, H, Sq] fp32 (fp64 for fp64 input), the log-sum-exp of the scores read; -inf, and a row of
-            zeros in `out`, where a query reads no key or only hidden ones.
+        lse: [B, H, Sq] fp32 (fp64 for fp64 input), the log-sum-exp of the scores read. Where a query reads no key,
+            or only hidden keys, lse is -inf and its row of `out` is 0.
 
     Raises:
-        OperandError: shapes, dtypes or devices that do not fit together.
-        ProviderError: the provider asked for cannot run on these tensors.
+        OperandError: shapes, dtypes or devices do not fit together.
+        ProviderError: the requested provider cannot run on these tensors.
     """
     query, key, value = cast(query, key, value)
     check(query, key, value, table, key_bias)
@@ -92,7 +92,7 @@ def block_sparse_attention(
 
 
 AUTOCAST = ("cpu", "cuda")
-"""Devices whose autocast is looked at."""
+"""Devices whose autocast the op follows."""
 
 
 @torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
@@ -184,7 +184,7 @@ def _check_backward(
     table: BlockTable,
     key_bias: Tensor | None,
 ) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     check(query, key, value, table, key_bias)
     rows, dtype = tuple(query.shape[:3]), query.dtype
     check_exactly(
@@ -229,7 +229,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Te
 
 
 def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As autocast, where it is on, treats the inputs of SDPA: in its lower-precision type, fp64 left alone."""
+    """Cast inputs as autocast does for SDPA, where it is on: to its lower-precision type, except fp64."""
     device = query.device.type
     if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return query, key, value
@@ -241,13 +241,13 @@ def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Ten
     return lower(query), lower(key), lower(value)
 
 
-_library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: its end would unregister
+_library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: freeing it would unregister the op
 for _device in AUTOCAST:
     _library.impl("block_sparse_attention", _autocast, f"Autocast{_device.upper()}")
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
     for name, shape in (("query", q), ("key", k), ("value", v)):
         if len(shape) != 4:
@@ -262,7 +262,7 @@ def check(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias
     kv_heads, kv_tokens = k[1], k[2]
     if k[0] != batch or k[3] != head_dim or v[:3] != k[:3]:
         raise OperandError(
-            "key must be [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv] beside query [B, H, Sq, D], got "
+            "key must be [B, Hkv, Sk, D] and value [B, Hkv, Sk, Dv] for query [B, H, Sq, D], got "
             f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"
         )
     if kv_heads == 0 or heads % kv_heads:
@@ -304,7 +304,7 @@ def _check_table(table: BlockTable, query: Sequence[int], kv_tokens: int, device
         shape = tensor.shape
         if len(shape) < 2 or shape[0] not in (1, batch) or shape[1] not in (1, heads):
             raise OperandError(
-                f"table.{name} must lead with [1 or {batch}, 1 or {heads}], got {tuple(shape)}"
+                f"table.{name} must begin with [1 or {batch}, 1 or {heads}], got {tuple(shape)}"
             )
         if len(shape) != 3 or shape[2] == 0 if end is None else shape[2:] != end:
             wanted = "(1 or more,)" if end is None else end
@@ -312,13 +312,13 @@ def _check_table(table: BlockTable, query: Sequence[int], kv_tokens: int, device
 
 
 def check_values(query: Tensor, key: Tensor, table: BlockTable, provider: str) -> None:
-    """Raise OperandError for a table that speaks of other tokens, unless the provider does or it would wait."""
+    """Raise OperandError for a table of other tokens, unless the provider checks it or a GPU would have to wait."""
     if providers.checks_values(provider, query.device):
         table.check(query.shape[2], key.shape[2])
 
 
 def check_exactly(device: torch.device, *expected: tuple[str, Tensor, tuple[int, ...], torch.dtype]) -> None:
-    """Raise OperandError unless each tensor, given with its name, has exactly this shape, dtype and device."""
+    """Raise OperandError unless each of (name, tensor, shape, dtype) has exactly this shape, dtype and device."""
     for name, tensor, shape, dtype in expected:
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device:
             raise OperandError(

@@ -1,4 +1,4 @@
-"""Attention: the C++ kernel `csrc/attention.cpp`, or packed SDPA where it could not be built."""
+"""Attention: the C++ kernel `csrc/attention.cpp`, or packed SDPA if it could not be built."""
 
 import ctypes
 from functools import partial
@@ -34,7 +34,7 @@ def run(
     scale: float,
     far: VirtualKeys | None = None,
 ) -> bool:
-    """Fills `out` and `lse`, with a far field or without. Returns whether there is a kernel that does."""
+    """Fill `out` and `lse`, with or without a far field. Return False if there is no kernel."""
     kernel = library.symbol("sparsify_attention", _Problem, _FarField)
     if kernel is None:
         return False
@@ -66,10 +66,10 @@ def backward(
     key_bias: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.attention.backward`, which runs where there is no kernel.
+    """See `attention.reference.backward`, which runs if there is no kernel.
 
-    With the same number of threads, the same bits. Beside the gradients the kernel takes up to two sums of those of
-    a key head, in fp32, for each thread.
+    The same number of threads gives the same bits. Besides the gradients, the kernel needs memory for up to two
+    fp32 sums of a key head's gradients for each thread.
     """
     kernel = library.symbol("sparsify_attention_backward", _BackwardProblem)
     if kernel is None:
@@ -93,7 +93,7 @@ def _describe(
     table: BlockTable,
     scale: float,
 ) -> tuple["_Problem", list[Tensor | None]]:
-    """The problem, and what must live as long as it does: some tensors had to be copied."""
+    """The problem, and the tensors that must live as long as it does: some are copies."""
     batch, heads, q_tokens, head_dim = query.shape
     blocks, width = table.kv_indices.shape[-2:]
     tensors = [
@@ -114,16 +114,16 @@ def _describe(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, with rows that are dense in memory."""
+    """The tensor, or a copy, with rows that are dense in memory."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def packed_sdpa(
     query: Tensor, key: Tensor, value: Tensor, table: BlockTable, key_bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """`forward` without the kernel: the keys of each query block gathered, then dense flash attention.
+    """`forward` without the kernel: gather the keys of each query block, then run dense flash attention.
 
-    That attention gives no right lse where a score is infinite or every key is hidden: the reference does.
+    Its lse is wrong where a score is infinite or every key is hidden; there the reference computes everything.
     """
     out, lse = empty_outputs(query, value)
     group, width = query.shape[1] // key.shape[1], max(query.shape[-1], value.shape[-1])

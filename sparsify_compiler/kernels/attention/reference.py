@@ -2,7 +2,7 @@
 
 For query block i with key blocks L_i:  S = scale * Q_i K[L_i]ᵀ + bias,  lse = log sum exp S,
 out = softmax(S) V[L_i].  Keys outside L_i are never touched, so a non-finite key or value reaches exactly
-the rows that read its block. Computes in fp32 (fp64 for fp64 input).
+the rows that read its block. It computes in fp32 (fp64 for fp64 input).
 """
 
 import itertools
@@ -67,7 +67,7 @@ def backward(
 def _widen(
     query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """In the dtype of computation, contiguous, one key head for each query head; bias as [B, H, Sk]."""
+    """The tensors in the dtype of computation, with one key head for each query head; bias as [B, H, Sk]."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     group = query.shape[1] // key.shape[1]
     q = query.to(dtype).contiguous()
@@ -77,8 +77,10 @@ def _widen(
 
 
 def _weights(scores: Tensor) -> Tensor:
-    """softmax(scores); all 0 where a query reads no visible key. Not exp(scores - lse): beside a bias of -1e9 the
-    lse has no digits left."""
+    """softmax(scores); all 0 where a query reads no visible key.
+
+    Not exp(scores - lse): with a bias of -1e9, rounding leaves no digit of the scores in the lse.
+    """
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
@@ -86,7 +88,7 @@ def _weights(scores: Tensor) -> Tensor:
 def query_blocks(table: BlockTable) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
     """((batches, heads), query tokens, key tokens) of every query block, the tokens as int64 indices.
 
-    Batches and heads that share their table come as one slice.
+    Batches and heads that share their table are one slice.
     """
     tensors = [t for t in table.tensors().values() if t is not None]
     for b, h in itertools.product(*(range(max(t.shape[dim] for t in tensors)) for dim in (0, 1))):

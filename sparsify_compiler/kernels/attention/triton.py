@@ -1,4 +1,4 @@
-"""Attention: tiles chosen from the shapes, then the launch. Nothing is read back from the device."""
+"""Attention: the choice of tiles from the shapes, and the launches. Nothing is read back from the device."""
 
 from collections.abc import Iterator
 
@@ -31,7 +31,7 @@ def forward(
     scale: float,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `attention.block_sparse_attention`. `config`: other tiles than the shipped ones."""
+    """See `attention.block_sparse_attention`. `config`: tiles to use instead of those in `configs`."""
     out, lse = attention.empty_outputs(query, value)
     config = config or configs.choose(query, key, value, table)
     if out.numel():
@@ -51,7 +51,7 @@ def forward_launches(
     lse: Tensor,
     config: Config,
 ) -> Iterator[Launch]:
-    """Fill `out` and `lse`: full tiles, then each length of tails."""
+    """The launches that fill `out` and `lse`: one for full tiles, then one for each length of tails."""
     batch, heads, tokens, head_dim = query.shape
     q_blocks = table.kv_num_blocks.shape[-1]
     inputs = {
@@ -75,7 +75,7 @@ def forward_launches(
             "TAIL_OF": 0 if tiles is config else config.block_m,
             "LEAST": shorter,
         }
-        # No table of these shapes has more tiles; those it has not end at once.
+        # The most tiles that a table of these shapes can have; surplus programs end at once.
         programs = tokens // tiles.block_m + q_blocks if tiles is config else q_blocks
         stages = stages_through(table.kv_order, tiles)
         grid = programs, heads, batch

@@ -30,7 +30,7 @@ def backward(
     scale: float,
     config: BackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the reference's `backward`. `config`: other tiles, or another way, than the shipped ones."""
+    """See the reference's `backward`. `config`: tiles, or a method for dK and dV, instead of those in `configs`."""
     config = config or configs.choose_backward(query, key, value, table)
     dtype = query.dtype
     d_query = query.new_empty(query.shape)
@@ -43,7 +43,7 @@ def backward(
         return d_query, d_key.to(dtype), d_value.to(dtype)
     queries_launch(*inputs, table, key_bias, scale, *rows, d_query, None, None, config)()
     heads, kv_heads = query.shape[1], key.shape[1]
-    # Tables differ by query head, so those of one key head meet after they are done, and before they are rounded.
+    # Tables differ by query head, so the gradients of one key head are summed at the end, before they are rounded.
     d_key, d_value = (
         t.new_empty(t.shape[0], heads, *t.shape[2:], dtype=dtype if heads == kv_heads else torch.float32)
         for t in (key, value)
@@ -55,7 +55,7 @@ def backward(
 
 
 def empty_rows(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(delta, shift, log_sum) [B, H, Sq + 1] fp32; the last of each stands for no query, which weighs nothing."""
+    """(delta, shift, log_sum) [B, H, Sq + 1] fp32; the last entry of each belongs to no query and has weight 0."""
     shape = *query.shape[:2], query.shape[2] + 1
     zeros = query.new_zeros(2, *shape, dtype=torch.float32)
     return zeros[0], query.new_full(shape, torch.inf, dtype=torch.float32), zeros[1]
@@ -72,7 +72,7 @@ def readers(table: BlockTable) -> Tensor:
 
 
 def readers_launch(table: BlockTable, readers: Tensor) -> Launch:
-    """Sets the bits of `readers`, which are 0 before."""
+    """The launch that sets the bits of `readers`, which must be 0 before."""
     batch, heads, _, q_blocks = readers.shape
     arguments = {
         **with_strides(readers=readers),
@@ -97,7 +97,7 @@ def rows_launch(
     log_sum: Tensor,
     config: BackwardConfig,
 ) -> Launch:
-    """Fills `delta`, `shift` and, where there is a bias, `log_sum`."""
+    """The launch that fills `delta`, `shift` and, if there is a bias, `log_sum`."""
     batch, heads, tokens, head_dim = query.shape
     tiles, q_blocks = config.queries, table.kv_num_blocks.shape[-1]
     arguments = {
@@ -137,7 +137,7 @@ def queries_launch(
     d_value: Tensor | None,
     config: BackwardConfig,
 ) -> Launch:
-    """Fills `d_query`, and adds to `d_key` and `d_value` [B, Hkv, Sk, D|Dv] fp32 where they are given."""
+    """The launch that fills `d_query` and adds to `d_key` and `d_value` [B, Hkv, Sk, D|Dv] fp32, if given."""
     batch, heads, tokens, head_dim = query.shape
     tiles, q_blocks = config.queries, table.kv_num_blocks.shape[-1]
     arguments = {
@@ -184,7 +184,7 @@ def keys_launch(
     d_value: Tensor,
     config: BackwardConfig,
 ) -> Launch:
-    """Fills `d_key` and `d_value` [B, H, Sk, D|Dv]."""
+    """The launch that fills `d_key` and `d_value` [B, H, Sk, D|Dv]."""
     batch, heads, _, head_dim = query.shape
     tiles = config.keys
     assert tiles is not None
@@ -219,5 +219,5 @@ def keys_launch(
 
 
 def _tiles(tokens: int, size: int, blocks: int) -> int:
-    """No bounds of these shapes have more tiles; those they have not end at once."""
+    """The most tiles that bounds of these shapes can have; surplus programs end at once."""
     return tokens // size + blocks if tokens else 0

@@ -1,27 +1,27 @@
 """The Triton kernels of attention's backward pass.
 
 With P the weights and delta = rowsum(dO * O) - dlse:  dS = P * (dO Vᵀ - delta),  dQ = scale dS K,
-dK = scale dSᵀ Q,  dV = Pᵀ dO. Nothing of P is kept by the forward pass: every kernel computes it again.
+dK = scale dSᵀ Q,  dV = Pᵀ dO. The forward pass keeps nothing of P: every kernel computes it again.
 
-    rows       delta of every query, and what turns its scores into weights
-    queries    dQ: one program computes one tile of queries and walks the listed keys, as the forward pass does
-    readers    the table's transpose: which query blocks read a key block
-    keys       dK and dV: one program computes one tile of keys and walks the queries that read it
+    rows       delta of every query, and the numbers that turn its scores into weights
+    queries    dQ: one program computes one tile of queries and goes through the listed keys, like the forward pass
+    readers    the table's transpose: the query blocks that read each key block
+    keys       dK and dV: one program computes one tile of keys and goes through the queries that read it
 
-Grids: (tiles, heads, batches), of `readers` (query blocks, heads, batches).
+Grids: (tiles, heads, batches); for `readers` (query blocks, heads, batches).
 
 The transpose is a matrix of bits. Bit j of word [g, i] says whether query block i reads key block 64 g + j. It is
-as large as a table that lists a 32nd of all pairs, and is built by atomics on integers, which end alike on every
-run. The query blocks that read a tile of keys are laid end to end as the forward pass lays key blocks; the others
+as large as a table that lists a 32nd of all pairs. Atomics on integers build it, so the result is the same on every
+run. The query blocks that read a tile of keys are laid end to end, as the forward pass lays key blocks; all others
 count as empty.
 
-A tile of keys belongs to GROUP consecutive key blocks. With 1, no product is wasted: a query that reads one key of
-the tile reads them all. But blocks of single keys would leave their tiles empty. With 64 they fill them, and a
-query that reads any of them meets all of them, under a mask. There a query that is not finite makes NaN of keys
-beside those that it reads.
+A tile of keys belongs to GROUP consecutive key blocks. With GROUP 1, no product is wasted: a query that reads one
+key of the tile reads them all. But blocks of single keys would leave their tiles almost empty. With GROUP 64 they
+fill their tiles; a query that reads any of these blocks is multiplied with all of them, under a mask. There a query
+that is not finite also makes keys NaN that it does not read.
 
-Or `queries` adds to dK and dV as it goes, for short key blocks much less work, by atomics on floats, whose order
-and so whose rounding differ from run to run.
+Alternatively `queries` adds to dK and dV while it runs. For short key blocks this is much less work. It uses
+atomics on floats, whose order and rounding differ from run to run.
 
 Shapes in comments are as in `triton_kernels.py`.
 """
@@ -52,7 +52,8 @@ from sparsify_compiler.kernels.triton.helpers import (
 
 WORD = tl.constexpr(configs.WORD)
 COARSE = tl.constexpr(1024.0)
-"""An lse beyond it is found again. Beside a bias of -1e9 it has no digits left, though its weights do."""
+"""A larger lse is computed again, as shift and log_sum: with a bias of -1e9, rounding leaves it no digit of the
+weights."""
 
 
 @triton.jit
@@ -97,9 +98,9 @@ def rows_kernel(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Fills delta, shift and log_sum, of the same strides: a score s in base 2 weighs 2 ** (s - shift - log_sum).
+    """Fill delta, shift and log_sum, which have the same strides.
 
-    Without a bias log_sum is 0 and not written.
+    A score s in base 2 has the weight 2 ** (s - shift - log_sum). Without a bias log_sum is 0 and is not written.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -214,7 +215,7 @@ def queries_kernel(
     CHUNK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Fills d_query, and adds to d_key and d_value [B, Hkv, Sk, D|Dv] fp32 where they are given."""
+    """Fill d_query, and add to d_key and d_value [B, Hkv, Sk, D|Dv] fp32, if given."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -245,7 +246,7 @@ def queries_kernel(
     do = _load_rows(d_out, q_token, is_query, d_out_strides, VALUE_DIM, ALIGN)  # [M, Dv]
     at = batch * delta_strides[0] + head * delta_strides[1] + q_token  # [M]
     row_delta = tl.load(delta + at, mask=is_query, other=0.0)
-    row_shift = tl.load(shift + at, mask=is_query, other=float("inf"))  # weighs 0
+    row_shift = tl.load(shift + at, mask=is_query, other=float("inf"))  # weight 0
     if key_bias is not None:
         row_log_sum = tl.load(log_sum + at, mask=is_query, other=0.0)
     acc = tl.zeros([BLOCK_M, _padded(HEAD_DIM)], tl.float32)  # [M, D]
@@ -295,7 +296,7 @@ def readers_kernel(
     kv_indices_strides,
     CHUNK: tl.constexpr,
 ):
-    """Sets the bits of one query block in `readers` [B|1, H|1, ceil(Nk / 64), Nq] int64, 0 before."""
+    """Set the bits of one query block in `readers` [B|1, H|1, ceil(Nk / 64), Nq] int64, which is 0 before."""
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -355,9 +356,9 @@ def keys_kernel(
     GROUP: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Fills d_key and d_value [B, H, Sk, D|Dv], those of each query head.
+    """Fill d_key and d_value [B, H, Sk, D|Dv], separately for each query head.
 
-    group_bounds: every GROUP-th of kv_bounds, and its last.
+    group_bounds: every GROUP-th element of kv_bounds, and its last.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -385,7 +386,7 @@ def keys_kernel(
     if GROUP == 1:
         bits = tl.full([], 1, tl.int64) << (group % WORD)
     else:
-        # [N], then a number
+        # bit [N]; bits: a number
         bit = _bit_of_block(position, group, _at(kv_bounds, kv_bounds_strides, batch, head), kv_blocks)
         bits = tl.reduce_or(tl.where(is_key, bit, 0), axis=0)
 
@@ -419,7 +420,7 @@ def keys_kernel(
             scores = tl.dot(k, q.T, input_precision="ieee") * (scale * LOG2_E)  # [N, M]
             if key_bias is not None:
                 scores = scores + bias[:, None]
-            # Lanes beyond the queries read the last of the rows, which stands for none: cheaper than a mask.
+            # Lanes beyond the queries read the last row, which belongs to no query: cheaper than a mask.
             at = at_row + tl.where(is_query, q_token, q_tokens)
             scores = scores - tl.load(shift + at)[None, :]
             if key_bias is not None:
@@ -447,7 +448,7 @@ def keys_kernel(
 
 @triton.jit
 def _bit_of_block(position, group, kv_bounds, kv_blocks):
-    """The bit, in the group's word, of the key block that each position lies in."""
+    """The bit of each position's key block in the word of its group."""
     block = group * WORD + tl.arange(0, WORD)  # [WORD]
     end = tl.load(kv_bounds + block + 1, mask=block < kv_blocks, other=2147483647)
     number = tl.sum((end[None, :] <= position[:, None]).to(tl.int64), axis=1)  # [N]
@@ -456,9 +457,11 @@ def _bit_of_block(position, group, kv_bounds, kv_blocks):
 
 @triton.jit
 def _lay_readers_end_to_end(readers, bits, q_bounds, chunk, q_blocks, CHUNK: tl.constexpr):
-    """(words, then as of `_lay_end_to_end`) of the query blocks chunk : chunk + CHUNK. Those with none of `bits`
-    in their word are empty."""
-    block = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all that follows
+    """(words, then the results of `_lay_end_to_end`) of the query blocks chunk : chunk + CHUNK.
+
+    A block with none of `bits` in its word counts as empty.
+    """
+    block = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all tensors below
     is_block = block < q_blocks
     word = tl.load(readers + block, mask=is_block, other=0)
     begin = tl.load(q_bounds + block, mask=is_block, other=0)

@@ -1,36 +1,36 @@
 """The Triton kernel of attention: flash attention over a `BlockTable`.
 
 One program computes one tile of queries: BLOCK_M consecutive positions of one query block, so every row of
-the tile reads the same keys. Grid: (tiles, heads, batches), tiles fastest, so that the programs that run at
-one time share a head's keys in the L2 cache.
+the tile reads the same keys. Grid: (tiles, heads, batches), tiles fastest, so that programs that run at the
+same time share a head's keys in the L2 cache.
 
     query blocks    |    block 0     |b1|        block 2        |
     query tiles     | t0  | t1  | t2 |t3| t4  | t5  | t6  | t7  |        t2, t3, t7 are masked at their ends
 
-Block i takes tiles q_bounds[i] // BLOCK_M + i onwards. Rounding leaves room for its ceil(size / BLOCK_M)
-tiles before the next block's first one, and first tiles rise with i, so a program finds its block by
-bisection, with no tile map to build. A tile number that no block uses ends at once.
+Block i takes the tiles from number q_bounds[i] // BLOCK_M + i on. This leaves room for its ceil(size / BLOCK_M)
+tiles before the first tile of the next block. First tiles rise with i, so a program finds its block by bisection
+and needs no map of tiles. A program whose tile no block uses ends at once.
 
-Where tiles are long, a block's last one may be mostly empty. Then the last rows go into a shorter tile, of the
-least length that holds them, and each length is a launch of its own, which has a program for each block. A
-program ends at once where its block leaves no rows for that length.
+Where tiles are long, a block's last tile may be mostly empty. Then the last rows go into a shorter tile, of the
+least length that holds them. Each length has its own launch, with one program for each block. A program ends at
+once if its block has no rows left for that length.
 
     tiles of 128    | t0  | t1  |     t3      | t4  | t5  | t6  |                block 1 has 100 rows
     tails of 64                 |b0|                            |b2|
 
-The listed key blocks are laid end to end, CHUNK of them at a time, and cut into tiles of BLOCK_N keys: block
-sizes do not matter, only the last tile of a chunk is partly empty.
+The listed key blocks are laid end to end, CHUNK of them at a time, and cut into tiles of BLOCK_N keys. So block
+sizes do not matter: only the last tile of a chunk is partly empty.
 
     key positions   |  block 0  |b1| block 2 |   block 3   |             row lists 0, 2, 3
     end to end      |  block 0  | block 2 |   block 3   |
     key tiles       |  n0  |  n1  |  n2  |  n3  |  n4  |
 
-Within a chunk, key number f of listed block c lies at position f + distances[c]. Blocks that are neighbours have
-one distance, so they merge of themselves. A tile in which the distance does not change (n0, n2, n3, n4) is a plain
-range. Else (n1) each lane finds its block, by counting the blocks that begin at it and before it.
+Within a chunk, key number f of listed block c lies at position f + distances[c]. Neighbouring blocks have the
+same distance, so they form one range. A tile in which the distance does not change (n0, n2, n3, n4) is a plain
+range. In other tiles (n1) each lane finds its block: it counts the blocks that begin at it or before it.
 
 Softmax is online and in base 2: log2(e) is folded into the scale and the bias. Lanes beyond the chunk have
-key and value 0 and bias -inf, so no score needs a mask of its own.
+key and value 0 and bias -inf, so scores need no mask.
 
 Shapes in comments: M = BLOCK_M queries, N = BLOCK_N keys, D and Dv = padded HEAD_DIM and VALUE_DIM.
 """
@@ -92,8 +92,9 @@ def block_sparse_attention_kernel(
     LEAST: tl.constexpr,
 ):
     """Args: tensors as in `attention.block_sparse_attention`, and the strides of each in elements, 0 where a
-    batch or head is shared. ALIGN: bytes of which every row of query, key, value and out starts at a multiple.
-    TAIL_OF: BLOCK_M of the full tiles, in a launch of tails; else 0. LEAST: so few rows go into shorter tails.
+    batch or head is shared. ALIGN: every row of query, key, value and out starts at a multiple of this many bytes.
+    TAIL_OF: BLOCK_M of the full tiles, in a launch of tails; else 0. LEAST: at most this many rows go into shorter
+    tails.
     """
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -139,7 +140,7 @@ def block_sparse_attention_kernel(
             k = _load_rows(key, token, is_key, key_strides, HEAD_DIM, ALIGN)  # [N, D]
             scores = tl.dot(q, k.T, input_precision="ieee") * (scale * LOG2_E) + bias[None, :]  # [M, N]
             new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [M]
-            # An infinite maximum is not subtracted: -inf - -inf would make NaN of a row with no visible key.
+            # An infinite maximum is not subtracted: -inf - -inf would make a row with no visible key NaN.
             weights = tl.exp2(scores - _finite(new_max)[:, None])  # [M, N]
             decay = tl.exp2(row_max - _finite(new_max))  # [M]
             row_sum = row_sum * decay + tl.sum(weights, axis=1)
@@ -147,7 +148,7 @@ def block_sparse_attention_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")  # [M, Dv]
             row_max = new_max
 
-    # Found again rather than kept through the loop, whose every register is in use.
+    # Computed again, not kept through the loop, which uses every register.
     q_token, is_query, _ = _tokens_of_tile(tile, block, q_bounds, q_order, BLOCK_M, TAIL_OF)
     lse = _at(lse, lse_strides, batch, head)
     tl.store(lse + q_token, (_finite(row_max) + tl.log2(row_sum)) * LN_2, mask=is_query)
@@ -159,10 +160,10 @@ def block_sparse_attention_kernel(
 
 @triton.jit
 def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl.constexpr = 0):
-    """(tokens of a tile, which of them are tokens of its block, how many tokens the block has from its first on).
+    """(tokens of a tile, whether each belongs to its block, number of the block's tokens from the tile's first on).
 
-    TAIL_OF: the tile holds what tiles of this length leave of its block. The volatile load keeps the compiler from
-    making one of two calls.
+    TAIL_OF: the tile holds the tokens that full tiles of this length leave. The volatile load keeps the compiler
+    from merging two calls into one.
     """
     begin = tl.load(bounds + block, volatile=True)
     end = tl.load(bounds + block + 1)
@@ -178,10 +179,10 @@ def _tokens_of_tile(tile, block, bounds, order, BLOCK: tl.constexpr, TAIL_OF: tl
 def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.constexpr):
     """(first, sizes, distances, keys) of the listed blocks chunk : chunk + CHUNK.
 
-    first: number of each block's first key; lanes that list no block begin nowhere. distances: position - number.
-    keys: how many they hold in all.
+    first: number of each block's first key; 2147483647 in lanes without a block. distances: position - number.
+    keys: the total number of keys.
     """
-    entry = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all that follows
+    entry = chunk + tl.arange(0, CHUNK)  # [CHUNK], as all tensors below
     is_listed = entry < listed_blocks
     block = tl.load(kv_indices + entry, mask=is_listed, other=0)
     begin = tl.load(kv_bounds + block, mask=is_listed, other=0)
@@ -192,10 +193,10 @@ def _lay_end_to_end(kv_indices, kv_bounds, chunk, listed_blocks, CHUNK: tl.const
 
 @triton.jit
 def _tile_at(start, first, sizes, distances, distance, range_end, BLOCK: tl.constexpr):
-    """(positions of the tokens numbered start : start + BLOCK, `_range_at` the next tile's start)."""
+    """(positions of the tokens numbered start : start + BLOCK, then `_range_at` for the start of the next tile)."""
     number = start + tl.arange(0, BLOCK)  # [BLOCK]
     position = number + distance
-    # One outer `if`: two in a row, and Triton would no longer copy keys and values ahead of the loop.
+    # One outer `if`: with two in a row, Triton no longer copies keys and values ahead of the loop.
     if start + BLOCK >= range_end:
         if start + BLOCK > range_end:
             position = number + tl.gather(distances, _blocks_of(start, first, BLOCK), axis=0)
@@ -205,7 +206,7 @@ def _tile_at(start, first, sizes, distances, distance, range_end, BLOCK: tl.cons
 
 @triton.jit
 def _blocks_of(start, first, BLOCK_N: tl.constexpr):
-    """Which listed block each of the key numbers start : start + BLOCK_N lies in."""
+    """The listed block of each of the key numbers start : start + BLOCK_N."""
     lane = first - start  # [CHUNK]
     begun = tl.histogram(lane, BLOCK_N, mask=(lane >= 0) & (lane < BLOCK_N))  # [N]
     return tl.sum((lane < 0).to(tl.int32)) + tl.cumsum(begun, axis=0) - 1
@@ -213,17 +214,17 @@ def _blocks_of(start, first, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _range_at(number, first, sizes, distances):
-    """The range of neighbouring keys that `number` lies in: (its position - number, number of its end)."""
+    """The range of neighbouring keys that contains `number`: (position - number, number of its end)."""
     distance = tl.sum(tl.where((first <= number) & (number - first < sizes), distances, 0))
     return distance, tl.min(tl.where((first > number) & (distances != distance), first, 2147483647))
 
 
 @triton.jit
 def _bias_of(token, is_key, lanes, key_bias, strides, BLOCK: tl.constexpr):
-    """What is added to the scores, in base 2: the keys' bias or 0 in the first `lanes`, -inf in the others."""
+    """The term added to the scores, in base 2: the keys' bias or 0 in the first `lanes`, -inf in the others."""
     bias = tl.zeros([BLOCK], tl.float32)
     if key_bias is not None:
         bias = tl.load(key_bias + token.to(tl.int64) * strides[2], mask=is_key, other=0.0)
         bias = bias.to(tl.float32) * LOG2_E
-    # Not by is_key: that belongs to the copies, and would be kept for each of the tiles on their way.
+    # Not is_key: the compiler would keep it for every tile whose copy is in progress.
     return tl.where(tl.arange(0, BLOCK) < lanes, bias, float("-inf"))

@@ -5,7 +5,7 @@
     sparsify::top_p_blocks    centroids -> the key clusters that each query cluster reads
 
 All three are decisions, not differentiable functions: inputs are detached, and autocast changes nothing. This
-file imports torch alone; a provider's kernels are imported when an op first runs on it.
+file imports only torch. A provider's kernels are imported when an op first runs on it.
 """
 
 from typing import Any, Protocol
@@ -19,15 +19,15 @@ from sparsify_compiler.table import check_range
 
 
 class Provider(Protocol):
-    """The functions of a provider of clustering. Tensors are those of the ops, and they fit."""
+    """The functions of a provider of clustering. They get the tensors of the ops, checked."""
 
     def kmeans(
         self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
     ) -> tuple[Tensor, Tensor]:
-        """(centroids, labels), laid out as `empty_kmeans`."""
+        """(centroids, labels), in the layout of `empty_kmeans`."""
 
     def sort_by_label(self, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
-        """(order, bounds), laid out as `empty_sort`."""
+        """(order, bounds), in the layout of `empty_sort`."""
 
     def top_p_blocks(
         self,
@@ -38,7 +38,7 @@ class Provider(Protocol):
         top_p: float,
         floor: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(kv_num_blocks, kv_indices, kept), laid out as `empty_top_p`; a row keeps at least `floor` clusters."""
+        """(kv_num_blocks, kv_indices, kept), in the layout of `empty_top_p`; rows keep `floor` clusters or more."""
 
 
 def kmeans(
@@ -51,29 +51,29 @@ def kmeans(
     later: int,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Lloyd's k-means by squared Euclidean distance, for each batch and head on its own.
+    """Run Lloyd's k-means by squared Euclidean distance, separately for each batch and head.
 
-    An iteration assigns every point to the nearest centroid (of two as near, the one of lower index), then
-    moves each centroid to the mean of its points; one without points stays where it is.
+    An iteration assigns every point to the nearest centroid (at equal distance, the one of lower index). Then it
+    moves each centroid to the mean of its points; a centroid without points does not move.
 
     Args:
         points: [B, H, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
-        centroids: [B, H, C, D] fp32, what an earlier call returned. Read only by a warm start.
+        centroids: [B, H, C, D] fp32, the result of an earlier call. Only a warm start reads it.
         start: [C] int64, the tokens (each in 0..S-1) whose points are the centroids of a cold start.
-        warm: 0-d bool on the CPU, whatever the device of the points. A tensor, so that one compiled program
-            serves cold and warm starts; on the CPU, so that reading it waits for no GPU.
+        warm: 0-d bool on the CPU, for points on any device. It is a tensor, so that one compiled program does
+            cold and warm starts. It is on the CPU, so that reading it does not wait for a GPU.
         first: iterations of a cold start, at least 1.
         later: iterations of a warm start, at least 1.
         provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
 
     Returns:
         centroids: [B, H, C, D] fp32 after the last iteration.
-        labels: [B, H, S] int32, the clusters of the last assignment: a centroid is the mean of the points that
-            carry its label. A point that is not finite still has a label in 0..C-1.
+        labels: [B, H, S] int32, the clusters of the last assignment: a centroid is the mean of the points with
+            its label. A point that is not finite also has a label in 0..C-1.
 
     Raises:
-        OperandError: arguments that do not fit together.
-        ProviderError: the provider asked for cannot run on these tensors.
+        OperandError: arguments do not fit together.
+        ProviderError: the requested provider cannot run on these tensors.
     """
     name = _choose(provider, points)
     return torch.ops.sparsify.kmeans(
@@ -82,11 +82,11 @@ def kmeans(
 
 
 def sort_by_label(labels: Tensor, clusters: int, *, provider: str = "auto") -> tuple[Tensor, Tensor]:
-    """The tokens of each batch and head by rising label, tokens of one label by rising position.
+    """Sort the tokens of each batch and head by rising label, and tokens of one label by rising position.
 
     Args:
         labels: [B, H, S] int32, each in 0..clusters-1, any strides.
-        clusters: how many labels there are, at least 1.
+        clusters: number of labels, at least 1.
         provider: as for `kmeans`.
 
     Returns:
@@ -94,8 +94,8 @@ def sort_by_label(labels: Tensor, clusters: int, *, provider: str = "auto") -> t
         bounds: [B, H, clusters + 1] int32: cluster c lies at positions bounds[c] : bounds[c + 1].
 
     Raises:
-        OperandError: arguments that do not fit together.
-        ProviderError: the provider asked for cannot run on these tensors.
+        OperandError: arguments do not fit together.
+        ProviderError: the requested provider cannot run on these tensors.
     """
     return torch.ops.sparsify.sort_by_label(labels, int(clusters), _choose(provider, labels))
 
@@ -110,32 +110,32 @@ def top_p_blocks(
     min_blocks: int,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The fewest key clusters that hold the share `top_p` of each query cluster's estimated attention.
+    """Select the fewest key clusters that hold the share `top_p` of each query cluster's estimated attention.
 
-    With n_j the size of key cluster j, query cluster i puts on it the estimated share
+    With n_j the size of key cluster j, query cluster i gives it the estimated share
 
         P_ij = n_j exp(scale q_i . k_j) / sum over l of n_l exp(scale q_i . k_l)
 
-    Clusters are kept in the order of falling P (of two alike, the one of lower index first) until their sum
-    reaches `top_p`; the one that reaches it is kept. A row with a NaN in it keeps every cluster.
+    Clusters are kept in the order of falling P (at equal P, the one of lower index first) until their sum
+    reaches `top_p`, including the cluster that reaches it. A row with a NaN keeps every cluster.
 
     Args:
         q_centroids: [B, H, Nq, D] fp32.
         kv_centroids: [B, Hkv, Nk, D] fp32, H a multiple of Hkv; query head h reads key head h * Hkv // H.
         kv_sizes: [B|1, Hkv|1, Nk] int32, tokens in each key cluster; P is 0 where there are none.
         scale: factor on the scores, as in the attention itself.
-        top_p: share to keep, from 0 up. From 1 up all clusters are kept, empty ones too.
-        min_blocks: clusters to keep at least, in the same order; all where there are no more.
+        top_p: share to keep, at least 0. From 1 on all clusters are kept, empty ones too.
+        min_blocks: least number of clusters to keep, in the same order; all clusters if there are fewer.
         provider: as for `kmeans`.
 
     Returns:
-        kv_num_blocks: [B, H, Nq] int32, how many clusters are kept.
+        kv_num_blocks: [B, H, Nq] int32, the number of clusters kept.
         kv_indices: [B, H, Nq, Nk] int32: the kept clusters by rising index, then the others by rising index.
         kept: [B, H, Nq] fp32, the sum of P over the kept clusters; 1 where all are kept.
 
     Raises:
-        OperandError: arguments that do not fit together.
-        ProviderError: the provider asked for cannot run on these tensors.
+        OperandError: arguments do not fit together.
+        ProviderError: the requested provider cannot run on these tensors.
     """
     return torch.ops.sparsify.top_p_blocks(
         q_centroids.detach(),
@@ -149,7 +149,7 @@ def top_p_blocks(
 
 
 def _choose(provider: str, tensor: Tensor) -> str:
-    """The name of the provider to run. Sizes and labels are integers, which every provider reads."""
+    """The name of the provider to run. Every provider reads sizes and labels, which are integers."""
     dtype = tensor.dtype if tensor.is_floating_point() else torch.float32
     width = tensor.shape[-1] if tensor.dim() == 4 else 1
     return providers.choose(
@@ -242,7 +242,7 @@ def empty_top_p(q_centroids: Tensor, kv_centroids: Tensor) -> tuple[Tensor, Tens
 
 
 def floor(kv_centroids: Tensor, top_p: float, min_blocks: int) -> int:
-    """Clusters that a row keeps whatever its scores: all from top_p = 1 up, where a sum may round to 1 early."""
+    """The number of clusters that a row always keeps: all if top_p >= 1, since a sum may round up to 1 early."""
     clusters = kv_centroids.shape[2]
     return clusters if top_p >= 1 else min(min_blocks, clusters)
 
@@ -250,7 +250,7 @@ def floor(kv_centroids: Tensor, top_p: float, min_blocks: int) -> int:
 def _check_kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
 ) -> None:
-    """Raise OperandError for arguments that do not fit together. Looks at no value."""
+    """Raise OperandError for arguments that do not fit together. Reads no value."""
     if points.dim() != 4 or not points.is_floating_point():
         raise OperandError(f"points must be a float tensor [B, H, S, D], got {_described(points)}")
     batch, heads, tokens, head_dim = points.shape
@@ -259,7 +259,7 @@ def _check_kmeans(
     fits = centroids.dim() == 4 and centroids.shape == (batch, heads, centroids.shape[2], head_dim)
     if not fits or centroids.dtype != torch.float32:
         raise OperandError(
-            f"centroids must be float32 [{batch}, {heads}, C, {head_dim}] beside points {tuple(points.shape)}, "
+            f"centroids must be float32 [{batch}, {heads}, C, {head_dim}] for points {tuple(points.shape)}, "
             f"got {_described(centroids)}"
         )
     clusters = centroids.shape[2]
@@ -295,7 +295,7 @@ def _check_top_p(
     kv_heads, clusters = kv_centroids.shape[1:3]
     if kv_centroids.shape != (batch, kv_heads, clusters, head_dim) or clusters == 0:
         raise OperandError(
-            f"kv_centroids must be [{batch}, Hkv, Nk, {head_dim}] beside q_centroids {tuple(q_centroids.shape)}, "
+            f"kv_centroids must be [{batch}, Hkv, Nk, {head_dim}] for q_centroids {tuple(q_centroids.shape)}, "
             f"with at least one cluster, got {_described(kv_centroids)}"
         )
     if kv_heads == 0 or heads % kv_heads:

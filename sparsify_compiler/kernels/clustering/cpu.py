@@ -1,4 +1,4 @@
-"""Clustering: the C++ kernels of `csrc/clustering.cpp`, or the definition where they could not be built."""
+"""Clustering: the C++ kernels of `csrc/clustering.cpp`, or the reference if they could not be built."""
 
 import ctypes
 from functools import partial
@@ -57,7 +57,7 @@ def top_p_blocks(
         return reference.top_p_blocks(q_centroids, kv_centroids, kv_sizes, scale, top_p, floor)
     outputs = empty_top_p(q_centroids, kv_centroids)
     batch, heads, rows, head_dim = q_centroids.shape
-    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    # The list keeps copies that `contiguous` may make alive until the kernel has run.
     tensors = [
         *(t if t.stride(-1) == 1 else t.contiguous() for t in (q_centroids, kv_centroids)),
         kv_sizes.contiguous(),

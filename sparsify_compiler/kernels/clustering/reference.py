@@ -1,4 +1,4 @@
-"""The clustering ops, defined in plain torch. Computes in fp32 (fp64 for fp64 points)."""
+"""The clustering ops, defined in plain torch. They compute in fp32 (fp64 for fp64 points)."""
 
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
 
 TOKENS_AT_ONCE = 1024
-"""Tokens whose distances to all centroids are there at one time."""
+"""Number of tokens whose distances to all centroids are in memory at one time."""
 
 Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
 
@@ -32,8 +32,8 @@ def kmeans(
 def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """[B, H, S] int64: the centroid that maximises x.c - |c|²/2, and so minimises |x - c|².
 
-    What all points have in common is taken off first: it changes no distance, and would cost the products
-    their last digits. NaN is no maximum, so a point without a finite distance gets label 0.
+    The mean of all centroids is subtracted first: it changes no distance, and would cost the products their last
+    digits. NaN is never the maximum, so a point without a finite distance gets label 0.
     """
     offset = centroids.mean(2, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     centroids = centroids - offset
@@ -48,7 +48,7 @@ def _nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _means(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """[B, H, C, D]: the mean of the points of each label, or the old centroid where there are none."""
+    """[B, H, C, D]: the mean of the points of each label, or the old centroid if there are none."""
     sums = points.new_zeros(centroids.shape).scatter_add_(2, labels[..., None].expand_as(points), points)
     sizes = points.new_zeros(centroids.shape[:3]).scatter_add_(2, labels, points.new_ones(labels.shape))
     return torch.where(sizes[..., None] > 0, sums / sizes[..., None], centroids)
@@ -65,7 +65,7 @@ def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 def top_p_blocks(
     q_centroids: Tensor, kv_centroids: Tensor, kv_sizes: Tensor, scale: float, top_p: float, floor: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `clustering.top_p_blocks`; `floor` clusters are kept at least."""
+    """See `clustering.top_p_blocks`; at least `floor` clusters are kept."""
     outputs = empty_top_p(q_centroids, kv_centroids)
     batch, heads, _, _ = q_centroids.shape
     kv_heads, clusters = kv_centroids.shape[1:3]
@@ -79,7 +79,7 @@ def top_p_blocks(
     shares = weights / weights.sum(-1, keepdim=True)
     falling, ranked = shares.sort(dim=-1, descending=True, stable=True)
     before = pad(falling.cumsum(-1), (1, 0))[..., :-1]
-    chosen = ~(before >= top_p)  # a NaN has reached nothing
+    chosen = ~(before >= top_p)  # a NaN never reaches the share
     chosen[..., :floor] = True
     keeps = torch.zeros_like(chosen).scatter_(-1, ranked, chosen)
     count = keeps.sum(-1)
@@ -90,7 +90,7 @@ def top_p_blocks(
 
 
 def _stored(outputs: Outputs, *values: Tensor) -> Outputs:
-    """The values in the types and the layout of the op's outputs."""
+    """Copy the values into the op's outputs, in their types and layout."""
     for output, value in zip(outputs, values, strict=True):
         output.copy_(value)
     return outputs

@@ -1,4 +1,4 @@
-"""Clustering: what is computed between the kernels of `triton_kernels.py`, and their launches.
+"""Clustering: the launches of the kernels in `triton_kernels.py`, and the work in torch between them.
 
 Nothing is read back from the device.
 """
@@ -13,11 +13,11 @@ from sparsify_compiler.kernels.clustering import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, with_strides
 
 TILE = 512
-"""Tokens sorted by one program: longer tiles compare more pairs of tokens, shorter ones need more counts."""
+"""Number of tokens that one program sorts. Longer tiles compare more pairs, shorter ones need more counts."""
 CHUNK = 16
-"""Tokens that a tile is compared with at one time."""
+"""Number of tokens that a tile is compared with at one time."""
 SELECTED_AT_ONCE = 1024
-"""Clusters whose weights one program has in registers."""
+"""Number of clusters whose weights one program has in registers."""
 
 
 def kmeans(
@@ -36,11 +36,11 @@ def kmeans(
 
 
 def shift(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(shifted [B, H, C, D] in the type of the points, bias [B, H, C]): the nearest is where x.shifted + bias is
-    largest.
+    """(shifted [B, H, C, D] in the type of the points, bias [B, H, C]): the nearest centroid of a point x has the
+    largest x.shifted + bias.
 
-    What all centroids have in common, m, changes no distance but would drown the differences. With d = c - m
-    rounded, x.d - d.(d / 2 + m) is exact for the centroid m + d, so points need no shift.
+    The mean m of all centroids changes no distance, but rounding could lose the differences next to it. With
+    d = c - m rounded, x.d - d.(d / 2 + m) is exact for the centroid m + d, so points need no shift.
     """
     common = centroids.mean(2, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     shifted = (centroids - common).to(dtype)
@@ -76,10 +76,10 @@ def top_p_blocks(
 
 
 def nearest(points: Tensor, centroids: Tensor, bias: Tensor, labels: Tensor) -> Launch:
-    """The assignment. fp32 is multiplied in full, without tensor cores, so in smaller tiles."""
+    """The launch that assigns points. fp32 is multiplied in full, without tensor cores, so in smaller tiles."""
     batch, heads, tokens, head_dim = points.shape
     if points.device.type == "cpu":
-        block_m, block_n, num_warps, num_stages = 32, 32, 4, 1  # small, so that small tests have many
+        block_m, block_n, num_warps, num_stages = 32, 32, 4, 1  # small, so that small tests have several
     elif points.dtype == torch.float32:
         block_m, block_n, num_warps, num_stages = 64 if head_dim <= 64 else 32, 32, 8, 2
     else:
@@ -98,7 +98,7 @@ def nearest(points: Tensor, centroids: Tensor, bias: Tensor, labels: Tensor) -> 
 
 
 def rank(labels: Tensor, ranks: Tensor, counts: Tensor) -> Launch:
-    """The first half of sorting."""
+    """The launch for the first half of sorting."""
     batch, heads, tokens = labels.shape
     return Launch(
         kernels.rank_kernel,
@@ -113,7 +113,7 @@ def rank(labels: Tensor, ranks: Tensor, counts: Tensor) -> Launch:
 
 
 def place(labels: Tensor, ranks: Tensor, passed: Tensor, bounds: Tensor, order: Tensor) -> Launch:
-    """The second half of sorting."""
+    """The launch for the second half of sorting."""
     batch, heads, tokens = labels.shape
     return Launch(
         kernels.place_kernel,
@@ -128,7 +128,7 @@ def place(labels: Tensor, ranks: Tensor, passed: Tensor, bounds: Tensor, order: 
 
 
 def move_to_means(points: Tensor, order: Tensor, bounds: Tensor, centroids: Tensor) -> Launch:
-    """The update, in place."""
+    """The launch that updates the centroids, in place."""
     batch, heads, _, head_dim = points.shape
     return Launch(
         kernels.means_kernel,
@@ -143,7 +143,7 @@ def move_to_means(points: Tensor, order: Tensor, bounds: Tensor, centroids: Tens
 
 
 def scores(q_centroids: Tensor, kv_centroids: Tensor, products: Tensor) -> Launch:
-    """The products of all centroids."""
+    """The launch that computes the products of all centroids."""
     batch, heads, rows, head_dim = q_centroids.shape
     clusters = kv_centroids.shape[2]
     block = 32 if head_dim <= 128 else 16
@@ -172,7 +172,7 @@ def select(
     top_p: float,
     floor: int,
 ) -> Launch:
-    """The choice from the products."""
+    """The launch that selects clusters from the products."""
     batch, heads, rows, clusters = products.shape
     width = min(SELECTED_AT_ONCE, triton.next_power_of_2(clusters))
     return Launch(

@@ -1,15 +1,15 @@
 """The Triton kernels of clustering.
 
-No float is added by an atomic and no kernel waits for the host: results are the same bits on every run. The
-grids of all are (programs of one head, heads, batches).
+No float is added by an atomic, so results are the same bits on every run, and no kernel waits for the host. All
+grids are (programs of one head, heads, batches).
 
     an iteration of k-means    nearest -> rank -> place -> means
     sort by label                         rank -> place
     top-p selection            scores -> select
 
-Sorting cuts the tokens into tiles. `rank` numbers the tokens of each label within a tile and counts them; sums
-of the counts, taken between the two kernels, say where each tile's tokens of a label begin; `place` puts them
-there.
+Sorting cuts the tokens into tiles. `rank` numbers the tokens of each label within a tile and counts them. Sums of
+the counts, computed between the two kernels, give the position where each tile's tokens of a label begin. `place`
+puts them there.
 
 Shapes in comments: M = BLOCK_M tokens or rows, N = BLOCK_N clusters, D = padded HEAD_DIM, T = TILE tokens,
 C = CHUNK of them, W = WIDTH clusters.
@@ -42,7 +42,7 @@ def nearest_kernel(
 ):
     """labels[token] = the centroid with the largest points[token] . centroid + bias.
 
-    Each lane of a tile keeps its own best over all tiles of centroids, so lanes of a row meet once.
+    Each lane of a tile keeps its own best over all tiles of centroids, so the lanes of a row are compared once.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -61,7 +61,7 @@ def nearest_kernel(
         c = _load_rows(centroids, first + lane, is_cluster, centroids_strides, HEAD_DIM, ALIGN)  # [N, D]
         offset = tl.load(bias + first + lane, mask=is_cluster, other=float("-inf"))  # [N]
         scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]  # [M, N]
-        is_better = scores > best  # never true of NaN
+        is_better = scores > best  # never true for NaN
         best = tl.where(is_better, scores, best)
         best_first = tl.where(is_better, first, best_first)
     is_top = best == tl.max(best, axis=1)[:, None]  # [M, N]
@@ -82,8 +82,8 @@ def rank_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """ranks[token] = how many tokens before it in its tile carry its label; counts[label, tile] = how many do in
-    all, written by the last of them. The counts of labels that a tile has not are left alone."""
+    """ranks[token] = number of tokens before it in its tile with its label. counts[label, tile] = number of tokens
+    with the label, written by the last of them; counts of labels that are not in the tile are not written."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -120,7 +120,7 @@ def place_kernel(
     tokens,
     TILE: tl.constexpr,
 ):
-    """order[place of the token] = token. `passed`: tokens of a label in a tile and the tiles before it."""
+    """order[place of the token] = token. `passed`: number of a label's tokens in a tile and the tiles before it."""
     tile = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -149,7 +149,7 @@ def means_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """One program moves one centroid to the mean of its points, if it has any."""
+    """Move each centroid to the mean of its points, if it has any. One program for each centroid."""
     cluster = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -186,7 +186,7 @@ def scores_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """scores[row, cluster] = q_centroids[row] . kv_centroids[cluster], a tile for each program."""
+    """scores[row, cluster] = q_centroids[row] . kv_centroids[cluster]. One program for each tile."""
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     across = tl.cdiv(clusters, BLOCK_N)
@@ -220,12 +220,12 @@ def select_kernel(
     floor,
     WIDTH: tl.constexpr,
 ):
-    """One program chooses the clusters of one row, WIDTH of them at a time and without sorting them. It computes
-    their weights again in every pass.
+    """Select the clusters of one row in one program, WIDTH at a time and without sorting. Every pass computes the
+    weights again.
 
-    The bits of floats from 0 up rise with them. So each of 16 passes finds two bits of the largest threshold such
-    that the weights from there up hold the share, and are `floor` at least. Of those exactly there, the first few
-    are kept.
+    The bits of non-negative floats rise with the floats. So each of 16 passes finds two bits of the largest
+    threshold for which the weights at or above it hold the share and are at least `floor` in number. Of the
+    weights equal to the threshold, only the first few that are needed are kept.
     """
     row = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -242,20 +242,20 @@ def select_kernel(
     masses = tl.zeros([WIDTH], tl.float32)  # [W]
     for start in range(0, clusters, WIDTH):
         masses += _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
-    # Where no score is above -inf, the weights are NaN.
+    # If no score is above -inf, the weights are NaN.
     total = tl.sum(masses)  # a number
     target = top_p * total
 
     threshold = tl.full([], 0, tl.uint32)
-    reached = clusters  # weights that are no less
-    beyond = 0  # weights that are more, and their sum
+    reached = clusters  # number of weights at or above the threshold
+    beyond = 0  # number of weights above it, and their sum
     beyond_mass = 0.0
     for step in range(16):
         shift = 30 - 2 * step
         third = threshold | (tl.full([], 3, tl.uint32) << shift)
         second = threshold | (tl.full([], 2, tl.uint32) << shift)
         first = threshold | (tl.full([], 1, tl.uint32) << shift)
-        third_masses = tl.zeros([WIDTH], tl.float32)  # [W], as the next five
+        third_masses = tl.zeros([WIDTH], tl.float32)  # [W], like the next five
         second_masses = tl.zeros([WIDTH], tl.float32)
         first_masses = tl.zeros([WIDTH], tl.float32)
         third_counts = tl.zeros([WIDTH], tl.int32)
@@ -304,7 +304,7 @@ def select_kernel(
     above_before = 0
     tied_before = 0
     for start in range(0, clusters, WIDTH):
-        column = start + tl.arange(0, WIDTH)  # [W], as all that follows
+        column = start + tl.arange(0, WIDTH)  # [W], as all tensors below
         is_cluster = column < clusters
         weights = _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH)
         bits = weights.to(tl.uint32, bitcast=True)
@@ -325,7 +325,7 @@ def select_kernel(
 
 @triton.jit
 def _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH: tl.constexpr):
-    """(scores, sizes) of the clusters start : start + WIDTH. What is not there has size 0."""
+    """(scores, sizes) of the clusters start : start + WIDTH; size 0 beyond the last cluster."""
     column = start + tl.arange(0, WIDTH)  # [W]
     is_cluster = column < clusters
     size = tl.load(kv_sizes + column * kv_sizes_strides[2], mask=is_cluster, other=0)
@@ -334,7 +334,7 @@ def _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH: t
 
 @triton.jit
 def _weights(scores, kv_sizes, kv_sizes_strides, start, clusters, scale, top, WIDTH: tl.constexpr):
-    """size exp2(score - top), the same bits in every pass; 0 where there is no cluster."""
+    """size exp2(score - top), the same bits in every pass; 0 beyond the last cluster."""
     score, size = _load_clusters(scores, kv_sizes, kv_sizes_strides, start, clusters, WIDTH)
-    score = tl.fma(score, scale, -top)  # by name: the compiler might fuse in one pass alone
+    score = tl.fma(score, scale, -top)  # explicit: the compiler might fuse in only one pass
     return tl.where(size == 0, 0.0, size * tl.exp2(score))

@@ -1,4 +1,4 @@
-"""Provider `cpu`: C++ kernels built on first use with the machine's compiler, else plain torch calls."""
+"""Provider `cpu`: C++ kernels, built on first use with the machine's compiler; without a compiler, torch calls."""
 
 import torch
 
@@ -6,7 +6,7 @@ from sparsify_compiler.kernels.cpu import library
 
 
 def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """Why the kernel cannot run, or None. Any head dimensions will do."""
+    """The reason why the kernel cannot run, or None. It supports all head dimensions."""
     if device != "cpu":
         return f"device must be cpu, got {device}"
     if dtype not in library.DTYPES:

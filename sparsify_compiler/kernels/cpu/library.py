@@ -1,12 +1,12 @@
-"""The C++ kernels (`csrc`), built on first use with the machine's compiler, and how tensors are passed to them.
+"""The C++ kernels (`csrc`): their build, on first use with the machine's compiler, and their views of tensors.
 
-They have a plain C interface and include no header of torch: they build in a few seconds with nothing but a
-C++17 compiler, and a build serves every version of torch. Libraries are kept in torch's cache directory under
-a hash of the sources, the flags and all that the compiler predefines, which names the compiler's version and
-the instructions of this CPU.
+The kernels have a plain C interface and include no header of torch. So they build in a few seconds, need only a
+C++17 compiler, and one build works with every version of torch. Libraries lie in torch's cache directory under a
+hash of the sources, the flags and the compiler's predefined macros, which name the compiler's version and the
+instructions of this CPU.
 
-A library ends in the digest of all bytes before, which the loader of the system does not read. A file that a full
-disk cut short, or that was altered, fails the check and is built again: loading it could kill the process.
+A library ends with the digest of all bytes before, which the system's loader does not read. A file that a full
+disk cut short, or that was changed, fails the check and is built again: loading it could kill the process.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""In the order of `enum Dtype` in csrc/view.h."""
+"""Data types in the order of `enum Dtype` in csrc/view.h."""
 
 _SOURCES = Path(__file__).parent / "csrc"
 _COMPILERS = ("g++", "clang++", "c++")
@@ -48,7 +48,7 @@ class View(ctypes.Structure):
 
 
 def view(tensor: Tensor | None) -> View:
-    """A view of a tensor [B|1, H|1, N] or [B|1, H|1, N, D]; a dimension of size 1 is shared: it has stride 0."""
+    """A view of a tensor [B|1, H|1, N] or [B|1, H|1, N, D]. A batch or head dimension of size 1 gets stride 0."""
     if tensor is None:
         return View()
     shape, (batch, head, row, *_) = tensor.shape, tensor.stride()
@@ -57,23 +57,23 @@ def view(tensor: Tensor | None) -> View:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildInfo:
-    """How the kernel was built, or why it was not."""
+    """The result of a build."""
 
     compiler: str | None
-    """The compiler's path, or None where there is none."""
+    """The compiler's path, or None if there is no compiler."""
     library: Path | None
-    """The built library, or None where packed SDPA runs in its stead."""
+    """The built library, or None if packed SDPA runs instead."""
     cached: bool
     """True if the library was there already."""
     seconds: float
-    """What finding or building the library took."""
+    """Time to find or build the library."""
     reason: str
-    """In words."""
+    """The result in words: the compiler, or the error."""
 
 
 @functools.cache
 def build_info() -> BuildInfo:
-    """Builds the kernel if that was not done yet, logs it, and tells how it went. Never raises."""
+    """Build the kernel if it is not built yet, log it, and return the result. Never raises."""
     start = time.perf_counter()
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     library, cached = None, False
@@ -88,7 +88,7 @@ def build_info() -> BuildInfo:
         reason = _words(error)
     seconds = time.perf_counter() - start
     if library is None:
-        logger.warning("the CPU kernel could not be built, packed SDPA runs in its stead: %s", reason)
+        logger.warning("the CPU kernel could not be built, packed SDPA runs instead: %s", reason)
     elif not cached:
         logger.warning("built the CPU attention kernel in %.1f s: %s", seconds, library)
     return BuildInfo(compiler=compiler, library=library, cached=cached, seconds=seconds, reason=reason)
@@ -96,9 +96,9 @@ def build_info() -> BuildInfo:
 
 @functools.cache
 def symbol(name: str, *structures: type[ctypes.Structure]) -> Callable[..., bool] | None:
-    """The C function `name`, which takes pointers to `structures`; None where nothing could be built.
+    """The C function `name`, which takes pointers to `structures`; None if nothing could be built.
 
-    It returns False, and computes nothing, where a tensor of indices does not fit what it indexes.
+    The function returns False, and computes nothing, if an index lies outside the tensor that it indexes.
     """
     library = build_info().library
     if library is None:
@@ -111,7 +111,7 @@ def symbol(name: str, *structures: type[ctypes.Structure]) -> Callable[..., bool
 def launch(
     kernel: Callable[..., bool], *structures: ctypes.Structure | None, check: Callable[[], None]
 ) -> None:
-    """Run a kernel. Where it refuses its tensors of indices, `check` raises and says why."""
+    """Run a kernel. If it refuses its index tensors, `check` raises with the reason."""
     if not kernel(*(None if one is None else ctypes.byref(one) for one in structures)):
         check()
         raise AssertionError("the kernel refused tensors that fit")
@@ -136,7 +136,7 @@ def _build(compiler: str) -> tuple[Path, bool]:
         if library.exists():
             logger.warning("the cached CPU attention kernel is damaged and is built again: %s", library)
         logger.warning("building the CPU attention kernel with %s, once for this machine", compiler)
-        # Built next to its place and moved there at once: nobody sees a part of it.
+        # Built in the same folder and moved in one step: no process reads a part of it.
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
             objects = {f"{scratch}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
             list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
@@ -149,7 +149,7 @@ def _build(compiler: str) -> tuple[Path, bool]:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the file is there and ends in the digest of its other bytes."""
+    """Whether the file exists and ends with the digest of its other bytes."""
     try:
         content = library.read_bytes()
     except FileNotFoundError:
@@ -164,7 +164,7 @@ def _digest(content: bytes) -> bytes:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Inside, no other process builds in the folder. The lock goes with the process, however it ends."""
+    """Keep other processes from building in the folder. The lock ends with the process, even if it is killed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -180,13 +180,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _words(error: OSError | subprocess.SubprocessError) -> str:
-    """The compiler's own words where it said any; else the error's."""
+    """The compiler's own message if there is one, else the error's."""
     said = getattr(error, "stderr", None) or b""
     return said.decode(errors="replace").strip() or str(error)
 
 
 def _cache_dir() -> Path:
-    """Where libraries are kept: beside torch.hub's directory; where that is read-only, for this process."""
+    """The folder for libraries: next to torch.hub's directory; if that is read-only, a folder for this process."""
     path = Path(torch.hub.get_dir()).parent / "sparsify_compiler"
     try:
         path.mkdir(parents=True, exist_ok=True)

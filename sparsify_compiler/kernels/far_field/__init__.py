@@ -1,10 +1,11 @@
-"""Attention with a far field: what a query block does not read is dropped, or answers through its statistics.
+"""Attention with a far field: blocks that a query block does not read are dropped, or approximated by statistics.
 
-A table says which key blocks a query block reads; that is the near field. The other blocks are the far field: a
-virtual key each (`virtual_keys.py`), merged with the near field (`near_and_far.py`).
+The key blocks that a table lists for a query block are its near field. The other blocks are its far field: one
+virtual key for each (`virtual_keys.py`), merged with the near field (`near_and_far.py`).
 
-Neither form of the far field is always better than dropping, nor the first order than the zeroth, so a few rows are
-computed exactly, and a head does without what raises their error. Nothing here reads a value back from the device.
+No form of the far field is always better than dropping, and the first order is not always better than the zeroth.
+So a few rows are computed exactly, and a head does not use the terms that raise their error. Nothing here reads a
+value back from the device.
 """
 
 import math
@@ -24,13 +25,13 @@ from sparsify_compiler.table import BlockTable
 FAR_FIELDS = ("drop", "mean", "linear")
 
 PART_OF_KEYS = 1024
-"""Keys of a part, at least, where exact rows read them in parts."""
+"""Least number of keys in a part, where exact rows read the keys in parts."""
 ROWS_AT_ONCE = 1024
-"""Exact rows times parts, at most, where there are several parts."""
+"""Largest product of exact rows and parts, where there are several parts."""
 
 
 class Provider(Protocol):
-    """The functions of a provider of the far field. Tensors are those of the ops, and they fit."""
+    """The functions of a provider of the far field. They get the tensors of the ops, checked."""
 
     def near_and_far(
         self,
@@ -42,7 +43,7 @@ class Provider(Protocol):
         key_bias: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse), laid out as `attention.empty_outputs`."""
+        """(out, lse), in the layout of `attention.empty_outputs`."""
 
     def merge(
         self,
@@ -57,20 +58,20 @@ class Provider(Protocol):
         q_order: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse) of `merge_far_field`, laid out as `attention.empty_outputs`."""
+        """(out, lse) of `merge_far_field`, in the layout of `attention.empty_outputs`."""
 
 
 class Report(NamedTuple):
-    """What is known of a call, by head: fp32 tensors [B, H] on the device."""
+    """Measurements of a call for each head: fp32 tensors [B, H] on the device."""
 
     density: Tensor
     """Share of the query-key pairs that were read."""
     gate: Tensor
-    """1 where the far field is merged, 0 where it is dropped: sampled rows say so."""
+    """1 where the far field is merged, 0 where it is dropped, as sampled rows decide."""
     recall: Tensor
-    """Mean share of the true attention mass that the near field holds; NaN where no row is sampled."""
+    """Mean share of the true attention mass in the near field, over sampled rows; NaN if no row is sampled."""
     kept: Tensor
-    """The same as the means of blocks tell it, of all queries; NaN without `min_gain`."""
+    """The same share, estimated from the means of blocks for all queries; NaN without `min_gain`."""
 
 
 def attention_with_far_field(
@@ -93,15 +94,15 @@ def attention_with_far_field(
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
         min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
-        far_blocks: of a table of single keys, the blocks that answer for those a row does not list. None: the
-            blocks of the table do.
-        sampled_rows: queries of each head that are computed exactly, spread evenly over the positions of the
-            table. A head does without the first order of `linear`, or without a far field, where that raises
-            their summed squared error. 0: no guard, no recall.
+        far_blocks: for a table of single keys, the blocks that approximate the keys that a row does not list. If
+            None, the blocks of the table approximate them.
+        sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
+            the table. A head does not use the first order of `linear`, or the far field at all, if it raises their
+            summed squared error. 0: no guard, no recall.
 
     Returns:
-        out, lse: as in `attention.block_sparse_attention`, near and far field merged.
-        report: of each head.
+        out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
+        report: measurements for each head.
     """
     if far_field not in FAR_FIELDS:
         raise unknown_choice("far_field", far_field, FAR_FIELDS)
@@ -180,7 +181,7 @@ def exact_rows(
 ) -> tuple[Tensor, Tensor]:
     """Dense attention of a few queries: (out [B, H, R, Dv], lse [B, H, R]).
 
-    The rows read the keys in parts, once for each part, and the parts are merged by their lse.
+    The rows read the keys part by part, and the results of the parts are merged by their lse.
 
     Args:
         rows: [B|1, H|1, R] int, the tokens of `query` to compute.
@@ -205,13 +206,13 @@ def exact_rows(
 
 
 def _parts(rows: int, keys: int, device: str) -> int:
-    """How many parts of its keys a few rows of a head read at a time. A head keeps a core of a CPU busy; but a GPU
-    has more multiprocessors than a model has heads."""
+    """The number of parts into which a head's keys are cut for a few rows. On a CPU one head keeps a core busy,
+    but a GPU has more multiprocessors than a model has heads."""
     return 1 if device == "cpu" else max(1, min(keys // PART_OF_KEYS, ROWS_AT_ONCE // max(rows, 1)))
 
 
 def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, from that to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
+    """Attention to all keys, merged from attention to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
     top = lse.detach().amax(2, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)  # an infinity is not subtracted from itself
     weights = (lse - top).exp()
@@ -234,7 +235,7 @@ def _guard(
     scale: float,
     provider: str,
 ) -> tuple[VirtualKeys, Tensor, Tensor]:
-    """`far` without what raises the error of a head's sampled rows; gate and recall, as in `Report`."""
+    """(`far` without the terms that raise the error of a head's sampled rows, gate and recall as in `Report`)."""
     rows, table = sample.take(query), sample.rows_of(table)
     exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
     near, near_lse = attention.block_sparse_attention(
@@ -259,7 +260,7 @@ def _guard(
         helps = whole <= least
         least = torch.where(helps, whole, least)
         far = far._replace(limits=far.limits * helps[..., None, None])
-    # An error that is no number is no improvement.
+    # A NaN error is no improvement.
     gate = least <= _error(near, exact)
     far = far._replace(bias=far.bias.masked_fill(~gate[..., None], -torch.inf))
     return far, gate.float(), _recall(near_lse, exact_lse)
@@ -267,16 +268,16 @@ def _guard(
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """A few queries of each head, in rising position, and where the query blocks begin among them."""
+    """A few queries of each head, by rising position, and the bounds of the query blocks among them."""
 
     rows: Tensor
-    """[B|1, H|1, R] int64, tokens."""
+    """[B|1, H|1, R] int64, the tokens."""
     q_bounds: Tensor
     """[B|1, H|1, Nq+1] int32."""
 
     @classmethod
     def of(cls, query: Tensor, table: BlockTable, count: int) -> "_Sample | None":
-        """Positions in the middle of `count` equal parts of the sequence."""
+        """The positions in the middle of `count` equal parts of the sequence."""
         if count == 0:
             return None
         tokens = query.shape[2]
@@ -290,7 +291,7 @@ class _Sample:
         return _take(tensor, self.rows)
 
     def rows_of(self, table: BlockTable) -> BlockTable:
-        """The table of these rows alone."""
+        """The table for these rows only."""
         return replace(table, q_bounds=self.q_bounds, q_order=None)
 
 
@@ -302,7 +303,7 @@ def _take(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _recall(near_lse: Tensor, exact_lse: Tensor) -> Tensor:
-    """[B, H]; a row that sees no key at all misses none."""
+    """[B, H] mean share of the attention mass that is kept; 1 for a row without visible keys."""
     kept = (near_lse - exact_lse.masked_fill(exact_lse == -torch.inf, 0.0)).exp()
     return kept.masked_fill(exact_lse == -torch.inf, 1.0).mean(-1).float()
 

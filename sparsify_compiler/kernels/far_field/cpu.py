@@ -1,6 +1,6 @@
-"""Near and far field: the C++ kernels, or the reference where they could not be built.
+"""Near and far field: the C++ kernels, or the reference if they could not be built.
 
-Both together are one pass of `csrc/attention.cpp`; results of both are merged by `csrc/far_field.cpp`.
+`csrc/attention.cpp` computes both fields in one pass; `csrc/far_field.cpp` merges separate results.
 """
 
 import ctypes
@@ -53,7 +53,7 @@ def merge(
         )
     out, lse = empty_outputs(query, near_out)
     batch, heads, tokens, head_dim = query.shape
-    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    # The list keeps copies that `contiguous` may make alive until the kernel has run.
     tensors = [
         query if query.stride(-1) == 1 else query.contiguous(),
         near_out if near_out.stride(-1) == 1 else near_out.contiguous(),

@@ -1,7 +1,7 @@
-"""Ops `sparsify::near_and_far` and `sparsify::merge_far_field`: keys that are read, and virtual keys of the rest.
+"""Ops `sparsify::near_and_far` and `sparsify::merge_far_field`: keys that are read, and virtual keys for the rest.
 
-The far field is the attention op once more, over one virtual key for each block under the complement of the table;
-the two are merged by their lse, and the first order is added.
+The far field is a second call of the attention op, with one virtual key for each block, under the complement of the
+table. The two results are merged by their lse, and the first order is added.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ def near_and_far(
     scale: float,
     provider: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of the keys that `table` lists and of the virtual keys of the others, merged.
+    """(out, lse) of the keys that `table` lists, merged with the virtual keys of the others.
 
-    One op where nobody asks for gradients and the blocks are the table's; else near field, far field and
+    It is one op if no gradients are needed and the blocks are the table's; else near field, far field and
     `merge_far_field`.
     """
     tensors = (query, key, value, *far)
@@ -65,7 +65,7 @@ def in_parts(
     scale: float,
     others: BlockTable | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`near_and_far` as it is defined: near field, far field, merge, by a provider's functions for these."""
+    """The definition of `near_and_far`: near field, far field and merge, by a provider's functions for these."""
     near = attend(query, key, value, table, key_bias, scale)
     rest = attend(query, far.key, far.value, others or complement(table), far.bias, scale)
     return merge(query, *near, *rest, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
@@ -113,7 +113,7 @@ def _check_near_and_far(
     key_bias: Tensor | None,
     far: VirtualKeys,
 ) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     attention.check(query, key, value, table, key_bias)
     batch, heads, _, head_dim = query.shape
     blocks, groups = table.kv_bounds.shape[-1] - 1, far.key.shape[1] if far.key.dim() == 4 else 0
@@ -133,7 +133,7 @@ def _check_near_and_far(
 
 
 def complement(table: BlockTable) -> BlockTable:
-    """The table over virtual keys, one for each key block, in which a row lists what it does not in `table`."""
+    """A table of virtual keys, one for each key block. A row lists the blocks that it does not list in `table`."""
     skipped = ~table.block_mask()
     columns = torch.arange(skipped.shape[-1] + 1, dtype=torch.int32, device=skipped.device)
     return replace(table.listing(skipped), kv_bounds=columns[None, None], kv_order=None)
@@ -154,16 +154,16 @@ def merge_far_field(
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """(e^near_lse near_out + e^far_lse far) / (e^near_lse + e^far_lse), and the log of that sum, where
-    far = far_out + scale query M, the latter kept within +-limits.
+    far = far_out + scale query M, with the second term clamped to +-limits.
 
-    A row whose far_lse is -inf is the near row bit for bit, whatever far_out and M hold.
+    A row whose far_lse is -inf is the near row bit for bit, for any values in far_out and M.
 
     Args:
-        query: [B, H, Sq, D]; read where there are matrices.
+        query: [B, H, Sq, D]; read only if there are matrices.
         near_out, far_out: [B, H, Sq, Dv] in the dtype of `query`.
         near_lse, far_lse: [B, H, Sq] fp32 (fp64 for fp64 input).
         matrices: [B, H, Nq, D, Dv] in the dtype of lse, M of each query block, or None.
-        limits: [B, H, Nq, Dv] in the dtype of lse, not negative; None where there are no matrices.
+        limits: [B, H, Nq, Dv] in the dtype of lse, not negative; None if there are no matrices.
         q_bounds, q_order: the query blocks, as in `BlockTable`.
 
     Returns:
@@ -277,7 +277,7 @@ def _merge_setup(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor])
 
 
 def _merge_backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: checkpointing gives them out no second time
+    saved = ctx.saved_tensors  # read once: checkpointing does not return them a second time
     *grads, grad_matrices, grad_limits = torch.ops.sparsify.merge_far_field_backward(
         grad_out, grad_lse, *saved, ctx.scale
     )
@@ -300,7 +300,7 @@ def _check_merge(
     q_bounds: Tensor,
     q_order: Tensor | None,
 ) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     for name, tensor in (("query", query), ("near_out", near_out)):
         if tensor.dim() != 4:
             raise OperandError(f"{name} must have shape [B, H, Sq, D], got {tuple(tensor.shape)}")
@@ -319,9 +319,9 @@ def _check_merge(
 def _linear_term(
     matrices: Tensor | None, limits: Tensor | None, query: Tensor, value_dim: int, q_bounds: Tensor
 ) -> list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]:
-    """What `check_exactly` is to find of the linear term, if there is one."""
+    """The arguments of `check_exactly` for the linear term, if there is one."""
     if (matrices is None) != (limits is None):
-        raise OperandError("matrices and limits come together, got one without the other")
+        raise OperandError("matrices and limits must be given together, got one without the other")
     if matrices is None or limits is None:
         return []
     wide, lead = statistics.wide(query.dtype), (*query.shape[:2], q_bounds.shape[-1] - 1)

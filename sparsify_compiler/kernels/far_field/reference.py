@@ -1,4 +1,4 @@
-"""Near and far field, alone and merged, defined in plain torch."""
+"""Near and far field, and their merge, defined in plain torch."""
 
 from functools import partial
 
@@ -57,11 +57,11 @@ def merge_backward(
     q_order: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of all tensors (those of `matrices` and `limits` empty where there are none).
+    """Gradients of all tensors (those of `matrices` and `limits` are empty if there are none).
 
     With a, b the shares of near and far and F = far + clamp(s q M):  dnear = a dO,  dfar = b dO,
-    dlse_near = a (dO.(near - out) + dlse),  dlse_far = b (dO.(F - out) + dlse). Where the term is not clamped
-    dfar goes on to q and M, where it is to the limit, with the term's sign.
+    dlse_near = a (dO.(near - out) + dlse),  dlse_far = b (dO.(F - out) + dlse). Where the term is not clamped,
+    dfar flows to q and M. Where it is clamped, dfar flows to the limit, with the sign of the term.
     """
     dtype = lse.dtype
     d_out, merged, near = (t.to(dtype) for t in (grad_out, out, near_out))
@@ -69,7 +69,7 @@ def merge_backward(
     base = lse.masked_fill(blind, 0.0)
     near_share, far_share = ((t - base).exp() for t in (near_lse, far_lse))
     far = _with_linear_term(query, far_out, matrices, limits, q_bounds, q_order, scale, dtype)
-    # What no row reads may hold anything.
+    # Values that no row reads may be anything, NaN included.
     near, far = (
         t.masked_fill((share == 0)[..., None], 0.0) for t, share in ((near, near_share), (far, far_share))
     )

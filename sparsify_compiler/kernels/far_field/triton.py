@@ -1,4 +1,4 @@
-"""Near and far field: that of attention twice, and the merge, whose kernel is in `triton_kernels.py`."""
+"""Near and far field: two launches of attention, then the merge, whose kernel is in `triton_kernels.py`."""
 
 from functools import partial
 
@@ -53,11 +53,11 @@ def merge_launch(
     out: Tensor,
     lse: Tensor,
 ) -> Launch:
-    """Fills `out` and `lse`."""
+    """The launch that fills `out` and `lse`."""
     q_bounds, q_order = q_bounds.contiguous(), q_order if q_order is None else q_order.contiguous()
     batch, heads, tokens, head_dim = query.shape
     columns = value_tile(head_dim)
-    # As many queries as channels: their product stays square. In fp32 it has no room in registers.
+    # The number of queries equals that of channels, so their product is square. In fp32 it does not fit registers.
     block = 32 if query.dtype == torch.float32 else columns
     blocks = q_bounds.shape[-1] - 1
     tensors = {
@@ -84,10 +84,10 @@ def merge_launch(
         "VALUE_DIM": near_out.shape[-1],
         "VALUE_TILE": columns,
         "BLOCK": block,
-        # fp32 is multiplied without tensor cores, from registers: few of its channels fit at a time.
+        # fp32 is multiplied without tensor cores, from registers: few channels fit at a time.
         "CHUNK": 16 if query.dtype == torch.float32 else max(16, triton.next_power_of_2(head_dim)),
         "PRECISION": precision(query.dtype),
     }
-    # No q_bounds of these shapes have more tiles; those they have not end at once.
+    # The most tiles that q_bounds of these shapes can have; surplus programs end at once.
     tiles = (tokens // block + blocks if tokens else 0) * -(-near_out.shape[-1] // columns)
     return Launch(kernels.merge_kernel, (tiles, heads, batch), arguments, num_warps=8)

@@ -1,7 +1,7 @@
 """The Triton kernel of the far field: the merge of near and far.
 
-One program computes VALUE_TILE channels of BLOCK queries of one query block, whose matrix they share; tiles are
-numbered as in `attention/triton_kernels.py`. Products and sums have the precision of those in
+One program computes VALUE_TILE channels of BLOCK queries of one query block, which share the block's matrix. Tiles
+are numbered as in `attention/triton_kernels.py`. Products and sums have the same precision as in
 `statistics/triton_kernels.py`.
 
 Shapes in comments: M = BLOCK queries, V = VALUE_TILE, C = CHUNK channels of queries.
@@ -46,7 +46,7 @@ def merge_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (query tiles * value tiles, heads, batches). Matrices and limits are contiguous; CHUNK of their rows
+    """Grid: (query tiles * value tiles, heads, batches). Matrices and limits are contiguous. CHUNK rows of a matrix
     are multiplied at a time."""
     tiles: tl.constexpr = (VALUE_DIM + VALUE_TILE - 1) // VALUE_TILE
     query_tile = tl.program_id(0) // tiles

@@ -1,29 +1,29 @@
-"""Virtual keys: each block of keys as one key, by its statistics; and which blocks are better read.
+"""Virtual keys: each block of keys as one key, by its statistics; and the choice of blocks that are better read.
 
-A block j that a query block does not read answers as one virtual key. With n_j keys of mean kbar_j, value mean
+One virtual key approximates a block j that a query block does not read. With n_j keys of mean kbar_j, value mean
 vbar_j, variance var_j per channel, covariance C_j of keys and values (weighted by exp(key_bias)), and s the scale:
 
     mean    score s q.kbar_j + log n_j, value vbar_j. The zeroth order, as in SVG-EAR (arXiv 2603.08982).
-    linear  score s q.kbar_j + log n_j + v_j, value vbar_j + s C_jᵀ q. Were the keys of a block Gaussian, with a
-            diagonal covariance, the value would be exact, and the score with v_j = s²/2 q².var_j. The sum of C_j
-            under the far softmax is taken once for each query block, at its mean query: M_i. PISA (arXiv
-            2602.01077) has the first order as one matrix for the whole sequence, over flat blocks.
+    linear  score s q.kbar_j + log n_j + v_j, value vbar_j + s C_jᵀ q. For Gaussian keys with a diagonal covariance,
+            the value is exact, and so is the score with v_j = s²/2 q².var_j. The sum of C_j under the far softmax
+            is computed once for each query block, at its mean query: M_i. PISA (arXiv 2602.01077) has the first
+            order as one matrix for the whole sequence, over flat blocks.
 
-An expansion is good where its terms are small, and where attention is sharp they grow without end: the far field
-then errs ten times as much as dropping, in rows too few for a sample to see. So both terms of `linear` are
-bounded: s q M_i moves no channel further than the standard deviation of the values it stands for, and v_j is at
-most 1/2. With q² averaged over the queries of a head, v_j is a bias; each query's own q² errs as much, and would
-double the head dim.
+An expansion is good where its terms are small. Where attention is sharp they grow without bound: the far field then
+has ten times the error of dropping, in too few rows for a sample to show it. So both terms of `linear` are bounded:
+s q M_i moves no channel further than the standard deviation of the values that it approximates, and v_j is at most
+1/2. With q² averaged over the queries of a head, v_j is a bias. Each query's own q² gives as large an error, and
+would double the head dim.
 
-What is best read is not what holds most mass: a block of like keys, or like values, is as good as its statistics
-however much attention it gets. `min_gain` reads, beside what the table lists, the blocks that `linear` does badly:
-the second order, which it leaves out, is about P_ij s² E q²·var_j of how far values of j lie from the output, where
-P_ij is the share of block j in the attention of query block i (`gains`).
+The blocks with most mass are not the best to read: statistics describe a block of similar keys, or similar values,
+well, even if it gets much attention. `min_gain` reads, in addition to the table, the blocks that `linear`
+approximates badly. The second order, which `linear` omits, is about P_ij s² E q²·var_j times the distance of the
+values of j from the output, where P_ij is the share of block j in the attention of query block i (`gains`).
 
-A table of single keys has no blocks to stand for what it skips, so it comes with coarser ones (`FarBlocks`). Row i
-may then read some keys of block j and leave m_ij of n_j unread. These answer as the block does, but with the weight
-of m_ij keys: score + log m_ij - log n_j. To take out of the means what is read would need sums over the keys of
-every row.
+A table of single keys has no blocks that could approximate the skipped keys, so coarser blocks come with it
+(`FarBlocks`). Row i may then read some keys of block j and leave m_ij of n_j unread. The block's virtual key
+approximates these, with the weight of m_ij keys: score + log m_ij - log n_j. To remove the keys that are read from
+the means would need sums over the keys of every row.
 """
 
 from dataclasses import replace
@@ -37,23 +37,23 @@ from sparsify_compiler.kernels import statistics
 from sparsify_compiler.table import BlockTable
 
 MOST_SECOND_ORDER = 0.5
-"""Of a score: beyond it the third order is no smaller."""
+"""Largest second-order term of a score. Above it, the third order is no smaller than the second."""
 
 
 class FarBlocks(NamedTuple):
-    """Blocks of keys that answer for those of their keys which a row does not read; shared by batch and heads."""
+    """Blocks that approximate those of their keys that a row does not read; shared by batch and heads."""
 
     order: Tensor
     """[1, 1, S] int32, as `BlockTable.kv_order`."""
     bounds: Tensor
     """[1, 1, N+1] int32, as `BlockTable.kv_bounds`."""
     keys: Tensor
-    """[B|1, H|1, N] int32, how many keys of each can be seen."""
+    """[B|1, H|1, N] int32, number of visible keys of each block."""
     left: Tensor
-    """[B, H, Nq, N] int32, how many of these each query block does not read."""
+    """[B, H, Nq, N] int32, number of these keys that each query block does not read."""
 
     def check(self, query: Tensor, key: Tensor, table: BlockTable) -> None:
-        """Raise OperandError unless these blocks are of such keys and a table of such rows. Looks at no value."""
+        """Raise OperandError unless these blocks fit the keys and the rows of the table. Reads no value."""
         batch, heads, rows = *query.shape[:2], table.q_bounds.shape[-1] - 1
         tokens, blocks = key.shape[2], self.bounds.shape[-1] - 1
         shapes: dict[str, list[tuple[int, ...]]] = {
@@ -76,18 +76,18 @@ class FarBlocks(NamedTuple):
 
 
 class VirtualKeys(NamedTuple):
-    """The blocks of keys, each as one virtual key, or with `FarBlocks` as one for each number of keys left."""
+    """The virtual keys: one for each block, or with `FarBlocks` one for each number of keys left unread."""
 
     key: Tensor
     """[B, G, N, D] in the dtype of the queries, G dividing their heads."""
     value: Tensor
     """[B, G, N, Dv]."""
     bias: Tensor
-    """[B, H, N] fp32 (fp64 for fp64 input), added to the scaled scores; -inf for what does not answer."""
+    """[B, H, N] fp32 (fp64 for fp64 input), added to the scaled scores; -inf for a virtual key that is not used."""
     matrices: Tensor | None
     """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
     limits: Tensor | None
-    """Of s q M, [B, H, Nq, Dv]."""
+    """Limits of s q M, [B, H, Nq, Dv]."""
 
 
 def virtual_keys(
@@ -103,13 +103,14 @@ def virtual_keys(
     scale: float,
     provider: str,
 ) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None]:
-    """What answers for the keys that a row of a table does not list: the table's own blocks, or `blocks`.
+    """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
 
     Returns:
-        table: with what `min_gain` adds to it.
+        table: the table, with the blocks that `min_gain` adds.
         far: the virtual keys.
-        others: which of these each row reads; None, where they are the table's blocks: those it does not list.
-        kept: with `min_gain` the attention mass that queries are estimated to read, [B, H].
+        others: a table of the virtual keys that each row reads. None if they are the table's blocks: then a row
+            reads those that it does not list.
+        kept: with `min_gain`, the attention mass that queries are estimated to read, [B, H].
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -143,10 +144,10 @@ def virtual_keys(
                     query.shape[2], 1
                 )
         shares = _shares(scores if blocks is not None else scores.masked_fill(listed, -torch.inf))
-        # In the dtype of the queries: half of what the far field takes on a GPU would else be this product in fp32.
+        # In the dtype of the queries: in fp32 this product would be half of the far field's time on a GPU.
         narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
         matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
-        # Not 0, where a square root has no gradient.
+        # Not 0, since a square root has no gradient there.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
@@ -158,15 +159,18 @@ def virtual_keys(
 def _for_each_number(
     far: VirtualKeys, table: BlockTable, blocks: FarBlocks
 ) -> tuple[VirtualKeys, BlockTable]:
-    """A virtual key for every number of keys, from 1 on, that a block may stand for, as many as there are keys; and
-    which of them each query block of `table` reads."""
+    """(virtual keys, table of those that each query block of `table` reads).
+
+    A block has a virtual key for every number of its keys that may be left unread, from 1 on. So there is one
+    virtual key for each key.
+    """
     first, sizes = blocks.bounds[..., :-1], blocks.bounds.diff(dim=-1)
     tokens = torch.arange(blocks.order.shape[-1] + 1, dtype=torch.int32, device=first.device)
     block = torch.repeat_interleave(sizes[0, 0], output_size=len(tokens) - 1)
     number = tokens[1:] - first[0, 0][block]
     of_one = far.bias - blocks.keys.clamp(min=1).to(far.bias.dtype).log()
     listed = table.listing(blocks.left > 0)
-    # A number beyond a block's keys, which no method gives, is taken for all of them.
+    # A number larger than the block counts as all of its keys. No method gives one.
     column = (first[:, :, None] + torch.minimum(blocks.left, sizes[:, :, None]) - 1).clamp(min=0)
     far = far._replace(
         key=far.key[:, :, block],
@@ -180,19 +184,19 @@ def _for_each_number(
 def gains(
     shares: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
 ) -> Tensor:
-    """What reading a block is worth: the squared error of the output that it saves, for each share of the keys.
+    """The gain of reading a block: the squared error of the output that it removes, per share of the keys.
 
     With o_i = sum over j of P_ij vbar_j and |o|² the mean of its square over the tokens of all heads:
 
         gain_ij = (P_ij spread_ij)² (|vbar_j - o_i|² + sum of var(v)_j) / |o|² / (keys of j / all keys)
 
-    At a gain of 0.01, a hundredth of the keys lowers the relative squared error by 0.0001. Errors of blocks are
-    taken to be independent, so that their squares add up; then reading every block of more than a certain gain
-    leaves the least error that so much reading can.
+    At a gain of 0.01, reading a hundredth of the keys lowers the relative squared error by 0.0001. Errors of blocks
+    are assumed independent, so their squares add up. Then reading every block above one gain leaves the least error
+    for this number of keys.
 
     Args:
         shares: [B, H, Nq, N], P, the attention of the mean query to the virtual keys of all blocks.
-        spread: [B, H, Nq, N], variance of the scores of a pair of blocks about that of their means.
+        spread: [B, H, Nq, N], variance of the scores of a pair of blocks around the score of their means.
         value_mean, value_variance: [B, G, N, Dv], G dividing H.
 
     Returns:
@@ -213,18 +217,18 @@ def gains(
 
 
 def _shares(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; 0 where nothing is to be seen."""
+    """Softmax over the last dimension; 0 where all scores are -inf."""
     blind = (scores == -torch.inf).all(-1, keepdim=True)
     return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 def _of_heads(tensor: Tensor, heads: int) -> Tensor:
-    """[B, G, ...] for each of `heads`, as a view where they are as many."""
+    """[B, G, ...] repeated to `heads`; unchanged if G equals `heads`."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
-    """[B, H, Nq, X] @ [B, G, X, Y] -> [B, H, Nq, Y], each head of the right shared by H / G of the left."""
+    """[B, H, Nq, X] @ [B, G, X, Y] -> [B, H, Nq, Y]; H / G heads of `left` share each head of `right`."""
     heads, groups = left.shape[1], right.shape[1]
     if heads == groups:
         return left @ right
@@ -233,7 +237,7 @@ def _per_query_block(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype, within its range, where that is less: bfloat16 has that of fp32."""
+    """The tensor in another dtype, clamped if that has a smaller range. bfloat16 has the range of fp32."""
     most = torch.finfo(dtype).max
     if most < 0.99 * torch.finfo(tensor.dtype).max:
         tensor = tensor.clamp(-most, most)

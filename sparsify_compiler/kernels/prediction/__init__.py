@@ -3,7 +3,7 @@
     sparsify::top_k_keys    low-rank queries and keys -> the keys that each query group reads
 
 It is a decision, not a differentiable function: inputs are detached, and autocast changes nothing. This file
-imports torch alone; a provider's kernels are imported when the op first runs on it.
+imports only torch. A provider's kernels are imported when the op first runs on it.
 """
 
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from sparsify_compiler.table import check_bounds
 
 
 class Provider(Protocol):
-    """The function of a provider of prediction. Tensors are those of `top_k_keys`, and they fit."""
+    """The function of a provider of prediction. It gets the tensors of `top_k_keys`, checked."""
 
     def top_k_keys(
         self,
@@ -29,7 +29,7 @@ class Provider(Protocol):
         width: int,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        """(kv_num_blocks, kv_indices), laid out as `empty_top_k`."""
+        """(kv_num_blocks, kv_indices), in the layout of `empty_top_k`."""
 
 
 def top_k_keys(
@@ -43,43 +43,43 @@ def top_k_keys(
     key_bias: Tensor | None = None,
     provider: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The `budget` keys with the highest predicted score, for each query group.
+    """Select the `budget` keys with the highest predicted score for each query group.
 
     The score of key j for query i is
 
         scale query_i . key_j + key_bias_j
 
-    -inf wherever the bias is, and the lowest finite number where it is NaN. Without `q_bounds` every query is a
-    group of its own. A group's score is the attention that its queries are foretold to give a key together, the sum
-    of their softmax over all keys, and -inf where the bias is: what one query reads and the others do not is not
-    lost between them. A group of no query chooses nothing.
+    It is -inf where the bias is -inf, and the lowest finite number where it is NaN. Without `q_bounds` every
+    query is its own group. A group's score for a key is the predicted attention of all its queries together: the
+    sum of their softmax over all keys, and -inf where the bias is -inf. So a key that only one query of the group
+    needs still has a high score. A group without queries selects nothing.
 
-    A key at -inf is never chosen; of equal scores (-0 equals 0) the key of lower index goes first. Scores of Q x S
-    pairs are never held at once, by the reference those of one group.
+    A key with score -inf is never selected. At equal scores (-0 equals 0) the key of lower index comes first. The
+    scores of all Q x S pairs are never in memory together; the reference holds those of one group.
 
-    Scores are fp32 (reference: fp64 for fp64). Providers sum the R products in orders of their own, so their
-    scores, and the choice among keys whose scores differ by no more, may differ in the last bits; where every
-    sum is exact, as of small integers, they choose the same keys.
+    Scores are fp32 (reference: fp64 for fp64). Each provider sums the R products in its own order, so scores may
+    differ in the last bits, and so may the choice among keys whose scores differ by no more. Where every sum is
+    exact, as for small integers, all providers select the same keys.
 
     Args:
         query: [B, H, Q, R] fp32, fp16, bf16 (reference: also fp64), any strides.
         key: [B, Hkv, S, R] of the same dtype, H a multiple of Hkv; query head h reads key head h * Hkv // H.
-        budget: [B|1, H|1] int32 on the device of the query, where it stays: keys to choose for each group of a
-            head. Below 0 it counts as 0, above min(width, S) as that.
-        width: W, room in a row of the result, at least 1; by convention a power of two.
-        q_bounds: [G+1] int32 on the device of the query, rising from 0 to Q: group g is queries q_bounds[g] to
-            q_bounds[g + 1] - 1. Or None, for G = Q groups of one.
+        budget: [B|1, H|1] int32 on the device of the query; it is not read back. The number of keys to select for
+            each group of a head, clamped to 0 and min(width, S).
+        width: W, the length of a row of the result, at least 1; by convention a power of two.
+        q_bounds: [G+1] int32 on the device of the query, rising from 0 to Q: group g has the queries q_bounds[g] to
+            q_bounds[g + 1] - 1. None: G = Q groups of one query.
         scale: factor on the products.
         key_bias: [B|1, H|1, S] float, or None.
         provider: `reference`, `cpu`, `triton`, or `auto` for the fastest that runs on these tensors.
 
     Returns:
-        kv_num_blocks: [B, H, G] int32, how many keys are chosen: `budget`, or all above -inf if they are fewer.
-        kv_indices: [B, H, G, W] int32, the chosen keys by rising index, then zeros.
+        kv_num_blocks: [B, H, G] int32, number of selected keys: `budget`, or all keys above -inf if they are fewer.
+        kv_indices: [B, H, G, W] int32, the selected keys by rising index, then zeros.
 
     Raises:
-        OperandError: arguments that do not fit together.
-        ProviderError: the provider asked for cannot run on these tensors.
+        OperandError: arguments do not fit together.
+        ProviderError: the requested provider cannot run on these tensors.
     """
     return torch.ops.sparsify.top_k_keys(
         query.detach(),
@@ -94,7 +94,7 @@ def top_k_keys(
 
 
 def _choose(provider: str, query: Tensor) -> str:
-    """The name of the provider to run; of tensors that no provider takes, the op itself says what is wrong."""
+    """The name of the provider to run. The op itself raises the error for tensors that no provider takes."""
     dtype = query.dtype if query.is_floating_point() else torch.float32
     rank = query.shape[-1] if query.dim() == 4 else 1
     return providers.choose(
@@ -151,14 +151,14 @@ def _check(
     key_bias: Tensor | None,
     width: int,
 ) -> None:
-    """Raise OperandError for arguments that do not fit together. Looks at no value."""
+    """Raise OperandError for arguments that do not fit together. Reads no value."""
     if query.dim() != 4 or not query.is_floating_point() or query.shape[3] == 0:
         raise OperandError(f"query must be a float tensor [B, H, Q, R] with R >= 1, got {_described(query)}")
     batch, heads, _, rank = query.shape
     fits = key.dim() == 4 and key.shape == (batch, *key.shape[1:3], rank) and key.shape[2] > 0
     if not fits or key.dtype != query.dtype:
         raise OperandError(
-            f"key must be {str(query.dtype)[6:]} [{batch}, Hkv, S, {rank}] beside query {tuple(query.shape)}, "
+            f"key must be {str(query.dtype)[6:]} [{batch}, Hkv, S, {rank}] for query {tuple(query.shape)}, "
             f"with at least one token, got {_described(key)}"
         )
     kv_heads, tokens = key.shape[1:3]

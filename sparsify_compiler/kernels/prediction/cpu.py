@@ -1,4 +1,4 @@
-"""Prediction: the C++ kernel of `csrc/prediction.cpp`, or the definition where it could not be built."""
+"""Prediction: the C++ kernel of `csrc/prediction.cpp`, or the reference if it could not be built."""
 
 import ctypes
 
@@ -25,7 +25,7 @@ def top_k_keys(
         return reference.top_k_keys(query, key, budget, q_bounds, key_bias, width, scale)
     outputs = empty_top_k(query, q_bounds, width)
     batch, heads, queries, rank = query.shape
-    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    # The list keeps copies that `contiguous` may make alive until the kernel has run.
     tensors = [
         *(t if t.stride(-1) == 1 else t.contiguous() for t in (query, key)),
         budget[:, :, None],

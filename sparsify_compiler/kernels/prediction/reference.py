@@ -1,4 +1,4 @@
-"""The prediction op, defined in plain torch. Computes in fp32 (fp64 for fp64)."""
+"""The prediction op, defined in plain torch. It computes in fp32 (fp64 for fp64 input)."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from sparsify_compiler.kernels.prediction import empty_top_k
 
 GROUPS_AT_ONCE = 64
-"""Groups of each head whose scores are there at one time."""
+"""Number of groups of each head whose scores are in memory at one time."""
 
 
 def top_k_keys(
@@ -47,7 +47,7 @@ def top_k_keys(
         keeps.scatter_(-1, ranked, wanted & (falling > -torch.inf))
         count = keeps.sum(-1)
         counts[:, :, some] = count
-        # A stable sort of "not kept" brings the chosen keys to the front in rising order.
+        # A stable sort of "not kept" brings the selected keys to the front in rising order.
         listed = (~keeps).to(torch.int8).argsort(dim=-1, stable=True)[..., :most]
         is_chosen = rank[:most] < count[..., None]
         indices[:, :, some] = pad(torch.where(is_chosen, listed, 0), (0, width - most)).int()
@@ -55,7 +55,7 @@ def top_k_keys(
 
 
 def _attention(scores: Tensor) -> Tensor:
-    """[B, H, S]: the sum of the queries' softmax over scores [B, H, Q, S], -inf if there is no query."""
+    """[B, H, S]: the sum over queries of the softmax of scores [B, H, Q, S]; -inf if there is no query."""
     shares = scores.clamp(max=torch.finfo(scores.dtype).max).softmax(-1)
     return shares.nan_to_num(0.0).sum(2) if scores.shape[2] else scores.sum(2) - torch.inf
 

@@ -11,7 +11,7 @@ from sparsify_compiler.kernels.prediction import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
 SCORES_AT_ONCE = 2**25
-"""Scores of groups of several queries that are stored at one time, 128 MiB; but of four groups in any case."""
+"""Number of scores stored at one time for groups of several queries, 128 MiB; four groups are always stored."""
 
 
 def top_k_keys(
@@ -43,9 +43,10 @@ def top_k_keys(
 
 
 def empty_scores(query: Tensor, key: Tensor, groups: int) -> Tensor:
-    """[B, H, some of the groups, S up to whole tiles] fp32, not initialised.
+    """[B, H, groups stored at a time, S rounded up to whole tiles] fp32, uninitialised.
 
-    Some are all or a multiple of four, so that the pointers to any are aligned alike and need but one compilation.
+    All groups are stored or a multiple of four, so that the pointers to all have the same alignment and need only
+    one compilation.
     """
     batch, heads = query.shape[:2]
     tile = add_up_tiles(query)[1]
@@ -57,7 +58,7 @@ def empty_scores(query: Tensor, key: Tensor, groups: int) -> Tensor:
 def scored(
     query: Tensor, key: Tensor, budget: Tensor, key_bias: Tensor | None, scale: float
 ) -> dict[str, Any]:
-    """The arguments of a kernel that computes scores."""
+    """The arguments for a kernel that computes scores."""
     shared = {"budget": budget, "key_bias": key_bias}
     return {
         **with_strides(query=query, key=key),
@@ -72,7 +73,8 @@ def scored(
 
 
 def choose(inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
-    """Fills `counts`, and of `indices`, all zeros, what is chosen, where every query is a group."""
+    """The launch that fills `counts`, and writes the selected keys into the zeros of `indices`; every query is a
+    group."""
     batch, heads, groups = counts.shape
     block_m, block_n, num_warps, num_stages = tiles(inputs["query"])
     arguments = {
@@ -87,7 +89,7 @@ def choose(inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
 
 
 def choose_stored(scores: Tensor, inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
-    """As `choose`, from rows of scores."""
+    """The launch that does the same as `choose`, from rows of scores."""
     batch, heads, groups, room = scores.shape
     block_m, block_n, num_warps, num_stages = stored_tiles(scores)
     arguments = {
@@ -104,7 +106,7 @@ def choose_stored(scores: Tensor, inputs: dict[str, Any], counts: Tensor, indice
 
 
 def softmax(inputs: dict[str, Any], highest: Tensor, part: Tensor) -> Launch:
-    """Fills `highest` and `part` [B, H, Q], but for heads that choose nothing."""
+    """The launch that fills `highest` and `part` [B, H, Q], except for heads that select nothing."""
     batch, heads, queries = highest.shape
     block_m, block_n, num_warps, num_stages = softmax_tiles(inputs["query"])
     arguments = {
@@ -117,7 +119,7 @@ def softmax(inputs: dict[str, Any], highest: Tensor, part: Tensor) -> Launch:
 
 
 def add_up(inputs: dict[str, Any], highest: Tensor, part: Tensor, q_bounds: Tensor, scores: Tensor) -> Launch:
-    """Fills `scores` of the groups that `q_bounds` begins with, but for heads that choose nothing."""
+    """The launch that fills `scores` of the first groups of `q_bounds`, except for heads that select nothing."""
     batch, heads, groups, room = scores.shape
     block_m, block_n, num_warps, num_stages = add_up_tiles(inputs["query"])
     arguments = {
@@ -129,12 +131,13 @@ def add_up(inputs: dict[str, Any], highest: Tensor, part: Tensor, q_bounds: Tens
     return Launch(kernels.add_up_kernel, grid, arguments, num_warps, num_stages)
 
 
-# Tiles are (rows, keys, warps, stages). fp32 is multiplied in full, without tensor cores, so in smaller ones. For
-# the interpreter they are small, so that small tests have many.
+# Tiles are (rows, keys, warps, stages). fp32 is multiplied in full, without tensor cores, so in smaller tiles. For
+# the interpreter they are small, so that small tests have several.
 
 
 def tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """The largest that leave registers for two programs on a multiprocessor, as one would wait for its loads."""
+    """The largest tiles that leave registers for two programs on a multiprocessor: one alone would wait for its
+    loads."""
     if query.device.type == "cpu":
         return 16, 32, 4, 1
     if query.dtype == torch.float32:
@@ -143,22 +146,22 @@ def tiles(query: Tensor) -> tuple[int, int, int, int]:
 
 
 def stored_tiles(scores: Tensor) -> tuple[int, int, int, int]:
-    """A row for each program, so that the rows of a few groups keep every multiprocessor busy; and many warps, so
-    that a multiprocessor has few rows, which its L1 cache may hold from pass to pass.
+    """Tiles of one row, so that a few groups keep every multiprocessor busy, with many warps, so that a
+    multiprocessor has few rows and its L1 cache may hold them from pass to pass.
     """
     return (8, 32, 4, 1) if scores.device.type == "cpu" else (1, 4096, 32, 2)
 
 
 def softmax_tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """Of `softmax_kernel`: it reduces every tile to its rows, which many keys make rarer."""
+    """Tiles of `softmax_kernel`, with many keys: it reduces every tile over its keys, so fewer tiles cost less."""
     if query.device.type == "cpu":
         return 16, 32, 4, 1
     return (64, 16, 4, 2) if query.dtype == torch.float32 else (64, 64, 4, 3)
 
 
 def add_up_tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """Of `add_up_kernel`: few rows, as groups may be small, and no more keys than leave registers for five programs
-    of four warps on a multiprocessor.
+    """Tiles of `add_up_kernel`: few rows, since groups may be small, and only so many keys that registers are
+    left for five programs of four warps on a multiprocessor.
     """
     if query.device.type == "cpu":
         return 16, 32, 4, 1

@@ -1,12 +1,12 @@
 """The Triton kernels of prediction.
 
-`top_k_kernel`: one program chooses for BLOCK_M query groups of one head. It computes their scores again in every
-pass over the keys, which with a low rank costs less than to store them, and keeps nothing but counts. Each of 16
-passes finds two bits of the groups' thresholds, from the highest down; one more lists the keys.
+`top_k_kernel`: one program selects for BLOCK_M query groups of one head. It computes their scores again in every
+pass over the keys, which at a low rank costs less than storing them, and keeps only counts. Each of 16 passes finds
+two bits of the groups' thresholds, from the highest down; one more pass lists the keys.
 
-Of groups of several queries the scores would cost too much to compute again:
+For groups of several queries, it would cost too much to compute the scores again:
 
-    softmax_kernel    queries, keys -> highest, part: what turns the scores of a query into its softmax
+    softmax_kernel    queries, keys -> highest, part: the numbers that turn a query's scores into its softmax
     add_up_kernel     some groups -> rows of their scores, which are stored
     top_k_kernel      these rows -> the keys of these groups
 
@@ -21,7 +21,7 @@ import triton.language as tl
 from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows
 
 HIGHEST = tl.constexpr(3.4028234663852886e38)
-"""The largest finite number, which +inf counts as in a softmax. NaN is a score of -HIGHEST."""
+"""The largest finite number. In a softmax +inf counts as HIGHEST; a NaN score counts as -HIGHEST."""
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def top_k_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (tiles of groups, heads, batches). `most`: keys that a row has room for. Without a `key`, `query` is
-    rows of scores [B, H, groups, tokens].
+    """Grid: (tiles of groups, heads, batches). `most`: the most keys that a row can hold. Without a `key`, `query`
+    holds rows of scores [B, H, groups, tokens].
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -69,8 +69,8 @@ def top_k_kernel(
             key = _at(key, key_strides, batch, head // queries_per_key_head)
             q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)  # [M, R]
 
-        # The largest threshold that `wanted` scores reach, as an integer that rises with floats; 0 where all
-        # are reached by fewer. `beyond` of the scores are above it.
+        # The largest threshold that at least `wanted` scores reach, as an integer that rises with floats; 0 if
+        # fewer reach every threshold. `beyond`: number of scores above the threshold.
         threshold = tl.zeros([BLOCK_M], tl.int32)  # [M]
         beyond = tl.zeros([BLOCK_M], tl.int32)
         for step in range(16):
@@ -92,7 +92,7 @@ def top_k_kernel(
             reach_third = tl.sum(at_third, axis=1)  # [M]
             reach_second = tl.sum(at_second, axis=1)
             reach_first = tl.sum(at_first, axis=1)
-            # In this order: a threshold below all numbers is NaN, which no score reaches.
+            # The order matters: a threshold below all numbers is NaN, which no score reaches.
             is_third, is_second, is_first = (
                 reach_third >= wanted,
                 reach_second >= wanted,
@@ -124,7 +124,7 @@ def top_k_kernel(
             is_chosen = (is_above | (is_tied & (tied < ties[:, None]).to(tl.int32))) > 0
             place = above + tl.minimum(tied, ties[:, None])
             token = (start + tl.arange(0, BLOCK_N))[None, :]  # [1, N]
-            # Whatever this pass finds, it writes no more than was asked for.
+            # This pass never writes more than `wanted` keys.
             has_room = place < wanted
             tl.store(row[:, None] + place, token, mask=is_chosen & has_room & is_group[:, None])
             above_before += tl.sum(is_above, axis=1)  # [M]
@@ -156,8 +156,8 @@ def softmax_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (tiles of queries, heads, batches). A query's softmax is part exp(min(score, highest) - highest), of
-    finite numbers whatever the scores are; part is 0 where no key is visible.
+    """Grid: (tiles of queries, heads, batches). A query's softmax is part exp(min(score, highest) - highest),
+    which is finite for all scores; part is 0 where no key is visible.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -210,8 +210,8 @@ def add_up_kernel(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (groups x tiles of keys, heads, batches). `q_bounds` begins with the first of these groups; rows of
-    `scores` have room for whole tiles. Keys are the rows of a product, so a small group leaves little of it empty.
+    """Grid: (groups x tiles of keys, heads, batches). `q_bounds` begins with the first of these groups. Rows of
+    `scores` hold whole tiles. Keys are the rows of a product, so a small group leaves little of it empty.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -233,7 +233,7 @@ def add_up_kernel(
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # [N, M]
     for first in range(begin, end, BLOCK_M):
         lane = first + tl.arange(0, BLOCK_M)  # [M]
-        member = tl.minimum(lane, end - 1)  # at last the last one again, with no part
+        member = tl.minimum(lane, end - 1)  # surplus lanes repeat the last query, with part 0
         q = _load_rows(query, member, member < end, query_strides, RANK, ALIGN)  # [M, R]
         found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)  # [N, M]
         parts = tl.load(part + member, mask=lane < end, other=0.0)
@@ -245,7 +245,7 @@ def add_up_kernel(
 
 @triton.jit
 def _share(score, highest):
-    """exp(score - highest), and 1 of what is larger. `highest` is finite."""
+    """exp(score - highest), and 1 for a larger score. `highest` is finite."""
     return tl.exp2((tl.minimum(score, highest) - highest) * LOG2_E)
 
 
@@ -263,8 +263,8 @@ def _scores(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_N] fp32, the same bits in every pass; -inf where a key is hidden or not there. Without a
-    `key`, `q` is pointers [BLOCK_M] to rows of scores.
+    """[BLOCK_M, BLOCK_N] fp32, the same bits in every pass; -inf where a key is hidden or beyond the last.
+    Without a `key`, `q` holds pointers [BLOCK_M] to rows of scores.
     """
     if key is None:
         token = start + tl.arange(0, BLOCK_N)
@@ -289,7 +289,7 @@ def _load_keys(
     BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """([BLOCK_N, padded RANK], their bias [BLOCK_N] fp32, -inf where a key is hidden or not there)."""
+    """(keys [BLOCK_N, padded RANK], their bias [BLOCK_N] fp32, -inf where a key is hidden or beyond the last)."""
     token = start + tl.arange(0, BLOCK_N)
     is_key = token < tokens
     k = _load_rows(key, token, is_key, key_strides, RANK, ALIGN)
@@ -303,12 +303,12 @@ def _load_keys(
 @triton.jit
 def _finished(products, bias, scale):
     """Scores from products and the bias of their keys."""
-    scores = tl.fma(products, scale, bias)  # by name: the compiler might fuse in one pass alone
+    scores = tl.fma(products, scale, bias)  # explicit: the compiler might fuse in only one pass
     scores = tl.where(scores == scores, scores, -HIGHEST)
     return tl.where(bias == float("-inf"), float("-inf"), scores)
 
 
 @triton.jit
 def _float(image):
-    """The float of an integer that, read without a sign, rises with floats. What is beyond infinities is NaN."""
+    """The float of an integer that, read as unsigned, rises with floats. Beyond the infinities it is NaN."""
     return tl.where(image < 0, image & 0x7FFFFFFF, ~image).to(tl.float32, bitcast=True)

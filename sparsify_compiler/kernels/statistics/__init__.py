@@ -1,8 +1,8 @@
 """Ops on the blocks of a table: `sparsify::block_means` and `sparsify::block_statistics`.
 
-What a far field (`kernels/far_field`) knows of a block of keys that nobody reads. This file imports torch
-alone; a provider's module `statistics` is imported when an op first runs on it. Statistics are fp32 (fp64 for
-fp64 input) under autocast too.
+A far field (`kernels/far_field`) approximates blocks that are not read by these statistics. This file imports only
+torch. A provider's kernels are imported when an op first runs on it. Statistics are fp32 (fp64 for fp64 input),
+also under autocast.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Provider(Protocol):
-    """The functions of a provider of statistics. Tensors are those of the ops, and they fit."""
+    """The functions of a provider of statistics. They get the tensors of the ops, checked."""
 
     def block_means(self, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(mean, mean_square), laid out as `empty_means`."""
+        """(mean, mean_square), in the layout of `empty_means`."""
 
     def block_statistics(
         self,
@@ -34,7 +34,7 @@ class Provider(Protocol):
         key_bias: Tensor | None,
         covariance: bool,
     ) -> Statistics:
-        """Laid out as `empty_statistics`."""
+        """The statistics, in the layout of `empty_statistics`."""
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -55,7 +55,7 @@ def block_means(
 
     Returns:
         mean: [B, H, N, D] fp32 (fp64 for fp64 input), the mean token; 0 for an empty block.
-        mean_square: [B, H, N, D], alike of the squares. No gradient flows through it.
+        mean_square: [B, H, N, D] in the same dtype, the mean of the squares. No gradient flows through it.
     """
     _check_means(tokens, bounds, order)
     return torch.ops.sparsify.block_means(tokens, bounds, order, _choose(provider, tokens, tokens))
@@ -73,8 +73,8 @@ def block_statistics(
 ) -> Statistics:
     """Weight, means and centred second moments of the keys and values of each block.
 
-    A key weighs w = exp(its bias), 1 without a bias; E is the mean over a block under w. A key that weighs
-    nothing does not count, finite or not.
+    A key has the weight w = exp(its bias), 1 without a bias; E is the mean over a block under w. A key of weight 0
+    does not count, even if it is not finite.
 
     Args:
         key: [B, Hkv, S, D] fp32, fp16, bf16 (reference: also fp64), any strides.
@@ -82,14 +82,14 @@ def block_statistics(
         bounds: [B|1, H|1, N+1] int32, as `BlockTable.kv_bounds`; H is a multiple of Hkv.
         order: [B|1, H|1, S] int32, as `BlockTable.kv_order`, or None.
         key_bias: [B|1, H|1, S] float, as for `attention.block_sparse_attention`, or None. No gradient flows to it.
-        covariance: whether second moments are wanted; without, the last three results are empty.
+        covariance: whether to compute second moments; if not, the last three results are empty.
         provider: as in `attention.block_sparse_attention`.
 
     Returns:
-        All fp32 (fp64 for fp64 input), for G heads: those of bounds, order and key_bias, or Hkv where these are
+        All fp32 (fp64 for fp64 input), for G heads: those of bounds, order and key_bias, or Hkv if these are
         shared. Head g reads key head g * Hkv // G.
 
-        log_weight: [B, G, N], log of the sum of w; -inf, and 0 in all others, where no key weighs anything.
+        log_weight: [B, G, N], log of the sum of w. If all keys have weight 0, it is -inf and all others are 0.
         key_mean: [B, G, N, D], E k.
         value_mean: [B, G, N, Dv], E v.
         key_variance: [B, G, N, D], E (k - E k)².
@@ -252,7 +252,7 @@ def _statistics_setup(ctx: Any, inputs: Sequence[Any], output: Statistics) -> No
 
 
 def _statistics_backward(ctx: Any, _: Tensor, *grads: Tensor) -> tuple[Any, ...]:
-    # log_weight depends on the bias alone, so its gradient ends here.
+    # log_weight depends only on the bias, so its gradient ends here.
     found = torch.ops.sparsify.block_statistics_backward(*grads, *ctx.saved_tensors)
     return (*found, *[None] * 5)
 
@@ -261,12 +261,12 @@ _statistics_op.register_autograd(_statistics_backward, setup_context=_statistics
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, and of lse, for tensors of a dtype."""
+    """The dtype of statistics and of lse, for tensors of a given dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads(key: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None) -> int:
-    """Heads whose blocks or weights differ; those of `key` where all are shared."""
+    """The number of heads with their own blocks or weights; the heads of `key` if all are shared."""
     for tensor in (bounds, order, key_bias):
         if tensor is not None and tensor.shape[1] != 1:
             return tensor.shape[1]
@@ -289,7 +289,7 @@ def _check_tokens(name: str, tensor: Tensor) -> None:
 
 
 def _check_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     _check_tokens("tokens", tokens)
     check_block_shapes(tokens, tokens.shape[1], bounds, order)
 
@@ -297,13 +297,13 @@ def _check_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> None:
 def _check_statistics(
     key: Tensor, value: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None
 ) -> None:
-    """Raise OperandError for shapes, dtypes and devices that do not fit together. Looks at no value."""
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
     for name, tensor in (("key", key), ("value", value)):
         _check_tokens(name, tensor)
     if key.shape[:3] != value.shape[:3] or key.dtype != value.dtype or key.device != value.device:
         raise OperandError(
-            "key [B, Hkv, S, D] and value [B, Hkv, S, Dv] must agree in all but the last dimension, in dtype and "
-            f"in device, got key {tuple(key.shape)} {key.dtype} on {key.device}, "
+            "key [B, Hkv, S, D] and value [B, Hkv, S, Dv] must agree in batch, heads, tokens, dtype and device, "
+            f"got key {tuple(key.shape)} {key.dtype} on {key.device}, "
             f"value {tuple(value.shape)} {value.dtype} on {value.device}"
         )
     heads = _heads(key, bounds, order, key_bias)
@@ -321,7 +321,7 @@ def _check_statistics(
 def check_block_shapes(
     tokens: Tensor, heads: int, bounds: Tensor, order: Tensor | None, prefix: str = ""
 ) -> None:
-    """Raise OperandError for blocks of other shapes, dtypes or devices than those of tokens [B, H, S, D] have."""
+    """Raise OperandError unless blocks have the shapes, dtypes and device that fit tokens [B, H, S, D]."""
     _check_lead(f"{prefix}bounds", bounds, tokens, heads)
     if order is not None:
         _check_lead(f"{prefix}order", order, tokens, heads, tokens.shape[2])

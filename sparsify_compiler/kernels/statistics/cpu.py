@@ -1,4 +1,4 @@
-"""The statistics of blocks: the C++ kernel `csrc/statistics.cpp`, or the reference where it could not be built."""
+"""The statistics of blocks: the C++ kernel `csrc/statistics.cpp`, or the reference if it could not be built."""
 
 import ctypes
 from functools import partial
@@ -12,7 +12,7 @@ from sparsify_compiler.table import check_blocks
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `statistics.block_means`: the keys' mean where there are no values."""
+    """See `statistics.block_means`: the kernel's key statistics, without values."""
     kernel = library.symbol("sparsify_block_statistics", _Problem)
     if kernel is None:
         return reference.block_means(tokens, bounds, order)
@@ -54,7 +54,7 @@ def _launch(
     kernel = library.symbol("sparsify_block_statistics", _Problem)
     assert kernel is not None
     batch, kv_heads, tokens = key.shape[:3]
-    # The list keeps what `contiguous` may have copied alive until the kernel has run.
+    # The list keeps copies that `contiguous` may make alive until the kernel has run.
     tensors = [
         *(t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (key, value)),
         bounds.contiguous(),

@@ -1,4 +1,4 @@
-"""The statistics of blocks, defined in plain torch. Two passes over a block: means first, then what is centred."""
+"""The statistics of blocks, defined in plain torch. Two passes over a block: means, then centred moments."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[T
 
 
 def block_means_backward(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
-    """Gradient of `tokens`: every token has its share of its block's."""
+    """Gradient of `tokens`: every token gets an equal share of its block's gradient."""
     out = torch.zeros(tokens.shape, dtype=grad.dtype, device=grad.device)
     for at, block, members in blocks(bounds, order, tokens.shape[2]):
         out[at][:, :, members] = grad[at][:, :, block, None] / max(members.numel(), 1)
@@ -64,7 +64,7 @@ def block_statistics_backward(
     order: Tensor | None,
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of key and value. That of a mean inside a centred moment is 0, for what is centred adds up to 0:
+    """Gradients of key and value. A mean inside a centred moment has gradient 0, since centred values add up to 0:
 
     dk = w (dE[k] + 2 (k - E k) dvar[k] + dC (v - E v)),  dv = w (dE[v] + 2 (v - E v) dvar[v] + dCᵀ (k - E k)).
     """
@@ -91,7 +91,7 @@ def blocks(
 ) -> Iterator[tuple[tuple[slice, slice], int, Tensor]]:
     """((batches, heads), block, its tokens as int64 indices) of every block.
 
-    Batches and heads that share their blocks come as one slice.
+    Batches and heads that share their blocks are one slice.
     """
     given = [bounds] if order is None else [bounds, order]
     for b, h in itertools.product(*(range(max(t.shape[dim] for t in given)) for dim in (0, 1))):
@@ -107,7 +107,7 @@ def blocks(
 
 
 def _widen(key: Tensor, value: Tensor, key_bias: Tensor | None, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype of statistics, with as many heads; bias as [B, G, S]."""
+    """Key and value in the dtype of statistics, with `heads` heads; bias as [B, G, S]."""
     dtype, batch = wide(key.dtype), key.shape[0]
     k, v = (t.to(dtype).repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
     bias = k.new_zeros(1, 1, key.shape[2]) if key_bias is None else key_bias.to(dtype)
@@ -115,12 +115,12 @@ def _widen(key: Tensor, value: Tensor, key_bias: Tensor | None, heads: int) -> t
 
 
 def _weights(bias: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, G, n] -> (weights [B, G, n, 1] of sum 1, or 0 where all are hidden, log of their sum before)."""
+    """[B, G, n] -> (weights [B, G, n, 1] with sum 1, or 0 if all are hidden; log of their sum before)."""
     blind = (bias == -torch.inf).all(-1, keepdim=True)
     weights = bias.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     return weights[..., None], bias.logsumexp(-1)
 
 
 def _visible(tokens: Tensor, weights: Tensor) -> Tensor:
-    """Tokens that weigh nothing as 0, for they may hold anything."""
+    """The tokens, with 0 for those of weight 0, which may hold anything."""
     return tokens.masked_fill(weights == 0, 0.0)

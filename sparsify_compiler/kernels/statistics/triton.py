@@ -1,4 +1,4 @@
-"""The statistics of blocks: launches of the kernels in `triton_kernels.py`. Nothing is read back."""
+"""The statistics of blocks: launches of the kernels in `triton_kernels.py`. Nothing is read from the device."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from sparsify_compiler.kernels.statistics import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
 
 BLOCK = 32
-"""Tokens that a program computes at one time."""
+"""Number of tokens that a program computes at one time."""
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[T
 def means_launch(
     tokens: Tensor, bounds: Tensor, order: Tensor | None, mean: Tensor, mean_square: Tensor
 ) -> Launch:
-    """Fills `mean` and `mean_square`."""
+    """The launch that fills `mean` and `mean_square`."""
     bounds, order = bounds.contiguous(), order if order is None else order.contiguous()
     arguments = {
         "tokens": tokens,
@@ -62,7 +62,7 @@ def statistics_launch(
     key_bias: Tensor | None,
     found: Statistics,
 ) -> Launch:
-    """Fills `found`; the second moments only where there is room for them."""
+    """The launch that fills `found`; second moments only if their tensors are not empty."""
     bounds, order = bounds.contiguous(), order if order is None else order.contiguous()
     log_weight, key_mean, value_mean, key_variance, value_variance, covariance = found
     batch, heads, blocks = log_weight.shape
@@ -97,10 +97,10 @@ def statistics_launch(
 
 
 def value_tile(head_dim: int) -> int:
-    """Channels of the values that one program computes, few enough beside so many of the keys."""
+    """Number of value channels that one program computes: fewer if keys have many channels."""
     return 64 if head_dim <= 128 else 32
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products of fp32 numbers that stem from tensors of this type."""
+    """The precision of products of fp32 numbers that were loaded from tensors of this type."""
     return "ieee" if dtype == torch.float32 else "tf32"

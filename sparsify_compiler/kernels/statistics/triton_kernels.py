@@ -1,10 +1,10 @@
 """The Triton kernels of statistics: means and statistics of blocks.
 
-One program computes one block of tokens and VALUE_TILE channels of its values, BLOCK tokens at a time, once for the
-means and once more for what is centred about them.
+One program computes one block of tokens and VALUE_TILE channels of its values, BLOCK tokens at a time: a first pass
+for the means, and a second for the centred moments.
 
-Products of half precision are taken in TF32, whose eleven bits are no fewer, and sums in fp32; those of fp32 in
-full.
+Products of half precision are computed in TF32, which has no fewer bits (eleven), with sums in fp32. Products of
+fp32 are computed in full.
 
 Shapes in comments: N = BLOCK tokens, D = padded DIM or HEAD_DIM, V = VALUE_TILE.
 """
@@ -39,7 +39,7 @@ def block_means_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (blocks, heads, batches). `mean_strides` are those of both results."""
+    """Grid: (blocks, heads, batches). Both results have the strides `mean_strides`."""
     block = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -88,7 +88,8 @@ def block_statistics_kernel(
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (blocks * value tiles, heads, batches). Results are contiguous; no covariance: no second moments."""
+    """Grid: (blocks * value tiles, heads, batches). Results are contiguous. Without `covariance`, there are no
+    second moments."""
     tiles: tl.constexpr = (VALUE_DIM + VALUE_TILE - 1) // VALUE_TILE
     block = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -118,7 +119,7 @@ def block_statistics_kernel(
     for start in range(begin, end, BLOCK):
         token, is_token = _tokens(start, end, order, BLOCK)
         weight = _weights(key_bias, token, is_token, key_bias_strides, top)  # [N]
-        # What weighs nothing may hold anything.
+        # Tokens of weight 0 may hold anything, so they are not loaded.
         k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)  # [N, D]
         v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)  # [N, V]
         total += weight
@@ -145,7 +146,7 @@ def block_statistics_kernel(
             k = _load_rows(key, token, weight > 0.0, key_strides, HEAD_DIM, ALIGN).to(tl.float32)
             v = _load_columns(value, token, weight > 0.0, value_strides, columns, is_column)
             weight = weight * inverse
-            # Lanes of no weight are not 0 any more, but add nothing.
+            # Lanes of weight 0 are no longer 0 here, but add nothing.
             k = k - mean_k[None, :]
             v = v - mean_v[None, :]
             weighted_v = weight[:, None] * v  # [N, V]

@@ -1,6 +1,6 @@
-"""Provider `triton`: the fast kernel on NVIDIA GPUs from Ampere on, also in Triton's interpreter on the CPU.
+"""Provider `triton`: the fast kernels on NVIDIA GPUs from Ampere on; on the CPU they run in Triton's interpreter.
 
-This file imports torch alone; Triton is imported when it is first asked for.
+This file imports only torch. Triton is imported when `supports` is first called.
 """
 
 import torch
@@ -10,18 +10,18 @@ WIDEST_HEAD = 256
 
 
 def supports(*, device: str, dtype: torch.dtype, head_dim: int, value_dim: int) -> str | None:
-    """The reason the kernel cannot run on tensors like these, or None. The CPU has it interpreted only."""
+    """The reason why the kernels cannot run on tensors of this type and size, or None."""
     try:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
     if device == "cpu" and not triton.knobs.runtime.interpret:
-        return "on the CPU it runs in Triton's interpreter alone: set TRITON_INTERPRET=1 before Python starts"
+        return "on the CPU it runs only in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
     if device not in ("cpu", "cuda"):
         return f"device must be cuda, got {device}"
     if device == "cuda" and torch.cuda.is_available():
         if torch.version.hip:
-            return "its tiles are chosen for NVIDIA GPUs, this one is AMD's"
+            return "its tiles are for NVIDIA GPUs, and this is an AMD GPU"
         if torch.cuda.get_device_capability() < (8, 0):
             return f"needs compute capability 8.0, {torch.cuda.get_device_name()} has less"
     if dtype not in DTYPES:

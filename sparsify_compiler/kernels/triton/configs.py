@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton kernel: a table by GPU and head dim, and the choice from it.
+"""Tile sizes of the Triton kernels: tables by GPU and head dim, and the choice from them.
 
-Every row is compiled for its GPU in the tests, with and without orders and a key bias. The rows of 8.0 fit the
-99 KB of shared memory of 8.6, 8.9 and 12.0, which share them.
+The tests compile every row for its GPU, with and without orders and a key bias. GPUs of compute capability 8.6, 8.9
+and 12.0 use the rows of 8.0, which fit their 99 KB of shared memory.
 """
 
 import functools
@@ -13,27 +13,27 @@ from torch import Tensor
 from sparsify_compiler.table import BlockTable
 
 SHORT_QUERIES = 96
-"""Query blocks shorter than this on average would leave much of a tile of 128 empty."""
+"""Query blocks with a smaller mean length would leave much of a tile of 128 empty."""
 
 SHORT_KEYS = 16
-"""Key blocks shorter than this on average need many of them laid end to end to fill a few tiles."""
+"""Key blocks with a smaller mean length: many must be laid end to end to fill a few tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """How one launch is cut up."""
+    """The tiles of one launch."""
 
     block_m: int
     """Queries in a tile."""
     block_n: int
     """Keys in a tile."""
     chunk: int
-    """Listed key blocks laid end to end at a time, a power of two."""
+    """Number of listed key blocks laid end to end at a time, a power of two."""
     num_warps: int
     num_stages: int
-    """Key tiles in shared memory at a time: one in use, the others on their way."""
+    """Key tiles in shared memory at a time: one in use, the others being copied."""
     tails: tuple["Config", ...] = ()
-    """Shorter tiles of queries, of falling length, for what the full ones leave of a query block."""
+    """Shorter tiles, of falling length, for the queries of a block that the full tiles leave."""
 
 
 WORD = 64
@@ -42,19 +42,19 @@ WORD = 64
 
 @dataclass(frozen=True, slots=True)
 class BackwardConfig:
-    """How a backward pass is cut up."""
+    """The tiles of a backward pass."""
 
     queries: Config
     """Tiles of `queries_kernel`."""
     keys: Config | None
-    """Tiles of `keys_kernel`, where `chunk` counts query blocks; None where `queries_kernel` adds to dK and dV."""
+    """Tiles of `keys_kernel`, in which `chunk` counts query blocks; None if `queries_kernel` adds to dK and dV."""
     group: int = 1
-    """Key blocks that share tiles of keys, 1 or WORD."""
+    """Number of key blocks that share tiles of keys, 1 or WORD."""
 
 
 # (compute capability, widest head dim): tiles for long blocks, tiles for short blocks. fp16 and bf16.
-# Long blocks are laid 32 at a time: that many fit a warp, and a block that ends within a tile costs fewer barriers.
-# 10.0 at 128 lays 16, where 32 would spill with orders and a key bias.
+# Long blocks are laid end to end 32 at a time: that many fit a warp, and a block that ends within a tile costs
+# fewer barriers. At (100, 128) it is 16, since 32 would spill with orders and a key bias.
 _LAST = Config(32, 128, 32, 4, 2)
 HALF = {
     (80, 64): (
@@ -89,8 +89,8 @@ HALF = {
     (100, 256): (Config(64, 32, 32, 8, 2), Config(64, 16, 256, 8, 2)),
 }
 
-# Widest head dim: tiles. fp32 is multiplied in full, without tensor cores, so alike on all GPUs: TF32 misses
-# fp32's tolerance, and three TF32 products in place of one turn an infinite value into NaN.
+# Widest head dim: tiles, the same for all GPUs. fp32 is multiplied in full, without tensor cores: TF32 misses
+# fp32's tolerance, and three TF32 products instead of one turn an infinite value into NaN.
 SINGLE = {
     64: Config(64, 32, 256, 8, 2),
     128: Config(32, 32, 256, 8, 3),
@@ -100,9 +100,9 @@ SINGLE = {
 # Small, so that small tests have many tiles.
 INTERPRETED = Config(32, 32, 16, 4, 1, tails=(Config(16, 32, 16, 4, 1),))
 
-# (compute capability, widest head dim): tiles of `queries_kernel` for long blocks and for short ones, tiles of
-# `keys_kernel` likewise. fp16 and bf16. None has been timed yet: they are what overlaps and does not spill, with
-# orders and a key bias or without, but for 8 bytes without at (80, 64) and (80, 128) in Triton 3.6.
+# (compute capability, widest head dim): (tiles of `queries_kernel` for long and for short blocks, the same for
+# `keys_kernel`). fp16 and bf16. None has been timed yet. They overlap copies with work and do not spill, with or
+# without orders and a key bias, except 8 bytes without them at (80, 64) and (80, 128) in Triton 3.6.
 _LONG, _SHORT = Config(128, 64, 32, 8, 2), Config(64, 32, 256, 8, 2)
 _LONG_KEYS, _SHORT_KEYS = Config(64, 64, 32, 8, 2), Config(32, 64, 256, 8, 2)
 _WIDE, _SHORT_WIDE = Config(32, 32, 32, 8, 2), Config(32, 32, 256, 8, 2)
@@ -114,8 +114,8 @@ BACKWARD_HALF = {
     **{(arch, 256): ((_WIDE, _SHORT_WIDE), (_WIDE, _SHORT_WIDE)) for arch in (80, 90, 100)},
 }
 
-# Widest head dim: tiles of both kernels for blocks of any size. fp32. At most 32 bytes are spilled, in Triton 3.6
-# and 3.7; with 4 warps at 64, 3.6 would spill 600.
+# Widest head dim: tiles of both kernels for blocks of any size. fp32. At most 32 bytes spill, in Triton 3.6 and
+# 3.7; with 4 warps at 64, 3.6 would spill 600.
 BACKWARD_SINGLE = {
     64: Config(32, 32, 128, 8, 2),
     128: Config(16, 32, 128, 8, 2),
@@ -124,7 +124,7 @@ BACKWARD_SINGLE = {
 
 
 def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Config:
-    """The tiles for these tensors, from their shapes alone: nothing is read from the device."""
+    """The tiles for these tensors, from their shapes only: nothing is read from the device."""
     if query.device.type == "cpu":
         return INTERPRETED
     widest = width(max(query.shape[-1], value.shape[-1]))
@@ -136,7 +136,7 @@ def choose(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> Conf
 
 
 def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> BackwardConfig:
-    """Likewise for the backward pass, whose way also depends on `torch.are_deterministic_algorithms_enabled()`."""
+    """The tiles for the backward pass; they also depend on `torch.are_deterministic_algorithms_enabled()`."""
     widest = width(max(query.shape[-1], value.shape[-1]))
     if query.device.type == "cpu":
         queries = keys = INTERPRETED, INTERPRETED
@@ -153,16 +153,16 @@ def choose_backward(query: Tensor, key: Tensor, value: Tensor, table: BlockTable
 
 
 def width(head_dim: int) -> int:
-    """The width of the tables' rows that serves a head dim."""
+    """The widest head dim of the row of the tables for this head dim."""
     return next(w for w in (64, 128, 256) if head_dim <= w)
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The row of the tables that serves a GPU."""
+    """The row of the tables for a GPU."""
     return row(torch.cuda.get_device_capability(device)[0])
 
 
 def row(major: int) -> int:
-    """Likewise, from the first number of its compute capability."""
+    """The row of the tables for a GPU, from the first number of its compute capability."""
     return {9: 90, 10: 100, 11: 100}.get(major, 80)

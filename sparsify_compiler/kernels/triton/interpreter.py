@@ -1,19 +1,19 @@
-"""Triton's interpreter, with half precision as a GPU has it.
+"""Triton's interpreter, with the half precision of a GPU.
 
-NumPy has no bfloat16, so the interpreter stores its bits as integers, and takes them for integers in products and
-in arithmetic; it cuts off where a GPU rounds; and it takes products in TF32 in full. Inside `interpreting()`
-arithmetic on bfloat16 is done in fp32 and rounded to the nearest even, and operands of a TF32 product lose their
-last 13 bits.
+NumPy has no bfloat16. The interpreter stores its bits as integers, and treats them as integers in products and
+arithmetic. It truncates where a GPU rounds, and it computes TF32 products in full precision. Inside
+`interpreting()` arithmetic on bfloat16 is done in fp32 and rounded to the nearest, ties to even, and operands of a
+TF32 product lose their last 13 bits.
 
-Reductions, scans and atomics of bfloat16 are refused: a GPU rounds after every step, in an order that cannot be
-known. Kernels take them in fp32.
+Reductions, scans and atomics of bfloat16 are refused: a GPU rounds after every step, in an unknown order. Kernels
+do them in fp32.
 
-The interpreter also repeats itself. It patches Triton's language at every call of a function, which is two fifths
-of its time; inside, once for each module and launch. It computes sums, differences and products of integers a
-second time in 64 bits for a check that it then leaves out, and it derives NumPy types, block types and shapes again
-for every operation; inside, the check is off and these are kept.
+`interpreting()` also removes repeated work. The interpreter patches Triton's language at every call of a function,
+which takes two fifths of its time; here it does so once for each module and launch. The interpreter computes sums,
+differences and products of integers a second time in 64 bits, for a check that it then skips; here the check is
+off. The interpreter derives NumPy types, block types and shapes again for every operation; here they are kept.
 
-This file reaches into Triton's interpreter, which is private: of 3.6 and 3.7.
+This file uses private parts of Triton's interpreter, of versions 3.6 and 3.7.
 """
 
 import math
@@ -36,16 +36,16 @@ from triton.runtime.interpreter import (
 )
 
 TF32_BITS = np.uint32(0xFFFFE000)
-"""Those of an fp32 number that a product in TF32 reads."""
+"""The bits of an fp32 number that a TF32 product reads."""
 
 
 def widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The numbers that bits of bfloat16 stand for."""
+    """The fp32 numbers with these bfloat16 bits."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def rounded(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of the nearest bfloat16 numbers; of two as near, the even one. NaN stays NaN."""
+    """The bits of the nearest bfloat16 numbers, ties to even. NaN stays NaN."""
     bits = np.ascontiguousarray(numbers).view(np.uint32).reshape(numbers.shape)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     nearest = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
@@ -54,7 +54,7 @@ def rounded(numbers: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 @contextmanager
 def interpreting() -> Iterator[None]:
-    """One launch of a kernel inside computes with bfloat16 and TF32 as a GPU does."""
+    """Compute with bfloat16 and TF32 as a GPU does, in one launch of a kernel."""
     builder = interpreter.interpreter_builder
     patched: set[int] = set()
 
@@ -89,7 +89,7 @@ _numpy_types: dict[str, Any] = {}
 
 
 def _numpy_type(dtype: Any) -> Any:
-    """The NumPy type of the elements, found once by their type's name."""
+    """The NumPy type of the elements, kept by the name of their type."""
     name = dtype.scalar.name
     if name not in _numpy_types:
         _numpy_types[name] = _plain_numpy_type(dtype)
@@ -116,7 +116,7 @@ def _constants(shape: tuple[int, ...]) -> tuple[Any, Any]:
 
 
 def _set_up_tensor(self: Any, handle: Any, type: Any) -> None:
-    """As a tensor of the language sets itself up."""
+    """`tl.tensor.__init__`, with shapes that are kept."""
     self.handle, self.type, self.dtype = handle, type, type.scalar
     self.numel, self.shape = _constants(tuple(type.shape) if type.is_block() else ())
 
@@ -125,7 +125,7 @@ _plain_broadcast = TritonSemantic.broadcast_impl_value
 
 
 def _broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-    """As the language broadcasts; most operands have one shape already."""
+    """Broadcast as Triton's language does; most operands have the same shape already."""
     if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
         return lhs, rhs
     broadcast: tuple[Any, Any] = _plain_broadcast(self, lhs, rhs)
@@ -133,7 +133,7 @@ def _broadcast(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
 
 
 def _is_bfloat16(handle: Any) -> bool:
-    # Its NumPy type first, which is found faster.
+    # The NumPy type first: it is faster to find.
     return (
         isinstance(handle, TensorHandle)
         and handle.data.dtype == np.uint16
@@ -142,7 +142,7 @@ def _is_bfloat16(handle: Any) -> bool:
 
 
 def _in_fp32(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """The operation of a builder, whose operands and result may be bfloat16."""
+    """The operation of a builder, computed in fp32 for bfloat16 operands."""
 
     def computed(self: Any, *operands: Any) -> Any:
         wide = [TensorHandle(widened(o.data), tl.float32) if _is_bfloat16(o) else o for o in operands]
@@ -155,7 +155,7 @@ def _in_fp32(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Builder(InterpreterBuilder):
-    """What the interpreter computes with."""
+    """The interpreter's operations, with bfloat16 and TF32."""
 
     binary_op = _in_fp32(InterpreterBuilder.binary_op)
     ternary_op = _in_fp32(InterpreterBuilder.ternary_op)
@@ -187,7 +187,7 @@ class _Builder(InterpreterBuilder):
         return super().create_dot(a, b, d, input_precision, *rest)
 
     def create_atomic_rmw(self, rmwOp: Any, ptr: Any, val: Any, *rest: Any) -> Any:
-        """An atomic operation on a type that has its like in NumPy."""
+        """An atomic operation on a type that NumPy has."""
         _refuse_bfloat16(val)
         return super().create_atomic_rmw(rmwOp, ptr, val, *rest)
 
@@ -206,7 +206,7 @@ _plain_check = ReduceScanOpInterface.check_tensor
 
 
 def _check_tensor(self: Any, operands: Any) -> None:
-    """As the interpreter checks what it reduces or scans; and it must not be bfloat16."""
+    """Check the operands of a reduction or scan as the interpreter does, and refuse bfloat16."""
     _plain_check(self, operands)
     for operand in operands:
         _refuse_bfloat16(operand.handle)
@@ -215,6 +215,6 @@ def _check_tensor(self: Any, operands: Any) -> None:
 def _refuse_bfloat16(handle: Any) -> None:
     if _is_bfloat16(handle):
         raise NotImplementedError(
-            "reductions, scans and atomics of bfloat16 cannot be interpreted as a GPU would compute them: "
-            "take them in float32"
+            "reductions, scans and atomics of bfloat16 cannot be interpreted as a GPU computes them: "
+            "use float32"
         )

@@ -1,4 +1,4 @@
-"""From tensors to the launch of a kernel: what all families of ops share."""
+"""The launch of a Triton kernel and its arguments, shared by all families of ops."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from sparsify_compiler.kernels.triton.configs import Config
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel with all that it is launched with."""
+    """A kernel with its grid, arguments and compiler options."""
 
     kernel: Any
     grid: tuple[int, int, int]
@@ -30,7 +30,7 @@ class Launch:
 
 
 def _place(tensor: Tensor) -> AbstractContextManager[object]:
-    """Where a kernel with this tensor runs: its GPU, or the interpreter."""
+    """The place where a kernel with this tensor runs: its GPU, or the interpreter."""
     if tensor.device.type == "cpu":
         from sparsify_compiler.kernels.triton import interpreter
 
@@ -39,7 +39,8 @@ def _place(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def stages_through(order: Tensor | None, config: Config) -> int:
-    """The compiler's stages. Where a loop finds its tokens through an order, that takes every second one."""
+    """The number of stages for the compiler. A loop that finds its tokens through an order needs every second stage
+    for the order."""
     return config.num_stages if order is None else 2 * config.num_stages - 1
 
 
@@ -55,7 +56,7 @@ def with_shared_strides(**tensors: Tensor | None) -> dict[str, Any]:
 
 
 def shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
-    """Strides of a tensor [B|1, H|1, ...], 0 where a batch or head is shared or there is no tensor."""
+    """Strides of a tensor [B|1, H|1, ...]; 0 where a batch or head is shared, and if there is no tensor."""
     if tensor is None:
         return (0, 0)
     lead = (0 if tensor.shape[dim] == 1 else tensor.stride(dim) for dim in (0, 1))
@@ -63,11 +64,11 @@ def shared_strides(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def alignment(*tensors: Tensor) -> int:
-    """Bytes, 16 at most, of which every row of the tensors starts at a multiple."""
+    """The alignment of all rows of the tensors in bytes: every row starts at a multiple of it. At most 16."""
     return math.gcd(16, *(n for t in tensors for n in row_starts(t)))
 
 
 def row_starts(tensor: Tensor) -> Iterator[int]:
-    """Bytes of which sums and multiples are the addresses of a tensor's rows."""
+    """Numbers of bytes whose sums and multiples are the addresses of a tensor's rows."""
     yield tensor.data_ptr()
     yield from (stride * tensor.element_size() for stride in tensor.stride()[:-1])

@@ -1,14 +1,14 @@
-"""The fuzzer: random programs, each held to what is true by construction or by eager PyTorch.
+"""The fuzzer: random programs, compared with facts known by construction or with eager PyTorch.
 
     case = random_case(kind, seed, 7)       a program as source code, drawn choice by choice
-    verdict = judge(case, level)            what came of it
+    verdict = judge(case, level)            the result
     case, verdict = shrink(case, judge)     the part of it that still fails
-    save(case, level, verdict, folder, …)   a script that exits with 1 while the fault stands
+    save(case, level, verdict, folder, …)   a script that exits with 1 as long as the fault exists
 
 | kind | question | files |
 | --- | --- | --- |
-| `tokens` | do the tokens of a layout lie where it says? | `programs.py`, `moves.py`, `judging.py` |
-| `writes` | do they still, after writes and through aliases? | the same |
+| `tokens` | do the tokens of a layout lie where it says? | `programs.py`, `moves.py`, `tables.py`, `judging.py` |
+| `writes` | do they still, after writes and through aliases? | `writes.py` and the same |
 | `spellings` | is attention what was taken for attention? | `spellings.py` |
 | `calls` | does one compiled model serve any sizes, types and modes? | `calls.py` |
 
@@ -63,15 +63,15 @@ def draw_case(kind: str, draw: Draw) -> Case:
 
 
 def random_case(kind: str, seed: int, number: int) -> Case:
-    """Case `number` of a seed: the same each time, whatever was drawn before."""
+    """Case `number` of a seed: always the same, independent of earlier draws."""
     return draw_case(kind, Draw(Random(f"{kind}/{seed}/{number}").randint))
 
 
 def judge(case: Case, level: Level = "end to end", program: Program | None = None) -> Verdict:
-    """What comes of a case.
+    """The verdict on a case.
 
     Args:
-        program: in place of the case's own, which is compiled anew.
+        program: a program to use instead of the case's own, which is compiled from source.
     """
     return KINDS[case.kind].judge(case, level, program or case.program())
 

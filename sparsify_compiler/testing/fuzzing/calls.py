@@ -1,7 +1,7 @@
 """One compiled model, called with sizes, types and modes in any order; kind `calls`.
 
-Every method reads all keys, so eager is the oracle of every call and of its gradients. Programs hold no sizes: they
-must serve any.
+Every method reads all keys, so eager is the oracle of every call and of its gradients. Programs contain no sizes,
+so they must run with all sizes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "dsv", "rank": 4},
     {"method": "dense"},
 )
-"""Every method as it reads everything."""
+"""Every method, with options with which it reads everything."""
 
 TEXT = lines("""
     text = text.roll(1, 1)
@@ -62,7 +62,7 @@ TEXT = lines("""
     text = text + torch.arange(text.shape[1])[:, None] * 0.1
     text = text.mT.contiguous().mT
 """)
-"""What happens to the text before it meets the video."""
+"""Moves of the text before it is joined with the video."""
 
 JOINS = lines("""
     x = torch.cat([text, x], 1)
@@ -127,16 +127,16 @@ VARIED: dict[str, tuple[Any, ...]] = {
     "copy": (False, True),
     "train": (False, True),
 }
-"""What a call may do differently from the one before."""
+"""Name -> values that calls may have."""
 
 USUAL = {name: values[0] for name, values in VARIED.items()}
-"""A call of which a case says nothing else."""
+"""The call that a case describes by nothing."""
 
 TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 class Model(nn.Module):
-    """What the programs call: a model with parameters, which may be cast, copied and trained."""
+    """The machine `m` of the programs: a model with parameters, which may be cast, copied and trained."""
 
     def __init__(self, program: Program | None, scene: Scene) -> None:
         super().__init__()
@@ -146,12 +146,12 @@ class Model(nn.Module):
         self.norm, self.act, self.mix = nn.LayerNorm(WIDTH), nn.SiLU(), nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
 
     def forward(self, hidden_states: Tensor, text: Tensor, timestep: Tensor) -> Any:
-        """The program on a video [B, C, F, H, W] in pixels, a text [B, T, WIDTH] and a time [1]."""
+        """Run the program on a video [B, C, F, H, W] in pixels, a text [B, T, WIDTH] and a time [1]."""
         assert self.program is not None
         return self.program(self, hidden_states, text, timestep / 1000)
 
     def conv3d(self, video: Tensor) -> Tensor:
-        """[B, S, WIDTH]."""
+        """Tokens [B, S, WIDTH] of a video."""
         return self.patch(video).flatten(2).transpose(1, 2)
 
     def conv1d(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class Model(nn.Module):
         return joined(self.sdpa(x))
 
     def sdpa(self, x: Tensor) -> Tensor:
-        """The same as the attention leaves it, [B, H, S, D]."""
+        """Self-attention, in the shape that attention returns, [B, H, S, D]."""
         q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v)
 
@@ -179,7 +179,7 @@ class Model(nn.Module):
 
 
 def draw_calls(draw: Draw) -> Case:
-    """A model, options, and some calls that differ in a thing or two from one to the next."""
+    """Draw a model, options, and some calls, each with one or two changes from the call before."""
     scene = Scene(grid=(FRAMES, 2, 5), patch=(1, 2, 2))
     video, text = _inputs(scene, USUAL)
     draft = Draft(m=Model(None, scene), video=video, text=text, t=torch.ones(1))
@@ -208,7 +208,7 @@ def draw_calls(draw: Draw) -> Case:
 
 
 def judge_calls(case: Case, level: Level, program: Program) -> Verdict:
-    """Call a compiled model as a case says, each time before eager, and compare, whatever the level."""
+    """Make the calls of a case on a compiled model, each before eager, and compare. The level has no effect."""
     torch._dynamo.reset()
     options = dict(case.options)
     dynamic = options.pop("dynamic", None)
@@ -235,14 +235,14 @@ def judge_calls(case: Case, level: Level, program: Program) -> Verdict:
         elif isinstance(got, Exception):
             return Verdict("CRASH", f"{described(got)} (call {number})")
         elif difference := differs(got, expected, TOLERANCE[call["autocast"] or call["dtype"]]):
-            return Verdict("WRONG", f"call {number} is off eager by {difference}")
+            return Verdict("WRONG", f"call {number} differs from eager by {difference}")
     if refused:
         return Verdict("refused", refused)
     return Verdict("sparse" if any(plan.method != "dense" for plan in plans) else "dense")
 
 
 def _run(model: Any, case: Case, call: dict[str, Any]) -> list[Any]:
-    """The output of a call, and the gradients of its input and of a weight where it asks for them."""
+    """The output of a call, and the gradients of its input and of a weight if the call needs them."""
     dtype = getattr(torch, call["dtype"])
     model.to(dtype).train(call["train"]).zero_grad()
     video, text = _inputs(case.scene, call)
@@ -261,7 +261,7 @@ def _run(model: Any, case: Case, call: dict[str, Any]) -> list[Any]:
 
 @contextlib.contextmanager
 def _mode(call: dict[str, Any]) -> Iterator[None]:
-    """The state of PyTorch that a call asks for."""
+    """Set the state of PyTorch for a call."""
     before = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if call["mode"] in ("no_grad", "inference_mode"):
@@ -276,7 +276,7 @@ def _mode(call: dict[str, Any]) -> Iterator[None]:
 
 
 def _inputs(scene: Scene, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """A video and a text, of the sizes and strides that a call asks for."""
+    """A video and a text, with the sizes and strides of a call."""
     generator = torch.Generator().manual_seed(hash((call["text"], call["batch"])))
     pixels = [n * size for n, size in zip((FRAMES, call["rows"], call["columns"]), scene.patch, strict=True)]
     shape = (call["batch"], CHANNELS, *pixels)

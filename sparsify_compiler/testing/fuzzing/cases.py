@@ -1,4 +1,4 @@
-"""A case of the fuzzer: a random program as source code, the inputs that it is for, and what came of it."""
+"""A case of the fuzzer: a random program as source code, its inputs, and the verdict on it."""
 
 import itertools
 import json
@@ -12,33 +12,33 @@ import torch.nn.functional as F
 
 T = TypeVar("T")
 Level = Literal["analysis", "end to end"]
-"""How a program becomes a graph: recorded as it runs, and only the passes see it; or all of torch.compile."""
+"""The way from a program to a graph: a recorded run that only the passes get, or the whole of torch.compile."""
 
 Outcome = Literal["sparse", "dense", "refused", "WRONG", "CRASH", "invalid"]
-"""`sparse`: something is sparse, and right. `dense`: nothing is. `refused`: a SparsifyError. `WRONG`: a claim or a
-number that is not true. `CRASH`: an exception that eager does not raise. `invalid`: eager raises as well, or what
-becomes of tokens is not in one graph."""
+"""`sparse`: some attention is sparse, and right. `dense`: none is sparse. `refused`: a SparsifyError. `WRONG`: a
+claim or a number is wrong. `CRASH`: an exception that eager does not raise. `invalid`: eager raises too, or
+tokens move in more than one graph."""
 
 FAULTS: tuple[Outcome, ...] = ("WRONG", "CRASH")
 
 
 Source = Literal["channels first", "frames first", "packed"]
-"""Ways in which a video comes in."""
+"""Layouts of the video input."""
 
 
 class Draw:
-    """Random choices, from wherever: `Draw(Random(7).randint)`, or hypothesis (see `cases` in `strategies.py`)."""
+    """Random choices from any source: `Draw(Random(7).randint)`, or hypothesis (see `cases` in `strategies.py`)."""
 
     def __init__(self, integer: Callable[[int, int], int]) -> None:
         self.integer = integer
-        """An integer from the first number to the second, both included."""
+        """Draws an integer from the first number to the second, both included."""
 
     def of(self, *choices: T) -> T:
         """One of the choices; the first is the simplest."""
         return choices[self.integer(0, len(choices) - 1)]
 
     def chance(self, percent: int) -> bool:
-        """True so often."""
+        """True with this probability."""
         return self.integer(0, 99) >= 100 - percent
 
     def permutation(self, count: int) -> list[int]:
@@ -47,25 +47,25 @@ class Draw:
         return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(count)]
 
     def divisor(self, number: int) -> int:
-        """A divisor of a number, itself and 1 among them; 1 of none."""
+        """A divisor of a number, including 1 and the number; 1 for 0."""
         return self.of(*(n for n in range(1, max(number, 1) + 1) if number % n == 0))
 
 
 def lines(text: str) -> tuple[str, ...]:
-    """The lines of a text, without what they are indented by: a table of moves."""
+    """The lines of a text without indentation: a table of moves."""
     return tuple(line.strip() for line in text.strip().splitlines())
 
 
 class Draft:
-    """A program as far as it is drawn: every statement runs at once, so that the next one knows what it meets."""
+    """A program while it is drawn. Every statement runs at once, so that the next one knows the variables."""
 
     def __init__(self, **names: Any) -> None:
         self.names = {"torch": torch, "F": F, **names}
-        """The variables."""
+        """Name -> value of the variables."""
         self.moves: list[str] = []
 
     def add(self, move: str) -> bool:
-        """Append statements, if they run; whether they do. `; ` begins a new line."""
+        """Append statements if they run, and return whether they do. `; ` begins a new line."""
         move = move.replace("; ", "\n")
         names = dict(self.names)
         try:
@@ -80,13 +80,13 @@ class Draft:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a program is for: a video, text beside it, and how the video comes in."""
+    """The inputs of a program: a video, a text, and the layout of the video."""
 
     grid: tuple[int, int, int] = (3, 2, 3)
-    """(frames, rows, columns) of its tokens."""
+    """(frames, rows, columns) of the video's tokens."""
     batch: int = 2
     text: int = 5
-    """Tokens of the text."""
+    """Number of tokens of the text."""
     patch: tuple[int, int, int] = (1, 2, 2)
     """Pixels of a token along each axis."""
     source: Source = "channels first"
@@ -94,30 +94,30 @@ class Scene:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the video."""
+        """Number of tokens of the video."""
         frames, rows, columns = self.grid
         return frames * rows * columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A program and what it is run with. It is data: it can be printed, stored, shrunk and run again."""
+    """A program and its inputs. A case is data: it can be printed, stored, shrunk and run again."""
 
     kind: str
-    """Which kind of faults it looks for: a key of `KINDS`."""
+    """The kind of faults that it searches: a key of `KINDS`."""
     scene: Scene
     moves: tuple[str, ...]
     """Statements in order, each of one or more lines: the body of `program(m, video, text)`, which returns x."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backend."""
     calls: tuple[dict[str, Any], ...] = ()
-    """For the kind `calls`: how each call of the compiled program differs from a usual one."""
+    """For the kind `calls`: the differences of each call of the compiled program from a usual one."""
     tolerance: float = 1e-3
     """Largest difference of two outputs that is rounding, relative to the largest number."""
 
     @property
     def parameters(self) -> str:
-        """Of the program: the calls of a model have a time as well."""
+        """The parameters of the program. Those of the kind `calls` have a time too."""
         return "m, video, text, t" if self.calls else "m, video, text"
 
     @property
@@ -134,13 +134,13 @@ class Case:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Case":
-        """The case whose `asdict` went through JSON."""
+        """The case from its `asdict`, after JSON."""
         fields = {name: _tuples(value) for name, value in fields.items()}
         return Case(**fields | {"scene": Scene(**fields["scene"])})
 
 
 def _tuples(value: Any) -> Any:
-    """A value from JSON with tuples in place of lists."""
+    """A value from JSON, with tuples instead of lists."""
     if isinstance(value, dict):
         return {key: _tuples(one) for key, one in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
@@ -148,15 +148,15 @@ def _tuples(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a case."""
+    """The result of a case."""
 
     outcome: Outcome
     message: str = ""
-    """Of a fault or refusal: what was seen, and what is right."""
+    """For a fault or refusal: the result found, and the right one."""
 
     @property
     def is_fault(self) -> bool:
-        """Whether something is wrong with the compiler."""
+        """Whether the compiler is wrong."""
         return self.outcome in FAULTS
 
     def like(self, other: "Verdict") -> bool:
@@ -166,13 +166,13 @@ class Verdict:
 
 
 def shrink(case: Case, judge: Callable[[Case], Verdict], most: int = 300) -> tuple[Case, Verdict]:
-    """The case without the moves and calls that its fault does not need, and the verdict on it.
+    """Remove the moves and calls that the fault of a case does not need; return the rest and its verdict.
 
-    Greedy: runs of statements are left out, long ones first, then pairs, as long as the same kind of fault is left.
+    Greedy: it removes runs of statements, long ones first, then pairs, as long as the same kind of fault remains.
 
     Args:
-        judge: says what comes of a case.
-        most: cases to try at most.
+        judge: returns the verdict on a case.
+        most: largest number of cases to try.
     """
     verdict, tried = judge(case), 0
     smaller = True
@@ -200,7 +200,7 @@ def _smaller(case: Case) -> Iterator[Case]:
 
 
 def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
-    """The items without a run of them, longest runs first; then without any two."""
+    """The items without one run of items, longest runs first; then without any two items."""
     count = len(items)
     for run in range(count - 1, 0, -1):
         for start in range(count - run + 1):
@@ -212,7 +212,7 @@ def _without_some(items: Sequence[T]) -> Iterator[tuple[T, ...]]:
 
 SCRIPT = '''"""{outcome}: {message}
 
-Exits with 1 while that stands.
+Exits with 1 as long as the fault exists.
 """
 
 import torch
@@ -239,7 +239,7 @@ if __name__ == "__main__":
 def save(case: Case, level: Level, verdict: Verdict, folder: Path, name: str) -> Path:
     """Write a fault to a folder, and return the path of its script.
 
-    `name.py` runs by itself and exits with 1 while the fault stands; `name.json` is for
+    `name.py` runs alone and exits with 1 as long as the fault exists; `name.json` is for
     `python -m benchmarks.fuzz --replay`.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The verdict on programs of tokens.
 
-The grid that the compiler claims is held to where the tokens really are, and its output to dense attention under
-the mask that follows from there.
+The grid that the compiler claims is compared with the real places of the tokens, and the output with dense
+attention under the mask that follows from these places.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +22,12 @@ from sparsify_compiler.testing.fuzzing.machines import Call, Masked, Numbers, Pl
 from sparsify_compiler.testing.fuzzing.tracing import record
 
 OPTIONS = {"method": "tile", "reference_frames": 1, "inner_backend": "eager"}
-"""Of three frames and more, frames see themselves and the first: a wrong grid is a wrong output."""
+"""With three or more frames, a frame attends to itself and the first frame: a wrong grid gives a wrong output."""
 
 
 @torch.no_grad()
 def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
-    """Run a program of tokens that move, and see whether what is claimed of them is true."""
+    """Run a program that moves tokens, and check the compiler's claims about them."""
     options = OPTIONS | case.options
     places, numbers = Places(case.scene), Numbers(case.scene)
     try:
@@ -35,11 +35,11 @@ def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
         dense = program(numbers, *numbers.inputs())
     except Exception as error:
         return Verdict("invalid", described(error))
-    assert places_out.stride() == dense.stride(), "memory is laid out alike on places and on numbers"
+    assert places_out.stride() == dense.stride(), "memory must be laid out the same on places and on numbers"
     try:
         run = recorded if level == "analysis" else partial(compiled, fullgraph=True)
         plans, out = run(program, options, numbers, *numbers.inputs())
-    except torch._dynamo.exc.Unsupported as error:  # what moved in one graph is not known in the next
+    except torch._dynamo.exc.Unsupported as error:  # tokens that moved in one graph are unknown in the next
         return Verdict("invalid", described(error))
     except SparsifyError as error:
         return Verdict("refused", described(error))
@@ -57,14 +57,14 @@ def judge_tokens(case: Case, level: Level, program: Program) -> Verdict:
     masked = Masked(case.scene, masks)
     expected = program(masked, *masked.inputs()) if sparse else dense
     if out is not None and (difference := differs(out, expected, case.tolerance)):
-        return Verdict("WRONG", f"off dense attention under the true mask by {difference}")
+        return Verdict("WRONG", f"differs from dense attention under the true mask by {difference}")
     return Verdict("sparse" if sparse else "dense")
 
 
 def recorded(
     program: Program, options: dict[str, Any], machine: Numbers, *inputs: Tensor
 ) -> tuple[list[AttentionPlan], Any]:
-    """As `compiled`, from a graph that is recorded without Dynamo; no output where nothing is sparse."""
+    """The same as `compiled`, from a graph recorded without Dynamo; no output if nothing is sparse."""
     gm, weights = record(lambda *args: program(machine, *args), *inputs)
     config = configure(options)
     for one in pipeline.analysis(config):
@@ -77,9 +77,9 @@ def recorded(
 def compiled(
     program: Program, options: dict[str, Any], *args: Any, fullgraph: bool = False
 ) -> tuple[list[AttentionPlan], Any]:
-    """The plans of `program(*args)` compiled, and its output.
+    """(plans, output) of `program(*args)`, compiled.
 
-    The program must be new to Dynamo: one that is compiled anew for every case needs no reset in between.
+    The program must be new to Dynamo. A program that is made for each case needs no reset between cases.
     """
     plans: list[AttentionPlan] = []
     sparse = torch.compile(program, backend=backend(options, plans), dynamic=False, fullgraph=fullgraph)
@@ -87,7 +87,7 @@ def compiled(
 
 
 def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Program]:
-    """The backend `sparsify` with these options, which appends what it plans."""
+    """The backend `sparsify` with these options. It appends its plans to `plans`."""
 
     def planned(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
         made = sparsify(gm, inputs, options=options)
@@ -98,28 +98,28 @@ def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[...
 
 
 def claims_of(plans: Sequence[AttentionPlan], calls: Sequence[Call]) -> list[AttentionPlan | None]:
-    """For each call the plan for it, which has its scale; None where no plan has a grid for it."""
+    """The plan of each call, which has the call's scale; None where the plan has no grid."""
     found: list[AttentionPlan | None] = []
     for at, call in enumerate(calls):
         same = [plan for plan in plans if abs(plan.site.scale - scale_of(call.tag)) < 1e-6]
         before = sum(one.tag == call.tag for one in calls[:at])
         count = sum(one.tag == call.tag for one in calls)
-        assert len(same) in (0, 1, count), "plans must be of as many calls as there are, or be shared by all"
+        assert len(same) in (0, 1, count), "there must be a plan for each call with a tag, or one for all"
         plan = same[before if len(same) == count else 0] if same else None
         found.append(plan if plan is not None and plan.layout.grid is not None else None)
     return found
 
 
 def claimed(layout: TokenLayout) -> str:
-    """`5 + (3, 2, 3) + 0`: the tokens before, the grid, those after."""
+    """A layout as text, `5 + (3, 2, 3) + 0`: the tokens before, the grid, the tokens after."""
     return f"{layout.before} + {layout.grid} + {layout.after}"
 
 
 def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
-    """What is not true of a layout, or "".
+    """The fault of a layout in words, or "".
 
     In every row of the batch and every head, token (t, y, x) of the grid must be at frame f(t), row r(y) and column
-    c(x) of one video, where f, r and c rise; and keys must be where queries are.
+    c(x) of one video, where f, r and c rise; and keys must have the same places as queries.
     """
     assert layout.grid is not None
     video = slice(layout.before, layout.tokens - layout.after)
@@ -128,60 +128,61 @@ def fault_of(layout: TokenLayout, call: Call, places: Places) -> str:
         if codes.shape[-2] != layout.tokens:
             return f"there are {codes.shape[-2]} tokens of the {name}"
         rows = codes[..., video, :].flatten(0, -3)
-        rows = rows[(rows != 0).flatten(1).any(1)]  # of a buffer that was filled in part, what was filled
+        rows = rows[(rows != 0).flatten(1).any(1)]  # only the filled rows of a partly filled buffer
         at = places.places(rows)  # [rows, tokens, D, 4]
         if (at < 0).any():
             token = int((at < 0).flatten(2).any(-1).nonzero()[0][1])
-            return f"token {token} of the {name} is no token of the video"
+            return f"token {token} of the {name} is not a token of the video"
         if (at != at[:, :, :1]).any():
             return f"a token of the {name} is several tokens of the video"
         found.append(at[:, :, 0])
     at = found[0]
     if (at != at[:, :1])[..., 0].any():
-        return "its tokens are those of several videos"
+        return "its tokens are from several videos"
     grid = at[..., 1:].unflatten(1, layout.grid)  # [rows, F, H, W, 3]
     for axis, name in enumerate(("frame", "row", "column")):
         there = grid[..., axis].movedim(axis + 1, 1).flatten(2)  # [rows, n, others]
         if (there != there[..., :1]).any() or (there[:, 1:, 0] <= there[:, :-1, 0]).any():
             shown = at[0, :, axis + 1].tolist()
-            return f"its tokens are of {name} {shown}"
+            return f"its tokens are from {name} {shown}"
     if found[1].shape != at.shape or (found[1] != at).any():
-        return "keys are not where queries are"
+        return "keys have other places than queries"
     return ""
 
 
 def _mask(layout: TokenLayout, call: Call, places: Places) -> Tensor:
-    """[S, S] of what the tokens of a call see, by the frames where they really are."""
+    """[S, S] mask of a call, from the real frames of its tokens."""
     frame = torch.full((layout.tokens,), -1)
     video = slice(layout.before, layout.tokens - layout.after)
     rows = call.query.flatten(0, -3)[:, video, 0]
-    row = int((rows != 0).any(1).nonzero()[0])  # the first that has tokens
+    row = int((rows != 0).any(1).nonzero()[0])  # the first with tokens
     frame[video] = places.places(rows[row])[:, 1]
     return seen(frame)
 
 
 def seen(frame: Tensor) -> Tensor:
-    """[S, S] bool of tile attention with one reference frame: a frame sees itself and the first, what is none all.
+    """[S, S] bool, the mask of tile attention with one reference frame: a frame attends to itself and the first
+    frame; other tokens attend to everything.
 
     Args:
-        frame: [S], the frame of every token; -1 for what is not of the video.
+        frame: [S], the frame of every token; -1 for other tokens than the video's.
     """
     sees_all = (frame == frame[frame >= 0].min()) | (frame < 0)
     return (frame[:, None] == frame) | sees_all[:, None] | sees_all
 
 
 def differs(got: Any, expected: Any, tolerance: float) -> str:
-    """How far two outputs are apart, or "" within `tolerance`, which is relative to the largest number."""
+    """The difference of two outputs as text, or "" within `tolerance`, which is relative to the largest number."""
     for a, b in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         if not isinstance(b, Tensor):
             if a != b:
-                return f"{a} in place of {b}"
+                return f"{a} instead of {b}"
             continue
         if a.shape != b.shape or a.dtype != b.dtype:
-            return f"{tuple(a.shape)} {a.dtype} in place of {tuple(b.shape)} {b.dtype}"
+            return f"{tuple(a.shape)} {a.dtype} instead of {tuple(b.shape)} {b.dtype}"
         x, y = a.detach().double(), b.detach().double()
         if not torch.equal(x.isnan(), y.isnan()):
-            return f"{int(x.isnan().sum())} NaN in place of {int(y.isnan().sum())}"
+            return f"{int(x.isnan().sum())} NaN instead of {int(y.isnan().sum())}"
         error = float(torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(0.0).max()) if x.numel() else 0.0
         size = float(y[y.isfinite()].abs().max()) if y.isfinite().any() else 0.0
         if not error <= tolerance * max(size, 1e-3):
@@ -190,7 +191,7 @@ def differs(got: Any, expected: Any, tolerance: float) -> str:
 
 
 def described(error: BaseException) -> str:
-    """`RuntimeError: its first line`."""
+    """An error as text: `RuntimeError: first line of its message`."""
     cause = getattr(error, "inner_exception", None) or error
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {lines[0][:200]}"

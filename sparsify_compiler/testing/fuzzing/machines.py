@@ -1,8 +1,8 @@
-"""What programs call: `Numbers`, a small model, or `Places`, on which every token carries where it comes from.
+"""The machines that programs call: `Numbers`, a small model, and `Places`, whose tokens carry their origin.
 
-A program moves tokens with plain PyTorch and calls `m` for all else. On places every element of a token is the code
-of the token, operators that mix channels keep codes, and attention records the codes that reach it. So the place of
-a token is read from data that moved, never from a label.
+A program moves tokens with plain PyTorch and calls `m` for everything else. On `Places` every element of a token is
+the code of the token, operators that mix channels keep codes, and attention records the codes that reach it. So the
+place of a token is read from data that moved, never from a label.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,29 +22,29 @@ Program = Callable[..., Any]
 """program(m, video, text) -> a tensor, or several."""
 
 CHANNELS, WIDTH, HEADS = 4, 16, 2
-"""Channels of a video, of a token, and heads of an attention."""
+"""Channels of a video, channels of a token, and heads of an attention."""
 
 MIXED = torch.nan
-"""The code of what comes of several tokens."""
+"""The code of a mixture of several tokens."""
 
 
 def scale_of(tag: int) -> float:
-    """The scale of attention number `tag` of a program. It is its own, so that its plan is known by it."""
+    """The scale of attention number `tag` of a program. Every attention has its own, which identifies its plan."""
     return 0.5 + tag / 64
 
 
 def heads(x: Tensor) -> Tensor:
-    """[B, HEADS, S, D] of [B, S, C]: a view."""
+    """[B, S, C] -> [B, HEADS, S, D], a view."""
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
 def joined(x: Tensor) -> Tensor:
-    """[B, S, C] of [B, HEADS, S, D]."""
+    """[B, HEADS, S, D] -> [B, S, C]."""
     return x.transpose(1, 2).flatten(2)
 
 
 def self_attention(x: Tensor, scale: float) -> Tensor:
-    """[B, S, C] to the same."""
+    """Self-attention of [B, S, C]."""
     return joined(F.scaled_dot_product_attention(heads(2 * x.sin()), heads(x.cos()), heads(x), scale=scale))
 
 
@@ -52,14 +52,14 @@ _region = nested_compile_region(self_attention)
 
 
 class Machine:
-    """What is the same on numbers and on places."""
+    """The common part of `Numbers` and `Places`."""
 
     two: float
-    """A factor that changes numbers and leaves codes as they are."""
+    """A factor that changes numbers but not codes."""
     one: float
-    """A summand that does."""
+    """A summand that changes numbers but not codes."""
     zero: float
-    """A factor that hides tokens: they are where they were."""
+    """A factor that makes numbers 0. Tokens keep their places, so codes do not change."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -77,11 +77,11 @@ class Machine:
         return joined(self.attention(q, k, v, tag))
 
     def sin(self, x: Tensor) -> Tensor:
-        """Some function of every element, in new memory."""
+        """A function of every element, in new memory."""
         raise NotImplementedError
 
     def cos(self, x: Tensor) -> Tensor:
-        """Another one."""
+        """Another such function."""
         raise NotImplementedError
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
@@ -90,7 +90,7 @@ class Machine:
 
 
 class Numbers(Machine):
-    """A small model with seeded weights. Attention is dense, as PyTorch has it."""
+    """A small model with seeded weights. Attention is PyTorch's, dense."""
 
     two, one, zero = 2.0, 1.0, 0.0
 
@@ -103,7 +103,7 @@ class Numbers(Machine):
         self._bias = _randn(WIDTH, seed=5) / 8
 
     def inputs(self) -> list[Tensor]:
-        """The video and the text, new tensors each time."""
+        """The video and the text, as new tensors in every call."""
         scene, shape = self.scene, _video_shape(self.scene)
         return [_randn(*shape, seed=1), _randn(scene.batch, scene.text, WIDTH, seed=2)]
 
@@ -118,7 +118,7 @@ class Numbers(Machine):
         return F.conv2d(images, self._kernel(images.shape[1], *patch), stride=patch)
 
     def linear(self, x: Tensor) -> Tensor:
-        """The last dimension, of any size, to WIDTH."""
+        """A linear layer from a last dimension of any size to WIDTH."""
         width = x.shape[-1]
         if width not in self._linear:
             self._linear[width] = _randn(WIDTH, width, seed=width) / width**0.5
@@ -144,34 +144,34 @@ class Numbers(Machine):
         return x.cos()
 
     def conv1d(self, x: Tensor) -> Tensor:
-        """A convolution along the tokens, which stay where they are."""
+        """A convolution along the tokens, which keep their places."""
         return F.conv1d(x.transpose(1, 2), self._mix, padding=1).transpose(1, 2)
 
     def cumsum(self, x: Tensor) -> Tensor:
-        """Sums of all tokens up to each."""
+        """The cumulative sum over the tokens."""
         return x.cumsum(1) / 8
 
     def softmax(self, x: Tensor) -> Tensor:
-        """Over the tokens."""
+        """The softmax over the tokens."""
         return x.softmax(1) * 8
 
     def pooled(self, x: Tensor) -> Tensor:
-        """The mean of all tokens, [B, 1, C]: what is added to all alike moves nothing."""
+        """The mean of all tokens, [B, 1, C]. Adding the same to all tokens moves none."""
         return x.mean(1, keepdim=True)
 
     def causal(self, x: Tensor) -> Tensor:
-        """An attention that stays dense whatever its tokens are."""
+        """An attention that stays dense for all tokens."""
         return joined(F.scaled_dot_product_attention(heads(self.sin(x)), heads(x), heads(x), is_causal=True))
 
     def turned(self, x: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """Rotary positions of a grid, as complex numbers, [B, F * H * W, C]."""
+        """Tokens [B, F * H * W, C] with rotary positions of a grid, by complex numbers."""
         f, h, w = (torch.arange(size).float() for size in (frames, rows, columns))
         angles = (f[:, None, None] + 0.3 * h[:, None] + 0.1 * w).flatten()[:, None] * torch.arange(1, 9)
         turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(turned * torch.polar(torch.ones_like(angles), angles)).flatten(2)
 
     def mesh(self, frames: int, rows: int, columns: int, how: str = "meshgrid") -> Tensor:
-        """[1, F * H * W, WIDTH] of positions on a grid, row-major."""
+        """[1, F * H * W, WIDTH] positions on a grid, row-major."""
         places = torch.meshgrid(*map(torch.arange, (frames, rows, columns)), indexing="ij")
         f, h, w = places
         match how:
@@ -200,23 +200,23 @@ class Numbers(Machine):
         return q @ k.transpose(-1, -2) * scale_of(tag)
 
     def weights(self, scores: Tensor, tag: int) -> Tensor:
-        """The softmax between its products."""
+        """The softmax between the two products of an attention by hand."""
         return scores.softmax(-1)
 
     def sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
-        """scaled_dot_product_attention as it is called."""
+        """scaled_dot_product_attention with any arguments."""
         return F.scaled_dot_product_attention(*args, **kwargs)
 
     def hidden(self, scores: Tensor) -> Tensor:
-        """Scores before a softmax that the program spells: as they are."""
+        """The scores before a softmax that the program spells, unchanged."""
         return scores
 
     def bank(self, count: int, width: int) -> Tensor:
-        """[count, width]: a memory of the model."""
+        """[count, width] weights of the model, for keys and values."""
         return self._bank[:count, :width]
 
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
-        """`attend` in a body of its own."""
+        """`attend` in its own body."""
         return checkpoint(self_attention, x, scale_of(tag), use_reentrant=False)
 
     def region(self, x: Tensor, tag: int) -> Tensor:
@@ -225,7 +225,7 @@ class Numbers(Machine):
 
 
 class Masked(Numbers):
-    """The same model, whose attention calls see what a mask each of them is given lets them see."""
+    """The same model with a given mask for each of its attention calls."""
 
     def __init__(self, scene: Scene, masks: Sequence[Tensor | None]) -> None:
         super().__init__(scene)
@@ -253,7 +253,7 @@ class Masked(Numbers):
         return super().sdpa(*args, **kwargs, attn_mask=own if mask is None else mask)
 
     def hidden(self, scores: Tensor) -> Tensor:
-        """Scores under the mask of the one attention that such a program has."""
+        """The scores under the mask of the only attention of such a program."""
         return scores if self._first is None else scores.masked_fill(~self._first, -torch.inf)
 
     def checkpointed(self, x: Tensor, tag: int) -> Tensor:
@@ -269,14 +269,14 @@ class Call:
 
     tag: int
     query: Tensor
-    """[B, H, S, D] of codes, as they were when scores were taken."""
+    """[B, H, S, D] codes at the time of the scores."""
     key: Tensor
 
 
 def _laid_out(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A method of `Places` whose result has the strides that it has on numbers.
+    """Give the result of a method of `Places` the strides that it has on `Numbers`.
 
-    So what is a view and what a copy, and which names share memory, is the same on both.
+    So views, copies and shared memory are the same on both.
     """
 
     @wraps(method)
@@ -292,9 +292,9 @@ def _laid_out(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Places(Machine):
-    """Every element of a token is the token's code; 0 is what is not of the video.
+    """A machine on which every element of a token is the token's code; tokens that are not the video's are 0.
 
-    Operators that keep every token in its place, whatever they do to its channels, keep codes.
+    Operators that keep every token in its place keep codes, even if they change channels.
     """
 
     two, one, zero = 1.0, 0.0, 1.0
@@ -306,12 +306,12 @@ class Places(Machine):
         """The attention calls so far, in order."""
         count = scene.batch * scene.tokens
         generator = torch.Generator().manual_seed(0)
-        # Codes are numbers far apart, so that the mean of two is hardly ever a third one.
+        # Codes are far apart and random, so that the mean of two is almost never a third code.
         drawn = torch.randint(1, 2**16, (count,), generator=generator).double()
         self._codes = (drawn + 2**16 * torch.arange(1, count + 1)).reshape(scene.batch, *scene.grid)
 
     def inputs(self) -> list[Tensor]:
-        """The video in codes, and text."""
+        """The video as codes, and the text."""
         scene = self.scene
         text = torch.zeros(scene.batch, scene.text, WIDTH, dtype=torch.float64)
         if scene.source == "packed":
@@ -323,7 +323,7 @@ class Places(Machine):
         return [video.transpose(1, 2).contiguous() if scene.source == "frames first" else video, text]
 
     def places(self, codes: Tensor) -> Tensor:
-        """[..., 4] int64: the video of the batch, frame, row and column of every code; -1 for other codes."""
+        """[..., 4] int64: video in the batch, frame, row and column of every code; -1 for other codes."""
         known = self._codes.flatten()
         at = torch.searchsorted(known, codes.nan_to_num(0.0).contiguous()).clamp(max=len(known) - 1)
         found = torch.stack(torch.unravel_index(at, self._codes.shape), -1)
@@ -331,27 +331,27 @@ class Places(Machine):
 
     @_laid_out
     def conv3d(self, video: Tensor) -> Tensor:
-        """The code that all pixels of a patch have."""
+        """The common code of all pixels of a patch."""
         return _patches(video, self.scene.patch)
 
     @_laid_out
     def conv2d(self, images: Tensor) -> Tensor:
-        """The same of images."""
+        """The common code of all pixels of a patch of an image."""
         return _patches(images, self.scene.patch[1:])
 
     @_laid_out
     def linear(self, x: Tensor) -> Tensor:
-        """The code that all channels have."""
+        """The common code of all channels."""
         return _one(x, WIDTH)
 
     @_laid_out
     def norm(self, x: Tensor) -> Tensor:
-        """The same."""
+        """The common code of all channels."""
         return _one(x, x.shape[-1])
 
     @_laid_out
     def act(self, x: Tensor) -> Tensor:
-        """Every code; so do the next ones."""
+        """The same codes, as in the next methods."""
         return x
 
     @_laid_out
@@ -384,23 +384,23 @@ class Places(Machine):
 
     @_laid_out
     def pooled(self, x: Tensor) -> Tensor:
-        """Moves nothing."""
+        """Zeros: adding the mean moves no token."""
         return torch.zeros_like(x[:, :1])
 
     @_laid_out
     def mesh(self, frames: int, rows: int, columns: int, how: str = "meshgrid") -> Tensor:
-        """Positions move nothing."""
+        """Zeros: adding positions moves no token."""
         return torch.zeros(1, frames * rows * columns, WIDTH, dtype=torch.float64)
 
     @_laid_out
     def attention(self, q: Tensor, k: Tensor, v: Tensor, tag: int) -> Tensor:
-        """An output token is where its query is."""
+        """The codes of the queries: an output token has the place of its query."""
         self.calls.append(Call(tag, q.clone(), k.clone()))
         return _one(q, v.shape[-1])
 
     @_laid_out
     def scores(self, q: Tensor, k: Tensor, tag: int) -> Tensor:
-        """Scores that send every query to the key of its number, after the softmax."""
+        """The identity, as weights: every query attends to the key with the same number."""
         self.calls.append(Call(tag, q.clone(), k.clone()))
         return torch.eye(q.shape[-2], k.shape[-2], dtype=torch.float64).expand(*q.shape[:-2], -1, -1)
 
@@ -416,14 +416,14 @@ class Places(Machine):
 
 
 def _patches(pixels: Tensor, patch: Sequence[int]) -> Tensor:
-    """[N, WIDTH, ...] of [N, C, ...]: of every patch the code that all of its pixels have."""
+    """[N, C, ...] -> [N, WIDTH, ...]: the common code of all pixels of every patch."""
     for dim, size in enumerate(patch):
         pixels = pixels.unflatten(dim + 2, (-1, size)).movedim(dim + 3, -1)
     return _one(pixels.flatten(-len(patch)).movedim(1, -1).flatten(-2), WIDTH).movedim(-1, 1)
 
 
 def _one(x: Tensor, width: int) -> Tensor:
-    """[..., width]: the code that all of the last dimension has; MIXED where there are several."""
+    """[..., width]: the common code of the last dimension; MIXED where codes differ."""
     first = x[..., :1]
     return first.where((x == first).all(-1, keepdim=True), MIXED).repeat(*[1] * (x.dim() - 1), width)
 

@@ -1,97 +1,19 @@
-"""Everything that a program may do with its tokens, x [batch, tokens, WIDTH].
+"""The moves of a program on its tokens, x [batch, tokens, WIDTH].
 
-Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn when the line is.
-`; ` begins a new line of the program. The tables decide how often a program is sparse; places decide what is true.
+Most moves are a line of a table: Python with numbers in braces (`NUMBERS`), which are drawn with the line. `; `
+begins a new line of the program. The tables only decide how often a program is sparse; `Places` decides the truth.
 
-`KEPT`        every token stays in its place, in ways that the compiler should follow
-`RETURNING`   every token comes back to its place, in ways that the compiler need not follow
-`MOVED`       tokens are elsewhere, or only some of them are left, or they are no longer tokens of one video
+`KEPT`        every token stays in its place, and the compiler should follow
+`RETURNING`   every token returns to its place, and the compiler need not follow
+`MOVED`       tokens move, or some are missing, or they are no longer tokens of one video
 """
 
-import string
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from sparsify_compiler.testing.fuzzing.cases import Draw, lines
+from sparsify_compiler.testing.fuzzing.cases import Draw
 from sparsify_compiler.testing.fuzzing.machines import WIDTH
+from sparsify_compiler.testing.fuzzing.tables import table
 from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens
 
-OTHERS = lines("""
-    x.flip(1)
-    x.roll({n}, 1)
-    torch.cat([x[:, {n}:], x[:, :{n}]], 1)
-    x.flip(0)
-    F.pad(x, (0, 0, -1, 1))
-""")
-"""Tokens in another order."""
-
-
-def _place(t: Tokens, draw: Draw) -> int:
-    """Between two tokens; now and then between two frames."""
-    frame = t.scene.tokens // t.scene.grid[0]
-    return draw.of(draw.integer(1, max(t.count - 1, 1)), t.before + frame, t.before + t.scene.tokens - frame)
-
-
-NUMBERS: dict[str, Callable[[Tokens, Draw], Any]] = {
-    "B": lambda t, draw: t.batch,
-    "S": lambda t, draw: t.count,
-    "C": lambda t, draw: WIDTH,
-    "f": lambda t, draw: t.scene.grid[0],
-    "h": lambda t, draw: t.scene.grid[1],
-    "w": lambda t, draw: t.scene.grid[2],
-    "g": lambda t, draw: f"x.unflatten(1, {t.scene.grid})",
-    "n": _place,
-    "i": lambda t, draw: draw.integer(0, t.count - 1),
-    "j": lambda t, draw: draw.integer(0, t.count - 1),
-    "a": lambda t, draw: draw.divisor(t.count),
-    "perm": lambda t, draw: draw.permutation(t.count),
-    "axis": lambda t, draw: draw.integer(1, 3),
-    "order": lambda t, draw: ", ".join(str(1 + axis) for axis in draw.permutation(3)),
-    "k": lambda t, draw: draw.integer(0, min(t.scene.grid) - 1),
-    "tag": lambda t, draw: t.tag(),
-    "copy": lambda t, draw: draw.of("x.clone()", "torch.zeros_like(x)", "x.contiguous().clone()"),
-    "blank": lambda t, draw: draw.of("torch.empty_like(x)", "torch.zeros_like(x)", "x.clone()"),
-    "other": lambda t, draw: filled(draw.of(*OTHERS), t, draw),
-}
-"""B, S, C, f, h, w: batch, tokens, channels, frames, rows, columns. g: the tokens on their grid. n: a place in the
-sequence. i, j: two tokens. a: a divisor of their number. perm: an order of them. axis, order, k: an axis of the
-grid, an order of its axes, an index into any of them. tag: the next attention. copy, blank: a buffer that is
-written in part, one that is written all over. other: the tokens in another order."""
-
-
-def filled(line: str, t: Tokens, draw: Draw, **more: Any) -> str:
-    """A line of a table with its numbers, as statements."""
-    names = {name for _, name, _, _ in string.Formatter().parse(line) if name}
-    numbers = {name: NUMBERS[name](t, draw) for name in sorted(names - more.keys())}
-    return line.format(**numbers, **more)
-
-
-@dataclass(frozen=True)
-class Table:
-    """The move that is any of these lines."""
-
-    lines: tuple[str, ...]
-    video: bool
-    """Whether it is for the tokens of a video alone."""
-
-    def __call__(self, t: Tokens, draw: Draw) -> None:
-        """Append one of the lines to a program."""
-        if t.is_video or not self.video:
-            t.add(filled(draw.of(*self.lines), t, draw))
-
-
-def table(text: str, *, inside: str = "{line}", video: bool = False) -> Table:
-    """The lines of a text.
-
-    Args:
-        inside: what each of them stands in.
-        video: whether they are for the tokens of a video alone.
-    """
-    return Table(tuple(inside.replace("{line}", line) for line in lines(text)), video)
-
-
-# Moves that keep every token in its place, where the compiler is to follow.
+# Moves that keep every token in its place. The compiler should follow them.
 
 content = table("""
     x = m.norm(x)
@@ -155,7 +77,7 @@ rejoined = table("""
 
 
 def attend_in_part(t: Tokens, draw: Draw) -> None:
-    """Attention within frames, or along time: the rest of the video's axes go to the batch and come back."""
+    """Attention within frames, or along time: the other axes of the video move to the batch and back."""
     turn = draw.of("", ".transpose(1, 2)")
     if t.is_video:
         t.add(
@@ -165,7 +87,7 @@ def attend_in_part(t: Tokens, draw: Draw) -> None:
 
 
 def windows(t: Tokens, draw: Draw) -> None:
-    """Windows of rows and columns go to the batch and come back, with an attention in between or none."""
+    """Windows of rows and columns move to the batch and back, with or without an attention in between."""
     f, h, w = t.scene.grid
     a, b = draw.divisor(h), draw.divisor(w)
     if not t.is_video:
@@ -180,7 +102,7 @@ def windows(t: Tokens, draw: Draw) -> None:
 
 
 def there_and_back(t: Tokens, draw: Draw) -> None:
-    """The axes of the grid in another order, something, and back."""
+    """The axes of the grid move to another order and back, with or without an operator in between."""
     if not t.is_video:
         return
     order = draw.permutation(3)
@@ -195,7 +117,7 @@ def there_and_back(t: Tokens, draw: Draw) -> None:
 
 
 def text_joined(t: Tokens, draw: Draw) -> None:
-    """The text comes before or after."""
+    """The text is joined before or after the tokens."""
     front = draw.chance(50)
     before = ("x = torch.cat([text, x], 1)", "x = torch.cat((text.clone(), x), -2)")
     after = ("x = torch.cat([x, text], 1)", "x = torch.cat((x, m.linear(text)), dim=1)")
@@ -205,7 +127,7 @@ def text_joined(t: Tokens, draw: Draw) -> None:
 
 
 def text_cut(t: Tokens, draw: Draw) -> None:
-    """What is before and after the video's tokens goes."""
+    """The tokens before and after the video's are cut."""
     end = t.count - t.after
     way = draw.of(
         f"x = x[:, {t.before}:{end}]",
@@ -218,7 +140,7 @@ def text_cut(t: Tokens, draw: Draw) -> None:
 
 
 def padded(t: Tokens, draw: Draw) -> None:
-    """Tokens of nothing come before and after."""
+    """Zero tokens are added before and after."""
     a, b = draw.integer(0, 3), draw.integer(0, 3)
     first, last = (f"x.new_zeros({t.batch}, {n}, {WIDTH})" for n in (a, b))
     if t.add(draw.of(f"x = F.pad(x, (0, 0, {a}, {b}))", f"x = torch.cat([{first}, x, {last}], 1)")):
@@ -226,7 +148,7 @@ def padded(t: Tokens, draw: Draw) -> None:
 
 
 def positions(t: Tokens, draw: Draw) -> None:
-    """Positions of the video's grid are added, padded where there are other tokens; or they turn the tokens."""
+    """Positions of the video's grid are added, padded where there are other tokens, or rotate the tokens."""
     sizes = "{}, {}, {}".format(*t.scene.grid)
     if t.is_video and draw.chance(30):
         t.add(f"x = m.turned(x, {sizes})")
@@ -257,7 +179,7 @@ attend_twice = table("""
     y = m.region(m.norm(x), {tag}); x = m.region(x, {tag})
     y = m.region(x.flip(0), {tag}); x = m.region(x, {tag})
 """)
-"""One body, called with tokens in two orders."""
+"""One body is called with tokens in two orders."""
 
 attend_elsewhere = table("""
     x = m.attend_to(x, x, {tag})
@@ -273,7 +195,7 @@ attend_elsewhere = table("""
     x = m.attend_to(x, torch.cat([x[:, 1:], x[:, :1]], 1), {tag})
     x = m.attend_to(x, x[:, 1:], {tag})
 """)
-"""Queries of these tokens, keys of tokens that were moved or are another video's."""
+"""Queries come from these tokens, keys from tokens that were moved or belong to another video."""
 
 KEPT: tuple[Move, ...] = (
     content, content, reshaped, reshaped, rejoined, rejoined, text_joined, text_joined, text_cut, padded, positions,
@@ -316,7 +238,7 @@ RETURNING: tuple[Move, ...] = (
 """),
 )
 
-# Moves after which tokens are elsewhere.
+# Moves that change the places of tokens.
 
 moved = table("""
     x = x.roll({n}, 1)
@@ -429,7 +351,7 @@ cropped = table("""
     x = x[[0] * {B}]
     x = x.as_strided(({B}, {S}, x.shape[-1]), ({S} * x.shape[-1], 1, {S}))
 """)
-"""Fewer tokens; or as many, of which some are not what they were."""
+"""Fewer tokens, or the same number of which some are replaced."""
 
 mixed = table("""
     x = (x + {other}) / 2
@@ -444,255 +366,16 @@ mixed = table("""
     x = torch.stack([x, {other}], 1).flatten(0, 1)[::2]
     x = torch.stack([x, {other}], 1).flatten(0, 1)[:{B}]
 """)
-"""Tokens that are two at once, or now one and now the other."""
+"""Every token is a mixture of two, or one of two."""
 
 
 def wrong_positions(t: Tokens, draw: Draw) -> None:
-    """Positions of another grid of as many tokens are added, to tokens of which a grid is known."""
+    """Positions of another grid with the same number of tokens are added to tokens with a known grid."""
     if t.scene.source == "packed" and "m.mesh" not in t.moves[0]:
-        return  # they would be all that is known
+        return  # the wrong positions would be the only ones
     f, h, w = t.scene.grid
     sizes = draw.of((h, f, w), (w, h, f), (f, w, h), (f * h, 1, w), (f, 1, h * w), (1, f * h, w))
     t.add(f"x = x + m.mesh{sizes}")
 
 
 MOVED: tuple[Move, ...] = (moved, regridded, cropped, mixed, wrong_positions)
-
-# Writes and aliases.
-
-write_in_place = table("""
-    x = x.clone(); x.mul_(m.two)
-    x = x.clone(); x.add_(m.one)
-    x = x.clone(); x[:, :2] *= m.two
-    x = x.clone(); y = x[:, 1:]; y.mul_(m.two)
-    x = x.clone(); x += m.one
-    x = x.clone(); x[:] = m.linear(x)
-    x = x.clone(); x.copy_(m.linear(x))
-    x = x.clone(); x.relu_()
-    x = x.clone(); x[0] *= m.two
-    x = x.clone(); x[:, {i}] *= m.zero
-    x = x.clone(); x.transpose(0, 1).add_(m.one)
-    x = x.clone(); x[..., :3] += m.one
-    x = x.clone(); y = x.unflatten(-1, (2, -1)); y.mul_(m.two)
-    x = x.contiguous(); F.relu(x, inplace=True)
-    y = torch.empty_like(x); y.copy_(x); x = y
-    y = torch.empty_like(x); torch.mul(x, m.two, out=y); x = y
-    y = x.new_empty(x.shape); y.view(-1).copy_(x.reshape(-1)); x = y
-    y = torch.zeros_like(x); y[:] = x; x = y
-    y = torch.zeros_like(x); y += x; x = y
-    y = x.new_zeros(x.shape); y[:, :] = x; x = y
-    y = x.clone(); y.mul_(m.two); y.copy_(x); x = y
-""")
-
-
-write_whole = table(
-    """
-    y[:, :{n}] = x[:, :{n}]; y[:, {n}:] = x[:, {n}:]
-    y[:, {n}:] = x[:, {n}:]; y[:, :{n}] = x[:, :{n}]
-    y[:, ::2] = x[:, ::2]; y[:, 1::2] = x[:, 1::2]
-    y[:, torch.arange({S})] = x
-    for i in range({S}): y[:, i] = x[:, i]
-    y[0] = x[0]; y[1:] = x[1:]
-    y[..., :8], y[..., 8:] = x[..., :8], x[..., 8:]
-    y[:, :{n}].copy_(x[:, :{n}]); y[:, {n}:].copy_(x[:, {n}:])
-    y.mT.copy_(x.mT)
-    a, b = y.split([{n}, {S} - {n}], 1); a.copy_(x[:, :{n}]); b.copy_(x[:, {n}:])
-""",
-    inside="y = {blank}; {line}; x = y",
-)
-"""A buffer is filled part by part, every token where it belongs."""
-
-
-def write_with_text(t: Tokens, draw: Draw) -> None:
-    """A buffer is filled with the text and the tokens."""
-    n, size, front = t.scene.text, t.count, draw.chance(50)
-    text, video = (f"y[:, :{n}]", f"y[:, {n}:]") if front else (f"y[:, {size}:]", f"y[:, :{size}]")
-    new = draw.of("x.new_zeros", "x.new_empty")
-    writes = (
-        [f"{text} = text", f"{video} = x"]
-        if draw.chance(60)
-        else [f"{video}.copy_(x)", f"{text}.copy_(text)"]
-    )
-    if t.add("\n".join([f"y = {new}({t.batch}, {size + n}, {WIDTH})", *writes, "x = y"])):
-        t.before, t.after = t.before + n * front, t.after + n * (not front)
-
-
-alias = table("""
-    y = x
-    y = x[:]
-    y = x[:, {n}:]
-    y = x[:, :{n}]
-    y = x.transpose(0, 1)
-    y = x.mT
-    y = x[:, {i}]
-    y = x[0]
-    y = x[:, ::2]
-    y = x.unflatten(1, ({a}, -1))
-    y = x.view(x.shape)
-    y = x.detach()
-    y = x.chunk(2, 1)[1]
-    y = x.unbind(0)[-1]
-    y = x.diagonal(0, 0, 1)
-    y = x[..., :8]
-    y = x.flatten(0, 1)
-    y = x.expand_as(x)
-    y = x.as_strided(x.shape, x.stride())
-    y = x.unfold(1, 1, 1)
-    x = x.clone(); y = x
-    x = x.clone(); y = x.flatten(0, 1)
-    x = x.clone(); y = x[:, {n}:]
-    x = x.contiguous(); y = x.view({B}, {a}, -1, x.shape[-1])
-""")
-"""Another name for the memory of the tokens, or of some of them, before they are written."""
-
-
-write_moved = table(
-    """
-    y[:, ::2], y[:, 1::2] = x[:, 1::2], x[:, ::2]
-    y[:, {i}], y[:, {j}] = x[:, {j}], x[:, {i}]
-    y[:, :{n}], y[:, {n}:] = x[:, {S} - {n}:], x[:, :{S} - {n}]
-    y.copy_(x.flip(1))
-    y.copy_(x.flip(0))
-    y[:] = x.roll(1, 1)
-    y[:, {perm}] = x
-    y[:, torch.tensor({perm})] = x
-    y.index_copy_(1, torch.tensor({perm}), x)
-    y.scatter_(1, torch.tensor({perm})[None, :, None].expand({B}, -1, x.shape[-1]), x)
-    y[:, {i}:{i} + 1] = x[:, {j}:{j} + 1]
-    y[:, {i}].copy_(x[:, {j}])
-    y.select(1, {i}).copy_(x[:, {j}])
-    y[:, [{i}, {j}]] = x[:, [{j}, {i}]]
-    y.mT.copy_(x.flip(1).mT)
-    y.unflatten(1, ({a}, -1))[:, 0] = x.unflatten(1, ({a}, -1))[:, -1]
-    y.view({B}, {a}, {S} // {a}, -1).copy_(x.view({B}, {a}, {S} // {a}, -1).flip(2))
-    y.view({B}, {a}, {S} // {a}, -1).copy_(x.view({B}, {S} // {a}, {a}, -1).transpose(1, 2))
-    a, b = y.split([{n}, {S} - {n}], 1); a.copy_(x[:, {S} - {n}:]); b.copy_(x[:, :{S} - {n}])
-    y[0] = x[-1]
-    y[:1], y[1:] = x[-1:], x[:-1]
-    y[:, :{S} // 2] = x[:, {S} // 2:2 * ({S} // 2)]
-    y.narrow(1, 0, {S} // 2).copy_(x.narrow(1, {S} - {S} // 2, {S} // 2))
-    y[:, {i}:].mul_(m.zero)
-    y[:, 1:] = x[:, :-1]
-    y[:, 0] = x[:, 1]
-    torch.add(x.flip(1), 0.0, out=y)
-    torch.index_select(x, 1, torch.tensor({perm}), out=y)
-    torch.cat([x[:, 1:], x[:, :1]], 1, out=y)
-    y[..., :8] = x.flip(1)[..., :8]
-    y.masked_scatter_(torch.ones_like(y, dtype=torch.bool), x.flip(1))
-    y.index_put_((torch.arange({B}),), x.flip(0))
-    y.unbind(0)[0].copy_(x[0].flip(0))
-    y.swapaxes(0, 1)[0] = x[:, -1]
-    y.diagonal(0, 0, 1).copy_(x.flip(1).diagonal(0, 0, 1))
-    y.as_strided(y.shape, y.stride()).copy_(x.flip(1))
-    torch.ops.aten.copy_(y, x.flip(1))
-    y.data.copy_(x.flip(1))
-    z = y; z.copy_(x.flip(1))
-    z = y[:, 1:]; z[:, 0] = x[:, 0]
-    y.lerp_(x.flip(1), 1.0)
-    y.sub_(y).add_(x.flip(1))
-    torch._foreach_copy_([y], [x.flip(1)])
-    y.index_add_(1, torch.tensor([0]), x[:, -1:])
-    y.resize_(y.shape).copy_(x.flip(1))
-""",
-    inside="y = {copy}; {line}; x = y",
-)
-"""A copy or a buffer is written from elsewhere."""
-
-
-write_grid = table(
-    """
-    y = x.clone(); y.view({B}, {f}, {h}, {w}, -1).copy_({g}.flip({axis})); x = y
-    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, 0], z[:, -1] = {g}[:, -1], {g}[:, 0]; x = y
-    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, :, 0] = {g}[:, :, -1]; x = y
-    y = x.clone(); z = y.view({B}, {f}, {h}, {w}, -1); z[:, :, :, 0] = {g}[:, :, :, -1]; x = y
-    y = torch.zeros_like(x); z = y.view({B}, {f}, {h}, {w}, -1); z[:, {k}] = {g}[:, {k}]; x = y
-""",
-    video=True,
-)
-"""Frames, rows or columns are written in another order."""
-
-write_alias = table("""
-    y.copy_(y.flip(1))
-    y[:, 0] = y[:, -1]
-    y.copy_(y.roll(1, 1))
-    y.mul_(m.zero)
-    y[0].copy_(y[-1])
-    y.mul_(m.two)
-    y.copy_(y.flip(0))
-    y[:, ::2], y[:, 1::2] = y[:, 1::2].clone(), y[:, ::2].clone()
-    y[...] = y.flip(-2)
-    y.add_(m.one)
-    y[-1], y[0] = y[0].clone(), y[-1].clone()
-    torch.add(y.flip(1), 0.0, out=y)
-    x = y
-    x.copy_(y)
-    y[:, 1] *= m.zero
-    y[:] = y.flip(1)
-""")
-"""Writes through a name that was taken before."""
-
-
-AROUND = table("""
-    {y}.mul_(m.two)
-    {y}.add_(m.one)
-    {y}.copy_({y}.flip({dim}))
-    {y}.copy_({y}.roll(1, {dim}))
-    {y} *= m.two
-    {y}[..., :3] += m.one
-    {y}.copy_({y}.flip(0))
-    z = {y}[..., 2:]; z.mul_(m.two)
-    {y}.transpose(-1, -2).add_(m.one)
-    torch.mul({y}, m.two, out={y})
-    z = {y}.detach(); z.add_(m.one)
-    F.relu({y}, inplace=True)
-    {y}.narrow({dim}, 0, {n}).mul_(m.two)
-    {y}[0].mul_(m.two)
-    torch._foreach_mul_([{y}], m.two)
-""")
-"""Writes into y, whose tokens are dimension dim."""
-
-
-def write_around_attention(t: Tokens, draw: Draw) -> None:
-    """q, k, v or their bases are written before, between or after the products of attention by hand."""
-    tag = t.tag()
-    sources = [
-        draw.of(f"m.{f}(x)", f"m.{f}(x).contiguous()", "x", "x.clone()") for f in ("sin", "cos", "act")
-    ]
-    split = draw.chance(70)
-    steps = [
-        f"s = m.scores(q, k, {tag})",
-        f"w = m.weights(s, {tag})",
-        "x = m.joined(w @ v)" if split else "x = w @ v",
-    ]
-    name = draw.of("q", "k", "v", "q0", "k0", "v0", "x", "x", "k")
-    dim = 2 if split and name in ("q", "k", "v") else 1  # of the tokens
-    steps.insert(draw.of(1, 2, 1, 2, 0, 3), filled(draw.of(*AROUND.lines), t, draw, y=name, dim=dim))
-    operands = [f"{one}0 = {source}" for one, source in zip("qkv", sources, strict=True)]
-    operands += [f"{one} = m.heads({one}0)" if split else f"{one} = {one}0" for one in "qkv"]
-    t.add("\n".join([*operands, *steps]))
-
-
-KEPT_WRITES: tuple[Move, ...] = (
-    *KEPT, write_in_place, write_in_place, write_whole, write_whole, write_with_text, alias,
-)  # fmt: skip
-MOVED_WRITES: tuple[Move, ...] = (
-    alias,
-    write_moved,
-    write_moved,
-    write_grid,
-    write_alias,
-    write_alias,
-    moved,
-)
-
-TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
-    "tokens": (KEPT, MOVED),
-    "writes": (KEPT_WRITES, MOVED_WRITES),
-}
-"""Kind of program -> (moves that keep tokens where they are, all others)."""
-
-ATTEND: dict[str, tuple[Move, ...]] = {
-    "tokens": (attend, attend, attend, attend_elsewhere, attend_twice),
-    "writes": (attend, write_around_attention, write_around_attention),
-}
-"""Kind of program -> what it ends with."""

@@ -1,9 +1,17 @@
-"""Programs of tokens: patches are cut, tokens move, attention runs over them; kinds `tokens` and `writes`."""
+"""Programs of tokens, kinds `tokens` and `writes`: they cut patches, move tokens and run attention."""
 
-from sparsify_compiler.testing.fuzzing import moves
 from sparsify_compiler.testing.fuzzing.cases import Case, Draw, Scene
 from sparsify_compiler.testing.fuzzing.machines import CHANNELS, WIDTH
-from sparsify_compiler.testing.fuzzing.tokens import MESHES, Tokens, draw_scene
+from sparsify_compiler.testing.fuzzing.moves import (
+    KEPT,
+    MOVED,
+    RETURNING,
+    attend,
+    attend_elsewhere,
+    attend_twice,
+)
+from sparsify_compiler.testing.fuzzing.tokens import MESHES, Move, Tokens, draw_scene
+from sparsify_compiler.testing.fuzzing.writes import KEPT_WRITES, MOVED_WRITES, write_around_attention
 
 
 def orders(scene: Scene) -> tuple[str, str]:
@@ -13,7 +21,7 @@ def orders(scene: Scene) -> tuple[str, str]:
 
 
 def embed(scene: Scene, draw: Draw) -> str:
-    """From the video to x, in one of the ways that a grid can be known by."""
+    """Statements from the video to x, in one of the ways that show a grid."""
     batch, (frames, rows, columns) = scene.batch, scene.grid
     if scene.source == "packed":
         mesh = f" + m.mesh({frames}, {rows}, {columns}, {draw.of(*MESHES)!r})" if draw.chance(85) else ""
@@ -41,14 +49,14 @@ def embed(scene: Scene, draw: Draw) -> str:
 
 
 def _could_be_one_video(scene: Scene, tokens: list[str], features: list[str]) -> bool:
-    """Whether pixels are those of a video whose channels are another axis, as far as a graph can tell."""
+    """Whether a graph cannot distinguish these pixels from those of a video with another axis as channels."""
     there = "bfchw" if scene.source == "frames first" else "bcfhw"
     ordered = len(tokens) == 3 and tokens == sorted(tokens, key=there.index)
     return ordered and "c" in tokens and (scene.batch == 1 or "b" not in (*tokens, *features))
 
 
 def embed_freely(scene: Scene, draw: Draw) -> str:
-    """From the video to [batch, tokens, WIDTH], with any of its axes as batch, as tokens and as channels."""
+    """Statements from the video to x [batch, tokens, WIDTH], with any of its axes as batch, tokens and channels."""
     channels_first, frames_first = orders(scene)
     way = draw.of("conv3d", "conv2d", "pixels")
     x, axes = f"m.conv3d({channels_first})", "bcfhw"
@@ -69,14 +77,27 @@ def embed_freely(scene: Scene, draw: Draw) -> str:
     )
 
 
+TABLES: dict[str, tuple[tuple[Move, ...], tuple[Move, ...]]] = {
+    "tokens": (KEPT, MOVED),
+    "writes": (KEPT_WRITES, MOVED_WRITES),
+}
+"""Kind of program -> (moves that keep tokens in their places, all others)."""
+
+ATTEND: dict[str, tuple[Move, ...]] = {
+    "tokens": (attend, attend, attend, attend_elsewhere, attend_twice),
+    "writes": (attend, write_around_attention, write_around_attention),
+}
+"""Kind of program -> the moves that end it."""
+
+
 def draw_program(kind: str, draw: Draw) -> Case:
-    """A program of the kind `tokens` or `writes`."""
+    """Draw a program of the kind `tokens` or `writes`."""
     tokens = Tokens(draw_scene(draw))
     freely = tokens.scene.source != "packed" and draw.chance(15)
     tokens.add((embed_freely if freely else embed)(tokens.scene, draw))
-    kept, moved = moves.TABLES[kind]
-    tables = draw.of([kept], [kept], [kept, moves.RETURNING], [kept, moved, moved])
+    kept, moved = TABLES[kind]
+    tables = draw.of([kept], [kept], [kept, RETURNING], [kept, moved, moved])
     for _ in range(draw.integer(0, 7)):
         draw.of(*draw.of(*tables))(tokens, draw)
-    draw.of(*moves.ATTEND[kind])(tokens, draw)
+    draw.of(*ATTEND[kind])(tokens, draw)
     return Case(kind=kind, scene=tokens.scene, moves=tuple(tokens.moves))

@@ -1,7 +1,7 @@
-"""Attention by hand and by call, in right spellings and in wrong ones; kind `spellings`.
+"""Attention by hand and by call, in right and wrong spellings; kind `spellings`.
 
-Eager is the oracle. With every frame a reference, no output may differ from it. With one reference frame, an
-attention that was rewritten must equal the program itself with the mask of the true frames before its softmax.
+Eager is the oracle. If every frame is a reference, no output may differ from it. With one reference frame, a
+rewritten attention must equal the program with the mask of the true frames before its softmax.
 """
 
 from typing import Any
@@ -64,7 +64,7 @@ FIRST = {
         k @ q.mT
     """),
 }
-"""The first product, of so many dimensions."""
+"""Number of dimensions -> the first product."""
 
 SECOND = {
     4: lines("""
@@ -327,7 +327,7 @@ KEYS = lines("""
     k, v = k[..., :9, :], v[..., :9, :]
     k, v = (torch.cat([t, t], -2) for t in (k, v))
 """)
-"""Keys and values that are fewer, shared, or a memory of the model."""
+"""Keys and values that are fewer, shared, or weights of the model."""
 
 SDPA = lines("""
     m.sdpa(q, k, v)
@@ -378,11 +378,11 @@ FINISHES = lines("""
 MASKS = """at = torch.arange(k.shape[-2])
 keep, bias = at % 5 != 3, at % 7 * 0.4
 hide, far, pairs, own = ~keep, at > at[:, None] + 3, -(at - at[:, None]).abs() * 0.5, q[..., :1]"""
-"""Which keys are seen and which hidden, a bias of every key, of every pair, and of every query."""
+"""Masks of visible and of hidden keys, a bias of every key, of every pair, and of every query."""
 
 
 def draw_spelling(draw: Draw) -> Case:
-    """A program that embeds a video, spells an attention over its tokens, and returns what comes of it."""
+    """Draw a program that embeds a video, spells an attention over its tokens, and returns the result."""
     scene = Scene(grid=(3, 2, 3), text=3, patch=(1, 2, 2))
     numbers = Numbers(scene)
     video, text = numbers.inputs()
@@ -405,7 +405,7 @@ def draw_spelling(draw: Draw) -> Case:
             draft.add(move)
     draft.add(f"x = {_usual(draw, FINISHES, 3)}")
     exact = draw.chance(50)
-    # Operands and weights that are rounded are still attention's; scores that are rounded are not.
+    # With rounded operands or weights it is still attention; with rounded scores it is not.
     attention = (move for move in draft.moves if move.startswith(("q", "k", "v", "w = w.")))
     coarse = any(word in move for move in attention for word in ("bfloat16", "half"))
     return Case(
@@ -425,7 +425,7 @@ def _operands(form: str, draw: Draw) -> str:
 
 
 def _by_hand(draw: Draw, dims: int, scale: str) -> list[str]:
-    """Attention by hand, of so many dimensions: both products, and what lies between them."""
+    """Attention by hand on tensors of `dims` dimensions: both products, and the statements between them."""
     first, second = _usual(draw, FIRST[dims], 6), _usual(draw, SECOND[dims], 6)
     steps = [f"s = {_usual(draw, SCALED, 8)}"] if draw.chance(60) else []
     if draw.chance(45):
@@ -442,13 +442,13 @@ def _by_hand(draw: Draw, dims: int, scale: str) -> list[str]:
 
 
 def _usual(draw: Draw, table: tuple[str, ...], usual: int) -> str:
-    """Any of the table, more often one of the first `usual`."""
+    """A line of the table, usually one of the first `usual`."""
     return draw.of(*table[:usual]) if draw.chance(75) else draw.of(*table)
 
 
 @torch.no_grad()
 def judge_spelling(case: Case, level: Level, program: Program) -> Verdict:
-    """Compile a program of one attention and compare it with eager, whatever the level."""
+    """Compile a program with one attention and compare it with eager. The level has no effect."""
     options: dict[str, Any] = OPTIONS | case.options
     numbers = Numbers(case.scene)
     try:
@@ -467,7 +467,7 @@ def judge_spelling(case: Case, level: Level, program: Program) -> Verdict:
     for plan in sparse:
         layout = plan.layout
         if (layout.before, layout.grid, layout.after) != (before, case.scene.grid, after):
-            return Verdict("WRONG", f"planned on {layout} in place of {before} + {case.scene.grid} + {after}")
+            return Verdict("WRONG", f"planned on {layout} instead of {before} + {case.scene.grid} + {after}")
     expected, what = eager, "eager"
     if sparse and options["reference_frames"] != case.scene.grid[0]:
         frames, rows, columns = case.scene.grid
@@ -475,5 +475,5 @@ def judge_spelling(case: Case, level: Level, program: Program) -> Verdict:
         machine = Masked(case.scene, [seen(frame)])
         expected, what = program(machine, *machine.inputs()), "eager under the mask"
     if difference := differs(out, expected, case.tolerance):
-        return Verdict("WRONG", f"off {what} by {difference}")
+        return Verdict("WRONG", f"differs from {what} by {difference}")
     return Verdict("sparse" if sparse else "dense")

@@ -1,4 +1,4 @@
-"""The tokens of a program that is being drawn, and the videos that programs are for."""
+"""The tokens of a program while it is drawn, and the videos that programs run on."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ Move = Callable[["Tokens", Draw], None]
 """Appends something to a program, if its tokens allow it."""
 
 GRIDS = ((3, 2, 4), (3, 3, 3), (4, 2, 3), (5, 3, 2), (2, 3, 4), (3, 4, 2))
-"""(frames, rows, columns) of the videos that programs are for."""
+"""(frames, rows, columns) of the videos that programs run on."""
 
 MESHES = ("meshgrid", "repeats", "sums", "index", "embedding")
-"""How positions may be spelled."""
+"""Spellings of positions."""
 
 
 class Tokens(Draft):
-    """A program of tokens, drawn on places. Between moves, x is [batch, tokens, WIDTH]."""
+    """A program of tokens that is run on `Places` while it is drawn. Between moves, x is [batch, tokens, WIDTH]."""
 
     def __init__(self, scene: Scene) -> None:
         places = Places(scene)
@@ -26,9 +26,9 @@ class Tokens(Draft):
         super().__init__(m=places, video=video, text=text)
         self.scene = scene
         self.before = self.after = 0
-        """Tokens of text in the sequence."""
+        """Numbers of text tokens before and after the video's."""
         self.tags = 0
-        """Attentions so far."""
+        """Number of attentions so far."""
 
     @property
     def x(self) -> Tensor:
@@ -37,17 +37,17 @@ class Tokens(Draft):
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self.x.shape[0]
 
     @property
     def count(self) -> int:
-        """Tokens of the sequence."""
+        """Number of tokens of the sequence."""
         return self.x.shape[1]
 
     @property
     def is_video(self) -> bool:
-        """Whether the sequence has as many tokens as the video, and x the shape of tokens."""
+        """Whether x has the shape of the video's tokens."""
         return self.x.shape == (self.scene.batch, self.scene.tokens, WIDTH)
 
     def tag(self) -> int:
@@ -57,9 +57,9 @@ class Tokens(Draft):
 
 
 def draw_scene(draw: Draw) -> Scene:
-    """A small video; now and then two of its sizes are the same, or that of the batch.
+    """Draw a small video. Sometimes two of its sizes are equal, or one equals the batch.
 
-    There are few of them: PyTorch remembers what an operator does to shapes that it has seen.
+    The set of videos is small, since PyTorch keeps the results of an operator on shapes it had before.
     """
     grid = draw.of(*GRIDS)
     batch = draw.of(2, 1, grid[0])

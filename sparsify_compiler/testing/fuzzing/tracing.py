@@ -1,4 +1,4 @@
-"""The graph that Dynamo would make of a program without control flow, recorded by running it: ten times as fast."""
+"""The graph that Dynamo would make of a program without control flow, recorded in a run, ten times as fast."""
 
 import operator
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ _OPERATORS = {
     for name, function in vars(operator).items()
     if not name.startswith("_") and callable(function) and hasattr(torch.Tensor, f"__{name}__")
 }
-"""`__setitem__` -> operator.setitem: the operators of Python, as Dynamo spells them."""
-_OPERATORS["matmul"] = operator.matmul  # what a mode sees of `@`
+"""`__setitem__` -> operator.setitem: Python's operators, in Dynamo's spelling."""
+_OPERATORS["matmul"] = operator.matmul  # the name of `@` in a mode
 
 
 class _Recorder(TorchFunctionMode):
@@ -24,9 +24,9 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.graph = fx.Graph()
         self.lifted: list[Tensor] = []
-        """The tensors that its placeholders stand for: the inputs, then weights."""
+        """The tensors of the placeholders: the inputs, then weights."""
         self._nodes: dict[int, fx.Node] = {}
-        self._kept: list[Any] = []  # no id may be that of a tensor that is gone
+        self._kept: list[Any] = []  # kept alive, so that no id is used again
         for tensor in inputs:
             self._placeholder(tensor)
 
@@ -37,7 +37,7 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._kept.append(result)
         name = getattr(func, "__name__", "")
-        if name == "__get__":  # a property: of a tensor, such as mT, or of a number, such as shape
+        if name == "__get__":  # a property with a tensor, such as mT, or another value, such as shape
             if isinstance(result, Tensor):
                 self._call(getattr, (args[0], func.__self__.__name__), {}, result)
             return result
@@ -92,7 +92,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> tuple[fx.GraphModule, list[Tensor]]:
-    """The graph of `function(*inputs)`, and what else it reads, such as weights: its further inputs."""
+    """(graph of `function(*inputs)`, its further inputs: other tensors that it reads, such as weights)."""
     recorder = _Recorder(inputs)
     with recorder:
         result = function(*inputs)

@@ -4,12 +4,12 @@
 //
 //     sums[row][lane] += sum over word < 16 of left[row][word] * right[word][lane]
 //
-// where a word is two bf16 that are neighbours in the dimension summed over, and `sums` is fp32. So `right` has
-// the layout that queries and weights of a strip have anyway, [word][lane], one tile wide for each vector of the
-// strip, and a row of `sums` is a vector. `left` is keys as they lie in memory, and values transposed:
-// [channel][word], where a word is the channel's values at two neighbouring keys.
+// where a word is two bf16 that are neighbours in the dimension summed over, and `sums` is fp32. So `right` has the
+// same layout as the queries and weights of a strip, [word][lane], one tile wide for each vector of the strip, and a
+// row of `sums` is a vector. `left` holds keys as they lie in memory, or transposed values: [channel][word], where a
+// word has the channel's values at two neighbouring keys.
 //
-// Tiles are always full: what fills them up is zero, or a row of `sums` that nobody reads.
+// Tiles are always full: the padding is zero, or a row of `sums` that is not read.
 
 #pragma once
 
@@ -26,16 +26,16 @@
 
 namespace amx {
 
-constexpr int kRows = 16, kWords = 16;  // of a tile
+constexpr int kRows = 16, kWords = 16;  // rows and words of a tile
 
-// True if Linux lets this process use tiles, which it must ask for.
+// True if Linux lets this process use tiles. The process must request them.
 inline bool granted() {
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }
 
-// While it lives, the eight tile registers of its thread are 16 rows of 64 bytes.
+// During its lifetime, the eight tile registers of its thread are 16 rows of 64 bytes.
 class Registers {
  public:
   Registers() {
@@ -50,8 +50,8 @@ class Registers {
   Registers(const Registers&) = delete;
 };
 
-// Not the compilers' intrinsics: they take the number of a register only as a literal, and in GCC a load does
-// not say that it reads memory.
+// Not the compilers' intrinsics: they take the number of a register only as a literal, and GCC does not know that
+// their load reads memory.
 template <int Tile>
 ALWAYS_INLINE void zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(Tile));
@@ -78,7 +78,7 @@ ALWAYS_INLINE void unrolled(Body body) {
   }
 }
 
-// The first registers of both factors; those of Rows x Columns tiles of sums come before.
+// The first registers of both factors, after those of Rows x Columns tiles of sums.
 constexpr int kLeft = 4, kRight = 6;
 
 template <int Rows, int Columns>
@@ -112,7 +112,7 @@ ALWAYS_INLINE void add_products(const float* left, int64_t left_stride, const Ve
   }
 }
 
-// Calls body(constant number of columns, first) until Vecs vectors are covered, two at once.
+// Calls body(constant number of columns, first) until Vecs vectors are covered, two at a time.
 template <int Vecs, class Body>
 ALWAYS_INLINE void for_columns(Body body) {
   unrolled<Vecs / 2>([&](auto i) { body(std::integral_constant<int, 2>{}, 2 * i); });
@@ -142,7 +142,7 @@ inline void for_tiles(int64_t rows, Body body) {
   if (first < rows) body(std::integral_constant<int, 1>{}, first);
 }
 
-// 32 rows of 8 elements -> 8 columns, a vector each: blocks of 8 x 8, one to each 128-bit lane.
+// 32 rows of 8 elements -> 8 columns of one vector: blocks of 8 x 8, one for each 128-bit lane.
 template <class SegmentOf>
 ALWAYS_INLINE void transpose_segments(SegmentOf segment, float* columns, int64_t stride) {
   __m512i a[8], b[8];
@@ -168,8 +168,7 @@ ALWAYS_INLINE void transpose_segments(SegmentOf segment, float* columns, int64_t
   }
 }
 
-// Up to 32 rows of `dim` elements -> columns[element][row], `stride` words apart; zeros for rows that are not
-// there.
+// Up to 32 rows of `dim` elements -> columns[element][row], `stride` words apart; zeros for missing rows.
 template <class RowOf>
 inline void transpose(int64_t rows, int64_t dim, RowOf row_of, float* columns, int64_t stride) {
   const BFloat16* from[32];

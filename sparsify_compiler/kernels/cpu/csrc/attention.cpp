@@ -1,16 +1,16 @@
 // Block-sparse attention on the CPU: flash attention over the keys that a block table lists.
 //
-// Work is cut into tiles of up to kTileQueries queries of one query block; threads take tiles, costly ones
-// first. A tile goes through its keys in chunks: whatever the table lists, long ranges or single tokens, in
-// any order, is gathered into one dense chunk, so products never see the table. A tile is a few strips (strips.h):
+// Work is cut into tiles of up to kTileQueries queries of one query block; threads take tiles, costly ones first. A
+// tile goes through its keys in chunks: all listed keys, long ranges or single tokens, in any order, are gathered into
+// dense chunks, so products do not depend on the table. A tile is a few strips (strips.h):
 //
 //     scores[key][query] = sum over d of keys[key][d] * queries[d][query]
 //     out[d][query]     += sum over key of values[key][d] * exp2(scores[key][query] - max[query])
 //
-// or, where a block has but a few queries, those (few.h).
+// or, where a block has only a few queries, these queries (few.h).
 //
-// With a far field a tile first reads a virtual key for each block that the table does not list. What is summed then
-// is the far field's share, which its linear term is multiplied with, and the near field goes on from there.
+// With a far field, a tile first reads a virtual key for each block that the table does not list. The sums at this
+// point are the far field's share, with which its linear term is multiplied. The near field continues these sums.
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +28,7 @@ struct FarField {
   int64_t heads, blocks;
 };
 
-// Keys and values that tokens, or blocks, are the numbers of. Without a bias there is none.
+// Keys and values, numbered by tokens or by blocks. `bias` is null without a bias.
 template <class T>
 struct Source {
   const T *keys, *values;
@@ -54,7 +54,7 @@ struct Source {
   float bias_of(int32_t i) const { return bias ? bias[i] * kLog2e : 0.0f; }
 };
 
-// The blocks that a tile's row of the table does not list and that weigh anything.
+// The blocks that a tile's row of the table does not list and whose weight is not 0.
 std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const Tile& tile) {
   const float* bias = far.bias.at<const float>(tile.batch, tile.head);
   std::vector<char> skipped(far.blocks);
@@ -73,7 +73,7 @@ std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const
 struct Strip {
   int64_t queries_in_use;
   Vec* queries;  // [words][Vecs]
-  Vec* out;      // [value_dim][Vecs], not yet divided by the sum of weights
+  Vec* out;      // [value_dim][Vecs], before division by the sum of weights
   Softmax softmax;
 
   int vecs() const { return vecs_for(queries_in_use); }
@@ -87,7 +87,7 @@ void attend(Strip& strip, const Keys& keys, const float* values, int64_t value_d
   Products::template add_values<Vecs>(values, value_dim, keys.count, scores, decay, strip.out);
 }
 
-// Runs tiles one after another on scratch memory of its own.
+// Runs tiles one after another on its own scratch memory.
 template <class Products, class T>
 class Worker {
  public:
@@ -180,7 +180,7 @@ class Worker {
     }
   }
 
-  // The sum of the weights times scale * query M, for `count` channels of M, which are packed as keys are.
+  // The sum of the weights times scale * query M, for `count` channels of M, which are packed like keys.
   template <int Vecs>
   void add_linear_term(Strip& strip, int64_t first, int count, const float* limits) {
     Products::template multiply_rows<Vecs>(
@@ -206,14 +206,14 @@ class Worker {
     }
   }
 
-  static constexpr int kTermChannels = 128;  // fewer than a chunk has keys
+  static constexpr int kTermChannels = 128;  // less than the keys of a chunk
   using Packed = typename Products::Packed;
 
   const Problem& p_;
   const FarField* far_;
   const int64_t key_words_, value_rows_;
   std::unique_ptr<Vec[]> queries_, out_, scores_, keys_, values_;
-  std::unique_ptr<Packed[]> column_;  // of a matrix
+  std::unique_ptr<Packed[]> column_;  // column of a matrix
   Products products_;
   Strip strips_[kTileStrips];
   int32_t tokens_[Products::kChunkKeys];
@@ -290,7 +290,7 @@ class FewWorker {
     }
   }
 
-  // The weights of the chunk's keys for query i; what was summed before decays as its max rises.
+  // The weights of the chunk's keys for query i; earlier sums decay as its max rises.
   void weigh(int i, int count) {
     Vec* weights = weights_ + i * kChunkVecs;
     keys_.multiply(queries_.get() + i * key_vecs_, count, weights);
@@ -326,8 +326,8 @@ template <class Products, class T>
 bool run(const Problem& problem, const FarField* far) {
   std::vector<Tile> tiles;
   if (!plan_tiles(problem, tiles)) return false;
-  // Head by head, whose keys then stay in the caches; in a head the longest first, so that all threads end at
-  // about the same time.
+  // Head by head, so that a head's keys stay in the caches; in a head the longest tile first, so that all threads end
+  // at about the same time.
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) {
     const int64_t x_cost = (x.last - x.first) * x.keys, y_cost = (y.last - y.first) * y.keys;
     return std::tie(x.batch, x.head, y_cost) < std::tie(y.batch, y.head, x_cost);
@@ -351,7 +351,7 @@ bool run(const Problem& problem, const FarField* far) {
 
 }  // namespace
 
-// Without a far field, what the table does not list is dropped.
+// Without a far field, keys that the table does not list are dropped.
 extern "C" bool sparsify_attention(const Problem* problem, const FarField* far) {
   return with_types(problem->dtype, [&](auto types) {
     return run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem, far);

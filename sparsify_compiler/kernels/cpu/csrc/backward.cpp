@@ -1,7 +1,7 @@
 // The gradients of block-sparse attention, as kernels/attention/reference.py defines them.
 //
 // A tile of queries goes through its keys in dense chunks, strip by strip, as in attention.cpp. The weights are
-// computed anew, from the lse:
+// computed again, from the lse:
 //
 //     weights[key][query]  = exp2(scores[key][query] - lse[query])
 //     d_scores[key][query] = weights[key][query] * (sum over d of values[key][d] * grads[d][query] - delta[query])
@@ -9,13 +9,13 @@
 //     grad_value[key][d]   += sum over query of weights[key][query] * grads[query][d]
 //     grad_key[key][d]     += sum over query of d_scores[key][query] * queries[query][d]
 //
-// The last two sum over queries, which are lanes. There the weights enter word by word and the channels are
-// lanes: queries and their grads are packed both ways, and nothing else is transposed.
+// The last two sum over queries, which are lanes in the others. For them the weights enter word by word and the
+// channels are lanes: queries and their grads are packed both ways, and nothing else is transposed.
 // A tile of a few queries has channels as lanes everywhere (few.h).
 //
 // The gradients of keys and values are summed over all tiles, in memory that no other thread writes to. Each thread
-// has one share of the tiles, all in a row and about as costly as any other. A head that is divided among shares
-// is summed in their order. So the same number of threads gives the same bits.
+// has one share of the tiles: consecutive tiles, with about the same cost in all shares. A head that is divided among
+// shares is summed in their order. So the same number of threads gives the same bits.
 
 #include <algorithm>
 #include <cmath>
@@ -32,11 +32,11 @@ struct BackwardProblem {
   View grad_out, grad_lse, grad_query, grad_key, grad_value;
 };
 
-// An lse beyond has too few digits after the point to compute weights from.
+// A larger lse has too few digits after the point to compute weights from it.
 constexpr float kLargestLse = 256.0f;
 
-// Both together should fit into a core's second cache: the strips of tiles that go through the keys together, and
-// the rows of the keys that they read before they move on.
+// These two together should fit a core's second cache: the strips of tiles that go through the keys together, and the
+// rows of the keys that they read in one step.
 constexpr int64_t kBatchBytes = 512 << 10, kSegmentBytes = 768 << 10;
 
 // ---- One key head ----------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ void pack_lines(int64_t queries, int64_t dim, RowOf row_of, Vec* lines) {
   }
 }
 
-// Zeros in the lanes beyond the queries in use, whatever was computed there.
+// Writes zeros in the lanes beyond the queries in use.
 template <int Vecs>
 void clear_unused_lanes(int64_t queries_in_use, int keys, Vec* rows) {
   const int64_t unused = Vecs * kLanes - queries_in_use;
@@ -161,10 +161,10 @@ void pack_query_words(int keys, const Vec* rows, Vec* packed) {
   }
 }
 
-// In place, rows[key][v] -> [key word][v], filled up with zeros to whole tiles.
+// In place, rows[key][v] -> [key word][v], padded with zeros to whole tiles.
 template <class Products, int Vecs>
 void pack_key_words(int keys, Vec* rows) {
-  std::fill_n(rows + keys * Vecs, Vecs, Vec{});  // fills up the last word
+  std::fill_n(rows + keys * Vecs, Vecs, Vec{});  // pads the last word
   int words = 0;
   for (int key = 0; key < keys; key += Products::kPerWord, ++words) {
     UNROLL for (int v = 0; v < Vecs; ++v) {
@@ -179,13 +179,13 @@ void pack_key_words(int keys, Vec* rows) {
 
 // The state of up to kMostFewQueries queries: rows with channels as lanes.
 struct Few {
-  Vec *queries, *grads, *grad_query;  // the last not yet scaled
+  Vec *queries, *grads, *grad_query;  // grad_query is not yet scaled
   float base[kMostFewQueries], factor[kMostFewQueries], delta[kMostFewQueries];  // as in a strip
 };
 
 // ---- One thread ------------------------------------------------------------------------------------------
 
-// Runs tiles on scratch memory of its own. T is the type of an element of the tensors.
+// Runs tiles on its own scratch memory. T is the type of an element of the tensors.
 template <class Products>
 class Worker {
  public:
@@ -225,14 +225,14 @@ class Worker {
   static constexpr int kChunkKeys = Products::kBackwardChunkKeys;
   static constexpr int kChunkVecs = kChunkKeys / kLanes;
   static constexpr bool kPaired = Products::kPerWord == 2;
-  using Packed = typename Products::Packed;  // of a key head
+  using Packed = typename Products::Packed;  // an element of a key head
   static constexpr int64_t kRowsVecs = kChunkKeys * query_words<Products>(kVecs) / kLanes;  // of a strip's weights
 
   struct LoadedTile {
     Tile tile;
     KeyStream stream;
-    bool rises;  // through the rows of its key head
-    int strips;  // 0 if there are but a few queries
+    bool rises;  // whether it reads the rows of its key head in order
+    int strips;  // 0 if there are only a few queries
     Strip strip[kTileStrips];
     Few few;
 
@@ -241,7 +241,7 @@ class Worker {
 
   // ---- Queries
 
-  // What a strip of `vecs` vectors takes of the batch's memory.
+  // The size of a strip of `vecs` vectors in the batch's memory.
   int64_t strip_size(int vecs) const {
     return vecs * (key_words_ + value_words_ + key_rows_) +
            query_words<Products>(vecs) * (vecs_for(p_.head_dim) + vecs_for(p_.value_dim));
@@ -251,7 +251,7 @@ class Worker {
 
   static bool is_few(const Tile& tile) { return tile.last - tile.first <= Products::kFewQueries; }
 
-  // Loads as many tiles as there is memory for, and returns the next one.
+  // Loads as many tiles as fit the memory, and returns the next one.
   template <class T>
   const Tile* load_batch(const Tile* tile, const Tile* last, const KeyHead& head) {
     batch_.clear();
@@ -323,7 +323,7 @@ class Worker {
     return digits_lost;
   }
 
-  // Those of the query at a position.
+  // The numbers of the query at a position.
   template <class T>
   bool load_numbers(const Tile& tile, int64_t position, float& base, float& delta) {
     const int64_t token = p_.query_token(tile, position);
@@ -358,7 +358,7 @@ class Worker {
     if (digits_lost) renormalise_few(loaded, head);
   }
 
-  // Computes the softmax of a few queries anew, where the lse has lost it.
+  // Computes the softmax of a few queries again, where the lse has too few digits.
   void renormalise_few(LoadedTile& loaded, const KeyHead& head) {
     Few& few = loaded.few;
     RowSoftmax softmax[kMostFewQueries];
@@ -379,7 +379,7 @@ class Worker {
     }
   }
 
-  // Computes the softmax of a tile anew, where the lse has lost it.
+  // Computes the softmax of a tile again, where the lse has too few digits.
   void renormalise(LoadedTile& loaded, const KeyHead& head) {
     Softmax softmax[kTileStrips];
     for (int s = 0; s < loaded.strips; ++s) softmax[s].clear();
@@ -401,7 +401,7 @@ class Worker {
       for (int v = 0; v < strip.vecs(); ++v) {
         const Vec sum = softmax[s].sum[v];
         strip.base[v] = base_of(softmax[s].max[v]);
-        // Where the sum is not finite no weight is a number; where nothing was visible all are 0.
+        // If the sum is not finite, all weights are NaN; if no key was visible, all are 0.
         strip.factor[v] = sum == 0.0f ? Vec{} : sum <= kLargest ? 1.0f / sum : splat(NAN);
       }
     }
@@ -409,7 +409,7 @@ class Worker {
 
   // ---- Keys
 
-  // All that the tile reads of the rows before `end`, or at all if it does not go through them in order.
+  // Adds the tile's gradients for the rows before `end`, or for all rows if it does not read them in order.
   void run_segment(LoadedTile& loaded, int64_t end, const KeyHead& head) {
     while (const int count = take_keys(loaded, loaded.rises ? end : head.rows(), head)) {
       if (loaded.strips == 0) {
@@ -425,7 +425,7 @@ class Worker {
     }
   }
 
-  // The rows of the next keys before `end`, and their bias; returns how many, up to a chunk.
+  // The rows of the next keys before `end`, and their bias; returns their number, up to a chunk.
   int take_keys(LoadedTile& loaded, int64_t end, const KeyHead& head) {
     const float* bias = p_.key_bias.data ? p_.key_bias.at<float>(loaded.tile.batch, loaded.tile.head) : nullptr;
     int count = 0;
@@ -459,7 +459,7 @@ class Worker {
 
   // ---- Gradients
 
-  // Of the queries of strip s; leaves its weights behind for those of the keys.
+  // The gradients of the queries of strip s; keeps its weights for the gradients of the keys.
   template <int Vecs>
   void add_query_grads(const Strip& strip, int s, const Keys& keys) {
     Vec* weights = kPaired ? unpaired_weights_.get() : weights_of(s);
@@ -505,7 +505,7 @@ class Worker {
 
   // ---- Gradients of a few queries
 
-  // The rows of a chunk's keys and values. What fills up the last vector of scores is hidden.
+  // The rows of a chunk's keys and values. The padding of the last vector of scores is hidden.
   void find_rows(int count, const KeyHead& head) {
     for (int i = 0; i < round_up(count, kLanes); ++i) {
       const int32_t row = rows_[std::min(i, count - 1)];
@@ -515,7 +515,7 @@ class Worker {
     }
   }
 
-  // Of query i with the chunk's keys; hidden ones have -inf whatever they hold.
+  // The scores of query i with the chunk's keys; -inf for hidden keys, even if they are not finite.
   void score(const Few& few, int i, int count, Vec* scores) const {
     few_keys_.multiply(few.queries + i * vecs_for(p_.head_dim), count, scores);
     add_bias(scores, p_.scale * kLog2e, bias_, count);
@@ -589,10 +589,10 @@ class Worker {
   const Problem& p_;
   const int64_t key_words_, value_words_, key_rows_, batch_vecs_;
   std::unique_ptr<Vec[]> batch_memory_, weights_, d_scores_, keys_, values_, key_columns_;
-  std::unique_ptr<Vec[]> unpaired_weights_, unpaired_d_scores_;  // fp32 of one strip
+  std::unique_ptr<Vec[]> unpaired_weights_, unpaired_d_scores_;  // those of one strip, in fp32
   Products products_;
   std::vector<LoadedTile> batch_;
-  Vec* free_ = nullptr;  // of the batch's memory
+  Vec* free_ = nullptr;  // start of the free part of the batch's memory
   int32_t rows_[kChunkKeys];
   float bias_[kChunkKeys];
   Rows<Packed, kChunkKeys> few_keys_, few_values_;
@@ -605,11 +605,11 @@ struct Piece {
   int64_t batch, kv_head, share, first, last;
 };
 
-// Cuts the tiles, in their order, into shares of about the same cost, and these at the bounds of key heads.
+// Cuts the tiles, in their order, into shares of about the same cost, and shares at the bounds of key heads.
 template <class Products>
 std::vector<Piece> plan_pieces(const Problem& p, const std::vector<Tile>& tiles) {
   auto cost = [](const Tile& tile) {
-    constexpr int64_t kOverhead = 8;  // of a key, in queries, and of a query, in keys
+    constexpr int64_t kOverhead = 8;  // overhead of a key, in queries, and of a query, in keys
     const int64_t queries = tile.last - tile.first;
     return double((queries <= Products::kFewQueries ? queries : round_up(queries, kLanes)) + kOverhead) *
            (tile.keys + kOverhead);
@@ -660,7 +660,7 @@ bool run(const BackwardProblem& problem) {
   if (!plan_tiles(p, tiles)) return false;
   const std::vector<Piece> pieces = plan_pieces<Products>(p, tiles);
   const int64_t heads = p.batch * p.kv_heads, keys = p.kv_tokens;
-  std::vector<std::vector<int64_t>> of_head(heads), of_share(p.threads);  // the numbers of their pieces
+  std::vector<std::vector<int64_t>> of_head(heads), of_share(p.threads);  // the pieces of each, by number
   for (int64_t i = 0; i < int64_t(pieces.size()); ++i) {
     of_head[pieces[i].batch * p.kv_heads + pieces[i].kv_head].push_back(i);
     of_share[pieces[i].share].push_back(i);
@@ -669,7 +669,7 @@ bool run(const BackwardProblem& problem) {
     return std::make_unique<KeyHead>(keys, row_words<Products>(p.head_dim), row_words<Products>(p.value_dim),
                                      p.head_dim, p.value_dim);
   };
-  std::vector<std::unique_ptr<KeyHead>> parts(pieces.size());  // of heads that are divided
+  std::vector<std::unique_ptr<KeyHead>> parts(pieces.size());  // parts of heads that are divided
 #pragma omp parallel num_threads(p.threads)
   {
     Worker<Products> worker(problem);

@@ -1,5 +1,5 @@
-// Whether tensors of indices stay within what they index. Kernels ask before they read or write by them: a kernel
-// that finds otherwise computes nothing and returns false.
+// Checks that all indices lie inside the tensors that they index. Kernels make these checks before they use an index:
+// if one fails, the kernel computes nothing and returns false.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 #include "view.h"
 
-// Calls fits(b, h) for every batch and head that has a row of its own, until one does not fit.
+// Calls fits(b, h) for every batch and head with its own row, until one does not fit.
 template <class Fits>
 inline bool all_fit(const View& rows, int64_t batch, int64_t heads, Fits fits) {
   if (!rows.data) return true;
@@ -22,7 +22,7 @@ inline bool all_fit(const View& rows, int64_t batch, int64_t heads, Fits fits) {
   return true;
 }
 
-// Whether all of `count` numbers, each `stride` behind the one before, lie in 0..limit-1.
+// Whether `count` numbers, `stride` apart, all lie in 0..limit-1.
 inline bool all_below(const int32_t* numbers, int64_t count, int64_t limit, int64_t stride = 1) {
   uint32_t most = 0;
   if (stride == 1) {
@@ -43,7 +43,7 @@ inline bool bounds_fit(const View& bounds, int64_t batch, int64_t heads, int64_t
   });
 }
 
-// Whether each of `tokens` tokens comes once.
+// Whether each of `tokens` tokens occurs once.
 inline bool order_fits(const View& order, int64_t batch, int64_t heads, int64_t tokens) {
   std::vector<uint8_t> seen;
   return all_fit(order, batch, heads, [&](int64_t b, int64_t h) {

@@ -1,18 +1,18 @@
 // Semantic clusters on the CPU: k-means, the order of tokens by label, and the choice of key clusters.
 //
-// The nearest centroid c of a point x is the one with the largest x.c - |c|^2 / 2. Centroids are lanes: a
-// strip is as many of them as fit side by side in kVecs vectors. Points enter the products one broadcast word
-// at a time, in the layout they have in memory, and each keeps the best score of every lane with the number of
-// its vector, so lanes meet once per point and nothing of tokens x clusters is ever stored:
+// The nearest centroid c of a point x is the one with the largest x.c - |c|^2 / 2. Centroids are lanes: a strip is as
+// many of them as kVecs vectors hold. Points enter the products one broadcast word at a time, in their layout in
+// memory. Each point keeps the best score of every lane, with the number of its vector. So lanes are compared once per
+// point, and nothing of size tokens x clusters is stored:
 //
 //     score[point][centroid] = bias[centroid] + sum over d of points[point][d] * centroids[d][centroid]
 //
-// What all centroids have in common, m, changes no distance but would drown the differences. With d = c - m,
-// rounded to what the products multiply, the score x.d - d.(d / 2 + m) is exact for the centroid m + d, so
-// points need no shift, and rounding costs a share of a centroid's distance to m, not to zero.
+// The mean m of all centroids changes no distance, but rounding could lose the differences next to it. With d = c - m,
+// rounded to the type of the products, the score x.d - d.(d / 2 + m) is exact for the centroid m + d. So points need no
+// shift, and rounding costs a share of a centroid's distance to m, not to zero.
 //
-// Sums of points run over tokens sorted by label, in double and in the order of the tokens: no result depends
-// on the number of threads.
+// Sums of points run over tokens sorted by label, in double and in the order of the tokens, so no result depends on the
+// number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -32,8 +32,8 @@ namespace {
 constexpr int kVecs = kRegisters == 32 ? 4 : 2;
 constexpr int kStripLanes = kVecs * kLanes;
 constexpr int kTilePoints = 96;
-constexpr int kClustersAtOnce = 16;  // whose means one thread takes next
-constexpr int kRowsAhead = 8;        // rows between the one asked for and the one read
+constexpr int kClustersAtOnce = 16;  // clusters whose means one thread takes at a time
+constexpr int kRowsAhead = 8;        // rows between the one prefetched and the one read
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,8 +72,8 @@ struct Sort {
   int32_t threads;
 };
 
-// A stable counting sort of the tokens of one head. bounds[c + 1] first counts cluster c, then is the place of
-// its next token, and in the end the place after its last one.
+// A stable counting sort of the tokens of one head. bounds[c + 1] first holds the size of cluster c, then the place of
+// its next token, and in the end the place after its last token.
 void sort_tokens(const int32_t* labels, int64_t stride, int64_t tokens, int64_t clusters, int32_t* order,
                  int32_t* bounds) {
   std::fill_n(bounds, clusters + 1, 0);
@@ -86,7 +86,7 @@ void sort_tokens(const int32_t* labels, int64_t stride, int64_t tokens, int64_t 
 // ---- K-means ---------------------------------------------------------------------------------------------
 
 struct KMeans {
-  View points, centroids, labels;  // centroids: where to start from, then the result
+  View points, centroids, labels;  // centroids: those to start from, then the result
   int64_t batch, heads, tokens, clusters, head_dim;
   int32_t iterations, dtype, threads;
 };
@@ -95,7 +95,7 @@ struct KMeans {
 template <class Math>
 class Lanes {
  public:
-  // What a word of the products holds.
+  // The type of a word's elements in the products.
   using Rounded = std::conditional_t<Math::kPerWord == 2, BFloat16, float>;
 
   Lanes(int64_t clusters, int64_t head_dim)
@@ -135,7 +135,7 @@ class Lanes {
   }
 
  private:
-  // The mean of all centroids, 0 where it is not finite: any vector would do.
+  // The mean of all centroids, 0 where it is not finite: any vector is right here.
   std::vector<float> mean(const float* centroids) const {
     std::vector<double> sums(head_dim_);
     for (int64_t c = 0; c < clusters_; ++c) {
@@ -152,7 +152,7 @@ class Lanes {
   std::unique_ptr<Vec[]> columns_, bias_;
 };
 
-// Finds the nearest centroids of a tile of points, on scratch memory of its own.
+// Finds the nearest centroids of a tile of points, on its own scratch memory.
 template <class Math, class T>
 class Assigner {
  public:
@@ -204,7 +204,7 @@ class Assigner {
     });
   }
 
-  // The best of a point's lanes; of two as good the lower centroid, the first of all if no score is a number.
+  // The best of a point's lanes; at equal scores the lower centroid, and centroid 0 if all scores are NaN.
   int32_t nearest(int64_t point) const {
     const UintVec centroids = best_vec_[point] * kLanes + lane_numbers();
     return smallest_lane(best_[point] == largest_lane(best_[point]) ? centroids : ~UintVec{});
@@ -278,13 +278,13 @@ bool run_kmeans(const KMeans& p) {
 struct TopP {
   View q_centroids, kv_centroids, kv_sizes, kv_num_blocks, kv_indices, kept;
   int64_t batch, heads, kv_heads, rows, clusters, head_dim;
-  int64_t floor;  // clusters to keep at least
+  int64_t floor;  // least number of clusters to keep
   double top_p;
   float scale;
   int32_t threads;
 };
 
-// Chooses for kStripLanes rows at a time, which are the lanes of its products.
+// Selects for kStripLanes rows at a time, which are the lanes of its products.
 class Selector {
  public:
   explicit Selector(const TopP& problem)
@@ -337,7 +337,7 @@ class Selector {
 
   void select(int64_t b, int64_t h, int64_t row, int64_t lane) {
     const float* weights = reinterpret_cast<const float*>(weights_.get()) + lane;
-    // The bits of floats from 0 up rise with them, so inverted they sort by falling weight, then by index.
+    // The bits of non-negative floats rise with the floats, so inverted they sort by falling weight, then by index.
     double total = 0.0;
     for (int64_t j = 0; j < p_.clusters; ++j) {
       const float weight = weights[j * kStripLanes];
@@ -346,7 +346,7 @@ class Selector {
     }
     double kept = 0.0;
     int64_t count = 0;
-    if (p_.floor == p_.clusters || !(total > 0.0)) {  // all are wanted, or the row is not of numbers
+    if (p_.floor == p_.clusters || !(total > 0.0)) {  // all are kept, or the row has a NaN
       std::fill(is_kept_.begin(), is_kept_.end(), true);
       count = p_.clusters;
     } else {

@@ -1,7 +1,7 @@
-// Near and far field merged: see kernels/far_field/near_and_far.py for what is computed.
+// The merge of near and far field, as kernels/far_field/near_and_far.py defines it.
 //
 // Threads take tiles of one query block, which share its matrix. The matrix is packed once for a tile, with value
-// channels as vector lanes, and so multiplied with a few queries at a time.
+// channels as vector lanes, and multiplied with a few queries at a time.
 
 #include <algorithm>
 #include <cmath>
@@ -138,7 +138,7 @@ class Worker {
   }
 
   const Problem& p_;
-  const int64_t width_;  // value channels, filled up to whole strips
+  const int64_t width_;  // value channels, padded to whole strips
   std::unique_ptr<float[]> queries_;
   std::unique_ptr<Vec[]> terms_, strip_;
 };

@@ -1,5 +1,5 @@
-// Products and softmax for a few queries, which would leave most lanes of a strip (strips.h) empty: here channels are
-// lanes, and scores have keys as lanes. Keys and values are read where they lie.
+// Products and softmax for a few queries, which would leave most lanes of a strip (strips.h) empty. Here channels are
+// lanes, and scores have keys as lanes. Keys and values are not copied.
 
 #pragma once
 
@@ -35,7 +35,7 @@ void load_row(const T* row, int64_t dim, Vec* out) {
   for (int64_t d = 0; d < dim; d += kLanes) *out++ = load_channels(row + d, std::min<int64_t>(kLanes, dim - d));
 }
 
-// Lane i: of `left`, or of `right` where i has the bit Step, the sum of the elements i and i ^ Step.
+// Lane i: the sum of the elements i and i ^ Step of `left`, or of `right` if i has the bit Step.
 template <int Step, int... Lane>
 ALWAYS_INLINE Vec fold(Vec left, Vec right, std::integer_sequence<int, Lane...>) {
   constexpr auto there = [](int lane) { return lane & Step ? kLanes : 0; };
@@ -61,7 +61,7 @@ ALWAYS_INLINE Vec sums_of_lanes(Vec* rows) {
   }
 }
 
-// Of `count` lanes; what is not a number does not count.
+// The largest of `count` lanes; NaN does not count.
 inline float largest_lane(const Vec* vecs, int count) {
   Vec top = splat(-kInfinity);
   for (int v = 0; v < vecs_for(count); ++v) top = max(vecs[v], top);
@@ -76,7 +76,7 @@ inline float sum_of_lanes(Vec x) {
   return sum;
 }
 
-// In place, products of a query with `count` keys -> scores. A bias of -inf hides what it stands beside.
+// In place, products of a query with `count` keys -> scores. A bias of -inf hides its key.
 inline void add_bias(Vec* scores, float scale, const float* bias, int count) {
   for (int v = 0; v < vecs_for(count); ++v) {
     const Vec added = load_channels(bias + v * kLanes), score = scores[v] * scale + added;
@@ -84,13 +84,13 @@ inline void add_bias(Vec* scores, float scale, const float* bias, int count) {
   }
 }
 
-// Of the scores of one query seen so far: as in a strip.
+// Softmax of the scores of one query so far, as in a strip.
 struct RowSoftmax {
   float max = -kInfinity, sum = 0.0f;
 
   float base() const { return max == -kInfinity ? 0.0f : max; }
 
-  // In place, scores -> weights exp2(score - max). Returns what everything summed before must be multiplied by.
+  // In place, scores -> weights exp2(score - max). Returns the factor for all earlier sums.
   float weigh(Vec* scores, int count) {
     const float before = max;
     max = std::min(std::max(max, largest_lane(scores, count)), kLargest);
@@ -105,13 +105,13 @@ struct RowSoftmax {
   }
 };
 
-// The rows of a chunk of keys or values, where they lie in memory.
+// The rows of a chunk of keys or values, in place in memory.
 template <class T, int kChunk>
 struct Rows {
   const T* at[kChunk];
   int64_t dim;
 
-  // products[i] of `query` with rows i * kLanes, ...: kLanes at a time. Behind `count` there may be any rows.
+  // products[i] of `query` with rows i * kLanes, ...: kLanes at a time. Rows after `count` may be anything.
   void multiply(const Vec* query, int count, Vec* products) const {
     const int whole = dim / kLanes, rest = dim % kLanes;
     for (int first = 0; first < count; first += kLanes) {

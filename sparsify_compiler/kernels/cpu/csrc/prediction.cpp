@@ -1,13 +1,12 @@
-// The choice of single keys by predicted scores: see kernels/prediction/__init__.py for what is chosen.
+// The selection of single keys by predicted scores, as kernels/prediction/__init__.py defines it.
 //
 // Threads take tiles of query groups of one head. The scores of a tile are products with keys as vector lanes,
 //
 //     score[group][key] = scale * sum over r of query[group][r] * keys[r][key] + bias[key]
 //
-// A group of several queries has one row, the sum of their softmax. Rows stay in cache while each is searched:
-// bisection over the integers that rise with floats finds the largest threshold that enough scores reach, by
-// counting. A last pass lists the keys by rising index. Nothing is sorted, and no result depends on the number of
-// threads.
+// A group of several queries has one row, the sum of their softmax. Rows stay in cache while each is searched: a
+// bisection over the integers that rise with floats finds the largest threshold that enough scores reach, by counting.
+// A last pass lists the keys by rising index. Nothing is sorted, and no result depends on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
@@ -23,8 +22,8 @@ namespace {
 
 constexpr int kVecs = kRegisters == 32 ? 4 : 2;
 constexpr int kStripLanes = kVecs * kLanes;
-constexpr int kTileRows = 24;  // queries at once, of which kSums / kVecs = 6 have their sums in registers
-constexpr int64_t kTileQueries = 96;  // of the groups of a tile, about
+constexpr int kTileRows = 24;  // rows at a time, of which kSums / kVecs = 6 have their sums in registers
+constexpr int64_t kTileQueries = 96;  // about the number of queries in the groups of a tile
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
@@ -32,7 +31,7 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
 
 struct TopK {
-  View query, key, budget, q_bounds, key_bias, kv_num_blocks, kv_indices;  // bounds, bias: data or none
+  View query, key, budget, q_bounds, key_bias, kv_num_blocks, kv_indices;  // q_bounds and key_bias may have no data
   int64_t batch, heads, kv_heads, queries, groups, tokens, rank, width;
   float scale;
   int32_t dtype, threads;
@@ -40,7 +39,7 @@ struct TopK {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The integers of this order of floats: x < y where image(x) < image(y), and both zeros are 0.
+// Integers in the order of floats: x < y if image(x) < image(y), and both zeros are 0.
 int32_t image(float x) {
   const int32_t bits = bit_cast<int32_t>(x);
   return bits < 0 ? INT32_MIN - bits : bits;
@@ -54,8 +53,8 @@ IntVec lane_numbers() {
   return numbers;
 }
 
-// Writes the numbers whose lane is chosen (all bits set, not none) side by side, and tells how many they are.
-// `to` has room for all lanes.
+// Writes the numbers whose lane is selected (all bits set, not none) side by side, and returns their number. `to` has
+// room for all lanes.
 int64_t append(int32_t* to, IntVec numbers, IntVec chosen) {
 #if defined(__AVX512F__)
   const __mmask16 mask = _mm512_test_epi32_mask((__m512i)chosen, (__m512i)chosen);
@@ -71,7 +70,7 @@ int64_t append(int32_t* to, IntVec numbers, IntVec chosen) {
 #endif
 }
 
-// Chooses for one tile of groups at a time, on scratch memory of its own.
+// Selects for one tile of groups at a time, on its own scratch memory.
 template <class T>
 class Chooser {
  public:
@@ -126,7 +125,7 @@ class Chooser {
     while (++group < first + count) begin_group(b, h, first, group);
   }
 
-  // An empty sum: -inf where a key is hidden or not there, and everywhere if the group has no query.
+  // An empty sum: -inf where a key is hidden or beyond the last, and everywhere if the group has no query.
   void begin_group(int64_t b, int64_t h, int64_t first, int64_t group) {
     Vec* row = &together_[(group - first) * vecs_];
     float* lanes = reinterpret_cast<float*>(row);
@@ -138,7 +137,7 @@ class Chooser {
     for (int64_t i = 0; i < p_.tokens; ++i) lanes[i] = bias[i] == -kInfinity ? -kInfinity : 0.0f;
   }
 
-  // sum += softmax of `rows` rows of scores_, which are lost. What is hidden has no share and stays at -inf.
+  // sum += softmax of `rows` rows of scores_, which are overwritten. Hidden keys have no share and stay at -inf.
   void add_softmax(int64_t first, int64_t rows, Vec* sum) {
     Vec* scores = &scores_[first * vecs_];
     float parts[kTileRows];
@@ -150,7 +149,7 @@ class Chooser {
     }
   }
 
-  // Scores -> their exponentials up to a common factor, 0 for -inf. Returns what makes their sum 1.
+  // Scores -> their exponentials up to a common factor, 0 for -inf. Returns the factor that makes their sum 1.
   float exponentials(Vec* scores, Vec most) const {
     float highest = kLowest;
     for (int lane = 0; lane < kLanes; ++lane) highest = std::max(highest, most[lane]);
@@ -165,7 +164,7 @@ class Chooser {
     return total > 0 ? 1 / total : 0;
   }
 
-  // Those of `count` queries from the first, in scores_, and in most_of_ the highest of each lane.
+  // The scores of `count` queries from the first, in scores_, and the highest of each lane, in most_of_.
   void compute_scores(int64_t b, int64_t h, int64_t first, int64_t count) {
     const int64_t kv_head = h * p_.kv_heads / p_.heads;
     const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(b, h) : nullptr;
@@ -199,8 +198,8 @@ class Chooser {
     }
   }
 
-  // Rows of the keys of a head -> lanes of keys_, strip by strip, unless they are there. What lanes without a key
-  // hold is hidden whatever it is.
+  // Rows of the keys of a head -> lanes of keys_, strip by strip, unless they are there already. Lanes without a key
+  // are hidden, so they may hold anything.
   void load_keys(int64_t b, int64_t kv_head) {
     if (loaded_ == b * p_.kv_heads + kv_head) return;
     loaded_ = b * p_.kv_heads + kv_head;
@@ -222,7 +221,7 @@ class Chooser {
     return sum;
   }
 
-  // Lists the keys of one row in chosen_, and tells how many they are.
+  // Lists the keys of one row in chosen_, and returns their number.
   int64_t choose(const Vec* scores, int64_t wanted) {
     // `reached` scores are at `low` or above, at least as many as wanted; `beyond` are at `high` or above, fewer.
     int64_t low = image(kLowest), high = int64_t(image(kInfinity)) + 1;
@@ -240,7 +239,7 @@ class Chooser {
     return list(scores, threshold, last);
   }
 
-  // The key at which the score `threshold` comes for the n-th time.
+  // The n-th key with the score `threshold`.
   int64_t tie(const Vec* scores, float threshold, int64_t n) const {
     const float* score = reinterpret_cast<const float*>(scores);
     int64_t key = -1;

@@ -1,5 +1,5 @@
-// What attention and its gradients share: the problem as the caller describes it, its tiles, and the keys that a
-// tile reads.
+// The common part of attention and its gradients: the caller's description of the problem, its tiles, and the keys
+// that a tile reads.
 
 #pragma once
 
@@ -42,10 +42,10 @@ class KeyStream {
     return keys;
   }
 
-  // True if the positions to come only rise.
+  // True if the remaining positions only rise.
   bool rises() const { return std::is_sorted(next_, end_); }
 
-  // Goes on while accept(token), for up to `most` tokens, and returns how many; 0 at the end.
+  // Continues while accept(token), for up to `most` tokens, and returns their number; 0 at the end.
   template <class Accept>
   int take_while(int most, Accept accept) {
     int taken = 0;
@@ -56,7 +56,7 @@ class KeyStream {
     return taken;
   }
 
-  // Writes up to `most` tokens and returns how many; 0 at the end.
+  // Writes up to `most` tokens and returns their number; 0 at the end.
   int take(int32_t* tokens, int most) {
     return take_while(most, [&](int32_t token) {
       *tokens++ = token;

@@ -1,4 +1,4 @@
-// Products of a few rows of words with a line of vectors, sums kept in registers.
+// Products of a few rows of words with a line of vectors, with sums in registers.
 
 #pragma once
 
@@ -24,8 +24,8 @@ ALWAYS_INLINE void multiply(Vec (&sums)[Rows][Vecs], const float* left, int64_t 
   }
 }
 
-// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at once as there are
-// registers for their sums.
+// Calls body(constant number of rows, first row) until `rows` rows are covered, as many at a time as registers for
+// their sums allow.
 template <int Vecs, class Body>
 inline void for_row_groups(int64_t rows, Body body) {
   constexpr int kMost = std::min(12, kSums / Vecs);

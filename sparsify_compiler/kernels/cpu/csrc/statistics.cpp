@@ -1,9 +1,8 @@
-// Statistics of the blocks of a table: see kernels/statistics/__init__.py for what each is.
+// Statistics of the blocks of a table, as kernels/statistics/__init__.py defines them.
 //
-// Threads take blocks. A block is gone through in chunks of tokens, widened to fp32, once for the means and once
-// more for what is centred about them, so that nothing cancels; a block of one chunk is still there the second time.
-// The covariance of a chunk is a product of its keys, each times its weight, and its values, whose channels are
-// vector lanes.
+// Threads take blocks. A thread reads a block in chunks of tokens, widened to fp32: once for the means, and once more
+// for the centred moments, so that nothing cancels. A block of one chunk is loaded only once. The covariance of a chunk
+// is a product of its keys, each times its weight, and its values, whose channels are vector lanes.
 
 #include <algorithm>
 #include <cmath>
@@ -21,7 +20,7 @@ constexpr int kStripVecs = 2;  // vectors of value channels that a product cover
 constexpr int kStripChannels = kStripVecs * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// What is not asked for has no data; without values, value_dim is 0.
+// Results that are not needed have no data; without values, value_dim is 0.
 struct Problem {
   View key, value, bounds, order, key_bias;
   View log_weight, key_mean, key_mean_square, value_mean, key_variance, value_variance, covariance;
@@ -95,8 +94,8 @@ class Worker {
     }
   }
 
-  // Calls body(count) for every chunk with its tokens in keys_ and values_ and their weights, of which the largest
-  // of the block is 1, in weights_. Tokens of no weight are left out: they may hold anything.
+  // Calls body(count) for every chunk, with its tokens in keys_ and values_ and their weights in weights_. The largest
+  // weight of the block is 1. Tokens of weight 0 are left out, since they may hold anything.
   template <class Body>
   void for_each_chunk(int64_t first, int64_t last, Body body) {
     loaded_ = 0;
@@ -149,7 +148,7 @@ class Worker {
     }
   }
 
-  // Each row becomes `factor` times what it is without the mean.
+  // Subtracts the mean from a row, adds to the variance, and multiplies the row by `factor`.
   static void centre(float* __restrict row, const float* __restrict mean, float weight, int64_t dim,
                      float* __restrict variance, float factor) {
     for (int64_t d = 0; d < dim; ++d) {
@@ -180,7 +179,7 @@ class Worker {
   }
 
   const Problem& p_;
-  const int value_vecs_;  // of a row, filled up with zeros to whole strips
+  const int value_vecs_;  // vectors of a row of values, padded with zeros to whole strips
   const int32_t* order_;
   const float* bias_;
   const T *key_, *value_;

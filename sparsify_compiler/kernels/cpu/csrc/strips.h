@@ -1,10 +1,9 @@
-// Strips: as many queries as fit side by side in the lanes of kVecs vectors. Whatever has an element for each query
-// of a strip is stored with the queries as lanes, so that keys and values enter a product one broadcast word at a
-// time, in the layout they have in memory (no transpose), the softmax needs no sum across lanes, and what is not
-// finite stays in the lane it belongs to.
+// Strips: as many queries as the lanes of kVecs vectors hold. Everything with an element for each query of a strip has
+// the queries as lanes. So keys and values enter a product one broadcast word at a time, in their layout in memory (no
+// transpose), the softmax needs no sum across lanes, and non-finite values stay in their own lane.
 //
-// With AMX the products of bf16 are those of tiles (amx.h), of the same operands; nothing else differs. Scores are
-// in units of log2(e), which turns exp into exp2.
+// With AMX, products of bf16 run in tiles (amx.h), on the same operands; everything else is the same. Scores are in
+// units of log2(e), which turns exp into exp2.
 
 #pragma once
 
@@ -42,7 +41,7 @@ ALWAYS_INLINE void with_vecs(int vecs, Body body) {
   }
 }
 
-// Zeros, aligned as vectors are.
+// Zeros, with the alignment of vectors.
 inline std::unique_ptr<Vec[]> aligned_floats(int64_t count) {
   return std::unique_ptr<Vec[]>(new Vec[round_up(count, kLanes) / kLanes]());
 }
@@ -95,8 +94,8 @@ struct QuerySum {
 template <class Math>
 struct InVectors : Math {
   static constexpr int kChunkKeys = 144, kBackwardChunkKeys = 48;
-  static constexpr int kRows = 1, kWords = 1;  // of which a product takes multiples
-  static constexpr int kFewQueries = 8;  // so many and fewer are faster with channels as lanes (few.h)
+  static constexpr int kRows = 1, kWords = 1;  // a product takes multiples of these
+  static constexpr int kFewQueries = 8;  // up to this number, channels as lanes (few.h) are faster
 
   // scores[row][v] = finish(row, v, rows[row] . columns of v)
   template <int Vecs, class Finish>
@@ -120,7 +119,7 @@ struct InVectors : Math {
     for_row_groups<Vecs>(dim, [&](auto rows, int64_t first) {
       constexpr int Rows = rows;
       Vec* group = out + first * Vecs;
-      Vec sums[Rows][Vecs] = {};  // of the chunk alone: fewer terms in a row, fewer digits lost
+      Vec sums[Rows][Vecs] = {};  // only of the chunk: fewer terms in one sum, fewer digits lost
       multiply<Math, Rows, Vecs>(sums, values + first, 1, dim, weights, words);
       UNROLL for (int r = 0; r < Rows; ++r) {
         UNROLL for (int v = 0; v < Vecs; ++v) {
@@ -156,9 +155,9 @@ struct InVectors : Math {
 };
 
 #if defined(HAVE_AMX)
-// The same in tiles. An object is the registers of its thread.
+// The same in tiles. An object represents the registers of its thread.
 struct InTiles : Bf16Pairs {
-  // More, as each chunk loads and stores all of `out`.
+  // More, since each chunk loads and stores all of `out`.
   static constexpr int kChunkKeys = 256, kBackwardChunkKeys = 128;
   static constexpr int kRows = amx::kRows, kWords = amx::kWords;
   static constexpr int kFewQueries = 3;
@@ -179,7 +178,7 @@ struct InTiles : Bf16Pairs {
   template <int Vecs>
   static void add_values(const float* values, int64_t dim, int64_t keys, const Vec* weights,
                          const Vec (&decay)[Vecs], Vec* out) {
-    if (!all_ones(decay)) {  // rare once the largest scores were seen
+    if (!all_ones(decay)) {  // rare after the largest scores have come
       for (int64_t d = 0; d < dim; ++d) {
         UNROLL for (int v = 0; v < Vecs; ++v) out[d * Vecs + v] *= decay[v];
       }
@@ -218,7 +217,7 @@ struct InTiles : Bf16Pairs {
   }
 
  private:
-  static constexpr int kValueWords = kChunkKeys / 2;  // from one row of values to the next
+  static constexpr int kValueWords = kChunkKeys / 2;  // distance of two rows of values
 
   template <int Vecs>
   static bool all_ones(const Vec (&x)[Vecs]) {
@@ -278,7 +277,7 @@ void pack_columns(int64_t queries, int64_t dim, RowOf row_of, float* row, int64_
 
 // ---- Softmax of a chunk ----------------------------------------------------------------------------------
 
-// Of the scores seen so far, for each query of a strip.
+// Softmax of the scores so far, for each query of a strip.
 struct Softmax {
   Vec max[kVecs], sum[kVecs];
 
@@ -301,13 +300,13 @@ void compute_scores(const Softmax& softmax, const Keys& keys, const Vec* queries
       });
 }
 
-// What exponents are taken relative to: `max`, but 0 where no key was visible yet.
+// The base of exponents: `max`, or 0 where no key was visible yet.
 inline Vec base_of(Vec max) { return max == -kInfinity ? Vec{} : max; }
 
-// In place, scores -> packed weights exp2(score - max); raises the softmax's max, adds to its sum, and returns
-// in `decay` what everything summed before must be multiplied by.
+// In place, scores -> packed weights exp2(score - max); raises the softmax's max, adds to its sum, and returns in
+// `decay` the factor for all earlier sums.
 //
-// The max is kept finite from above, so that a score of +inf has the weight +inf and not inf - inf.
+// The max is never +inf, so that a score of +inf has the weight +inf and not inf - inf.
 template <class Products, int Vecs>
 void compute_weights(Softmax& softmax, int keys, Vec* scores, const Vec (&top)[Vecs], Vec (&decay)[Vecs]) {
   Vec base[Vecs], sum[Vecs] = {};
@@ -317,7 +316,7 @@ void compute_weights(Softmax& softmax, int keys, Vec* scores, const Vec (&top)[V
     decay[v] = exp2(softmax.max[v] - base[v]);
     softmax.max[v] = most;
   }
-  std::fill_n(scores + keys * Vecs, Vecs, splat(-kInfinity));  // fills up the last word
+  std::fill_n(scores + keys * Vecs, Vecs, splat(-kInfinity));  // pads the last word
   int words = 0;
   for (int key = 0; key < keys; key += Products::kPerWord, ++words) {
     UNROLL for (int v = 0; v < Vecs; ++v) {
@@ -329,7 +328,7 @@ void compute_weights(Softmax& softmax, int keys, Vec* scores, const Vec (&top)[V
       scores[words * Vecs + v] = Products::join(weights);
     }
   }
-  // What fills up the last tile weighs nothing.
+  // The padding of the last tile has weight 0.
   std::fill_n(scores + words * Vecs, (round_up(words, Products::kWords) - words) * Vecs, Vec{});
   for (int v = 0; v < Vecs; ++v) softmax.sum[v] = softmax.sum[v] * decay[v] + sum[v];
 }

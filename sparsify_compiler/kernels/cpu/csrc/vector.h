@@ -1,9 +1,9 @@
-// What the attention kernel computes with: vectors of floats as wide as the machine's, exp2 on them, the
-// 16-bit float types, and two kinds of arithmetic: fp32, and products of bf16 pairs where the CPU has them.
+// The arithmetic of the kernels: vectors of floats as wide as the machine's, exp2 on them, the 16-bit float types, and
+// two kinds of products: fp32, and bf16 pairs where the CPU has them.
 //
-// Written with the vector extensions of GCC and Clang, so that it compiles for any CPU; x86 intrinsics stand
-// only where there is no other spelling. A "word" is the four bytes of each operand that one multiply-add
-// reads: one fp32, or two neighbouring bf16.
+// It uses the vector extensions of GCC and Clang, so it compiles for any CPU, and x86 intrinsics only where there is
+// no other spelling. A "word" is the four bytes of each operand that one multiply-add reads: one fp32, or two
+// neighbouring bf16.
 
 #pragma once
 
@@ -32,7 +32,7 @@ using UintVec = uint32_t __attribute__((vector_size(4 * kLanes)));
 
 inline Vec splat(float x) { return x - Vec{}; }
 
-// The larger of the two; `b` where `a` is not a number.
+// The larger of the two; `b` where `a` is NaN.
 inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -41,7 +41,7 @@ inline Vec max(Vec a, Vec b) {
 #endif
 }
 
-// `x` kept within +-limit, a number or lane by lane; NaN stays.
+// `x` clamped to +-limit, a number or lane by lane; NaN stays.
 template <class X>
 inline X within(X x, X limit) {
   const X high = x > limit ? limit : x;
@@ -91,7 +91,7 @@ inline To bit_cast(From from) {
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// Free of branches, so that compilers vectorise a loop of it.
+// Without branches, so that compilers vectorise a loop of it.
 inline float to_float(Half x) {
   constexpr uint32_t kRebias = 112u << 23;  // from an exponent bias of 15 to one of 127
   const uint32_t shifted = uint32_t(x.bits & 0x7fff) << 13;
@@ -111,7 +111,7 @@ inline float from_float(float x) {
   return x;
 }
 
-// The upper half of the bits, rounded to nearest even.
+// The upper half of the bits, rounded to nearest, ties to even.
 template <>
 inline BFloat16 from_float(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
@@ -133,7 +133,7 @@ inline Half from_float(float x) {
   return {uint16_t(sign | half)};
 }
 
-// Arithmetic in fp32, whatever the type in memory.
+// Arithmetic in fp32, for every type in memory.
 struct Fp32 {
   using Packed = float;  // an element of a word
   static constexpr int kPerWord = 1;
@@ -146,7 +146,7 @@ struct Fp32 {
     for (int64_t d = 0; d < dim; ++d) words[d] = to_float(row[d]);
   }
 
-  // The row above and the row below -> `dim` words. A word has room for one element: no row is below.
+  // The row above and the row below -> `dim` words. A word holds one element: there is no row below.
   template <class T>
   static void pack_rows(const T* above, const T*, int64_t dim, float* words) {
     pack_row(above, dim, words);
@@ -170,7 +170,7 @@ struct Bf16Pairs {
     if (dim % 2) reinterpret_cast<BFloat16*>(words)[dim] = {0};
   }
 
-  // Element d of both rows side by side in word d; zeros for a row below that is not there.
+  // Element d of both rows side by side in word d; zeros if there is no row below.
   static void pack_rows(const BFloat16* above, const BFloat16* below, int64_t dim, float* words) {
     auto* pairs = reinterpret_cast<uint32_t*>(words);
     if (below) {

@@ -1,4 +1,4 @@
-// How the caller describes a tensor.
+// The caller's description of a tensor.
 
 #pragma once
 
@@ -17,17 +17,17 @@ struct View {
   }
 };
 
-constexpr int kRowsAhead = 8;  // rows between the one asked for and the one read
+constexpr int kRowsAhead = 8;  // rows between the one prefetched and the one read
 
-// Always inline: to GCC a function that only prefetches has no effect, and a call of it is dropped.
+// Always inline: GCC takes a function that only prefetches for one without effect, and drops calls of it.
 template <class T>
 inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t dim) {
   constexpr int kCacheLine = 64;
   for (int64_t d = 0; d < dim; d += kCacheLine / sizeof(T)) __builtin_prefetch(row + d);
 }
 
-// Calls body(i) for every row, and asks for the memory of a later one meanwhile: the rows of a head may lie a
-// page apart, where no hardware looks ahead.
+// Calls body(i) for every row, and prefetches a later row meanwhile: the rows of a head may lie a page apart, where
+// hardware does not prefetch.
 template <class RowOf, class Body>
 inline void for_each_row(int64_t count, int64_t dim, RowOf row_of, Body body) {
   for (int64_t i = 0; i < count; ++i) {

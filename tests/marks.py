@@ -1,0 +1,9 @@
+"""Marks that many test files use."""
+
+from importlib.util import find_spec
+
+import pytest
+
+fresh_dynamo = pytest.mark.usefixtures("fresh_dynamo")
+no_warnings = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
+needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
