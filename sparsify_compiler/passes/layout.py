@@ -28,18 +28,14 @@ graph break is not in the graph after it: a mesh of positions that is added ther
 """
 
 import itertools
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
 
-from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -48,20 +44,19 @@ from sparsify_compiler.passes.axes import (
     Label,
     Source,
     atoms,
-    axis,
     fresh,
     is_blank,
     joined,
     length,
     share_axis,
 )
-from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
+from sparsify_compiler.passes.axis_rules import Embedding
 from sparsify_compiler.passes.axis_writes import Known
-from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import body_of, modules, sizes_of, strides_of, written_by
+from sparsify_compiler.passes.capture import attention_nodes
+from sparsify_compiler.passes.following import Site, follow
+from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
-log = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
 Text = tuple[int, int]
 Read = tuple[SiteKind, TokenLayout]
@@ -75,26 +70,10 @@ _TEXT_HINT = " Where other tokens come before or after the video, give options={
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
 
 
-class Site(NamedTuple):
-    """What is known of an attention's query [B, H, Sq, D] and key [B, Hkv, Sk, D]."""
-
-    query: Known
-    key: Known
-
-
 def _unseen(site: AttentionSite) -> Site:
     """Of an attention whose tokens could not be followed."""
     query, key = ([(), (), fresh(tokens), ()] for tokens in (site.q_tokens, site.kv_tokens))
     return Site(Known(query), Known(key))
-
-
-class Followed(NamedTuple):
-    """What became of a graph's axes."""
-
-    sites: dict[fx.Node, Site]
-    """Every captured site that the graph reaches."""
-    inputs: dict[fx.Node, Source]
-    embeddings: set[Embedding]
 
 
 def infer_layouts(
@@ -114,7 +93,7 @@ def infer_layouts(
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
     if not nodes:
         return gm
-    followed = _follow(gm)
+    followed = follow(gm)
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -500,145 +479,3 @@ def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterabl
             for dim, size in enumerate(value.shape):
                 if (len(value.shape) >= 4 and dim > 0) or (inputs[node], dim) in axes:
                     int(size)
-
-
-# Following the graph
-
-
-def _follow(gm: fx.GraphModule) -> Followed:
-    """Run a graph on fake tensors with labels."""
-    grad_enabled = torch.is_grad_enabled()
-    tracker = AxisTracker()
-    followed = Followed({}, {}, tracker.embeddings)
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = _stand_ins([node.meta.get("example_value") for node in placeholders])
-        with tracker:
-            for node, value in zip(placeholders, values, strict=True):
-                if isinstance(value, Tensor):
-                    kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
-                    source = followed.inputs[node] = Source(kind, tuple(value.shape))
-                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
-            _Follower(gm, tracker, followed.sites).run(*values)
-    torch.set_grad_enabled(grad_enabled)
-    return followed
-
-
-def _stand_ins(values: Sequence[Any]) -> list[Any]:
-    """`_static` of a graph's inputs, which share memory where these do."""
-    stand_ins = [_static(value) for value in values]
-    sharing: dict[int, list[int]] = {}
-    for i, (value, one) in enumerate(zip(values, stand_ins, strict=True)):
-        if isinstance(one, Tensor) and (storage := _torch.storage_of(value)) is not None:
-            sharing.setdefault(storage, []).append(i)
-    for group in sharing.values():
-        offsets = [_torch.hint(values[i].storage_offset()) for i in group]
-        if len(group) > 1 and None not in offsets:
-            _share(stand_ins, group, offsets)
-    return stand_ins
-
-
-def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> None:
-    """Lay tensors, whose numbers are given, into one memory, at these offsets in elements."""
-    spans = [
-        (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
-        * bool(t.numel())
-        for t in (tensors[i] for i in group)
-    ]
-    ends = [
-        (offset + span) * tensors[i].itemsize for i, offset, span in zip(group, offsets, spans, strict=True)
-    ]
-    memory = torch.empty(max(ends), dtype=torch.uint8, device=tensors[group[0]].device)
-    for i, offset, end in zip(group, offsets, ends, strict=True):
-        t = tensors[i]
-        tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
-
-
-class _Unknown:
-    """A value that could not be followed; what is written to it may reach any of the tensors it was made of."""
-
-    def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
-        self.made_of = made_of
-
-
-def _behind(values: Any) -> list[Tensor]:
-    """The tensors among values, and those that unknown ones were made of."""
-    found: list[Tensor] = []
-    for leaf in torch.utils._pytree.tree_leaves(values):
-        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
-    return found
-
-
-def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
-    """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
-    if isinstance(value, torch.SymInt):
-        size = _torch.hint(value)
-        return _Unknown(made_of) if size is None else size
-    if isinstance(value, (tuple, list)):
-        return type(value)(_static(item, made_of) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    sizes = sizes_of(value)
-    if sizes is None:
-        return _Unknown(made_of)
-    strides = strides_of(value) or torch.empty(sizes, dtype=value.dtype, device="meta").stride()
-    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-
-
-class _Follower(fx.Interpreter):
-    """Runs a graph under an `AxisTracker`, into the bodies of higher-order operators; never raises."""
-
-    def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
-        super().__init__(gm)
-        self.tracker, self.found = tracker, found
-        self._results = {node.meta["result"] for node in attention_nodes(gm)}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = self._value(n)
-        return self._as_recorded(n, value) if n in self._results else value
-
-    def _as_recorded(self, n: fx.Node, value: Any) -> Any:
-        """What attention returns, with the strides that Dynamo recorded: they decide what later is a view of it."""
-        recorded = n.meta.get("example_value")
-        strides = strides_of(recorded) if isinstance(recorded, Tensor) else None
-        if strides is None or not isinstance(value, Tensor) or value.stride() == strides:
-            return value
-        out = value.new_empty_strided(value.shape, strides)
-        self.tracker.put(out, self.tracker.known(value))
-        return out
-
-    def _value(self, n: fx.Node) -> Any:
-        if n.op in ("placeholder", "output"):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, _Unknown) for leaf in leaves):
-            return self._recorded(n, args, kwargs)
-        if n.target is attention:
-            return self._site(n, *args)
-        try:
-            if isinstance(self.module, fx.GraphModule) and (body := body_of(self.module, n)):
-                operands = args[len(args) - body.arity :]
-                return _Follower(body.module, self.tracker, self.found).run(*operands)
-            return getattr(self, n.op)(n.target, args, kwargs)
-        except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
-            log.debug("not followed: %s: %s", n.format_node(), error)
-            return self._recorded(n, args, kwargs)
-
-    def _recorded(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
-        tensors = _behind((args, kwargs))
-        self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
-        recorded = n.meta.get("example_value")
-        value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
-        for output in torch.utils._pytree.tree_leaves(value):
-            if isinstance(output, Tensor):
-                self.tracker.derive(output, tensors)
-        return value
-
-    def _site(self, n: fx.Node, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        q, k, v = (self.tracker.known(t) for t in (query, key, value))
-        self.found[n] = Site(q, k)
-        out = query.new_empty(*query.shape[:3], value.shape[3])
-        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
-        return out
