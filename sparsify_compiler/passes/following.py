@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify_compiler import _torch
 from sparsify_compiler.passes.axes import Source, axis
-from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
+from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.fx import body_of, sizes_of, strides_of, written_by

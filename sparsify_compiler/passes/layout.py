@@ -50,7 +50,7 @@ from sparsify_compiler.passes.axes import (
     length,
     share_axis,
 )
-from sparsify_compiler.passes.axis_rules import Embedding
+from sparsify_compiler.passes.axis_tracker import Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.following import Site, follow
