@@ -1,4 +1,4 @@
-"""How each ATen operator carries axis labels from its inputs to its outputs.
+"""Rules: the way in which each ATen operator carries axis labels from its inputs to its outputs.
 
 A rule takes an operator's output and arguments, and returns one label (`axes.py`) for each dimension of the output;
 `axis_tracker.py` calls it. The operators are ATen's, after composite operators are decomposed, so they are few, and
@@ -39,7 +39,7 @@ RULES: dict[str, Rule] = {}
 
 
 class Tracker(Protocol):
-    """Everything a rule reads and records besides its output and arguments."""
+    """Everything that a rule reads or records in addition to its output and arguments."""
 
     positions: dict[int, Source]
     """Length -> the source of an `arange` of that length."""
@@ -61,7 +61,7 @@ class Tracker(Protocol):
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators of these names."""
+    """Register a rule for the operators with these names."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -72,7 +72,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @functools.cache
 def is_pointwise(packet: Any) -> bool:
-    """Whether an operator goes element by element, in any of its overloads."""
+    """Whether an operator computes element by element in any of its overloads."""
     if packet.__name__.removesuffix("_") in _POINTWISE:
         return True
     return any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())
@@ -92,7 +92,7 @@ def tensors_in(*values: Any) -> list[Tensor]:
 
 
 def broadcast(labels: Sequence[Sequence[Label]], shape: Sequence[int]) -> list[Label]:
-    """Labels of the element-by-element meeting of several tensors."""
+    """The labels of an output in which several tensors meet element by element."""
     result: list[Label] = []
     for dim, size in enumerate(shape):
         met: Label = ()
@@ -104,7 +104,7 @@ def broadcast(labels: Sequence[Sequence[Label]], shape: Sequence[int]) -> list[L
     return result
 
 
-# Element by element: operators tagged `pointwise`, and these.
+# Operators that compute element by element: those tagged `pointwise`, and these.
 _POINTWISE = ("clone", "_to_copy", "alias", "detach", "lift_fresh", "native_dropout", "bernoulli",
               "_conj", "_conj_physical", "resolve_conj", "real", "imag", "polar", "complex", "contiguous",
               "_softmax", "_log_softmax", "cumsum", "nan_to_num", "masked_fill", "_safe_softmax",
@@ -119,7 +119,7 @@ def pointwise(tracker: Tracker, output: Tensor, *args: Any, **kwargs: Any) -> li
 
 @rule("where")
 def _where(tracker: Tracker, output: Tensor, condition: Tensor, *branches: Any) -> list[Label]:
-    """Every element is of one branch or the other."""
+    """Every element comes from one of the branches."""
     each = [tracker.known(branch) for branch in branches if isinstance(branch, Tensor)]
     met = _side_by_side([Known(broadcast([list(known.labels)], output.shape), known.taken) for known in each])
     return broadcast([met, tracker.of(condition)], output.shape)
@@ -157,7 +157,7 @@ def _expand(tracker: Tracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -> 
 
 @rule("repeat")
 def _repeat(tracker: Tracker, output: Tensor, x: Tensor, *_: Any) -> list[Label]:
-    """Tiling puts a repeat outside of the dimension it repeats."""
+    """Tiling puts a repeat outside the dimension that it repeats."""
     labels = [()] * (output.dim() - x.dim()) + tracker.of(x)
     return [
         (*fresh(size // length(label), "repeat"), *label) if length(label) else fresh(size)
@@ -220,7 +220,7 @@ def _split(
 
 @rule("cat")
 def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
-    dim %= output.dim()  # ATen lets an empty 1-D tensor pass
+    dim %= output.dim()  # ATen accepts an empty 1-D tensor
     tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
     each = [tracker.known(t) for t in tensors]
     column = [known.labels[dim] for known in each]
@@ -231,14 +231,13 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
 
 
 def _side_by_side(each: Sequence[Known]) -> list[Label]:
-    """The labels of the dimensions that tensors have in common which lie in one from now on."""
+    """The labels of the dimensions that tensors have in common, when they are joined along another one."""
     labels = []
     for column in zip(*(known.labels for known in each), strict=True):
         met = functools.reduce(either, column)
         blank = [known for known, label in zip(each, column, strict=True) if is_blank(label)]
-        if any(
-            known.axes & axes_of(met) for known in blank
-        ):  # one position, repeated, is in the place of others
+        # One position, repeated, takes the place of others.
+        if any(known.axes & axes_of(met) for known in blank):
             met = unknown(length(met), *column)
         labels.append(met)
     return labels
@@ -253,7 +252,7 @@ def _without_features(known: Known) -> Known:
 
 
 def _named(labels: Sequence[Label]) -> list[Label]:
-    """Labels of parts of a batch, in which one video by itself is a position of the batch."""
+    """Labels of parts of a batch; a single video gets a position of the batch."""
     source = Source("part", (sum(map(length, labels)),))
     starts = itertools.accumulate(map(length, labels), initial=0)
     return [label or (Atom(source, 0, 1, base=at),) for label, at in zip(labels, starts, strict=False)]
@@ -323,7 +322,7 @@ def _norm(tracker: Tracker, output: Tensor, x: Tensor, *_: Any, **__: Any) -> li
 
 @rule("mm", "bmm", "matmul")
 def _matmul(tracker: Tracker, output: Tensor, a: Tensor, b: Tensor, **_: Any) -> list[Label]:
-    """Rows of `a` and columns of `b`; what a weight multiplied into them is another axis than the tokens'."""
+    """Rows of `a` and columns of `b`; a dimension that a weight makes is not an axis of the tokens."""
     if a.dim() < 2 or b.dim() < 2:
         return []
     lead = broadcast([tracker.of(a)[:-2], tracker.of(b)[:-2]], output.shape[:-2])
@@ -359,7 +358,7 @@ def _embedding(
 
 @rule("index")
 def _index(tracker: Tracker, output: Tensor, x: Tensor, indices: list[Tensor | None]) -> list[Label]:
-    """Looking up the rows of a table: the result runs over what the index runs over."""
+    """A lookup of rows in a table: the result runs over the axes of the index."""
     if not tracker.is_table(x) or len(indices) != 1 or indices[0] is None:
         return []
     return [*tracker.of(indices[0]), *tracker.of(x)[1:]]

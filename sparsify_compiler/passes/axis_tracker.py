@@ -1,7 +1,7 @@
 """Labels for every tensor of a graph: a dispatch mode under which a graph runs on fake tensors.
 
-`AxisTracker` keeps one label (`axes.py`) for each dimension of each tensor. For every ATen operator it asks the
-operator's rule (`axis_rules.py`) for the labels of the output. A write changes the labels of all tensors that share
+`AxisTracker` keeps one label (`axes.py`) for each dimension of each tensor. The rule of an
+ATen operator (`axis_rules.py`) gives the labels of its output. A write changes the labels of all tensors that share
 the memory (`axis_writes.py`).
 """
 
@@ -21,29 +21,29 @@ from sparsify_compiler.passes.axis_writes import Known, Write
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """A product of graph inputs with weights: the axes it runs over, and those that it is a sum over."""
+    """A product of graph inputs with weights: the axes that it keeps, and those over which it sums."""
 
     kept: frozenset[Atom]
     summed: frozenset[Atom]
 
 
 class AxisTracker(TorchDispatchMode):
-    """Labels every tensor that operators under this mode produce or write to."""
+    """Labels every tensor that operators under this mode make or write to."""
 
     def __init__(self) -> None:
         super().__init__()
         self._known = WeakTensorKeyDictionary()
         self._memory: dict[int, list[ref[Tensor]]] = {}
-        """The tensors that were seen, by storage."""
+        """Storage -> the tensors seen in it."""
         self._taken: frozenset[Atom] = frozenset()
-        """Where its output was taken from, by the rule that runs."""
+        """The positions from which the current rule takes its output."""
         self.positions: dict[int, Source] = {}
-        """Of every length one: a mesh made once for queries and once for keys is the same mesh."""
+        """Length -> its source: a mesh made once for queries and once for keys is the same mesh."""
         self.embeddings: set[Embedding] = set()
-        """All that were met."""
+        """All embeddings met so far."""
 
     def known(self, tensor: Tensor) -> Known:
-        """What is known of a tensor; nothing of one that was not seen before."""
+        """Everything known about a tensor; nothing about one that was not seen before."""
         found = self._known.get(tensor)
         if found is None:
             self.put(tensor, Known([fresh(int(size)) for size in tensor.shape], constant=True))
@@ -55,26 +55,26 @@ class AxisTracker(TorchDispatchMode):
         return list(self.known(tensor).labels)
 
     def put(self, tensor: Tensor, known: Known) -> None:
-        """Set what is known of a tensor that was not seen before, or now lies elsewhere."""
+        """Set the knowledge about a tensor that was not seen before, or that now shows other memory."""
         self._set(tensor, known)
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
 
     def take(self, positions: Iterable[Atom]) -> None:
-        """By a rule: its output was taken from these positions, along axes that it does not have."""
+        """For a rule: its output is taken from these positions, along axes that the output does not have."""
         self._taken = self._taken.union(positions)
 
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
-        """By a rule: weights are multiplied into `summed`, over all else that is kept."""
+        """For a rule: it multiplies weights into `summed`, at every position of `kept`."""
         gone = _inputs([summed])
         if gone or not summed:
             self.embeddings.add(Embedding(_inputs(kept), gone))
 
     def derive(self, tensor: Tensor, operands: Sequence[Tensor]) -> None:
-        """A tensor was made of others in a way that is not known."""
+        """Record that a tensor is made of `operands` in an unknown way."""
         self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
 
     def lose(self, tensors: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
-        """Something was written to tensors, made of others in a way that is not known."""
+        """Record a write to tensors of something made of `operands` in an unknown way."""
         lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
         for tensor, after in zip(tensors, lost, strict=True):
             self._spread(tensor, after)
@@ -98,9 +98,8 @@ class AxisTracker(TorchDispatchMode):
         targets = _written_arguments(func, args, kwargs)
         for number, target in enumerate(targets):
             self._write(target, number, func, args, kwargs)
-        operands = (
-            tensors_in(args, kwargs) if RULES.get(name) is not blank else []
-        )  # of these it takes the shape
+        # `blank` reads only the shapes of its operands.
+        operands = tensors_in(args, kwargs) if RULES.get(name) is not blank else []
         for index, output in enumerate(tensors_in(result)):
             if not any(output is target for target in targets):
                 where = {"index": index} if isinstance(result, (list, tuple)) else {}
@@ -116,22 +115,22 @@ class AxisTracker(TorchDispatchMode):
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> list[Label]:
-        """The labels of an output by the operator's rule; such of which nothing is known where there is none."""
+        """The labels of an output by the operator's rule; labels of unknown axes without a rule."""
         labels: list[Label] = []
         if func.namespace == "aten":
             known = RULES.get(_name(func)) or (pointwise if is_pointwise(func.overloadpacket) else None)
             labels = known(self, output, *args, **kwargs) if known else []
-        if [length(label) for label in labels] != list(output.shape):  # no rule, or it cannot say
+        if [length(label) for label in labels] != list(output.shape):  # no rule, or it finds no labels
             labels = [self._lost(operands, size) for size in output.shape]
         return labels
 
     def _found(self, operands: Sequence[Tensor], labels: Sequence[Label]) -> Known:
-        """What is known of an operator's output, of which a rule found the labels."""
+        """Everything known about an operator's output, from its labels and operands."""
         each = [self.known(t) for t in operands]
         constant = all(known.constant for known in each)
-        here = {run for run in self._taken if _tells(run)}
+        here = {run for run in self._taken if _distinguishes(run)}
         self._taken = frozenset()
-        own = [{*known.fixed, *filter(_tells, single(known.labels))} for known in each]
+        own = [{*known.fixed, *filter(_distinguishes, single(known.labels))} for known in each]
         taken = here.union(*own, *(known.taken for known in each))
         if not taken:
             return Known(labels, constant=constant)
@@ -140,19 +139,19 @@ class AxisTracker(TorchDispatchMode):
         return Known(labels, frozenset(taken - kept), frozenset((here | fixed) - kept), constant)
 
     def _lost(self, operands: Sequence[Tensor], size: int) -> Label:
-        """For an output whose relation to its inputs is not known: `lost` if video tokens went in."""
+        """A label for an output whose relation to its inputs is unknown: `lost` if video tokens went in."""
         return unknown(size, *(label for t in operands for label in self.known(t).labels))
 
     def _write(
         self, target: Tensor, number: int, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
-        """An operator wrote to `target`, the one with this number of all that it wrote to."""
+        """Update the labels after a write to `target`, number `number` of the operator's written arguments."""
         if func.namespace != "aten":
             operands = tensors_in(args, kwargs)
             self._spread(target, Known([self._lost(operands, size) for size in target.shape]))
             return
         name = _name(func)
-        if name in _MOVED:  # the tensor lies elsewhere; memory is as it was
+        if name in _MOVED:  # the tensor shows memory otherwise; no element changes
             labels = self.known(target).labels
             self.put(target, Known([unknown(int(size), *labels) for size in target.shape]))
             return
@@ -170,21 +169,21 @@ class AxisTracker(TorchDispatchMode):
             labels = broadcast([self.of(t) for t in operands], target.shape)
         elif name.endswith("_"):
             labels = [self._lost(operands, size) for size in target.shape]
-        else:  # an output that was handed in
+        else:  # an output given as an argument
             given = {key: each for key, each in kwargs.items() if each is not target}
             labels = self._labelled(func, target, operands, args, given)
         others = [self.known(t) for t in operands if t is not target] if met else None
         self._spread(target, self._found(operands, labels), others)
 
     def _moves(self, value: Any, target: Tensor) -> bool:
-        """Whether writing `value` to `target` may bring something from elsewhere: no constant, and not itself."""
+        """Whether `value` may bring elements from other places: it is no constant, and not `target` itself."""
         if not isinstance(value, Tensor) or _place(value) == _place(target):
             return False
         known = self.known(value)
         return not (known.constant and all(map(is_blank, known.labels)))
 
     def _spread(self, target: Tensor, after: Known, others: Iterable[Known] | None = None) -> None:
-        """Let all tensors of the memory know what `target` holds now; `others` as `Write` has it."""
+        """Update every tensor that shares memory with `target`, after a write; `after`, `others` as in `Write`."""
         write = Write(self.known(target), after, others=others)
         place = _place(target)
         for one in self._sharing(target):
@@ -198,7 +197,7 @@ class AxisTracker(TorchDispatchMode):
                 self._set(one, Known(labels, known.taken | after.taken, fixed, constant))
 
     def _sharing(self, target: Tensor) -> list[Tensor]:
-        """The tensors that are still there of those whose memory is `target`'s, it among them."""
+        """The live tensors with the memory of `target`, `target` among them."""
         self.known(target)
         refs = self._memory[_storage(target)]
         found = {id(one): one for one in (ref() for ref in refs) if one is not None}
@@ -207,8 +206,8 @@ class AxisTracker(TorchDispatchMode):
         return alive
 
     def is_table(self, tensor: Tensor) -> bool:
-        """Whether a tensor is a graph input of at most two dimensions, as it came in but for repeats: a weight or a
-        table."""
+        """Whether a tensor is a weight or a table: a graph input of at most two dimensions, unchanged except for
+        repeats."""
         runs = [run for label in self.of(tensor) for run in atoms(label) if run.source.kind != "repeat"]
         sources = {run.source for run in runs}
         whole = all(run.whole and not run.also for run in runs) and len({run.dim for run in runs}) == len(
@@ -223,12 +222,12 @@ class AxisTracker(TorchDispatchMode):
 
 _MOVED = ("set_", "resize_", "resize_as_", "as_strided_", "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_",
           "unsqueeze_")  # fmt: skip
-"""Operators in place that change which memory a tensor shows, or how."""
+"""In-place operators that change which memory a tensor shows, or how."""
 _FILLED = ("fill_", "zero_", "masked_fill_", "index_fill_", "fill_diagonal_", "tril_", "triu_", "normal_",
            "uniform_", "random_", "bernoulli_", "exponential_", "geometric_", "cauchy_", "log_normal_")  # fmt: skip
-"""Operators that write constants or noise: whatever is left is where it was."""
+"""Operators that write constants or noise: all other elements stay in place."""
 _VALUE = {"copy_": 1, "index_put_": 2, "_index_put_impl_": 2, "scatter_": 3}
-"""Operators that write an argument's elements -> its number; a number for an argument writes nothing else."""
+"""Operator -> position of the argument whose elements it writes; a number there counts as a constant."""
 
 
 def _name(func: Any) -> str:
@@ -241,23 +240,23 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Which memory a tensor shows, and how."""
+    """The memory that a tensor shows, with offset, sizes, strides and type."""
     return _storage(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _inputs(labels: Sequence[Label]) -> frozenset[Atom]:
-    """Every run along an axis of a graph input."""
+    """The runs of labels along axes of graph inputs."""
     runs = [claim for label in labels for atom in atoms(label) for claim in atom.claims]
     return frozenset(claim for claim in runs if claim.source.kind == "input")
 
 
 def _of_all(run: Atom, fixed: Sequence[set[Atom]], each: Sequence[Known]) -> bool:
-    """Whether all that any of several tensors has of the axis of a run was taken from this run."""
+    """Whether every tensor that has anything of the axis of a run was taken from this run."""
     return all(run in own or run.axis not in known.axes for own, known in zip(fixed, each, strict=True))
 
 
-def _tells(atom: Atom) -> bool:
-    """Whether a position along this axis tells tensors apart: of an input, a convolution, a part of a batch."""
+def _distinguishes(atom: Atom) -> bool:
+    """Whether a position on this axis distinguishes tensors: of an input, a convolution or a batch."""
     return atom.source.kind in ("input", "conv") or atom.of_batch
 
 

@@ -25,29 +25,31 @@ log = logging.getLogger(__name__)
 
 
 class Site(NamedTuple):
-    """What is known of an attention's query [B, H, Sq, D] and key [B, Hkv, Sk, D]."""
+    """Everything known about an attention's query [B, H, Sq, D] and key [B, Hkv, Sk, D]."""
 
     query: Known
     key: Known
 
 
 class Followed(NamedTuple):
-    """What became of a graph's axes."""
+    """The axes found in a graph."""
 
     sites: dict[fx.Node, Site]
     """Every captured site that the graph reaches."""
     inputs: dict[fx.Node, Source]
+    """The source of the axes of every tensor among the inputs."""
     embeddings: set[Embedding]
+    """Every product of graph inputs with weights."""
 
 
 def follow(gm: fx.GraphModule) -> Followed:
-    """Run a graph on fake tensors with labels."""
+    """Run a graph on fake tensors with labels, and return the axes found."""
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
     followed = Followed({}, {}, tracker.embeddings)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = _stand_ins([node.meta.get("example_value") for node in placeholders])
+        values = _fake_inputs([node.meta.get("example_value") for node in placeholders])
         with tracker:
             for node, value in zip(placeholders, values, strict=True):
                 if isinstance(value, Tensor):
@@ -59,22 +61,22 @@ def follow(gm: fx.GraphModule) -> Followed:
     return followed
 
 
-def _stand_ins(values: Sequence[Any]) -> list[Any]:
-    """`_static` of a graph's inputs, which share memory where these do."""
-    stand_ins = [_static(value) for value in values]
+def _fake_inputs(values: Sequence[Any]) -> list[Any]:
+    """Fake tensors for a graph's inputs, which share memory where the inputs do; numbers stay numbers."""
+    fakes = [_static(value) for value in values]
     sharing: dict[int, list[int]] = {}
-    for i, (value, one) in enumerate(zip(values, stand_ins, strict=True)):
+    for i, (value, one) in enumerate(zip(values, fakes, strict=True)):
         if isinstance(one, Tensor) and (storage := _torch.storage_of(value)) is not None:
             sharing.setdefault(storage, []).append(i)
     for group in sharing.values():
         offsets = [_torch.hint(values[i].storage_offset()) for i in group]
         if len(group) > 1 and None not in offsets:
-            _share(stand_ins, group, offsets)
-    return stand_ins
+            _share(fakes, group, offsets)
+    return fakes
 
 
 def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> None:
-    """Lay tensors, whose numbers are given, into one memory, at these offsets in elements."""
+    """Lay the tensors with the indices `group` into one memory, at these offsets in elements."""
     spans = [
         (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
         * bool(t.numel())
@@ -90,14 +92,14 @@ def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> 
 
 
 class _Unknown:
-    """A value that could not be followed; what is written to it may reach any of the tensors it was made of."""
+    """A value that could not be followed; a write to it may reach any tensor of which it was made."""
 
     def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
         self.made_of = made_of
 
 
 def _behind(values: Any) -> list[Tensor]:
-    """The tensors among values, and those that unknown ones were made of."""
+    """The tensors among values, and the tensors of which unknown values were made."""
     found: list[Tensor] = []
     for leaf in torch.utils._pytree.tree_leaves(values):
         found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
@@ -105,7 +107,7 @@ def _behind(values: Any) -> list[Tensor]:
 
 
 def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
-    """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
+    """A value that Dynamo recorded, with plain integers for sizes; `_Unknown` if these are unknown."""
     if isinstance(value, torch.SymInt):
         size = _torch.hint(value)
         return _Unknown(made_of) if size is None else size
@@ -121,7 +123,7 @@ def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
 
 
 class _Follower(fx.Interpreter):
-    """Runs a graph under an `AxisTracker`, into the bodies of higher-order operators; never raises."""
+    """Runs a graph under an `AxisTracker`, with the bodies of higher-order operators; never raises."""
 
     def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
         super().__init__(gm)
@@ -133,7 +135,7 @@ class _Follower(fx.Interpreter):
         return self._as_recorded(n, value) if n in self._results else value
 
     def _as_recorded(self, n: fx.Node, value: Any) -> Any:
-        """What attention returns, with the strides that Dynamo recorded: they decide what later is a view of it."""
+        """The output of attention with the recorded strides: they decide which later tensors are views of it."""
         recorded = n.meta.get("example_value")
         strides = strides_of(recorded) if isinstance(recorded, Tensor) else None
         if strides is None or not isinstance(value, Tensor) or value.stride() == strides:
@@ -156,12 +158,12 @@ class _Follower(fx.Interpreter):
                 operands = args[len(args) - body.arity :]
                 return _Follower(body.module, self.tracker, self.found).run(*operands)
             return getattr(self, n.op)(n.target, args, kwargs)
-        except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
+        except Exception as error:  # any operator may refuse fake tensors: then its output is unknown
             log.debug("not followed: %s: %s", n.format_node(), error)
             return self._recorded(n, args, kwargs)
 
     def _recorded(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
+        """The recorded value of a node; nothing is known about it, nor about tensors that the node may write to."""
         tensors = _behind((args, kwargs))
         self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
         recorded = n.meta.get("example_value")
