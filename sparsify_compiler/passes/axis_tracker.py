@@ -1,8 +1,8 @@
 """Labels for every tensor of a graph: a dispatch mode under which a graph runs on fake tensors.
 
-`AxisTracker` keeps one label (`axes.py`) for each dimension of each tensor. The rule of an
-ATen operator (`axis_rules.py`) gives the labels of its output. A write changes the labels of all tensors that share
-the memory (`axis_writes.py`).
+`AxisTracker` keeps one label (`axes.py`) for each dimension of each tensor. The rule of an ATen operator
+(`axis_rules.py`) gives the labels of its output. A write changes the labels of all tensors that share the memory
+(`axis_writes.py`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -60,11 +60,11 @@ class AxisTracker(TorchDispatchMode):
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
 
     def take(self, positions: Iterable[Atom]) -> None:
-        """For a rule: its output is taken from these positions, along axes that the output does not have."""
+        """Record, for a rule, the positions from which its output is taken, along axes that it does not have."""
         self._taken = self._taken.union(positions)
 
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
-        """For a rule: it multiplies weights into `summed`, at every position of `kept`."""
+        """Record, for a rule, that it multiplies weights into `summed`, at every position of `kept`."""
         gone = _inputs([summed])
         if gone or not summed:
             self.embeddings.add(Embedding(_inputs(kept), gone))
@@ -74,7 +74,7 @@ class AxisTracker(TorchDispatchMode):
         self.put(tensor, Known([self._lost(operands, size) for size in tensor.shape]))
 
     def lose(self, tensors: Sequence[Tensor], operands: Sequence[Tensor]) -> None:
-        """Record a write to tensors of something made of `operands` in an unknown way."""
+        """Record a write to `tensors`, whose new elements are made of `operands` in an unknown way."""
         lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
         for tensor, after in zip(tensors, lost, strict=True):
             self._spread(tensor, after)

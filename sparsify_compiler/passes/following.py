@@ -1,7 +1,7 @@
 """Follow the axes of a graph's inputs to its captured sites.
 
 `follow` runs the graph on fake tensors under an `AxisTracker`, into the bodies of higher-order operators, and
-returns what the labels of every query and key are. A fake tensor has the sizes, strides and shared memory that
+returns the labels of every query and key. A fake tensor has the sizes, strides and shared memory that
 Dynamo recorded, with a plain integer for every symbol, since labels need sizes. An operator that refuses fake
 tensors gives the recorded value, whose axes are unknown.
 """
