@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks import fuzz, mutations
 from sparsify_compiler.passes import axes
-from sparsify_compiler.passes.axis_rules import RULES, AxisTracker
+from sparsify_compiler.passes.axis_rules import RULES
+from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.testing.fuzzing import (
     KINDS,
     Case,

@@ -1,10 +1,20 @@
-"""Where the elements of a dimension come from: the algebra behind layout inference.
+"""Labels: the origin of every dimension of a tensor, in an algebra on which layout inference rests.
 
-A `Label` says how one dimension of a tensor is made up of *axes* (a spatial axis of a convolution, a dimension
-of an input, an `arange`). It is a product of factors, the outer first, so that `flatten(2)` of (B, C, f, h, w)
-gives a dimension labelled `(f, h, w)`: row-major order is part of the label. A concatenation is one factor,
-`Cat`. Reshapes split and join factors exactly or give up with a fresh label; nothing is ever matched by size.
-Where two tensors meet element by element, a factor may claim several axes at once.
+An *axis* is a spatial axis of a convolution, a dimension of a graph input or an `arange`. A `Label` says which axes
+one dimension of a tensor runs over. It is a product of factors, the outer first, so row-major order is part of the
+label. A factor is a run of positions along one axis (`Atom`) or a concatenation of labels (`Cat`). A Conv3d makes a
+video whose spatial axes are f, h and w; text of T tokens comes before it:
+
+    video = conv3d(x)                     [B, C, f, h, w]      B   C   f   h   w
+    tokens = video.flatten(2).mT          [B, f*h*w, C]        B   (f, h, w)   C
+    joint = cat([text, tokens], 1)        [B, T + f*h*w, C]    B   Cat(T, (f, h, w))   C
+    joint[:, T:]                          [B, f*h*w, C]        B   (f, h, w)   C
+    joint[:, T:].unflatten(1, (f, -1))    [B, f, h*w, C]       B   f   (h, w)   C
+
+The right column has one label for each dimension. C is an axis of its own, since the convolution sums over the
+channels of x. A label never comes from a size: where a reshape cannot split and join factors exactly, its result
+gets a new label, of an unknown axis. Where two tensors meet element by element (tokens plus positions), one factor
+may claim axes of both.
 """
 
 import itertools
@@ -19,22 +29,22 @@ _serials = itertools.count()
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """Something that axes come from; compared by identity."""
+    """The origin of axes, e.g. a convolution or a graph input; compared by identity."""
 
     kind: str
-    """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `weight`: those of a
-    parameter. `position`: an arange. `part`: tensors that were stacked, or joined along their first dimension.
-    `lost`: video tokens that may have been moved, so that no other label may be believed. `opaque`: something else
-    that is not known. `repeat`: broadcast; `blank`: uninitialised or constant: any other label says more."""
+    """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `weight`: the dimensions
+    of a parameter. `position`: an arange. `part`: stacked tensors, or tensors joined along their first dimension.
+    `lost`: video tokens that an operator may have moved, so no other label is believed. `opaque`: any other unknown
+    axis. `repeat`: a broadcast. `blank`: uninitialised or constant. Any other kind says more than these two."""
     sizes: tuple[int, ...]
     of: tuple["Label", ...] = ()
-    """For a conv: the labels of its input's dimensions, batch and channels first."""
+    """For `conv`: the labels of its input's dimensions, batch and channels first."""
     roots: frozenset["Axis"] = frozenset()
-    """For `lost` and `opaque`: the axes that it was made from."""
+    """For `lost` and `opaque`: the axes from which it is made."""
     of_batch: bool = False
-    """For `lost` and `opaque`: whether positions on it may be videos of a batch."""
+    """For `lost` and `opaque`: whether its positions may be videos of a batch."""
     features: bool = False
-    """For `lost` and `opaque`: whether each position on it is a sum over channels, or over such."""
+    """For `lost` and `opaque`: whether each of its positions is a sum over channels, or over such sums."""
     serial: int = field(default_factory=partial(next, _serials))
     """Orders sources by age."""
 
@@ -46,7 +56,9 @@ Axis = tuple[Source, int]
 class Atom:
     """A run of positions along one axis.
 
-    Position i lies where `(coordinate - base) // stride`, modulo `extent` if there is one, is `offset + i`.
+    Position i has the coordinates for which `(coordinate - base) // stride`, modulo `extent` if there is one, is
+    `offset + i`. An axis of 12, split into [3, 4], gives a run of size 3 with stride 4 and a run of size 4 with
+    extent 4.
     """
 
     source: Source
@@ -55,30 +67,30 @@ class Atom:
     stride: int = 1
     base: int = 0
     extent: int | None = None
-    """The axis goes on further out: this is a position within windows of so many, not the axis itself."""
+    """Length of a window: the axis continues further out, and the run is of positions within windows."""
     offset: int = 0
-    """Where the run starts within such a window; 0 without one."""
+    """Start of the run within the window; 0 without one."""
     also: frozenset["Atom"] = frozenset()
-    """Other axes that run along here, from tensors that met this one element by element."""
+    """Runs along other axes at the same positions, from tensors that met this one element by element."""
 
     @property
     def axis(self) -> Axis:
-        """The axis that it runs along."""
+        """The axis of the run."""
         return self.source, self.dim
 
     @property
     def claims(self) -> frozenset["Atom"]:
-        """Every axis that runs along here, each by itself."""
+        """All runs at these positions, each without `also`."""
         return self.also | {replace(self, also=frozenset())} if self.also else frozenset((self,))
 
     @property
     def whole(self) -> bool:
-        """Whether it is the axis itself, all of it."""
+        """Whether the run is the whole axis."""
         return self.size == self.source.sizes[self.dim] and self.stride == 1 and self.extent is None
 
     @property
     def rank(self) -> int:
-        """How much this says about where a token lies; the higher rank wins where two labels meet."""
+        """Precedence of the run's claim about the place of a token: where two labels meet, the higher rank wins."""
         if self.source.kind == "input":
             patches = self.stride > 1 and self.extent is None
             return 6 if patches or self.size == self.source.sizes[self.dim] else _PIECE
@@ -86,18 +98,19 @@ class Atom:
 
     @property
     def blank(self) -> bool:
-        """Whether this says nothing that another label could contradict."""
+        """Whether the run says nothing that another label could contradict."""
         return self.rank <= _RANKS["repeat"]
 
     @property
     def of_video(self) -> bool:
-        """Whether this is, or was, an axis of a video: of a convolution, or of an input with four axes or more."""
+        """Whether the run is, or was, of a video: a convolution, or an input with four dimensions or more."""
         kind = self.source.kind
         return kind in ("conv", "lost") or (kind == "input" and len(self.source.sizes) >= 4)
 
     @property
     def of_batch(self) -> bool:
-        """Whether positions along this may be videos of a batch: the first dimension of an input, or joined."""
+        """Whether positions of the run may be videos of a batch: of the first dimension of an input, or of joined
+        tensors."""
         kind = self.source.kind
         return kind == "part" or (kind == "input" and self.dim == 0) or self.source.of_batch
 
@@ -115,7 +128,7 @@ class Cat:
 
     @property
     def size(self) -> int:
-        """Elements of all parts."""
+        """Number of elements of all parts."""
         return sum(map(length, self.parts))
 
 
@@ -125,12 +138,12 @@ Label = tuple[Factor, ...]
 
 
 def length(label: Label) -> int:
-    """Size of the dimension a label describes."""
+    """Size of the dimension that a label describes."""
     return math.prod(factor.size for factor in label)
 
 
 def fresh(size: int, kind: str = "opaque") -> Label:
-    """A label for a dimension of which nothing is known."""
+    """A label of a new axis, about which nothing is known."""
     return () if size == 1 else (Atom(Source(kind, (size,)), 0, size),)
 
 
@@ -149,19 +162,19 @@ def atoms(label: Label) -> list[Atom]:
 
 
 def single(labels: Iterable[Label]) -> set[Atom]:
-    """The factors of one position in labels."""
+    """The runs of one position in labels."""
     return {factor for label in labels for factor in label if isinstance(factor, Atom) and factor.size == 1}
 
 
 def axes_of(label: Label) -> set[Axis]:
-    """All axes that a label claims."""
+    """All axes that a label claims, without blank ones."""
     return {claim.axis for atom in atoms(label) for claim in atom.claims if not claim.blank}
 
 
 def unknown(size: int, *origins: Label, summed: bool = False) -> Label:
-    """For a dimension made of `origins` in a way that labels cannot tell: `lost` if that was video.
+    """A label for a dimension made of `origins` in a way that labels cannot express: `lost` if one is of a video.
 
-    `summed`: by a product with weights, each position out of all of them.
+    `summed`: a product with weights makes each position of all positions of the origins.
     """
     if size == 1:
         return ()
@@ -187,7 +200,7 @@ def is_blank(label: Label) -> bool:
 
 
 def _split(atom: Factor, outer: int) -> tuple[Atom, Atom] | None:
-    """A factor as `outer` runs of equal length, or None where that cannot be said exactly."""
+    """(run of `outer` positions, run inside each of them) of a factor, or None where the split is not exact."""
     if isinstance(atom, Cat) or atom.size % outer:
         return None
     inner = atom.size // outer
@@ -215,7 +228,7 @@ def _split(atom: Factor, outer: int) -> tuple[Atom, Atom] | None:
 
 
 def _join(outer: Atom, inner: Atom) -> Atom | None:
-    """The axis that was split into `outer` and `inner`, or None where these are not its parts."""
+    """The run that was split into `outer` and `inner`, or None where they are not the parts of one run."""
     if (
         outer.axis != inner.axis
         or inner.extent != inner.size
@@ -237,7 +250,7 @@ def _join(outer: Atom, inner: Atom) -> Atom | None:
 
 
 def _follow(first: Atom, second: Atom) -> Atom | None:
-    """The run of `first` and then `second`, or None where the second does not go on where the first ends."""
+    """The run of `first` and then `second`, or None where the second does not start where the first ends."""
     if replace(first, size=1, base=0, offset=0, also=frozenset()) != replace(
         second, size=1, base=0, offset=0, also=frozenset()
     ):
@@ -253,7 +266,7 @@ def _follow(first: Atom, second: Atom) -> Atom | None:
 def _paired(
     join: Callable[[Atom, Atom], Atom | None], left: frozenset[Atom], right: frozenset[Atom]
 ) -> frozenset[Atom] | None:
-    """Claims of two neighbours joined one by one, or None where they do not all have a partner."""
+    """Claims of two neighbours, joined in pairs, or None where one has no partner."""
     if len(left) != len(right):
         return None
     joined = frozenset(both for a in left for b in right if (both := join(a, b)) is not None)
@@ -269,7 +282,7 @@ def _run(atom: Atom, start: int, size: int) -> Atom:
 
 
 def joined(label: Iterable[Factor]) -> Label:
-    """A label in which neighbours that are the outer and inner part of one axis are that axis again."""
+    """A label whose neighbours are joined where they are the outer and inner part of one run."""
     done: list[Factor] = []
     for factor in label:
         last = done[-1] if done else None
@@ -292,7 +305,7 @@ def reshape(labels: Sequence[Label], old: Sequence[int], new: Sequence[int]) -> 
         return [fresh(size) for size in new]
     result: list[Label] = []
     i = 0
-    pending: list[Factor] = []  # factors of consumed old dimensions not yet given to a new one
+    pending: list[Factor] = []  # factors of consumed old dimensions that no new one has yet
     for position, size in enumerate(new):
         while not pending and i < len(old) and old[i] == 1 != size:
             i += 1
@@ -323,7 +336,7 @@ def reshape(labels: Sequence[Label], old: Sequence[int], new: Sequence[int]) -> 
 def _reshape_rest(
     labels: Sequence[Label], old: Sequence[int], new: Sequence[int], position: int
 ) -> list[Label]:
-    """Fresh labels from new dimension `position` on, up to where old and new boundaries meet again."""
+    """Labels from new dimension `position` on: unknown ones up to the point where old and new boundaries meet."""
     done = math.prod(new[:position])
     old_ends = {math.prod(old[: i + 1]): i + 1 for i in range(len(old))}
     for end in range(position, len(new)):
@@ -336,7 +349,7 @@ def _reshape_rest(
 
 
 def cat(labels: Sequence[Label]) -> Label:
-    """The label of a concatenation; slices of one thing laid end to end become that thing again."""
+    """The label of a concatenation; neighbouring slices of one label become that label again."""
     parts: list[Label] = []
     for label in labels:
         nested = label[0].parts if len(label) == 1 and isinstance(label[0], Cat) else (label,)
@@ -386,7 +399,7 @@ def cut(label: Label, start: int, stop: int) -> Label:
 
 
 def pick(label: Label, index: int) -> list[Atom]:
-    """Where position `index` of a dimension lies: a run of one position along each of its axes, the outer first."""
+    """The place of position `index`: a run of one position along each axis of the dimension, the outer first."""
     found: list[Atom] = []
     for factor in reversed(label):
         index, at = divmod(index, factor.size)
@@ -405,9 +418,10 @@ def pick(label: Label, index: int) -> list[Atom]:
 
 
 def merge(a: Label, b: Label) -> Label:
-    """The label of a dimension where two tensors meet element by element: what either one says, while they agree.
+    """The label of a dimension where two tensors meet element by element: the claims of both, if they agree.
 
-    A convolution's axes say where a token lies, whatever else is there: of these the first are kept, alone.
+    The axes of a convolution alone fix the place of a token, so they are kept without other claims. Of two
+    convolutions the axes of the first are kept.
     """
     if a == b or (is_blank(b) and _rank(a) >= _rank(b)):
         return a if a else b
@@ -421,15 +435,15 @@ def merge(a: Label, b: Label) -> Label:
     kinds = [{atom.source.kind for atom in atoms(label)} for label in (a, b)]
     best = max(_rank(a), _rank(b))
     if best != _CONV or all(kind & {"conv", "position"} for kind in kinds):
-        return unknown(length(a), a, b)  # they say different things about where the tokens lie
+        return unknown(length(a), a, b)  # the labels disagree about the place of the tokens
     return a if _rank(a) == best else b
 
 
 def either(a: Label, b: Label) -> Label:
-    """The label that holds of two tensors which lie in one from now on, side by side: what both say.
+    """The label of a dimension of two tensors that are joined along another dimension: the claims that both make.
 
-    Batches of two inputs are taken to be one batch, and the axes of two videos (latents and their mask, whose
-    channels are joined) to be those of one.
+    Batches of two inputs count as one batch, and the axes of two videos (latents and their mask, whose channels are
+    joined) as the axes of one.
     """
     if a == b or is_blank(b):
         return a if a else b
@@ -442,7 +456,7 @@ def either(a: Label, b: Label) -> Label:
 
 
 def _elsewhere(a: Label, b: Label, pairs: "list[tuple[_Piece, _Piece]]") -> bool:
-    """Whether one label has nothing to say where the other claims an axis which it has itself, elsewhere."""
+    """Whether one label is blank where the other claims an axis that the first has at another place."""
     return any(
         (is_blank((x.factor,)) and axes_of((y.factor,)) & axes_of(a))
         or (is_blank((y.factor,)) and axes_of((x.factor,)) & axes_of(b))
@@ -451,7 +465,7 @@ def _elsewhere(a: Label, b: Label, pairs: "list[tuple[_Piece, _Piece]]") -> bool
 
 
 def implies(label: Label, other: Label) -> bool:
-    """Whether all that `other` claims of its positions `label` claims of the same."""
+    """Whether `label` makes every claim of `other`, about the same positions."""
     if label == other:
         return True
     pairs = aligned(label, other)
@@ -465,14 +479,14 @@ def _rank(label: Label) -> int:
 
 
 class _Piece(NamedTuple):
-    """A factor, and what it says: less than it did, where it had to be cut to meet the other label's."""
+    """A factor and its rank, which is lower where the factor was cut to meet the other label's."""
 
     factor: Factor
     rank: int
 
 
 def aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
-    """Both labels cut into factors of equal sizes, or None where they do not divide each other."""
+    """Both labels cut into factors of equal sizes, or None where their sizes do not divide each other."""
     left, right = ([_Piece(factor, _rank((factor,))) for factor in _proper(label)] for label in (a, b))
     pairs = []
     while left and right:
@@ -511,9 +525,8 @@ def _meet(a: _Piece, b: _Piece) -> Label:
     if run.source.kind not in ("input", "position", "weight"):
         rank = a.rank if x is run else b.rank
         ranks = [_rank(part) for part in parts_of.parts]
-        if rank > max(ranks) or rank < min(
-            ranks
-        ):  # else part by part: a known text does not speak for the rest
+        # Otherwise part by part: a known text says nothing about the rest.
+        if rank > max(ranks) or rank < min(ranks):
             return (run,) if rank > max(ranks) else (parts_of,)
     starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
     met = [
@@ -524,7 +537,7 @@ def _meet(a: _Piece, b: _Piece) -> Label:
 
 
 def _meet_atoms(best: Atom, other: Atom) -> Label:
-    """What two runs along axes say together, of which the first says as much as the second at least."""
+    """The claims of two runs together; the rank of the first is not below that of the second."""
     if other.blank:
         return (best,)
     if any(_clash(p, q) for p in best.claims for q in other.claims):
@@ -533,20 +546,20 @@ def _meet_atoms(best: Atom, other: Atom) -> Label:
         return (best,)
     claims = [*best.also, *other.claims]
     also = {claim for claim in claims if claim.source.kind in ("input", "position")}
-    if best.source.kind == "input":  # of tokens that are not known, it keeps which they are
+    if best.source.kind == "input":  # of unknown tokens it keeps their identity
         also |= set([claim for claim in claims if claim.source.kind in ("opaque", "part")][:1])
     return (replace(best, also=frozenset(also - {replace(best, also=frozenset())})),)
 
 
 def _clash(x: Atom, y: Atom) -> bool:
-    """Whether two claims are of one thing in two orders: then what meets has no order."""
+    """Whether two claims have one origin in two orders: then the result of the meeting has no order."""
     if x.source is y.source:
         return x != y
     return y.axis in x.source.roots or x.axis in y.source.roots
 
 
 def precedence(atom: Atom) -> tuple[int, int, int]:
-    """Orders claims: what says most first, then what has more dimensions, then the older one."""
+    """Orders claims: the highest rank first, then the source with most dimensions, then the oldest source."""
     return -atom.rank, -len(atom.source.sizes), atom.source.serial
 
 
@@ -568,7 +581,7 @@ def _share(x: Factor, y: Factor) -> Label:
 
 
 def _twins(x: Atom, y: Atom) -> bool:
-    """Whether two claims are alike but for the input they are of: its batch, or an axis of two videos."""
+    """Whether two claims differ only in their input, and are of the batches of both or of axes of two videos."""
     inputs = x.source.kind == y.source.kind == "input" and x.source is not y.source
     videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4
     alike = replace(x, source=y.source, dim=y.dim) == y
@@ -585,7 +598,7 @@ def _covers(x: Factor, y: Factor) -> bool:
 
 
 def common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
-    """Both concatenations cut where either one is; None if that would cut through more than one axis."""
+    """Both concatenations cut at the boundaries of both; None if a cut would divide a part of several factors."""
     ends = [list(itertools.accumulate(map(length, factor.parts))) for factor in (x, y)]
     edges = sorted({0, *ends[0], *ends[1]})
     for factor, own in zip((x, y), ends, strict=True):

@@ -1,7 +1,7 @@
-"""What a write to memory leaves of the labels of all tensors that share it.
+"""The effect of a write to memory on the labels of all tensors that share it.
 
-A write is followed by the memory it reaches, not by the tensors that use its result. Whatever is not proved to be
-where it was is no longer known, in every tensor of that memory: views taken before, views taken later, the base.
+A write is followed through the memory that it reaches, not through the tensors that use its result. A claim that is
+not proved to hold still is dropped in every tensor of that memory: views taken before, views taken later, the base.
 """
 
 import math
@@ -29,36 +29,40 @@ from sparsify_compiler.passes.axes import (
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a tensor."""
+    """Everything known about a tensor."""
 
     labels: Sequence[Label]
-    """Of its dimensions."""
+    """One for each dimension."""
     taken: frozenset[Atom] = frozenset()
-    """Positions that its tokens were taken from, along axes that it does not have: of any of them."""
+    """Positions from which any of its tokens were taken, along axes that it does not have."""
     fixed: frozenset[Atom] = frozenset()
-    """Those of all of them."""
+    """Positions from which all of its tokens were taken, along such axes."""
     constant: bool = False
     """Whether nothing in it comes from an input."""
 
     @property
     def axes(self) -> set[Axis]:
-        """Every axis that anything of it lies along, or did."""
+        """Every axis along which anything in it lies, or lay."""
         runs = [*self.taken, *(run for label in self.labels for run in atoms(label))]
         return {axis for run in runs for claim in run.claims for axis in (claim.axis, *claim.source.roots)}
 
 
 class Write:
-    """Turns labels of the memory that was written to into what they are afterwards.
+    """Turns labels of memory before a write into labels after it.
 
-    A claim holds still where the memory written to was known to lie along that axis, and what was written lies at
-    the same places of it; or where it speaks of another part of a concatenation; or where what was there took part
-    in what was written, and nothing else that has the axis. A dimension that was blank takes the label of what was
-    written there.
+    A claim holds still in three cases. The target was known to lie along that axis, and the new elements lie at the
+    same places of it. The claim is about another part of a concatenation. The old elements took part in the new
+    ones, and no other operand has the axis. A blank dimension takes the label of the elements written there.
     """
 
     def __init__(self, before: Known, after: Known, *, others: Iterable[Known] | None = None) -> None:
-        """`before`: of the tensor written through. `after`: of what it holds now, which was made of what it held
-        and of `others`, element by element; of nothing that it held, if None."""
+        """Compare the target before and after the write.
+
+        Args:
+            before: everything known about the tensor through which the operator writes.
+            after: everything known about its new elements.
+            others: the operands that met the old elements, element by element; None if the new ones replace them.
+        """
         replaced = others is None
         self._brought = {axis for other in others or () for axis in other.axes}
         self._replaced = replaced
@@ -91,20 +95,20 @@ class Write:
         self._blank = still | {blank.source for blank, _ in self._fills}
 
     def after(self, label: Label) -> Label:
-        """A label of the memory, of more or less of it, after the write."""
+        """The label, after the write, of a dimension of any tensor that shares the memory."""
         label = joined([factor for old in self._unmixed(label) for factor in self._kept(old)])
         for blank, by in self._fills:
             label = _fill(label, blank, by)
         return label
 
     def holds(self, claim: Atom) -> bool:
-        """Whether what all of the memory was known to lie along it still does."""
+        """Whether a claim about all of the memory still holds."""
         if claim.axis in self._complete or not (self._replaced or claim.axis in self._brought):
             return True
         return any(_digit(one) == _digit(claim) for one in self._proved.get(claim.axis, ()))
 
     def _unmixed(self, label: Label) -> Label:
-        """The label without what now is in part of another video of the batch than the rest of it."""
+        """The label, or an unknown one if a part of it now has another video of the batch than the rest."""
         if len(label) == 1 and isinstance(label[0], Cat):
             return cat([self._unmixed(part) for part in label[0].parts])
         axes = {run.axis for run in atoms(label)}
@@ -122,7 +126,7 @@ class Write:
                     for part, own in zip(factor.parts, axes, strict=True)
                 ]
             )
-        if factor.blank:  # where another dimension was written in part, its order is not known
+        if factor.blank:  # its order is unknown where another dimension was written in part
             return (factor,) if factor.source in self._blank else unknown(factor.size, *self._written)
         kept = sorted(filter(self.holds, factor.claims), key=precedence)
         if not kept:
@@ -160,7 +164,7 @@ def _by_axis(claims: Iterable[Atom]) -> dict[Axis, set[Atom]]:
 
 
 def _determine(claims: Iterable[Atom]) -> bool:
-    """Whether these runs along one axis tell a position on it, all together."""
+    """Whether these runs along one axis together determine a position on it."""
     known = 1  # the position is known modulo this
     for claim in sorted(claims, key=lambda claim: claim.stride):
         if claim.stride > known:
@@ -172,12 +176,12 @@ def _determine(claims: Iterable[Atom]) -> bool:
 
 
 def _digit(claim: Atom) -> tuple[int, int, int | None]:
-    """What of a position on its axis a run tells, wherever it starts and ends."""
+    """The part of a position on its axis that a run determines, wherever the run starts and ends."""
     return claim.stride, claim.base % claim.stride if claim.extent is None else claim.base, claim.extent
 
 
 def _fills(target: Label, written: Label) -> list[tuple[Atom, Label]]:
-    """(blank run of `target`, what was written there), for every one that gets to say something."""
+    """(blank run of `target`, label written there), for every blank run that gets a label."""
     found: list[tuple[Atom, Label]] = []
     for factor, by in _grouped(target, written):
         if isinstance(factor, Atom):
@@ -189,7 +193,7 @@ def _fills(target: Label, written: Label) -> list[tuple[Atom, Label]]:
 
 
 def _grouped(target: Label, written: Label) -> list[tuple[Factor, Label]]:
-    """Every factor of one label with those of another that lie in its place; as far as they do."""
+    """Every factor of one label with the factors of another in its place, as far as sizes agree."""
     rest, groups = list(written), []
     for factor in target:
         group: list[Factor] = []
@@ -202,7 +206,7 @@ def _grouped(target: Label, written: Label) -> list[tuple[Factor, Label]]:
 
 
 def _fill(label: Label, blank: Atom, by: Label) -> Label:
-    """`label` after the run `blank` got another label: all of that run in it, or a part."""
+    """`label` with `by` in place of the run `blank`, of which it has all or a part."""
     done: list[Factor] = []
     for factor in label:
         if isinstance(factor, Cat):
@@ -219,7 +223,7 @@ def _fill(label: Label, blank: Atom, by: Label) -> Label:
 
 
 def _overlaid(run: Atom, blank: Atom, by: Label) -> Label:
-    """A plain run with `by` in place of that part of it which lies in `blank`."""
+    """A plain run with `by` in place of its part inside `blank`."""
     start = min(max(blank.base - run.base, 0), run.size)
     stop = min(max(blank.base + blank.size - run.base, start), run.size)
     if start == stop:

@@ -1,45 +1,41 @@
-"""Establish what the tokens of every captured site are, by following them through the graph.
+"""Find the layout of the tokens of every captured site, by following them through the graph.
 
     before   attention(q, k, v, m, scale)     meta["site"]
     after    the same                         meta["site"] with its kind, meta["layout"]: TokenLayout
 
-The graph runs on fake tensors whose dimensions carry axis labels (`axes.py`, `axis_rules.py`). At each site the
-label of the query's sequence dimension says which axes its tokens run over, in which order, and what else is
-in the sequence. No decision looks at a name, and none rests on sizes that happen to match.
+`following.py` runs the graph on fake tensors whose dimensions carry labels (`axes.py`). At each site the label of
+the query's sequence dimension shows the axes of its tokens, their order, and the other tokens of the sequence. No
+decision uses a name, and none rests on sizes that happen to match.
 
 Three axes of a sequence are the time, rows and columns of one video if
 
-1. *whole*: each runs over all its positions: it is no window, and nothing was cut off after patches were made;
-2. *one input*: all three come from one input of the graph, by convolutions or as they are; or a mesh of positions
+1. *whole*: each runs over all its positions: it is no window, and nothing is cut off after patches are made;
+2. *one input*: all three come from one input of the graph, directly or through convolutions; or a mesh of positions
    divides one axis of an input among them;
 3. *order*: they lie in the order in which that input has them;
-4. *not the batch*: none is the first dimension of that input, and no weights sum over it;
-5. *channels*: weights were multiplied into every other dimension of the input but the first, over these three, so
-   that it is none of them that holds channels;
+4. *not the batch*: none is the first dimension of that input, and no weights sum over that dimension;
+5. *channels*: weights are multiplied into every other dimension of the input except the first, at every position of
+   these three, so none of the three holds channels;
 
-and queries and keys are of the same tokens if
+and queries and keys are the same tokens if
 
 6. *same axes*: their sequences run over the same axes in the same order;
-7. *same videos*: so does what they have of the batch, and no sequence has tokens of two of its videos.
+7. *same videos*: their batches run over the same videos, and no sequence has tokens of two videos of the batch.
 
-`_not_one_video` checks the first five, `_not_the_same` and `_of_several_videos` the others. Time, rows and
-columns themselves are told apart by their order alone: no graph tells more. What became of tokens before a
-graph break is not in the graph after it: a mesh of positions that is added there is believed.
+`_not_one_video` checks the first five, `_not_the_same` and `_of_several_videos` the others. Only their order
+distinguishes time, rows and columns, since a graph shows nothing else. A graph does not show the history
+of tokens before a graph break: a mesh of positions added after the break is believed.
 """
 
 import itertools
-import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import fx
 
-from sparsify_compiler import _torch
 from sparsify_compiler.errors import GridError
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -48,20 +44,19 @@ from sparsify_compiler.passes.axes import (
     Label,
     Source,
     atoms,
-    axis,
     fresh,
     is_blank,
     joined,
     length,
     share_axis,
 )
-from sparsify_compiler.passes.axis_rules import AxisTracker, Embedding
+from sparsify_compiler.passes.axis_tracker import Embedding
 from sparsify_compiler.passes.axis_writes import Known
-from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import body_of, modules, sizes_of, strides_of, written_by
+from sparsify_compiler.passes.capture import attention_nodes
+from sparsify_compiler.passes.following import Site, follow
+from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
-log = logging.getLogger(__name__)
 Grid = tuple[int, int, int]
 Text = tuple[int, int]
 Read = tuple[SiteKind, TokenLayout]
@@ -75,26 +70,10 @@ _TEXT_HINT = " Where other tokens come before or after the video, give options={
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
 
 
-class Site(NamedTuple):
-    """What is known of an attention's query [B, H, Sq, D] and key [B, Hkv, Sk, D]."""
-
-    query: Known
-    key: Known
-
-
 def _unseen(site: AttentionSite) -> Site:
-    """Of an attention whose tokens could not be followed."""
+    """A site whose tokens could not be followed."""
     query, key = ([(), (), fresh(tokens), ()] for tokens in (site.q_tokens, site.kv_tokens))
     return Site(Known(query), Known(key))
-
-
-class Followed(NamedTuple):
-    """What became of a graph's axes."""
-
-    sites: dict[fx.Node, Site]
-    """Every captured site that the graph reaches."""
-    inputs: dict[fx.Node, Source]
-    embeddings: set[Embedding]
 
 
 def infer_layouts(
@@ -103,10 +82,11 @@ def infer_layouts(
     """Give every captured site its kind and layout; see the module's picture.
 
     Args:
-        grid: (frames, height, width) from the user: it replaces what is inferred, for every attention whose queries
+        grid: (frames, height, width) from the user. It replaces the inferred grid of every attention whose queries
             and keys are that many tokens, or have a part of that many, unless the graph shows that they are not
             the same tokens in that order.
-        text: (before, after), beside `grid`: sequences may have as many other tokens before and after the video.
+        text: (before, after), only with `grid`: numbers of other tokens that a sequence may have before and after
+            the video.
 
     Raises:
         GridError: no attention of the graph can have the grid.
@@ -114,7 +94,7 @@ def infer_layouts(
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
     if not nodes:
         return gm
-    followed = _follow(gm)
+    followed = follow(gm)
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -132,7 +112,7 @@ def infer_layouts(
 
 
 def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
-    """Kind and layout of a site."""
+    """Kind and layout of a site, from its labels."""
     query, key = site.query.labels[2], site.key.labels[2]
     tokens = length(query)
     if why := _not_the_same(site):
@@ -141,7 +121,7 @@ def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
         )
         return kind, TokenLayout(tokens=tokens, reason=why)
     if _of_several_videos(site.query):
-        return "self", TokenLayout(tokens=tokens, reason="its tokens are of several videos of the batch")
+        return "self", TokenLayout(tokens=tokens, reason="its tokens belong to several videos of the batch")
     parts = _parts(query)
     grids = [_grid_of(part, embeddings) for part in parts]
     clips = [i for i, (grid, _) in enumerate(grids) if grid is not None and grid[0] > 1]
@@ -150,7 +130,7 @@ def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
     candidates = [i for i in candidates if length(parts[i]) == largest]
     if len(candidates) != 1:
         reason = (
-            "several video grids of one size in its sequence" if candidates else grids[_largest(parts)][1]
+            "its sequence has several video grids of one size" if candidates else grids[_largest(parts)][1]
         )
         return "self", TokenLayout(tokens=tokens, reason=reason)
     at = candidates[0]
@@ -163,7 +143,7 @@ def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
 
 
 def place_grid(site: Site, embeddings: Iterable[Embedding], grid: Grid, text: Text | None) -> Read | None:
-    """Kind and layout with the user's grid; None where it does not fit, or the graph shows that it is wrong."""
+    """Kind and layout with the user's grid; None if it does not fit, or if the graph shows that it is wrong."""
     query, key = site.query.labels[2], site.key.labels[2]
     tokens, video = length(query), math.prod(grid)
     places = []
@@ -198,23 +178,23 @@ def _largest(parts: Sequence[Label]) -> int:
 
 
 def _not_the_same(site: Site) -> str:
-    """Why the keys are not the tokens of the queries, or ""; conditions 6 and 7 of the module."""
+    """The reason why keys are not the tokens of the queries, or ""; conditions 6 and 7 of the module."""
     query, key = site
     if query.labels[2] != key.labels[2]:
         return "keys are not the tokens of the queries"
     if not _same_videos(query, key):
-        return "keys are of other videos of the batch than the queries"
+        return "keys belong to other videos of the batch than the queries"
     return ""
 
 
 def _same_videos(query: Known, key: Known) -> bool:
-    """Whether queries and keys are of the same videos of their batches, wherever the graph tells of any."""
+    """Whether queries and keys belong to the same videos of their batches, where the graph shows videos."""
     told = _inputs(query.labels[2]) | (_batches(query) & _batches(key))
     return _batch(query, told) == _batch(key, told)
 
 
 def _of_several_videos(known: Known) -> bool:
-    """Whether tokens were taken from more positions along the batch of an input than there are sequences."""
+    """Whether tokens are taken from more positions along the batch of an input than there are sequences."""
     inputs = _inputs(known.labels[2])
     places: dict[Axis, set[int]] = {}
     for claim in itertools.chain.from_iterable(run.claims for run in known.taken):
@@ -229,14 +209,14 @@ def _laid(known: Known) -> list[Atom]:
 
 
 def _batches(known: Known) -> set[Source]:
-    """The inputs of whose batches a query or key has something."""
+    """The inputs from whose batches a query or key has any tokens."""
     runs = [*_laid(known), *known.taken]
     return {claim.source for run in runs for claim in run.claims if claim.of_batch}
 
 
 def _batch(known: Known, inputs: set[Source]) -> tuple[list[frozenset[Atom]], set[frozenset[Atom]]]:
-    """The runs of a query or key along batches, in order, and the positions on batches that it was taken from; of
-    inputs, only these."""
+    """(runs of a query or key along batches, in order; positions on batches from which it was taken). Batches of
+    other inputs than these do not count."""
 
     def along(runs: Iterable[Atom]) -> list[frozenset[Atom]]:
         claims = [
@@ -253,7 +233,8 @@ def _batch(known: Known, inputs: set[Source]) -> tuple[list[frozenset[Atom]], se
 
 
 def _contradicted(site: Site, embeddings: Iterable[Embedding], before: int, after: int) -> bool:
-    """Whether the graph shows that queries and keys are not the same tokens, or not a video there in its order."""
+    """Whether the graph shows that queries and keys are different tokens, or that the tokens between the first
+    `before` and the last `after` are no row-major video."""
     query, key = site.query.labels[2], site.key.labels[2]
     if query == key:
         if _not_the_same(site):
@@ -267,7 +248,7 @@ def _contradicted(site: Site, embeddings: Iterable[Embedding], before: int, afte
 
 
 def _moved(query: Label, key: Label) -> bool:
-    """Whether one of two sequences was made from the other's tokens in a way that labels cannot tell."""
+    """Whether one of two sequences was made of the other's tokens in a way that labels cannot express."""
     sides = [(query, key), (key, query)]
     return any(
         claim.source.roots & {known.axis for known in _claims(other)}
@@ -277,7 +258,7 @@ def _moved(query: Label, key: Label) -> bool:
 
 
 def _may_be_a_video(label: Label, start: int, stop: int) -> bool:
-    """Whether nothing speaks against a video, row-major, at positions `start` to `stop` of a sequence."""
+    """Whether nothing contradicts a row-major video at positions `start` to `stop` of a sequence."""
     at = 0
     for part in _parts(label):
         end = at + length(part)
@@ -291,13 +272,13 @@ def _may_be_a_video(label: Label, start: int, stop: int) -> bool:
         elif max(at, start) < min(end, stop) and any(
             run.source.kind in ("conv", "lost") for run in atoms(part)
         ):
-            return False  # it begins or ends within what is one video by itself
+            return False  # it begins or ends inside one video
         at = end
     return True
 
 
 def _known(label: Label, embeddings: Iterable[Embedding]) -> bool:
-    """Whether a sequence is of tokens that the graph makes of its inputs, and does not just get."""
+    """Whether the graph makes all tokens of a sequence from its inputs, and gets none as they are."""
     made = {run.axis for embedding in embeddings for run in embedding.kept}
     return all(
         any(claim.source.kind == "conv" or claim.axis in made for claim in run.claims) for run in atoms(label)
@@ -308,10 +289,10 @@ def _known(label: Label, embeddings: Iterable[Embedding]) -> bool:
 
 
 def _grid_of(part: Label, embeddings: Iterable[Embedding]) -> tuple[Grid | None, str]:
-    """((frames, height, width), how it is known) of a part of a sequence, or (None, why not)."""
+    """((frames, height, width), source of the grid) of a part of a sequence, or (None, reason)."""
     axes = [run for run in part if isinstance(run, Atom)]
     if len(axes) < len(part):
-        return None, "its tokens are laid out in runs of different kinds"
+        return None, "its tokens lie in runs of different kinds"
     convolved = [run for run in axes if run.source.kind == "conv"]
     if convolved and any(run.extent is not None for run in axes):
         return None, "attends within windows of the grid"
@@ -336,7 +317,7 @@ def _grid_of(part: Label, embeddings: Iterable[Embedding]) -> tuple[Grid | None,
 
 
 def _how(axes: Sequence[Atom]) -> str:
-    """How a grid is known."""
+    """The source of a grid, in words."""
     kinds = [run.source.kind for run in axes]
     if kinds[-1] == "conv":
         volumes = kinds[0] == "conv"
@@ -349,9 +330,9 @@ def _how(axes: Sequence[Atom]) -> str:
 
 
 def _not_one_video(axes: Sequence[Atom], embeddings: Iterable[Embedding]) -> str:
-    """Why axes are not the time, rows and columns of one video, or ""; conditions 1 to 5 of the module.
+    """The reason why axes are not the time, rows and columns of one video, or ""; conditions 1 to 5 of the module.
 
-    An axis of length 1 is not among them.
+    Axes of length 1 are left out.
     """
     origins = [_origins(run) for run in axes]
     sources = set.intersection(*({run.source for run in runs} for runs in origins))
@@ -365,7 +346,7 @@ def _not_one_video(axes: Sequence[Atom], embeddings: Iterable[Embedding]) -> str
 
 
 def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -> str:
-    """The same for runs along axes of one input: conditions 3 to 5, and of 1 what concerns the input."""
+    """The reason for runs along axes of one input, or ""; conditions 3 to 5, and the part of 1 about the input."""
     if not all(itertools.starmap(_in_order, itertools.pairwise(pieces))):
         return _ORDER
     source, runs = pieces[0].source, atoms(joined(pieces))
@@ -380,13 +361,13 @@ def _not_of_one_input(pieces: Sequence[Atom], embeddings: Iterable[Embedding]) -
 
 
 def _sums_videos(source: Source, dims: set[int], embedding: Embedding) -> bool:
-    """Whether weights sum over the videos of a batch, of an input whose grid has these dimensions."""
-    has_batch = len(dims) + 1 < len(source.sizes)  # else the first dimension is that of channels
+    """Whether weights sum over the batch of an input whose grid has these dimensions."""
+    has_batch = len(dims) + 1 < len(source.sizes)  # else the first dimension is channels
     return has_batch and any(run.source is source and run.dim == 0 for run in embedding.summed)
 
 
 def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
-    """Whether an embedding makes patches that lie along these runs of one input, of its channels; condition 5."""
+    """Whether an embedding sums over channels of an input into patches along these runs of it; condition 5."""
     source = pieces[0].source
     kept, summed = (
         {run for run in runs if run.source is source} for runs in (embedding.kept, embedding.summed)
@@ -404,24 +385,24 @@ def _are_patches(pieces: Sequence[Atom], embedding: Embedding) -> bool:
 
 
 def _outer_first(runs: Iterable[Atom]) -> list[Atom]:
-    """Runs along one axis, joined where they are its outer and inner parts."""
+    """Runs along one axis, the outer first, joined where they are the outer and inner part of one run."""
     ordered = sorted(runs, key=lambda run: -run.stride)
     return atoms(joined(ordered))
 
 
 def _plain(*runs: Atom) -> bool:
-    """Whether this is one run of neighbouring positions."""
+    """Whether there is one run, of neighbouring positions."""
     return len(runs) == 1 and runs[0].stride == 1 and runs[0].extent is None
 
 
 def _in_order(first: Atom, second: Atom) -> bool:
-    """Whether one run along an input's axes is further out than another, where both are of one axis the next."""
+    """Whether one run along an input's axes lies further out than another; on one axis, directly outside it."""
     return first.dim < second.dim or len(joined((first, second))) == 1
 
 
 def _origins(run: Atom) -> list[Atom]:
-    """The runs along axes of inputs that an axis is of, through convolutions, whatever they pad; none where any
-    part of it is of something else."""
+    """The runs along axes of inputs from which a run comes, through convolutions and their padding; none if any
+    part of it comes from another source."""
     if run.source.kind != "conv":
         return [claim for claim in run.claims if claim.source.kind == "input"]
     parts = [part for part in _parts(run.source.of[2 + run.dim]) if not all(map(_is_padding, atoms(part)))]
@@ -436,7 +417,7 @@ def _is_padding(run: Atom) -> bool:
 
 
 def _claims(label: Label) -> Iterator[Atom]:
-    """Every axis that a label claims, and those that convolutions made them of."""
+    """Every claim of a label, and of the labels from which convolutions made it."""
     for run in atoms(label):
         yield from run.claims
         for of in run.source.of:
@@ -444,8 +425,8 @@ def _claims(label: Label) -> Iterator[Atom]:
 
 
 def _lengths(label: Label) -> Iterator[Atom]:
-    """Every axis that a label's lengths come from: of a convolution's input the axes that it runs along, not its
-    batch and channels."""
+    """Every claim from which a label has its lengths: of a convolution's input only the axis along which the run
+    lies, not batch and channels."""
     for run in atoms(label):
         yield from run.claims
         if run.source.of:
@@ -453,13 +434,13 @@ def _lengths(label: Label) -> Iterator[Atom]:
 
 
 def _inputs(label: Label) -> set[Source]:
-    """The inputs that a label's axes come from."""
+    """The inputs from which a label's axes come."""
     axes = {pair for claim in _claims(label) for pair in (claim.axis, *claim.source.roots)}
     return {source for source, _ in axes if source.kind == "input"}
 
 
 def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None:
-    """Raise GridError where an attention could be meant by the user's grid and none has it."""
+    """Raise GridError if the user's grid may be meant for some attention and no attention gets it."""
     found = [(node.meta["site"], node.meta["layout"]) for node in nodes]
     counts = {math.prod(grid), math.prod(grid) + sum(text or ())}
     fitting = [layout for site, layout in found if site.q_tokens == site.kv_tokens in counts]
@@ -471,7 +452,7 @@ def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None
     if fitting:
         raise GridError(
             f"grid must be that of tokens that attend to themselves, frame by frame and row by row: got {grid}, "
-            f"but of the attention over as many tokens the graph shows: {fitting[0].reason}.{hint}"
+            f"but the graph shows about the attention over that many tokens: {fitting[0].reason}.{hint}"
         )
     tokens = ", ".join(str(n) for n in sorted({layout.tokens for layout in meant}))
     others = "" if text is None else f" and {sum(text)} others"
@@ -482,11 +463,11 @@ def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None
 
 
 def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterable[Label]) -> None:
-    """Fix the sizes that the layouts rest on, so that Dynamo guards on them: no two grids share a program.
+    """Fix the sizes on which the layouts rest, so that Dynamo guards on them: no two grids share a program.
 
-    These are all but the batch of inputs with four dimensions or more (videos, masks), of others the axes that
-    are found among the tokens, and where positions tell the grid every number that is an input. A batch, or the
-    length of a prompt elsewhere in the model, stays free.
+    These are all sizes except the batch of inputs with four dimensions or more (videos, masks), and of other inputs
+    the axes found among the tokens. Where positions give the grid, every number among the inputs is fixed too. A
+    batch, or the length of a prompt elsewhere in the model, stays free.
     """
     claims = {claim for label in used for claim in _lengths(label)}
     by_positions = any(claim.source.kind == "position" for claim in claims)
@@ -500,145 +481,3 @@ def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterabl
             for dim, size in enumerate(value.shape):
                 if (len(value.shape) >= 4 and dim > 0) or (inputs[node], dim) in axes:
                     int(size)
-
-
-# Following the graph
-
-
-def _follow(gm: fx.GraphModule) -> Followed:
-    """Run a graph on fake tensors with labels."""
-    grad_enabled = torch.is_grad_enabled()
-    tracker = AxisTracker()
-    followed = Followed({}, {}, tracker.embeddings)
-    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = _stand_ins([node.meta.get("example_value") for node in placeholders])
-        with tracker:
-            for node, value in zip(placeholders, values, strict=True):
-                if isinstance(value, Tensor):
-                    kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
-                    source = followed.inputs[node] = Source(kind, tuple(value.shape))
-                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
-            _Follower(gm, tracker, followed.sites).run(*values)
-    torch.set_grad_enabled(grad_enabled)
-    return followed
-
-
-def _stand_ins(values: Sequence[Any]) -> list[Any]:
-    """`_static` of a graph's inputs, which share memory where these do."""
-    stand_ins = [_static(value) for value in values]
-    sharing: dict[int, list[int]] = {}
-    for i, (value, one) in enumerate(zip(values, stand_ins, strict=True)):
-        if isinstance(one, Tensor) and (storage := _torch.storage_of(value)) is not None:
-            sharing.setdefault(storage, []).append(i)
-    for group in sharing.values():
-        offsets = [_torch.hint(values[i].storage_offset()) for i in group]
-        if len(group) > 1 and None not in offsets:
-            _share(stand_ins, group, offsets)
-    return stand_ins
-
-
-def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> None:
-    """Lay tensors, whose numbers are given, into one memory, at these offsets in elements."""
-    spans = [
-        (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)))
-        * bool(t.numel())
-        for t in (tensors[i] for i in group)
-    ]
-    ends = [
-        (offset + span) * tensors[i].itemsize for i, offset, span in zip(group, offsets, spans, strict=True)
-    ]
-    memory = torch.empty(max(ends), dtype=torch.uint8, device=tensors[group[0]].device)
-    for i, offset, end in zip(group, offsets, ends, strict=True):
-        t = tensors[i]
-        tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
-
-
-class _Unknown:
-    """A value that could not be followed; what is written to it may reach any of the tensors it was made of."""
-
-    def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
-        self.made_of = made_of
-
-
-def _behind(values: Any) -> list[Tensor]:
-    """The tensors among values, and those that unknown ones were made of."""
-    found: list[Tensor] = []
-    for leaf in torch.utils._pytree.tree_leaves(values):
-        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
-    return found
-
-
-def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
-    """A value Dynamo recorded, on sizes that are plain integers; `_Unknown` where that can't be had."""
-    if isinstance(value, torch.SymInt):
-        size = _torch.hint(value)
-        return _Unknown(made_of) if size is None else size
-    if isinstance(value, (tuple, list)):
-        return type(value)(_static(item, made_of) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    sizes = sizes_of(value)
-    if sizes is None:
-        return _Unknown(made_of)
-    strides = strides_of(value) or torch.empty(sizes, dtype=value.dtype, device="meta").stride()
-    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
-
-
-class _Follower(fx.Interpreter):
-    """Runs a graph under an `AxisTracker`, into the bodies of higher-order operators; never raises."""
-
-    def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
-        super().__init__(gm)
-        self.tracker, self.found = tracker, found
-        self._results = {node.meta["result"] for node in attention_nodes(gm)}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = self._value(n)
-        return self._as_recorded(n, value) if n in self._results else value
-
-    def _as_recorded(self, n: fx.Node, value: Any) -> Any:
-        """What attention returns, with the strides that Dynamo recorded: they decide what later is a view of it."""
-        recorded = n.meta.get("example_value")
-        strides = strides_of(recorded) if isinstance(recorded, Tensor) else None
-        if strides is None or not isinstance(value, Tensor) or value.stride() == strides:
-            return value
-        out = value.new_empty_strided(value.shape, strides)
-        self.tracker.put(out, self.tracker.known(value))
-        return out
-
-    def _value(self, n: fx.Node) -> Any:
-        if n.op in ("placeholder", "output"):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, _Unknown) for leaf in leaves):
-            return self._recorded(n, args, kwargs)
-        if n.target is attention:
-            return self._site(n, *args)
-        try:
-            if isinstance(self.module, fx.GraphModule) and (body := body_of(self.module, n)):
-                operands = args[len(args) - body.arity :]
-                return _Follower(body.module, self.tracker, self.found).run(*operands)
-            return getattr(self, n.op)(n.target, args, kwargs)
-        except Exception as error:  # any operator may refuse fake tensors: then its output is just not known
-            log.debug("not followed: %s: %s", n.format_node(), error)
-            return self._recorded(n, args, kwargs)
-
-    def _recorded(self, n: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What Dynamo recorded for a node, with nothing known about it, nor of what it may have written to."""
-        tensors = _behind((args, kwargs))
-        self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
-        recorded = n.meta.get("example_value")
-        value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
-        for output in torch.utils._pytree.tree_leaves(value):
-            if isinstance(output, Tensor):
-                self.tracker.derive(output, tensors)
-        return value
-
-    def _site(self, n: fx.Node, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-        q, k, v = (self.tracker.known(t) for t in (query, key, value))
-        self.found[n] = Site(q, k)
-        out = query.new_empty(*query.shape[:3], value.shape[3])
-        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
-        return out

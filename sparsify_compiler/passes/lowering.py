@@ -2,19 +2,19 @@
 
     before   out = attention(q, k, v, m, scale)            meta["plan"]
 
-    sparse   constants = get_attr(...)                     tables and the like, one set for each distinct plan
+    sparse   constants = get_attr(...)                     tables and other tensors, a set for each distinct plan
     variant  bias = where(m, 0, -inf)
              out = TableSite(q, k, v, bias, *constants)    a table and one op
-        or   out = SparseSite(q, k, v, bias, *tensors)     its tensors as `runtime/site_inputs.py` has them
-             out = lay_out(out, strides)                   where somebody needs those that Dynamo recorded
+        or   out = SparseSite(q, k, v, bias, *tensors)     its tensors, ordered by `runtime/site_inputs.py`
+             out = lay_out(out, strides)                   where a node needs those that Dynamo recorded
 
-    dense    out = scaled_dot_product_attention(q, k, v, ...)         the call that the model had
+    dense    out = scaled_dot_product_attention(q, k, v, ...)         the model's own call
     variant  out = Observer(out, q, k, bias, *tensors)     where a method learns from dense steps
 
-A site whose plan is dense gets the call back that the model had. What trainers write and sites keep comes in as new
-inputs of the graph, which `meta["extra"]` describes. Constants and trained tensors reach the bodies of higher-order
-operators as extra operands; a site there keeps no state, since a body may run again (in backward), and then must
-find what it found the first time: what it chose is kept for that.
+A site with a dense plan gets the model's own call back. Tensors that trainers write and sites keep are new inputs
+of the graph, which `meta["extra"]` describes. Constants and trained tensors reach the bodies of higher-order
+operators as extra operands. A site there keeps no state, since a body may run again (in backward) and must then
+read the same tensors; its choices are kept for the second run.
 """
 
 import re
@@ -44,26 +44,26 @@ from sparsify_compiler.runtime.site_inputs import (
 from sparsify_compiler.runtime.state import Trained
 
 _LEAST = -1e30
-"""Of a finite bias: added to any score, it is that score's only digits."""
+"""Lowest finite bias: large enough to swamp any score that it is added to."""
 
 _CHOICES = tuple(
     getattr(torch.ops.sparsify, name).default
     for name in ("kmeans", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
 )
-"""Ops that decide what is read, and learn from it."""
+"""Ops that decide which keys a site reads, and the op that learns from them."""
 
 _Request = Callable[[str, Tensor | Trained], fx.Node]
-"""(name, what it is) -> the node of a constant or trained tensor in the graph at hand."""
+"""(name, source) -> the node of a constant or trained tensor in the current graph."""
 
 
 def lower(
     gm: fx.GraphModule, *, variant: Variant | None = None, measure_recall: float = 0.0
 ) -> fx.GraphModule:
-    """Replace every `attention` node by what its plan says; see the module's picture.
+    """Replace every `attention` node according to its plan; see the module's picture.
 
     Args:
-        variant: which of its graphs to make; the sparse one of inference by default.
-        measure_recall: share of the queries to measure the true attention mass kept on.
+        variant: the variant to make; by default the sparse one of inference.
+        measure_recall: share of the queries on which the true attention mass kept is measured.
     """
     variant = variant or Variant()
     first = next(iter(gm.graph.nodes))
@@ -87,7 +87,7 @@ def _is_sparse(node: fx.Node) -> bool:
 
 
 class _Lowering:
-    """What all modules of one lowering share: how to lower, and the distinct constants, each built once."""
+    """The common part of all modules of one lowering: the variant, and distinct constants, each built once."""
 
     def __init__(self, variant: Variant, measure_recall: float) -> None:
         self.variant, self.measure_recall = variant, measure_recall
@@ -99,7 +99,7 @@ class _Lowering:
         method, layout = settled(plan, self.choices.get(plan.site.name)), plan.layout
         key = layout, method, device
         if key not in self._known:
-            # On real tensors, whatever fake or device mode the compiler is in.
+            # On real tensors, also where the compiler has set a fake or device mode.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
                 built = constants_of(method, layout)
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
@@ -111,7 +111,7 @@ class _Lowering:
 def _lower_module(
     gm: fx.GraphModule, lowering: _Lowering, operand: _Request, kept: InputBuilder | None
 ) -> list[tuple[str, Tensor | Trained]]:
-    """Lower one graph and its bodies; returns the operands that it asked for.
+    """Lower one graph and its bodies; return the operands that they request.
 
     Args:
         operand: gives a constant or trained tensor.
@@ -142,7 +142,7 @@ def _lower_module(
             gm.graph.erase_node(node)
             if (strides := restored.get(node)) is not None:
                 lay_out(out if result is node else result, strides)
-            if plan.site.spelling == "sdpa":  # what is left of attention by hand, the inner backend drops
+            if plan.site.spelling == "sdpa":  # the inner backend drops the rest of attention by hand
                 gm.graph.erase_node(original)
     lowered: dict[int, list[tuple[str, Tensor | Trained]]] = {}
     for body in list(bodies(gm)):
@@ -158,14 +158,14 @@ def _lower_module(
 
 
 def _is_static(plan: AttentionPlan) -> bool:
-    """Whether a site is a table and one op: nothing is decided at run time, nothing approximated."""
+    """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
     return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop"
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase what capture inserted for `node` and nobody reads any more.
+    """Erase nodes that capture inserted for `node`, as far as no node reads them any more.
 
-    Not by dead-code elimination: a Dynamo graph mutates tensors by calls whose value nobody reads.
+    Dead-code elimination would erase too much: a Dynamo graph mutates tensors by calls whose value no node reads.
     """
     if node.meta.get("inserted") and not node.users:
         sources = node.all_input_nodes
@@ -237,7 +237,7 @@ def _emit_site(
 def _emit_observer(
     gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, kept: InputBuilder | None
 ) -> fx.Node:
-    """The output of the model's own call, after the site has seen its query and key."""
+    """The output of the model's own call, after an observer of its query and key if the site needs one."""
     plan: AttentionPlan = node.meta["plan"]
     original = node.meta["original"]
     state = _kept_by(node, kept)  # all variants of a program have the same inputs
@@ -257,7 +257,7 @@ def _emit_observer(
 
 
 def _kept_by(node: fx.Node, kept: InputBuilder | None) -> list[fx.Node | None]:
-    """The inputs through which a site keeps its state; none for a site that keeps none."""
+    """The inputs through which a site keeps its state; none for a site without state."""
     plan = node.meta["plan"]
     if kept is None or not isinstance(plan.settings, DynamicMethod):
         return []
@@ -267,7 +267,7 @@ def _kept_by(node: fx.Node, kept: InputBuilder | None) -> list[fx.Node | None]:
 
 
 def _describe(node: fx.Node, *new: fx.Node) -> None:
-    """Carry over where a call stands in the model, and what is done there; to the last node its output too."""
+    """Give new nodes the place of a call in the model, its site and its plan; give the last one its output too."""
     for one in new:
         one.meta = {
             k: node.meta[k] for k in ("nn_module_stack", "stack_trace", "site", "plan") if k in node.meta
@@ -289,8 +289,8 @@ def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
         return graph.call_method(
             "masked_fill", (zeros, graph.call_method("logical_not", (mask,)), -torch.inf)
         )
-    # Kernels scale the bias, which must not make -inf of the least number: rows that see hidden keys alone weigh
-    # them all the same. Half precision has no number as low as that.
+    # Kernels scale the bias, which must not turn the least number into -inf: a row that sees only hidden keys gives
+    # all of them the same weight. Half precision has no number that low.
     mask = graph.call_method("to", (mask, torch.promote_types(value.dtype, torch.float32)))
     finite = graph.call_method("clamp", (mask, _LEAST))
     return graph.call_function(torch.where, (graph.call_method("isneginf", (mask,)), mask, finite))

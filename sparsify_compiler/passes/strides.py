@@ -1,12 +1,12 @@
-"""Which rewritten attention must hand back the strides that Dynamo recorded.
+"""Find the rewritten attention whose recorded strides must be restored.
 
-A rewritten call lies in memory as [B, S, H, D], whatever the model's own call would have done, since models go on
-with it so: `out.transpose(1, 2).flatten(2)` then copies nothing. What Dynamo recorded may lie otherwise, and the
-graph may depend on that: a `view` that exists for those strides alone, `as_strided`, a kernel of the model's own, a
-write through what was a copy, the caller of the graph.
+A rewritten call lies in memory as [B, S, H, D], whatever the model's own call would do, since models continue in
+that order: `out.transpose(1, 2).flatten(2)` then copies nothing. Dynamo may have recorded other strides, and the
+graph may depend on them: a `view` that exists for those strides alone, `as_strided`, a kernel of the model's own, a
+write through a tensor that was a copy, the caller of the graph.
 
-So what follows a rewritten call is run on fake tensors that lie as they will, until nothing lies otherwise than
-recorded. Where that fails, or an operator could see the difference, the strides are restored.
+So the nodes after a rewritten call run on fake tensors with the new strides, until no tensor lies otherwise than
+recorded. Where that fails, or where an operator could see the difference, the strides are restored.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,11 +24,11 @@ from sparsify_compiler.passes.fx import run_call, sizes_of, tensor_of, value_of
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _SEES_MEMORY = ("as_strided", "set_", "resize")
-"""How the names of ATen operators begin that see memory and not elements."""
+"""Prefixes of the names of ATen operators that see memory and not elements."""
 
 
 def strides_to_restore(gm: fx.GraphModule) -> dict[fx.Node, tuple[int, ...]]:
-    """The `attention` nodes of one graph, planned sparse, after which strides must be restored, and to which."""
+    """`attention` node of one graph, planned sparse -> strides that must be restored after it."""
     recorded = {
         node: value
         for node in attention_nodes(gm)
@@ -44,7 +44,7 @@ def strides_to_restore(gm: fx.GraphModule) -> dict[fx.Node, tuple[int, ...]]:
 
 
 def lay_out(node: fx.Node, strides: tuple[int, ...]) -> None:
-    """Let all who use a node use a copy of it with these strides."""
+    """Give all users of a node a copy of it with these strides."""
     users = list(node.users)
     with node.graph.inserting_after(node):
         copy = node.graph.call_function(torch.ops.sparsify.lay_out.default, (node, strides))
@@ -57,14 +57,14 @@ def _is_rewritten(node: fx.Node) -> bool:
 
 
 def _ours(node: fx.Node, device: torch.device | str) -> Tensor:
-    """A tensor that lies as what a rewritten call computes, [B, H, S, Dv]."""
+    """A tensor with the strides of a rewritten call's output, [B, H, S, Dv]."""
     site = node.meta["plan"].site
     shape = site.batch, site.q_tokens, site.heads, site.value_dim
     return torch.empty(shape, dtype=getattr(torch, site.dtype), device=device).transpose(1, 2)
 
 
 def _lies_as(value: Tensor, recorded: Tensor) -> bool:
-    """Whether a tensor lies as one that Dynamo recorded. Strides of a dimension of one element do not matter."""
+    """Whether a tensor lies as one that Dynamo recorded. The stride of a dimension of size 1 does not matter."""
     sizes = sizes_of(recorded)
     return (
         sizes == tuple(value.shape)
@@ -81,23 +81,23 @@ class _SeenError(Exception):
 
 
 class _Replay:
-    """Runs, node by node, what follows rewritten calls, as long as it lies otherwise than recorded."""
+    """Runs the nodes after rewritten calls, one by one, as long as tensors lie otherwise than recorded."""
 
     def __init__(self, calls: Iterable[fx.Node]) -> None:
         self.seen: set[fx.Node] = set()
-        """The rewritten calls whose strides somebody depends on."""
+        """The rewritten calls on whose recorded strides a node depends."""
         self._values: dict[fx.Node, Any] = {}
-        """What lies otherwise than recorded, or shares memory with what does."""
+        """Node -> its value, if that lies otherwise than recorded or shares memory with such a value."""
         self._origins: dict[fx.Node, frozenset[fx.Node]] = {}
-        """From which rewritten calls that comes."""
+        """Node -> the rewritten calls from which its value comes."""
         self._otherwise: set[fx.Node] = set()
-        """What does not only share memory."""
+        """The nodes whose value lies otherwise than recorded, and does not only share memory."""
         self._watch = _Watch()
         self._calls = {node.meta["original"]: node for node in calls}
         self._recorded = {node.meta["result"]: original for original, node in self._calls.items()}
 
     def run(self, node: fx.Node) -> None:
-        """Run a node if it concerns us; nodes come in their order."""
+        """Run a node if it depends on a rewritten call; the nodes come in the order of the graph."""
         if node.target in _AUTOCAST:
             args = fx.node.map_arg(node.args, lambda one: self._values.get(one, one))
             self._values[node] = run_call(node, args, {})
@@ -107,7 +107,7 @@ class _Replay:
                 assert query is not None
                 self._keep(node, _ours(node, query.device), frozenset([node]))
         elif (call := self._calls.get(node)) is None or not _is_rewritten(call):
-            # Who uses a call that stays the model's own, uses `result` so far.
+            # Users of a call that stays the model's own still use `result`.
             self._follow(node, node if call is None else call.meta["result"])
 
     def _follow(self, node: fx.Node, used_as: fx.Node) -> None:
@@ -119,11 +119,11 @@ class _Replay:
                 self._check_output(node)
             else:
                 self._keep(used_as, self._result(node), origins)
-        except Exception:  # an operator may raise anything where strides are not those it was traced with
+        except Exception:  # an operator may raise anything where strides differ from those of its trace
             self.seen |= origins
 
     def _check_output(self, node: fx.Node) -> None:
-        """The caller may see strides, and write into one of two tensors that share memory."""
+        """Raise if the caller may see strides, or write into one of two tensors that share memory."""
         given = [one for one in node.all_input_nodes if one in self._values]
         storages = [_storage(one) for value in given for one in tree_leaves(self._values[value])]
         if not self._otherwise.isdisjoint(given) or len(set(storages)) < len(storages):
@@ -140,11 +140,11 @@ class _Replay:
             return run_call(node, args, kwargs)
 
     def _value(self, node: fx.Node) -> Any:
-        """What lies otherwise, else what Dynamo recorded."""
+        """The kept value of a node, or else the recorded one."""
         return self._values[node] if node in self._values else tree_map(_static, node.meta["example_value"])
 
     def _keep(self, node: fx.Node, value: Any, origins: frozenset[fx.Node]) -> None:
-        """Keep the result of a node if it lies otherwise than recorded or shares memory with what does."""
+        """Keep the result of a node if it lies otherwise than recorded, or shares memory with such a value."""
         got, wanted = tree_leaves(value), tree_leaves(value_of(self._recorded.get(node, node)))
         if len(wanted) != len(got):  # nothing is recorded
             wanted = [None] * len(got)
@@ -167,21 +167,21 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._kept: dict[int, Tensor] = {}
-        """By storage."""
+        """Storage -> a watched tensor in it."""
         self._inside: dict[int, Tensor] = {}
-        """What came of these within one node."""
+        """Storage -> a tensor made of watched ones within the current node."""
         self._otherwise = False
 
     def keep(self, values: Iterable[Any]) -> None:
-        """Watch these tensors, and all that share memory with them."""
+        """Watch these tensors, and all tensors that share memory with them."""
         self._kept |= {_storage(value): value for value in values if isinstance(value, Tensor)}
 
     def keeps(self, value: Any) -> bool:
-        """Whether a value shares memory with such a tensor."""
+        """Whether a value shares memory with a watched tensor."""
         return isinstance(value, Tensor) and _storage(value) in self._kept
 
     def begin(self, *, otherwise: bool) -> None:
-        """A node comes; `otherwise`: an input does not only share memory with others but lies otherwise."""
+        """Begin a node; `otherwise`: one of its inputs lies otherwise than recorded."""
         self._inside, self._otherwise = {}, otherwise
 
     def _is_watched(self, value: Any) -> bool:
@@ -216,7 +216,7 @@ def _storage(value: Tensor) -> int:
 
 
 def _static(value: Any) -> Any:
-    """A value that Dynamo recorded, with plain integers for sizes and strides."""
+    """A value that Dynamo recorded, with plain integers for sizes and strides; raises `_SeenError` without them."""
     if isinstance(value, torch.SymInt):
         if (size := _torch.hint(value)) is None:
             raise _SeenError

@@ -32,7 +32,7 @@ from sparsify_compiler.passes.axes import (
     reshape,
     unknown,
 )
-from sparsify_compiler.passes.axis_rules import AxisTracker
+from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.axis_writes import Known
 
 NOTHING = -1

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.passes.axes import Cat, Label, Source, axis
-from sparsify_compiler.passes.axis_rules import RULES, AxisTracker
+from sparsify_compiler.passes.axis_rules import RULES
+from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.axis_writes import Known
 
 aten = torch.ops.aten

@@ -1,7 +1,7 @@
 """Small diffusers video transformers with seeded weights and inputs, and the attention calls to expect in each.
 
-The expectations come from the models' sources, never from the compiler, which has to meet them. Weights are those
-of the family's initialisation plus noise, so that no zero gate hides an attention.
+The expectations come from the models' sources, never from the compiler, which must meet them. Weights are the
+family's initialisation plus noise, so that no zero gate hides an attention.
 
 The compiler was written for `wan`, `wan_i2v`, `hunyuan_video`, `hunyuan_video_i2v`, `cogvideox...`, `ltx`,
 `allegro` and `easyanimate`, and not for the other families.

@@ -15,7 +15,7 @@ Inputs = dict[str, Any]
 """Keyword arguments of a model's forward."""
 
 Made = tuple[Any, Inputs]
-"""A model and its inputs. Any, since a type checker does not see that diffusers' mixins are an nn.Module."""
+"""A model and its inputs. Any, since a type checker does not see that a model of diffusers is an nn.Module."""
 
 Make = Callable[[Grid, int], Made]
 
@@ -54,7 +54,7 @@ class Expected:
 
 CROSS = Expected(grid=None, kind="cross")
 DENSE = Expected(grid=None)
-"""Self-attention among tokens that are not the video's, or among a part of the video's."""
+"""Self-attention among tokens outside the video, or among a part of the video's tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,17 +128,17 @@ def text_first(grid: Grid, batch: int) -> list[Expected]:
 
 
 def history(grid: Grid, *scales: int) -> int:
-    """Number of tokens of one patched frame of history over all scales, with height and width padded to patches."""
+    """Number of tokens of one frame of history, summed over scales; height and width are padded to patches."""
     return sum(-(-grid[1] // n) * -(-grid[2] // n) for n in scales)
 
 
 def output_of(result: Any) -> Tensor:
-    """The tensor in the result of a model's forward, be it a tuple or an output of diffusers."""
+    """The tensor in the result of a model's forward: a tuple, or an output of diffusers."""
     return result[0] if isinstance(result, tuple) else result.sample
 
 
 def take_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of a model's parameters by name; the model loses them."""
+    """Name -> gradient of a model's parameter; the model's own gradients are cleared."""
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found

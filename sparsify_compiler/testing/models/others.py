@@ -1,4 +1,4 @@
-"""Families on their own."""
+"""Families that are not built on another one."""
 
 import math
 from typing import Any
@@ -154,7 +154,7 @@ def kandinsky5(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [Expected(grid=grid), DENSE, CROSS, CROSS, CROSS, CROSS] * LAYERS)
 def ltx2(grid: Grid, batch: int) -> Made:
-    """Packed video and packed audio: each attends to itself, to its text, then to the other."""
+    """Packed video and packed audio: each attends to itself, then to its text, then to the other."""
     from diffusers import LTX2VideoTransformer3DModel
 
     frames, height, width = grid
@@ -271,7 +271,7 @@ def sana_video(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE, CROSS, DENSE] * LAYERS)
 def latte(grid: Grid, batch: int) -> Made:
-    """Layers within a frame (frames in the batch) and along time (pixels in the batch), in turns."""
+    """Layers within a frame (frames in the batch) and along time (pixels in the batch) alternate."""
     from diffusers import LatteTransformer3DModel
 
     model = LatteTransformer3DModel(
@@ -307,7 +307,7 @@ def temporal(grid: Grid, batch: int) -> Made:
 
 @family(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=None, kind="joint")] * LAYERS)
 def minimax_h3(grid: Grid, batch: int) -> Made:
-    """Text, video and audio are copied to where index tensors say: nothing in a graph shows the order."""
+    """Index tensors give the places of text, video and audio: nothing in a graph shows the order."""
     from diffusers import MiniMaxH3Transformer3DModel
 
     model = MiniMaxH3Transformer3DModel(
