@@ -151,6 +151,34 @@ def _name(source: Any) -> str:
     return source.name() if callable(source.name) else source.name
 
 
+def constant_numbers(chosen: Callable[[str], bool]) -> dict[str, int | float]:
+    """Numbers from the caller that Dynamo made constants of the graph that it compiles now.
+
+    Guards fix their values, so another value gets another graph.
+
+    Args:
+        chosen: whether the number that this expression reads, e.g. `L['timestep']`, is looked at.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:  # Dynamo compiles nothing
+        return {}
+    scope = {"L": output.local_scope, "G": output.global_scope}
+    found = {}
+    for guard in output.guards:
+        name = _name(guard.originating_source)
+        if guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH") and chosen(name):
+            try:
+                value = eval(name, scope)  # as the guard itself reads it
+            except Exception:
+                continue
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                found[name] = value
+    return found
+
+
 def is_model_tensor(placeholder: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is a parameter or buffer of a module."""
     return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})

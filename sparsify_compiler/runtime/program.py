@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.clock import Prints
+from sparsify_compiler.runtime.clock import Prints, Times
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.runtime.state import ModelState, state_of
@@ -18,6 +18,10 @@ Phase = Literal["dense", "sparse"]
 Choices = tuple[tuple[str, Hashable], ...]
 """(site, argument of its method's `settle`), for sites whose method learns."""
 Run = Callable[..., Any]
+_NO_STEP = (
+    "calls of a graph show no time step, so no step of them is dense and nothing is kept from call to call. Compile "
+    "the whole model, or put each video into `with sparsify_compiler.generation(steps, streams):`"
+)
 Numbers = tuple[int, ...]
 """Values, in one call, of the sizes that are free in Dynamo's graph; empty for a graph that fits all values."""
 
@@ -40,9 +44,15 @@ class Inputs:
     owner: int | None
     """Place of a Parameter of the model. The model's state belongs to it."""
     time: int | None
-    """Place of the time step."""
+    """Place of the time step: a tensor of one or many, or a number."""
     others: dict[str, int]
     """Name -> place of every other tensor that is not the model's own: latents, conditioning."""
+    constant_time: float | None = None
+    """The time step of every call of the graph, where it is a number that Dynamo's guards fix."""
+
+    @property
+    def has_time(self) -> bool:
+        return self.time is not None or self.constant_time is not None
 
 
 class Sizes(NamedTuple):
@@ -107,14 +117,16 @@ class Program:
         trained = state.trained_tensors(self.extra.trained)
         if not self._remembers:
             return self._run(variant, [*args, *self.extra.bind(trained, (), initialised=False)])
-        reads = self._clocked and self.inputs.time is not None and state.clock.reads()
+        reads = self._clocked and self.inputs.has_time and state.clock.reads()
         tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, {})))
+        if tick.step is None and self._clocked:
+            warn_once(_NO_STEP)
         if tick.new_video:
             state.new_video()
         if self.plan.runs_dense(tick.step, tick.steps):
             variant = replace(variant, phase="dense")
         stream = state.stream(self.extra.state, tick.stream)
-        extra = self.extra.bind(trained, stream.tensors, initialised=stream.calls > 0)
+        extra = self.extra.bind(trained, stream.tensors, initialised=stream.calls > 0 and tick.remembers)
         result = self._run(variant, [*args, *extra])
         stream.calls += 1
         reports = self.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
@@ -182,16 +194,14 @@ class Program:
         return run(*inputs)
 
 
-def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
-    """(the time step, or the largest of several; two numbers for every other input).
+def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[Times, Prints]:
+    """(the time steps; two numbers for every other input).
 
     All numbers on one device are read together: one synchronisation.
     """
-    assert inputs.time is not None
-    numbers = [
-        args[inputs.time].detach().double().amax(),
-        *(n for i in inputs.others.values() for n in _print(args[i])),
-    ]
+    time = inputs.constant_time if inputs.time is None else args[inputs.time]
+    assert time is not None
+    numbers = [*times_of(time), *(n for i in inputs.others.values() for n in _print(args[i]))]
     by_device: dict[torch.device, list[int]] = {}
     for place, number in enumerate(numbers):
         by_device.setdefault(number.device, []).append(place)
@@ -200,7 +210,15 @@ def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[float, Prints]:
         read = torch.stack([numbers[place] for place in places]).nan_to_num().tolist()
         for place, value in zip(places, read, strict=True):
             values[place] = value
-    return values[0], dict(zip(inputs.others, zip(values[1::2], values[2::2], strict=True), strict=True))
+    prints = zip(values[3::2], values[4::2], strict=True)
+    return Times(*values[:3]), dict(zip(inputs.others, prints, strict=True))
+
+
+def times_of(time: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of `Times` for time steps of any shape, as fp64 scalars on their device."""
+    flat = torch.as_tensor(time).detach().double().flatten()
+    largest = flat.amax()
+    return largest + (flat - largest).mean(), largest, flat.square().sum()
 
 
 def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
-"""State from call to call: a clock for each model, and the tensors of its sites for each of its streams.
+"""State from call to call: a clock for each model and generation, and the tensors of its sites for each stream.
 
 State belongs to the model and not to a compiled program: two models of one class share their programs, and one
 model has several programs. A Parameter among the inputs of the program identifies the model; the state is freed
 with it.
 """
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.clock import StepClock, Tick
+from sparsify_compiler.runtime.clock import Generation, StepClock, Tick, opened
 
 REMEMBERED = 1000
 """Number of calls whose reports are kept."""
@@ -77,23 +78,55 @@ class Record:
 
 
 @dataclass(slots=True, eq=False)
+class Timeline:
+    """The calls of a model in one generation, or outside of any."""
+
+    clock: StepClock = field(default_factory=StepClock)
+    video: int = 0
+    """The number of its video among those of the model."""
+    calls: int = 0
+    """Number of calls recorded since that video began."""
+    streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
 class ModelState:
     """The whole state of a model."""
 
-    clock: StepClock = field(default_factory=StepClock)
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     """Records of the last calls of each program, in its last video."""
     video: int = 0
-    """The number of the video, from 0."""
-    calls: int = 0
-    """Number of calls recorded since the video began."""
+    """The number of the video that began last, from 0."""
     learning: Learning | None = None
     """Progress of training; None if no trainer has the model."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Name -> tensor. Kept from video to video, and shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
-    _streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
+    _outside: Timeline = field(default_factory=Timeline)
+    _generations: "weakref.WeakKeyDictionary[Generation, Timeline]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """Timelines of generations; each goes with its handle."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while several threads may change `history` or `_generations`."""
+
+    @property
+    def clock(self) -> StepClock:
+        """The clock of the generation that is open."""
+        return self._timeline.clock
+
+    @property
+    def _streams(self) -> dict[tuple[tuple[Spec, ...], int], Stream]:
+        return self._timeline.streams
+
+    @property
+    def _timeline(self) -> Timeline:
+        generation = opened()
+        if generation is None:
+            return self._outside
+        with self._lock:
+            return self._generations.setdefault(generation, Timeline())
 
     def trained_tensors(self, specs: Sequence[Trained]) -> list[Tensor]:
         """The tensors that `specs` describe. Tensors that do not exist yet are made.
@@ -132,18 +165,21 @@ class ModelState:
 
     def stream(self, specs: Sequence[Spec], number: int) -> Stream:
         """The tensors of a stream that `specs` describe; zeros at its first call."""
-        key = tuple(specs), number
-        if key not in self._streams:
+        key, streams = (tuple(specs), number), self._streams
+        if key not in streams:
             with torch.inference_mode(
                 False
             ):  # tensors made in inference mode cannot be written outside of it
-                self._streams[key] = Stream(blank(specs))
-        return self._streams[key]
+                streams[key] = Stream(blank(specs))
+        return streams[key]
 
     def new_video(self) -> None:
-        """Drop the state of the last video."""
-        self._streams.clear()
-        self.video, self.calls = self.video + 1, 0
+        """Drop the state of the last video of this generation."""
+        timeline = self._timeline
+        timeline.streams.clear()
+        with self._lock:
+            self.video += 1
+            timeline.video, timeline.calls = self.video, 0
 
     def record(
         self,
@@ -153,13 +189,16 @@ class ModelState:
         phase: str,
         reports: Mapping[str, Tensor],
     ) -> None:
-        """Keep the reports on a call, and drop those of programs with these options on earlier videos."""
-        if self.history and self.history[0].video != self.video:
-            kept = (one for one in self.history if one.video == self.video or one.options != options)
-            self.history = deque(kept, maxlen=REMEMBERED)
+        """Keep the reports on a call, and drop those of programs with these options on videos that ended."""
         copies = {site: report.clone() for site, report in reports.items()}
-        self.history.append(Record(options, self.video, self.calls, plan, tick, phase, copies))
-        self.calls += 1
+        timeline = self._timeline
+        with self._lock:
+            videos = {timeline.video, *(one.video for one in self._generations.values())}
+            if self.history and self.history[0].video not in videos:
+                kept = [one for one in self.history if one.video in videos or one.options != options]
+                self.history = deque(kept, maxlen=REMEMBERED)
+            self.history.append(Record(options, timeline.video, timeline.calls, plan, tick, phase, copies))
+        timeline.calls += 1
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}

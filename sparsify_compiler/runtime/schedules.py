@@ -1,0 +1,320 @@
+"""The number of steps of a denoising schedule, estimated from its first time steps.
+
+A schedule is a straight line in a coordinate of its own. A flow schedule is linear before its shift is applied, a
+Karras schedule is linear in the seventh root of the noise level, and so on. For each coordinate, the time steps so
+far allow an interval of slopes, and a slope gives a number of steps. Time steps may be rounded, to integers, to
+bfloat16 or to float16; each is then an interval of noise levels. Where several coordinates and numbers of steps are
+possible, usual ones count more, and the estimate is their median.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+MOST_STEPS = 150
+"""Schedules of more steps are not estimated."""
+
+QUANTILE = 0.6
+LOOKED_AT = 32
+"""The first time steps of a video that an estimate looks at."""
+
+_FULL = 0.995
+"""A first time step of at least this share of the scale begins at pure noise."""
+_USUAL_SHIFT = 1.8
+"""The shift that is assumed while two time steps cannot show it. With it a schedule of at most 12 steps counts as
+one of a few steps, whatever its shift is; a longer one that is not shifted never does."""
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Coordinate:
+    """A coordinate in which some schedules are straight lines."""
+
+    of: Callable[[float], float]
+    """The coordinate of a noise level in [0, 1]; it rises with the level."""
+    end: float
+    """The coordinate where a schedule ends."""
+    weight: float
+    """How usual such schedules are."""
+    tolerance: float = 0.0
+    """The error of `of`, in noise levels."""
+    shifted: bool = False
+    """Whether it undoes the shift of a flow schedule, so that pure noise is 1."""
+
+
+def precision(times: Sequence[float]) -> int | None:
+    """The bits of the significands of these numbers: 8 for bfloat16, 11 for float16, None for more."""
+    for bits in (8, 11):
+        if all((math.frexp(time)[0] * 2**bits).is_integer() for time in times):
+            return bits
+    return None
+
+
+def resolution(times: Sequence[float]) -> float:
+    """The distance of neighbouring values near the last two of these time steps; 0 if they are not rounded."""
+    whole = 1.0 if max(times) >= 100 and all(float(time).is_integer() for time in times) else 0.0
+    bits = precision(times)
+    return max(whole, 2.0 ** (math.frexp(max(times[-2:]))[1] - bits)) if bits else whole
+
+
+def estimated_steps(times: Sequence[float]) -> int | None:
+    """The number of steps of a schedule.
+
+    Args:
+        times: the time steps of the first steps, one for each step, falling or rising, in 0..1 or 0..1000. Steps
+            whose time steps were rounded to one number repeat it.
+
+    Returns:
+        None if the time steps do not show it: there are not two of them, or their scale is not known.
+    """
+    times = times[:LOOKED_AT]
+    if len(set(times)) < 2 or min(times) < 0:
+        return None
+    scale = 1.0 if max(times) <= 1 else 1000.0
+    falls = times[-1] < times[0]
+    first = times[0] / scale if falls else 1 - times[0] / scale
+    if not 0.1 < first <= 1.001:
+        return None
+    levels = list(_levels(times, scale, falls))
+    if len(times) == 2:
+        shift = _USUAL_SHIFT if first >= _FULL else 1.0
+        weights = _on_lines([_Coordinate(_unshift(shift), 0.0, 1.0, shifted=True)], levels)
+        return _quantile(weights) or (MOST_STEPS if first >= _FULL else None)
+    weights = {}
+    exact = all(high - low < 1e-5 for low, high in levels[1:])
+    if first >= _FULL:
+        weights = _from_noise(levels, all(float(time).is_integer() for time in times) and max(times) < scale)
+    if not exact or not weights:
+        others = [*_OTHERS, *(_TRAINED if levels[0][0] < 1 - 1e-6 else ())]
+        if not weights:
+            others += _shifts(levels)
+        if first < _FULL:  # integers of a schedule that is not shifted, or a video that begins late
+            others.append(_Coordinate(_unshift(1.0), 0.0, 60.0, shifted=True))
+        for steps, weight in _on_lines(others, levels).items():
+            weights[steps] = weights.get(steps, 0.0) + weight
+    return _quantile(weights)
+
+
+def _levels(times: Sequence[float], scale: float, falls: bool) -> Iterator[Interval]:
+    """The noise levels that each time step may have had before it was rounded."""
+    bits = precision(times)
+    whole = scale > 1 and all(float(time).is_integer() for time in times)
+    # Integers are the numbers of the steps of training, from 0, or noise levels without their fraction.
+    below, above = (0.5, 0.5) if max(times) >= scale and not bits else (0.0, 1.0 if scale > 1 else 0.0)
+    for time in times:
+        half = 2.0 ** (math.frexp(time)[1] - bits) / 2 if bits else 0.0
+        low = time - max(half, below if whole else 0.0, 3e-7 * scale)
+        high = time + max(half + (above if half else 0.0), above if whole else 0.0, 3e-7 * scale)
+        low, high = low / scale, high / scale
+        low, high = (low, high) if falls else (1 - high, 1 - low)
+        yield max(low, 0.0), min(high, 1.0)
+
+
+def _on_lines(coordinates: Iterable[_Coordinate], levels: Sequence[Interval]) -> dict[int, float]:
+    """Number of steps -> weight, for schedules that are straight lines in these coordinates."""
+    weights: dict[int, float] = {}
+    for coordinate in coordinates:
+        fewest, most = _numbers(coordinate, levels)
+        for steps in range(max(fewest, len(levels)), min(most, MOST_STEPS) + 1):
+            weight = coordinate.weight * _usual(steps) / (most - fewest + 1)
+            weights[steps] = weights.get(steps, 0.0) + weight
+    return weights
+
+
+def _quantile(weights: Mapping[int, float]) -> int | None:
+    """The number of steps that exceeds most of the possible ones, by weight; None if none is possible."""
+    most, total = sum(weights.values()) * QUANTILE, 0.0
+    for steps in sorted(weights):
+        total += weights[steps]
+        if total >= most:
+            return steps
+    return None
+
+
+def _from_noise(levels: Sequence[Interval], whole: bool) -> dict[int, float]:
+    """Number of steps -> weight, for flow schedules that begin at pure noise, with any shift."""
+    found = {}
+    for steps in range(len(levels), MOST_STEPS + 1):
+        weight = 0.0
+        for start, slope in _layouts(steps, levels):
+            unshifted = [start - place * slope for place in range(len(levels))]
+            weight += _likely_shift(unshifted, levels)
+            if whole and all(low <= u <= high + 5e-4 for u, (low, high) in zip(unshifted, levels, strict=True)):
+                weight += _UNSHIFTED
+        if weight:
+            found[steps] = weight * _usual(steps)
+    return found
+
+
+def _layouts(steps: int, levels: Sequence[Interval]) -> Iterator[tuple[float, float]]:
+    """(first level, fall at each step) of the usual ways to lay out steps before the shift."""
+    yield 1.0, 1 / steps
+    yield 0.999, 0.999 / steps
+    if steps == 1:
+        return
+    # Some schedules end at the least level of training, which was shifted too.
+    end, level = 0.001, sum(levels[-1]) / 2
+    for _ in range(3):
+        place = len(levels) - 1
+        shift = _shift_between(1 - place * (1 - end) / (steps - 1), level)
+        end = 0.001 * shift / (1 + 0.001 * (shift - 1)) if 1 <= shift <= LARGEST_SHIFT else 0.001
+    yield 1.0, (1 - end) / (steps - 1)
+    if end > 0.0011:
+        yield 1.0, 0.999 / (steps - 1)
+
+
+def _shift_between(unshifted: float, level: float) -> float:
+    """The shift that takes one level to the other."""
+    if not (0 < unshifted < 1 and 0 < level < 1):
+        return math.inf if level >= 1 and unshifted > 0 else 0.0
+    return level * (1 - unshifted) / (unshifted * (1 - level))
+
+
+def _likely_shift(unshifted: Sequence[float], levels: Sequence[Interval]) -> float:
+    """How usual the shifts are that take all these levels to those."""
+    least, most = 1.0, LARGEST_SHIFT
+    for u, (low, high) in zip(unshifted, levels, strict=True):
+        if u >= 1:
+            if high < 1:
+                return 0.0
+            continue
+        if u <= 0:
+            return 0.0
+        least, most = max(least, _shift_between(u, low)), min(most, _shift_between(u, high))
+    if least > most * (1 + 1e-7):
+        return 0.0
+    between = math.log(max(most / least, 1 + 1e-9))
+    return 0.3 * between + sum(weight for shift, weight in _USUAL_SHIFTS.items() if least * 0.9999 <= shift <= most * 1.0001)
+
+
+def _usual(steps: int) -> float:
+    """How usual a number of steps is."""
+    return (3.0 if steps % 10 == 0 else 2.0 if steps % 5 == 0 or steps % 4 == 0 else 1.0) / steps
+
+
+def _numbers(coordinate: _Coordinate, levels: Sequence[Interval]) -> tuple[int, int]:
+    """The fewest and the most steps that a straight line through these levels may have; an empty range if none."""
+    error = coordinate.tolerance
+    line = [
+        (coordinate.of(max(low - error, 0.0)), coordinate.of(min(high + error, 1.0))) for low, high in levels
+    ]
+    first, last = levels[0]
+    if coordinate.shifted and last >= _FULL and last - first > 1e-5:
+        line[0] = max(line[0][0], 0.9985), 1.0
+    slowest, fastest = 0.0, math.inf
+    for i, (low, high) in enumerate(line):
+        for distance, (later_low, later_high) in enumerate(line[i + 1 :], 1):
+            slowest = max(slowest, (low - later_high) / distance)
+            fastest = min(fastest, (high - later_low) / distance)
+    if fastest <= 0 or slowest > fastest * (1 + 1e-6):
+        return 1, 0
+    way = (line[0][0] + line[0][1]) / 2 - coordinate.end
+    fewest = way / fastest
+    most = way / slowest if slowest > 0 else math.inf
+    return math.ceil(fewest - 0.002), math.ceil(min(most, 2.0 * MOST_STEPS) - 0.002)
+
+
+def _unshift(shift: float) -> Callable[[float], float]:
+    return lambda level: level / (shift - (shift - 1) * level)
+
+
+def _shifts(levels: Sequence[Interval]) -> Iterator[_Coordinate]:
+    """Shifts with which the first, middle and last level can lie on a line: usual ones, and some between."""
+    last = len(levels) - 1
+    middle = (last + 1) // 2
+    bounds = levels[0], levels[middle], levels[last]
+    distances = last - middle, middle
+    least = _straightening((bounds[0][1], bounds[1][0], bounds[2][1]), distances)
+    most = _straightening((bounds[0][0], bounds[1][1], bounds[2][0]), distances)
+    least, most = max(min(least, most), 1.0), min(max(least, most), LARGEST_SHIFT)
+    if least > most * (1 + 1e-6):
+        return
+    for shift, weight in _USUAL_SHIFTS.items():
+        if least * 0.999 <= shift <= most * 1.001:
+            yield _Coordinate(_unshift(shift), 0.0, weight, shifted=True)
+    for part in range(_BETWEEN):
+        shift = least * (most / least) ** ((part + 0.5) / _BETWEEN)
+        weight = max(math.log(most / least), 0.6) / _BETWEEN
+        yield _Coordinate(_unshift(shift), 0.0, weight, tolerance=2e-7, shifted=True)
+
+
+def _straightening(levels: tuple[float, float, float], distances: tuple[int, int]) -> float:
+    """The shift that lays three levels on a line; the distances are those to the last and from the first."""
+
+    def bends(shift: float) -> bool:
+        a, b, c = map(_unshift(shift), levels)
+        return (a - b) * distances[0] < (b - c) * distances[1]
+
+    low, high = 0.5, 2 * LARGEST_SHIFT
+    for _ in range(40):
+        shift = math.sqrt(low * high)
+        low, high = (shift, high) if bends(shift) else (low, shift)
+    return low
+
+
+def _karras(level: float) -> float:
+    return float(level ** (1 / 7))
+
+
+def _exponential(level: float) -> float:
+    return math.log(max(level, 1e-9))
+
+
+def _linear_quadratic(level: float) -> float:
+    """Half of the steps go over 0.025 of the noise, the others over the rest, faster and faster (Mochi, LTX)."""
+    gone = 1 - level
+    if gone <= 0.025:
+        return 1 - 20 * gone
+    return 1 - (3.75 + math.sqrt(3.75**2 - 4 * 3.8 * (0.95 - gone))) / 7.6
+
+
+def _beta(level: float) -> float:
+    """The cumulative beta distribution of parameters 0.6 and 0.6, whose quantiles are the schedule."""
+
+    def below(x: float) -> float:  # the integral of t^-0.4 (1 - t)^-0.4 for x <= 0.5, with t = z^(1/0.6)
+        top, count = x**0.6, 40
+        values = ((1 - ((i + 0.5) * top / count) ** (1 / 0.6)) ** -0.4 for i in range(count))
+        return sum(values) * top / count / 0.6
+
+    whole = 2 * below(0.5)
+    return below(level) / whole if level <= 0.5 else 1 - below(1 - level) / whole
+
+
+def _trained(start: float, end: float, root: bool) -> Callable[[float], float]:
+    """log sigma of a noise level, for a model trained with 1,000 noise levels of variance-preserving diffusion."""
+
+    def log_sigma(level: float) -> float:
+        t = max(level, 1e-3)
+        if root:
+            a, b = math.sqrt(start), math.sqrt(end) - math.sqrt(start)
+            total = a * a * t + a * b * t**2 + b * b * t**3 / 3
+        else:
+            total = start * t + (end - start) * t**2 / 2
+        return 0.5 * math.log(math.expm1(1000 * total))
+
+    return log_sigma
+
+
+def _trained_coordinates() -> Iterator[_Coordinate]:
+    for start, end, root in ((0.0001, 0.02, False), (0.00085, 0.012, True)):
+        log_sigma = _trained(start, end, root)
+
+        def karras(level: float, log_sigma: Callable[[float], float] = log_sigma) -> float:
+            return math.exp(log_sigma(level) / 7)
+
+        yield _Coordinate(karras, karras(0.0), 0.002, tolerance=7e-4)
+        yield _Coordinate(log_sigma, log_sigma(0.0), 0.002, tolerance=7e-4)
+
+
+_USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {1.0: 6.0, 3.0: 2.0, 5.0: 2.0, 7.0: 2.0, 8.0: 2.0, 12.0: 3.0}
+_BETWEEN = 12
+_UNSHIFTED = 4.0
+LARGEST_SHIFT = 16.0
+_TRAINED = tuple(_trained_coordinates())
+_OTHERS = (
+    _Coordinate(_karras, _karras(0.004), 0.002),
+    _Coordinate(_exponential, _exponential(0.004), 0.002),
+    _Coordinate(_linear_quadratic, 0.0, 0.01),
+    _Coordinate(_beta, 0.0, 0.002, tolerance=2e-4),
+)
