@@ -5,11 +5,9 @@ import re
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.passes.fx import tensor_of
 from sparsify_compiler.runtime.program import Inputs
-
-_TIME = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
-"""What models call their time step."""
 
 
 def find_inputs(gm: fx.GraphModule) -> Inputs:
@@ -28,7 +26,7 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
             given.append(i)
         elif owner is None and isinstance(node.meta["example_value"], nn.Parameter):
             owner = i
-    named = [i for i in given if _TIME.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
+    named = [i for i in given if TIME_STEP.fullmatch(_last_name(_torch.source_name(placeholders[i])))]
     numbers = [i for i in given if tensor_of(placeholders[i]).dim() <= 1]  # type: ignore[union-attr]
     time = named[0] if named else numbers[0] if len(numbers) == 1 else None
     return Inputs(owner=owner, time=time, others={placeholders[i].name: i for i in given if i != time})

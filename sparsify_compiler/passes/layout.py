@@ -98,7 +98,7 @@ class Followed(NamedTuple):
 
 
 def infer_layouts(
-    gm: fx.GraphModule, *, grid: Grid | None = None, text: Text | None = None
+    gm: fx.GraphModule, *, grid: Grid | None = None, text: Text | None = None, part: bool = False
 ) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
@@ -107,6 +107,7 @@ def infer_layouts(
             and keys are that many tokens, or have a part of that many, unless the graph shows that they are not
             the same tokens in that order.
         text: (before, after), beside `grid`: sequences may have as many other tokens before and after the video.
+        part: whether the graph may be a part of a model, which need not have the grid.
 
     Raises:
         GridError: no attention of the graph can have the grid.
@@ -122,8 +123,8 @@ def infer_layouts(
         kind, layout = given or read_layout(seen, followed.embeddings)
         node.meta["site"] = replace(site, kind=kind)
         node.meta["layout"] = layout
-    if grid is not None:
-        _check_grid(grid, text, nodes)
+    if grid is not None and not part:
+        check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
         used = [known.labels[2] for site in sparse for known in site]
@@ -458,9 +459,8 @@ def _inputs(label: Label) -> set[Source]:
     return {source for source, _ in axes if source.kind == "input"}
 
 
-def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None:
+def check_grid(grid: Grid, text: Text | None, found: Sequence[tuple[AttentionSite, TokenLayout]]) -> None:
     """Raise GridError where an attention could be meant by the user's grid and none has it."""
-    found = [(node.meta["site"], node.meta["layout"]) for node in nodes]
     counts = {math.prod(grid), math.prod(grid) + sum(text or ())}
     fitting = [layout for site, layout in found if site.q_tokens == site.kv_tokens in counts]
     meant = [layout for site, layout in found if site.kind != "cross"]

@@ -17,8 +17,11 @@ from sparsify_compiler.methods import LearningMethod, StaticMethod
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout, count_of
 from sparsify_compiler.policy import Entry, Policy
+from sparsify_compiler.runtime.call import Part
 
 Pair = tuple[AttentionSite, TokenLayout]
+Decision = tuple[Entry | None, str]
+"""(entry of a site, why); None: it stays dense."""
 
 
 def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
@@ -32,14 +35,52 @@ def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None
         for node in nodes:
             node.meta["site"] = replace(node.meta["site"], device=device)
     pairs = [(node.meta["site"], node.meta.get("layout")) for node in nodes]
-    gm.meta["plan"] = make_plan(pairs, config)
+    decided = [node.meta["decision"] for node in nodes if "decision" in node.meta]
+    gm.meta["plan"] = make_plan(pairs, config, decided or None)
     for node, plan in zip(nodes, gm.meta["plan"], strict=True):
         node.meta["plan"] = plan
     return gm
 
 
-def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config: SparsifyConfig) -> GraphPlan:
+def as_parts(gm: fx.GraphModule, *, parts: Sequence[Part]) -> fx.GraphModule:
+    """Give every site what the analysis of the whole model says of it: kind, layout, decision."""
+    for node, part in zip(all_sites(gm), parts, strict=True):
+        site = node.meta["site"]
+        node.meta["site"] = replace(site, kind=part.kind, name=part.name or site.name)
+        node.meta["layout"], node.meta["decision"] = part.layout, (part.entry, part.reason)
+    return gm
+
+
+def decide(pairs: Sequence[Pair], config: SparsifyConfig) -> list[Decision]:
+    """What each site of a model does, and why.
+
+    Raises:
+        PolicyError: the policy is for another model or grid.
+    """
+    refusals = [refusal(*pair) for pair in pairs]
+    eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
+    chosen = iter(_by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy))
+    return [(None, why) if why else next(chosen) for why in refusals]
+
+
+def dense_steps(decisions: Iterable[Decision], config: SparsifyConfig) -> int | float:
+    """First steps of a generation that run dense, if any site is sparse.
+
+    A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
+    """
+    sparse = [entry.method for entry, _ in decisions if entry is not None and entry.method.name != "dense"]
+    return _or_default(config.dense_steps, max(one.dense_steps for one in sparse)) if sparse else 0
+
+
+def make_plan(
+    sites: Iterable[tuple[AttentionSite, TokenLayout | None]],
+    config: SparsifyConfig,
+    decided: Sequence[Decision] | None = None,
+) -> GraphPlan:
     """The plan of a graph.
+
+    Args:
+        decided: the decision for each site, if they were made for a whole model; else they are made for the graph.
 
     Raises:
         OptionError: a setting that does not fit the layout, such as more reference frames than frames.
@@ -47,15 +88,11 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         ProviderError: the provider asked for cannot run a site that is to be sparse.
     """
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
-    refusals = [refusal(*pair) for pair in pairs]
-    eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
-    decided = _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
-    known_as = _known_as(eligible, decided)
-    entries = iter(decided)
+    decisions = decide(pairs, config) if decided is None else decided
+    known_as = _known_as(pairs, decisions)
     densities: dict[object, float | None] = {}
     plans = []
-    for (site, layout), why in zip(pairs, refusals, strict=True):
-        entry, reason = (None, why) if why else next(entries)
+    for (site, layout), (entry, reason) in zip(pairs, decisions, strict=True):
         if entry is None or entry.method.name == "dense":
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=reason))
             continue
@@ -87,20 +124,16 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 ),
             )
         )
-    # A default is 0 or a share: where methods differ, as many steps as the most cautious wants.
-    defaults = (plan.settings.dense_steps for plan in plans if plan.method != "dense")  # type: ignore[attr-defined]
-    dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
-    sparse = any(plan.method != "dense" for plan in plans)
-    return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
+    return GraphPlan(plans=tuple(plans), dense_steps=dense_steps(decisions, config))
 
 
-def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[Entry | None, str]]:
+def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[Decision]:
     """(what it does, why) of each site, by one method for all; None: it stays dense."""
     method = config.method
     entry = Entry(method=method, far_field=_or_default(config.far_field, method.far_field))
     refused = [method.refusal(layout) for _, layout in eligible]
     first = count_of(_or_default(config.dense_layers, method.dense_layers), refused.count(""))
-    chosen: list[tuple[Entry | None, str]] = []
+    chosen: list[Decision] = []
     for why in refused:
         if not why and first > 0:
             first -= 1
@@ -109,13 +142,13 @@ def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[E
     return chosen
 
 
-def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[tuple[Entry | None, str]]:
+def _by_policy(eligible: Sequence[Pair], policy: Policy) -> list[Decision]:
     """The same by a policy, which speaks of sites with a grid alone."""
     chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
     return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
 
 
-def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, str]]) -> dict[str, str]:
+def _known_as(eligible: Sequence[Pair], entries: Sequence[Decision]) -> dict[str, str]:
     """Site -> its name where something was learnt for it, of sites that read what was learnt."""
     readers: dict[LearningMethod, list[str]] = {}
     for (site, _), (entry, _) in zip(eligible, entries, strict=True):

@@ -1,14 +1,14 @@
 """State from call to call: a clock for each model, and the tensors of its sites for each of its streams.
 
 State belongs to the model and not to a compiled program: two models of one class share their programs, and one
-model has several programs. A Parameter among the inputs of the program identifies the model; the state is freed
-with it.
+model has several programs. The call of an applied model names the model. In other calls a Parameter among the
+inputs of the program identifies it. The state is freed with its owner.
 """
 
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,9 +59,9 @@ class Stream:
     """Calls since the video began; at 0 the tensors hold nothing yet."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Record:
-    """One call of a program."""
+    """One call of a program, or of an applied model with all its programs."""
 
     options: Mapping[str, Any]
     """The options that torch.compile got: they distinguish the programs of one model."""
@@ -74,6 +74,12 @@ class Record:
     phase: str
     reports: dict[str, Tensor]
     """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
+
+    def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
+        """Add another program that ran in the same call."""
+        self.plan = replace(self.plan, plans=(*self.plan, *plan))
+        self.phase = "sparse" if "sparse" in (phase, self.phase) else phase
+        self.reports |= {site: report.clone() for site, report in reports.items()}
 
 
 @dataclass(slots=True, eq=False)
@@ -93,7 +99,7 @@ class ModelState:
     """Name -> tensor. Kept from video to video, and shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
-    _streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
+    _streams: dict[tuple[tuple[Spec, ...], int, tuple[str, ...]], Stream] = field(default_factory=dict)
 
     def trained_tensors(self, specs: Sequence[Trained]) -> list[Tensor]:
         """The tensors that `specs` describe. Tensors that do not exist yet are made.
@@ -130,9 +136,13 @@ class ModelState:
                 )
             self.sites[name] = plan, owner
 
-    def stream(self, specs: Sequence[Spec], number: int) -> Stream:
-        """The tensors of a stream that `specs` describe; zeros at its first call."""
-        key = tuple(specs), number
+    def stream(self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = ()) -> Stream:
+        """The tensors of a stream that `specs` describe; zeros at its first call.
+
+        Args:
+            names: the names of the sites in the whole model, if one program serves several of its parts.
+        """
+        key = tuple(specs), number, names
         if key not in self._streams:
             with torch.inference_mode(
                 False
@@ -152,14 +162,16 @@ class ModelState:
         tick: Tick,
         phase: str,
         reports: Mapping[str, Tensor],
-    ) -> None:
+    ) -> Record:
         """Keep the reports on a call, and drop those of programs with these options on earlier videos."""
         if self.history and self.history[0].video != self.video:
             kept = (one for one in self.history if one.video == self.video or one.options != options)
             self.history = deque(kept, maxlen=REMEMBERED)
         copies = {site: report.clone() for site, report in reports.items()}
-        self.history.append(Record(options, self.video, self.calls, plan, tick, phase, copies))
+        record = Record(options, self.video, self.calls, plan, tick, phase, copies)
+        self.history.append(record)
         self.calls += 1
+        return record
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
