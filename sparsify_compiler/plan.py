@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SiteKind = Literal["self", "joint", "cross", "unknown"]
+Spelling = Literal["sdpa", "flex", "unfused"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +41,8 @@ class AttentionSite:
     """Factor on the scores; 1/sqrt(head_dim) unless the model gave one."""
     mask: Literal["none", "key"] = "none"
     """`key`: a padding mask or additive bias that depends on the key alone."""
-    spelling: Literal["sdpa", "unfused"] = "sdpa"
-    """How the model wrote it: a call of SDPA, or softmax(q kᵀ) v by hand."""
+    spelling: Spelling = "sdpa"
+    """How the model wrote it: a call of SDPA, a call of FlexAttention, or softmax(q kᵀ) v by hand."""
     kind: SiteKind = "unknown"
     """`self`: video to video. `joint`: video and other tokens in one sequence. `cross`: keys are other tokens
     than the queries. `unknown`: the tokens could not be followed."""

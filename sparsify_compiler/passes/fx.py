@@ -169,7 +169,7 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None if None in strides else tuple(stride for stride in strides if stride is not None)
 
 
-_FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
+_FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan", "flex_attention")
 """Higher-order operators whose bodies write to nothing that they are given."""
 
 

@@ -146,8 +146,10 @@ def _lower_module(
             gm.graph.erase_node(node)
             if (strides := restored.get(node)) is not None:
                 lay_out(out if result is node else result, strides)
-            if plan.site.spelling == "sdpa":  # what is left of attention by hand, the inner backend drops
-                gm.graph.erase_node(original)
+            if plan.site.spelling != "unfused":  # what is left of attention by hand, the inner backend drops
+                outputs = original.all_input_nodes if plan.site.spelling == "flex" else []
+                for one in (original, *outputs):  # FlexAttention has several outputs
+                    gm.graph.erase_node(one)
     lowered: dict[int, list[tuple[str, Tensor | Trained]]] = {}
     for body in list(bodies(gm)):
         module = body.module
