@@ -18,7 +18,7 @@ from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.whole import analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
-from sparsify_compiler.plan import AttentionPlan, AttentionSite
+from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import AppliedModel, Hook, Timeline
 
 log = logging.getLogger("sparsify_compiler")
@@ -73,13 +73,12 @@ class Applied:
                 "explain shows the last call, and no model was called yet: run the pipeline first, or call "
                 "sparsify_compiler.explain(model, inputs..., options=...)"
             )
-        graphs, outside = [], []
+        graphs: list[GraphPlan] = []
+        outside: list[AttentionPlan] = []
         for model in self.models:
-            prefix = f"{model.name}." if len(self.models) > 1 else ""
-            for graph in model.graphs:
-                named = (replace(one, site=replace(one.site, name=prefix + one.site.name)) for one in graph)
-                graphs.append(replace(graph, plans=tuple(named)))
-            outside += [_outside(prefix, part) for part in model.missing()]
+            named = partial(_named, f"{model.name}." if len(self.models) > 1 else "")
+            graphs += [replace(graph, plans=tuple(map(named, graph))) for graph in model.graphs if len(graph)]
+            outside += map(named, model.outside)
         return Explanation(tuple(graphs), outside=tuple(outside))
 
     def restore(self) -> None:
@@ -259,11 +258,5 @@ def _native_attention(module: nn.Module) -> "list[tuple[Any, Any]]":
     return changed
 
 
-def _outside(prefix: str, part: Any) -> AttentionPlan:
-    heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = part.like
-    site = AttentionSite(
-        name=prefix + part.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
-        kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
-        kind=part.kind,
-    )  # fmt: skip
-    return AttentionPlan(site=site, layout=part.layout, method="dense", reason="outside every graph")
+def _named(prefix: str, plan: AttentionPlan) -> AttentionPlan:
+    return replace(plan, site=replace(plan.site, name=prefix + plan.site.name))

@@ -5,7 +5,8 @@ model does not change.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +18,13 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.axis_rules import AxisTracker
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
 from sparsify_compiler.passes.planning import decide, dense_steps, graph_plan
-from sparsify_compiler.plan import AttentionSite, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.runtime.call import Analysis, Arguments, Part
-from sparsify_compiler.runtime.program import Place
+from sparsify_compiler.uncompiled import Uncompiled
 
 _META = torch.device("meta")
 _OF_HOOKS = ("forward", "_compiled_call_impl", "_diffusers_hook", "_hf_hook", "_old_forward")
@@ -37,7 +39,7 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     """
     try:
         copy, (args, kwargs) = on_meta(module, arguments)
-        found = _traced(copy, args, kwargs, config)
+        found, outside = _traced(copy, args, kwargs, config)
     except SparsifyError:
         raise
     except Exception as error:  # whatever the model's own code raises on the meta device
@@ -56,50 +58,92 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
         )
         for (site, layout), (entry, reason) in zip(found, decisions, strict=True)
     )
-    return Analysis(parts, dense_steps(decisions, config))
+    return Analysis(parts, dense_steps(decisions, config), outside=outside)
+
+
+Found = list[tuple[AttentionSite, TokenLayout]]
 
 
 def _traced(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig
-) -> list[tuple[AttentionSite, TokenLayout]]:
-    """Site and layout of every attention, in the order of execution."""
+) -> tuple[Found, tuple[AttentionPlan, ...]]:
+    """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
+
+    Where the model breaks into graphs, labels go from the outputs of one to the inputs of the next.
+    """
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
     counts: Counter[str] = Counter()
-    found: list[tuple[AttentionSite, TokenLayout]] = []
+    found: Found = []
     errors: list[SparsifyError] = []
+    tracker, uncompiled = _BetweenGraphs(), Uncompiled(module)
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            tracker.put_input(tensor, False)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
-    def record(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
-        try:
-            analysed = pipeline.analyse(gm, config, part=True)
-        except SparsifyError as error:
-            errors.append(error)
-            raise _torch.unwrapped(error) from None
-        plan, places = graph_plan(analysed), find_places(analysed)
-
+    def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
-            for one, place in zip(plan, places, strict=True):
-                name = _name(place, inputs, paths)
+            try:
+                analysed = pipeline.analyse_in_call(gm, config, tracker, inputs)
+            except SparsifyError as error:
+                errors.append(error)
+                raise
+            for one, place in zip(graph_plan(analysed), find_places(analysed), strict=True):
+                name = place.name_in(
+                    None if place.parameter is None else paths.get(id(inputs[place.parameter]))
+                )
                 counts[name] += 1
                 name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 found.append((replace(one.site, name=name), one.layout))
-            return gm.forward(*inputs)
+            outputs = gm.forward(*inputs)
+            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
+                for tensor, known in zip(tensors, ends, strict=True):
+                    if isinstance(tensor, Tensor) and known is not None:
+                        tracker.put(tensor, known)
+            return outputs
 
-        return run
+        return tracker.paused()(uncompiled.in_graph()(run))
 
     try:
-        with _torch.tracing(record, _call) as call:
+        with _torch.tracing(record, _call) as call, uncompiled, tracker:
             call(module, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without the text that Dynamo appends
-    return found
+    return found, tuple(uncompiled.plans)
+
+
+class _BetweenGraphs(AxisTracker):
+    """Follows the operators of a call that run in no graph. Dynamo compiles as without it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._paused = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: otherwise Dynamo compiles nothing under a mode."""
+        return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow nothing inside: a graph has its own tracker."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paused or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return module(*args, **kwargs)
-
-
-def _name(place: Place, inputs: Sequence[Any], paths: dict[int, str]) -> str:
-    return place.name_in(None if place.parameter is None else paths.get(id(inputs[place.parameter])))
 
 
 def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:

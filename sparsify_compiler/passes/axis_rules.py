@@ -95,6 +95,12 @@ class AxisTracker(TorchDispatchMode):
         self._set(tensor, known)
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
 
+    def put_input(self, tensor: Tensor, is_weight: bool) -> Source:
+        """Label an input, or a weight, by its own axes."""
+        source = Source("weight" if is_weight else "input", tuple(tensor.shape))
+        self.put(tensor, Known([axis(source, dim) for dim in range(tensor.dim())]))
+        return source
+
     def take(self, positions: Iterable[Atom]) -> None:
         """By a rule: its output was taken from these positions, along axes that it does not have."""
         self._taken = self._taken.union(positions)

@@ -48,7 +48,6 @@ from sparsify_compiler.passes.axes import (
     Label,
     Source,
     atoms,
-    axis,
     fresh,
     is_blank,
     joined,
@@ -95,10 +94,17 @@ class Followed(NamedTuple):
     """Every captured site that the graph reaches."""
     inputs: dict[fx.Node, Source]
     embeddings: set[Embedding]
+    ends: tuple[list[Known | None], list[Known | None]]
+    """(what is known of the inputs, of the outputs) after the graph; None for what is no tensor."""
 
 
 def infer_layouts(
-    gm: fx.GraphModule, *, grid: Grid | None = None, text: Text | None = None, part: bool = False
+    gm: fx.GraphModule,
+    *,
+    grid: Grid | None = None,
+    text: Text | None = None,
+    part: bool = False,
+    within: tuple[AxisTracker, Sequence[Any]] | None = None,
 ) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
@@ -108,14 +114,17 @@ def infer_layouts(
             the same tokens in that order.
         text: (before, after), beside `grid`: sequences may have as many other tokens before and after the video.
         part: whether the graph may be a part of a model, which need not have the grid.
+        within: the tracker of a call of a whole model, and the tensors that the graph gets there. `meta["ends"]` is
+            then (what is known of the inputs, of the outputs) after the graph.
 
     Raises:
         GridError: no attention of the graph can have the grid.
     """
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
-    if not nodes:
+    if not nodes and within is None:
         return gm
-    followed = _follow(gm)
+    followed = _follow(gm, within)
+    gm.meta["ends"] = followed.ends
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -505,23 +514,32 @@ def _specialise(gm: fx.GraphModule, inputs: dict[fx.Node, Source], used: Iterabl
 # Following the graph
 
 
-def _follow(gm: fx.GraphModule) -> Followed:
-    """Run a graph on fake tensors with labels."""
+def _follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:
+    """Run a graph on fake tensors with labels. `within` as in `infer_layouts`."""
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
-    followed = Followed({}, {}, tracker.embeddings)
+    outer, given = within or (None, ())
+    if outer is not None:
+        tracker.embeddings, tracker.positions = outer.embeddings, outer.positions
+    sites: dict[fx.Node, Site] = {}
+    sources: dict[fx.Node, Source] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = _stand_ins([node.meta.get("example_value") for node in placeholders])
         with tracker:
-            for node, value in zip(placeholders, values, strict=True):
-                if isinstance(value, Tensor):
-                    kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
-                    source = followed.inputs[node] = Source(kind, tuple(value.shape))
-                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
-            _Follower(gm, tracker, followed.sites).run(*values)
+            for place, (node, value) in enumerate(zip(placeholders, values, strict=True)):
+                if isinstance(value, Tensor) and outer is not None:
+                    tracker.put(value, outer.known(given[place]))
+                elif isinstance(value, Tensor):
+                    sources[node] = tracker.put_input(value, isinstance(node.meta["example_value"], nn.Parameter))
+            returned = _Follower(gm, tracker, sites).run(*values)
+            outputs = returned if isinstance(returned, (tuple, list)) else [returned]
+            ends = [
+                [tracker.known(one) if isinstance(one, Tensor) else None for one in some]
+                for some in (values, outputs)
+            ]
     torch.set_grad_enabled(grad_enabled)
-    return followed
+    return Followed(sites, sources, tracker.embeddings, (ends[0], ends[1]))
 
 
 def _stand_ins(values: Sequence[Any]) -> list[Any]:

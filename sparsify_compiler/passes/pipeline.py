@@ -5,12 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.passes import spec
+from sparsify_compiler.passes.axis_rules import AxisTracker
 from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
@@ -55,6 +57,14 @@ def analyse(
         part: whether the graph may be a part of a model, which need not have the given grid.
     """
     return run(copy_graph(gm), analysis(config, device, part=part), config)
+
+
+def analyse_in_call(
+    gm: fx.GraphModule, config: SparsifyConfig, tracker: AxisTracker, inputs: Sequence[Any]
+) -> fx.GraphModule:
+    """`analyse` for a graph that runs on `inputs` within the call of a model, which `tracker` follows."""
+    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=True, within=(tracker, inputs))
+    return run(copy_graph(gm), [capture, infer, partial(plan_sites, config=config)], config)
 
 
 def plan_as(analysed: fx.GraphModule, config: SparsifyConfig, parts: Parts) -> fx.GraphModule:

@@ -10,7 +10,7 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.names import TIME_STEP
-from sparsify_compiler.plan import AttentionPlan, GraphPlan, SiteKind, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, SiteKind, TokenLayout
 from sparsify_compiler.runtime.clock import Prints, StepClock, Tick
 from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
 log = logging.getLogger("sparsify_compiler")
+
+_SKIPPED = "the call skipped it, or ran it outside every graph"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
@@ -46,10 +48,15 @@ class Part:
     reason: str
     """Why this entry, or why dense."""
 
-    @property
-    def is_video(self) -> bool:
-        """Whether it attends over a whole video."""
-        return self.layout.grid is not None
+    def as_dense(self, reason: str) -> AttentionPlan:
+        """The plan of an attention that ran in no graph."""
+        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
+        site = AttentionSite(
+            name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
+            kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
+            kind=self.kind,
+        )  # fmt: skip
+        return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
 
 
 class Parts(NamedTuple):
@@ -65,6 +72,8 @@ class Analysis:
 
     parts: tuple[Part, ...] = ()
     dense_steps: int | float = 0
+    outside: tuple[AttentionPlan, ...] = ()
+    """The plans of attentions outside every graph, which stay dense."""
     failure: str = ""
     """Why the model could not be analysed; empty if it was."""
 
@@ -134,17 +143,19 @@ class AppliedModel:
         self.analysis = self._analyses[key]
         return self.analysis
 
-    def plans(self) -> Iterator[AttentionPlan]:
-        """The plans of all attentions of the last call, with the reason of those that ran in no graph."""
-        for graph in self.graphs:
-            yield from graph
+    @property
+    def plans(self) -> list[AttentionPlan]:
+        """The plans of all attentions that ran in graphs in the last call."""
+        return [plan for graph in self.graphs for plan in graph]
 
-    def missing(self) -> list[Part]:
-        """The attentions of the analysis that ran in no graph in the last call."""
+    @property
+    def outside(self) -> list[AttentionPlan]:
+        """The plans of the attentions that ran in no graph in the last call, or that the call skipped."""
         if self.analysis is None:
             return []
-        ran = {plan.site.name for plan in self.plans()}
-        return [part for part in self.analysis.parts if part.name not in ran]
+        ran = {plan.site.name for plan in self.plans}
+        skipped = [part.as_dense(_SKIPPED) for part in self.analysis.parts if part.name not in ran]
+        return [*skipped, *self.analysis.outside]
 
 
 class Placed(Protocol):
@@ -289,9 +300,10 @@ class ModelCall:
         if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):
             model.by_order = False
             model.state.new_video()
-        dense_phase = self._record is not None and self._record.phase == "dense"
-        if not model.told and not dense_phase:
+        if not model.told and (self._record is None or self._record.phase == "sparse"):
             model.told = True
+            if not any(graph.sparse for graph in self.graphs):
+                model.analysed(self)
             _tell(model, type(self.module).__name__)
 
 
@@ -388,25 +400,23 @@ def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
     return module._buffers.get(name) if found is None else found
 
 
-def is_video(plan: AttentionPlan) -> bool:
+def _is_video(plan: AttentionPlan) -> bool:
     """Whether a plan is of attention over a whole video, or of one whose tokens could not be followed."""
     site = plan.site
-    return plan.layout.grid is not None or bool(site.refusal and site.q_tokens == site.kv_tokens)
+    return plan.layout.grid is not None or (site.kind == "unknown" and site.q_tokens == site.kv_tokens)
 
 
 def _tell(model: AppliedModel, kind: str) -> None:
     """One line in the log: the number of video attentions that are sparse, and why others are dense."""
-    plans = [plan for plan in model.plans() if is_video(plan)]
+    plans = [plan for plan in (*model.plans, *model.outside) if _is_video(plan)]
     reasons = Counter(plan.reason for plan in plans if plan.method == "dense")
-    reasons.update("outside every graph" for part in model.missing() if part.is_video)
-    sparse, dense = sum(plan.method != "dense" for plan in plans), reasons.total()
+    dense = reasons.total()
     causes = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    name = f"{model.name} ({kind})" if model.name else kind
     log.log(
-        logging.WARNING if dense or not sparse else logging.INFO,
+        logging.WARNING if dense or not plans else logging.INFO,
         "%s: %d of %d video attentions sparse%s",
-        name,
-        sparse,
-        sparse + dense,
+        f"{model.name} ({kind})" if model.name else kind,
+        len(plans) - dense,
+        len(plans),
         f", {dense} dense: {causes}" if dense else "",
     )
