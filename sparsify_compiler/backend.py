@@ -109,7 +109,7 @@ def _program(
         inputs=find_inputs(gm),
         own=own,
         ends_early=_torch.graph_break(gm) is not None,
-        places=find_places(analysed),
+        places=find_places(analysed, gm),
         plan_as=lambda parts: planned_as(pipeline.plan_as(analysed, config, parts)),
     )
     # Guards on sizes can be added only now, and CUDA graphs need to know the model's tensors.

@@ -22,7 +22,8 @@ _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 _SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
 _DOORS = tuple(str(Path(__file__).parent / name) for name in ("explanation.py", "hosts/whole.py"))
 """The files that call the model."""
-_NOT_THE_MODEL = (__file__, *_DOORS, _torch.DIRECTORY, "<")
+_PASSES = str(Path(__file__).with_name("passes"))
+_NOT_THE_MODEL = (__file__, *_DOORS, _PASSES, _torch.DIRECTORY, "<")
 """Beginnings of the files whose frames are not the model's."""
 
 

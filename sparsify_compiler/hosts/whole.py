@@ -89,7 +89,7 @@ def _traced(
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            for one, place in zip(graph_plan(analysed), find_places(analysed), strict=True):
+            for one, place in zip(graph_plan(analysed), find_places(analysed, gm), strict=True):
                 name = place.name_in(
                     None if place.parameter is None else paths.get(id(inputs[place.parameter]))
                 )

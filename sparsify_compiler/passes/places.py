@@ -5,7 +5,7 @@ the graph reads near the attention is known at every call, and so is the part.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx
@@ -19,19 +19,27 @@ from sparsify_compiler.runtime.program import Place
 _NOT_OF_A_PATH = {"_modules", "_parameters", "_buffers", "__dict__"}
 
 
-def find_places(gm: fx.GraphModule) -> tuple[Place, ...]:
-    """The place of every attention of an analysed graph, in order."""
-    placeholders = {node.name: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+def find_places(analysed: fx.GraphModule, gm: fx.GraphModule) -> tuple[Place, ...]:
+    """The place of every attention of a graph, in order.
+
+    Args:
+        analysed: the copy of the graph that carries the sites.
+        gm: Dynamo's graph, whose inputs say where Dynamo reads them from.
+    """
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    paths = [_path(_torch.source_name(node)) if _torch.is_model_tensor(node) else "" for node in placeholders]
+    inputs = [node for node in analysed.graph.nodes if node.op == "placeholder"]
+    parameters = {node: place for place, (node, path) in enumerate(zip(inputs, paths, strict=True)) if path}
     found = []
-    for node in all_sites(gm):
+    for node in all_sites(analysed):
         site: AttentionSite = node.meta["site"]
-        owner = _nearest_parameter(_in_graph(gm, node))
+        nearest = _nearest(_in_graph(analysed, node), parameters)
         found.append(
             Place(
                 name=site.name.partition("#")[0],
                 like=likeness(site),
-                parameter=None if owner is None else placeholders[owner.name],
-                path="" if owner is None else _path(_torch.source_name(owner)),
+                parameter=nearest,
+                path="" if nearest is None else paths[nearest],
                 may_be_video=bool(site.refusal) or site.q_tokens == site.kv_tokens,
             )
         )
@@ -63,12 +71,11 @@ def _in_graph(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return node
 
 
-def _nearest_parameter(node: fx.Node) -> fx.Node | None:
-    """The Parameter that the fewest operators separate from a node: first of those before it, then after it."""
-    for one in (*_outwards(node, backwards=True), *_outwards(node, backwards=False)):
-        if one.op == "placeholder" and _torch.is_model_tensor(one) and _path(_torch.source_name(one)):
-            return one
-    return None
+def _nearest(node: fx.Node, inputs: Mapping[fx.Node, int]) -> int | None:
+    """The place of the input that the fewest operators separate from a node: first of those before it, then of
+    those that are read after it."""
+    ways = (*_outwards(node, backwards=True), *_outwards(node, backwards=False))
+    return next((inputs[one] for one in ways if one in inputs), None)
 
 
 def _outwards(node: fx.Node, *, backwards: bool) -> Iterator[fx.Node]:
