@@ -47,6 +47,7 @@ from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
+    from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.policy import Policy
     from sparsify_compiler.runtime.clock import generation
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Applied",
     "AttentionPlan",
     "AttentionSite",
     "BlockTable",
@@ -79,6 +81,7 @@ __all__ = [
     "SparsifyError",
     "SparsifyWarning",
     "TokenLayout",
+    "apply",
     "explain",
     "generation",
     "sample_few_steps",
@@ -87,6 +90,7 @@ __all__ = [
 
 
 _LAZY = {
+    "Applied": "hosts.apply",
     "ConsistencyConfig": "training.consistency",
     "ConsistencyTrainer": "training.consistency",
     "DSVTrainer": "training.dsv",
@@ -95,6 +99,7 @@ _LAZY = {
     "Explanation": "explanation",
     "Policy": "policy",
     "RunStats": "measured",
+    "apply": "hosts.apply",
     "explain": "explanation",
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",

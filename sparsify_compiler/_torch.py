@@ -391,6 +391,39 @@ def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterat
                 reset_code(code)
 
 
+def compiled_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled from a code object of its own: its programs are no one else's, and no one else's recompiles
+    count against its limit."""
+    assert isinstance(function, FunctionType)
+    fresh = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return torch.compile(fresh, backend=backend)
+
+
+def forget(compiled: Callable[..., Any]) -> None:
+    """Drop the programs of what `compiled_apart` returned."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    function: Any = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+    reset_code(function.__code__)
+
+
+def never_compile(function: Callable[..., Any]) -> None:
+    """Let Dynamo skip the frames of a function where they are called by others; frames that it calls are compiled
+    as without it."""
+    from torch._dynamo.eval_frame import skip_code
+
+    assert isinstance(function, FunctionType)
+    skip_code(function.__code__)
+
+
+def check_mode(mode: str | None) -> None:
+    """Raise OptionError unless `mode` is a mode of torch.compile."""
+    from torch._inductor import list_mode_options
+
+    if mode is not None and mode not in (known := list_mode_options()):
+        raise unknown_choice("mode", mode, known)
+
+
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model that torch.compile got, if `model` is its result; else `model`."""
     return getattr(model, "_orig_mod", model)

@@ -16,12 +16,13 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
+from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of
-from sparsify_compiler.runtime.program import Program, Sizes, Variant
+from sparsify_compiler.runtime.call import open_call
+from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.site import functions_of
-from sparsify_compiler.runtime.site_inputs import GraphInputs
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
@@ -52,7 +53,8 @@ def sparsify(
         program = _program(gm, example_inputs, dict(options or {}), config, mode)
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
-    _tell(program.plan, config, options or {}, _torch.graph_break(gm))
+    if open_call() is None:  # the call of an applied model says more, and once for all its graphs
+        _tell(program.plan, config, options or {}, _torch.graph_break(gm))
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: after it, other shapes run uncompiled "
@@ -69,39 +71,51 @@ def _program(
     mode: str | None,
 ) -> Program:
     marked = _torch.marked_dynamic(example_inputs)
-    analysed = pipeline.analyse(gm, config)
-    plan = graph_plan(analysed)
+    in_a_model = open_call() is not None
+    analysed = pipeline.analyse(gm, config, part=in_a_model)
+    if in_a_model:
+        fix_tokens(analysed)
     # In training, time steps are random, and checkpointing may run a forward pass again.
     trains = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
-    first = Variant(trains=trains)
-    sparse = pipeline.rewrite(analysed, config, first)
-    extra: GraphInputs = sparse.meta["extra"]
+    sizes = _sizes(gm)
+
+    def planned_as(analysed: fx.GraphModule) -> PlannedGraph:
+        plan, first = graph_plan(analysed), Variant(trains=trains)
+        sparse = pipeline.rewrite(analysed, config, first)
+        functions = functions_of(sparse)
+
+        def compile_variant(variant: Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
+            graph = sparse if variant == first else pipeline.rewrite(analysed, config, variant)
+            functions.update(functions_of(graph))
+            offload = long_lists if trains and config.offload_indices and variant.phase == "sparse" else None
+            return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
+
+        return PlannedGraph(
+            plan=plan,
+            sizes=sizes if plan.sparse else {},
+            extra=sparse.meta["extra"],
+            functions=functions,
+            compile=compile_variant,
+            trains=trains,
+            learning_sites=tuple(one for one in plan.sparse if learns(one)),
+        )
+
+    own = planned_as(analysed)
     _check_marked(marked)
-    functions = functions_of(sparse)
-
-    def compile_variant(variant: Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph = sparse if variant == first else pipeline.rewrite(analysed, config, variant)
-        functions.update(functions_of(graph))
-        offload = long_lists if trains and config.offload_indices and variant.phase == "sparse" else None
-        return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
-
     program = Program(
         options=options,
-        plan=plan,
         inputs=find_inputs(gm),
-        sizes=_sizes(gm) if plan.sparse else {},
-        extra=extra,
-        functions=functions,
-        compile=compile_variant,
-        trains=trains,
-        learning_sites=tuple(one for one in plan.sparse if learns(one)),
+        own=own,
+        ends_early=_torch.graph_break(gm) is not None,
+        places=find_places(analysed, gm),
+        plan_as=lambda parts: planned_as(pipeline.plan_as(analysed, config, parts)),
     )
     # Guards on sizes can be added only now, and CUDA graphs need to know the model's tensors.
     if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
-        examples = (_torch.example_like(example_inputs, tensor) for tensor in extra.blank())
-        program.prepare([*example_inputs, *examples])
+        examples = (_torch.example_like(example_inputs, tensor) for tensor in own.extra.blank())
+        own.prepare([*example_inputs, *examples])
     return program
 
 

@@ -147,7 +147,7 @@ def stats(model: Callable[..., Any]) -> RunStats:
         raise SparsifyError(
             f"stats needs a module whose parameters it can look up, got {type(module).__name__}"
         )
-    states = states_of(module.parameters())
+    states = states_of([*module.modules(), *module.parameters()])
     records = [record for state in states for record in _last_video(state, options)]
     if not records:
         others = (

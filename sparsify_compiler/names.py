@@ -4,11 +4,15 @@ A trainer, a pipeline or DistributedDataParallel wraps a model in a module, and 
 name. The part after the path that all sites share identifies the sites.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 ROOT = "attention"
 """The name of a site in the model itself, outside of its modules."""
+
+TIME_STEP = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
+"""The names of the time step among the inputs of models, in lower case."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules in which PyTorch wraps other modules, anywhere in a model."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 SiteKind = Literal["self", "joint", "cross", "unknown"]
+Spelling = Literal["sdpa", "flex", "unfused"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +43,8 @@ class AttentionSite:
     """Factor on the scores; 1/sqrt(head_dim) unless the model gives one."""
     mask: Literal["none", "key"] = "none"
     """`key`: a padding mask or additive bias that depends on the key alone."""
-    spelling: Literal["sdpa", "unfused"] = "sdpa"
-    """The model's spelling: a call of SDPA, or softmax(q kᵀ) v by hand."""
+    spelling: Spelling = "sdpa"
+    """The model's spelling: a call of SDPA, a call of FlexAttention, or softmax(q kᵀ) v by hand."""
     kind: SiteKind = "unknown"
     """`self`: video to video. `joint`: video and other tokens in one sequence. `cross`: keys are other tokens
     than the queries. `unknown`: the analysis lost the tokens."""
@@ -95,8 +96,6 @@ class FittedMethod(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
-    dense_steps: ClassVar[int | float]
-    """Default of the option: steps of a generation that stay dense, a number or a share."""
 
     def __hash__(self) -> int:
         """Plans and caches are keyed by methods."""
@@ -107,6 +106,8 @@ class Method(Protocol):
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     name: ClassVar[str]
+    dense_steps: ClassVar[int | float]
+    """Default of the option: steps of a generation that stay dense, a number or a share."""
     dense_layers: ClassVar[int | float]
     """Default of the option: sites of a model that stay dense, a number or a share."""
     far_field: ClassVar[str]

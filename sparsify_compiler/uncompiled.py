@@ -20,9 +20,10 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 
 _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)
 _SOFTMAXES = (torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
-_DOOR = str(Path(__file__).with_name("explanation.py"))
-"""The file that calls the model."""
-_NOT_THE_MODEL = (__file__, _DOOR, _torch.DIRECTORY, "<")
+_DOORS = tuple(str(Path(__file__).parent / name) for name in ("explanation.py", "hosts/whole.py"))
+"""The files that call the model."""
+_PASSES = str(Path(__file__).with_name("passes"))
+_NOT_THE_MODEL = (__file__, *_DOORS, _PASSES, _torch.DIRECTORY, "<")
 """Beginnings of the files whose frames are not the model's."""
 
 
@@ -130,7 +131,7 @@ class Uncompiled(TorchDispatchMode):
                 for one in breaks
                 if one.file == file and one.function in name
             ),
-            *(f"the model is not compiled ({one.why})" for one in breaks if one.file == _DOOR),
+            *(f"the model is not compiled ({one.why})" for one in breaks if one.file in _DOORS),
         ]
         file, _, line = places[0]
         return ": ".join([f"outside every graph, at {_torch.place_text(file, line)}", *causes[:1]])

@@ -19,7 +19,7 @@ ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
     {"cli"},
     {"lab"},
-    {"__init__", "doctor", "diffusers_model", "explanation", "uncompiled", "training", "export"},
+    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "uncompiled", "training", "export"},
     {"backend", "measured"},
     {"passes"},
     {"runtime", "policy"},

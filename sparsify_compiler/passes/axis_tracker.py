@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sparsify_compiler.passes.axes import Atom, Label, Source, atoms, fresh, is_blank, length, single, unknown
+from sparsify_compiler.passes.axes import (
+    Atom,
+    Label,
+    Source,
+    atoms,
+    axis,
+    fresh,
+    is_blank,
+    length,
+    single,
+    unknown,
+)
 from sparsify_compiler.passes.axis_rules import RULES, blank, broadcast, is_pointwise, pointwise, tensors_in
 from sparsify_compiler.passes.axis_writes import Known, Write
 
@@ -58,6 +69,12 @@ class AxisTracker(TorchDispatchMode):
         """Set the knowledge about a tensor that was not seen before, or that now shows other memory."""
         self._set(tensor, known)
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
+
+    def put_input(self, tensor: Tensor, is_weight: bool) -> Source:
+        """Label an input, or a weight, by its own axes."""
+        source = Source("weight" if is_weight else "input", tuple(tensor.shape))
+        self.put(tensor, Known([axis(source, dim) for dim in range(tensor.dim())]))
+        return source
 
     def take(self, positions: Iterable[Atom]) -> None:
         """Record, for a rule, the positions from which its output is taken, along axes that it does not have."""

@@ -9,10 +9,11 @@ of conditions, maps, loops and custom autograd functions.
 """
 
 import math
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from sparsify_compiler.passes.fx import (
 from sparsify_compiler.passes.replay import differs
 from sparsify_compiler.passes.unfused import NotRead, Unfused, find_chain, read_chain
 from sparsify_compiler.passes.writes import reshaped_after, reshaping_nodes
-from sparsify_compiler.plan import AttentionSite
+from sparsify_compiler.plan import AttentionSite, Spelling
 
 _SDPA = (
     F.scaled_dot_product_attention,
@@ -69,7 +70,7 @@ class Call:
     scale: float | None = None
     unfused: Unfused | None = None
     """The reading of attention by hand."""
-    spelling: Literal["sdpa", "unfused"] = "sdpa"
+    spelling: Spelling = "sdpa"
     refusal: str = ""
 
 
@@ -127,13 +128,15 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> Call | None:
         return None
     chain = find_chain(node)
     if (chain or node.target in _SDPA) and _torch.is_transformed(tensor_of(node)):
-        spelling: Literal["sdpa", "unfused"] = "unfused" if chain else "sdpa"
+        spelling: Spelling = "unfused" if chain else "sdpa"
         return Call(node=node, spelling=spelling, refusal="inside a transform of torch.func (vmap, grad)")
     if node.target in _SDPA:
         return _sdpa(node, *node.args, **node.kwargs)
     if node.target is F.multi_head_attention_forward:
         return Call(node=node, refusal=_MODULE)
-    return _kernel(node) if chain is None else _unfused(gm, chain)
+    if chain is not None:
+        return _unfused(gm, chain)
+    return _flex(gm, node) or _kernel(node)
 
 
 def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
@@ -150,6 +153,61 @@ def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
         spelling="unfused",
         refusal=found.refusal,
     )
+
+
+def _flex(gm: fx.GraphModule, node: fx.Node) -> Call | None:
+    """A call of FlexAttention that changes no score and masks nothing; None for other calls.
+
+    Its block mask must be the one that FlexAttention makes where it gets none: one block that holds all tokens.
+    """
+    if node.target is not torch.ops.higher_order.flex_attention or node.kwargs:
+        return None
+    query, key, value, score, blocks, scale, _, *others = node.args
+    *numbers, q_block, kv_block, mask = blocks  # type: ignore[misc]
+    users = list(node.users)
+    plain = (
+        others == [(), ()]
+        and len(users) == 1
+        and users[0] is node.next
+        and (users[0].target, users[0].args[1]) == (operator.getitem, 0)
+        and isinstance(scale, (int, float))
+        and tensor_of(query) is not None
+        and tensor_of(key) is not None
+        and isinstance(q_block, int)
+        and isinstance(kv_block, int)
+        and q_block >= tensor_of(query).shape[-2]  # type: ignore[union-attr]
+        and kv_block >= tensor_of(key).shape[-2]  # type: ignore[union-attr]
+        and [getattr(one, "target", one) for one in numbers[2:6]] == [torch.ones, torch.zeros, None, None]
+        and _returns_its_first(gm, score)
+        and _returns_true(gm, mask)
+    )
+    if not plain:
+        return None
+    operands = tuple(Operand(one) for one in (query, key, value))  # type: ignore[arg-type]
+    return Call(node=users[0], operands=operands, scale=scale, spelling="flex")  # type: ignore[arg-type]
+
+
+def _body(gm: fx.GraphModule, node: Any) -> tuple[list[fx.Node], Any] | None:
+    """(nodes, what it returns) of a function that a higher-order call gets."""
+    body = getattr(gm, str(node.target), None) if isinstance(node, fx.Node) else None
+    if not isinstance(body, fx.GraphModule):
+        return None
+    *nodes, output = body.graph.nodes
+    returned = output.args[0]
+    return nodes, returned[0] if isinstance(returned, (tuple, list)) and len(returned) == 1 else returned
+
+
+def _returns_its_first(gm: fx.GraphModule, node: Any) -> bool:
+    body = _body(gm, node)
+    return body is not None and bool(body[0]) and body[1] is body[0][0]
+
+
+def _returns_true(gm: fx.GraphModule, node: Any) -> bool:
+    body = _body(gm, node)
+    if body is None or not isinstance(body[1], fx.Node):
+        return False
+    made = [one for one in body[0] if one.op != "placeholder"]
+    return made == [body[1]] and body[1].target == "new_ones" and body[1].kwargs.get("dtype") == torch.bool
 
 
 def _kernel(node: fx.Node) -> Call | None:

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify_compiler import _torch
-from sparsify_compiler.passes.axes import Source, axis
+from sparsify_compiler.passes.axes import Source
 from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
@@ -40,25 +40,41 @@ class Followed(NamedTuple):
     """The source of the axes of every tensor among the inputs."""
     embeddings: set[Embedding]
     """Every product of graph inputs with weights."""
+    ends: tuple[list[Known | None], list[Known | None]]
+    """(what is known about the inputs, about the outputs) after the graph; None for what is no tensor."""
 
 
-def follow(gm: fx.GraphModule) -> Followed:
-    """Run a graph on fake tensors with labels, and return the axes found."""
+def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:
+    """Run a graph on fake tensors with labels, and return the axes found.
+
+    Args:
+        within: the tracker of a call of a whole model, and the tensors that the graph gets there.
+    """
     grad_enabled = torch.is_grad_enabled()
     tracker = AxisTracker()
-    followed = Followed({}, {}, tracker.embeddings)
+    outer, given = within or (None, ())
+    if outer is not None:
+        tracker.embeddings, tracker.positions = outer.embeddings, outer.positions
+    sites: dict[fx.Node, Site] = {}
+    sources: dict[fx.Node, Source] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         values = _fake_inputs([node.meta.get("example_value") for node in placeholders])
         with tracker:
-            for node, value in zip(placeholders, values, strict=True):
-                if isinstance(value, Tensor):
-                    kind = "weight" if isinstance(node.meta["example_value"], nn.Parameter) else "input"
-                    source = followed.inputs[node] = Source(kind, tuple(value.shape))
-                    tracker.put(value, Known([axis(source, dim) for dim in range(value.dim())]))
-            _Follower(gm, tracker, followed.sites).run(*values)
+            for place, (node, value) in enumerate(zip(placeholders, values, strict=True)):
+                if isinstance(value, Tensor) and outer is not None:
+                    tracker.put(value, outer.known(given[place]))
+                elif isinstance(value, Tensor):
+                    is_weight = isinstance(node.meta["example_value"], nn.Parameter)
+                    sources[node] = tracker.put_input(value, is_weight)
+            returned = _Follower(gm, tracker, sites).run(*values)
+            outputs = returned if isinstance(returned, (tuple, list)) else [returned]
+            ends = [
+                [tracker.known(one) if isinstance(one, Tensor) else None for one in some]
+                for some in (values, outputs)
+            ]
     torch.set_grad_enabled(grad_enabled)
-    return followed
+    return Followed(sites, sources, tracker.embeddings, (ends[0], ends[1]))
 
 
 def _fake_inputs(values: Sequence[Any]) -> list[Any]:

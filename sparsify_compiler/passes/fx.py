@@ -183,7 +183,7 @@ def strides_of(tensor: Tensor) -> tuple[int, ...] | None:
     return None if None in strides else tuple(stride for stride in strides if stride is not None)
 
 
-_FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan")
+_FUNCTIONAL = ("cond", "while_loop", "map_impl", "scan", "associative_scan", "flex_attention")
 """Higher-order operators whose bodies write to none of their inputs."""
 
 

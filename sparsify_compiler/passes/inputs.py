@@ -7,11 +7,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.passes.fx import recorded, tensor_of, value_of
 from sparsify_compiler.runtime.program import Inputs
-
-_TIME = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
-"""The names that models use for their time step."""
 
 _SIZE = re.compile(r"time|t")
 """Names of a time step that are names of a number of frames too."""
@@ -37,12 +35,12 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
             owner = i
     sizes = {_torch.hint(size) for i in given for size in recorded(placeholders[i]).shape}
     names = {i: _last_name(_torch.source_name(placeholders[i])) for i in (*given, *numbers)}
-    time = next((i for i in given if _TIME.fullmatch(names[i])), None)
+    time = next((i for i in given if TIME_STEP.fullmatch(names[i])), None)
     constant = None
     if time is None:
         time = next((i for i in numbers if _is_time(names[i], _number(placeholders[i]), sizes)), None)
     if time is None:
-        constants = _torch.constant_numbers(lambda name: _TIME.fullmatch(_last_name(name)) is not None)
+        constants = _torch.constant_numbers(lambda name: TIME_STEP.fullmatch(_last_name(name)) is not None)
         constant = next(
             (float(one) for name, one in constants.items() if _is_time(_last_name(name), one, sizes)), None
         )
@@ -55,7 +53,7 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
 
 def _is_time(name: str, value: float | None, sizes: Collection[int | None]) -> bool:
     """Whether a number of this name is a time step, and no number of frames."""
-    if not _TIME.fullmatch(name):
+    if not TIME_STEP.fullmatch(name):
         return False
     return not (_SIZE.fullmatch(name) and isinstance(value, int) and value in sizes)
 

@@ -32,6 +32,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,7 +51,7 @@ from sparsify_compiler.passes.axes import (
     length,
     share_axis,
 )
-from sparsify_compiler.passes.axis_tracker import Embedding
+from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.following import Site, follow
@@ -77,7 +78,12 @@ def _unseen(site: AttentionSite) -> Site:
 
 
 def infer_layouts(
-    gm: fx.GraphModule, *, grid: Grid | None = None, text: Text | None = None
+    gm: fx.GraphModule,
+    *,
+    grid: Grid | None = None,
+    text: Text | None = None,
+    part: bool = False,
+    within: tuple[AxisTracker, Sequence[Any]] | None = None,
 ) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
@@ -87,14 +93,18 @@ def infer_layouts(
             the same tokens in that order.
         text: (before, after), only with `grid`: numbers of other tokens that a sequence may have before and after
             the video.
+        part: whether the graph may be a part of a model, which need not have the grid.
+        within: the tracker of a call of a whole model, and the tensors that the graph gets there. `meta["ends"]` is
+            then (what is known about the inputs, about the outputs) after the graph.
 
     Raises:
         GridError: no attention of the graph can have the grid.
     """
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
-    if not nodes:
+    if not nodes and within is None:
         return gm
-    followed = follow(gm)
+    followed = follow(gm, within)
+    gm.meta["ends"] = followed.ends
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -102,8 +112,8 @@ def infer_layouts(
         kind, layout = given or read_layout(seen, followed.embeddings)
         node.meta["site"] = replace(site, kind=kind)
         node.meta["layout"] = layout
-    if grid is not None:
-        _check_grid(grid, text, nodes)
+    if grid is not None and not part:
+        check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
         used = [known.labels[2] for site in sparse for known in site]
@@ -439,9 +449,8 @@ def _inputs(label: Label) -> set[Source]:
     return {source for source, _ in axes if source.kind == "input"}
 
 
-def _check_grid(grid: Grid, text: Text | None, nodes: Sequence[fx.Node]) -> None:
+def check_grid(grid: Grid, text: Text | None, found: Sequence[tuple[AttentionSite, TokenLayout]]) -> None:
     """Raise GridError if the user's grid may be meant for some attention and no attention gets it."""
-    found = [(node.meta["site"], node.meta["layout"]) for node in nodes]
     counts = {math.prod(grid), math.prod(grid) + sum(text or ())}
     fitting = [layout for site, layout in found if site.q_tokens == site.kv_tokens in counts]
     meant = [layout for site, layout in found if site.kind != "cross"]

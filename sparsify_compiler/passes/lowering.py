@@ -142,8 +142,10 @@ def _lower_module(
             gm.graph.erase_node(node)
             if (strides := restored.get(node)) is not None:
                 lay_out(out if result is node else result, strides)
-            if plan.site.spelling == "sdpa":  # the inner backend drops the rest of attention by hand
-                gm.graph.erase_node(original)
+            if plan.site.spelling != "unfused":  # the inner backend drops the rest of attention by hand
+                outputs = original.all_input_nodes if plan.site.spelling == "flex" else []
+                for one in (original, *outputs):  # FlexAttention has several outputs
+                    gm.graph.erase_node(one)
     lowered: dict[int, list[tuple[str, Tensor | Trained]]] = {}
     for body in list(bodies(gm)):
         module = body.module

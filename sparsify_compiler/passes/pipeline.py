@@ -3,29 +3,37 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.passes import spec
+from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
-from sparsify_compiler.passes.planning import plan_sites, plans_within
+from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
 from sparsify_compiler.passes.sizes import fix_sizes
+from sparsify_compiler.runtime.call import Parts
 from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def analysis(config: SparsifyConfig, device: str | None = None) -> list[Pass]:
-    """The passes that analyse and plan, which `explain` runs. `device` is that of `plan_sites`."""
-    infer = partial(infer_layouts, grid=config.grid, text=config.text)
+def analysis(config: SparsifyConfig, device: str | None = None, *, part: bool = False) -> list[Pass]:
+    """The passes that analyse and plan, which `explain` runs. `device` is that of `plan_sites`.
+
+    Args:
+        part: whether the graph may be a part of a model, which need not have the given grid.
+    """
+    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=part)
     return [
         capture,
         infer,
@@ -39,13 +47,31 @@ def rewriting(config: SparsifyConfig, variant: Variant) -> list[Pass]:
     return [partial(lower, variant=variant, measure_recall=config.measure_recall)]
 
 
-def analyse(gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None) -> fx.GraphModule:
+def analyse(
+    gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None, part: bool = False
+) -> fx.GraphModule:
     """A copy of a Dynamo graph that carries its plan: `graph_plan` reads it. `gm` itself does not change.
 
     Args:
         device: device type to plan for, instead of the graph's own.
+        part: whether the graph may be a part of a model, which need not have the given grid.
     """
-    return run(copy_graph(gm), analysis(config, device), config)
+    return run(copy_graph(gm), analysis(config, device, part=part), config)
+
+
+def analyse_in_call(
+    gm: fx.GraphModule, config: SparsifyConfig, tracker: AxisTracker, inputs: Sequence[Any]
+) -> fx.GraphModule:
+    """`analyse` for a graph that runs on `inputs` within the call of a model, which `tracker` follows."""
+    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=True, within=(tracker, inputs))
+    return run(copy_graph(gm), [capture, infer, partial(plan_sites, config=config)], config)
+
+
+def plan_as(analysed: fx.GraphModule, config: SparsifyConfig, parts: Parts) -> fx.GraphModule:
+    """A copy of what `analyse` returned, planned as parts of a model."""
+    config = replace(config, dense_steps=parts.dense_steps)
+    passes = [partial(as_parts, parts=parts.sites), partial(plan_sites, config=config)]
+    return run(copy_graph(analysed), passes, config)
 
 
 def rewrite(

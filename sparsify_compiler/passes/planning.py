@@ -16,8 +16,11 @@ from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods import LearningMethod, StaticMethod, TrainedMethod
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, Entry, GraphPlan, TokenLayout, count_of
+from sparsify_compiler.runtime.call import Part
 
 Pair = tuple[AttentionSite, TokenLayout]
+Decision = tuple[Entry | None, str]
+"""(entry of a site, reason); None if it stays dense."""
 
 
 def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None = None) -> fx.GraphModule:
@@ -31,14 +34,54 @@ def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None
         for node in nodes:
             node.meta["site"] = replace(node.meta["site"], device=device)
     pairs = [(node.meta["site"], node.meta.get("layout")) for node in nodes]
-    gm.meta["plan"] = make_plan(pairs, config)
+    decided = [node.meta["decision"] for node in nodes if "decision" in node.meta]
+    gm.meta["plan"] = make_plan(pairs, config, decided or None)
     for node, plan in zip(nodes, gm.meta["plan"], strict=True):
         node.meta["plan"] = plan
     return gm
 
 
-def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config: SparsifyConfig) -> GraphPlan:
+def as_parts(gm: fx.GraphModule, *, parts: Sequence[Part]) -> fx.GraphModule:
+    """Give every site its kind, layout and decision from the analysis of the whole model."""
+    for node, part in zip(all_sites(gm), parts, strict=True):
+        site = node.meta["site"]
+        node.meta["site"] = replace(site, kind=part.kind, name=part.name or site.name)
+        node.meta["layout"], node.meta["decision"] = part.layout, (part.entry, part.reason)
+    return gm
+
+
+def decide(pairs: Sequence[Pair], config: SparsifyConfig) -> list[Decision]:
+    """The entry of each site of a model, and the reason.
+
+    Raises:
+        PolicyError: the policy is for another model or grid.
+    """
+    refusals = [refusal(*pair) for pair in pairs]
+    eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
+    chosen = iter(
+        _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
+    )
+    return [(None, why) if why else next(chosen) for why in refusals]
+
+
+def dense_steps(decisions: Iterable[Decision], config: SparsifyConfig) -> int | float:
+    """First steps of a generation that run dense, if any site is sparse.
+
+    A default is 0 or a share of the steps: where methods differ, the largest one holds.
+    """
+    sparse = [entry.method for entry, _ in decisions if entry is not None and entry.method.name != "dense"]
+    return _or_default(config.dense_steps, max(one.dense_steps for one in sparse)) if sparse else 0
+
+
+def make_plan(
+    sites: Iterable[tuple[AttentionSite, TokenLayout | None]],
+    config: SparsifyConfig,
+    decided: Sequence[Decision] | None = None,
+) -> GraphPlan:
     """The plan of a graph.
+
+    Args:
+        decided: the decision for each site, if they were made for a whole model; else they are made for the graph.
 
     Raises:
         OptionError: a setting that does not fit the layout, such as more reference frames than frames.
@@ -46,15 +89,11 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
         ProviderError: the requested provider cannot run a site that the method makes sparse.
     """
     pairs = [(site, layout or TokenLayout(tokens=site.q_tokens)) for site, layout in sites]
-    refusals = [refusal(*pair) for pair in pairs]
-    eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
-    decided = _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
-    known_as = _known_as(eligible, decided)
-    entries = iter(decided)
+    decisions = decide(pairs, config) if decided is None else decided
+    known_as = _known_as(pairs, decisions)
     densities: dict[object, float | None] = {}
     plans = []
-    for (site, layout), why in zip(pairs, refusals, strict=True):
-        entry, reason = (None, why) if why else next(entries)
+    for (site, layout), (entry, reason) in zip(pairs, decisions, strict=True):
         if entry is None or entry.method.name == "dense":
             plans.append(AttentionPlan(site=site, layout=layout, method="dense", reason=reason))
             continue
@@ -86,21 +125,17 @@ def make_plan(sites: Iterable[tuple[AttentionSite, TokenLayout | None]], config:
                 ),
             )
         )
-    # A default is 0 or a share of the steps: where methods differ, the largest one holds.
-    defaults = (plan.settings.dense_steps for plan in plans if plan.settings is not None)
-    dense_steps = _or_default(config.dense_steps, max(defaults, default=0))
-    sparse = any(plan.method != "dense" for plan in plans)
-    return GraphPlan(plans=tuple(plans), dense_steps=dense_steps if sparse else 0)
+    return GraphPlan(plans=tuple(plans), dense_steps=dense_steps(decisions, config))
 
 
-def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[Entry | None, str]]:
+def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[Decision]:
     """(entry, reason) of each site, by one method for all; None if it stays dense."""
     method = config.method
     assert method is not None
     entry = Entry(method=method, far_field=_or_default(config.far_field, method.far_field))
     refused = [method.refusal(layout) for _, layout in eligible]
     first = count_of(_or_default(config.dense_layers, method.dense_layers), refused.count(""))
-    chosen: list[tuple[Entry | None, str]] = []
+    chosen: list[Decision] = []
     for why in refused:
         if not why and first > 0:
             first -= 1
@@ -109,13 +144,13 @@ def _by_method(eligible: Sequence[Pair], config: SparsifyConfig) -> list[tuple[E
     return chosen
 
 
-def _by_policy(eligible: Sequence[Pair], policy: SitePolicy) -> list[tuple[Entry | None, str]]:
+def _by_policy(eligible: Sequence[Pair], policy: SitePolicy) -> list[Decision]:
     """(entry, reason) of each site, by a policy, which covers only sites with a grid."""
     chosen = iter(policy.of([pair for pair in eligible if pair[1].grid is not None]))
     return [(None, layout.reason) if layout.grid is None else next(chosen) for _, layout in eligible]
 
 
-def _known_as(eligible: Sequence[Pair], entries: Sequence[tuple[Entry | None, str]]) -> dict[str, str]:
+def _known_as(eligible: Sequence[Pair], entries: Sequence[Decision]) -> dict[str, str]:
     """Site -> the name that its trained tensors have, for sites whose method reads trained tensors."""
     readers: dict[TrainedMethod, list[str]] = {}
     for (site, _), (entry, _) in zip(eligible, entries, strict=True):

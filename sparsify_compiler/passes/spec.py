@@ -11,6 +11,7 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 _CARRIES: dict[str, dict[str, type]] = {
     "capture": {"site": AttentionSite},
     "infer_layouts": {"site": AttentionSite, "layout": TokenLayout},
+    "as_parts": {"site": AttentionSite, "layout": TokenLayout},
     "plan_sites": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
     "fix_sizes": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
 }

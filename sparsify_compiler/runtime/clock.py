@@ -12,6 +12,7 @@ counts. It finds:
   that changed for every stream when the time step did (the latents) does not distinguish streams.
 """
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Mapping
@@ -51,7 +52,9 @@ class Times(NamedTuple):
         """1 if they rose from the others, -1 if they fell, 0 if they are equal."""
         if self == other:
             return 0
-        return 1 if (self.mean, self.squares, self.largest) > (other.mean, other.squares, other.largest) else -1
+        return (
+            1 if (self.mean, self.squares, self.largest) > (other.mean, other.squares, other.largest) else -1
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,8 @@ class _Video:
 class StepClock:
     """The clock of one model. Every forward calls `tick`."""
 
+    begun: int = 0
+    """Number of videos that began after the first one."""
     _steps: int = USUAL_STEPS
     _generation: "weakref.ref[Generation] | None" = None
     _before: int = 0
@@ -186,6 +191,11 @@ class StepClock:
             time: the time steps; None if the call has none, or if `reads` returned False.
             prints: the other inputs; empty if time is None.
         """
+        tick = self._counted(time, prints)
+        self.begun += tick.new_video
+        return tick
+
+    def _counted(self, time: Times | float | None, prints: Prints) -> Tick:
         generation = opened()
         new_video = generation is not (None if self._generation is None else self._generation())
         new_video |= generation is None and self._generation is not None
@@ -220,9 +230,7 @@ class StepClock:
             self._before = done if done > 1 else 0
             generation.clocks.append(self)
 
-    def _place(
-        self, time: Times, prints: Prints, generation: "Generation | None", new_video: bool
-    ) -> Tick:
+    def _place(self, time: Times, prints: Prints, generation: "Generation | None", new_video: bool) -> Tick:
         """Find the video, the step and the stream of a call."""
         video = self._find(time, prints)
         if video is None:
@@ -258,7 +266,11 @@ class StepClock:
         if own and (len(self._videos) == 1 or last.surprise(time, self._videos[-2]) < 0.5):
             return last
         # Another video may have waited for this call.
-        found = [video for video in self._videos[:-1] if video.continues(time) and self._waited(video, time, prints)]
+        found = [
+            video
+            for video in self._videos[:-1]
+            if video.continues(time) and self._waited(video, time, prints)
+        ]
         found += [last] if last.continues(time) else []
         if found:
             video = min(found, key=lambda one: (self._is_foreign(one, prints), one.surprise(time)))
@@ -342,7 +354,9 @@ class StepClock:
         video.direction = way
         self._update(video, prints)
         video.repeats.append(self._most_calls(video))
-        close = _distance(video.time, time) <= 1.001 * resolution([one.largest for one in (*video.changes, time)])
+        close = _distance(video.time, time) <= 1.001 * resolution(
+            [one.largest for one in (*video.changes, time)]
+        )
         if len(video.repeats) == 1:
             video.mixed = video.mixed or (video.repeats[0] > 1 and not close)
         elif len(video.repeats) == 2 and video.repeats[0] > 1 and video.repeats[1] == 1:
@@ -466,3 +480,23 @@ def generation(steps: int, streams: int | None = None) -> Generation:
         if (value is not None or name == "steps") and (integer(value) or 0) < 1:
             raise OptionError(f"{name} must be an integer of at least 1, got {value!r}")
     return Generation(steps, streams)
+
+
+@dataclass(slots=True, eq=False)
+class Clocks:
+    """The clocks of one model, or of several models that make one video together: one for each generation."""
+
+    _outside: StepClock = field(default_factory=StepClock)
+    _generations: "weakref.WeakKeyDictionary[Generation, StepClock]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """Each clock goes with the handle of its generation."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def current(self) -> StepClock:
+        """The clock of the open generation, or the one of calls outside of any."""
+        generation = opened()
+        if generation is None:
+            return self._outside
+        with self._lock:
+            return self._generations.setdefault(generation, StepClock())

@@ -4,12 +4,13 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OperandError, warn_once
+from sparsify_compiler.names import ROOT
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.clock import Prints, Times
+from sparsify_compiler.runtime.call import ModelCall, Parts, open_call, read
+from sparsify_compiler.runtime.clock import Tick
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.runtime.state import ModelState, state_of
@@ -51,8 +52,13 @@ class Inputs:
     """The time step of every call of the graph, where it is a number that Dynamo's guards fix."""
 
     @property
-    def has_time(self) -> bool:
-        return self.time is not None or self.constant_time is not None
+    def given(self) -> tuple[int, ...]:
+        """The places of the time step and of all tensors that are not the model's own."""
+        return (*([] if self.time is None else [self.time]), *self.others.values())
+
+    def time_in(self, args: Sequence[Any]) -> Tensor | float | None:
+        """The time step of a call; None if the graph has none."""
+        return self.constant_time if self.time is None else args[self.time]
 
 
 class Sizes(NamedTuple):
@@ -79,61 +85,64 @@ class Sizes(NamedTuple):
         )
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
-class Program:
-    """The compiled variants of a graph and their plan. Dynamo calls it instead of the model's code."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a graph shows about the place of one of its attentions in a model."""
 
-    options: Mapping[str, Any]
-    """The options that torch.compile got."""
+    name: str
+    """Its name in the graph: the path of its module, relative to the module that Dynamo compiled."""
+    like: tuple[Any, ...]
+    """Heads, tokens and sizes, which an attention of the model must have to be this one."""
+    parameter: int | None = None
+    """Place of the input that is the nearest Parameter of the model; None if the graph has none."""
+    path: str = ""
+    """Path of this Parameter, as the graph reads it; the full path in the model ends like it."""
+    may_be_video: bool = True
+    """Whether its keys may be the tokens of its queries."""
+
+    def name_in(self, path: str | None) -> str:
+        """The name of the attention in the whole model. `path`: the full path of the Parameter, if known."""
+        if path is None:
+            return self.name
+        full, own = path.split("."), self.path.split(".")
+        alike = 0
+        while alike < min(len(full), len(own)) and full[-1 - alike] == own[-1 - alike]:
+            alike += 1
+        root = full[: len(full) - alike]
+        return ".".join([*root, *([] if self.name == ROOT and root else [self.name])])
+
+
+@dataclass(slots=True, eq=False)
+class PlannedGraph:
+    """A graph under one plan, and its compiled variants."""
+
     plan: GraphPlan
-    inputs: Inputs
     sizes: Mapping[int, Sizes]
     """Place -> fixed part of an input; empty where nothing is sparse, since a dense plan depends on no size."""
     extra: GraphInputs
     """The extra inputs that its graphs get after the model's."""
     functions: Collection[SiteFunction]
-    """The functions that its graphs call by name. They live as long as the program."""
+    """The functions that its graphs call by name. They live as long as the plan."""
     compile: Callable[[Variant, Sequence[Any]], Run]
     """Compiles a variant for given inputs."""
     trains: bool
     """Whether gradients are needed. If so, nothing is kept from call to call."""
     learning_sites: tuple[AttentionPlan, ...] = ()
     """The plans of sites that have no predictor yet and learn one in training."""
-    _compiled: dict[tuple[Variant, Numbers], Run] = field(default_factory=dict)
+    compiled: dict[tuple[Variant, Numbers], Run] = field(default_factory=dict)
 
-    def __call__(self, *args: Any) -> Any:
-        """Run on the inputs of Dynamo's graph. A variant is compiled when it is first needed.
+    @property
+    def remembers(self) -> bool:
+        """Whether anything is kept from call to call."""
+        return bool(self.plan.sparse) and not self.trains
 
-        Raises:
-            OperandError: the inputs have sizes that the plan does not fit, although Dynamo's guards passed.
-        """
-        self._check_sizes(args)
-        if not self._remembers and not self.extra.trained:
-            return self._run(Variant(trains=self.trains), args)
-        state = state_of(self if self.inputs.owner is None else args[self.inputs.owner])
-        if self.learning_sites:
-            state.enter(self.learning_sites, 0 if self.inputs.owner is None else id(args[self.inputs.owner]))
-        variant = self._chosen(state)
-        trained = state.trained_tensors(self.extra.trained)
-        if not self._remembers:
-            return self._run(variant, [*args, *self.extra.bind(trained, (), initialised=False)])
-        reads = self._clocked and self.inputs.has_time and state.clock.reads()
-        tick = state.clock.tick(*(read_inputs(self.inputs, args) if reads else (None, {})))
-        if tick.step is None and self._clocked:
-            warn_once(_NO_STEP)
-        if tick.new_video:
-            state.new_video()
-        if self.plan.runs_dense(tick.step, tick.steps):
-            variant = replace(variant, phase="dense")
-        stream = state.stream(self.extra.state, tick.stream)
-        extra = self.extra.bind(trained, stream.tensors, initialised=stream.calls > 0 and tick.remembers)
-        result = self._run(variant, [*args, *extra])
-        stream.calls += 1
-        reports = self.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
-        state.record(self.options, self.plan, tick, variant.phase, reports)
-        return result
+    @property
+    def clocked(self) -> bool:
+        """Whether anything depends on the step or the stream of a call."""
+        return bool(self.extra.state) or self.plan.dense_steps > 0
 
-    def _check_sizes(self, args: Sequence[Any]) -> None:
+    def check_sizes(self, args: Sequence[Any]) -> None:
+        """Raise OperandError if the inputs have sizes that the plan does not fit."""
         for place, sizes in self.sizes.items():
             if not sizes.fit(args[place]):
                 sites = ", ".join(plan.site.name for plan in self.plan.sparse)
@@ -146,25 +155,15 @@ class Program:
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compile every variant that may be needed."""
         phases: tuple[Phase, ...] = (
-            ("sparse", "dense") if self._remembers and self.plan.dense_steps else ("sparse",)
+            ("sparse", "dense") if self.remembers and self.plan.dense_steps else ("sparse",)
         )
         if self.learning_sites:  # the sparse variant depends on the choices of training
             phases = ("dense",)
         for phase in phases:
             variant = Variant(phase, self.trains)
-            self._compiled[variant, ()] = self.compile(variant, inputs)
+            self.compiled[variant, ()] = self.compile(variant, inputs)
 
-    @property
-    def _remembers(self) -> bool:
-        """Whether anything is kept from call to call."""
-        return bool(self.plan.sparse) and not self.trains
-
-    @property
-    def _clocked(self) -> bool:
-        """Whether anything depends on the step or the stream of a call."""
-        return bool(self.extra.state) or self.plan.dense_steps > 0
-
-    def _chosen(self, state: ModelState) -> Variant:
+    def chosen(self, state: ModelState) -> Variant:
         """The variant that the training so far allows."""
         dense = Variant("dense", self.trains)
         if not self.learning_sites:
@@ -183,46 +182,127 @@ class Program:
             dense, phase="sparse", choices=tuple((name, choices[name]) for name in names if name in choices)
         )
 
-    def _run(self, variant: Variant, inputs: Sequence[Any]) -> Any:
-        run = self._compiled.get((variant, ()))
+    def run(self, variant: Variant, inputs: Sequence[Any]) -> Any:
+        """Run a variant on all its inputs. It is compiled when it is first needed."""
+        run = self.compiled.get((variant, ()))
         if run is None:
             # Free sizes are symbols only while Dynamo compiles. A later graph is for the sizes of its call.
             numbers = tuple(value for value in inputs if isinstance(value, int))
-            run = self._compiled.get((variant, numbers))
+            run = self.compiled.get((variant, numbers))
             if run is None:
-                run = self._compiled[variant, numbers] = self.compile(variant, inputs)
+                run = self.compiled[variant, numbers] = self.compile(variant, inputs)
         return run(*inputs)
 
 
-def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[Times, Prints]:
-    """(the time steps; two numbers for every other input).
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Program:
+    """A graph and its plans. Dynamo calls it instead of the model's code.
 
-    All numbers on one device are read together: one synchronisation.
+    Alone, a graph has one plan: that of the graph's own analysis. In the call of an applied model, a graph that is
+    a part of the model has a plan for each place in the model: one program may serve all blocks.
     """
-    time = inputs.constant_time if inputs.time is None else args[inputs.time]
-    assert time is not None
-    numbers = [*times_of(time), *(n for i in inputs.others.values() for n in _print(args[i]))]
-    by_device: dict[torch.device, list[int]] = {}
-    for place, number in enumerate(numbers):
-        by_device.setdefault(number.device, []).append(place)
-    values = [0.0] * len(numbers)
-    for places in by_device.values():
-        read = torch.stack([numbers[place] for place in places]).nan_to_num().tolist()
-        for place, value in zip(places, read, strict=True):
-            values[place] = value
-    prints = zip(values[3::2], values[4::2], strict=True)
-    return Times(*values[:3]), dict(zip(inputs.others, prints, strict=True))
+
+    options: Mapping[str, Any]
+    """The options that torch.compile got."""
+    inputs: Inputs
+    own: PlannedGraph
+    """The graph under the plan of its own analysis."""
+    ends_early: bool
+    """Whether a graph break ended the graph."""
+    places: tuple[Place, ...]
+    """The place of each attention, in order."""
+    plan_as: Callable[[Parts], PlannedGraph]
+    """Plans the graph as parts of a model."""
+    _planned: dict[Hashable, PlannedGraph] = field(default_factory=dict)
+    _renamed: dict[tuple[PlannedGraph, tuple[str, ...]], GraphPlan] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> GraphPlan:
+        """The plan of the graph's own analysis."""
+        return self.own.plan
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the inputs of Dynamo's graph.
+
+        Raises:
+            OperandError: the inputs have sizes that the plan does not fit, although Dynamo's guards passed.
+        """
+        call = open_call()
+        if call is None:
+            return self._run(self.own, args, None, ())
+        names, planned = call.names(self.places, args), self.own
+        if any(one.may_be_video for one in self.places) and not self._is_whole(call, args):
+            names, parts = call.parts(self.places, names)
+            if parts is not None:
+                if parts not in self._planned:
+                    self._planned[parts] = self.plan_as(parts)
+                planned = self._planned[parts]
+        return self._run(planned, args, call, names)
+
+    def _is_whole(self, call: ModelCall, args: Sequence[Any]) -> bool:
+        """Whether the graph is the whole model: it gets no tensor from other parts, and no graph comes after it."""
+        return not self.ends_early and all(
+            call.was_given(args[place]) for place in self.inputs.given if isinstance(args[place], Tensor)
+        )
+
+    def _run(
+        self, planned: PlannedGraph, args: Sequence[Any], call: ModelCall | None, names: tuple[str, ...]
+    ) -> Any:
+        planned.check_sizes(args)
+        if call is not None:
+            call.count(self._as_named(planned, names))
+        if not planned.remembers and not planned.extra.trained:
+            return planned.run(Variant(trains=planned.trains), args)
+        owner: object = call and call.model
+        if owner is None:
+            owner = self if self.inputs.owner is None else args[self.inputs.owner]
+        state = state_of(owner) if call is None else call.model.state
+        if planned.learning_sites:
+            state.enter(planned.learning_sites, 0 if owner is self else id(owner))
+        variant = planned.chosen(state)
+        trained = state.trained_tensors(planned.extra.trained)
+        if not planned.remembers:
+            return planned.run(variant, [*args, *planned.extra.bind(trained, (), initialised=False)])
+        tick = self._tick(planned, state, args) if call is None else call.tick()
+        if planned.plan.runs_dense(tick.step, tick.steps):
+            variant = replace(variant, phase="dense")
+        stream = state.stream(planned.extra.state, tick.stream, names)
+        initialised = stream.calls > 0 and tick.remembers
+        extra = planned.extra.bind(trained, stream.tensors, initialised=initialised)
+        result = planned.run(variant, [*args, *extra])
+        stream.calls += 1
+        reports = planned.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
+        if call is None:
+            state.record(self.options, planned.plan, tick, variant.phase, reports)
+        else:
+            own = zip(names, _names(planned.plan), strict=True)
+            found = {name: reports[site] for name, site in own if site in reports}
+            call.record(self.options, self._as_named(planned, names), variant.phase, found)
+        return result
+
+    def _tick(self, planned: PlannedGraph, state: ModelState, args: Sequence[Any]) -> Tick:
+        """Count a call outside of any applied model, from the inputs of the graph."""
+        time = self.inputs.time_in(args)
+        others = {name: args[place] for name, place in self.inputs.others.items()}
+        if planned.clocked and time is not None and state.clock.reads():
+            tick = state.tick(*read(time, others))
+        else:
+            tick = state.tick(None, {})
+        if tick.step is None and planned.clocked:
+            warn_once(_NO_STEP)
+        return tick
+
+    def _as_named(self, planned: PlannedGraph, names: tuple[str, ...]) -> GraphPlan:
+        """The plan with the names of the attentions in the whole model."""
+        key = planned, names
+        if key not in self._renamed:
+            plans = zip(planned.plan, names, strict=True)
+            self._renamed[key] = replace(
+                planned.plan,
+                plans=tuple(replace(one, site=replace(one.site, name=name)) for one, name in plans),
+            )
+        return self._renamed[key]
 
 
-def times_of(time: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers of `Times` for time steps of any shape, as fp64 scalars on their device."""
-    flat = torch.as_tensor(time).detach().double().flatten()
-    largest = flat.amax()
-    return largest + (flat - largest).mean(), largest, flat.square().sum()
-
-
-def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares: equal for equal tensors, and almost never for others."""
-    flat = tensor.detach().flatten()
-    flat = flat.float() if not flat.is_complex() else torch.view_as_real(flat).flatten().float()
-    return flat.sum(dtype=torch.float64), flat.square().sum(dtype=torch.float64)
+def _names(plan: GraphPlan) -> list[str]:
+    return [one.site.name for one in plan]

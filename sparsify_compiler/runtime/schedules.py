@@ -140,7 +140,9 @@ def _from_noise(levels: Sequence[Interval], whole: bool) -> dict[int, float]:
         for start, slope in _layouts(steps, levels):
             unshifted = [start - place * slope for place in range(len(levels))]
             weight += _likely_shift(unshifted, levels)
-            if whole and all(low <= u <= high + 5e-4 for u, (low, high) in zip(unshifted, levels, strict=True)):
+            if whole and all(
+                low <= u <= high + 5e-4 for u, (low, high) in zip(unshifted, levels, strict=True)
+            ):
                 weight += _UNSHIFTED
         if weight:
             found[steps] = weight * _usual(steps)
@@ -185,7 +187,9 @@ def _likely_shift(unshifted: Sequence[float], levels: Sequence[Interval]) -> flo
     if least > most * (1 + 1e-7):
         return 0.0
     between = math.log(max(most / least, 1 + 1e-9))
-    return 0.3 * between + sum(weight for shift, weight in _USUAL_SHIFTS.items() if least * 0.9999 <= shift <= most * 1.0001)
+    return 0.3 * between + sum(
+        weight for shift, weight in _USUAL_SHIFTS.items() if least * 0.9999 <= shift <= most * 1.0001
+    )
 
 
 def _usual(steps: int) -> float:
@@ -307,7 +311,14 @@ def _trained_coordinates() -> Iterator[_Coordinate]:
         yield _Coordinate(log_sigma, log_sigma(0.0), 0.002, tolerance=7e-4)
 
 
-_USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {1.0: 6.0, 3.0: 2.0, 5.0: 2.0, 7.0: 2.0, 8.0: 2.0, 12.0: 3.0}
+_USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {
+    1.0: 6.0,
+    3.0: 2.0,
+    5.0: 2.0,
+    7.0: 2.0,
+    8.0: 2.0,
+    12.0: 3.0,
+}
 _BETWEEN = 12
 _UNSHIFTED = 4.0
 LARGEST_SHIFT = 16.0

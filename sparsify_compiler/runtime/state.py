@@ -1,15 +1,15 @@
 """State from call to call: a clock for each model and generation, and the tensors of its sites for each stream.
 
 State belongs to the model and not to a compiled program: two models of one class share their programs, and one
-model has several programs. A Parameter among the inputs of the program identifies the model; the state is freed
-with it.
+model has several programs. The call of an applied model names the model. In other calls a Parameter among the
+inputs of the program identifies it. The state is freed with its owner.
 """
 
 import threading
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.clock import Generation, StepClock, Tick, opened
+from sparsify_compiler.runtime.clock import Clocks, Generation, Prints, StepClock, Tick, Times, opened
 
 REMEMBERED = 1000
 """Number of calls whose reports are kept."""
@@ -60,9 +60,9 @@ class Stream:
     """Calls since the video began; at 0 the tensors hold nothing yet."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Record:
-    """One call of a program."""
+    """One call of a program, or of an applied model with all its programs."""
 
     options: Mapping[str, Any]
     """The options that torch.compile got: they distinguish the programs of one model."""
@@ -76,17 +76,28 @@ class Record:
     reports: dict[str, Tensor]
     """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
 
+    def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
+        """Add another program that ran in the same call."""
+        self.plan = replace(self.plan, plans=(*self.plan, *plan))
+        self.phase = "sparse" if "sparse" in (phase, self.phase) else phase
+        self.reports |= {site: report.clone() for site, report in reports.items()}
+
+
+StreamKey = tuple[tuple[Spec, ...], int, tuple[str, ...]]
+"""(specs, number of the stream, names of the sites in the whole model)."""
+
 
 @dataclass(slots=True, eq=False)
 class Timeline:
     """The calls of a model in one generation, or outside of any."""
 
-    clock: StepClock = field(default_factory=StepClock)
+    begun: int = 0
+    """The number of videos that the clock had begun at the last call."""
     video: int = 0
     """The number of its video among those of the model."""
     calls: int = 0
     """Number of calls recorded since that video began."""
-    streams: dict[tuple[tuple[Spec, ...], int], Stream] = field(default_factory=dict)
+    streams: dict[StreamKey, Stream] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +114,8 @@ class ModelState:
     """Name -> tensor. Kept from video to video, and shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
+    clocks: Clocks = field(default_factory=Clocks)
+    """Models that make one video together share them."""
     _outside: Timeline = field(default_factory=Timeline)
     _generations: "weakref.WeakKeyDictionary[Generation, Timeline]" = field(
         default_factory=weakref.WeakKeyDictionary
@@ -114,10 +127,10 @@ class ModelState:
     @property
     def clock(self) -> StepClock:
         """The clock of the generation that is open."""
-        return self._timeline.clock
+        return self.clocks.current()
 
     @property
-    def _streams(self) -> dict[tuple[tuple[Spec, ...], int], Stream]:
+    def _streams(self) -> dict[StreamKey, Stream]:
         return self._timeline.streams
 
     @property
@@ -163,9 +176,22 @@ class ModelState:
                 )
             self.sites[name] = plan, owner
 
-    def stream(self, specs: Sequence[Spec], number: int) -> Stream:
-        """The tensors of a stream that `specs` describe; zeros at its first call."""
-        key, streams = (tuple(specs), number), self._streams
+    def tick(self, time: Times | float | None, prints: Prints) -> Tick:
+        """Count a call of the model, as `StepClock.tick` does. A new video drops the state of the last one."""
+        clock, timeline = self.clock, self._timeline
+        tick = clock.tick(time, prints)
+        if timeline.begun != clock.begun:
+            self.new_video()
+            timeline.begun = clock.begun
+        return tick
+
+    def stream(self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = ()) -> Stream:
+        """The tensors of a stream that `specs` describe; zeros at its first call.
+
+        Args:
+            names: the names of the sites in the whole model, if one program serves several of its parts.
+        """
+        key, streams = (tuple(specs), number, names), self._streams
         if key not in streams:
             with torch.inference_mode(
                 False
@@ -188,7 +214,7 @@ class ModelState:
         tick: Tick,
         phase: str,
         reports: Mapping[str, Tensor],
-    ) -> None:
+    ) -> Record:
         """Keep the reports on a call, and drop those of programs with these options on videos that ended."""
         copies = {site: report.clone() for site, report in reports.items()}
         timeline = self._timeline
@@ -197,8 +223,10 @@ class ModelState:
             if self.history and self.history[0].video not in videos:
                 kept = [one for one in self.history if one.video in videos or one.options != options]
                 self.history = deque(kept, maxlen=REMEMBERED)
-            self.history.append(Record(options, timeline.video, timeline.calls, plan, tick, phase, copies))
+            record = Record(options, timeline.video, timeline.calls, plan, tick, phase, copies)
+            self.history.append(record)
         timeline.calls += 1
+        return record
 
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}

@@ -119,7 +119,7 @@ def laid_out(model: Callable[[Tensor], Any], **options: Any) -> int:
     for one, own in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, own, rtol=1e-3, atol=1e-4)
         assert one.stride() == own.stride()
-    graphs = [phase.__self__ for program in programs for phase in program._compiled.values()]
+    graphs = [phase.__self__ for program in programs for phase in program.own.compiled.values()]
     return sum(
         node.target is torch.ops.sparsify.lay_out.default for graph in graphs for node in graph.graph.nodes
     )

@@ -163,7 +163,7 @@ def test_a_site_refuses_other_sizes(options: dict[str, Any]) -> None:
     x = text_of(30)
     with torch.no_grad():
         torch.compile(lambda v: attend(embed(v)), backend=recorder)(video_of())
-        (run,) = recorder.programs[0]._compiled.values()  # with `eager`, the rewritten graph
+        (run,) = recorder.programs[0].own.compiled.values()  # with `eager`, the rewritten graph
         site = run.__self__.sparsify_site0
         for tensors in ([heads(text_of(60))] * 3, [heads(x), heads(text_of(60)), heads(x)], [x[:, None]] * 3):
             with pytest.raises(OperandError, match=r"attention 'attention': (query|key) must be \[.*30, 8\]"):
@@ -174,7 +174,7 @@ def test_what_programs_call_by_name_goes_with_them() -> None:
     recorder = Recorder(**SVG2, seed=7)  # options that no other test has
     with torch.no_grad():
         torch.compile(lambda v: attend(embed(v)), backend=recorder)(video_of())
-    (name,) = (function.name for function in recorder.programs[0].functions)
+    (name,) = (function.name for function in recorder.programs[0].own.functions)
     assert name in _functions
     recorder.programs.clear()
     torch._dynamo.reset()

@@ -1,0 +1,1 @@
+"""Sparse attention in scripts that were written without it."""

@@ -1,0 +1,198 @@
+"""The analysis of a whole model, for calls in which Dynamo sees only parts of it.
+
+The model is copied to the meta device without its hooks, and traced there as one call. Nothing is computed, and the
+model does not change.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from sparsify_compiler import _torch
+from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.axis_tracker import AxisTracker
+from sparsify_compiler.passes.layout import check_grid
+from sparsify_compiler.passes.places import find_places, likeness
+from sparsify_compiler.passes.planning import decide, dense_steps, graph_plan
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
+from sparsify_compiler.runtime.call import Analysis, Arguments, Part
+from sparsify_compiler.uncompiled import Uncompiled
+
+_META = torch.device("meta")
+_OF_HOOKS = ("forward", "_compiled_call_impl", "_diffusers_hook", "_hf_hook", "_old_forward")
+"""Attributes of a module that hold, or call, the hooks of others."""
+
+
+def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> Analysis:
+    """Find every attention of a model and decide what it does, for the shapes of one call.
+
+    Raises:
+        SparsifyError: options do not fit the model.
+    """
+    try:
+        copy, (args, kwargs) = on_meta(module, arguments)
+        found, outside = _traced(copy, args, kwargs, config)
+    except SparsifyError:
+        raise
+    except Exception as error:  # whatever the model's own code raises on the meta device
+        return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    if config.grid is not None:
+        check_grid(config.grid, config.text, found)
+    decisions = decide(found, config)
+    parts = tuple(
+        Part(
+            name=site.name,
+            like=likeness(site),
+            kind=site.kind,
+            layout=layout,
+            entry=entry,
+            reason=reason,
+        )
+        for (site, layout), (entry, reason) in zip(found, decisions, strict=True)
+    )
+    return Analysis(parts, dense_steps(decisions, config), outside=outside)
+
+
+Found = list[tuple[AttentionSite, TokenLayout]]
+
+
+def _traced(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig
+) -> tuple[Found, tuple[AttentionPlan, ...]]:
+    """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
+
+    Where the model breaks into graphs, labels go from the outputs of one to the inputs of the next.
+    """
+    paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    counts: Counter[str] = Counter()
+    found: Found = []
+    errors: list[SparsifyError] = []
+    tracker, uncompiled = _BetweenGraphs(), Uncompiled(module)
+    for tensor in tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            tracker.put_input(tensor, False)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
+
+    def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            try:
+                analysed = pipeline.analyse_in_call(gm, config, tracker, inputs)
+            except SparsifyError as error:
+                errors.append(error)
+                raise
+            for one, place in zip(graph_plan(analysed), find_places(analysed, gm), strict=True):
+                name = place.name_in(
+                    None if place.parameter is None else paths.get(id(inputs[place.parameter]))
+                )
+                counts[name] += 1
+                name = name if counts[name] == 1 else f"{name}#{counts[name]}"
+                found.append((replace(one.site, name=name), one.layout))
+            outputs = gm.forward(*inputs)
+            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
+                for tensor, known in zip(tensors, ends, strict=True):
+                    if isinstance(tensor, Tensor) and known is not None:
+                        tracker.put(tensor, known)
+            return outputs
+
+        return tracker.paused()(uncompiled.in_graph()(run))
+
+    try:
+        with _torch.tracing(record, _call) as call, uncompiled, tracker:
+            call(module, args, kwargs)
+    except SparsifyError:
+        raise errors[0] from None  # without the text that Dynamo appends
+    return found, tuple(uncompiled.plans)
+
+
+class _BetweenGraphs(AxisTracker):
+    """Follows the operators of a call that run in no graph. Dynamo compiles as without it."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._paused = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Return True: otherwise Dynamo compiles nothing under a mode."""
+        return True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Follow nothing inside: a graph has its own tracker."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paused or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return module(*args, **kwargs)
+
+
+def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:
+    """Copies of a model and of the arguments of its call on the meta device, the model without hooks.
+
+    Weights that are only stored in 8 bits get the widest type of the arguments: hooks cast them before they are
+    used.
+    """
+    given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    widest = max(
+        (one.dtype for one in given), key=lambda one: one.itemsize, default=torch.get_default_dtype()
+    )
+    modules: dict[int, nn.Module] = {}
+    tensors: dict[int, Tensor] = {}
+
+    def tensor(old: Tensor) -> Tensor:
+        if id(old) not in tensors:
+            stored = old.is_floating_point() and old.dtype.itemsize == 1
+            new = torch.empty_strided(
+                old.shape, old.stride(), dtype=widest if stored else old.dtype, device=_META
+            )
+            is_parameter = isinstance(old, nn.Parameter)
+            tensors[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+        return tensors[id(old)]
+
+    def value(old: Any) -> Any:
+        if isinstance(old, Tensor):
+            return tensor(old)
+        if isinstance(old, nn.Module):
+            return twin(old)
+        if type(old) in (list, tuple):
+            return type(old)(map(value, old))
+        if type(old) is dict:
+            return {key: value(one) for key, one in old.items()}
+        return old
+
+    def twin(old: nn.Module) -> nn.Module:
+        if id(old) in modules:
+            return modules[id(old)]
+        new = modules[id(old)] = object.__new__(type(old))
+        own = new.__dict__
+        for key, one in old.__dict__.items():
+            if key in _OF_HOOKS:
+                continue
+            if "_hooks" in key and isinstance(one, dict):
+                own[key] = type(one)()
+            else:
+                own[key] = value(one)
+        return new
+
+    args, kwargs = tree_map(lambda leaf: tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
+    return twin(module), (args, kwargs)

@@ -1,0 +1,418 @@
+"""The call of an applied model: what all graphs that run in it share.
+
+Dynamo may split a model into many graphs, or a caller may compile its blocks one by one. A graph then shows neither
+the time step, nor the grid of the video, nor which layer of which model it is. All of this belongs to the call of
+the model. `Hook` wraps the call. It opens a `ModelCall`, which holds the clock's tick, the state of the model, and
+an analysis of the whole model. Programs ask `open_call` for it.
+"""
+
+import inspect
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sparsify_compiler.methods import TrainedMethod
+from sparsify_compiler.names import TIME_STEP
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, SiteKind, TokenLayout
+from sparsify_compiler.runtime.clock import Clocks, Prints, Tick, Times
+from sparsify_compiler.runtime.state import ModelState, Record, state_of
+
+log = logging.getLogger("sparsify_compiler")
+
+_SKIPPED = "the call skipped it, or ran it outside every graph"
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""(args, kwargs) of a call."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """An attention of a model, as the analysis of the whole model has it."""
+
+    name: str
+    like: tuple[Any, ...]
+    """Heads, tokens and sizes."""
+    kind: SiteKind
+    layout: TokenLayout
+    entry: Any
+    """The `Entry` that the options or the policy give it; None if it stays dense."""
+    reason: str
+    """Why this entry, or why dense."""
+
+    def as_dense(self, reason: str) -> AttentionPlan:
+        """The plan of an attention that ran in no graph."""
+        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
+        site = AttentionSite(
+            name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
+            kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
+            kind=self.kind,
+        )  # fmt: skip
+        return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
+
+
+class Parts(NamedTuple):
+    """The attentions of one graph, as parts of a model. Equal parts share a plan."""
+
+    sites: tuple[Part, ...]
+    dense_steps: int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The attentions of a whole model, in the order in which a call runs them."""
+
+    parts: tuple[Part, ...] = ()
+    dense_steps: int | float = 0
+    outside: tuple[AttentionPlan, ...] = ()
+    """The plans of attentions outside every graph, which stay dense."""
+    failure: str = ""
+    """Why the model could not be analysed; empty if it was."""
+
+
+@dataclass(slots=True, eq=False)
+class AppliedModel:
+    """A model that `apply` changed."""
+
+    module: "weakref.ref[nn.Module]"
+    name: str
+    """Name of the component of a pipeline; empty for a model alone."""
+    clocks: Clocks
+    """The clocks of all models that make one video together, such as the two experts of a pipeline."""
+    analyse: Callable[[nn.Module, Arguments], Analysis]
+    """Analyses the whole model for the shapes of a call."""
+    parts_only: bool = False
+    """Whether only parts of the model are compiled, so that every graph needs the analysis."""
+    state: ModelState = field(init=False)
+    graphs: tuple[GraphPlan, ...] = ()
+    """The plans that the last finished call ran, in order."""
+    analysis: Analysis | None = None
+    """The analysis that the last call needed; None if each graph showed all."""
+    told: bool = False
+    """Whether the log has said how many attentions are sparse."""
+    by_order: bool = True
+    """Whether attentions without a Parameter may be known by their order: each call runs all attentions."""
+    _analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    _paths: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = state_of(self.module())
+        self.state.clocks = self.clocks
+
+    def path_of(self, parameter: object) -> str | None:
+        """The path of a Parameter or buffer in the model; None if it has another owner."""
+        module = self.module()
+        assert module is not None, "the call holds the model"
+        for _ in range(2):
+            path = self._paths.get(id(parameter))
+            if path is not None and _tensor_at(module, path) is parameter:
+                return path
+            # Offloading replaces Parameters between calls, and even within a call.
+            named = [*module.named_parameters(), *module.named_buffers()]
+            self._paths = {id(tensor): name for name, tensor in named}
+        return None
+
+    def analysed(self, call: "ModelCall") -> Analysis:
+        """The analysis for the shapes of a call."""
+        key = call.shapes
+        if key not in self._analyses:
+            self._analyses[key] = self.analyse(call.module, (call.args, call.kwargs))
+            if why := self._analyses[key].failure:
+                log.warning(
+                    "sparsify cannot analyse %s as a whole (%s): parts of it are sparse only where their own "
+                    "graph shows the video; give options={'grid': (frames, height, width)}",
+                    type(call.module).__name__,
+                    why,
+                )
+        self.analysis = self._analyses[key]
+        return self.analysis
+
+    @property
+    def plans(self) -> list[AttentionPlan]:
+        """The plans of all attentions that ran in graphs in the last call."""
+        return [plan for graph in self.graphs for plan in graph]
+
+    @property
+    def outside(self) -> list[AttentionPlan]:
+        """The plans of the attentions that ran in no graph in the last call, or that the call skipped."""
+        if self.analysis is None:
+            return []
+        ran = {plan.site.name for plan in self.plans}
+        skipped = [part.as_dense(_SKIPPED) for part in self.analysis.parts if part.name not in ran]
+        return [*skipped, *self.analysis.outside]
+
+
+class Placed(Protocol):
+    """What a graph shows about the place of an attention; see `runtime/program.py`."""
+
+    @property
+    def like(self) -> tuple[Any, ...]:
+        """Heads, tokens and sizes."""
+
+    @property
+    def parameter(self) -> int | None:
+        """Place of the input that is the nearest Parameter."""
+
+    def name_in(self, path: str | None) -> str:
+        """The name of the attention in the whole model."""
+
+
+class ModelCall:
+    """One call of an applied model."""
+
+    def __init__(self, model: AppliedModel, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.model, self.module, self.args, self.kwargs = model, module, args, kwargs
+        self.graphs: list[GraphPlan] = []
+        self._attentions = 0
+        self._by_order = False
+        self._counts: Counter[str] = Counter()
+        self._tick: Tick | None = None
+        self._record: Record | None = None
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """Name -> argument, as the signature of the model has it."""
+        try:
+            bound = inspect.signature(self.module.forward).bind(*self.args, **self.kwargs).arguments
+        except (TypeError, ValueError):
+            bound = {f"{place}": value for place, value in enumerate(self.args)} | self.kwargs
+        rest = bound.pop("kwargs", {})
+        return {**bound, **rest} if isinstance(rest, dict) else bound
+
+    @cached_property
+    def time_name(self) -> str | None:
+        """The name of the argument that is the time step."""
+        numbers = {name: value for name, value in self.named.items() if _is_number(value)}
+        named = [name for name in numbers if TIME_STEP.fullmatch(name.lower())]
+        if named:
+            return named[0]
+        short = [name for name, value in numbers.items() if isinstance(value, Tensor) and value.dim() <= 1]
+        return short[0] if len(short) == 1 else None
+
+    @cached_property
+    def shapes(self) -> Hashable:
+        """All that an analysis depends on: the arguments without the values of tensors and the time step."""
+        rest = {name: value for name, value in self.named.items() if name != self.time_name}
+        leaves = tree_leaves(rest)
+        return tuple(
+            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in leaves
+        )
+
+    @cached_property
+    def _given(self) -> set[int]:
+        return {id(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)}
+
+    def was_given(self, tensor: object) -> bool:
+        """Whether a tensor is an argument of the call."""
+        return id(tensor) in self._given
+
+    def tick(self) -> Tick:
+        """The place of this call in a generation. The clock counts it once."""
+        if self._tick is None:
+            state = self.model.state
+            numbers: tuple[Times | None, Prints] = (None, {})
+            if self.time_name is not None and state.clock.reads():
+                others = {
+                    f"{name}.{place}": leaf
+                    for name, value in self.named.items()
+                    if name != self.time_name
+                    for place, leaf in enumerate(tree_leaves(value))
+                    if isinstance(leaf, Tensor)
+                }
+                numbers = read(self.named[self.time_name], others)
+            self._tick = state.tick(*numbers)
+        return self._tick
+
+    def names(self, places: Sequence[Placed], args: Sequence[Any]) -> tuple[str, ...]:
+        """The names in the whole model of the attentions of a graph, which is about to run on `args`."""
+        found = []
+        for place in places:
+            path = None if place.parameter is None else self.model.path_of(args[place.parameter])
+            name = place.name_in(path)
+            self._counts[name] += 1
+            found.append(name if self._counts[name] == 1 else f"{name}#{self._counts[name]}")
+        return tuple(found)
+
+    def parts(self, places: Sequence[Placed], names: Sequence[str]) -> tuple[tuple[str, ...], Parts | None]:
+        """(names, parts) of the attentions of a graph; no parts if the model could not be analysed.
+
+        An attention is known by its name, or else by its order in the call.
+        """
+        analysis = self.model.analysed(self)
+        if analysis.failure:
+            return tuple(names), None
+        by_name = {part.name: part for part in analysis.parts}
+        found = []
+        for order, (place, name) in enumerate(zip(places, names, strict=True), self._attentions):
+            part = by_name.get(name)
+            if part is None and order < len(analysis.parts):
+                self._by_order = True
+                part = analysis.parts[order]
+            if part is None or part.like != place.like or not (name in by_name or self.model.by_order):
+                why = "the analysis of the whole model has no such attention in this place"
+                if part is not None and part.like == place.like:
+                    why = "it has no weights near it, and calls skip attentions, so its layer is not known"
+                layout = TokenLayout(tokens=place.like[2], reason=why)
+                part = Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
+            found.append(part)
+        sites = tuple(part if _learns(part) else replace(part, name="") for part in found)
+        return tuple(part.name for part in found), Parts(sites, analysis.dense_steps)
+
+    def count(self, plan: GraphPlan) -> None:
+        """Note that a graph runs under a plan."""
+        self.graphs.append(plan)
+        self._attentions += len(plan)
+
+    def record(
+        self, options: Mapping[str, Any], plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]
+    ) -> None:
+        """Keep the reports on a graph that ran. All graphs of a call have one record."""
+        if self._record is None:
+            self._record = self.model.state.record(options, plan, self.tick(), phase, reports)
+        else:
+            self._record.add(plan, phase, reports)
+
+    def finish(self) -> None:
+        """Keep what the call has shown about the model, and say once how much of it is sparse."""
+        model = self.model
+        model.graphs = tuple(self.graphs)
+        if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):
+            model.by_order = False
+            model.state.new_video()
+        if not model.told and (self._record is None or self._record.phase == "sparse"):
+            model.told = True
+            if not any(graph.sparse for graph in self.graphs):
+                model.analysed(self)
+            _tell(model, type(self.module).__name__)
+
+
+_open: ContextVar[ModelCall | None] = ContextVar("model_call", default=None)
+
+
+def open_call() -> ModelCall | None:
+    """The call of an applied model that runs now, in this thread or task."""
+    return _open.get()
+
+
+class Hook:
+    """The call of an applied module: opens a `ModelCall`, runs the module, and closes it again.
+
+    PyTorch calls it in place of the module's own call. Dynamo never compiles it. Where Dynamo compiles a caller
+    of the module, it traces the module itself, and no call is open.
+    """
+
+    def __init__(self, model: AppliedModel, run: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]):
+        self.model, self.run = model, run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        module = self.model.module()
+        assert module is not None, "the module calls its own hook"
+        before = _open.get()
+        if before is not None and before.model is self.model:
+            return self.run(module, args, kwargs)
+        call = ModelCall(self.model, module, args, kwargs)
+        token = _open.set(call)
+        try:
+            if not (torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())):
+                call.tick()
+            if self.model.parts_only:
+                self.model.analysed(call)
+            result = self.run(module, args, kwargs)
+            call.finish()
+        finally:
+            _open.reset(token)
+        return result
+
+
+def read(time: Tensor | float, others: Mapping[str, Tensor]) -> tuple[Times, Prints]:
+    """(the time steps; two numbers for every other input).
+
+    All numbers on one device are read together: one synchronisation.
+
+    Args:
+        time: a tensor of one time step or of many, or a number of Python.
+    """
+    numbers = [*times_of(time), *(n for tensor in others.values() for n in _print(tensor))]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, number in enumerate(numbers):
+        by_device.setdefault(number.device, []).append(place)
+    values = [0.0] * len(numbers)
+    for places in by_device.values():
+        found = torch.stack([numbers[place] for place in places]).nan_to_num().tolist()
+        for place, value in zip(places, found, strict=True):
+            values[place] = value
+    prints = zip(values[3::2], values[4::2], strict=True)
+    return Times(*values[:3]), dict(zip(others, prints, strict=True))
+
+
+def times_of(time: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of `Times` for time steps of any shape, as fp64 scalars on their device."""
+    numbers = (
+        time if isinstance(time, Tensor) else torch.tensor(float(time), dtype=torch.float64, device="cpu")
+    )
+    flat = numbers.detach().double().flatten()
+    largest = flat.amax()
+    return largest + (flat - largest).mean(), largest, flat.square().sum()
+
+
+def _print(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares: equal for equal tensors, and almost never for others."""
+    flat = tensor.detach().flatten()
+    flat = flat.float() if not flat.is_complex() else torch.view_as_real(flat).flatten().float()
+    return flat.sum(dtype=torch.float64), flat.square().sum(dtype=torch.float64)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_complex() and value.dtype != torch.bool and value.numel() > 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Hashable:
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value)
+
+
+def _learns(part: Part) -> bool:
+    return part.entry is not None and isinstance(part.entry.method, TrainedMethod)
+
+
+def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
+    *owners, name = path.split(".")
+    for owner in owners:
+        child = module._modules.get(owner)
+        if child is None:
+            return None
+        module = child
+    found = module._parameters.get(name)
+    return module._buffers.get(name) if found is None else found
+
+
+def _is_video(plan: AttentionPlan) -> bool:
+    """Whether a plan is of attention over a whole video, or of one whose tokens could not be followed."""
+    site = plan.site
+    return plan.layout.grid is not None or (site.kind == "unknown" and site.q_tokens == site.kv_tokens)
+
+
+def _tell(model: AppliedModel, kind: str) -> None:
+    """One line in the log: the number of video attentions that are sparse, and why others are dense."""
+    plans = [plan for plan in (*model.plans, *model.outside) if _is_video(plan)]
+    reasons = Counter(plan.reason for plan in plans if plan.method == "dense")
+    dense = reasons.total()
+    causes = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    log.log(
+        logging.WARNING if dense or not plans else logging.INFO,
+        "%s: %d of %d video attentions sparse%s",
+        f"{model.name} ({kind})" if model.name else kind,
+        len(plans) - dense,
+        len(plans),
+        f", {dense} dense: {causes}" if dense else "",
+    )
