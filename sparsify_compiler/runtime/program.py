@@ -10,7 +10,7 @@ from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.names import ROOT
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import ModelCall, Parts, open_call, read
-from sparsify_compiler.runtime.clock import Tick
+from sparsify_compiler.runtime.clock import Prints, Tick, Times
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.runtime.state import ModelState, state_of
@@ -56,9 +56,10 @@ class Inputs:
         """The places of the time step and of all tensors that are not the model's own."""
         return (*([] if self.time is None else [self.time]), *self.others.values())
 
-    def time_in(self, args: Sequence[Any]) -> Tensor | float | None:
-        """The time step of a call; None if the graph has none."""
-        return self.constant_time if self.time is None else args[self.time]
+    @property
+    def has_time(self) -> bool:
+        """Whether the time step of a call is known."""
+        return self.time is not None or self.constant_time is not None
 
 
 class Sizes(NamedTuple):
@@ -282,10 +283,8 @@ class Program:
 
     def _tick(self, planned: PlannedGraph, state: ModelState, args: Sequence[Any]) -> Tick:
         """Count a call outside of any applied model, from the inputs of the graph."""
-        time = self.inputs.time_in(args)
-        others = {name: args[place] for name, place in self.inputs.others.items()}
-        if planned.clocked and time is not None and state.clock.reads():
-            tick = state.tick(*read(time, others))
+        if planned.clocked and self.inputs.has_time and state.clock.reads():
+            tick = state.tick(*read_inputs(self.inputs, args))
         else:
             tick = state.tick(None, {})
         if tick.step is None and planned.clocked:
@@ -306,3 +305,10 @@ class Program:
 
 def _names(plan: GraphPlan) -> list[str]:
     return [one.site.name for one in plan]
+
+
+def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[Times, Prints]:
+    """`read` of the inputs of a graph with a time step."""
+    time = inputs.constant_time if inputs.time is None else args[inputs.time]
+    assert time is not None
+    return read(time, {name: args[place] for name, place in inputs.others.items()})
