@@ -292,7 +292,7 @@ class StepClock:
 
     def _alternates(self, video: _Video, time: Times, prints: Prints) -> bool:
         """Whether the first two time steps of a video turn out to be those of two videos."""
-        if len(video.changes) != 2 or time == video.time or video.repeats[:1] == [0]:
+        if len(video.changes) != 2 or time in video.changes:
             return False
         first, second = video.changes
         before = [one for at, one in video.opening if at == first]
