@@ -137,7 +137,10 @@ def main() -> None:
     for schedule in schedules():
         for kind, one in (("exact", schedule), ("bfloat16", schedule.rounded())):
             found.setdefault((one.scheduler, kind), []).append((one, run(one)))
-    result = {kind: {name: summary(cases) for (name, of), cases in found.items() if of == kind} for kind in ("exact", "bfloat16")}
+    result = {
+        kind: {name: summary(cases) for (name, of), cases in found.items() if of == kind}
+        for kind in ("exact", "bfloat16")
+    }
     for kind, schedulers in result.items():
         for name, numbers in schedulers.items():
             print(kind, name, numbers)

@@ -358,13 +358,18 @@ def _offloading_pass(chosen: Callable[[fx.Graph], Iterable[fx.Node]]) -> Callabl
 
 
 @contextmanager
-def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+def tracing(
+    backend: Callable[..., Any], function: Callable[..., Any], *, strict: bool = True
+) -> Iterator[Callable[..., Any]]:
     """Yield `function` compiled by Dynamo with `backend`, independent of programs compiled before, which stay.
 
     The calls start from a new code object, which has no programs and no history of recompiles. Dynamo compiles
     the model's own code objects only where a graph breaks. Code objects without other programs are reset at the
     end. The others keep an entry: in a separate region in torch 2.13, next to their own entries in earlier
     versions.
+
+    Args:
+        strict: whether an error of Dynamo is raised. Otherwise the code that it is about runs uncompiled, silently.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
     from torch._dynamo import config
@@ -379,12 +384,20 @@ def tracing(backend: Callable[..., Any], function: Callable[..., Any]) -> Iterat
     hook = register_bytecode_hook(lambda code, _: codes.append(code))
     fresh = FunctionType(function.__code__.replace(), function.__globals__)
     unlimited = sys.maxsize
+    log = logging.getLogger("torch._dynamo.convert_frame")
+    level = log.level
     try:
+        if not strict:
+            log.setLevel(logging.CRITICAL)
         with config.patch(
-            recompile_limit=unlimited, accumulated_recompile_limit=unlimited, suppress_errors=False
+            recompile_limit=unlimited,
+            accumulated_recompile_limit=unlimited,
+            suppress_errors=not strict,
+            allow_empty_graphs=True,
         ):
             yield torch.compile(fresh, backend=backend, dynamic=False, **apart)
     finally:
+        log.setLevel(level)
         hook.remove()
         for code in codes:
             if all(map(ours, _debug_get_cache_entry_list(code))):
@@ -405,6 +418,17 @@ def forget(compiled: Callable[..., Any]) -> None:
 
     function: Any = getattr(compiled, "_torchdynamo_orig_callable", compiled)
     reset_code(function.__code__)
+
+
+def many_programs() -> AbstractContextManager[Any]:
+    """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
+
+    Otherwise a call in which a cache skips a block ends the compilation of all blocks.
+    """
+    from torch._dynamo import config
+
+    limit = max(config.recompile_limit, 64)
+    return config.patch(allow_empty_graphs=True, recompile_limit=limit)
 
 
 def never_compile(function: Callable[..., Any]) -> None:

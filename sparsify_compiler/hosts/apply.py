@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
-from sparsify_compiler.hosts.whole import analyse
+from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
@@ -242,21 +243,21 @@ def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _native_attention(module: nn.Module) -> "list[tuple[Any, Any]]":
-    """Let diffusers' attention processors of a model call SDPA. Returns (processor, backend before) of those changed."""
-    changed = []
-    for one in module.modules():
-        processor = getattr(one, "processor", None)
-        backend = getattr(processor, "_attention_backend", None)
-        if backend is not None and str(getattr(backend, "value", backend)) != "native":
-            changed.append((processor, backend))
-            processor._attention_backend = type(backend)("native")
-    if changed:
-        names = ", ".join(sorted({str(getattr(backend, "value", backend)) for _, backend in changed}))
+    """Let diffusers' attention processors of a model call SDPA. Returns (processor, backend before) of all of them."""
+    processors = [getattr(one, "processor", None) for one in module.modules()]
+    changed = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
+    for processor, _ in changed:
+        processor._attention_backend = NATIVE
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
+    names = {str(getattr(one, "value", one)) for one in (backend or usual for _, backend in changed)} - {
+        NATIVE
+    }
+    if names:
         log.warning(
-            "%s: attention backend %s replaced by native in %d processors, since the compiler reads SDPA",
+            "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",
             type(module).__name__,
-            names,
-            len(changed),
+            ", ".join(sorted(names)),
         )
     return changed
 

@@ -7,6 +7,7 @@ model does not change.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,9 @@ from sparsify_compiler.runtime.call import Analysis, Arguments, Part
 from sparsify_compiler.uncompiled import Uncompiled
 
 _META = torch.device("meta")
+NATIVE = "native"
+"""The attention backend of diffusers that calls SDPA."""
+
 _OF_HOOKS = ("forward", "_compiled_call_impl", "_diffusers_hook", "_hf_hook", "_old_forward")
 """Attributes of a module that hold, or call, the hooks of others."""
 
@@ -37,13 +41,16 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     Raises:
         SparsifyError: options do not fit the model.
     """
-    try:
-        copy, (args, kwargs) = on_meta(module, arguments)
-        found, outside = _traced(copy, args, kwargs, config)
-    except SparsifyError:
-        raise
-    except Exception as error:  # whatever the model's own code raises on the meta device
-        return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    for strict in (True, False):
+        try:
+            twin, (args, kwargs) = on_meta(module, arguments)
+            found, outside = _traced(twin, args, kwargs, config, strict)
+            break
+        except SparsifyError:
+            raise
+        except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
+            if not strict:
+                return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     if config.grid is not None:
         check_grid(config.grid, config.text, found)
     decisions = decide(found, config)
@@ -65,11 +72,14 @@ Found = list[tuple[AttentionSite, TokenLayout]]
 
 
 def _traced(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig, strict: bool
 ) -> tuple[Found, tuple[AttentionPlan, ...]]:
     """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
 
     Where the model breaks into graphs, labels go from the outputs of one to the inputs of the next.
+
+    Args:
+        strict: whether to raise what Dynamo raises. Otherwise code that Dynamo cannot trace runs as it is.
     """
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
     counts: Counter[str] = Counter()
@@ -106,7 +116,7 @@ def _traced(
         return tracker.paused()(uncompiled.in_graph()(run))
 
     try:
-        with _torch.tracing(record, _call) as call, uncompiled, tracker:
+        with _torch.tracing(record, _call, strict=strict) as call, uncompiled, tracker:
             call(module, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without the text that Dynamo appends
@@ -174,6 +184,10 @@ def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Argumen
             return tensor(old)
         if isinstance(old, nn.Module):
             return twin(old)
+        if hasattr(old, "_attention_backend"):
+            new = copy(old)
+            new._attention_backend = NATIVE
+            return new
         if type(old) in (list, tuple):
             return type(old)(map(value, old))
         if type(old) is dict:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, SiteKind, TokenLayout
@@ -28,6 +29,8 @@ from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
 log = logging.getLogger("sparsify_compiler")
 
+_UNLIKE = "the analysis of the whole model has another attention in this place"
+_UNKNOWN_LAYER = "it has no weights near it, and calls skip attentions, so its layer is not known"
 _SKIPPED = "the call skipped it, or ran it outside every graph"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -252,14 +255,13 @@ class ModelCall:
         by_name = {part.name: part for part in analysis.parts}
         found = []
         for order, (place, name) in enumerate(zip(places, names, strict=True), self._attentions):
-            part = by_name.get(name)
-            if part is None and order < len(analysis.parts):
+            part, why = by_name.get(name), _UNLIKE
+            if place.parameter is None or part is None:
                 self._by_order = True
-                part = analysis.parts[order]
-            if part is None or part.like != place.like or not (name in by_name or self.model.by_order):
-                why = "the analysis of the whole model has no such attention in this place"
-                if part is not None and part.like == place.like:
-                    why = "it has no weights near it, and calls skip attentions, so its layer is not known"
+                part = analysis.parts[order] if order < len(analysis.parts) else None
+                if not self.model.by_order:
+                    part, why = None, _UNKNOWN_LAYER
+            if part is None or part.like != place.like:
                 layout = TokenLayout(tokens=place.like[2], reason=why)
                 part = Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
             found.append(part)
@@ -326,7 +328,8 @@ class Hook:
                 call.tick()
             if self.model.parts_only:
                 self.model.analysed(call)
-            result = self.run(module, args, kwargs)
+            with _torch.many_programs():
+                result = self.run(module, args, kwargs)
             call.finish()
         finally:
             _open.reset(token)

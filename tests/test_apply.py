@@ -1,0 +1,213 @@
+"""`apply`: in place, all of a pipeline, and back."""
+
+import copy
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sparsify_compiler
+from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.runtime.state import states_of
+from sparsify_compiler.testing.models import CASES
+from sparsify_compiler.testing.videos import Video, latents, steps
+
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+]
+
+GRID = (5, 7, 9)
+TILE: dict[str, Any] = {"method": "tile", "reference_frames": 2, "inner_backend": "eager"}
+regional = pytest.mark.parametrize("regional", [False, True])
+
+
+def dicts(model: nn.Module) -> list[dict[str, Any]]:
+    """The attributes of all modules."""
+    return [dict(module.__dict__) for module in model.modules()]
+
+
+@regional
+def test_restore_leaves_the_model_as_it_was(regional: bool) -> None:
+    model = Video()
+    before, expected = dicts(model), steps(model, latents(GRID), 2)
+    changed = sparsify_compiler.apply(model, regional=regional, **TILE)
+    assert not torch.equal(steps(model, latents(GRID), 1)[0], expected[0])
+    changed.restore()
+    assert dicts(model) == before
+    for one, same in zip(steps(model, latents(GRID), 2), expected, strict=True):
+        assert torch.equal(one, same)
+    changed.restore()
+    again = sparsify_compiler.apply(model, regional=regional, **TILE)
+    steps(model, latents(GRID), 1)
+    assert again.stats().measurements
+
+
+def test_restore_after_an_error() -> None:
+    model = Video()
+    before = dicts(model)
+    changed = sparsify_compiler.apply(model, **TILE)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(1, 3, 5, 14, 18), 900.0)
+    changed.restore()
+    assert dicts(model) == before
+
+
+def test_a_copy_of_an_applied_model_is_the_plain_model() -> None:
+    model = Video()
+    expected = steps(model, latents(GRID), 1)
+    sparsify_compiler.apply(model, **TILE)
+    twin = copy.deepcopy(model)
+    assert torch.equal(steps(twin, latents(GRID), 1)[0], expected[0])
+    assert not states_of([twin])
+
+
+@regional
+def test_a_second_apply_is_refused(regional: bool) -> None:
+    model = Video()
+    sparsify_compiler.apply(model, regional=regional, **TILE)
+    with pytest.raises(SparsifyError, match=r"^apply has changed Video already: call restore\(\)"):
+        sparsify_compiler.apply(model, **TILE)
+
+
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.blocks[1]], ids=["model", "block"])
+def test_a_compiled_model_is_refused(part: Any) -> None:
+    model = Video()
+    part(model).compile(backend="eager")
+    with pytest.raises(SparsifyError, match=r"Video\S* is compiled already: apply compiles the model itself"):
+        sparsify_compiler.apply(model, **TILE)
+
+
+def test_the_result_of_torch_compile_is_refused() -> None:
+    with pytest.raises(SparsifyError, match="is compiled already"):
+        sparsify_compiler.apply(torch.compile(Video(), backend="eager"), **TILE)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"method": "tle"}, "Did you mean 'tile'"),
+        ({"method": "tile", "top_p": 0.5}, "top_p"),
+        ({"mode": "fast"}, "unknown mode 'fast'"),
+        ({"regional": "yes"}, "regional must be True, False or None, got 'yes'"),
+    ],
+)
+def test_options_are_checked_at_once(named: dict[str, Any], message: str) -> None:
+    model = Video()
+    before = dicts(model)
+    with pytest.raises(OptionError, match=message):
+        sparsify_compiler.apply(model, **named)
+    assert dicts(model) == before
+
+
+def test_targets_without_a_video_transformer_are_refused() -> None:
+    with pytest.raises(
+        OptionError, match="apply needs a module or a pipeline with a dict of components, got list"
+    ):
+        sparsify_compiler.apply([Video()], **TILE)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    pipeline = SimpleNamespace(components={"text_encoder": encoder, "scheduler": object()})
+    with pytest.raises(
+        OptionError, match=r"no video transformer among the components of SimpleNamespace \(text_e"
+    ):
+        sparsify_compiler.apply(pipeline, **TILE)
+    with pytest.raises(OptionError, match="regional=True needs repeated blocks, and Linear has no list"):
+        sparsify_compiler.apply(nn.Linear(2, 2), regional=True, **TILE)
+
+
+def test_before_the_first_call() -> None:
+    changed = sparsify_compiler.apply(Video(), **TILE)
+    with pytest.raises(SparsifyError, match="no call of this model was recorded"):
+        changed.stats()
+    with pytest.raises(SparsifyError, match="explain shows the last call, and no model was called yet"):
+        changed.explain()
+
+
+def test_only_denoisers_of_a_pipeline_change() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    pipeline = SimpleNamespace(
+        components={"denoiser": Video(), "text_encoder": encoder, "vae": nn.Conv3d(1, 1, 1)}
+    )
+    before = dicts(encoder)
+    changed = sparsify_compiler.apply(pipeline, **TILE)
+    assert [model.name for model in changed.models] == ["denoiser"]
+    assert dicts(encoder) == before
+
+
+def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "sparsify_compiler"):
+        model = Video()
+        changed = sparsify_compiler.apply(model, **TILE | {"dense_layers": 1, "dense_steps": 1})
+        steps(model, latents(GRID), 3)
+    (line,) = [record.message for record in caplog.records if "video attentions sparse" in record.message]
+    expected = "Video: 2 of 3 video attentions sparse, 1 dense: 1 among the first layers, which stay dense (dense_layers)"
+    assert line == expected
+    assert "1 graph, 2 of 3 attention calls sparse" in str(changed.explain())
+
+
+@regional
+def test_attention_outside_every_graph_is_told(regional: bool, caplog: pytest.LogCaptureFixture) -> None:
+    class Hidden(Video):
+        @torch.compiler.disable
+        def attend(self, x: torch.Tensor) -> torch.Tensor:
+            heads = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            x = self.patch(hidden_states).flatten(2).transpose(1, 2)
+            return self.out(self.blocks[0](self.attend(x), self.time(timestep[:, None] / 1000)))
+
+    with caplog.at_level(logging.INFO, "sparsify_compiler"):
+        model = Hidden(1)
+        changed = sparsify_compiler.apply(model, regional=regional, **TILE)
+        steps(model, latents(GRID), 1)
+    assert (
+        "Hidden: 1 of 2 video attentions sparse, 1 dense: 1 outside every graph, at tests/test_apply.py"
+        in caplog.text
+    )
+    assert any("outside every graph" in plan.reason for plan in changed.explain().plans)
+
+
+EXACT: dict[str, Any] = {
+    "method": "svg2", "top_p": 1.0, "far_field": "drop", "dense_steps": 0, "dense_layers": 0, "inner_backend": "eager",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_first_block_cache_of_diffusers(before: bool) -> None:
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    (model, inputs), (twin, _) = (CASES["wan"].build(GRID, batch=1) for _ in range(2))
+    for one in (model, twin):
+        if one is twin or before:
+            apply_first_block_cache(one, FirstBlockCacheConfig(threshold=0.0))
+    changed = sparsify_compiler.apply(model, **EXACT)
+    if not before:
+        apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.0))
+    inputs["return_dict"] = False
+    with torch.no_grad():
+        for time in (900, 500):
+            inputs["timestep"] = torch.tensor([time])
+            with model.cache_context("cond"), twin.cache_context("cond"):
+                got, expected = model(**inputs)[0], twin(**inputs)[0]
+            assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert {one.site for one in changed.stats().measurements} == {"blocks.0.attn1", "blocks.1.attn1"}
+
+
+def test_another_attention_backend_of_diffusers_is_replaced_and_restored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
+    for processor in processors:
+        processor._attention_backend = "flex"
+    changed = sparsify_compiler.apply(model, regional=True, **EXACT)
+    assert "its attention backend is now native, not flex" in caplog.text
+    with torch.no_grad():
+        model(**inputs)
+    assert len(changed.stats().measurements) == 2
+    changed.restore()
+    assert [processor._attention_backend for processor in processors] == ["flex"] * 4
