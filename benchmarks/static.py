@@ -262,7 +262,11 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument(
-        "--only", nargs="+", metavar="KERNEL", choices=list(kernels()), help="print these kernels, write no file"
+        "--only",
+        nargs="+",
+        metavar="KERNEL",
+        choices=list(kernels()),
+        help="print these kernels, write no file",
     )
     options = parser.parse_args()
     places = [
