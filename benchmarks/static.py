@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 
 from benchmarks import sass
 from benchmarks.harness import write_json
+from benchmarks.kernels import kernels
 from benchmarks.launches import Example, examples
 from sparsify_compiler.kernels.clustering import kmeans
 from sparsify_compiler.kernels.triton import configs
@@ -260,14 +261,28 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="KERNEL",
+        choices=list(kernels()),
+        help="print these kernels, write no file",
+    )
     options = parser.parse_args()
-    places = [(arch, number) for arch in GPUS for number in range(len(of_gpu(arch)))]
+    places = [
+        (arch, number)
+        for arch in GPUS
+        for number, example in enumerate(of_gpu(arch))
+        if options.only is None or example.kernel in options.only
+    ]
     cases = []
     print(" | ".join(HEADER))
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
         for found in pool.map(measured, places, chunksize=8):
             cases.append(found)
             print(" | ".join(line(found)), flush=True)
+    if options.only is not None:
+        return
     sizes = cluster_sizes(18_900, 75)
     tails, _ = configs.HALF[90, 128]
     fill = {

@@ -1,6 +1,6 @@
 """Write the parts of the documentation that come from code, measurements and runs.
 
-    python docs/generate.py             # docs/options.md, and the tables in README.md and docs/
+    python docs/generate.py             # docs/options.md, tables of README.md and docs/, help(sparsify_compiler)
     python docs/generate.py --outputs   # the printed outputs too: runs every code block that has one, some minutes
 
 A generated part stands between two comments, which name its source:
@@ -9,6 +9,8 @@ A generated part stands between two comments, which name its source:
     <!-- options: tile -->  ...  <!-- /options -->        the options of a method, or a name in `OPTIONS`
     <!-- output -->  ...  <!-- /output -->                what the code block before it prints
     <!-- output: COMMAND -->  ...  <!-- /output -->       what a command prints
+
+The methods and their options in the docstring of the package, `help(sparsify_compiler)`, are generated too.
 
 `tests/test_docs.py` fails where a file differs from what this script writes.
 """
@@ -37,9 +39,12 @@ from sparsify_compiler.methods import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PACKAGE = ROOT / "sparsify_compiler" / "__init__.py"
 RESULTS = ROOT / "benchmarks" / "results"
 PART = re.compile(r"<!-- (table|options|output)(?:: (.+?))? -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 CODE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NAMES = re.compile(r"(?<=^    method           ).+$", re.MULTILINE)
+OWN_OPTIONS = re.compile(r'(?<=^Options of one method:\n\n).*?(?=^"""$)', re.DOTALL | re.MULTILINE)
 
 
 # options
@@ -89,7 +94,15 @@ def general_options() -> str:
         f"The name of a preset: {' or '.join(f'`{name}`' for name in config.PRESETS)}.",
     )
     rows = option_rows(config.SparsifyConfig, {"method": DEFAULT_METHOD})
-    return table(("option", "default", "meaning"), [rows[0], preset, *rows[1:]])
+    option, default, meaning = rows[0]
+    named = f"{meaning} Choices: {listed(f'`{name}`' for name in METHODS)}."
+    return table(("option", "default", "meaning"), [(option, default, named), preset, *rows[1:]])
+
+
+def listed(words: Iterable[str]) -> str:
+    """The words with commas, and `or` before the last."""
+    *first, last = words
+    return f"{', '.join(first)} or {last}"
 
 
 def method_options(name: str) -> str:
@@ -104,6 +117,17 @@ def method_options(name: str) -> str:
         values = ", ".join(f"`{option}` {value!r}" for option, value in changed.items())
         lines.append(f"With `far_field={far_field!r}` the defaults are {values}.")
     return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def package_help(text: str) -> str:
+    """The source of the package with the methods and their options written anew in its docstring."""
+    names = listed(f"{name} (the default)" if name == DEFAULT_METHOD else name for name in METHODS)
+    lines = [
+        f"    {name:<16} {', '.join(config.option_names(kind))}\n"
+        for name, kind in METHODS.items()
+        if fields(kind)
+    ]
+    return OWN_OPTIONS.sub("".join(lines), NAMES.sub(names, text, count=1), count=1)
 
 
 def presets() -> str:
@@ -442,9 +466,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python docs/generate.py", description="Write generated parts.")
     parser.add_argument("--outputs", action="store_true", help="run code blocks and commands too")
     options = parser.parse_args()
-    for path in FILES:
+    for path in (*FILES, PACKAGE):
         old = path.read_text()
-        if (new := rendered(old, outputs=options.outputs)) != old:
+        new = package_help(old) if path == PACKAGE else rendered(old, outputs=options.outputs)
+        if new != old:
             path.write_text(new)
             print(f"wrote {path.relative_to(ROOT)}")
 

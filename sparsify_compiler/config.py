@@ -33,8 +33,8 @@ class SparsifyConfig:
     """The options of one compilation, checked."""
 
     method: Method | None
-    """The method, which decides what each attention reads: `svg2`, `cubes`, `keys`, `tile`, `sta`, `dsv` or
-    `dense`. Options give its name; the config holds its dataclass with all settings, or None with a policy."""
+    """The method, which decides what each attention reads. Options give its name; the config holds its
+    dataclass with all settings, or None with a policy."""
     policy: SitePolicy | None = None
     """A policy gives every attention a method of its own. Options give the path of its file, or a `Policy`.
     It replaces `method`, the method's options, `preset`, `far_field` and `dense_layers`."""

@@ -95,6 +95,14 @@ def test_tables_and_options_are_as_generated(path: Path) -> None:
     assert generate.rendered(text, outputs=False) == text, "python docs/generate.py writes it anew"
 
 
+def test_the_help_of_the_package_is_as_generated() -> None:
+    text = generate.PACKAGE.read_text()
+    assert generate.package_help(text) == text, "python docs/generate.py writes it anew"
+    changed = text.replace("dense, tile, ", "").replace("    tile             reference_frames\n", "")
+    assert len(changed) < len(text) - 40
+    assert generate.package_help(changed) == text
+
+
 def test_every_method_and_environment_variable_is_described() -> None:
     text = (ROOT / "docs" / "options.md").read_text()
     for method, kind in METHODS.items():

@@ -20,11 +20,13 @@ from torch import Tensor
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.inputs import by_heads, named, randn, site_of, some_rows
 from benchmarks.gpu.runner import Case
+from sparsify_compiler import methods
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dsv import Choice, Dsv, most_share
 from sparsify_compiler.methods.keys import Keys
+from sparsify_compiler.methods.sta import Sta
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
@@ -39,15 +41,18 @@ Grid = tuple[int, int, int]
 VIDEO: Grid = (21, 45, 80)
 """Wan at 720p: 75,600 tokens."""
 
-METHODS = ("svg2", "cubes", "keys", "dsv", "tile")
+METHODS = tuple(name for name in methods.METHODS if name != "dense")
 DENSITIES = (0.1, 0.2, 0.3)
 
 
-def method_of(device: Device, name: str, density: float, min_gain: float | None) -> Any:
+def method_of(device: Device, name: str, density: float, min_gain: float | None, grid: Grid) -> Any:
     """The method with about this share of the keys; in a dry run with few iterations and small blocks.
+
+    A method without a case here has its default options, at any density.
 
     Args:
         min_gain: for methods that have one, with the linear far field.
+        grid: the grid of the video.
     """
     by_share = {"top_p": 1e-6, "min_kv_ratio": density, "min_gain": min_gain}
     match name:
@@ -60,9 +65,14 @@ def method_of(device: Device, name: str, density: float, min_gain: float | None)
             return Keys(kv_budget=density, **device.size({}, {"q_clusters": 2, "kmeans_iters": (1, 1)}))
         case "dsv":
             return Dsv(query_group=(2, 4, 4))
-        case _:
+        case "tile":
             frames = dict(zip(DENSITIES, (1, 2, 3), strict=True))
             return Tile(reference_frames=device.size(frames[density], 1))
+        case "sta":  # a window has 3 tiles in each dimension
+            tiles = dict(zip(DENSITIES, ((5, 7, 8), (4, 5, 7), (3, 5, 6)), strict=True))[density]
+            return Sta(tile=tuple(-(-size // count) for size, count in zip(grid, tiles, strict=True)))
+        case _:
+            return methods.METHODS[name]()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +217,7 @@ def video_inputs(device: Device, grid: Grid, heads: int) -> Inputs:
 def check_video(device: Device, name: str, far_field: str) -> dict[str, Any]:
     """Check video size with eight heads; 40 heads run the same compiled kernels."""
     inputs = video_inputs(device, VIDEO, 8)
-    method = method_of(device, name, 0.1, gain(far_field))
+    method = method_of(device, name, 0.1, gain(far_field), inputs.layout.grid)
     site = Site(device, method, 0.1, far_field, "triton", inputs)
     for warm in device.size((False, True), ()):  # compile before the check, since compilation synchronises
         site.call(warm)
@@ -252,7 +262,7 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 def compare(device: Device, name: str, density: float, far_field: str, inputs: Inputs) -> dict[str, Any]:
     """Compare a first and a later call by both providers."""
-    method = method_of(device, name, density, gain(far_field))
+    method = method_of(device, name, density, gain(far_field), inputs.layout.grid)
 
     def new(provider: str) -> Site:
         return Site(device, method, density, far_field, provider, inputs)

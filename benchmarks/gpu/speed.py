@@ -45,7 +45,7 @@ from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.attention.triton_backward import backward
 from sparsify_compiler.kernels.triton import configs
 from sparsify_compiler.kernels.triton.configs import BackwardConfig
-from sparsify_compiler.methods import DynamicMethod
+from sparsify_compiler.methods import METHODS, DynamicMethod
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.table import BlockTable
 
@@ -198,7 +198,7 @@ def site_cases(name: str, device: Device) -> Iterable[Case]:
     The lists of `dsv`, for 2,640 groups of queries in each head, fit into memory at 40 heads only for the lowest
     density.
     """
-    own = method_of(device, name, 0.2, None).far_field
+    own = METHODS[name].far_field
     few = 8 if name == "dsv" else HEADS
     tried = [(own, 0.2, few), (own, 0.1, HEADS), (own, 0.3, few)]
     if own != "drop":
@@ -212,7 +212,8 @@ def time_site(device: Device, name: str, far_field: str, density: float, heads: 
     """Time a later call of a generation as a whole, in a graph and kernel by kernel, and measure its memory."""
     inputs = video_inputs(device, VIDEO, heads)
     # Gains are estimated but select no block, so densities are the requested ones.
-    method = method_of(device, name, density, 1e9 if far_field == "linear" else None)
+    min_gain = 1e9 if far_field == "linear" else None
+    method = method_of(device, name, density, min_gain, inputs.layout.grid)
     site = Site(device, method, density, far_field, "triton", inputs)
     cold = milliseconds(device, partial(site.call, warm=False))
     out = site.call()

@@ -3,7 +3,7 @@
 Times on an H200 with 16 cores, estimated and not measured: in the first groups all steps run in parallel and
 mostly compile, about 400 kernels of 0.3 to 3 s each on one core (`triton.compile` for 9.0, an EPYC). The longest
 step has 40 s of them; with slower cores and 15 processes that start together, 90 s. Steps that run alone: tiles
-60 s, the site of a method 30 s, the others 60 s. The total is about six minutes of the eight.
+60 s, the site of a method 30 s, the others 60 s. The total is about six and a half minutes of the eight.
 """
 
 from functools import partial

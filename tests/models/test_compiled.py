@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import OptionError, SparsifyError, SparsifyWarning, explain, stats
 from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import warn_once
+from sparsify_compiler.methods import METHODS
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.passes.planning import graph_plan
@@ -298,7 +299,7 @@ VIDEO = torch.randn(1, 4, 4, 8, 12, generator=torch.Generator().manual_seed(0))
         ({"refernce_frames": 2}, ["option 'refernce_frames'", "Did you mean 'reference_frames'?", "grid"]),
         (
             {"method": "tiles"},
-            ["method 'tiles'", "cubes, dense, dsv, keys, sta, svg2, tile", "Did you mean 'tile'?"],
+            ["method 'tiles'", ", ".join(sorted(METHODS)), "Did you mean 'tile'?"],
         ),
         (
             {"method": "dense", "reference_frames": 2},

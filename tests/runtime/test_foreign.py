@@ -13,19 +13,27 @@ from torch import Tensor, nn
 from torch._higher_order_ops.while_loop import while_loop
 
 import sparsify_compiler
-from sparsify_compiler import DSVTrainer
+from sparsify_compiler import DSVTrainer, methods
 from sparsify_compiler.errors import OperandError
 
 pytestmark = [fresh_dynamo, no_warnings]
 
-EVERY_STEP = {"dense_layers": 0, "dense_steps": 0}
-METHODS: dict[str, dict[str, Any]] = {
-    "tile": {"method": "tile", "reference_frames": 2},
-    "sta": {"method": "sta", "tile": (1, 1, 2), "window": (1, 1, 3)},
-    "svg2": {"method": "svg2", "q_clusters": 4, "kv_clusters": 6, **EVERY_STEP},
-    "cubes": {"method": "cubes", "cube": (2, 2, 2), "query_cube": (2, 2, 2), **EVERY_STEP},
-    "keys": {"method": "keys", "kv_budget": 0.5, **EVERY_STEP},
+SMALL: dict[str, dict[str, Any]] = {
+    "tile": {"reference_frames": 2},
+    "sta": {"tile": (1, 1, 2), "window": (1, 1, 3)},
+    "svg2": {"q_clusters": 4, "kv_clusters": 6},
+    "cubes": {"cube": (2, 2, 2), "query_cube": (2, 2, 2)},
+    "keys": {"kv_budget": 0.5},
 }
+"""Options for 3 x 2 x 5 tokens, of methods whose defaults are for more."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    name: {"method": name, "dense_layers": 0, "dense_steps": 0, **SMALL.get(name, {})}
+    for name in methods.METHODS
+    if name not in ("dense", "dsv")
+}
+"""Every method that is sparse without training."""
+
 VIDEO = torch.randn(2, 4, 3, 4, 10, generator=torch.Generator().manual_seed(0))
 NUMBERS = torch.tensor([0, 1, 2])
 
@@ -56,6 +64,15 @@ class Model(nn.Module):
 
 def compiled(model: Callable[..., Any], inner_backend: str = "eager", **options: Any) -> Callable[..., Any]:
     return torch.compile(model, backend="sparsify", options={"inner_backend": inner_backend} | options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_sparse_here(method: str) -> None:
+    """The tests below need it."""
+    found = sparsify_compiler.explain(Model(), VIDEO, options=METHODS[method]).plans
+    assert [plan.method for plan in found] == [method] * 2, (
+        f"give {method} options in SMALL: {found[0].reason}"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

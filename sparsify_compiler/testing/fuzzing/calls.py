@@ -30,7 +30,7 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "dsv", "rank": 4},
     {"method": "dense"},
 )
-"""Every method, with options with which it reads everything."""
+"""Methods, with options with which they read everything. `sta` refuses such options."""
 
 TEXT = lines("""
     text = text.roll(1, 1)
