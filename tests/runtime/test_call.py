@@ -144,7 +144,7 @@ def test_models_of_one_pipeline_share_a_clock() -> None:
     changed = sparsify_compiler.apply(pipeline, **TILE | {"dense_steps": 3})
     for _ in range(2):
         steps(first, latents(GRID), 2)
-        steps(second, latents(GRID), 6, first=700.0)
+        steps(second, latents(GRID) + 2, 6, first=700.0)
         stats = changed.stats()
         assert stats.dense_calls == 3
         assert sites(stats) == {"transformer_2.blocks.0"}
