@@ -302,3 +302,7 @@ def require_laboratory() -> None:
 def main() -> None:
     """Run the command `sparsify`."""
     run_command(app)
+
+
+if __name__ == "__main__":
+    main()

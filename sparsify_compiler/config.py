@@ -40,8 +40,9 @@ class SparsifyConfig:
     It replaces `method`, the method's options, `preset`, `far_field` and `dense_layers`."""
     grid: tuple[int, int, int] | None = None
     """(frames, height, width) of the video tokens. Give it where the graph does not show the grid: packed
-    tokens, or blocks that are compiled one by one. It holds for every attention over as many tokens, unless
-    the graph shows that it is wrong. Compiling fails if it fits no attention."""
+    tokens, or blocks that are compiled one by one. It holds for every attention over that number of tokens,
+    and replaces a grid that the graph shows. Attention whose queries and keys are not the same tokens stays dense.
+    Compiling fails if the grid fits no attention."""
     text: tuple[int, int] | None = None
     """(before, after): the numbers of other tokens before and after the video tokens in one sequence. Give it
     where the graph does not show them. It needs `grid`."""
@@ -59,8 +60,8 @@ class SparsifyConfig:
     """The first attentions of the model that stay dense: an integer, or a share of them in [0.0, 1.0]. None
     takes the method's default."""
     measure_recall: float = 0.0
-    """The share of the queries, in [0, 1], on which the attention mass that was truly kept is measured.
-    `stats` shows it as recall."""
+    """The share of the queries, in [0, 1], on which the attention mass that was truly kept is measured. `stats`
+    shows it as recall. A far field needs a few rows anyway, so at 0 its recall is that of these rows."""
     offload_indices: bool = False
     """In training on a GPU, whether the long index lists of `dsv` stay in host memory between the forward and
     the backward pass. It needs `inner_backend="inductor"`. It was not tried on a GPU yet."""

@@ -157,7 +157,8 @@ def stats(model: Callable[..., Any]) -> RunStats:
         )
         raise SparsifyError(
             f"no call of this model was recorded: {others}run it first, compiled with backend='sparsify' and "
-            "without gradients; sparsify_compiler.explain(model, ...) shows whether any attention would be sparse"
+            "without gradients. Programs in which no attention is sparse record nothing: "
+            "sparsify_compiler.explain(model, ...) shows them"
         )
     sparse = (
         measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)

@@ -38,9 +38,9 @@ class Sta(VideoMethod):
     tile: Cube = (6, 8, 8)
     """(frames, rows, columns) of a tile, in tokens. The edges of the grid cut tiles off."""
     window: Window | tuple[Window, ...] | None = None
-    """(frames, rows, columns) of the window, in tiles. Each size is an odd integer, at most the number of
-    tiles in the dimension, or None for all of them. A list of windows gives each head its own. None takes 3
-    tiles in each dimension, or all where there are fewer."""
+    """(frames, rows, columns) of the window, in tiles. It is shifted inwards at the edges of the grid. Each
+    size is an odd integer, at most the number of tiles in the dimension, or None for all of them. A list of
+    windows gives each head its own. None takes 3 tiles in each dimension, or all where there are fewer."""
 
     name: ClassVar[str] = "sta"
 

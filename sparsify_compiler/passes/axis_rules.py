@@ -302,7 +302,7 @@ def blank(tracker: Tracker, output: Tensor, *_: Any, **__: Any) -> list[Label]:
 
 
 @rule("sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "argmax", "argmin", "all", "any",
-      "var_mean", "linalg_vector_norm", "norm", "max", "min")  # fmt: skip
+      "var_mean", "max", "min")  # fmt: skip
 def _reduce(tracker: Tracker, output: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
     dims = kwargs.get("dim", args[0] if args else None)
     if not isinstance(dims, (int, list, tuple)):
@@ -312,6 +312,13 @@ def _reduce(tracker: Tracker, output: Tensor, x: Tensor, *args: Any, **kwargs: A
     return [
         () if dim in gone else label for dim, label in enumerate(tracker.of(x)) if kept or dim not in gone
     ]
+
+
+@rule("linalg_vector_norm", "norm")
+def _reduce_by_order(
+    tracker: Tracker, output: Tensor, x: Tensor, order: Any = 2, dim: Any = None, *_: Any, **kwargs: Any
+) -> list[Label]:
+    return _reduce(tracker, output, x, dim)
 
 
 @rule("native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",

@@ -69,6 +69,10 @@ _NO_CHANNELS = (
 )
 _TEXT_HINT = " Where other tokens come before or after the video, give options={'text': (before, after)}."
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
+_MOVED = (
+    "an operator moved its tokens, or made them in a way that labels cannot follow; only if they still lie in "
+    "(frame, row, column) order, give options={'grid': (frames, height, width)}"
+)
 
 
 def _unseen(site: AttentionSite) -> Site:
@@ -319,11 +323,16 @@ def _grid_of(part: Label, embeddings: Iterable[Embedding]) -> tuple[Grid | None,
             sizes.insert(dim, 1)
     elif len(axes) != 3:
         one_frame = len(axes) == len(convolved) == 2
-        return None, "attends within one frame" if one_frame else _PART if convolved else _NO_GRID
+        return None, "attends within one frame" if one_frame else _PART if convolved else _unknown(axes)
     if why := _not_one_video(axes, embeddings):
         return None, why
     frames, height, width = sizes
     return (frames, height, width), _how(axes)
+
+
+def _unknown(axes: Sequence[Atom]) -> str:
+    """Why nothing is known about the grid of axes."""
+    return _MOVED if any(run.source.roots for run in axes) else _NO_GRID
 
 
 def _how(axes: Sequence[Atom]) -> str:
@@ -347,7 +356,7 @@ def _not_one_video(axes: Sequence[Atom], embeddings: Iterable[Embedding]) -> str
     origins = [_origins(run) for run in axes]
     sources = set.intersection(*({run.source for run in runs} for runs in origins))
     if not sources:
-        return _PART if any(run.source.kind == "conv" for run in axes) else _NO_GRID
+        return _PART if any(run.source.kind == "conv" for run in axes) else _unknown(axes)
     reasons = []
     for source in sorted(sources, key=lambda source: source.serial):
         pieces = [next(run for run in runs if run.source is source) for runs in origins]

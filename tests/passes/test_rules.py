@@ -52,6 +52,8 @@ CASES: dict[str, Case] = {
     "zeros_like": (lambda x: aten.zeros_like(x), "___"),
     "sum": (lambda x: aten.sum(x, [1]), "ac"),
     "amax": (lambda x: aten.amax(x, [0], True), "_bc"),
+    "linalg_vector_norm": (lambda x: aten.linalg_vector_norm(x, 2.0, [1]), "ac"),
+    "norm": (lambda x: aten.norm.ScalarOpt_dim(x, 2, [0], True), "_bc"),
     "native_group_norm": (lambda x: aten.native_group_norm(x, None, None, 3, 3, 3, 3, 1e-5), "abc .. .."),
     "bmm": (lambda x: aten.bmm(x, aten.transpose(x, 1, 2)), "abb"),
     "addmm": (lambda x: aten.addmm(torch.zeros(3, 3), aten.mean(x, [0]), WEIGHT), "b."),

@@ -225,6 +225,11 @@ GRIDS: dict[str, Videos] = {
     "half of a doubled batch": lambda v, _: attend(torch.cat([embed(v)] * 2).chunk(2)[1]),
     "gates first": lambda v, _: attend(v.mean((1, 2, 3, 4))[:, None, None] * embed(v)),
     "clipped": lambda v, _: (lambda x: attend(torch.where(x > 0, x, 0.0)))(embed(v)),
+    "queries and keys of one length": lambda v, _: (
+        lambda x: F.scaled_dot_product_attention(
+            *(F.normalize(one, dim=-1)[:, None] for one in (x.sin(), x.cos())), x[:, None]
+        )
+    )(embed(v)),
     "tokens hidden": lambda v, _: (lambda x: attend(torch.where(x[..., :1] > 0, x, torch.ones(WIDTH))))(
         embed(v)
     ),
@@ -254,6 +259,7 @@ def test_what_may_not_be_one_video_stays_dense() -> None:
     assert "batch of videos" in plans["videos as time"].reason
     assert "channels" in plans["channels as time"].reason
     assert "order" in plans["columns as time"].reason
+    assert "moved its tokens" in plans["mesh after a shuffle"].reason
     assert "part of the video grid" in plans["frames reversed before"].reason
     assert "other videos" in plans["one video and the other"].reason
 
