@@ -4,9 +4,9 @@ Nothing here touches a tensor. A clock gets the time steps and a few numbers for
 counts. It finds:
 
 - *step*: the number of changes of a time step, up or down, since the video began. A solver of second order calls
-  twice at one time step; the step stays the same. Where time steps were rounded to one number, each call is a step.
+  twice at one time step; the step stays the same. Where time steps were rounded to one number, each call is one.
 - *steps*: those of the whole video, estimated from its first time steps (`schedules.py`).
-- *new video*: the time steps went against the direction of the schedule. The direction is found again in each video.
+- *new video*: the time steps went against the direction of the schedule. It is found again in each video.
 - *videos in turn*: calls of several videos may alternate. Their time steps, or another input, set them apart.
 - *stream*: calls at one time step whose other inputs differ are streams (conditional, unconditional). An input
   that changed for every stream when the time step did (the latents) does not distinguish streams.
@@ -51,7 +51,9 @@ class Times(NamedTuple):
         """1 if they rose from the others, -1 if they fell, 0 if they are equal."""
         if self == other:
             return 0
-        return 1 if (self.mean, self.squares, self.largest) > (other.mean, other.squares, other.largest) else -1
+        return (
+            1 if (self.mean, self.squares, self.largest) > (other.mean, other.squares, other.largest) else -1
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +222,7 @@ class StepClock:
             self._before = done if done > 1 else 0
             generation.clocks.append(self)
 
-    def _place(
-        self, time: Times, prints: Prints, generation: "Generation | None", new_video: bool
-    ) -> Tick:
+    def _place(self, time: Times, prints: Prints, generation: "Generation | None", new_video: bool) -> Tick:
         """Find the video, the step and the stream of a call."""
         video = self._find(time, prints)
         if video is None:
@@ -258,7 +258,11 @@ class StepClock:
         if own and (len(self._videos) == 1 or last.surprise(time, self._videos[-2]) < 0.5):
             return last
         # Another video may have waited for this call.
-        found = [video for video in self._videos[:-1] if video.continues(time) and self._waited(video, time, prints)]
+        found = [
+            video
+            for video in self._videos[:-1]
+            if video.continues(time) and self._waited(video, time, prints)
+        ]
         found += [last] if last.continues(time) else []
         if found:
             video = min(found, key=lambda one: (self._is_foreign(one, prints), one.surprise(time)))
@@ -342,7 +346,9 @@ class StepClock:
         video.direction = way
         self._update(video, prints)
         video.repeats.append(self._most_calls(video))
-        close = _distance(video.time, time) <= 1.001 * resolution([one.largest for one in (*video.changes, time)])
+        close = _distance(video.time, time) <= 1.001 * resolution(
+            [one.largest for one in (*video.changes, time)]
+        )
         if len(video.repeats) == 1:
             video.mixed = video.mixed or (video.repeats[0] > 1 and not close)
         elif len(video.repeats) == 2 and video.repeats[0] > 1 and video.repeats[1] == 1:
