@@ -20,7 +20,6 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
-from sparsify_compiler.runtime.clock import USUAL_STEPS
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
 
@@ -230,7 +229,7 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
     for share in shares - {0.0}:
         yield (
             f"the first {share:.0%} of a generation's steps run dense. The number of steps is that of "
-            f"sparsify_compiler.generation(steps=...), else that of the last video, else {USUAL_STEPS}."
+            f"sparsify_compiler.generation(steps=...), else an estimate from the first time steps."
         )
     if any(plan.density is None for plan in plans):
         yield "sites by call select keys when they run; sparsify_compiler.stats(model) shows their density."

@@ -4,9 +4,9 @@ Nothing here touches a tensor. A clock gets the time steps and a few numbers for
 counts. It finds:
 
 - *step*: the number of changes of a time step, up or down, since the video began. A solver of second order calls
-  twice at one time step; the step stays the same. Where time steps were rounded to one number, each call is a step.
+  twice at one time step; the step stays the same. Where time steps were rounded to one number, each call is one.
 - *steps*: those of the whole video, estimated from its first time steps (`schedules.py`).
-- *new video*: the time steps went against the direction of the schedule. The direction is found again in each video.
+- *new video*: the time steps went against the direction of the schedule. It is found again in each video.
 - *videos in turn*: calls of several videos may alternate. Their time steps, or another input, set them apart.
 - *stream*: calls at one time step whose other inputs differ are streams (conditional, unconditional). An input
   that changed for every stream when the time step did (the latents) does not distinguish streams.

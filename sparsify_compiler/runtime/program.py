@@ -20,8 +20,8 @@ Choices = tuple[tuple[str, Hashable], ...]
 """(site, argument of its method's `settle`), for sites whose method learns."""
 Run = Callable[..., Any]
 _NO_STEP = (
-    "calls of a graph show no time step, so no step of them is dense and nothing is kept from call to call. Compile "
-    "the whole model, or put each video into `with sparsify_compiler.generation(steps, streams):`"
+    "calls of a graph show no time step, so no step of them is dense and nothing is kept from call to call. "
+    "Compile the whole model, or put each video into `with sparsify_compiler.generation(steps, streams):`"
 )
 Numbers = tuple[int, ...]
 """Values, in one call, of the sizes that are free in Dynamo's graph; empty for a graph that fits all values."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 MOST_STEPS = 150
 """Schedules of more steps are not estimated."""
 
-QUANTILE = 0.6
 LOOKED_AT = 32
 """The first time steps of a video that an estimate looks at."""
 
@@ -23,6 +22,16 @@ _FULL = 0.995
 _USUAL_SHIFT = 1.8
 """The shift that is assumed while two time steps cannot show it. With it a schedule of at most 12 steps counts as
 one of a few steps, whatever its shift is; a longer one that is not shifted never does."""
+
+_USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {
+    1.0: 6.0, 3.0: 2.0, 5.0: 2.0, 7.0: 2.0, 8.0: 2.0, 12.0: 3.0
+}  # fmt: skip
+"""Shift -> how usual it is."""
+_UNSHIFTED = 4.0
+"""How usual integers without a shift are, rounded to the nearest one."""
+_LARGEST_SHIFT = 16.0
+_BETWEEN = 12
+"""Shifts that are tried between the usual ones."""
 
 Interval = tuple[float, float]
 
@@ -80,7 +89,7 @@ def estimated_steps(times: Sequence[float]) -> int | None:
     if len(times) == 2:
         shift = _USUAL_SHIFT if first >= _FULL else 1.0
         weights = _on_lines([_Coordinate(_unshift(shift), 0.0, 1.0, shifted=True)], levels)
-        return _quantile(weights) or (MOST_STEPS if first >= _FULL else None)
+        return _median(weights) or (MOST_STEPS if first >= _FULL else None)
     weights = {}
     exact = all(high - low < 1e-5 for low, high in levels[1:])
     if first >= _FULL:
@@ -93,7 +102,7 @@ def estimated_steps(times: Sequence[float]) -> int | None:
             others.append(_Coordinate(_unshift(1.0), 0.0, 60.0, shifted=True))
         for steps, weight in _on_lines(others, levels).items():
             weights[steps] = weights.get(steps, 0.0) + weight
-    return _quantile(weights)
+    return _median(weights)
 
 
 def _levels(times: Sequence[float], scale: float, falls: bool) -> Iterator[Interval]:
@@ -122,12 +131,12 @@ def _on_lines(coordinates: Iterable[_Coordinate], levels: Sequence[Interval]) ->
     return weights
 
 
-def _quantile(weights: Mapping[int, float]) -> int | None:
-    """The number of steps that exceeds most of the possible ones, by weight; None if none is possible."""
-    most, total = sum(weights.values()) * QUANTILE, 0.0
+def _median(weights: Mapping[int, float]) -> int | None:
+    """The weighted median of the possible numbers of steps; None if none is possible."""
+    half, total = sum(weights.values()) / 2, 0.0
     for steps in sorted(weights):
         total += weights[steps]
-        if total >= most:
+        if total >= half:
             return steps
     return None
 
@@ -160,7 +169,7 @@ def _layouts(steps: int, levels: Sequence[Interval]) -> Iterator[tuple[float, fl
     for _ in range(3):
         place = len(levels) - 1
         shift = _shift_between(1 - place * (1 - end) / (steps - 1), level)
-        end = 0.001 * shift / (1 + 0.001 * (shift - 1)) if 1 <= shift <= LARGEST_SHIFT else 0.001
+        end = 0.001 * shift / (1 + 0.001 * (shift - 1)) if 1 <= shift <= _LARGEST_SHIFT else 0.001
     yield 1.0, (1 - end) / (steps - 1)
     if end > 0.0011:
         yield 1.0, 0.999 / (steps - 1)
@@ -175,7 +184,7 @@ def _shift_between(unshifted: float, level: float) -> float:
 
 def _likely_shift(unshifted: Sequence[float], levels: Sequence[Interval]) -> float:
     """How usual the shifts are that take all these levels to those."""
-    least, most = 1.0, LARGEST_SHIFT
+    least, most = 1.0, _LARGEST_SHIFT
     for u, (low, high) in zip(unshifted, levels, strict=True):
         if u >= 1:
             if high < 1:
@@ -194,7 +203,7 @@ def _likely_shift(unshifted: Sequence[float], levels: Sequence[Interval]) -> flo
 
 def _usual(steps: int) -> float:
     """How usual a number of steps is."""
-    return (3.0 if steps % 10 == 0 else 2.0 if steps % 5 == 0 or steps % 4 == 0 else 1.0) / steps
+    return (3.0 if steps % 10 == 0 else 2.0 if steps % 5 == 0 or steps % 4 == 0 else 1.0) / math.sqrt(steps)
 
 
 def _numbers(coordinate: _Coordinate, levels: Sequence[Interval]) -> tuple[int, int]:
@@ -231,7 +240,7 @@ def _shifts(levels: Sequence[Interval]) -> Iterator[_Coordinate]:
     distances = last - middle, middle
     least = _straightening((bounds[0][1], bounds[1][0], bounds[2][1]), distances)
     most = _straightening((bounds[0][0], bounds[1][1], bounds[2][0]), distances)
-    least, most = max(min(least, most), 1.0), min(max(least, most), LARGEST_SHIFT)
+    least, most = max(min(least, most), 1.0), min(max(least, most), _LARGEST_SHIFT)
     if least > most * (1 + 1e-6):
         return
     for shift, weight in _USUAL_SHIFTS.items():
@@ -250,7 +259,7 @@ def _straightening(levels: tuple[float, float, float], distances: tuple[int, int
         a, b, c = map(_unshift(shift), levels)
         return (a - b) * distances[0] < (b - c) * distances[1]
 
-    low, high = 0.5, 2 * LARGEST_SHIFT
+    low, high = 0.5, 2 * _LARGEST_SHIFT
     for _ in range(40):
         shift = math.sqrt(low * high)
         low, high = (shift, high) if bends(shift) else (low, shift)
@@ -311,17 +320,6 @@ def _trained_coordinates() -> Iterator[_Coordinate]:
         yield _Coordinate(log_sigma, log_sigma(0.0), 0.002, tolerance=7e-4)
 
 
-_USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {
-    1.0: 6.0,
-    3.0: 2.0,
-    5.0: 2.0,
-    7.0: 2.0,
-    8.0: 2.0,
-    12.0: 3.0,
-}
-_BETWEEN = 12
-_UNSHIFTED = 4.0
-LARGEST_SHIFT = 16.0
 _TRAINED = tuple(_trained_coordinates())
 _OTHERS = (
     _Coordinate(_karras, _karras(0.004), 0.002),
