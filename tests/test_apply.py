@@ -104,11 +104,15 @@ def test_options_are_checked_at_once(named: dict[str, Any], message: str) -> Non
 
 
 def test_targets_without_a_video_transformer_are_refused() -> None:
-    with pytest.raises(OptionError, match="apply needs a module or a pipeline with a dict of components, got list"):
+    with pytest.raises(
+        OptionError, match="apply needs a module or a pipeline with a dict of components, got list"
+    ):
         sparsify_compiler.apply([Video()], **TILE)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
     pipeline = SimpleNamespace(components={"text_encoder": encoder, "scheduler": object()})
-    with pytest.raises(OptionError, match=r"no video transformer among the components of SimpleNamespace \(text_e"):
+    with pytest.raises(
+        OptionError, match=r"no video transformer among the components of SimpleNamespace \(text_e"
+    ):
         sparsify_compiler.apply(pipeline, **TILE)
     with pytest.raises(OptionError, match="regional=True needs repeated blocks, and Linear has no list"):
         sparsify_compiler.apply(nn.Linear(2, 2), regional=True, **TILE)
@@ -123,8 +127,10 @@ def test_before_the_first_call() -> None:
 
 
 def test_only_denoisers_of_a_pipeline_change() -> None:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
-    pipeline = SimpleNamespace(components={"denoiser": Video(), "text_encoder": encoder, "vae": nn.Conv3d(1, 1, 1)})
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
+    pipeline = SimpleNamespace(
+        components={"denoiser": Video(), "text_encoder": encoder, "vae": nn.Conv3d(1, 1, 1)}
+    )
     before = dicts(encoder)
     changed = sparsify_compiler.apply(pipeline, **TILE)
     assert [model.name for model in changed.models] == ["denoiser"]
@@ -137,8 +143,8 @@ def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) 
         changed = sparsify_compiler.apply(model, **TILE | {"dense_layers": 1, "dense_steps": 1})
         steps(model, latents(GRID), 3)
     (line,) = [record.message for record in caplog.records if "video attentions sparse" in record.message]
-    expected = "Video: 2 of 3 video attentions sparse, 1 dense: 1 among the first layers, which stay dense (dense_layers)"
-    assert line == expected
+    why = "1 among the first layers, which stay dense (dense_layers)"
+    assert line == f"Video: 2 of 3 video attentions sparse, 1 dense: {why}"
     assert "1 graph, 2 of 3 attention calls sparse" in str(changed.explain())
 
 
@@ -158,13 +164,21 @@ def test_attention_outside_every_graph_is_told(regional: bool, caplog: pytest.Lo
         model = Hidden(1)
         changed = sparsify_compiler.apply(model, regional=regional, **TILE)
         steps(model, latents(GRID), 1)
-    assert "Hidden: 1 of 2 video attentions sparse, 1 dense: 1 outside every graph, at tests/test_apply.py" in caplog.text
+    assert (
+        "Hidden: 1 of 2 video attentions sparse, 1 dense: 1 outside every graph, at tests/test_apply.py"
+        in caplog.text
+    )
     assert any("outside every graph" in plan.reason for plan in changed.explain().plans)
 
 
 EXACT: dict[str, Any] = {
-    "method": "svg2", "top_p": 1.0, "far_field": "drop", "dense_steps": 0, "dense_layers": 0, "inner_backend": "eager",
-}  # fmt: skip
+    "method": "svg2",
+    "top_p": 1.0,
+    "far_field": "drop",
+    "dense_steps": 0,
+    "dense_layers": 0,
+    "inner_backend": "eager",
+}
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -188,7 +202,9 @@ def test_first_block_cache_of_diffusers(before: bool) -> None:
     assert {one.site for one in changed.stats().measurements} == {"blocks.0.attn1", "blocks.1.attn1"}
 
 
-def test_another_attention_backend_of_diffusers_is_replaced_and_restored(caplog: pytest.LogCaptureFixture) -> None:
+def test_another_attention_backend_of_diffusers_is_replaced_and_restored(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, inputs = CASES["wan"].build(GRID, batch=1)
     processors = [module.processor for module in model.modules() if hasattr(module, "processor")]
     for processor in processors:

@@ -35,7 +35,7 @@ class Applied:
     _hooks: tuple[tuple[nn.Module, Any], ...]
     """(module, the object in its `_compiled_call_impl`)."""
     _programs: tuple[Callable[..., Any], ...]
-    _backends: "list[tuple[Any, Any]]" = field(default_factory=list)
+    _backends: list[tuple[Any, Any]] = field(default_factory=list)
     """(attention processor of diffusers, its attention backend before)."""
 
     def stats(self) -> RunStats:
@@ -94,11 +94,10 @@ class Applied:
         self._hooks, self._programs, self._backends = (), (), []
 
 
-def apply(
-    target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any
-) -> Applied:
-    """Make the attention of a pipeline or model sparse, in place: every video transformer is compiled at its next call.
+def apply(target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any) -> Applied:
+    """Make the attention of a pipeline or model sparse, in place.
 
+    Every video transformer is compiled at its next call.
     Hooks that a script sets before or after (offloading, caching, casting) go on working.
 
     Args:
@@ -128,7 +127,10 @@ def apply(
                 "class: leave out regional"
             )
     timeline = Timeline()
-    models, hooks, programs, backends = [], [], [], []
+    models: list[AppliedModel] = []
+    hooks: list[tuple[nn.Module, Any]] = []
+    programs: list[Callable[..., Any]] = []
+    backends: list[tuple[Any, Any]] = []
     backend = partial(sparsify, options=options, mode=mode)
     for name, module in found.items():
         backends += _native_attention(module)
@@ -184,7 +186,9 @@ def _check_unchanged(name: str, module: nn.Module) -> None:
         call = one.__dict__.get(_CALL)
         where = f"{name}.{path}" if path else name
         if isinstance(call, (Hook, _Block)):
-            raise SparsifyError(f"apply has changed {where} already: call restore() of what it returned first")
+            raise SparsifyError(
+                f"apply has changed {where} already: call restore() of what it returned first"
+            )
         if call is not None or _torch.uncompiled(one) is not one:
             raise SparsifyError(
                 f"{where} is compiled already: apply compiles the model itself, so leave out torch.compile and "
@@ -203,10 +207,12 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         )
     found = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and _is_denoiser(_torch.uncompiled(module)):
+        if isinstance(module, nn.Module) and _is_denoiser(module):
             found[str(name)] = module
     if not found:
-        names = ", ".join(name for name, one in components.items() if isinstance(one, nn.Module)) or "no module"
+        names = (
+            ", ".join(name for name, one in components.items() if isinstance(one, nn.Module)) or "no module"
+        )
         raise OptionError(
             f"apply finds no video transformer among the components of {type(target).__name__} ({names}): give "
             "the module itself"
@@ -216,7 +222,8 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 
 def _is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
-    return _takes_a_time_step(module) and bool(_repeated_blocks(module))
+    inner: Any = _torch.uncompiled(module)
+    return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
 
 
 def _takes_a_time_step(module: nn.Module) -> bool:
@@ -239,15 +246,17 @@ def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _native_attention(module: nn.Module) -> "list[tuple[Any, Any]]":
-    """Let diffusers' attention processors of a model call SDPA. Returns (processor, backend before) of all of them."""
-    processors = [getattr(one, "processor", None) for one in module.modules()]
+def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Let diffusers' attention processors of a model call SDPA. Returns (processor, its backend before)."""
+    processors: list[Any] = [getattr(one, "processor", None) for one in module.modules()]
     changed = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
     for processor, _ in changed:
         processor._attention_backend = NATIVE
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
-    names = {str(getattr(one, "value", one)) for one in (backend or usual for _, backend in changed)} - {NATIVE}
+    names = {str(getattr(one, "value", one)) for one in (backend or usual for _, backend in changed)} - {
+        NATIVE
+    }
     if names:
         log.warning(
             "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",

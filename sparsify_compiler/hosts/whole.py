@@ -163,7 +163,9 @@ def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Argumen
     used.
     """
     given = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    widest = max((one.dtype for one in given), key=lambda one: one.itemsize, default=torch.get_default_dtype())
+    widest = max(
+        (one.dtype for one in given), key=lambda one: one.itemsize, default=torch.get_default_dtype()
+    )
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}
 

@@ -531,7 +531,9 @@ def _follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None
                 if isinstance(value, Tensor) and outer is not None:
                     tracker.put(value, outer.known(given[place]))
                 elif isinstance(value, Tensor):
-                    sources[node] = tracker.put_input(value, isinstance(node.meta["example_value"], nn.Parameter))
+                    sources[node] = tracker.put_input(
+                        value, isinstance(node.meta["example_value"], nn.Parameter)
+                    )
             returned = _Follower(gm, tracker, sites).run(*values)
             outputs = returned if isinstance(returned, (tuple, list)) else [returned]
             ends = [

@@ -97,4 +97,3 @@ def _path(source: str) -> str:
     """`attn1.norm_q.weight` for `L['self']._modules['attn1']._modules['norm_q']._parameters['weight']`."""
     parts = [part for part in re.findall(r"\w+", source) if part not in _NOT_OF_A_PATH]
     return ".".join(parts[2:])
-

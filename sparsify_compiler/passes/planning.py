@@ -59,7 +59,9 @@ def decide(pairs: Sequence[Pair], config: SparsifyConfig) -> list[Decision]:
     """
     refusals = [refusal(*pair) for pair in pairs]
     eligible = [pair for pair, why in zip(pairs, refusals, strict=True) if not why]
-    chosen = iter(_by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy))
+    chosen = iter(
+        _by_method(eligible, config) if config.policy is None else _by_policy(eligible, config.policy)
+    )
     return [(None, why) if why else next(chosen) for why in refusals]
 
 

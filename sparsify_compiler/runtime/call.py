@@ -384,8 +384,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Hashable:
-    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value)
+def _plain(value: Any) -> str:
+    plain = isinstance(value, (str, int, float, bool, type(None)))
+    return repr(value) if plain else type(value).__qualname__
 
 
 def _learns(part: Part) -> bool:

@@ -244,7 +244,7 @@ class Program:
             owner = self if self.inputs.owner is None else args[self.inputs.owner]
         state = state_of(owner) if call is None else call.model.state
         if planned.learning_sites:
-                state.enter(planned.learning_sites, 0 if owner is self else id(owner))
+            state.enter(planned.learning_sites, 0 if owner is self else id(owner))
         variant = planned.chosen(state)
         trained = state.trained_tensors(planned.extra.trained)
         if not planned.remembers:
@@ -262,20 +262,17 @@ class Program:
         if call is None:
             state.record(self.options, planned.plan, tick, variant.phase, reports)
         else:
-            reports = dict(zip(names, map(reports.get, _names(planned.plan)), strict=True))
-            call.record(
-                self.options,
-                self._as_named(planned, names),
-                variant.phase,
-                {name: report for name, report in reports.items() if report is not None},
-            )
+            own = (one.site.name for one in planned.plan)
+            named = {name: reports[site] for name, site in zip(names, own, strict=True) if site in reports}
+            call.record(self.options, self._as_named(planned, names), variant.phase, named)
         return result
 
     def _tick(self, planned: PlannedGraph, state: ModelState, args: Sequence[Any]) -> Tick:
         """Count a call outside of any applied model, from the inputs of the graph."""
-        reads = planned.clocked and self.inputs.time is not None and state.clock.reads()
+        time = self.inputs.time
         others = {name: args[place] for name, place in self.inputs.others.items()}
-        tick = state.clock.tick(*(read(args[self.inputs.time], others) if reads else (None, {})))
+        reads = planned.clocked and time is not None and state.clock.reads()
+        tick = state.clock.tick(*(read(args[time or 0], others) if reads else (None, {})))
         if tick.new_video:
             state.new_video()
         return tick
@@ -290,7 +287,3 @@ class Program:
                 plans=tuple(replace(one, site=replace(one.site, name=name)) for one, name in plans),
             )
         return self._renamed[key]
-
-
-def _names(plan: GraphPlan) -> list[str]:
-    return [one.site.name for one in plan]

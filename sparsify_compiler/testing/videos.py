@@ -29,7 +29,9 @@ class Block(nn.Module):
         """x [B, S, dim], time [B, dim] -> [B, S, dim]."""
         if self.skipped:
             return x
-        query, key, value = self.qkv(self.norm(x) + time[:, None]).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(self.norm(x) + time[:, None]).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        )
         if self.breaks != "nowhere":
             torch._dynamo.graph_break()
         out = F.scaled_dot_product_attention(query, key, value)
@@ -47,10 +49,11 @@ class Video(nn.Module):
             torch.manual_seed(seed)
             self.patch = nn.Conv3d(CHANNELS, dim, (1, 2, 2), (1, 2, 2))
             self.time, self.out = nn.Linear(1, dim), nn.Linear(dim, CHANNELS)
-            self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
-        for block in self.blocks:
+            blocks = [Block(dim) for _ in range(layers)]
+        for block in blocks:
             block.breaks = breaks
             block.qkv.weight.data.mul_(3)  # sharp attention: what is left out shows
+        self.blocks = nn.ModuleList(blocks)
         self.eval()
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, scale: float = 1.0) -> Tensor:
