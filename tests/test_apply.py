@@ -126,6 +126,20 @@ def test_before_the_first_call() -> None:
         changed.explain()
 
 
+def test_a_trainer_takes_an_applied_model() -> None:
+    model = Video(2)
+    sparsify_compiler.apply(model, method="dsv", inner_backend="eager")
+    trainer = sparsify_compiler.DSVTrainer(model, threshold=10.0, profile_every=(1, 1), break_even=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(latents(GRID), torch.tensor([500.0])).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.step()
+    assert trainer.stage == 2
+    assert states_of([model]) == states_of(model.parameters())
+
+
 def test_only_denoisers_of_a_pipeline_change() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
     pipeline = SimpleNamespace(
@@ -181,7 +195,7 @@ EXACT: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_first_block_cache_of_diffusers(before: bool) -> None:
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 

@@ -29,7 +29,7 @@ _CALL = "_compiled_call_impl"
 
 @dataclass(slots=True, eq=False)
 class Applied:
-    """What `apply` changed."""
+    """The changes of one `apply`."""
 
     models: tuple[AppliedModel, ...]
     _hooks: tuple[tuple[nn.Module, Any], ...]
@@ -98,7 +98,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     """Make the attention of a pipeline or model sparse, in place.
 
     Every video transformer is compiled at its next call.
-    Hooks that a script sets before or after (offloading, caching, casting) go on working.
+    Hooks that a script sets before or after (offloading, caching, casting) still work.
 
     Args:
         target: a module, or an object whose `components` is a dict of name -> module, such as a pipeline of

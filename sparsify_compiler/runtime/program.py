@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a graph shows about the place of one of its attentions in a model."""
+    """The place of an attention in a model, as far as its graph shows it."""
 
     name: str
     """Its name in the graph: the path of its module, relative to the module that Dynamo compiled."""

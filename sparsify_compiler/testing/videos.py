@@ -52,7 +52,7 @@ class Video(nn.Module):
             blocks = [Block(dim) for _ in range(layers)]
         for block in blocks:
             block.breaks = breaks
-            block.qkv.weight.data.mul_(3)  # sharp attention: what is left out shows
+            block.qkv.weight.data.mul_(3)  # sharp attention: a skipped key shows in the output
         self.blocks = nn.ModuleList(blocks)
         self.eval()
 

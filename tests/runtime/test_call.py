@@ -172,7 +172,7 @@ def test_replaced_parameters_are_found_again() -> None:
 
 
 def test_attention_that_a_call_skips_is_not_taken_for_another(caplog: pytest.LogCaptureFixture) -> None:
-    """Without weights near it, only its order tells which layer an attention is of."""
+    """Without weights near it, only its order shows the layer of an attention."""
     model, changed = applied(SVG2, breaks="around")
     steps(model, latents(GRID), 1)
     model.blocks[1].skipped = True
