@@ -405,8 +405,8 @@ def tracing(
 
 
 def compiled_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled from a code object of its own: its programs are no one else's, and no one else's recompiles
-    count against its limit."""
+    """`function` compiled from a code object of its own, so that it shares neither programs nor the limit of
+    recompiles."""
     assert isinstance(function, FunctionType)
     fresh = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(fresh, backend=backend)

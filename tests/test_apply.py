@@ -108,7 +108,7 @@ def test_targets_without_a_video_transformer_are_refused() -> None:
         OptionError, match="apply needs a module or a pipeline with a dict of components, got list"
     ):
         sparsify_compiler.apply([Video()], **TILE)
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
     pipeline = SimpleNamespace(components={"text_encoder": encoder, "scheduler": object()})
     with pytest.raises(
         OptionError, match=r"no video transformer among the components of SimpleNamespace \(text_e"
@@ -126,8 +126,22 @@ def test_before_the_first_call() -> None:
         changed.explain()
 
 
+def test_a_trainer_takes_an_applied_model() -> None:
+    model = Video(2)
+    sparsify_compiler.apply(model, method="dsv", inner_backend="eager")
+    trainer = sparsify_compiler.DSVTrainer(model, threshold=10.0, profile_every=(1, 1), break_even=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        model(latents(GRID), torch.tensor([500.0])).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        trainer.step()
+    assert trainer.stage == 2
+    assert states_of([model]) == states_of(model.parameters())
+
+
 def test_only_denoisers_of_a_pipeline_change() -> None:
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
     pipeline = SimpleNamespace(
         components={"denoiser": Video(), "text_encoder": encoder, "vae": nn.Conv3d(1, 1, 1)}
     )
@@ -143,8 +157,8 @@ def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) 
         changed = sparsify_compiler.apply(model, **TILE | {"dense_layers": 1, "dense_steps": 1})
         steps(model, latents(GRID), 3)
     (line,) = [record.message for record in caplog.records if "video attentions sparse" in record.message]
-    expected = "Video: 2 of 3 video attentions sparse, 1 dense: 1 among the first layers, which stay dense (dense_layers)"
-    assert line == expected
+    why = "1 among the first layers, which stay dense (dense_layers)"
+    assert line == f"Video: 2 of 3 video attentions sparse, 1 dense: {why}"
     assert "1 graph, 2 of 3 attention calls sparse" in str(changed.explain())
 
 
@@ -172,11 +186,16 @@ def test_attention_outside_every_graph_is_told(regional: bool, caplog: pytest.Lo
 
 
 EXACT: dict[str, Any] = {
-    "method": "svg2", "top_p": 1.0, "far_field": "drop", "dense_steps": 0, "dense_layers": 0, "inner_backend": "eager",
-}  # fmt: skip
+    "method": "svg2",
+    "top_p": 1.0,
+    "far_field": "drop",
+    "dense_steps": 0,
+    "dense_layers": 0,
+    "inner_backend": "eager",
+}
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.nightly), False])
 def test_first_block_cache_of_diffusers(before: bool) -> None:
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 

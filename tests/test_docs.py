@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -294,7 +294,37 @@ def gradients_are_there(found: Mapping[str, Any]) -> None:
     assert any(p.grad is not None and p.grad.any() for p in found["student"].parameters())
 
 
+def piped() -> dict[str, Any]:
+    transformer, inputs = video()
+
+    class Pipeline:
+        components: ClassVar[dict[str, Any]] = {"transformer": transformer, "scheduler": None}
+
+        def __call__(self, prompt: Tensor) -> Tensor:
+            now = inputs | {"encoder_hidden_states": prompt}
+            with torch.no_grad():
+                for time in (900.0, 500.0):
+                    out: Tensor = transformer(**now | {"timestep": torch.tensor([time])})[0]
+            return out
+
+    return {
+        "sparsify_compiler": SimpleNamespace(
+            apply=partial(sparsify_compiler.apply, dense_steps=1, inner_backend="eager")
+        ),
+        "pipe": Pipeline(),
+        "prompt": inputs["encoder_hidden_states"],
+    }
+
+
+def both_blocks_were_sparse(found: Mapping[str, Any]) -> None:
+    assert found["frames"].isfinite().all()
+    assert all(
+        "_compiled_call_impl" not in one.__dict__ for one in found["pipe"].components["transformer"].modules()
+    )
+
+
 USES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
+    "Apply it to a pipeline": (piped, both_blocks_were_sparse),
     "A method for each layer": (searched, policy_is_used),
     "Train with dsv": (trained, training_reaches_both_stages),
     "Distil many steps into few": (distilled_steps, latents_are_finite),

@@ -118,6 +118,10 @@ def flash_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
 flash_attn.register_fake(lambda q, k, v: torch.empty_like(q))
 
 
+def doubled(score, *_):
+    return 2 * score
+
+
 class Hidden(nn.Module):
     """Attention where the compiler does not rewrite it."""
 
@@ -132,7 +136,7 @@ class Hidden(nn.Module):
         _, y = while_loop(
             lambda i, _: i < 2, lambda i, y: (i + 1, self.branch(y).clone()), (torch.tensor(0), y)
         )
-        y = y + Passed.apply(x) + flex_attention(*[x.detach()] * 3)
+        y = y + Passed.apply(x) + flex_attention(*[x.detach()] * 3, score_mod=doubled)
         y = y + torch.ops.sparsify_tests.flash_attn(x, x, x)
         out, weights = self.returned(y)
         return out, weights, self.module(x[0], x[0], x[0], need_weights=True)

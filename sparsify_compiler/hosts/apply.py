@@ -30,13 +30,13 @@ _CALL = "_compiled_call_impl"
 
 @dataclass(slots=True, eq=False)
 class Applied:
-    """What `apply` changed."""
+    """The changes of one `apply`."""
 
     models: tuple[AppliedModel, ...]
     _hooks: tuple[tuple[nn.Module, Any], ...]
     """(module, the object in its `_compiled_call_impl`)."""
     _programs: tuple[Callable[..., Any], ...]
-    _backends: "list[tuple[Any, Any]]" = field(default_factory=list)
+    _backends: list[tuple[Any, Any]] = field(default_factory=list)
     """(attention processor of diffusers, its attention backend before)."""
 
     def stats(self) -> RunStats:
@@ -96,9 +96,10 @@ class Applied:
 
 
 def apply(target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any) -> Applied:
-    """Make the attention of a pipeline or model sparse, in place: every video transformer is compiled at its next call.
+    """Make the attention of a pipeline or model sparse, in place.
 
-    Hooks that a script sets before or after (offloading, caching, casting) go on working.
+    Every video transformer is compiled at its next call.
+    Hooks that a script sets before or after (offloading, caching, casting) still work.
 
     Args:
         target: a module, or an object whose `components` is a dict of name -> module, such as a pipeline of
@@ -127,7 +128,10 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 "class: leave out regional"
             )
     clocks = Clocks()
-    models, hooks, programs, backends = [], [], [], []
+    models: list[AppliedModel] = []
+    hooks: list[tuple[nn.Module, Any]] = []
+    programs: list[Callable[..., Any]] = []
+    backends: list[tuple[Any, Any]] = []
     backend = partial(sparsify, options=options, mode=mode)
     for name, module in found.items():
         backends += _native_attention(module)
@@ -204,7 +208,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         )
     found = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and _is_denoiser(_torch.uncompiled(module)):
+        if isinstance(module, nn.Module) and _is_denoiser(module):
             found[str(name)] = module
     if not found:
         names = (
@@ -219,7 +223,8 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 
 def _is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
-    return _takes_a_time_step(module) and bool(_repeated_blocks(module))
+    inner: Any = _torch.uncompiled(module)
+    return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
 
 
 def _takes_a_time_step(module: nn.Module) -> bool:
@@ -242,9 +247,9 @@ def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def _native_attention(module: nn.Module) -> "list[tuple[Any, Any]]":
-    """Let diffusers' attention processors of a model call SDPA. Returns (processor, backend before) of all of them."""
-    processors = [getattr(one, "processor", None) for one in module.modules()]
+def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Let diffusers' attention processors of a model call SDPA. Returns (processor, its backend before)."""
+    processors: list[Any] = [getattr(one, "processor", None) for one in module.modules()]
     changed = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
     for processor, _ in changed:
         processor._attention_backend = NATIVE

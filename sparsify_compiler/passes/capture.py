@@ -163,7 +163,8 @@ def _flex(gm: fx.GraphModule, node: fx.Node) -> Call | None:
     if node.target is not torch.ops.higher_order.flex_attention or node.kwargs:
         return None
     query, key, value, score, blocks, scale, _, *others = node.args
-    *numbers, q_block, kv_block, mask = blocks  # type: ignore[misc]
+    assert isinstance(blocks, tuple), "the fields of a block mask"
+    *numbers, q_block, kv_block, mask = blocks
     users = list(node.users)
     plain = (
         others == [(), ()]

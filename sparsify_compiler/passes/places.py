@@ -1,4 +1,4 @@
-"""Find out where the attentions of a graph are in a model: what tells them apart when a program serves many blocks.
+"""Find where the attentions of a graph are in a model, so that one program can serve many blocks.
 
 A graph that Dynamo made of a part of a model names an attention relative to that part. The path of a Parameter that
 the graph reads near the attention is known at every call, and so is the part.

@@ -39,7 +39,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """An attention of a model, as the analysis of the whole model has it."""
+    """An attention that the analysis of the whole model found."""
 
     name: str
     like: tuple[Any, ...]
@@ -154,7 +154,7 @@ class AppliedModel:
 
 
 class Placed(Protocol):
-    """What a graph shows about the place of an attention; see `runtime/program.py`."""
+    """The place of an attention in a model, as far as a graph shows it; see `runtime/program.py`."""
 
     @property
     def like(self) -> tuple[Any, ...]:
@@ -182,7 +182,7 @@ class ModelCall:
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """Name -> argument, as the signature of the model has it."""
+        """Name -> argument, by the signature of the model."""
         try:
             bound = inspect.signature(self.module.forward).bind(*self.args, **self.kwargs).arguments
         except (TypeError, ValueError):
@@ -380,8 +380,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _plain(value: Any) -> Hashable:
-    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value)
+def _plain(value: Any) -> str:
+    plain = isinstance(value, (str, int, float, bool, type(None)))
+    return repr(value) if plain else type(value).__qualname__
 
 
 def _learns(part: Part) -> bool:

@@ -88,7 +88,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What a graph shows about the place of one of its attentions in a model."""
+    """The place of an attention in a model, as far as its graph shows it."""
 
     name: str
     """Its name in the graph: the path of its module, relative to the module that Dynamo compiled."""
@@ -276,9 +276,9 @@ class Program:
         if call is None:
             state.record(self.options, planned.plan, tick, variant.phase, reports)
         else:
-            own = zip(names, _names(planned.plan), strict=True)
-            found = {name: reports[site] for name, site in own if site in reports}
-            call.record(self.options, self._as_named(planned, names), variant.phase, found)
+            own = (one.site.name for one in planned.plan)
+            named = {name: reports[site] for name, site in zip(names, own, strict=True) if site in reports}
+            call.record(self.options, self._as_named(planned, names), variant.phase, named)
         return result
 
     def _tick(self, planned: PlannedGraph, state: ModelState, args: Sequence[Any]) -> Tick:
@@ -301,10 +301,6 @@ class Program:
                 plans=tuple(replace(one, site=replace(one.site, name=name)) for one, name in plans),
             )
         return self._renamed[key]
-
-
-def _names(plan: GraphPlan) -> list[str]:
-    return [one.site.name for one in plan]
 
 
 def read_inputs(inputs: Inputs, args: Sequence[Any]) -> tuple[Times, Prints]:

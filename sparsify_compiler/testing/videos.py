@@ -49,10 +49,11 @@ class Video(nn.Module):
             torch.manual_seed(seed)
             self.patch = nn.Conv3d(CHANNELS, dim, (1, 2, 2), (1, 2, 2))
             self.time, self.out = nn.Linear(1, dim), nn.Linear(dim, CHANNELS)
-            self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
-        for block in self.blocks:
+            blocks = [Block(dim) for _ in range(layers)]
+        for block in blocks:
             block.breaks = breaks
-            block.qkv.weight.data.mul_(3)  # sharp attention: what is left out shows
+            block.qkv.weight.data.mul_(3)  # sharp attention: a skipped key shows in the output
+        self.blocks = nn.ModuleList(blocks)
         self.eval()
 
     def forward(self, hidden_states: Tensor, timestep: Tensor | float, scale: float = 1.0) -> Tensor:

@@ -213,7 +213,7 @@ class DSVTrainer:
         self.progress: Progress | None = None
         """Progress at the last profile."""
         self._modules = [without_wrappers(name) or ROOT for name, _ in module.named_modules()]
-        self._state = share_state(module.parameters())
+        self._state = share_state([module, *module.parameters()])
         self._learning = self._state.learning = Learning()
         self._sites: dict[str, _Site] = {}
         self._optimizer: torch.optim.AdamW | None = None

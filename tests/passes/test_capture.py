@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from sparsify_compiler.backend import configure
 from sparsify_compiler.kernels import block_sparse_attention
@@ -113,7 +114,33 @@ def by_baddbmm(x: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).unflatten(0, (B, H))
 
 
+def flex(x: Tensor) -> Tensor:
+    q, k, v = project(x)
+    return flex_attention(q, k, v, scale=0.3)
+
+
+def flex_gqa(x: Tensor) -> Tensor:
+    q, k, v = project(x)
+    return flex_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
+
+
+def flex_with_scores(x: Tensor) -> Tensor:
+    return flex_attention(*project(x), score_mod=lambda score, *_: 2 * score)
+
+
+def flex_with_a_mask(x: Tensor) -> Tensor:
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, "cpu")
+    return flex_attention(*project(x), block_mask=mask)
+
+
+def flex_with_lse(x: Tensor) -> Tensor:
+    out, aux = flex_attention(*project(x), return_aux=AuxRequest(lse=True))
+    return out + aux.lse[..., None]
+
+
 SPELLINGS = {
+    flex: 0.3,
+    flex_gqa: 0.25,
     sdpa_positional: 0.25,
     sdpa_keywords: 0.3,
     sdpa_gqa: 0.25,
@@ -137,7 +164,7 @@ def x() -> Tensor:
 @pytest.mark.parametrize("function", SPELLINGS, ids=lambda f: f.__name__)
 def test_every_spelling_is_rewritten(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     q, k, v = project(x)
-    if function is sdpa_gqa:
+    if function in (sdpa_gqa, flex_gqa):
         k, v = k[:, :2], v[:, :2]
     if function is sdpa_three_dimensions:
         q, k, v = q[:, :1], k[:, :1], v[:, :1]
@@ -262,10 +289,14 @@ def linear_attention(x: Tensor) -> Tensor:
         (cross, (), "cross"),
         (pooled, (), "cross"),
         (unfused_with_dropout, (), "dropout"),
+        (flex_with_scores, (), "flex_attention"),
+        (flex_with_a_mask, (), "flex_attention"),
+        (flex_with_lse, (), "flex_attention"),
         (by_module, (), "nn.MultiheadAttention"),
         (by_module_function_in_keywords, (), "nn.MultiheadAttention"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_what_stays_dense_says_why(function: Any, more: tuple[Any, ...], reason: str, x: Tensor) -> None:
     torch.manual_seed(0)
     exact = function(x, *more)

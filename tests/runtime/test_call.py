@@ -1,7 +1,6 @@
 """The call of an applied model: one clock, one state and one analysis for all graphs that run in it."""
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Program]]:
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
     """The programs that the backend makes, in order."""
     made: list[Program] = []
     original = backend._program
@@ -48,7 +47,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Program]]:
         return made[-1]
 
     monkeypatch.setattr(backend, "_program", recorded)
-    yield made
+    return made
 
 
 def applied(options: dict[str, Any], *, breaks: Any = "nowhere", **named: Any) -> tuple[Video, Any]:
@@ -173,7 +172,7 @@ def test_replaced_parameters_are_found_again() -> None:
 
 
 def test_attention_that_a_call_skips_is_not_taken_for_another(caplog: pytest.LogCaptureFixture) -> None:
-    """Without weights near it, only its order tells which layer an attention is of."""
+    """Without weights near it, only its order shows the layer of an attention."""
     model, changed = applied(SVG2, breaks="around")
     steps(model, latents(GRID), 1)
     model.blocks[1].skipped = True
