@@ -11,7 +11,7 @@ from sparsify_compiler.passes.fx import tensor_of, value_of
 from sparsify_compiler.runtime.program import Inputs
 
 _TIME = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
-"""What models call their time step."""
+"""Names of the time step in models."""
 
 _SIZE = re.compile(r"time|t")
 """Names of a time step that are names of a number of frames too."""
