@@ -128,13 +128,10 @@ class _Video:
         repeats = [*self.repeats, max(self.calls.values(), default=1)]
         return [time for time, count in zip(times, repeats, strict=True) for _ in range(count)]
 
-    @property
     def is_complete(self) -> bool:
-        """Whether its time steps came near their end; True where that is not known."""
-        first, last, before = self.changes[0].largest, self.changes[-1].largest, self.changes[-2].largest
-        if first < last or (1 < first < 100):
-            return True
-        return last < 2 * (before - last)
+        """Whether it ended near the end of its schedule, as far as its time steps show that."""
+        found = estimated_steps(self.step_times()) if len(self.changes) > 2 else None
+        return found is None or found <= 1.25 * (self.step + 1) + 1
 
     def continues(self, time: Times) -> bool:
         """Whether a call with this time step may follow, by the direction of the schedule."""
@@ -176,6 +173,7 @@ class StepClock:
     """Videos whose calls may still come; the one of the last call is the last."""
     _ended: _Video | None = None
     """The last video that ended before another one began."""
+    _ended_complete: bool = False
     _varying: set[str] = field(default_factory=set)
     """Inputs that change with the steps."""
 
@@ -284,10 +282,10 @@ class StepClock:
         """Whether a call continues a video after the first calls of a later one."""
         if video.in_turn:
             return True
-        if len(self._videos[-1].changes) > 2 or time == video.time:
+        last = self._videos[-1]
+        if len(last.changes) > 2 or time in (last.time, video.time):
             return False
-        known = self._videos[-1]
-        distinct = self._is_foreign(known, prints) and not self._is_foreign(video, prints)
+        distinct = self._is_foreign(last, prints) and not self._is_foreign(video, prints)
         return distinct or (len(video.changes) > 1 and video.surprise(time) < 0.1)
 
     def _alternates(self, video: _Video, time: Times, prints: Prints) -> bool:
@@ -331,6 +329,7 @@ class StepClock:
                 video.first_stream = self._free_stream()
         if self._videos:
             self._ended = self._videos[-1]
+            self._ended_complete = self._ended.is_complete()
             if self._generation is None:
                 self._steps = max(self._ended.step + 1, 1) if self._ended.step else self._steps
         del self._videos[: -(MOST_VIDEOS - 1)]
@@ -380,7 +379,7 @@ class StepClock:
         ended = self._ended
         if ended is not None and ended.step and len(ended.changes) > 1:
             known = len(video.changes) == 1 or video.changes == ended.changes[: len(video.changes)]
-            if known and video.changes[0] == ended.changes[0] and ended.is_complete:
+            if known and video.changes[0] == ended.changes[0] and self._ended_complete:
                 return max(self._steps, step + 1)
         if step == 0 and not video.rounded and len(video.changes) == 1:
             return self._steps

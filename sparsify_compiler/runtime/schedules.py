@@ -80,8 +80,9 @@ def estimated_steps(times: Sequence[float]) -> int | None:
     times = times[:LOOKED_AT]
     if len(set(times)) < 2 or min(times) < 0:
         return None
-    scale = 1.0 if max(times) <= 1 else 1000.0
     falls = times[-1] < times[0]
+    # A first rise by most of the scale 1 is one by a thousandth of the scale 1000.
+    scale = 1.0 if max(times) <= (1 if falls or len(times) > 2 else 0.6) else 1000.0
     first = times[0] / scale if falls else 1 - times[0] / scale
     if not 0.1 < first <= 1.001:
         return None
