@@ -78,7 +78,7 @@ def estimated_steps(times: Sequence[float]) -> int | None:
         None if the time steps do not show it: there are not two of them, or their scale is not known.
     """
     times = times[:LOOKED_AT]
-    if len(set(times)) < 2 or min(times) < 0:
+    if len(set(times)) < 2 or min(times) < -1e-6:  # 0 may be rounded
         return None
     falls = times[-1] < times[0]
     # A first rise by most of the scale 1 is one by a thousandth of the scale 1000.
