@@ -41,7 +41,7 @@ class Followed(NamedTuple):
     embeddings: set[Embedding]
     """Every product of graph inputs with weights."""
     ends: tuple[list[Known | None], list[Known | None]]
-    """(what is known about the inputs, about the outputs) after the graph; None for what is no tensor."""
+    """(everything known about the inputs, about the outputs) after the graph; None for values that are no tensors."""
 
 
 def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:

@@ -99,7 +99,7 @@ def infer_layouts(
             the video.
         part: whether the graph may be a part of a model, which need not have the grid.
         within: the tracker of a call of a whole model, and the tensors that the graph gets there. `meta["ends"]` is
-            then (what is known about the inputs, about the outputs) after the graph.
+            then (everything known about the inputs, about the outputs) after the graph.
 
     Raises:
         GridError: no attention of the graph can have the grid.
