@@ -20,7 +20,7 @@ from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.call import AppliedModel, Hook, Timeline
+from sparsify_compiler.runtime.call import AppliedModel, Hook, SharedClock
 
 log = logging.getLogger("sparsify_compiler")
 _CALL = "_compiled_call_impl"
@@ -126,7 +126,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 f"regional=True needs repeated blocks, and {type(module).__name__} has no list of modules of one "
                 "class: leave out regional"
             )
-    timeline = Timeline()
+    shared = SharedClock()
     models: list[AppliedModel] = []
     hooks: list[tuple[nn.Module, Any]] = []
     programs: list[Callable[..., Any]] = []
@@ -135,7 +135,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     for name, module in found.items():
         backends += _native_attention(module)
         model = AppliedModel(
-            weakref.ref(module), name, timeline, partial(_analyse, config=config), parts_only=bool(regional)
+            weakref.ref(module), name, shared, partial(_analyse, config=config), parts_only=bool(regional)
         )
         if regional:
             compiled: dict[type, Callable[..., Any]] = {}
