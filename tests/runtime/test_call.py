@@ -114,6 +114,14 @@ def test_another_grid_of_as_many_tokens_has_a_plan_of_its_own(way: dict[str, Any
         assert error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+def test_a_provider_is_chosen_for_the_device_of_the_model(provider: str) -> None:
+    """The analysis runs on the meta device, for which no provider is."""
+    model, changed = applied(TILE | {"provider": provider}, regional=True)
+    steps(model, latents(GRID), 1)
+    assert {plan.provider for plan in changed.explain().plans} == {provider}
+
+
 def test_other_batches_and_grids_have_programs_of_their_own() -> None:
     """Dynamo makes a size that changed a symbol; the sizes of video attention stay fixed."""
     model, changed = applied(SVG2, regional=True)
