@@ -162,6 +162,21 @@ def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) 
     assert "1 graph, 2 of 3 attention calls sparse" in str(changed.explain())
 
 
+def test_attention_over_few_text_tokens_is_no_video_attention(caplog: pytest.LogCaptureFixture) -> None:
+    class WithText(Video):
+        def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            text = torch.ones(1, 2, 4, 16)
+            causal = nn.functional.scaled_dot_product_attention(text, text, text, is_causal=True)
+            return super().forward(hidden_states, timestep) + causal.mean()
+
+    with caplog.at_level(logging.INFO, "sparsify_compiler"):
+        model = WithText()
+        changed = sparsify_compiler.apply(model, **TILE)
+        steps(model, latents(GRID), 1)
+    assert caplog.messages[-1] == "WithText: 3 of 3 video attentions sparse"
+    assert len(changed.explain().plans) == 4
+
+
 @regional
 def test_attention_outside_every_graph_is_told(regional: bool, caplog: pytest.LogCaptureFixture) -> None:
     class Hidden(Video):

@@ -139,10 +139,9 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             weakref.ref(module), name, clocks, partial(_analyse, config=config), parts_only=bool(regional)
         )
         if regional:
-            compiled: dict[type, Callable[..., Any]] = {}
-            for block in blocks[name]:
-                run = compiled.setdefault(type(block), _torch.compiled_apart(_call, backend))
-                hooks.append((block, _Block(weakref.ref(block), run)))
+            kinds = {type(block) for block in blocks[name]}
+            compiled = {kind: _torch.compiled_apart(_call, backend) for kind in kinds}
+            hooks += [(block, _Block(weakref.ref(block), compiled[type(block)])) for block in blocks[name]]
             hooks.append((module, Hook(model, _call)))
             programs += compiled.values()
         else:

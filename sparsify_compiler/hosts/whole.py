@@ -20,9 +20,10 @@ from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.axis_tracker import AxisTracker
+from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
-from sparsify_compiler.passes.planning import decide, dense_steps, graph_plan
+from sparsify_compiler.passes.planning import decide, dense_steps
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 from sparsify_compiler.runtime.call import Analysis, Arguments, Part
 from sparsify_compiler.uncompiled import Uncompiled
@@ -95,17 +96,19 @@ def _traced(
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         def run(*inputs: Any) -> Any:
             try:
-                analysed = pipeline.analyse_in_call(gm, config, tracker, inputs)
+                analysed = pipeline.follow(gm, config, tracker, inputs)
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            for one, place in zip(graph_plan(analysed), find_places(analysed, gm), strict=True):
+            for node, place in zip(all_sites(analysed), find_places(analysed, gm), strict=True):
                 name = place.name_in(
                     None if place.parameter is None else paths.get(id(inputs[place.parameter]))
                 )
                 counts[name] += 1
                 name = name if counts[name] == 1 else f"{name}#{counts[name]}"
-                found.append((replace(one.site, name=name), one.layout))
+                site: AttentionSite = node.meta["site"]
+                layout = node.meta.get("layout") or TokenLayout(tokens=site.q_tokens)
+                found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
             for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
                 for tensor, known in zip(tensors, ends, strict=True):

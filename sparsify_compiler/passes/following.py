@@ -41,7 +41,7 @@ class Followed(NamedTuple):
     embeddings: set[Embedding]
     """Every product of graph inputs with weights."""
     ends: tuple[list[Known | None], list[Known | None]]
-    """(everything known about the inputs, about the outputs) after the graph; None for values that are no tensors."""
+    """(everything known about the inputs, about the outputs) after the graph; None for other values."""
 
 
 def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:

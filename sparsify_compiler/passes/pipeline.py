@@ -59,12 +59,12 @@ def analyse(
     return run(copy_graph(gm), analysis(config, device, part=part), config)
 
 
-def analyse_in_call(
+def follow(
     gm: fx.GraphModule, config: SparsifyConfig, tracker: AxisTracker, inputs: Sequence[Any]
 ) -> fx.GraphModule:
-    """`analyse` for a graph that runs on `inputs` within the call of a model, which `tracker` follows."""
+    """A copy of a graph with its sites and layouts. It runs on `inputs` in a call that `tracker` follows."""
     infer = partial(infer_layouts, grid=config.grid, text=config.text, part=True, within=(tracker, inputs))
-    return run(copy_graph(gm), [capture, infer, partial(plan_sites, config=config)], config)
+    return run(copy_graph(gm), [capture, infer], config)
 
 
 def plan_as(analysed: fx.GraphModule, config: SparsifyConfig, parts: Parts) -> fx.GraphModule:

@@ -52,14 +52,16 @@ def likeness(site: AttentionSite) -> tuple[Any, ...]:
 
 
 def fix_tokens(gm: fx.GraphModule) -> None:
-    """Fix the sizes of all attentions that may be over a video: the graph is planned when it is called, and then
-    it is too late to guard on sizes."""
+    """Fix the sizes of all attentions that may be over a video, with the batch.
+
+    The graph is planned when it is called. Then it is too late to guard on sizes.
+    """
     for node in all_sites(gm):
         site = node.meta["site"]
         if not site.refusal and site.q_tokens == site.kv_tokens:
             for operand in node.args[:3]:
                 value = tensor_of(operand)
-                for size in () if value is None else value.shape[1:]:
+                for size in () if value is None else value.shape:
                     int(size)
 
 

@@ -400,15 +400,23 @@ def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
     return module._buffers.get(name) if found is None else found
 
 
-def _is_video(plan: AttentionPlan) -> bool:
-    """Whether a plan is of attention over a whole video, or of one whose tokens could not be followed."""
-    site = plan.site
-    return plan.layout.grid is not None or (site.kind == "unknown" and site.q_tokens == site.kv_tokens)
+def _over_videos(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
+    """The plans of attention over a whole video, or over as many tokens that could not be followed.
+
+    An attention whose sizes are not known may be over a video too.
+    """
+    least = min((plan.layout.tokens for plan in plans if plan.layout.grid is not None), default=0)
+
+    def may_be(site: AttentionSite) -> bool:
+        alike = site.kind == "unknown" and site.q_tokens == site.kv_tokens
+        return alike and (site.q_tokens == 0 or site.q_tokens >= least)
+
+    return [plan for plan in plans if plan.layout.grid is not None or may_be(plan.site)]
 
 
 def _tell(model: AppliedModel, kind: str) -> None:
     """One line in the log: the number of video attentions that are sparse, and why others are dense."""
-    plans = [plan for plan in (*model.plans, *model.outside) if _is_video(plan)]
+    plans = _over_videos([*model.plans, *model.outside])
     reasons = Counter(plan.reason for plan in plans if plan.method == "dense")
     dense = reasons.total()
     causes = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

@@ -114,6 +114,23 @@ def test_another_grid_of_as_many_tokens_has_a_plan_of_its_own(way: dict[str, Any
         assert error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("provider", ["cpu", "reference"])
+def test_a_provider_is_chosen_for_the_device_of_the_model(provider: str) -> None:
+    """The analysis runs on the meta device, for which no provider is."""
+    model, changed = applied(TILE | {"provider": provider}, regional=True)
+    steps(model, latents(GRID), 1)
+    assert {plan.provider for plan in changed.explain().plans} == {provider}
+
+
+def test_other_batches_and_grids_have_programs_of_their_own() -> None:
+    """Dynamo makes a size that changed a symbol; the sizes of video attention stay fixed."""
+    model, changed = applied(SVG2, regional=True)
+    for batch, grid in ((1, GRID), (2, GRID), (3, GRID), (3, (4, 6, 8)), (3, (6, 6, 8))):
+        first, *_ = steps(model, latents(grid, batch), 2)
+        assert len(changed.stats().measurements) == 6
+        assert len(first) == batch
+
+
 @pytest.mark.parametrize("as_time", [int, float, lambda t: torch.tensor([t]), lambda t: torch.tensor(t)])
 @pytest.mark.parametrize("by_name", [False, True])
 def test_the_time_step_is_an_argument_of_the_model(as_time: Any, by_name: bool) -> None:
