@@ -30,6 +30,8 @@ _ADDED_MATMULS = {*_BADDBMMS, torch.addmm, "addmm"}
 _EINSUMS = {torch.einsum}
 _SOFTMAXES = {F.softmax, torch.softmax, "softmax"}
 _LIKE_SOFTMAX = {*_SOFTMAXES, F.softmin, F.log_softmax, torch.log_softmax, "log_softmax"}
+_EXPONENTIALS = {torch.exp, "exp", "exp_"}
+"""A softmax that is written out takes one of these."""
 _DROPOUTS = {F.dropout}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous"}
 _REGROUPS = {"view", "reshape", "flatten", "unflatten", torch.flatten, torch.reshape, torch.unflatten}
@@ -79,7 +81,7 @@ class NotRead(Exception):
 def find_chain(node: fx.Node) -> tuple[fx.Node, ...] | None:
     """The nodes from the first product to `node`, if it is the second product of apparent attention."""
     for weights, dim in _contracted(node):
-        after = _climb(weights, dim, lambda one, dim: softmax_dim(one) == dim)
+        after = _climb(weights, dim, lambda one, dim: softmax_dim(one) == dim or _is(one, _EXPONENTIALS))
         if after is None:
             continue
         scores = _argument(after[-1][0], 0, "input")
@@ -165,6 +167,10 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
         NotRead: a node between its products is not part of attention, or is out of order.
     """
     product, last = chain[0], chain[-1]
+    if all(softmax_dim(node) is None for node in chain):
+        raise NotRead(
+            "its softmax is written out, with exp: call torch.softmax or scaled_dot_product_attention"
+        )
     middle = next(i for i, node in enumerate(chain) if softmax_dim(node) is not None)
     _check_types(chain, middle)
     query, key, scale, added = _first_product(product)
@@ -512,4 +518,6 @@ def _sizes(node: Any) -> Sizes:
 
 
 def _name(node: fx.Node) -> str:
+    if node.target is getattr:
+        return f".{node.args[1]}"
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))

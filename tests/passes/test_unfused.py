@@ -141,6 +141,12 @@ def twice_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores + scores).softmax(-1) @ v
 
 
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
 def squared_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     return weights @ weights
@@ -207,13 +213,22 @@ NOT_READ: dict[str, tuple[Function, str]] = {
     "weights of weights": (spelled(weights=lambda w: w.softmax(-1)), "weights go through softmax"),
     "weights detached": (spelled(weights=lambda w: w.detach()), "weights go through detach"),
     "logarithm": (multiplied(lambda q, k, v: (q @ k.mT).log_softmax(-1).exp() @ v), "those of log_softmax"),
+    "written out": (multiplied(written_out), "its softmax is written out"),
+    "divided after": (
+        multiplied(lambda q, k, v: (lambda e: (e @ v) / e.sum(-1, keepdim=True))((q @ k.mT).exp())),
+        "its softmax is written out",
+    ),
+    "written out in place": (
+        multiplied(lambda q, k, v: (q @ k.mT).sub_(4).exp_() @ v),
+        "its softmax is written out",
+    ),
     "softmin": (multiplied(lambda q, k, v: F.softmin(q @ k.mT, -1) @ v), "those of softmin"),
     "weights squared": (multiplied(squared_weights), "weights on the left"),
     "weights transposed": (
         multiplied(lambda q, k, v: v.mT @ (q @ k.mT).softmax(-1).permute(0, 1, 3, 2)),
         "weights go through permute",
     ),
-    "keys first": (multiplied(lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v), "go through getattr"),
+    "keys first": (multiplied(lambda q, k, v: (k @ q.mT).mT.softmax(-1) @ v), "go through .mT"),
     "softmax in the middle": (
         multiplied(
             lambda q, k, v: torch.einsum(
