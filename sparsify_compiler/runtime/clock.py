@@ -46,7 +46,7 @@ class Times(NamedTuple):
     mean: float
     largest: float
     squares: float
-    """The sum of their squares: with the others, equal if all time steps are equal."""
+    """The mean of their squares: with the others, equal if all time steps are equal."""
 
     def way_from(self, other: "Times") -> int:
         """1 if they rose from the others, -1 if they fell, 0 if they are equal."""
@@ -317,7 +317,7 @@ class StepClock:
 
     def _churns(self, video: _Video, time: Times, prints: Prints) -> bool:
         """Whether a time step against the direction belongs to a schedule that adds noise now and then."""
-        if not video.rises_a_little(time) or time == video.changes[0]:
+        if not video.rises_a_little(time) or video.direction * (time.mean - video.changes[0].mean) <= 0:
             return False
         same = bool(prints.keys() - self._varying) and not self._is_foreign(video, prints)
         return video.mixed or len(video.changes) == 2 or same

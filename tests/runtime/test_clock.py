@@ -263,7 +263,7 @@ def test_time_steps_staggered_by_frame_count_as_steps() -> None:
     clock = StepClock()
     for call in range(22):
         frames = [1000.0 - 100 * min(max(call - 3 * frame, 0), 10) for frame in range(5)]
-        time = Times(sum(frames) / 5, max(frames), sum(one * one for one in frames))
+        time = Times(sum(frames) / 5, max(frames), sum(one * one for one in frames) / 5)
         tick = clock.tick(time, prints((float(call), 1.0), (1.0, 1.0)))
         assert (tick.step, tick.stream, tick.new_video) == (call, 0, False)
 
