@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsify_compiler.config import SitePolicy, SparsifyConfig
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.methods import LearningMethod, StaticMethod, TrainedMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, TrainedMethod
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, Entry, GraphPlan, TokenLayout, count_of
 from sparsify_compiler.runtime.call import Part
@@ -35,10 +35,23 @@ def plan_sites(gm: fx.GraphModule, *, config: SparsifyConfig, device: str | None
             node.meta["site"] = replace(node.meta["site"], device=device)
     pairs = [(node.meta["site"], node.meta.get("layout")) for node in nodes]
     decided = [node.meta["decision"] for node in nodes if "decision" in node.meta]
-    gm.meta["plan"] = make_plan(pairs, config, decided or None)
-    for node, plan in zip(nodes, gm.meta["plan"], strict=True):
-        node.meta["plan"] = plan
+    plan = make_plan(pairs, config, decided or None)
+    plans = [
+        one if node.graph is gm.graph else _in_a_body(one) for node, one in zip(nodes, plan, strict=True)
+    ]
+    gm.meta["plan"] = replace(plan, plans=tuple(plans))
+    for node, one in zip(nodes, plans, strict=True):
+        node.meta["plan"] = one
     return gm
+
+
+def _in_a_body(plan: AttentionPlan) -> AttentionPlan:
+    """The plan of a site in the body of a higher-order operator: only sites of the graph itself keep state."""
+    if not isinstance(plan.settings, DynamicMethod):
+        return plan
+    return replace(
+        plan, reason=f"{plan.reason}; in a body, where it keeps no state and reports nothing to stats"
+    )
 
 
 def as_parts(gm: fx.GraphModule, *, parts: Sequence[Part]) -> fx.GraphModule:

@@ -141,3 +141,13 @@ def test_a_checkpointed_layer_within_a_region() -> None:
         return [checkpointed(shuffled(x)), checkpointed(x)]
 
     assert [plan.layout.grid for plan in planned(function, VIDEO)] == [None, GRID]
+
+
+def test_a_plan_says_where_a_site_keeps_no_state() -> None:
+    def model(video: Tensor) -> Tensor:
+        x = embed(video)
+        return attend(x) + region(x) + region(2 * x)
+
+    plans = planned(model, VIDEO, method="cubes", cube=(1, 1, 2), dense_layers=0)
+    assert ["keeps no state" in plan.reason for plan in plans] == [False, True, True]
+    assert not any("keeps no state" in plan.reason for plan in planned(model, VIDEO, reference_frames=1))
