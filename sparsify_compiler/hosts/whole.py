@@ -24,8 +24,8 @@ from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
 from sparsify_compiler.passes.planning import decide, dense_steps
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
-from sparsify_compiler.runtime.call import Analysis, Arguments, Part
+from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
+from sparsify_compiler.runtime.call import Arguments
 from sparsify_compiler.uncompiled import Uncompiled
 
 _META = torch.device("meta")

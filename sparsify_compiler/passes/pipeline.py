@@ -20,7 +20,7 @@ from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
 from sparsify_compiler.passes.sizes import fix_sizes
-from sparsify_compiler.runtime.call import Parts
+from sparsify_compiler.plan import Parts
 from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import TIME_STEP
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, SiteKind, TokenLayout
+from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import Clocks, Prints, Tick, Times
 from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
@@ -35,50 +35,6 @@ _SKIPPED = "the call skipped it, or ran it outside every graph"
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """An attention that the analysis of the whole model found."""
-
-    name: str
-    like: tuple[Any, ...]
-    """Heads, tokens and sizes."""
-    kind: SiteKind
-    layout: TokenLayout
-    entry: Any
-    """The `Entry` that the options or the policy give it; None if it stays dense."""
-    reason: str
-    """Why this entry, or why dense."""
-
-    def as_dense(self, reason: str) -> AttentionPlan:
-        """The plan of an attention that ran in no graph."""
-        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
-        site = AttentionSite(
-            name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
-            kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
-            kind=self.kind,
-        )  # fmt: skip
-        return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
-
-
-class Parts(NamedTuple):
-    """The attentions of one graph, as parts of a model. Equal parts share a plan."""
-
-    sites: tuple[Part, ...]
-    dense_steps: int | float
-
-
-@dataclass(frozen=True, slots=True)
-class Analysis:
-    """The attentions of a whole model, in the order in which a call runs them."""
-
-    parts: tuple[Part, ...] = ()
-    dense_steps: int | float = 0
-    outside: tuple[AttentionPlan, ...] = ()
-    """The plans of attentions outside every graph, which stay dense."""
-    failure: str = ""
-    """Why the model could not be analysed; empty if it was."""
 
 
 @dataclass(slots=True, eq=False)

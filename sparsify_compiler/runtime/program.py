@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.names import ROOT
-from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.call import ModelCall, Parts, open_call, read
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, Parts
+from sparsify_compiler.runtime.call import ModelCall, open_call, read
 from sparsify_compiler.runtime.clock import Prints, Tick, Times
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
