@@ -161,6 +161,8 @@ class _Video:
 class StepClock:
     """The clock of one model. Every forward calls `tick`."""
 
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held by the thread that calls `tick`, where several threads share the clock."""
     begun: int = 0
     """Number of videos that began after the first one."""
     _steps: int = USUAL_STEPS

@@ -163,10 +163,11 @@ class ModelState:
     def tick(self, time: Times | float | None, prints: Prints) -> Tick:
         """Count a call of the model, as `StepClock.tick` does. A new video drops the state of the last one."""
         clock, timeline = self.clock, self._timelines.current
-        tick = clock.tick(time, prints)
-        if timeline.begun != clock.begun:
-            self.new_video()
-            timeline.begun = clock.begun
+        with clock.lock:
+            tick = clock.tick(time, prints)
+            if timeline.begun != clock.begun:
+                self.new_video()
+                timeline.begun = clock.begun
         return tick
 
     def stream(self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = ()) -> Stream:
@@ -213,6 +214,9 @@ class ModelState:
         return record
 
 
+_making = threading.Lock()
+"""Held while the state of an owner is looked up and made, so that all threads get the same one."""
+
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
 """id of the object -> (reference that removes the entry, state). Tensors compare by value: no WeakKeyDictionary."""
 
@@ -229,23 +233,25 @@ def share_state(owners: Iterable[object]) -> ModelState:
         SparsifyError: the owners have several states already.
     """
     owners = list(owners)
-    states = states_of(owners)
-    if len(states) > 1:
-        raise SparsifyError(
-            f"{len(states)} parts of this model were compiled separately and have run: compile the whole model "
-            "to train it"
-        )
-    state = states[0] if states else ModelState()
-    for owner in owners:
-        _keep(owner, state)
+    with _making:
+        states = states_of(owners)
+        if len(states) > 1:
+            raise SparsifyError(
+                f"{len(states)} parts of this model were compiled separately and have run: compile the whole "
+                "model to train it"
+            )
+        state = states[0] if states else ModelState()
+        for owner in owners:
+            _keep(owner, state)
     return state
 
 
 def state_of(owner: object) -> ModelState:
     """The state that belongs to `owner`, a Parameter of the model, for the life of `owner`."""
-    if id(owner) not in _models:
-        _keep(owner, ModelState())
-    return _models[id(owner)][1]
+    with _making:
+        if id(owner) not in _models:
+            _keep(owner, ModelState())
+        return _models[id(owner)][1]
 
 
 def _keep(owner: object, state: ModelState) -> None:
