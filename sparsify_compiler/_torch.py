@@ -6,8 +6,10 @@ not import it.
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -420,15 +422,43 @@ def forget(compiled: Callable[..., Any]) -> None:
     reset_code(function.__code__)
 
 
-def many_programs() -> AbstractContextManager[Any]:
+_settings = threading.Lock()
+_changed: list[Callable[[], None]] = []
+"""One function for each open `many_programs`; the first of them puts back the settings of the process."""
+
+
+@contextmanager
+def many_programs() -> Iterator[None]:
     """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
 
-    Otherwise a call in which a cache skips a block ends the compilation of all blocks.
+    Otherwise a call in which a cache skips a block ends the compilation of all blocks. Several threads may be in
+    the block at once. Newer versions of PyTorch have settings for each context; in older ones all threads share
+    them, so the last thread to leave puts them back.
     """
     from torch._dynamo import config
 
     limit = max(config.recompile_limit, 64)
-    return config.patch(allow_empty_graphs=True, recompile_limit=limit)
+    # `config.patch` would leave a context variable behind at every call.
+    settings: Any = config
+    change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(
+        allow_empty_graphs=True, recompile_limit=limit
+    )
+    if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
+        put_back = change()
+        try:
+            yield
+        finally:
+            put_back()
+        return
+    with _settings:
+        _changed.append(_changed[0] if _changed else change())
+    try:
+        yield
+    finally:
+        with _settings:
+            put_back = _changed.pop()
+            if not _changed:
+                put_back()
 
 
 def never_compile(function: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import AppliedModel, Hook
-from sparsify_compiler.runtime.clock import Clocks
+from sparsify_compiler.runtime.clock import PerGeneration, StepClock
 
 log = logging.getLogger("sparsify_compiler")
 _CALL = "_compiled_call_impl"
@@ -127,7 +127,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 f"regional=True needs repeated blocks, and {type(module).__name__} has no list of modules of one "
                 "class: leave out regional"
             )
-    clocks = Clocks()
+    clocks = PerGeneration(StepClock)
     models: list[AppliedModel] = []
     hooks: list[tuple[nn.Module, Any]] = []
     programs: list[Callable[..., Any]] = []

@@ -24,7 +24,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
-from sparsify_compiler.runtime.clock import Clocks, Prints, Tick, Times
+from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
 log = logging.getLogger("sparsify_compiler")
@@ -44,7 +44,7 @@ class AppliedModel:
     module: "weakref.ref[nn.Module]"
     name: str
     """Name of the component of a pipeline; empty for a model alone."""
-    clocks: Clocks
+    clocks: PerGeneration[StepClock]
     """The clocks of all models that make one video together, such as the two experts of a pipeline."""
     analyse: Callable[[nn.Module, Arguments], Analysis]
     """Analyses the whole model for the shapes of a call."""
