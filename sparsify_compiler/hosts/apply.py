@@ -16,6 +16,7 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
+from sparsify_compiler.hosts.blocks import repeated_blocks
 from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
@@ -120,7 +121,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     found = _video_transformers(target)
     for name, module in found.items():
         _check_unchanged(name or type(module).__name__, module)
-    blocks = {name: _repeated_blocks(module) if regional else [] for name, module in found.items()}
+    blocks = {name: repeated_blocks(module) if regional else [] for name, module in found.items()}
     for name, module in found.items():
         if regional and not blocks[name]:
             raise OptionError(
@@ -223,27 +224,12 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 def _is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
     inner: Any = _torch.uncompiled(module)
-    return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
+    return _takes_a_time_step(inner) and bool(repeated_blocks(inner))
 
 
 def _takes_a_time_step(module: nn.Module) -> bool:
     names = inspect.signature(module.forward).parameters
     return any(TIME_STEP.fullmatch(name.lower()) for name in names)
-
-
-def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The modules of all lists in which a class occurs, outermost lists only."""
-    found: list[nn.Module] = []
-
-    def walk(one: nn.Module) -> None:
-        for child in one.children():
-            if isinstance(child, nn.ModuleList) and len(child) and any(True for _ in child[0].children()):
-                found.extend(child)
-            else:
-                walk(child)
-
-    walk(module)
-    return found
 
 
 def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:

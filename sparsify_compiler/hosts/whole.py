@@ -5,10 +5,10 @@ model does not change.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.hosts.blocks import repeated_blocks
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
@@ -26,7 +27,7 @@ from sparsify_compiler.passes.places import find_places, likeness
 from sparsify_compiler.passes.planning import decide, dense_steps
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
 from sparsify_compiler.runtime.call import Arguments
-from sparsify_compiler.uncompiled import Uncompiled
+from sparsify_compiler.uncompiled import BetweenGraphs, Uncompiled
 
 _META = torch.device("meta")
 NATIVE = "native"
@@ -42,16 +43,9 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     Raises:
         SparsifyError: options do not fit the model.
     """
-    for strict in (True, False):
-        try:
-            twin, (args, kwargs) = on_meta(module, arguments)
-            found, outside = _traced(twin, args, kwargs, config, strict)
-            break
-        except SparsifyError:
-            raise
-        except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
-            if not strict:
-                return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    found, outside, failure = _found(module, arguments, config)
+    if failure:
+        return Analysis(failure=failure)
     if config.grid is not None:
         check_grid(config.grid, config.text, found)
     decisions = decide(found, config)
@@ -70,10 +64,44 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
 
 
 Found = list[tuple[AttentionSite, TokenLayout]]
+_WAYS = ("by blocks", "whole", "in parts")
+"""Ways to trace a model, the fastest first. By blocks, one trace of Dynamo serves all blocks that its guards do not
+distinguish, and the rest of the model runs as it is. Whole, Dynamo must be able to trace all code. In parts, code
+that it cannot trace runs as it is."""
+
+
+def _found(
+    module: nn.Module, arguments: Arguments, config: SparsifyConfig
+) -> tuple[Found, tuple[AttentionPlan, ...], str]:
+    """(site and layout of every attention in graphs, plans of those outside, error if it cannot be traced)."""
+    failure = ""
+    for way in _WAYS:
+        twin, (args, kwargs) = on_meta(module, arguments)
+        blocks = repeated_blocks(twin) if way == "by blocks" else []
+        if way == "by blocks" and not blocks:
+            continue
+        try:
+            found, outside = _traced(twin, args, kwargs, config, strict=way != "in parts", blocks=blocks)
+        except SparsifyError:
+            raise
+        except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            continue
+        if not blocks or (
+            found and not outside
+        ):  # as a whole, attention outside of blocks may lie in a graph
+            return found, outside, ""
+    return [], (), failure
 
 
 def _traced(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig, strict: bool
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: SparsifyConfig,
+    *,
+    strict: bool,
+    blocks: Sequence[nn.Module],
 ) -> tuple[Found, tuple[AttentionPlan, ...]]:
     """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
 
@@ -81,12 +109,14 @@ def _traced(
 
     Args:
         strict: whether to raise what Dynamo raises. Otherwise code that Dynamo cannot trace runs as it is.
+        blocks: the modules that Dynamo traces; none if it traces the model.
     """
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    kinds = {path: type(one).__name__ for path, one in module.named_modules() if path}
     counts: Counter[str] = Counter()
     found: Found = []
     errors: list[SparsifyError] = []
-    tracker, uncompiled = _BetweenGraphs(), Uncompiled(module)
+    tracker, uncompiled = _Tracker(), Uncompiled(module)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             tracker.put_input(tensor, False)
@@ -94,20 +124,25 @@ def _traced(
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        captured = pipeline.captured(gm, config)
+        places = find_places(captured, gm)
+
         def run(*inputs: Any) -> Any:
             try:
-                analysed = pipeline.follow(gm, config, tracker, inputs)
+                analysed = pipeline.follow(captured, config, tracker, inputs)
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            for node, place in zip(all_sites(analysed), find_places(analysed, gm), strict=True):
+            for node, place in zip(all_sites(analysed), places, strict=True):
                 name = place.name_in(
                     None if place.parameter is None else paths.get(id(inputs[place.parameter]))
                 )
-                counts[name] += 1
-                name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 site: AttentionSite = node.meta["site"]
                 layout = node.meta.get("layout") or TokenLayout(tokens=site.q_tokens)
+                # A graph of a block does not record the class of the block itself.
+                site = replace(site, module=site.module or kinds.get(name, ""))
+                counts[name] += 1
+                name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
             for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
@@ -116,47 +151,32 @@ def _traced(
                         tracker.put(tensor, known)
             return outputs
 
-        return tracker.paused()(uncompiled.in_graph()(run))
+        return tracker.in_graph()(uncompiled.in_graph()(run))
 
     try:
-        with _torch.tracing(record, _call, strict=strict) as call, uncompiled, tracker:
-            call(module, args, kwargs)
-    except SparsifyError:
-        raise errors[0] from None  # without the text that Dynamo appends
+        with _torch.tracing(record, _call, strict=strict) as traced, uncompiled, tracker:
+            for block in blocks:
+                block.__dict__["_compiled_call_impl"] = partial(_call_block, traced, block)
+            (_call if blocks else traced)(module, args, kwargs)
+    except SparsifyError as error:
+        raise (errors or [error])[0] from None  # without the text that Dynamo appends
     return found, tuple(uncompiled.plans)
 
 
-class _BetweenGraphs(AxisTracker):
-    """Follows the operators of a call that run in no graph. Dynamo compiles as without it."""
+class _Tracker(BetweenGraphs, AxisTracker):
+    """Follows the operators of a call that run in no graph: a graph has a tracker of its own."""
 
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._paused = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Return True: otherwise Dynamo compiles nothing under a mode."""
-        return True
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Follow nothing inside: a graph has its own tracker."""
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._paused -= 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._paused or not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def seen(self, func: torch._ops.OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator and label its outputs."""
+        return AxisTracker.__torch_dispatch__(self, func, types, args, kwargs)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)
+
+
+def _call_block(traced: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return traced(block, args, kwargs)
 
 
 def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:
