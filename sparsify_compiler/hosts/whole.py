@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.hosts.values import Values
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
@@ -45,7 +46,9 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     for strict in (True, False):
         try:
             twin, (args, kwargs) = on_meta(module, arguments)
-            found, outside = _traced(twin, args, kwargs, config, strict)
+            values = _values(module, twin, arguments, (args, kwargs))
+            with _torch.autocast_on_meta(_device_type(arguments)), values:
+                found, outside = _traced(twin, args, kwargs, config, strict)
             break
         except SparsifyError:
             raise
@@ -66,7 +69,24 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
         )
         for (site, layout), (entry, reason) in zip(found, decisions, strict=True)
     )
-    return Analysis(parts, dense_steps(decisions, config), outside=outside)
+    return Analysis(parts, dense_steps(decisions, config), outside=outside, by_values=values.were_read)
+
+
+def _values(module: nn.Module, twin: nn.Module, real: Arguments, meta: Arguments) -> Values:
+    """The values of the arguments and buffers."""
+    values = Values()
+    for one, other in zip(
+        [*tree_leaves(real), *module.buffers()], [*tree_leaves(meta), *twin.buffers()], strict=True
+    ):
+        if isinstance(one, Tensor):
+            values.put(other, one)
+    return values
+
+
+def _device_type(arguments: Arguments) -> str:
+    """The device of the arguments of a call."""
+    devices = [leaf.device.type for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return next((one for one in devices if one != "cpu"), "cpu")
 
 
 Found = list[tuple[AttentionSite, TokenLayout]]
