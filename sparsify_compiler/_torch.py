@@ -404,6 +404,23 @@ def tracing(
                 reset_code(code)
 
 
+@contextmanager
+def autocast_on_meta(device_type: str) -> Iterator[None]:
+    """Let code ask for autocast on the meta device, which has none: it gets that of `device_type`."""
+    from torch.amp.autocast_mode import autocast
+
+    usual = autocast.__init__
+
+    def init(self: Any, device_type_: str, *args: Any, **kwargs: Any) -> None:
+        usual(self, device_type if device_type_ == "meta" else device_type_, *args, **kwargs)
+
+    autocast.__init__ = init
+    try:
+        yield
+    finally:
+        autocast.__init__ = usual
+
+
 def compiled_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled from a code object of its own, so that it shares neither programs nor the limit of
     recompiles."""
@@ -438,6 +455,11 @@ def never_compile(function: Callable[..., Any]) -> None:
 
     assert isinstance(function, FunctionType)
     skip_code(function.__code__)
+
+
+def never_compiles(function: Any) -> bool:
+    """Whether `torch.compiler.disable` keeps Dynamo from a function and all that it calls."""
+    return bool(getattr(function, "_torchdynamo_disable", False))
 
 
 def check_mode(mode: str | None) -> None:

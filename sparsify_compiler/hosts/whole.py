@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.hosts.blocks import repeated_blocks
+from sparsify_compiler.hosts.values import Values
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
@@ -43,12 +44,12 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     Raises:
         SparsifyError: options do not fit the model.
     """
-    found, outside, failure = _found(module, arguments, config)
-    if failure:
-        return Analysis(failure=failure)
+    found = _found(module, arguments, config)
+    if found.failure:
+        return Analysis(failure=found.failure)
     if config.grid is not None:
-        check_grid(config.grid, config.text, found)
-    decisions = decide(found, config)
+        check_grid(config.grid, config.text, found.sites)
+    decisions = decide(found.sites, config)
     parts = tuple(
         Part(
             name=site.name,
@@ -58,40 +59,71 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
             entry=entry,
             reason=reason,
         )
-        for (site, layout), (entry, reason) in zip(found, decisions, strict=True)
+        for (site, layout), (entry, reason) in zip(found.sites, decisions, strict=True)
     )
-    return Analysis(parts, dense_steps(decisions, config), outside=outside)
+    return Analysis(parts, dense_steps(decisions, config), outside=found.outside, by_values=found.by_values)
 
 
-Found = list[tuple[AttentionSite, TokenLayout]]
+def _values(module: nn.Module, twin: nn.Module, real: Arguments, meta: Arguments) -> Values:
+    """The values of the arguments and buffers."""
+    values = Values()
+    for one, other in zip(
+        [*tree_leaves(real), *module.buffers()], [*tree_leaves(meta), *twin.buffers()], strict=True
+    ):
+        if isinstance(one, Tensor):
+            values.put(other, one)
+    return values
+
+
+def _device_type(arguments: Arguments) -> str:
+    """The device of the arguments of a call."""
+    devices = [leaf.device.type for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return next((one for one in devices if one != "cpu"), "cpu")
+
+
+Sites = list[tuple[AttentionSite, TokenLayout]]
+
+
+class Found(NamedTuple):
+    """The attentions of a model."""
+
+    sites: Sequence[tuple[AttentionSite, TokenLayout]] = ()
+    """Site and layout of every attention in graphs, in the order of execution."""
+    outside: tuple[AttentionPlan, ...] = ()
+    """The plans of those outside."""
+    by_values: bool = False
+    failure: str = ""
+    """As in `Analysis`."""
+
+
 _WAYS = ("by blocks", "whole", "in parts")
 """Ways to trace a model, the fastest first. By blocks, one trace of Dynamo serves all blocks that its guards do not
 distinguish, and the rest of the model runs as it is. Whole, Dynamo must be able to trace all code. In parts, code
 that it cannot trace runs as it is."""
 
 
-def _found(
-    module: nn.Module, arguments: Arguments, config: SparsifyConfig
-) -> tuple[Found, tuple[AttentionPlan, ...], str]:
-    """(site and layout of every attention in graphs, plans of those outside, error if it cannot be traced)."""
-    failure = ""
+def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> Found:
+    found = Found()
     for way in _WAYS:
-        twin, (args, kwargs) = on_meta(module, arguments)
+        twin, given = on_meta(module, arguments)
         blocks = repeated_blocks(twin) if way == "by blocks" else []
         if way == "by blocks" and not blocks:
             continue
+        values = _values(module, twin, arguments, given)
         try:
-            found, outside = _traced(twin, args, kwargs, config, strict=way != "in parts", blocks=blocks)
+            with _torch.autocast_on_meta(_device_type(arguments)), values:
+                sites, outside = _traced(twin, *given, config, strict=way != "in parts", blocks=blocks)
         except SparsifyError:
             raise
         except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            found = Found(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
             continue
+        found = Found(sites, outside, values.were_read)
         if not blocks or (
-            found and not outside
+            sites and not outside
         ):  # as a whole, attention outside of blocks may lie in a graph
-            return found, outside, ""
-    return [], (), failure
+            break
+    return found
 
 
 def _traced(
@@ -102,7 +134,7 @@ def _traced(
     *,
     strict: bool,
     blocks: Sequence[nn.Module],
-) -> tuple[Found, tuple[AttentionPlan, ...]]:
+) -> tuple[Sites, tuple[AttentionPlan, ...]]:
     """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
 
     Where the model breaks into graphs, labels go from the outputs of one to the inputs of the next.
@@ -114,7 +146,7 @@ def _traced(
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
     kinds = {path: type(one).__name__ for path, one in module.named_modules() if path}
     counts: Counter[str] = Counter()
-    found: Found = []
+    found: Sites = []
     errors: list[SparsifyError] = []
     tracker, uncompiled = _Tracker(), Uncompiled(module)
     for tensor in tree_leaves((args, kwargs)):

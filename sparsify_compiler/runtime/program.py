@@ -97,7 +97,7 @@ class Place:
     parameter: int | None = None
     """Place of the input that is the nearest Parameter of the model; None if the graph has none."""
     path: str = ""
-    """Path of this Parameter, as the graph reads it; the full path in the model ends like it."""
+    """Path of this Parameter, as the graph reads it: where the path in the model differs, only the beginnings do."""
     may_be_video: bool = True
     """Whether its keys may be the tokens of its queries."""
 
@@ -109,8 +109,13 @@ class Place:
         alike = 0
         while alike < min(len(full), len(own)) and full[-1 - alike] == own[-1 - alike]:
             alike += 1
-        root = full[: len(full) - alike]
-        return ".".join([*root, *([] if self.name == ROOT and root else [self.name])])
+        root, read_through = full[: len(full) - alike], own[: len(own) - alike]
+        names = [] if self.name == ROOT else self.name.split(".")
+        if (
+            names[: len(read_through)] == read_through
+        ):  # such as the attributes of a hook that calls the module
+            names = names[len(read_through) :]
+        return ".".join([*root, *names]) or ROOT
 
 
 @dataclass(slots=True, eq=False)
