@@ -421,12 +421,31 @@ def autocast_on_meta(device_type: str) -> Iterator[None]:
         autocast.__init__ = usual
 
 
-def compiled_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_apart(
+    function: Callable[..., Any], backend: Callable[..., Any], *, one_graph: bool = False
+) -> Callable[..., Any]:
     """`function` compiled from a code object of its own, so that it shares neither programs nor the limit of
-    recompiles."""
+    recompiles.
+
+    Args:
+        one_graph: whether a call that does not give one graph raises an error, before any of its code runs.
+    """
     assert isinstance(function, FunctionType)
     fresh = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(fresh, backend=backend)
+    return torch.compile(fresh, backend=backend, fullgraph=one_graph)
+
+
+def why_not_one_graph(error: Exception) -> str | None:
+    """The reason why a call did not give one graph; None for an error that says something else."""
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return "it has as many programs as Dynamo's recompile limit allows"
+    if not isinstance(error, exc.Unsupported):
+        return None
+    ours = [place for place in error.real_stack if not place.filename.startswith(DIRECTORY)]
+    why = error.msg.strip().partition("\n")[0].rstrip(".")
+    return f"{why} at {place_text(ours[-1].filename, ours[-1].lineno or 0)}" if ours else why
 
 
 def forget(compiled: Callable[..., Any]) -> None:
