@@ -141,6 +141,22 @@ def is_transformed(tensor: Tensor | None) -> bool:
     return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def weak_storage(tensor: Tensor) -> Any:
+    """A reference to the memory of a tensor that does not keep it; None for a tensor without memory.
+
+    Its `expired()` says whether the memory is gone. As long as the reference lives, no other memory gets the
+    identifier that `storage_of` returns.
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return None if storage_of(tensor) is None else StorageWeakRef(tensor.untyped_storage())
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def source_name(placeholder: fx.Node) -> str:
     """The expression from which Dynamo reads an input, e.g. `L['kwargs']['timestep']`; empty if not recorded."""
     source = getattr(placeholder, "_dynamo_source", None)
@@ -394,6 +410,7 @@ def tracing(
             accumulated_recompile_limit=unlimited,
             suppress_errors=not strict,
             allow_empty_graphs=True,
+            optimize_ddp=False,  # otherwise a call inside DDP is split at the buckets of gradients
         ):
             yield torch.compile(fresh, backend=backend, dynamic=False, **apart)
     finally:
