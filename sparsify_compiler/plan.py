@@ -233,6 +233,8 @@ class Analysis:
     dense_steps: int | float = 0
     outside: tuple[AttentionPlan, ...] = ()
     """The plans of attentions outside every graph, which stay dense."""
+    by_values: bool = False
+    """Whether it depends on values of the arguments, such as the mask of a prompt, and not on shapes alone."""
     failure: str = ""
     """Why the model could not be analysed; empty if it was."""
 

@@ -25,6 +25,7 @@ from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
+from sparsify_compiler.runtime.recomputing import Log, new_log
 from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
 log = logging.getLogger("sparsify_compiler")
@@ -135,6 +136,9 @@ class ModelCall:
         self._counts: Counter[str] = Counter()
         self._tick: Tick | None = None
         self._record: Record | None = None
+        self.trains = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
+        """Whether gradients are needed. If so, nothing is kept from call to call."""
+        self.log: Log | None = new_log(self) if self.trains else None
 
     @cached_property
     def named(self) -> dict[str, Any]:
@@ -280,7 +284,7 @@ class Hook:
         call = ModelCall(self.model, module, args, kwargs)
         token = _open.set(call)
         try:
-            if not (torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())):
+            if not call.trains:
                 call.tick()
             if self.model.parts_only:
                 self.model.analysed(call)
