@@ -106,7 +106,7 @@ def test_one_program_serves_all_blocks(programs: list[Program]) -> None:
         (
             "hunyuan_video",
             {"method": "keys", "kv_budget": 0.3, "dense_layers": 0, "inner_backend": "eager"},
-            4,
+            5,
         ),
     ],
 )
