@@ -50,7 +50,7 @@ class Blocks:
         self.programs = list(compiled.values())
 
     def put_in(self) -> None:
-        """Let calls of the blocks run what is compiled."""
+        """Let calls of the blocks run the compiled code."""
         for block, hook in self.hooks:
             block.__dict__[CALL] = hook
 

@@ -12,6 +12,7 @@ from sparsify_compiler import backend
 from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
+from sparsify_compiler.testing.models import CASES
 from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.testing.videos import Video, latents, steps
 
@@ -96,6 +97,37 @@ def test_one_program_serves_all_blocks(programs: list[Program]) -> None:
     assert len(programs) == 1
     assert len(programs[0]._planned) == 1, "alike blocks share a plan"
     assert sites(changed.stats()) == {"blocks.0", "blocks.1", "blocks.2"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "count"),
+    [
+        ("wan", SVG2 | {"far_field": "drop", "top_p": 0.6}, 1),
+        (
+            "hunyuan_video",
+            {"method": "keys", "kv_budget": 0.3, "dense_layers": 0, "inner_backend": "eager"},
+            5,
+        ),
+    ],
+)
+def test_blocks_are_the_whole_model(
+    family: str, options: dict[str, Any], count: int, programs: list[Program]
+) -> None:
+    """Outputs and measurements of several calls. Blocks of one kind whose inputs have the same strides share a
+    program."""
+    outputs, measured = [], []
+    for regional in (True, False):
+        model, inputs = CASES[family].build(batch=1)
+        changed = sparsify_compiler.apply(model, regional=regional, **options)
+        with torch.no_grad(), sparsify_compiler.generation(3, streams=1):
+            outputs.append([model(**inputs | {"timestep": inputs["timestep"] - 10 * i})[0] for i in range(3)])
+            measured.append(changed.stats().measurements)
+        assert len(programs) == (count if regional else count + 1)
+    for one, other in zip(*outputs, strict=True):
+        assert error(one, other) < 1e-5
+    for one, other in zip(*measured, strict=True):
+        assert (one.site, one.call) == (other.site, other.call)
+        assert one.density == pytest.approx(other.density, rel=1e-4)
 
 
 def test_dense_layers_count_in_the_model() -> None:

@@ -17,6 +17,7 @@ from sparsify_compiler.testing.videos import Video, latents
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
 ]
 
 SVG2: dict[str, Any] = {
@@ -107,6 +108,26 @@ def test_calls_without_a_backward_pass_are_forgotten() -> None:
     kept.sum().backward()
     del kept
     assert not recomputing._logs[-1].needed
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_method_observes_a_recomputed_block_once(use_reentrant: bool) -> None:
+    """Gradients and observations that `dsv` adds up are those of the whole model without checkpointing."""
+    kept = []
+    for way, checkpoints in (({}, None), ({"regional": True}, use_reentrant)):
+        model, _ = applied({"method": "dsv", "inner_backend": "eager"}, way, checkpoints)
+        trainer = sparsify_compiler.DSVTrainer(model)
+        gradients(model, model, (4, 6, 8))
+        trainer.step()
+        gradients(model, model, (4, 6, 8))
+        (state,) = states_of([model])
+        kept.append({name: tensor.clone() for name, tensor in state.trained.items()})
+        torch._dynamo.reset()
+    whole, blocks = kept
+    assert whole.keys() == blocks.keys()
+    assert any(whole[name].any() for name in whole if name.endswith("gradients"))
+    for name, tensor in whole.items():
+        assert (blocks[name] - tensor).double().norm() <= 1e-4 * tensor.double().norm(), name
 
 
 @pytest.fixture
