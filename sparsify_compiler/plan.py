@@ -41,8 +41,12 @@ class AttentionSite:
     """Device type, e.g. `cuda`."""
     scale: float
     """Factor on the scores; 1/sqrt(head_dim) unless the model gives one."""
-    mask: Literal["none", "key"] = "none"
-    """`key`: a padding mask or additive bias that depends on the key alone."""
+    mask: Literal["none", "key", "query"] = "none"
+    """`key`: a padding mask or additive bias that depends on the key alone. `query`: one with a row for each query;
+    where all queries of the video have equal rows, these are a mask of keys."""
+    rows: tuple[tuple[int, str], ...] = ()
+    """The rows of a mask of kind `query`: (number of neighbouring rows, cause of a difference between them, empty
+    where all of them are equal). Neighbouring entries differ."""
     spelling: Spelling = "sdpa"
     """The model's spelling: a call of SDPA, a call of FlexAttention, or softmax(q kᵀ) v by hand."""
     kind: SiteKind = "unknown"

@@ -89,7 +89,7 @@ def _traced(
     tracker, uncompiled = _BetweenGraphs(), Uncompiled(module)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
-            tracker.put_input(tensor, False)
+            tracker.put_input(tensor, False, "of the model")
     for tensor in (*module.parameters(), *module.buffers()):
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
@@ -111,9 +111,9 @@ def _traced(
                 found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
             for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
-                for tensor, known in zip(tensors, ends, strict=True):
-                    if isinstance(tensor, Tensor) and known is not None:
-                        tracker.put(tensor, known)
+                for tensor, end in zip(tensors, ends, strict=True):
+                    if isinstance(tensor, Tensor) and end is not None:
+                        tracker.receive(tensor, end)
             return outputs
 
         return tracker.paused()(uncompiled.in_graph()(run))

@@ -13,7 +13,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +52,8 @@ _KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The one spelling of attention between capture and lowering; never runs.
 
-    query [B, H, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv], mask bool or additive, constant along
-    the queries.
+    query [B, H, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv], mask bool or additive, broadcastable to
+    [B, H, Sq, Sk].
     """
     raise AssertionError("lowering replaces every attention node")
 
@@ -300,7 +300,7 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         dtype=str(_compute_dtype(q, k, v, tensor_of(call.node))).removeprefix("torch."),
         device=q.device.type,
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
-        mask="none" if call.mask is None else "key",
+        mask=_mask_kind(call.mask),
     )
     return replace(
         site, refusal=call.refusal or _shape_refusal(site, k_shape, v_shape) or _mask_refusal(call, site)
@@ -335,6 +335,15 @@ def _shape_refusal(site: AttentionSite, key: tuple[int, ...], value: tuple[int, 
     return ""
 
 
+def _mask_kind(operand: Operand | None) -> Literal["none", "key", "query"]:
+    """Whether a mask has one row for all queries, or one for each."""
+    if operand is None:
+        return "none"
+    mask = operand.value
+    has_rows = mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1 and mask.stride(-2) != 0
+    return "query" if has_rows else "key"
+
+
 def _mask_refusal(call: Call, site: AttentionSite) -> str:
     if call.mask is None:
         return ""
@@ -342,8 +351,6 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
     shape = None if mask is None else sizes_of(mask)
     if mask is None or shape is None:
         return "its mask was not recorded by Dynamo"
-    if len(shape) >= 2 and shape[-2] != 1 and mask.stride(-2) != 0:
-        return "its mask depends on the query"
     if not shape or len(shape) > 4 or shape[-1] != site.kv_tokens:
         return f"its mask has shape {shape}"
     if mask.requires_grad:

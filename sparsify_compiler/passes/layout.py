@@ -114,13 +114,14 @@ def infer_layouts(
         seen = followed.sites.get(node) or _unseen(site)
         given = None if grid is None else place_grid(seen, followed.embeddings, grid, text)
         kind, layout = given or read_layout(seen, followed.embeddings)
-        node.meta["site"] = replace(site, kind=kind)
+        rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
+        node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
     if grid is not None and not part:
         check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
-        used = [known.labels[2] for site in sparse for known in site]
+        used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
         gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
 
@@ -193,7 +194,7 @@ def _largest(parts: Sequence[Label]) -> int:
 
 def _not_the_same(site: Site) -> str:
     """The reason why keys are not the tokens of the queries, or ""; conditions 6 and 7 of the module."""
-    query, key = site
+    query, key = site.query, site.key
     if query.labels[2] != key.labels[2]:
         return "keys are not the tokens of the queries"
     if not _same_videos(query, key):

@@ -43,7 +43,7 @@ class Part:
 
     name: str
     like: tuple[Any, ...]
-    """Heads, tokens and sizes."""
+    """Heads, tokens, sizes and the kind of mask."""
     kind: SiteKind
     layout: TokenLayout
     entry: Any
@@ -53,11 +53,11 @@ class Part:
 
     def as_dense(self, reason: str) -> AttentionPlan:
         """The plan of an attention that ran in no graph."""
-        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
+        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, mask = self.like
         site = AttentionSite(
             name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
             kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
-            kind=self.kind,
+            kind=self.kind, mask=mask,
         )  # fmt: skip
         return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
 
