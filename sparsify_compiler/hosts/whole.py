@@ -110,7 +110,7 @@ def _traced(
                 layout = node.meta.get("layout") or TokenLayout(tokens=site.q_tokens)
                 found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
-            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
+            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"][:2], strict=True):
                 for tensor, end in zip(tensors, ends, strict=True):
                     if isinstance(tensor, Tensor) and end is not None:
                         tracker.receive(tensor, end)

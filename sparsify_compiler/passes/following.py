@@ -34,6 +34,14 @@ class Site(NamedTuple):
     """The rows of its mask, with those that are alike; empty without a mask."""
 
 
+class Ends(NamedTuple):
+    """Everything known about the inputs and the outputs of a graph after it ran; None for values but tensors."""
+
+    inputs: list[End | None]
+    outputs: list[End | None]
+    tracker: AxisTracker
+
+
 class Followed(NamedTuple):
     """The axes found in a graph."""
 
@@ -43,8 +51,7 @@ class Followed(NamedTuple):
     """The source of the axes of every tensor among the inputs."""
     embeddings: set[Embedding]
     """Every product of graph inputs with weights."""
-    ends: tuple[list[End | None], list[End | None]]
-    """(everything known about the inputs, about the outputs) after the graph; None for other values."""
+    ends: Ends
 
 
 def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:
@@ -77,7 +84,7 @@ def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None 
                 for some in (values, outputs)
             ]
     torch.set_grad_enabled(grad_enabled)
-    return Followed(sites, sources, tracker.embeddings, (ends[0], ends[1]))
+    return Followed(sites, sources, tracker.embeddings, Ends(ends[0], ends[1], tracker))
 
 
 def _fake_inputs(values: Sequence[Any]) -> list[Any]:

@@ -88,6 +88,7 @@ def infer_layouts(
     text: Text | None = None,
     part: bool = False,
     within: tuple[AxisTracker, Sequence[Any]] | None = None,
+    ends: bool = False,
 ) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
@@ -98,14 +99,14 @@ def infer_layouts(
         text: (before, after), only with `grid`: numbers of other tokens that a sequence may have before and after
             the video.
         part: whether the graph may be a part of a model, which need not have the grid.
-        within: the tracker of a call of a whole model, and the tensors that the graph gets there. `meta["ends"]` is
-            then (everything known about the inputs, about the outputs) after the graph.
+        within: the tracker of a call of a whole model, and the tensors that the graph gets there.
+        ends: whether `meta["ends"]` is needed, the `Ends` of the graph, where it has no attention either.
 
     Raises:
         GridError: no attention of the graph can have the grid.
     """
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
-    if not nodes and within is None:
+    if not nodes and within is None and not ends:
         return gm
     followed = follow(gm, within)
     gm.meta["ends"] = followed.ends

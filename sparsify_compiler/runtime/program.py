@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -195,6 +195,18 @@ class PlannedGraph:
         return run(*inputs)
 
 
+class Handover(Protocol):
+    """Labels that a graph receives from other graphs, and those that it leaves; see `passes/handover.py`."""
+
+    receives: bool
+
+    def receive(self, args: Sequence[Any]) -> Any:
+        """The graph with its plan under the labels of these inputs."""
+
+    def leave(self, graph: Any, args: Sequence[Any], outputs: Any) -> None:
+        """Give the outputs of a call the labels that they have in this graph."""
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
     """A graph and its plans. Dynamo calls it instead of the model's code.
@@ -214,6 +226,12 @@ class Program:
     """The place of each attention, in order."""
     plan_as: Callable[[Parts], PlannedGraph]
     """Plans the graph as parts of a model."""
+    handover: Handover | None = None
+    """Labels from and to other graphs, outside of any applied model."""
+    planned_as: Callable[[Any], PlannedGraph] | None = None
+    """Compiles a graph that `handover` returned."""
+    tell: Callable[[GraphPlan], None] | None = None
+    """Warns about dense attention, at the first call of a graph that may receive labels."""
     _planned: dict[Hashable, PlannedGraph] = field(default_factory=dict)
     _renamed: dict[tuple[PlannedGraph, tuple[str, ...]], GraphPlan] = field(default_factory=dict)
 
@@ -230,7 +248,16 @@ class Program:
         """
         call = open_call()
         if call is None:
-            return self._run(self.own, args, None, ())
+            if self.handover is None:
+                return self._run(self.own, args, None, ())
+            graph = self.handover.receive(args)
+            planned = self._under(graph)
+            if self.tell is not None:
+                self.tell(planned.plan)
+                self.tell = None
+            result = self._run(planned, args, None, ())
+            self.handover.leave(graph, args, result)
+            return result
         names, planned = call.names(self.places, args), self.own
         if any(one.may_be_video for one in self.places) and not self._is_whole(call, args):
             names, parts = call.parts(self.places, names)
@@ -239,6 +266,17 @@ class Program:
                     self._planned[parts] = self.plan_as(parts)
                 planned = self._planned[parts]
         return self._run(planned, args, call, names)
+
+    def _under(self, graph: Any) -> PlannedGraph:
+        """The plan of a graph that `handover` returned."""
+        plan: GraphPlan = graph.meta["plan"]
+        if plan == self.own.plan or self.planned_as is None:
+            return self.own
+        if plan not in self._planned:
+            self._planned[plan] = self.planned_as(graph)
+        planned = self._planned[plan]
+        # Without a Parameter, the layers that share the program would share a clock and a state.
+        return self.own if planned.clocked and self.inputs.owner is None else planned
 
     def _is_whole(self, call: ModelCall, args: Sequence[Any]) -> bool:
         """Whether the graph is the whole model: it gets no tensor from other parts, and no graph comes after it."""
