@@ -164,6 +164,8 @@ def explain(
     Raises:
         SparsifyError: options are wrong or do not fit the model.
     """
+    if not callable(model):
+        raise SparsifyError(f"explain needs a module or function that it can call, got {model!r}")
     options = _torch.options_of(model) if options is None else options
     config = configure(options)
     device = _device_type(device)

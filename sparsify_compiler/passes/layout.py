@@ -27,7 +27,9 @@ distinguishes time, rows and columns, since a graph shows nothing else. A graph 
 of tokens before a graph break: a mesh of positions added after the break is believed.
 """
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -58,6 +60,7 @@ from sparsify_compiler.passes.following import Site, follow
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
+log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
 Text = tuple[int, int]
 Read = tuple[SiteKind, TokenLayout]
@@ -114,7 +117,10 @@ def infer_layouts(
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
         given = None if grid is None else place_grid(seen, followed.embeddings, grid, text)
-        kind, layout = given or read_layout(seen, followed.embeddings)
+        inferred = read_layout(seen, followed.embeddings)
+        kind, layout = given or inferred
+        if given is not None and inferred[1].grid not in (None, grid):
+            _say_replaced(grid, inferred[1].grid)
         rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
         node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
@@ -125,6 +131,11 @@ def infer_layouts(
         used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
         gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
+
+
+@functools.cache
+def _say_replaced(grid: Grid | None, inferred: Grid | None) -> None:
+    log.warning("sparsify uses the given grid %s in place of %s, which the graph shows", grid, inferred)
 
 
 def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
