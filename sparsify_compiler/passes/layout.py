@@ -51,13 +51,13 @@ from sparsify_compiler.passes.axes import (
     is_blank,
     joined,
     length,
-    share_axis,
 )
 from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.following import Site, follow
 from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
 log = logging.getLogger("sparsify_compiler")
