@@ -2,10 +2,10 @@
 noticed.
 
 A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the tracker that calls rules
-(`passes/axis_tracker.py`), of the algebra of labels (`passes/axes.py`), of labels that meet (`passes/meeting.py`), of
-the effect of writes on labels (`passes/axis_writes.py`), of the run on fake tensors (`passes/following.py`) or of the
-conditions of a layout (`passes/layout.py`). It is caught if a case of the fuzzer becomes wrong, crashes or loses its grid, or if a test
-fails. The names of mutants that survive are printed.
+(`passes/axis_tracker.py`), of the algebra of labels (`passes/axes.py`), of labels that meet
+(`passes/meeting.py`), of the effect of writes on labels (`passes/axis_writes.py`), of the run on fake tensors
+(`passes/following.py`) or of the conditions of a layout (`passes/layout.py`). It is caught if a case of the
+fuzzer becomes wrong, crashes or loses its grid, or if a test fails. The names of mutants that survive are printed.
 """
 
 import argparse

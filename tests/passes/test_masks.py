@@ -320,3 +320,17 @@ def test_slices_said_to_be_alike_are_equal(seed: int) -> None:
                         claims += content in first
                         assert torch.equal(first.setdefault(content, one), one)
     assert claims > 500
+
+
+def test_a_write_and_another_number_change_the_content() -> None:
+    tracker, x = AxisTracker(), torch.randn(1, 6)
+    tracker.alike.put_input(x, "x")
+    with tracker:
+        row, some, zeros = x.clone(), torch.ones(3, 6) > 0, torch.zeros(3, 6)
+        before = row + zeros
+        row[0, 0] = 5.0
+        written = torch.cat([before, row + zeros])
+        filled = torch.cat([zeros.masked_fill(some, 1.0), zeros.masked_fill(some, 2.0)])
+        alike = torch.cat([zeros.masked_fill(some, 1.0), zeros.masked_fill(some, 1.0)])
+    sizes = [[piece.size for piece in tracker.alike.of(one)[0]] for one in (written, filled, alike)]
+    assert sizes == [[3, 3], [3, 3], [6]]
