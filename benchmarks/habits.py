@@ -352,7 +352,9 @@ class Attentions(TorchFunctionMode):
                 ):
                     frame = frame.f_back
                 owner = next(
-                    one for one in frame.f_locals.values() if isinstance(one, nn.Module) and id(one) in self.paths
+                    one
+                    for one in frame.f_locals.values()
+                    if isinstance(one, nn.Module) and id(one) in self.paths
                 )
                 self.found.add(self.paths[id(owner)])
         return func(*args, **(kwargs or {}))

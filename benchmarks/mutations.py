@@ -2,10 +2,10 @@
 noticed.
 
 A mutant is a broken copy of a rule (`passes/axis_rules.py`), of the tracker that calls rules
-(`passes/axis_tracker.py`), of the algebra of labels (`passes/axes.py`), of the effect of writes on labels
-(`passes/axis_writes.py`), of the run on fake tensors (`passes/following.py`) or of the conditions of a layout
-(`passes/layout.py`). It is caught if a case of the fuzzer becomes wrong, crashes or loses its grid, or if a test
-fails. The names of mutants that survive are printed.
+(`passes/axis_tracker.py`), of the algebra of labels (`passes/axes.py`), of labels that meet
+(`passes/meeting.py`), of the effect of writes on labels (`passes/axis_writes.py`), of the run on fake tensors
+(`passes/following.py`) or of the conditions of a layout (`passes/layout.py`). It is caught if a case of the
+fuzzer becomes wrong, crashes or loses its grid, or if a test fails. The names of mutants that survive are printed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.fuzz import quiet
 from benchmarks.harness import write_json
-from sparsify_compiler.passes import axes, axis_rules, axis_tracker, axis_writes, following, layout
+from sparsify_compiler.passes import axes, axis_rules, axis_tracker, axis_writes, following, layout, meeting
 from sparsify_compiler.passes.axes import Label, fresh, length
 from sparsify_compiler.passes.axis_rules import RULES, Rule
 from sparsify_compiler.passes.axis_tracker import AxisTracker
@@ -55,7 +55,7 @@ TESTS = tuple(
     )
 )
 """Tests in the order in which they run, up to the first that fails."""
-MODULES: tuple[ModuleType, ...] = (axes, axis_rules, axis_tracker, axis_writes, following, layout)
+MODULES: tuple[ModuleType, ...] = (axes, meeting, axis_rules, axis_tracker, axis_writes, following, layout)
 SECONDS = 20
 """Seconds after which a case counts as hanging."""
 

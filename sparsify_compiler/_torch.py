@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
+log = logging.getLogger(__name__)
 DIRECTORY = str(Path(torch.__file__).parent)
 """The folder of PyTorch's own files."""
 
@@ -190,11 +191,19 @@ def constant_numbers(chosen: Callable[[str], bool]) -> dict[str, int | float]:
         if guard.create_fn_name() in ("CONSTANT_MATCH", "EQUALS_MATCH") and chosen(name):
             try:
                 value = eval(name, scope)  # as the guard itself reads it
-            except Exception:
+            except Exception as error:  # the guard reads a name that only its own scope has
+                log.debug("the value of %s is not known: %s: %s", name, type(error).__name__, error)
                 continue
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 found[name] = value
     return found
+
+
+def is_allowed_in_graph(function: object) -> bool:
+    """Whether `torch.compiler.allow_in_graph` makes Dynamo keep a function as one call."""
+    from torch._dynamo.trace_rules import is_callable_allowed
+
+    return callable(function) and is_callable_allowed(function)
 
 
 def is_model_tensor(placeholder: fx.Node) -> bool:

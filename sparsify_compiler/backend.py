@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice,
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
+from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.places import find_places, fix_tokens
@@ -25,6 +27,7 @@ from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Vari
 from sparsify_compiler.runtime.site import functions_of
 
 DEFAULT_METHOD = "svg2"
+FOLLOWS = "sparsify_compiler.apply(model) follows the tokens through all graphs of a model"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
 WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
 """Options that may be given with a policy."""
@@ -54,7 +57,11 @@ def sparsify(
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
     if open_call() is None:  # the call of an applied model says more, and once for all its graphs
-        _tell(program.plan, config, options or {}, _torch.graph_break(gm))
+        tell = partial(_tell, config=config, options=options or {}, end=_torch.graph_break(gm))
+        if program.handover is not None and program.handover.receives:
+            program.tell = partial(tell, after_a_break=True)
+        else:
+            tell(program.plan)
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: after it, other shapes run uncompiled "
@@ -72,9 +79,13 @@ def _program(
 ) -> Program:
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
-    analysed = pipeline.analyse(gm, config, part=in_a_model)
-    if in_a_model:
+    leaves = not in_a_model and may_leave(gm)
+    analysed = pipeline.analyse(gm, config, part=in_a_model, ends=leaves)
+    receives = not in_a_model and may_receive(analysed)
+    if in_a_model or receives:
         fix_tokens(analysed)
+    if leaves:
+        fix_videos(analysed)
     # In training, time steps are random, and checkpointing may run a forward pass again.
     with_gradients = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
@@ -110,6 +121,8 @@ def _program(
         inputs=find_inputs(gm),
         own=own,
         ends_early=_torch.graph_break(gm) is not None,
+        handover=Handover(analysed, config, receives, leaves) if receives or leaves else None,
+        planned_as=planned_as,
         places=find_places(analysed, gm),
         plan_as=lambda parts, trains: planned_as(
             analysed if parts is None else pipeline.plan_as(analysed, config, parts), trains
@@ -197,12 +210,17 @@ def reads_more_or_less(far_field: str) -> str:
 
 
 def _tell(
-    plan: GraphPlan, config: SparsifyConfig, options: Mapping[str, Any], end: _torch.GraphBreak | None
+    plan: GraphPlan,
+    config: SparsifyConfig,
+    options: Mapping[str, Any],
+    end: _torch.GraphBreak | None,
+    after_a_break: bool = False,
 ) -> None:
     """Warn once about dense attention and about the default method.
 
     Args:
         end: the graph break that ended the graph before the end of the code.
+        after_a_break: whether the graph gets tensors from another graph of the model.
     """
     if options.get("method") == "dense":
         return
@@ -210,6 +228,8 @@ def _tell(
     causes = "; ".join(f"{reason} ({count})" for reason, count in left.items())
     if not plan.sparse and options.get("policy") is None:
         what = f" Its {len(plan)} attention calls: {causes}." if left else f" {end}." if end else ""
+        if left and after_a_break:
+            what += f" The graph follows a graph break: {FOLLOWS}."
         warn_once(
             f"sparsify found no attention to rewrite in a graph: the graph is compiled unchanged.{what} "
             "sparsify_compiler.explain(model, ...) shows why."

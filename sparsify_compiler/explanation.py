@@ -12,11 +12,12 @@ import torch
 from torch import fx
 
 from sparsify_compiler import _torch, pictures
-from sparsify_compiler.backend import configure, reads_more_or_less
+from sparsify_compiler.backend import FOLLOWS, configure, reads_more_or_less
 from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
@@ -163,6 +164,8 @@ def explain(
     Raises:
         SparsifyError: options are wrong or do not fit the model.
     """
+    if not callable(model):
+        raise SparsifyError(f"explain needs a module or function that it can call, got {model!r}")
     options = _torch.options_of(model) if options is None else options
     config = configure(options)
     device = _device_type(device)
@@ -176,7 +179,10 @@ def explain(
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
             try:
-                analysed = pipeline.analyse(gm, config, device=device)
+                leaves = may_leave(gm)
+                analysed = pipeline.analyse(gm, config, device=device, ends=leaves)
+                handover = Handover(analysed, config, may_receive(analysed), leaves, device)
+                number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
             except OSError as error:
@@ -188,7 +194,19 @@ def explain(
         except SparsifyError as error:
             errors.append(error)
             raise _torch.unwrapped(error) from None
-        return uncompiled.in_graph()(gm.forward)
+
+        def run(*inputs: Any) -> Any:
+            try:
+                graph = handover.receive(inputs)
+            except SparsifyError as error:
+                errors.append(error)
+                raise
+            plans[number], passes[number] = graph_plan(graph), graph.meta["reports"]
+            outputs = gm.forward(*inputs)
+            handover.leave(graph, inputs, outputs)
+            return outputs
+
+        return uncompiled.in_graph()(run)
 
     try:
         gradients = nullcontext() if getattr(model, "training", False) else torch.no_grad()
@@ -221,7 +239,7 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
     if not graphs:
         yield "Dynamo compiled nothing: is the model wrapped in torch.compiler.disable?"
     if len(graphs) > 1:
-        yield "the model breaks into several graphs; torch.compile(..., fullgraph=True) shows where."
+        yield f"the model breaks into several graphs; torch.compile(..., fullgraph=True) shows where. {FOLLOWS}."
     slow = next((plan for plan in plans if plan.provider == "reference"), None)
     if slow is not None and options.get("provider") != "reference":
         yield f"provider reference is slow; {slow.site.name} uses it because: {slow.reason}"

@@ -14,10 +14,18 @@ ROOT = "attention"
 TIME_STEP = re.compile(r"timesteps?|time|t|sigmas?|noise_levels?")
 """The names of the time step among the inputs of models, in lower case."""
 
+_KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
+"""Part of the name of operators that compute attention, in any library."""
+
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules in which PyTorch wraps other modules, anywhere in a model."""
 
 Path = tuple[str, ...]
+
+
+def is_attention_kernel(name: str) -> bool:
+    """Whether an operator of this name computes attention."""
+    return _KERNEL.search(name) is not None
 
 
 class Aligned(NamedTuple):

@@ -41,8 +41,12 @@ class AttentionSite:
     """Device type, e.g. `cuda`."""
     scale: float
     """Factor on the scores; 1/sqrt(head_dim) unless the model gives one."""
-    mask: Literal["none", "key"] = "none"
-    """`key`: a padding mask or additive bias that depends on the key alone."""
+    mask: Literal["none", "key", "query"] = "none"
+    """`key`: a padding mask or additive bias that depends on the key alone. `query`: one with a row for each query;
+    where all queries of the video have equal rows, these are a mask of keys."""
+    rows: tuple[tuple[int, str], ...] = ()
+    """The rows of a mask of kind `query`: (number of neighbouring rows, cause of a difference between them, empty
+    where all of them are equal). Neighbouring entries differ."""
     spelling: Spelling = "sdpa"
     """The model's spelling: a call of SDPA, a call of FlexAttention, or softmax(q kᵀ) v by hand."""
     kind: SiteKind = "unknown"
@@ -199,7 +203,7 @@ class Part:
 
     name: str
     like: tuple[Any, ...]
-    """Heads, tokens and sizes."""
+    """Heads, tokens, sizes and the kind of mask."""
     kind: SiteKind
     layout: TokenLayout
     entry: Entry | None
@@ -209,11 +213,11 @@ class Part:
 
     def as_dense(self, reason: str) -> AttentionPlan:
         """The plan of an attention that ran in no graph."""
-        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
+        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim, mask = self.like
         site = AttentionSite(
             name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
             kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
-            kind=self.kind,
+            kind=self.kind, mask=mask,
         )  # fmt: skip
         return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
 

@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sparsify_compiler import _torch
-from sparsify_compiler.names import ROOT, without_wrappers
-from sparsify_compiler.passes.capture import is_attention_kernel
+from sparsify_compiler.names import ROOT, is_attention_kernel, without_wrappers
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
 
 _PRODUCTS = (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default)

@@ -343,3 +343,9 @@ def test_nothing_compiled_is_told():
     explained = sparsify_compiler.explain(torch.compiler.disable(lambda x: x + 1), torch.randn(3))
     assert explained.graphs == 0
     assert "Dynamo compiled nothing" in str(explained)
+
+
+@pytest.mark.parametrize("model", [None, "wan"])
+def test_something_that_cannot_be_called(model):
+    with pytest.raises(sparsify_compiler.SparsifyError, match=f"needs a module or function.*got {model!r}"):
+        sparsify_compiler.explain(model)

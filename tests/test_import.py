@@ -19,9 +19,9 @@ ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
     {"cli"},
     {"lab"},
-    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "uncompiled", "training", "export"},
+    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "training", "export"},
     {"backend", "measured"},
-    {"passes"},
+    {"passes", "uncompiled"},
     {"runtime", "policy"},
     {"methods"},
     {"kernels"},

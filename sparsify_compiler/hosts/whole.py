@@ -151,7 +151,7 @@ def _traced(
     tracker, uncompiled = _Tracker(), Uncompiled(module)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
-            tracker.put_input(tensor, False)
+            tracker.put_input(tensor, False, "of the model")
     for tensor in (*module.parameters(), *module.buffers()):
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
@@ -177,10 +177,10 @@ def _traced(
                 name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
-            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
-                for tensor, known in zip(tensors, ends, strict=True):
-                    if isinstance(tensor, Tensor) and known is not None:
-                        tracker.put(tensor, known)
+            for tensors, ends in zip((inputs, outputs), analysed.meta["ends"][:2], strict=True):
+                for tensor, end in zip(tensors, ends, strict=True):
+                    if isinstance(tensor, Tensor) and end is not None:
+                        tracker.receive(tensor, end)
             return outputs
 
         return tracker.in_graph()(uncompiled.in_graph()(run))

@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
 
 _serials = itertools.count()
 
@@ -93,7 +92,7 @@ class Atom:
         """Precedence of the run's claim about the place of a token: where two labels meet, the higher rank wins."""
         if self.source.kind == "input":
             patches = self.stride > 1 and self.extent is None
-            return 6 if patches or self.size == self.source.sizes[self.dim] else _PIECE
+            return 6 if patches or self.size == self.source.sizes[self.dim] else PIECE
         return _RANKS[self.source.kind]
 
     @property
@@ -115,9 +114,11 @@ class Atom:
         return kind == "part" or (kind == "input" and self.dim == 0) or self.source.of_batch
 
 
-_PIECE = 3
+PIECE = 3
+"""The rank of a run over a part of an input's axis."""
 _RANKS = {"lost": 8, "conv": 7, "opaque": 5, "part": 5, "position": 4, "weight": 2, "repeat": 1, "blank": 0}
-_CONV = _RANKS["conv"]
+CONV = _RANKS["conv"]
+"""The rank of an axis of a convolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +200,12 @@ def is_blank(label: Label) -> bool:
 # Runs along one axis: split, joined, cut.
 
 
-def _split(atom: Factor, outer: int) -> tuple[Atom, Atom] | None:
+def split(atom: Factor, outer: int) -> tuple[Atom, Atom] | None:
     """(run of `outer` positions, run inside each of them) of a factor, or None where the split is not exact."""
     if isinstance(atom, Cat) or atom.size % outer:
         return None
     inner = atom.size // outer
-    also = [_split(claim, outer) for claim in atom.also]
+    also = [split(claim, outer) for claim in atom.also]
     if None in also or (atom.extent is not None and (atom.offset % inner or atom.extent % inner)):
         return None
     halves = list(zip(*also, strict=True)) or [(), ()]
@@ -294,7 +295,7 @@ def joined(label: Iterable[Factor]) -> Label:
     return tuple(done)
 
 
-def _proper(label: Label) -> list[Factor]:
+def proper(label: Label) -> list[Factor]:
     """The factors longer than 1."""
     return [factor for factor in label if factor.size > 1]
 
@@ -317,13 +318,13 @@ def reshape(labels: Sequence[Label], old: Sequence[int], new: Sequence[int]) -> 
         have = 1
         while have < size:
             while not pending:
-                pending = _proper(labels[i])
+                pending = proper(labels[i])
                 i += 1
             factor = pending.pop(0)
             if size % (have * factor.size) == 0:
                 taken.append(factor)
                 have *= factor.size
-            elif size % have == 0 and (halves := _split(factor, size // have)):
+            elif size % have == 0 and (halves := split(factor, size // have)):
                 taken.append(halves[0])
                 pending.insert(0, halves[1])
                 have = size
@@ -412,203 +413,3 @@ def pick(label: Label, index: int) -> list[Atom]:
                 break
             at -= length(part)
     return found[::-1]
-
-
-# Labels that meet.
-
-
-def merge(a: Label, b: Label) -> Label:
-    """The label of a dimension where two tensors meet element by element: the claims of both, if they agree.
-
-    The axes of a convolution alone fix the place of a token, so they are kept without other claims. Of two
-    convolutions the axes of the first are kept.
-    """
-    if a == b or (is_blank(b) and _rank(a) >= _rank(b)):
-        return a if a else b
-    if is_blank(a):
-        return b
-    assert length(a) == length(b)
-    if (pairs := aligned(a, b)) is not None:
-        if _elsewhere(a, b, pairs):
-            return unknown(length(a), a, b)
-        return joined([factor for x, y in pairs for factor in _meet(x, y)])
-    kinds = [{atom.source.kind for atom in atoms(label)} for label in (a, b)]
-    best = max(_rank(a), _rank(b))
-    if best != _CONV or all(kind & {"conv", "position"} for kind in kinds):
-        return unknown(length(a), a, b)  # the labels disagree about the place of the tokens
-    return a if _rank(a) == best else b
-
-
-def either(a: Label, b: Label) -> Label:
-    """The label of a dimension of two tensors that are joined along another dimension: the claims that both make.
-
-    Batches of two inputs count as one batch, and the axes of two videos (latents and their mask, whose channels are
-    joined) as the axes of one.
-    """
-    if a == b or is_blank(b):
-        return a if a else b
-    if is_blank(a):
-        return b
-    pairs = aligned(a, b)
-    if pairs is None or _elsewhere(a, b, pairs):
-        return unknown(length(a), a, b)
-    return joined([factor for x, y in pairs for factor in _share(x.factor, y.factor)])
-
-
-def _elsewhere(a: Label, b: Label, pairs: "list[tuple[_Piece, _Piece]]") -> bool:
-    """Whether one label is blank where the other claims an axis that the first has at another place."""
-    return any(
-        (is_blank((x.factor,)) and axes_of((y.factor,)) & axes_of(a))
-        or (is_blank((y.factor,)) and axes_of((x.factor,)) & axes_of(b))
-        for x, y in pairs
-    )
-
-
-def implies(label: Label, other: Label) -> bool:
-    """Whether `label` makes every claim of `other`, about the same positions."""
-    if label == other:
-        return True
-    pairs = aligned(label, other)
-    if pairs is None or not single([other]) <= single([label]):
-        return False
-    return all(_covers(x.factor, y.factor) for x, y in pairs)
-
-
-def _rank(label: Label) -> int:
-    return max((atom.rank for atom in atoms(label)), default=0)
-
-
-class _Piece(NamedTuple):
-    """A factor and its rank, which is lower where the factor was cut to meet the other label's."""
-
-    factor: Factor
-    rank: int
-
-
-def aligned(a: Label, b: Label) -> list[tuple[_Piece, _Piece]] | None:
-    """Both labels cut into factors of equal sizes, or None where their sizes do not divide each other."""
-    left, right = ([_Piece(factor, _rank((factor,))) for factor in _proper(label)] for label in (a, b))
-    pairs = []
-    while left and right:
-        x, y = left.pop(0), right.pop(0)
-        if x.factor.size == y.factor.size:
-            pairs.append((x, y))
-            continue
-        small, big, rest = (x, y, right) if x.factor.size < y.factor.size else (y, x, left)
-        halves = _split(big.factor, small.factor.size)
-        if halves is None:
-            return None
-        known = isinstance(big.factor, Atom) and big.factor.source.kind in ("input", "position")
-        rank = min(big.rank, _PIECE) if known else big.rank
-        outer, inner = (_Piece(half, rank) for half in halves)
-        rest.insert(0, inner)
-        pairs.append((x, outer) if small is x else (outer, y))
-    return pairs
-
-
-def _meet(a: _Piece, b: _Piece) -> Label:
-    """One factor of `merge`."""
-    x, y = a.factor, b.factor
-    if isinstance(x, Atom) and isinstance(y, Atom):
-        if a.rank == b.rank and x.source.kind == y.source.kind == "input":
-            return _meet_atoms(*sorted((x, y), key=precedence))
-        return _meet_atoms(x, y) if a.rank >= b.rank else _meet_atoms(y, x)
-    if isinstance(x, Cat) and isinstance(y, Cat):
-        if (parts := common_parts(x, y)) is not None:
-            return cat([merge(p, q) for p, q in parts])
-        if (a.rank == _CONV) == (b.rank == _CONV):
-            return unknown(x.size, (x,), (y,))
-        return (x,) if a.rank == _CONV else (y,)
-    run, parts_of = (x, y) if isinstance(x, Atom) else (y, x)
-    assert isinstance(run, Atom)
-    assert isinstance(parts_of, Cat)
-    if run.source.kind not in ("input", "position", "weight"):
-        rank = a.rank if x is run else b.rank
-        ranks = [_rank(part) for part in parts_of.parts]
-        # Otherwise part by part: a known text says nothing about the rest.
-        if rank > max(ranks) or rank < min(ranks):
-            return (run,) if rank > max(ranks) else (parts_of,)
-    starts = itertools.accumulate(map(length, parts_of.parts), initial=0)
-    met = [
-        merge(cut((run,), at, at + length(part)), part)
-        for at, part in zip(starts, parts_of.parts, strict=False)
-    ]
-    return cat(met)
-
-
-def _meet_atoms(best: Atom, other: Atom) -> Label:
-    """The claims of two runs together; the rank of the first is not below that of the second."""
-    if other.blank:
-        return (best,)
-    if any(_clash(p, q) for p in best.claims for q in other.claims):
-        return unknown(best.size, (best,), (other,))
-    if best.source.kind == "conv":
-        return (best,)
-    claims = [*best.also, *other.claims]
-    also = {claim for claim in claims if claim.source.kind in ("input", "position")}
-    if best.source.kind == "input":  # of unknown tokens it keeps their identity
-        also |= set([claim for claim in claims if claim.source.kind in ("opaque", "part")][:1])
-    return (replace(best, also=frozenset(also - {replace(best, also=frozenset())})),)
-
-
-def _clash(x: Atom, y: Atom) -> bool:
-    """Whether two claims have one origin in two orders: then the result of the meeting has no order."""
-    if x.source is y.source:
-        return x != y
-    return y.axis in x.source.roots or x.axis in y.source.roots
-
-
-def precedence(atom: Atom) -> tuple[int, int, int]:
-    """Orders claims: the highest rank first, then the source with most dimensions, then the oldest source."""
-    return -atom.rank, -len(atom.source.sizes), atom.source.serial
-
-
-def _share(x: Factor, y: Factor) -> Label:
-    """One factor of `either`."""
-    if x == y or is_blank((y,)):
-        return (x,)
-    if is_blank((x,)):
-        return (y,)
-    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := common_parts(x, y)) is not None:
-        return cat([either(p, q) for p, q in parts])
-    if isinstance(x, Atom) and isinstance(y, Atom):
-        if common := sorted(x.claims & y.claims, key=precedence):
-            return (replace(common[0], also=frozenset(common[1:])),)
-        for p, q in itertools.product(x.claims, y.claims):
-            if _twins(p, q):
-                return (min(p, q, key=precedence),)
-    return unknown(x.size, (x,), (y,))
-
-
-def _twins(x: Atom, y: Atom) -> bool:
-    """Whether two claims differ only in their input, and are of the batches of both or of axes of two videos."""
-    inputs = x.source.kind == y.source.kind == "input" and x.source is not y.source
-    videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4
-    alike = replace(x, source=y.source, dim=y.dim) == y
-    return inputs and alike and (x.dim == y.dim == 0 or (videos and 0 not in (x.dim, y.dim)))
-
-
-def _covers(x: Factor, y: Factor) -> bool:
-    """One factor of `implies`."""
-    if x == y or is_blank((y,)):
-        return True
-    if isinstance(x, Cat) and isinstance(y, Cat) and (parts := common_parts(x, y)) is not None:
-        return all(implies(p, q) for p, q in parts)
-    return isinstance(x, Atom) and isinstance(y, Atom) and y.claims <= x.claims
-
-
-def common_parts(x: Cat, y: Cat) -> list[tuple[Label, Label]] | None:
-    """Both concatenations cut at the boundaries of both; None if a cut would divide a part of several factors."""
-    ends = [list(itertools.accumulate(map(length, factor.parts))) for factor in (x, y)]
-    edges = sorted({0, *ends[0], *ends[1]})
-    for factor, own in zip((x, y), ends, strict=True):
-        for part, end in zip(factor.parts, own, strict=True):
-            if len(part) > 1 and any(end - length(part) < edge < end for edge in edges):
-                return None
-    spans = itertools.pairwise(edges)
-    return [(cut((x,), start, stop), cut((y,), start, stop)) for start, stop in spans]
-
-
-def share_axis(a: Label, b: Label) -> bool:
-    """Whether two labels run over parts of one axis."""
-    return bool({atom.axis for atom in atoms(a)} & {atom.axis for atom in atoms(b)})

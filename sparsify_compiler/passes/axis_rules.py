@@ -22,16 +22,15 @@ from sparsify_compiler.passes.axes import (
     axis,
     cat,
     cut,
-    either,
     fresh,
     is_blank,
     length,
-    merge,
     pick,
     reshape,
     unknown,
 )
 from sparsify_compiler.passes.axis_writes import Known
+from sparsify_compiler.passes.meeting import either, merge
 
 Rule = Callable[..., list[Label]]
 RULES: dict[str, Rule] = {}

@@ -7,13 +7,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsify_compiler.passes.alike import AlikeSlices, Pieces
 from sparsify_compiler.passes.axes import (
     Atom,
     Label,
@@ -38,6 +39,15 @@ class Embedding:
     summed: frozenset[Atom]
 
 
+class End(NamedTuple):
+    """Everything known about an input or an output of a graph after it ran."""
+
+    known: Known
+    alike: list[Pieces]
+    written: bool
+    """Whether its memory was written to."""
+
+
 class AxisTracker(TorchDispatchMode):
     """Labels every tensor that operators under this mode make or write to."""
 
@@ -50,6 +60,8 @@ class AxisTracker(TorchDispatchMode):
         """The positions from which the current rule takes its output."""
         self.positions: dict[int, Source] = {}
         """Length -> its source: a mesh made once for queries and once for keys is the same mesh."""
+        self.alike = AlikeSlices()
+        """The slices of every tensor that are equal: a mask whose rows are alike is a mask of keys."""
         self.embeddings: set[Embedding] = set()
         """All embeddings met so far."""
 
@@ -70,11 +82,21 @@ class AxisTracker(TorchDispatchMode):
         self._set(tensor, known)
         self._memory.setdefault(_storage(tensor), []).append(ref(tensor))
 
-    def put_input(self, tensor: Tensor, is_weight: bool) -> Source:
+    def put_input(self, tensor: Tensor, is_weight: bool, name: str = "") -> Source:
         """Label an input, or a weight, by its own axes."""
+        self.alike.put_input(tensor, name)
         source = Source("weight" if is_weight else "input", tuple(tensor.shape))
         self.put(tensor, Known([axis(source, dim) for dim in range(tensor.dim())]))
         return source
+
+    def end_of(self, tensor: Tensor) -> End:
+        """Everything known about a tensor, for the tracker of another graph."""
+        return End(self.known(tensor), self.alike.of(tensor), self.alike.is_written(tensor))
+
+    def receive(self, tensor: Tensor, end: End) -> None:
+        """Set the knowledge about a tensor to that of another tracker."""
+        self.put(tensor, end.known)
+        self.alike.put(tensor, end.alike, written=end.written)
 
     def take(self, positions: Iterable[Atom]) -> None:
         """Record, for a rule, the positions from which its output is taken, along axes that it does not have."""
@@ -95,6 +117,7 @@ class AxisTracker(TorchDispatchMode):
         lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
         for tensor, after in zip(tensors, lost, strict=True):
             self._spread(tensor, after)
+            self.alike.lose(tensor)
 
     def _set(self, tensor: Tensor, known: Known) -> None:
         assert [length(label) for label in known.labels] == list(tensor.shape), (known, tensor.shape)
@@ -113,6 +136,7 @@ class AxisTracker(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         targets = _written_arguments(func, args, kwargs)
+        self.alike.follow(func, args, kwargs, targets, result)
         for number, target in enumerate(targets):
             self._write(target, number, func, args, kwargs)
         # `blank` reads only the shapes of its operands.

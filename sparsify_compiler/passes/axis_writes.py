@@ -16,15 +16,13 @@ from sparsify_compiler.passes.axes import (
     Label,
     atoms,
     cat,
-    common_parts,
     cut,
-    implies,
     is_blank,
     joined,
     length,
-    precedence,
     unknown,
 )
+from sparsify_compiler.passes.meeting import common_parts, implies, precedence
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,17 +10,16 @@ of conditions, maps, loops and custom autograd functions.
 
 import math
 import operator
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.names import ROOT
+from sparsify_compiler.names import ROOT, is_attention_kernel
 from sparsify_compiler.passes.fx import (
     Operand,
     body_of,
@@ -28,14 +27,18 @@ from sparsify_compiler.passes.fx import (
     module_class,
     module_path,
     modules,
+    node_of,
     recorded,
+    run_call,
     sizes_of,
     tensor_of,
+    value_of,
 )
 from sparsify_compiler.passes.replay import differs
 from sparsify_compiler.passes.unfused import NotRead, Unfused, find_chain, read_chain
 from sparsify_compiler.passes.writes import reshaped_after, reshaping_nodes
 from sparsify_compiler.plan import AttentionSite, Spelling
+from sparsify_compiler.uncompiled import Uncompiled
 
 _SDPA = (
     F.scaled_dot_product_attention,
@@ -45,15 +48,13 @@ _SDPA = (
 _MODULE = (
     "inside nn.MultiheadAttention, which Dynamo keeps as one call; write it with scaled_dot_product_attention"
 )
-_KERNEL = re.compile("attention|attn|transformer_encoder_layer", re.IGNORECASE)
-"""Part of the name of operators that compute attention, in any library."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The one spelling of attention between capture and lowering; never runs.
 
-    query [B, H, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv], mask bool or additive, constant along
-    the queries.
+    query [B, H, Sq, D], key [B, Hkv, Sk, D], value [B, Hkv, Sk, Dv], mask bool or additive, broadcastable to
+    [B, H, Sq, Sk].
     """
     raise AssertionError("lowering replaces every attention node")
 
@@ -136,7 +137,7 @@ def _match(gm: fx.GraphModule, node: fx.Node) -> Call | None:
         return Call(node=node, refusal=_MODULE)
     if chain is not None:
         return _unfused(gm, chain)
-    return _flex(gm, node) or _kernel(node)
+    return _flex(gm, node) or _kernel(node) or _hidden(node)
 
 
 def _unfused(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Call:
@@ -166,26 +167,27 @@ def _flex(gm: fx.GraphModule, node: fx.Node) -> Call | None:
     assert isinstance(blocks, tuple), "the fields of a block mask"
     *numbers, q_block, kv_block, mask = blocks
     users = list(node.users)
+    tensors = [one for one in (query, key, value) if tensor_of(one) is not None]
+    if len(tensors) < 3 or not isinstance(scale, (int, float)):
+        return None
+    queries, keys = (recorded(one).shape[-2] for one in tensors[:2])
     plain = (
         others == [(), ()]
         and len(users) == 1
         and users[0] is node.next
         and (users[0].target, users[0].args[1]) == (operator.getitem, 0)
-        and isinstance(scale, (int, float))
-        and tensor_of(query) is not None
-        and tensor_of(key) is not None
         and isinstance(q_block, int)
         and isinstance(kv_block, int)
-        and q_block >= tensor_of(query).shape[-2]  # type: ignore[union-attr]
-        and kv_block >= tensor_of(key).shape[-2]  # type: ignore[union-attr]
+        and q_block >= queries
+        and kv_block >= keys
         and [getattr(one, "target", one) for one in numbers[2:6]] == [torch.ones, torch.zeros, None, None]
         and _returns_its_first(gm, score)
         and _returns_true(gm, mask)
     )
     if not plain:
         return None
-    operands = tuple(Operand(one) for one in (query, key, value))  # type: ignore[arg-type]
-    return Call(node=users[0], operands=operands, scale=scale, spelling="flex")  # type: ignore[arg-type]
+    operands = tuple(Operand(node_of(one)) for one in tensors)
+    return Call(node=users[0], operands=operands, scale=scale, spelling="flex")
 
 
 def _body(gm: fx.GraphModule, node: Any) -> tuple[list[fx.Node], Any] | None:
@@ -222,9 +224,27 @@ def _kernel(node: fx.Node) -> Call | None:
     return Call(node=node, refusal=why) if tensors else None
 
 
-def is_attention_kernel(name: str) -> bool:
-    """Whether an operator of this name computes attention."""
-    return _KERNEL.search(name) is not None
+def _hidden(node: fx.Node) -> Call | None:
+    """The call of a function that Dynamo keeps whole, if it computes attention on meta tensors."""
+    if node.op != "call_function" or not _torch.is_allowed_in_graph(node.target):
+        return None
+    inside = Uncompiled(None)
+    try:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), _on_meta)
+        with inside, torch.no_grad():
+            run_call(node, args, kwargs)
+    except Exception:  # the function may raise anything, and then it is not known to compute attention
+        return None
+    if not inside.plans:
+        return None
+    return Call(node=node, refusal=f"inside {_name(node)}, which allow_in_graph hides from the compiler")
+
+
+def _on_meta(node: fx.Node) -> Any:
+    """The value of a node, on the meta device and without symbols if it is a tensor."""
+    value = value_of(node)
+    sizes = sizes_of(value) if isinstance(value, Tensor) else None
+    return torch.empty(sizes, dtype=recorded(node).dtype, device="meta") if sizes is not None else value
 
 
 def _name(node: fx.Node) -> str:
@@ -300,7 +320,7 @@ def _site(call: Call, index: int, names: dict[str, int], place: fx.Node) -> Atte
         dtype=str(_compute_dtype(q, k, v, tensor_of(call.node))).removeprefix("torch."),
         device=q.device.type,
         scale=1 / math.sqrt(q_shape[3]) if call.scale is None else float(call.scale),
-        mask="none" if call.mask is None else "key",
+        mask=_mask_kind(call.mask),
     )
     return replace(
         site, refusal=call.refusal or _shape_refusal(site, k_shape, v_shape) or _mask_refusal(call, site)
@@ -335,6 +355,15 @@ def _shape_refusal(site: AttentionSite, key: tuple[int, ...], value: tuple[int, 
     return ""
 
 
+def _mask_kind(operand: Operand | None) -> Literal["none", "key", "query"]:
+    """Whether a mask has one row for all queries, or one for each."""
+    if operand is None:
+        return "none"
+    mask = operand.value
+    has_rows = mask is not None and mask.dim() >= 2 and mask.shape[-2] != 1 and mask.stride(-2) != 0
+    return "query" if has_rows else "key"
+
+
 def _mask_refusal(call: Call, site: AttentionSite) -> str:
     if call.mask is None:
         return ""
@@ -342,8 +371,6 @@ def _mask_refusal(call: Call, site: AttentionSite) -> str:
     shape = None if mask is None else sizes_of(mask)
     if mask is None or shape is None:
         return "its mask was not recorded by Dynamo"
-    if len(shape) >= 2 and shape[-2] != 1 and mask.stride(-2) != 0:
-        return "its mask depends on the query"
     if not shape or len(shape) > 4 or shape[-1] != site.kv_tokens:
         return f"its mask has shape {shape}"
     if mask.requires_grad:

@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify_compiler import _torch
+from sparsify_compiler.passes.alike import Pieces
 from sparsify_compiler.passes.axes import Source
-from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
+from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding, End
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
-from sparsify_compiler.passes.fx import body_of, sizes_of, strides_of, written_by
+from sparsify_compiler.passes.fx import body_of, input_name, sizes_of, strides_of, written_by
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,16 @@ class Site(NamedTuple):
 
     query: Known
     key: Known
+    rows: Pieces = ()
+    """The rows of its mask, with those that are alike; empty without a mask."""
+
+
+class Ends(NamedTuple):
+    """Everything known about the inputs and the outputs of a graph after it ran; None for values but tensors."""
+
+    inputs: list[End | None]
+    outputs: list[End | None]
+    tracker: AxisTracker
 
 
 class Followed(NamedTuple):
@@ -40,8 +51,7 @@ class Followed(NamedTuple):
     """The source of the axes of every tensor among the inputs."""
     embeddings: set[Embedding]
     """Every product of graph inputs with weights."""
-    ends: tuple[list[Known | None], list[Known | None]]
-    """(everything known about the inputs, about the outputs) after the graph; None for other values."""
+    ends: Ends
 
 
 def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:
@@ -63,18 +73,18 @@ def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None 
         with tracker:
             for place, (node, value) in enumerate(zip(placeholders, values, strict=True)):
                 if isinstance(value, Tensor) and outer is not None:
-                    tracker.put(value, outer.known(given[place]))
+                    tracker.receive(value, outer.end_of(given[place]))
                 elif isinstance(value, Tensor):
                     is_weight = isinstance(node.meta["example_value"], nn.Parameter)
-                    sources[node] = tracker.put_input(value, is_weight)
+                    sources[node] = tracker.put_input(value, is_weight, input_name(node))
             returned = _Follower(gm, tracker, sites).run(*values)
             outputs = returned if isinstance(returned, (tuple, list)) else [returned]
             ends = [
-                [tracker.known(one) if isinstance(one, Tensor) else None for one in some]
+                [tracker.end_of(one) if isinstance(one, Tensor) else None for one in some]
                 for some in (values, outputs)
             ]
     torch.set_grad_enabled(grad_enabled)
-    return Followed(sites, sources, tracker.embeddings, (ends[0], ends[1]))
+    return Followed(sites, sources, tracker.embeddings, Ends(ends[0], ends[1], tracker))
 
 
 def _fake_inputs(values: Sequence[Any]) -> list[Any]:
@@ -189,9 +199,12 @@ class _Follower(fx.Interpreter):
                 self.tracker.derive(output, tensors)
         return value
 
-    def _site(self, n: fx.Node, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    def _site(
+        self, n: fx.Node, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, _: float
+    ) -> Tensor:
         q, k, v = (self.tracker.known(t) for t in (query, key, value))
-        self.found[n] = Site(q, k)
+        has_rows = mask is not None and mask.dim() >= 2
+        self.found[n] = Site(q, k, self.tracker.alike.of(mask)[-2] if mask is not None and has_rows else ())
         out = query.new_empty(*query.shape[:3], value.shape[3])
         self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
         return out

@@ -259,6 +259,12 @@ def recorded(one: object) -> Tensor:
     return value
 
 
+def input_name(node: fx.Node) -> str:
+    """The name of an input of a graph, as the model's code has it where Dynamo kept it: `keep` for `L_keep_`."""
+    name = re.sub(r"^[lL]_(kwargs_|args_)?", "", str(node.target))
+    return re.sub(r"_+$", "", name)
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the module a node was traced in, e.g. `blocks.0.attn1`; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -27,7 +27,9 @@ distinguishes time, rows and columns, since a graph shows nothing else. A graph 
 of tokens before a graph break: a mesh of positions added after the break is believed.
 """
 
+import functools
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -49,15 +51,16 @@ from sparsify_compiler.passes.axes import (
     is_blank,
     joined,
     length,
-    share_axis,
 )
 from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.following import Site, follow
 from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
 
+log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
 Text = tuple[int, int]
 Read = tuple[SiteKind, TokenLayout]
@@ -88,6 +91,7 @@ def infer_layouts(
     text: Text | None = None,
     part: bool = False,
     within: tuple[AxisTracker, Sequence[Any]] | None = None,
+    ends: bool = False,
 ) -> fx.GraphModule:
     """Give every captured site its kind and layout; see the module's picture.
 
@@ -98,14 +102,14 @@ def infer_layouts(
         text: (before, after), only with `grid`: numbers of other tokens that a sequence may have before and after
             the video.
         part: whether the graph may be a part of a model, which need not have the grid.
-        within: the tracker of a call of a whole model, and the tensors that the graph gets there. `meta["ends"]` is
-            then (everything known about the inputs, about the outputs) after the graph.
+        within: the tracker of a call of a whole model, and the tensors that the graph gets there.
+        ends: whether `meta["ends"]` is needed, the `Ends` of the graph, where it has no attention either.
 
     Raises:
         GridError: no attention of the graph can have the grid.
     """
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
-    if not nodes and within is None:
+    if not nodes and within is None and not ends:
         return gm
     followed = follow(gm, within)
     gm.meta["ends"] = followed.ends
@@ -113,16 +117,25 @@ def infer_layouts(
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
         given = None if grid is None else place_grid(seen, followed.embeddings, grid, text)
-        kind, layout = given or read_layout(seen, followed.embeddings)
-        node.meta["site"] = replace(site, kind=kind)
+        inferred = read_layout(seen, followed.embeddings)
+        kind, layout = given or inferred
+        if given is not None and inferred[1].grid not in (None, grid):
+            _say_replaced(grid, inferred[1].grid)
+        rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
+        node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
     if grid is not None and not part:
         check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
-        used = [known.labels[2] for site in sparse for known in site]
+        used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
         gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
+
+
+@functools.cache
+def _say_replaced(grid: Grid | None, inferred: Grid | None) -> None:
+    log.warning("sparsify uses the given grid %s in place of %s, which the graph shows", grid, inferred)
 
 
 def read_layout(site: Site, embeddings: Iterable[Embedding]) -> Read:
@@ -193,7 +206,7 @@ def _largest(parts: Sequence[Label]) -> int:
 
 def _not_the_same(site: Site) -> str:
     """The reason why keys are not the tokens of the queries, or ""; conditions 6 and 7 of the module."""
-    query, key = site
+    query, key = site.query, site.key
     if query.labels[2] != key.labels[2]:
         return "keys are not the tokens of the queries"
     if not _same_videos(query, key):

@@ -18,11 +18,12 @@ read the same tensors; its choices are kept for the second run.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
@@ -31,7 +32,7 @@ from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
 from sparsify_compiler.passes.strides import lay_out, strides_to_restore
-from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.plan import AttentionPlan, AttentionSite
 from sparsify_compiler.runtime.program import Variant
 from sparsify_compiler.runtime.site import Observer, SparseSite, TableSite, settled
 from sparsify_compiler.runtime.site_inputs import (
@@ -137,7 +138,7 @@ def _lower_module(
             result.replace_all_uses_with(out)
             _erase_inserted(gm.graph, result)
         else:
-            out = _emit_site(gm, node, lowering, request, kept)
+            out = _with_other_rows(gm.graph, node, _emit_site(gm, node, lowering, request, kept))
             node.replace_all_uses_with(out)
             gm.graph.erase_node(node)
             if (strides := restored.get(node)) is not None:
@@ -192,7 +193,7 @@ def _operands(
     query, _, _, mask, _ = node.args
     plan, device = node.meta["plan"], recorded(query).device
     with gm.graph.inserting_before(node):
-        bias = None if mask is None else _key_bias(gm.graph, node_of(mask))
+        bias = None if mask is None else _key_bias(gm.graph, node_of(mask), _row_of(plan))
         constants = {
             field: None if tensor is None else request(name, tensor)
             for field, (name, tensor) in lowering.constants(plan, device).items()
@@ -234,6 +235,48 @@ def _emit_site(
         out = gm.graph.call_module(name, (*node.args[:3], bias, *tensors))
     _describe(node, out)
     return out
+
+
+def _with_other_rows(graph: fx.Graph, node: fx.Node, out: fx.Node) -> fx.Node:
+    """The output of a site, where queries outside the video have masks of their own: these attend densely."""
+    plan: AttentionPlan = node.meta["plan"]
+    layout = plan.layout
+    if plan.site.mask != "query":
+        return out
+    with graph.inserting_before(node):
+        for start, stop in ((0, layout.before), (layout.tokens - layout.after, layout.tokens)):
+            if start == stop:
+                continue
+            query, mask = (
+                graph.call_method("narrow", (node_of(one), -2, start, stop - start))
+                for one in (node.args[0], node.args[3])
+            )
+            rows = _dense(graph, plan.site, (query, *map(node_of, node.args[1:3]), mask))
+            out = graph.call_function(torch.slice_scatter, (out, rows, 2, start, stop))
+            _describe(node, out)
+    return out
+
+
+def _dense(graph: fx.Graph, site: AttentionSite, operands: Sequence[fx.Node]) -> fx.Node:
+    """Attention to all keys, as the model spells it: SDPA differs where a query sees no key at all."""
+    groups = site.heads // site.kv_heads
+    if site.spelling != "unfused":
+        options: dict[str, Any] = {"scale": site.scale, "enable_gqa": groups > 1}
+        return graph.call_function(F.scaled_dot_product_attention, tuple(operands), options)
+    is_bool = recorded(node_of(operands[3].args[0])).dtype == torch.bool
+    query, key, value = (graph.call_method("float", (one,)) for one in operands[:3])
+    if groups > 1:
+        key, value = (graph.call_method("repeat_interleave", (one, groups, 1)) for one in (key, value))
+    scores = graph.call_function(torch.matmul, (query, graph.call_method("transpose", (key, -1, -2))))
+    scores = graph.call_method("mul", (scores, site.scale))
+    if is_bool:
+        hidden = graph.call_method("logical_not", (operands[3],))
+        scores = graph.call_method("masked_fill", (scores, hidden, -torch.inf))
+    else:
+        scores = graph.call_method("add", (scores, operands[3]))
+    weights = graph.call_method("softmax", (scores, -1))
+    product = graph.call_function(torch.matmul, (weights, value))
+    return graph.call_method("to", (product, getattr(torch, site.dtype)))
 
 
 def _emit_observer(
@@ -278,12 +321,17 @@ def _describe(node: fx.Node, *new: fx.Node) -> None:
         new[-1].meta["example_value"] = node.meta["example_value"]
 
 
-def _key_bias(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """[B|1, H|1, Sk] additive bias from a mask that broadcasts to [B, H, Sq, Sk] and is constant along Sq."""
+def _row_of(plan: AttentionPlan) -> int:
+    """A query whose row of the mask holds for all queries of the video."""
+    return plan.layout.before if plan.site.mask == "query" else 0
+
+
+def _key_bias(graph: fx.Graph, mask: fx.Node, row: int) -> fx.Node:
+    """[B|1, H|1, Sk] additive bias: a row of a mask that broadcasts to [B, H, Sq, Sk]."""
     value = recorded(mask)
     dims = value.dim()
     if dims >= 2:
-        mask = graph.call_method("select", (mask, -2, 0))
+        mask = graph.call_method("select", (mask, -2, row))
     for _ in range(dims - 1 if dims >= 2 else 1, 3):
         mask = graph.call_method("unsqueeze", (mask, 0))
     if value.dtype == torch.bool:

@@ -27,13 +27,11 @@ log = logging.getLogger(__name__)
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def analysis(config: SparsifyConfig, device: str | None = None, *, part: bool = False) -> list[Pass]:
-    """The passes that analyse and plan, which `explain` runs. `device` is that of `plan_sites`.
-
-    Args:
-        part: whether the graph may be a part of a model, which need not have the given grid.
-    """
-    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=part)
+def analysis(
+    config: SparsifyConfig, device: str | None = None, *, part: bool = False, ends: bool = False
+) -> list[Pass]:
+    """The passes that analyse and plan, which `explain` runs; see `analyse`."""
+    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=part, ends=ends)
     return [
         capture,
         infer,
@@ -48,15 +46,21 @@ def rewriting(config: SparsifyConfig, variant: Variant) -> list[Pass]:
 
 
 def analyse(
-    gm: fx.GraphModule, config: SparsifyConfig, *, device: str | None = None, part: bool = False
+    gm: fx.GraphModule,
+    config: SparsifyConfig,
+    *,
+    device: str | None = None,
+    part: bool = False,
+    ends: bool = False,
 ) -> fx.GraphModule:
     """A copy of a Dynamo graph that carries its plan: `graph_plan` reads it. `gm` itself does not change.
 
     Args:
         device: device type to plan for, instead of the graph's own.
         part: whether the graph may be a part of a model, which need not have the given grid.
+        ends: whether `meta["ends"]` is needed.
     """
-    return run(copy_graph(gm), analysis(config, device, part=part), config)
+    return run(copy_graph(gm), analysis(config, device, part=part, ends=ends), config)
 
 
 def captured(gm: fx.GraphModule, config: SparsifyConfig) -> fx.GraphModule:
@@ -77,6 +81,19 @@ def plan_as(analysed: fx.GraphModule, config: SparsifyConfig, parts: Parts) -> f
     config = replace(config, dense_steps=parts.dense_steps)
     passes = [partial(as_parts, parts=parts.sites), partial(plan_sites, config=config)]
     return run(copy_graph(analysed), passes, config)
+
+
+def plan_within(
+    analysed: fx.GraphModule,
+    config: SparsifyConfig,
+    tracker: AxisTracker,
+    inputs: Sequence[Any],
+    *,
+    device: str | None = None,
+) -> fx.GraphModule:
+    """A copy of what `analyse` returned, planned anew with what `tracker` knows about the graph's inputs."""
+    infer = partial(infer_layouts, grid=config.grid, text=config.text, part=True, within=(tracker, inputs))
+    return run(copy_graph(analysed), [infer, partial(plan_sites, config=config, device=device)], config)
 
 
 def rewrite(

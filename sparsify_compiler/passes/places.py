@@ -47,8 +47,9 @@ def find_places(analysed: fx.GraphModule, gm: fx.GraphModule) -> tuple[Place, ..
 
 
 def likeness(site: AttentionSite) -> tuple[Any, ...]:
-    """Heads, tokens and sizes: two attentions that differ in them are not the same."""
-    return (site.heads, site.kv_heads, site.q_tokens, site.kv_tokens, site.head_dim, site.value_dim)
+    """Heads, tokens, sizes and the kind of mask: two attentions that differ in them are not the same."""
+    sizes = site.heads, site.kv_heads, site.q_tokens, site.kv_tokens, site.head_dim, site.value_dim
+    return *sizes, site.mask
 
 
 def fix_tokens(gm: fx.GraphModule) -> None:

@@ -6,6 +6,7 @@ after    the same                         meta["plan"]: AttentionPlan; the graph
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -190,7 +191,23 @@ def refusal(site: AttentionSite, layout: TokenLayout) -> str:
         return site.refusal
     if site.kind == "cross":
         return f"cross-attention: the {layout.reason}"
-    return layout.reason if site.kind == "unknown" else ""
+    if site.kind == "unknown":
+        return layout.reason
+    return _mask_refusal(site, layout) if site.mask == "query" else ""
+
+
+def _mask_refusal(site: AttentionSite, layout: TokenLayout) -> str:
+    """The reason why queries of the video need different masks; empty if one mask of keys serves all."""
+    starts = accumulate((size for size, _ in site.rows), initial=0)
+    first, last = layout.before, layout.tokens - layout.after
+    inside = [(start, cause) for start, (size, cause) in zip(starts, site.rows, strict=False)
+              if max(start, first) < min(start + size, last)]  # fmt: skip
+    cause = next((cause for _, cause in inside if cause), "")
+    if cause or not inside:
+        return f"its mask depends on the query: rows of the video may differ by {cause or 'its input'}"
+    if len(inside) == 1:
+        return ""
+    return f"its mask depends on the query: rows of the video before and after token {inside[1][0]} differ"
 
 
 def learns(plan: AttentionPlan) -> bool:

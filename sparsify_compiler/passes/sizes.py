@@ -20,10 +20,12 @@ from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import copy_graph, modules, recorded
+from sparsify_compiler.passes.planning import refusal
 from sparsify_compiler.plan import SiteKind, TokenLayout
 
 Infer = Callable[[fx.GraphModule], fx.GraphModule]
-Layouts = list[tuple[SiteKind, TokenLayout]]
+Layouts = list[tuple[SiteKind, TokenLayout, str]]
+"""(kind, layout, reason to stay dense) of each sparse site."""
 
 
 def fix_sizes(gm: fx.GraphModule, *, infer: Infer) -> fx.GraphModule:
@@ -75,13 +77,14 @@ def _changes(gm: fx.GraphModule, sizes: Mapping[Any, int], infer: Infer) -> bool
             after = _layouts(infer(twin))
     except SparsifyError:
         return None
-    if any(layout.grid is None for _, layout in after):
+    if any(layout.grid is None for _, layout, _ in after):
         return None
     return before != after
 
 
 def _layouts(gm: fx.GraphModule) -> Layouts:
-    return [(node.meta["site"].kind, node.meta["layout"]) for node in _sparse_nodes(gm)]
+    pairs = [(node.meta["site"], node.meta["layout"]) for node in _sparse_nodes(gm)]
+    return [(site.kind, layout, refusal(site, layout)) for site, layout in pairs]
 
 
 def _sparse_nodes(gm: fx.GraphModule) -> list[fx.Node]:

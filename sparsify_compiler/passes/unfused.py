@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from sparsify_compiler.passes.fx import Operand, Step, node_of, recorded, sizes_of, tensor_of
+from sparsify_compiler.passes.fx import Operand, Step, node_of, recorded, sizes_of, tensor_of, written_by
 from sparsify_compiler.passes.writes import may_be_written
 
 _MATMULS = {operator.matmul, torch.matmul, torch.bmm, torch.mm, "matmul", "bmm", "mm", "__matmul__"}
@@ -116,8 +116,23 @@ def _climb(start: Any, dim: int, found: Callable[[fx.Node, int], bool]) -> list[
         seen.add(node)
         if found(node, dim):
             return way
+        # Through a write only where no other way leads to it.
+        ways = [[*way, (one, dim)] for one in _written_from(node)] + ways
         ways += [[*way, step] for step in _carried(node, dim)]
     return None
+
+
+def _written_from(node: fx.Node) -> list[fx.Node]:
+    """The calls whose result is written to a tensor, of its sizes: by `out=`, `copy_`, or an assignment."""
+    found = []
+    for user in node.users:
+        if node in written_by(user, user.args, user.kwargs):
+            found += [
+                one
+                for one in (user, *user.all_input_nodes)
+                if one is not node and _sizes(one) == _sizes(node)
+            ]
+    return found
 
 
 def _carried(node: fx.Node, dim: int) -> list[tuple[fx.Node, int]]:
@@ -167,6 +182,8 @@ def read_chain(gm: fx.GraphModule, chain: tuple[fx.Node, ...]) -> Unfused:
         NotRead: a node between its products is not part of attention, or is out of order.
     """
     product, last = chain[0], chain[-1]
+    if any(one not in reader.all_input_nodes for one, reader in pairwise(chain)):
+        raise NotRead("its scores or weights are written to another tensor")
     if all(softmax_dim(node) is None for node in chain):
         raise NotRead(
             "its softmax is written out, with exp: call torch.softmax or scaled_dot_product_attention"

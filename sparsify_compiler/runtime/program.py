@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -99,7 +99,7 @@ class Place:
     parameter: int | None = None
     """Place of the input that is the nearest Parameter of the model; None if the graph has none."""
     path: str = ""
-    """Path of this Parameter, as the graph reads it: where the path in the model differs, only the beginnings do."""
+    """Path of this Parameter, as the graph reads it; it and the path in the model end alike."""
     may_be_video: bool = True
     """Whether its keys may be the tokens of its queries."""
 
@@ -202,6 +202,18 @@ class PlannedGraph:
         return run(*inputs)
 
 
+class Handover(Protocol):
+    """Labels that a graph receives from other graphs, and those that it leaves; see `passes/handover.py`."""
+
+    receives: bool
+
+    def receive(self, args: Sequence[Any]) -> Any:
+        """The graph with its plan under the labels of these inputs."""
+
+    def leave(self, graph: Any, args: Sequence[Any], outputs: Any) -> None:
+        """Give the outputs of a call the labels that they have in this graph."""
+
+
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
     """A graph and its plans. Dynamo calls it instead of the model's code.
@@ -221,6 +233,12 @@ class Program:
     """The place of each attention, in order."""
     plan_as: Callable[[Parts | None, bool], PlannedGraph]
     """Plans the graph as parts of a model, or as its own analysis says, and says whether it trains."""
+    handover: Handover | None = None
+    """Labels from and to other graphs, outside of any applied model."""
+    planned_as: Callable[[Any, bool], PlannedGraph] | None = None
+    """Compiles a graph that `handover` returned; the flag says whether it trains."""
+    tell: Callable[[GraphPlan], None] | None = None
+    """Warns about dense attention, at the first call of a graph that may receive labels."""
     _planned: dict[Hashable, PlannedGraph] = field(default_factory=dict)
     _renamed: dict[tuple[PlannedGraph, tuple[str, ...]], GraphPlan] = field(default_factory=dict)
 
@@ -239,7 +257,7 @@ class Program:
         if call is None and self.own.trains and (ran := find(self._mark(args))) is not None:
             return self._run(self._planned_as(ran.parts, True), args, None, ran.names, ran.state)
         if call is None:
-            return self._run(self.own, args, None, (), None)
+            return self._alone(args)
         parts, names = None, call.names(self.places, args)
         if any(one.may_be_video for one in self.places) and not self._is_whole(call, args):
             names, parts = call.parts(self.places, names)
@@ -248,6 +266,19 @@ class Program:
             call.log.add(Ran(self._mark(args), call.model.state, names, parts), made)
         planned = self._planned_as(parts, call.trains or self.own.trains)
         return self._run(planned, args, call, names, call.model.state)
+
+    def _alone(self, args: Sequence[Any]) -> Any:
+        """Run outside of any applied model, under the labels that other graphs handed over."""
+        if self.handover is None:
+            return self._run(self.own, args, None, (), None)
+        graph = self.handover.receive(args)
+        planned = self._under(graph)
+        if self.tell is not None:
+            self.tell(planned.plan)
+            self.tell = None
+        result = self._run(planned, args, None, (), None)
+        self.handover.leave(graph, args, result)
+        return result
 
     def _planned_as(self, parts: Parts | None, trains: bool) -> PlannedGraph:
         if parts is None and trains == self.own.trains:
@@ -268,6 +299,17 @@ class Program:
             parameters=tuple(None if place is None else id(args[place]) for place in near),
             likes=tuple(one.like for one in self.places),
         )
+
+    def _under(self, graph: Any) -> PlannedGraph:
+        """The plan of a graph that `handover` returned."""
+        plan: GraphPlan = graph.meta["plan"]
+        if plan == self.own.plan or self.planned_as is None:
+            return self.own
+        if plan not in self._planned:
+            self._planned[plan] = self.planned_as(graph, self.own.trains)
+        planned = self._planned[plan]
+        # Without a Parameter, the layers that share the program would share a clock and a state.
+        return self.own if planned.clocked and self.inputs.owner is None else planned
 
     def _is_whole(self, call: ModelCall, args: Sequence[Any]) -> bool:
         """Whether the graph is the whole model: it gets no tensor from other parts, and no graph comes after it."""

@@ -25,15 +25,14 @@ from sparsify_compiler.passes.axes import (
     axis,
     cat,
     cut,
-    either,
     fresh,
     length,
-    merge,
     reshape,
     unknown,
 )
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.axis_writes import Known
+from sparsify_compiler.passes.meeting import either, merge
 
 NOTHING = -1
 """In place of an element's number: it is a constant, of which nothing can be claimed."""

@@ -268,6 +268,31 @@ def unfused_with_dropout(x: Tensor) -> Tensor:
     return F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
 
 
+def softmax_into_out(x: Tensor) -> Tensor:
+    q, k, v = project(x)
+    scores = q @ k.mT
+    torch.softmax(scores, -1, out=scores)
+    return scores @ v
+
+
+def softmax_copied(x: Tensor) -> Tensor:
+    q, k, v = project(x)
+    scores = torch.empty(B, H, S, S)
+    scores[:] = q @ k.mT
+    weights = torch.empty_like(scores).copy_(scores.softmax(-1))
+    return weights @ v
+
+
+@torch.compiler.allow_in_graph
+def kept_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@torch.compiler.allow_in_graph
+def kept_whole_by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
 def softmax_over_queries(x: Tensor) -> Tensor:
     q, k, v = project(x)
     return (q @ k.mT).softmax(-2) @ v
@@ -289,6 +314,10 @@ def linear_attention(x: Tensor) -> Tensor:
         (cross, (), "cross"),
         (pooled, (), "cross"),
         (unfused_with_dropout, (), "dropout"),
+        (softmax_into_out, (), "written to another tensor"),
+        (softmax_copied, (), "written to another tensor"),
+        (lambda x: kept_whole(*project(x)), (), "kept_whole, which allow_in_graph hides"),
+        (lambda x: kept_whole_by_hand(*project(x)), (), "kept_whole_by_hand, which allow_in_graph hides"),
         (flex_with_scores, (), "flex_attention"),
         (flex_with_a_mask, (), "flex_attention"),
         (flex_with_lse, (), "flex_attention"),

@@ -235,3 +235,14 @@ def test_text_must_be_two_counts_beside_a_grid(options: dict[str, Any], says: st
     with pytest.raises(OptionError, match=says):
         configure({"method": "tile", **options})
     assert configure({"grid": GRID, "text": [7, 0]}).text == (7, 0)
+
+
+def test_a_grid_that_replaces_another_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def attends(video: Tensor) -> Tensor:
+        x = conv(video).flatten(2).mT.unsqueeze(1)
+        return F.scaled_dot_product_attention(x, x, x)
+
+    with caplog.at_level("WARNING", "sparsify_compiler"):
+        (plan,) = planned(attends, VIDEO, grid=(5, 3, 2), reference_frames=1)
+    assert plan.layout.grid == (5, 3, 2)
+    assert "uses the given grid (5, 3, 2) in place of (3, 2, 5)" in caplog.text
