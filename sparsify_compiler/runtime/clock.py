@@ -97,6 +97,8 @@ class _Video:
     """Stream -> calls at the last time step."""
     direction: int = 0
     """Direction of its time steps: 1 rising, -1 falling, 0 not known yet."""
+    turned: list[Times] = field(default_factory=list)
+    """The last time steps, where they went against the direction; the first one is that before."""
     rounded: bool = False
     """Whether several steps have one time step, since time steps were rounded."""
     mixed: bool = False
@@ -258,6 +260,8 @@ class StepClock:
         if not self._videos:
             return None
         last = self._videos[-1]
+        if last.turned and not last.continues(time):
+            return self._turn(last)
         if self._alternates(last, time, prints):
             return self._split(last)
         if time == last.time and len(last.streams) == MOST_STREAMS and self._is_foreign(last, prints):
@@ -317,6 +321,19 @@ class StepClock:
             self._videos.append(one)
         return self._videos[-1]
 
+    def _turn(self, video: _Video) -> _Video:
+        """Begin a video at the place where the last calls turned against the direction.
+
+        A schedule with churn turns for one call only. The call before the turn was a trial, as at another time step
+        to compile the model.
+        """
+        later = _Video(video.first_stream, list(video.turned), streams=video.streams)
+        later.direction = video.turned[1].way_from(video.turned[0])
+        later.repeats.append(max(video.calls.values(), default=1))
+        self._videos.remove(video)
+        self._videos.append(later)
+        return later
+
     def _churns(self, video: _Video, time: Times, prints: Prints) -> bool:
         """Whether a time step against the direction belongs to a schedule that adds noise now and then."""
         if not video.rises_a_little(time) or video.direction * (time.mean - video.changes[0].mean) <= 0:
@@ -349,10 +366,12 @@ class StepClock:
         way = time.way_from(video.time)
         if video.direction == -way and len(video.changes) > 1:  # a schedule with churn: no further step
             video.mixed = True
+            video.turned = [video.time, time]
             video.changes[-1] = time
             video.calls.clear()
             return True
         video.direction = way
+        video.turned.clear()
         self._update(video, prints)
         video.repeats.append(self._most_calls(video))
         close = _distance(video.time, time) <= 1.001 * resolution(

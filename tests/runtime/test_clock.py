@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -377,3 +378,23 @@ def test_generations_may_be_left_in_another_order_or_context() -> None:
     assert opened() is second
     second.__exit__(None, None, None)
     assert opened() is None
+
+
+@pytest.mark.parametrize("trial", [0.0, 1.0, 500.0, 999.0, 1000.0])
+@pytest.mark.parametrize("rising", [False, True])
+def test_a_trial_call_before_the_video_does_not_spoil_it(trial: float, rising: bool) -> None:
+    """As scripts make to compile the model, at any time step."""
+    times = flow(20, 5.0)
+    ticks = run([1000 - time for time in (trial, *times)] if rising else [trial, *times])
+    assert [tick.step - place for place, tick in enumerate(ticks[4:], 4)] in [
+        [late] * 17 for late in (0, -1, -2)
+    ]
+    assert not any(tick.mixed for tick in ticks[4:])
+    assert all(abs(tick.steps - 20) <= 1 for tick in ticks[5:])
+
+
+def test_a_step_of_two_parts_is_estimated() -> None:
+    """A solver that calls at the time step and in the middle of the step."""
+    times = flow(12, 5.0)
+    both = [at for time, later in pairwise(times) for at in (time, (time + later) / 2)]
+    assert dense(run(both)) <= 5
