@@ -103,6 +103,8 @@ class _Video:
     """Whether several steps have one time step, since time steps were rounded."""
     mixed: bool = False
     """Whether its calls may be those of several videos."""
+    unsure: bool = False
+    """Whether calls at its second time step may still belong to a video that did not end."""
     streams: list[Prints] = field(default_factory=list)
     """The last prints of each stream."""
     varied: set[str] = field(default_factory=set)
@@ -253,7 +255,8 @@ class StepClock:
                 "into `with sparsify_compiler.generation(steps):`, one handle for each video"
             )
         steps = self._steps if generation is not None else self._expected(video)
-        return Tick(self._before + video.step, steps, video.first_stream + stream, new_video, video.mixed)
+        mixed = video.mixed or (video.unsure and len(video.changes) == 2)
+        return Tick(self._before + video.step, steps, video.first_stream + stream, new_video, mixed)
 
     def _find(self, time: Times, prints: Prints) -> _Video | None:
         """The video that a call belongs to; None if it is the first of a new one."""
@@ -351,8 +354,10 @@ class StepClock:
             self._ended_complete = self._ended.is_complete()
             if self._generation is None:
                 self._steps = max(self._ended.step + 1, 1) if self._ended.step else self._steps
+        crowded = bool(self._videos) and time == self._videos[-1].time
+        unsure = bool(self._videos) and not (self._ended_complete and self._videos[-1].step > 1)
         del self._videos[: -(MOST_VIDEOS - 1)]
-        video = _Video(0, [time])
+        video = _Video(0, [time], mixed=crowded, unsure=unsure)
         self._videos.append(video)
         return video
 
@@ -447,7 +452,7 @@ class StepClock:
 
 
 def _distance(time: Times, other: Times) -> float:
-    return abs(time.largest - other.largest)
+    return max(abs(time.largest - other.largest), abs(time.mean - other.mean))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
