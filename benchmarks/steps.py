@@ -125,7 +125,7 @@ def right_calls(schedule: Schedule) -> int:
 def bound(cases: Sequence[Schedule]) -> float:
     """The largest share of the cases that any estimator can get right within one dense step.
 
-    At each call it knows the time steps so far and all cases. It ends the dense phase, or goes on.
+    At each call it knows the time steps so far and all cases. It ends the dense phase or continues it.
     """
 
     def right(case: Schedule, calls: int) -> bool:
