@@ -184,28 +184,29 @@ class _Flow(NamedTuple):
     layout: int
     """How steps are laid out before the shift: from 1 to 0, from 0.999 to 0, from 1 to the least level of training
     0.001, or from 1 to this level after a shift of its own."""
-    order: int
-    """Calls of each step but the first one."""
     least: float
     """The least shift."""
     most: float
 
 
 @lru_cache(maxsize=8 * LOOKED_AT)
-def _flows(levels: tuple[Interval, ...]) -> tuple[_Flow, ...]:
-    """The flow schedules with these noise levels at the first calls. Those of all calls but the last are kept."""
+def _flows(levels: tuple[Interval, ...], order: int) -> tuple[_Flow, ...]:
+    """The flow schedules with these noise levels at the first calls. Those of all calls but the last are kept.
+
+    Args:
+        order: calls of each step but the first one.
+    """
     place = len(levels) - 1
     if place == 0:
         return tuple(
-            _Flow(steps, layout, order, 1.0, _LARGEST_SHIFT)
-            for order in (1, 2)
+            _Flow(steps, layout, 1.0, _LARGEST_SHIFT)
             for steps in range(2, MOST_STEPS // order + 1)
             for layout in range(4)
         )
     low, high = (level / (1 - level) if level < 1 else math.inf for level in levels[-1])
     found = []
-    for steps, layout, order, least, most in _flows(levels[:-1]):
-        step = (place + order - 1) // order
+    step = (place + order - 1) // order
+    for steps, layout, least, most in _flows(levels[:-1], order):
         if step >= steps:
             continue
         fall = step / steps if layout < 2 else 0.999 * step / (steps - 1)
@@ -217,7 +218,7 @@ def _flows(levels: tuple[Interval, ...]) -> tuple[_Flow, ...]:
             lowest, highest = _shift_to(low, fall), _shift_to(high, fall)
         least, most = max(least, lowest), min(most, highest)
         if least <= most * (1 + 1e-7):
-            found.append(_Flow(steps, layout, order, least, most))
+            found.append(_Flow(steps, layout, least, most))
     return tuple(found)
 
 
@@ -238,14 +239,13 @@ def _from_noise(levels: tuple[Interval, ...], whole: bool) -> dict[int, float]:
     Where calls repeat a rounded time step and each step but the first may have two calls, calls count as steps.
     """
     found: dict[int, float] = {}
-    repeats = any(level == later for level, later in pairwise(levels))
-    for steps, layout, order, least, most in _flows(levels):
-        if order == 1:
-            weight = _likely_shift(least, most)
-            if whole and layout == 0 and _is_straight(steps, levels):
-                weight += _UNSHIFTED
-            found[steps] = found.get(steps, 0.0) + weight * _usual(steps)
-        elif repeats:
+    for steps, layout, least, most in _flows(levels, 1):
+        weight = _likely_shift(least, most)
+        if whole and layout == 0 and _is_straight(steps, levels):
+            weight += _UNSHIFTED
+        found[steps] = found.get(steps, 0.0) + weight * _usual(steps)
+    if any(level == later for level, later in pairwise(levels)):
+        for steps, _, least, most in _flows(levels, 2):
             weight = _SECOND_ORDER * _likely_shift(least, most) * _usual(steps)
             found[2 * steps - 1] = found.get(2 * steps - 1, 0.0) + weight
     return found
@@ -263,6 +263,7 @@ def _likely_shift(least: float, most: float) -> float:
     return usual + _BETWEEN_SHIFTS * math.log(max(most / least, 1 + 1e-9))
 
 
+@lru_cache(maxsize=2 * MOST_STEPS)
 def _usual(steps: int) -> float:
     """How usual a number of steps is."""
     usual = 16.0 if steps % 10 == 0 else 5.0 if steps % 5 == 0 or steps % 4 == 0 or steps < 10 else 1.0
