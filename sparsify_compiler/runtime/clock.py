@@ -97,10 +97,14 @@ class _Video:
     """Stream -> calls at the last time step."""
     direction: int = 0
     """Direction of its time steps: 1 rising, -1 falling, 0 not known yet."""
+    turned: list[Times] = field(default_factory=list)
+    """The last time steps, where they went against the direction; the first one is that before."""
     rounded: bool = False
     """Whether several steps have one time step, since time steps were rounded."""
     mixed: bool = False
     """Whether its calls may be those of several videos."""
+    unsure: bool = False
+    """Whether calls at its second time step may still belong to a video that did not end."""
     streams: list[Prints] = field(default_factory=list)
     """The last prints of each stream."""
     varied: set[str] = field(default_factory=set)
@@ -251,13 +255,16 @@ class StepClock:
                 "into `with sparsify_compiler.generation(steps):`, one handle for each video"
             )
         steps = self._steps if generation is not None else self._expected(video)
-        return Tick(self._before + video.step, steps, video.first_stream + stream, new_video, video.mixed)
+        mixed = video.mixed or (video.unsure and len(video.changes) == 2)
+        return Tick(self._before + video.step, steps, video.first_stream + stream, new_video, mixed)
 
     def _find(self, time: Times, prints: Prints) -> _Video | None:
         """The video that a call belongs to; None if it is the first of a new one."""
         if not self._videos:
             return None
         last = self._videos[-1]
+        if last.turned and not last.continues(time):
+            return self._turn(last)
         if self._alternates(last, time, prints):
             return self._split(last)
         if time == last.time and len(last.streams) == MOST_STREAMS and self._is_foreign(last, prints):
@@ -317,6 +324,19 @@ class StepClock:
             self._videos.append(one)
         return self._videos[-1]
 
+    def _turn(self, video: _Video) -> _Video:
+        """Begin a video at the place where the last calls turned against the direction.
+
+        A schedule with churn turns for one call only. The call before the turn was a trial, as at another time step
+        to compile the model.
+        """
+        later = _Video(video.first_stream, list(video.turned), streams=video.streams)
+        later.direction = video.turned[1].way_from(video.turned[0])
+        later.repeats.append(max(video.calls.values(), default=1))
+        self._videos.remove(video)
+        self._videos.append(later)
+        return later
+
     def _churns(self, video: _Video, time: Times, prints: Prints) -> bool:
         """Whether a time step against the direction belongs to a schedule that adds noise now and then."""
         if not video.rises_a_little(time) or video.direction * (time.mean - video.changes[0].mean) <= 0:
@@ -334,8 +354,10 @@ class StepClock:
             self._ended_complete = self._ended.is_complete()
             if self._generation is None:
                 self._steps = max(self._ended.step + 1, 1) if self._ended.step else self._steps
+        crowded = bool(self._videos) and time == self._videos[-1].time
+        unsure = bool(self._videos) and not (self._ended_complete and self._videos[-1].step > 1)
         del self._videos[: -(MOST_VIDEOS - 1)]
-        video = _Video(0, [time])
+        video = _Video(0, [time], mixed=crowded, unsure=unsure)
         self._videos.append(video)
         return video
 
@@ -349,10 +371,12 @@ class StepClock:
         way = time.way_from(video.time)
         if video.direction == -way and len(video.changes) > 1:  # a schedule with churn: no further step
             video.mixed = True
+            video.turned = [video.time, time]
             video.changes[-1] = time
             video.calls.clear()
             return True
         video.direction = way
+        video.turned.clear()
         self._update(video, prints)
         video.repeats.append(self._most_calls(video))
         close = _distance(video.time, time) <= 1.001 * resolution(
@@ -428,7 +452,7 @@ class StepClock:
 
 
 def _distance(time: Times, other: Times) -> float:
-    return abs(time.largest - other.largest)
+    return max(abs(time.largest - other.largest), abs(time.mean - other.mean))
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -4,12 +4,20 @@ A schedule is a straight line in a coordinate of its own. A flow schedule is lin
 Karras schedule is linear in the seventh root of the noise level, and so on. For each coordinate, the time steps so
 far allow an interval of slopes, and a slope gives a number of steps. Time steps may be rounded, to integers, to
 bfloat16 or to float16; each is then an interval of noise levels. Where several coordinates and numbers of steps are
-possible, usual ones count more, and the estimate is their median.
+possible, usual ones count more, and the estimate is a little above their median: a step that ran dense by mistake
+is followed by a better estimate, a sparse one ends the dense phase.
+
+Flow schedules that begin at pure noise are the usual case. For each number of steps, those that agree with the time
+steps so far are an interval of shifts, which the next time step narrows.
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 MOST_STEPS = 150
 """Schedules of more steps are not estimated."""
@@ -27,6 +35,14 @@ _USUAL_SHIFTS = {float(n): 0.4 for n in range(1, 13)} | {
     1.0: 6.0, 3.0: 2.0, 5.0: 2.0, 7.0: 2.0, 8.0: 2.0, 12.0: 3.0
 }  # fmt: skip
 """Shift -> how usual it is."""
+_SHIFTS = sorted(_USUAL_SHIFTS)
+_SHIFT_SUMS = [0.0, *accumulate(_USUAL_SHIFTS[shift] for shift in _SHIFTS)]
+_BETWEEN_SHIFTS = 0.5
+"""How usual all other shifts are, for each factor of e."""
+_SECOND_ORDER = 0.15
+"""How usual two calls at each rounded time step are."""
+_CERTAINTY = 0.55
+"""Share of the possible numbers of steps that are at most the estimate, by weight."""
 _UNSHIFTED = 4.0
 """How usual integers without a shift are, rounded to the nearest one."""
 _LARGEST_SHIFT = 16.0
@@ -86,32 +102,51 @@ def estimated_steps(times: Sequence[float]) -> int | None:
     first = times[0] / scale if falls else 1 - times[0] / scale
     if not 0.1 < first <= 1.001:
         return None
-    levels = list(_levels(times, scale, falls))
+    levels = tuple(_levels(times, scale, falls))
     if len(times) == 2:
         shift = _USUAL_SHIFT if first >= _FULL else 1.0
         weights = _on_lines([_Coordinate(_unshift(shift), 0.0, 1.0, shifted=True)], levels)
-        return _median(weights) or (MOST_STEPS if first >= _FULL else None)
+        return _quantile(weights) or (MOST_STEPS if first >= _FULL else None)
     weights = {}
     exact = all(high - low < 1e-5 for low, high in levels[1:])
     if first >= _FULL:
-        weights = _from_noise(levels, all(float(time).is_integer() for time in times) and max(times) < scale)
+        whole = all(float(time).is_integer() for time in times) and max(times) < scale
+        weights = _from_noise(levels, whole)
+        direct = tuple(_levels(times, scale, falls, truncated=False))
+        if direct != levels:
+            _add(weights, _from_noise(direct, whole=False))
     if not exact or not weights:
         others = [*_OTHERS, *(_TRAINED if levels[0][0] < 1 - 1e-6 else ())]
         if not weights:
             others += _shifts(levels)
         if first < _FULL:  # integers of a schedule that is not shifted, or a video that begins late
             others.append(_Coordinate(_unshift(1.0), 0.0, 60.0, shifted=True))
-        for steps, weight in _on_lines(others, levels).items():
-            weights[steps] = weights.get(steps, 0.0) + weight
-    return _median(weights)
+        _add(weights, _on_lines(others, levels))
+    if not weights and len(times) >= 6:  # two calls in turn may belong to different parts of a step
+        half = estimated_steps(times[::2])
+        return None if half is None else 2 * half
+    return _quantile(weights)
 
 
-def _levels(times: Sequence[float], scale: float, falls: bool) -> Iterator[Interval]:
-    """The noise levels that each time step may have had before it was rounded."""
+def _add(weights: dict[int, float], others: Mapping[int, float]) -> None:
+    for steps, weight in others.items():
+        weights[steps] = weights.get(steps, 0.0) + weight
+
+
+def _levels(
+    times: Sequence[float], scale: float, falls: bool, *, truncated: bool = True
+) -> Iterator[Interval]:
+    """The noise levels that each time step may have had before it was rounded.
+
+    Args:
+        truncated: whether time steps may have lost a fraction before they were rounded to few bits.
+    """
     bits = precision(times)
     whole = scale > 1 and all(float(time).is_integer() for time in times)
     # Integers are the numbers of the steps of training, from 0, or noise levels without their fraction.
     below, above = (0.5, 0.5) if max(times) >= scale and not bits else (0.0, 1.0 if scale > 1 else 0.0)
+    if bits and not truncated:
+        below = above = 0.0
     for time in times:
         half = 2.0 ** (math.frexp(time)[1] - bits) / 2 if bits else 0.0
         low = time - max(half, below if whole else 0.0, 3e-7 * scale)
@@ -132,79 +167,107 @@ def _on_lines(coordinates: Iterable[_Coordinate], levels: Sequence[Interval]) ->
     return weights
 
 
-def _median(weights: Mapping[int, float]) -> int | None:
-    """The weighted median of the possible numbers of steps; None if none is possible."""
-    half, total = sum(weights.values()) / 2, 0.0
+def _quantile(weights: Mapping[int, float]) -> int | None:
+    """The number of steps that is enough with the probability `_CERTAINTY`; None if no number is possible."""
+    enough, total = _CERTAINTY * sum(weights.values()), 0.0
     for steps in sorted(weights):
         total += weights[steps]
-        if total >= half:
+        if total >= enough:
             return steps
     return None
 
 
-def _from_noise(levels: Sequence[Interval], whole: bool) -> dict[int, float]:
-    """Number of steps -> weight, for flow schedules that begin at pure noise, with any shift."""
-    found = {}
-    for steps in range(len(levels), MOST_STEPS + 1):
-        weight = 0.0
-        for start, slope in _layouts(steps, levels):
-            unshifted = [start - place * slope for place in range(len(levels))]
-            weight += _likely_shift(unshifted, levels)
-            if whole and all(
-                low <= u <= high + 5e-4 for u, (low, high) in zip(unshifted, levels, strict=True)
-            ):
-                weight += _UNSHIFTED
-        if weight:
-            found[steps] = weight * _usual(steps)
+class _Flow(NamedTuple):
+    """The flow schedules of one number of steps that begin at pure noise and agree with the time steps so far."""
+
+    steps: int
+    layout: int
+    """How steps are laid out before the shift: from 1 to 0, from 0.999 to 0, from 1 to the least level of training
+    0.001, or from 1 to this level after a shift of its own."""
+    least: float
+    """The least shift."""
+    most: float
+
+
+@lru_cache(maxsize=8 * LOOKED_AT)
+def _flows(levels: tuple[Interval, ...], order: int) -> tuple[_Flow, ...]:
+    """The flow schedules with these noise levels at the first calls. Those of all calls but the last are kept.
+
+    Args:
+        order: calls of each step but the first one.
+    """
+    place = len(levels) - 1
+    if place == 0:
+        return tuple(
+            _Flow(steps, layout, 1.0, _LARGEST_SHIFT)
+            for steps in range(2, MOST_STEPS // order + 1)
+            for layout in range(4)
+        )
+    low, high = (level / (1 - level) if level < 1 else math.inf for level in levels[-1])
+    found = []
+    step = (place + order - 1) // order
+    for steps, layout, least, most in _flows(levels[:-1], order):
+        if step >= steps:
+            continue
+        fall = step / steps if layout < 2 else 0.999 * step / (steps - 1)
+        if layout < 3:
+            unshifted = 0.999 * (1 - fall) if layout == 1 else 1 - fall
+            odds = (1 - unshifted) / unshifted
+            lowest, highest = low * odds, high * odds
+        else:
+            lowest, highest = _shift_to(low, fall), _shift_to(high, fall)
+        least, most = max(least, lowest), min(most, highest)
+        if least <= most * (1 + 1e-7):
+            found.append(_Flow(steps, layout, least, most))
+    return tuple(found)
+
+
+def _shift_to(odds: float, fall: float) -> float:
+    """The shift that gives a level with these odds, where the schedule ends at the shifted level 0.001.
+
+    Its unshifted fall is `fall` / (0.999 + 0.001 shift), so the shift solves a quadratic equation.
+    """
+    if odds in (0.0, math.inf):
+        return odds
+    linear, constant = 0.999 - fall, fall * odds
+    return 2 * constant / (linear + math.sqrt(linear * linear + 0.004 * constant))
+
+
+def _from_noise(levels: tuple[Interval, ...], whole: bool) -> dict[int, float]:
+    """Number of steps -> weight, for flow schedules that begin at pure noise, with any shift.
+
+    Where calls repeat a rounded time step and each step but the first may have two calls, calls count as steps.
+    """
+    found: dict[int, float] = {}
+    for steps, layout, least, most in _flows(levels, 1):
+        weight = _likely_shift(least, most)
+        if whole and layout == 0 and _is_straight(steps, levels):
+            weight += _UNSHIFTED
+        found[steps] = found.get(steps, 0.0) + weight * _usual(steps)
+    if any(level == later for level, later in pairwise(levels)):
+        for steps, _, least, most in _flows(levels, 2):
+            weight = _SECOND_ORDER * _likely_shift(least, most) * _usual(steps)
+            found[2 * steps - 1] = found.get(2 * steps - 1, 0.0) + weight
     return found
 
 
-def _layouts(steps: int, levels: Sequence[Interval]) -> Iterator[tuple[float, float]]:
-    """(first level, fall at each step) of the usual ways to lay out steps before the shift."""
-    yield 1.0, 1 / steps
-    yield 0.999, 0.999 / steps
-    if steps == 1:
-        return
-    # Some schedules end at the least level of training, which was shifted too.
-    end, level = 0.001, sum(levels[-1]) / 2
-    for _ in range(3):
-        place = len(levels) - 1
-        shift = _shift_between(1 - place * (1 - end) / (steps - 1), level)
-        end = 0.001 * shift / (1 + 0.001 * (shift - 1)) if 1 <= shift <= _LARGEST_SHIFT else 0.001
-    yield 1.0, (1 - end) / (steps - 1)
-    if end > 0.0011:
-        yield 1.0, 0.999 / (steps - 1)
+def _is_straight(steps: int, levels: Sequence[Interval]) -> bool:
+    """Whether the levels may fall by one part of `steps` at each step."""
+    return all(low <= 1 - place / steps <= high + 5e-4 for place, (low, high) in enumerate(levels))
 
 
-def _shift_between(unshifted: float, level: float) -> float:
-    """The shift that takes one level to the other."""
-    if not (0 < unshifted < 1 and 0 < level < 1):
-        return math.inf if level >= 1 and unshifted > 0 else 0.0
-    return level * (1 - unshifted) / (unshifted * (1 - level))
+def _likely_shift(least: float, most: float) -> float:
+    """How usual the shifts between two are."""
+    points = bisect_left(_SHIFTS, least * 0.9999), bisect_right(_SHIFTS, most * 1.0001)
+    usual = _SHIFT_SUMS[points[1]] - _SHIFT_SUMS[points[0]] if points[0] < points[1] else 0.0
+    return usual + _BETWEEN_SHIFTS * math.log(max(most / least, 1 + 1e-9))
 
 
-def _likely_shift(unshifted: Sequence[float], levels: Sequence[Interval]) -> float:
-    """How usual the shifts are that take all these levels to those."""
-    least, most = 1.0, _LARGEST_SHIFT
-    for u, (low, high) in zip(unshifted, levels, strict=True):
-        if u >= 1:
-            if high < 1:
-                return 0.0
-            continue
-        if u <= 0:
-            return 0.0
-        least, most = max(least, _shift_between(u, low)), min(most, _shift_between(u, high))
-    if least > most * (1 + 1e-7):
-        return 0.0
-    between = math.log(max(most / least, 1 + 1e-9))
-    return 0.3 * between + sum(
-        weight for shift, weight in _USUAL_SHIFTS.items() if least * 0.9999 <= shift <= most * 1.0001
-    )
-
-
+@lru_cache(maxsize=2 * MOST_STEPS)
 def _usual(steps: int) -> float:
     """How usual a number of steps is."""
-    return (3.0 if steps % 10 == 0 else 2.0 if steps % 5 == 0 or steps % 4 == 0 else 1.0) / math.sqrt(steps)
+    usual = 16.0 if steps % 10 == 0 else 5.0 if steps % 5 == 0 or steps % 4 == 0 or steps < 10 else 1.0
+    return usual * (0.3 if steps > 100 else 1.0) / steps**0.25
 
 
 def _numbers(coordinate: _Coordinate, levels: Sequence[Interval]) -> tuple[int, int]:
@@ -283,6 +346,7 @@ def _linear_quadratic(level: float) -> float:
     return 1 - (3.75 + math.sqrt(3.75**2 - 4 * 3.8 * (0.95 - gone))) / 7.6
 
 
+@lru_cache(maxsize=16 * LOOKED_AT)
 def _beta(level: float) -> float:
     """The cumulative beta distribution of parameters 0.6 and 0.6, whose quantiles are the schedule."""
 

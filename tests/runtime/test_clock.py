@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 
 import pytest
 import torch
@@ -377,3 +378,56 @@ def test_generations_may_be_left_in_another_order_or_context() -> None:
     assert opened() is second
     second.__exit__(None, None, None)
     assert opened() is None
+
+
+@pytest.mark.parametrize("trial", [0.0, 1.0, 500.0, 999.0, 1000.0])
+@pytest.mark.parametrize("rising", [False, True])
+def test_a_trial_call_before_the_video_does_not_spoil_it(trial: float, rising: bool) -> None:
+    """As scripts make to compile the model, at any time step."""
+    times = flow(20, 5.0)
+    ticks = run([1000 - time for time in (trial, *times)] if rising else [trial, *times])
+    assert [tick.step - place for place, tick in enumerate(ticks[4:], 4)] in [
+        [late] * 17 for late in (0, -1, -2)
+    ]
+    assert not any(tick.mixed for tick in ticks[4:])
+    assert all(abs(tick.steps - 20) <= 1 for tick in ticks[5:])
+
+
+def test_a_step_of_two_parts_is_estimated() -> None:
+    """A solver that calls at the time step and in the middle of the step."""
+    times = flow(12, 5.0)
+    both = [at for time, later in pairwise(times) for at in (time, (time + later) / 2)]
+    assert dense(run(both)) <= 5
+
+
+GUIDANCE: dict[str, Sequence[tuple[float, float]]] = {
+    "none": [(1, 0)],
+    "two calls": [(1, 0), (-1, 0)],
+    "skip layers": [(1, 0), (-1, 0), (1, 3)],
+    "the same text twice": [(1, 0), (-1, 0), (1, 0)],
+}
+"""(text, layers to skip) of each call of a step; text 1 is the video's own."""
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+@pytest.mark.parametrize("texts", [(1.0, 1.0), (1.0, 2.0)], ids=["one text", "two texts"])
+@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+@pytest.mark.parametrize("kind", ["falling", "rising", "integers"])
+def test_no_call_reads_the_memory_of_a_video_in_turn(
+    kind: str, guidance: Sequence[tuple[float, float]], texts: tuple[float, float], lag: int
+) -> None:
+    """Two videos with the same time steps, step by step; nothing states which call belongs to which."""
+    times = {"falling": flow(8, 5.0), "integers": [float(900 - 50 * step) for step in range(8)]}
+    times["rising"] = [1 - time / 1000 for time in times["falling"]]
+    order = sorted(
+        (step + lag * video, video, time) for video in (0, 1) for step, time in enumerate(times[kind])
+    )
+    clock, memory = StepClock(), dict[int, int]()
+    for place, video, time in sorted(order, key=lambda one: one[:2]):
+        for text, skip in guidance:
+            own = texts[video] if text == 1 else text
+            tick = clock.tick(time, prints((100.0 * video + 1.37 * place, 5.0), (own, 1.0), (skip, 1.0)))
+            if tick.new_video:
+                memory.clear()
+            assert not tick.remembers or memory.get(tick.stream, video) == video
+            memory[tick.stream] = video
