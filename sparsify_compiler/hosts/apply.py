@@ -16,6 +16,7 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
+from sparsify_compiler.hosts.pipelines import video_of
 from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
@@ -136,7 +137,12 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     for name, module in found.items():
         backends += _native_attention(module)
         model = AppliedModel(
-            weakref.ref(module), name, clocks, partial(_analyse, config=config), parts_only=bool(regional)
+            weakref.ref(module),
+            name,
+            clocks,
+            partial(_analyse, config=config),
+            video=video_of,
+            parts_only=bool(regional),
         )
         if regional:
             kinds = {type(block) for block in blocks[name]}
