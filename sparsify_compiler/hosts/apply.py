@@ -213,7 +213,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         )
     found = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and _is_denoiser(module):
+        if isinstance(module, nn.Module) and is_denoiser(module):
             found[str(name)] = module
     if not found:
         names = (
@@ -226,7 +226,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _is_denoiser(module: nn.Module) -> bool:
+def is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
     inner: Any = _torch.uncompiled(module)
     return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
