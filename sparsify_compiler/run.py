@@ -3,14 +3,13 @@
     sparsify run --option method=svg2 --stats generate.py --steps 30
     python -m sparsify_compiler.run -m my_package.generate
 
-The script sees what `python script.py args...` would show it: arguments, `__main__`, `sys.path`, the working folder,
-standard output, exit code and traceback. This module imports nothing beyond the standard library, and waits until the
-script imports torch. Options are checked before the script starts, which takes an import of torch.
+The script sees what `python script.py args...` would show it: arguments, `__main__`, `sys.path`, the working
+folder, standard output, exit code and traceback. This module imports nothing beyond the standard library, and waits
+until the script imports torch. Options are checked before the script starts, which takes an import of torch.
 """
 
 import atexit
 import builtins
-import importlib
 import io
 import os
 import pkgutil
@@ -116,7 +115,12 @@ def find(name: str) -> Program:
         OptionError: there is no such script.
     """
     if name == STANDARD_INPUT:
-        return Program(lambda: compile(sys.stdin.read(), "<stdin>", "exec", dont_inherit=True), name, "", {})
+        return Program(
+            lambda: compile(sys.stdin.read(), "<stdin>", "exec", dont_inherit=True),
+            name,
+            "",
+            {"__file__": "<stdin>"},
+        )
     path = os.path.abspath(name)
     spec = PathFinder.find_spec("__main__", [path])
     if spec is not None and spec.loader is not None:
@@ -169,6 +173,8 @@ def execute(command: Command, program: Program | None) -> None:
     if not sys.flags.safe_path:
         sys.path[0] = os.getcwd() if program is None else program.folder
     sys.modules["__main__"] = module
+    if "__mp_main__" in sys.modules:  # multiprocessing sets it when it is imported
+        sys.modules["__mp_main__"] = module
     try:
         if program is None:
             program = find_module(command.script)
@@ -214,7 +220,7 @@ def _watch_children(command: Command, spawn: Any) -> None:
         if main:
             package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
             data["sys_path"] = [*data["sys_path"], *({package} - set(data["sys_path"]))]
-            data["sys_argv"] = [(command, *main.popitem()), *data["sys_argv"]]
+            data["sys_argv"] = [*data["sys_argv"], (command, *main.popitem())]
             data["init_main_from_name"] = "sparsify_compiler.spawned"
         return data
 
@@ -312,4 +318,6 @@ def _of_the_script(trace: TracebackType | None) -> TracebackType | None:
 
 
 if __name__ == "__main__":
-    importlib.import_module("sparsify_compiler.run").main()
+    from sparsify_compiler import run
+
+    run.main()

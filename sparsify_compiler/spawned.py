@@ -2,12 +2,13 @@
 
 import runpy
 import sys
+from typing import Any
 
 from sparsify_compiler.run import watch
 
 if __name__ == "__mp_main__":
-    _first: tuple = sys.argv.pop(0)  # type: ignore[assignment]
-    _command, _kind, _main = _first
+    _given: Any = sys.argv.pop()
+    _command, _kind, _main = _given
     watch(_command)
     if _kind == "init_main_from_path":
         globals().update(runpy.run_path(_main, run_name=__name__))

@@ -4,8 +4,9 @@ Nothing is patched. The frames above the call of a model belong to a pipeline or
 scheduler. `set_timesteps` makes a new tensor of time steps for every call of a pipeline, so this tensor identifies
 the video: all models that are called at its time steps share one `Generation`.
 
-A scheduler may be stale: a script may loop over times of its own. So its tensor is believed only where the time step
-of the call lies in it, or where a pipeline's own code calls the model and the scheduler moves on from call to call.
+A scheduler may be stale: a script may loop over times of its own. So its tensor is believed only where the time
+step of the call lies in it, or where a pipeline's own code calls the model and the scheduler moves on from call to
+call.
 """
 
 import inspect
@@ -72,15 +73,17 @@ def video_of(call: ModelCall) -> AbstractContextManager[Any]:
         if video is None:
             video = _begin(caller, time, dtype)
             if video is not None:
-                _videos[id(times)] = (
-                    weakref.ref(times, lambda _, key=id(times): _videos.pop(key, None)),
-                    video,
-                )
+                _keep(times, video)
         elif not _continues(video, caller.scheduler, time, dtype):
             video = None
         if video is not None:
             return video.handle
     return nullcontext()
+
+
+def _keep(times: Tensor, video: _Video) -> None:
+    key = id(times)
+    _videos[key] = weakref.ref(times, lambda _: _videos.pop(key, None)), video
 
 
 def callers(module: nn.Module) -> Iterator[Caller]:

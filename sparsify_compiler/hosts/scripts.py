@@ -308,7 +308,7 @@ def _may_take_a_time_step(cls: type) -> bool:
 
 
 def shows_a_video(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments of a call have a video of more than one frame: latents, a number of frames, or positions.
+    """Whether a call gets a video of more than one frame: latents, a number of frames, or positions.
 
     Images have latents of four dimensions, or one frame.
     """
