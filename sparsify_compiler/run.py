@@ -267,7 +267,7 @@ class _Loader:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         if self.finder in sys.meta_path:
-            sys.meta_path.remove(self.finder)  # type: ignore[arg-type]
+            sys.meta_path.remove(self.finder)
             self.finder.action(module)
 
 
@@ -279,7 +279,7 @@ def _code_of(spec: ModuleSpec) -> CodeType:
 
 
 def _compiled(text: bytes, path: str) -> CodeType:
-    if path.endswith(".pyc") and (code := pkgutil.read_code(io.BytesIO(text))) is not None:  # type: ignore[attr-defined]
+    if path.endswith(".pyc") and (code := pkgutil.read_code(io.BytesIO(text))) is not None:
         assert isinstance(code, CodeType)
         return code
     return compile(text, path, "exec", dont_inherit=True)

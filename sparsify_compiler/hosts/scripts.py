@@ -87,7 +87,7 @@ class Script:
         """Watch the classes of modules that are made from now on, and `torch.compile`."""
         first_call = _FirstCall(self)
 
-        def init_subclass(cls: type, **kwargs: Any) -> None:
+        def init_subclass(cls: type[nn.Module], **kwargs: Any) -> None:
             super(nn.Module, cls).__init_subclass__(**kwargs)
             if _may_take_a_time_step(cls):
                 setattr(cls, _CALL, first_call)
@@ -101,7 +101,7 @@ class Script:
                 return lambda model: compile(model, *args, **kwargs)
             return self._compiled(model, args, kwargs)
 
-        torch.compile = compile  # type: ignore[assignment]
+        torch.compile = compile
 
     def report(self) -> str:
         """The measurements of all models, or why there are none."""
