@@ -60,12 +60,8 @@ class _Parser(OptionParser):
         raise OptionError(f"{msg}. Usage: {_USAGE}; sparsify run --help lists the options")
 
 
-def parse(words: Sequence[str]) -> Command:
-    """Read the command line, and check the options.
-
-    Raises:
-        OptionError: an option is unknown or wrong, or no script is given.
-    """
+def parser() -> OptionParser:
+    """The options of `sparsify run`. They end at the script's name."""
     parser = _Parser(
         usage=_USAGE, description="Run a script with sparse attention in its video transformers."
     )
@@ -77,9 +73,19 @@ def parse(words: Sequence[str]) -> Command:
     add("--mode", help="mode of torch.compile; that of the script's own torch.compile by default")
     add("--stats", action="store_true", default=False, help="print the densities at the end, to stderr")
     add("-m", action="store_true", default=False, dest="is_module", help="SCRIPT is the name of a module")
-    given, rest = parser.parse_args(list(words))
+    return parser
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Read the command line, and check the options.
+
+    Raises:
+        OptionError: an option is unknown or wrong, or no script is given.
+    """
+    reader = parser()
+    given, rest = reader.parse_args(list(words))
     if not rest:
-        parser.error("a script must be given")
+        reader.error("a script must be given")
     options: dict[str, Any] = {}
     if given.option:
         from sparsify_compiler.backend import configure

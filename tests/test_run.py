@@ -1,4 +1,4 @@
-"""`sparsify run`: a script is what it is without it, and its video transformers are sparse."""
+"""`sparsify run`: a script behaves as without it, and its video transformers are sparse."""
 
 import subprocess
 import sys

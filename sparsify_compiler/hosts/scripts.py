@@ -168,7 +168,7 @@ class Script:
         if not self._is_denoiser(module) or kwargs.get("disable"):
             self._compiles[module] = kwargs
             return self._compile(model, *args, **kwargs)
-        self._compile(_nothing, *args, **kwargs)  # raises what is wrong with the arguments
+        self._compile(_nothing, *args, **kwargs)  # raises the errors of wrong arguments
         hook = module.__dict__.get(_CALL)
         if not isinstance(hook, _hook()):
             self._compiles[module] = kwargs
