@@ -152,7 +152,7 @@ class Script:
         return one._call_impl(*args, **kwargs) if _in_a_model() else self._call(one, *args, **kwargs)
 
     def _compiled(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What `torch.compile` returns in the script."""
+        """The result of `torch.compile` in the script."""
         from sparsify_compiler._torch import wrapped
         from sparsify_compiler.hosts.pipelines import unwrapped
 
