@@ -6,8 +6,10 @@ not import it.
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -139,6 +141,22 @@ def storage_of(tensor: Tensor) -> int | None:
 def is_transformed(tensor: Tensor | None) -> bool:
     """Whether a tensor belongs to a transform of `torch.func`. Outside of the transform it has other sizes."""
     return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def weak_storage(tensor: Tensor) -> Any:
+    """A reference to the memory of a tensor that does not keep it; None for a tensor without memory.
+
+    Its `expired()` says whether the memory is gone. As long as the reference lives, no other memory gets the
+    identifier that `storage_of` returns.
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return None if storage_of(tensor) is None else StorageWeakRef(tensor.untyped_storage())
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def source_name(placeholder: fx.Node) -> str:
@@ -396,6 +414,7 @@ def tracing(
             accumulated_recompile_limit=unlimited,
             suppress_errors=not strict,
             allow_empty_graphs=True,
+            optimize_ddp=False,  # otherwise a call inside DDP is split at the buckets of gradients
         ):
             yield torch.compile(fresh, backend=backend, dynamic=False, **apart)
     finally:
@@ -406,12 +425,48 @@ def tracing(
                 reset_code(code)
 
 
-def compiled_apart(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
+@contextmanager
+def autocast_on_meta(device_type: str) -> Iterator[None]:
+    """Let code ask for autocast on the meta device, which has none: it gets that of `device_type`."""
+    from torch.amp.autocast_mode import autocast
+
+    usual = autocast.__init__
+
+    def init(self: Any, device_type_: str, *args: Any, **kwargs: Any) -> None:
+        usual(self, device_type if device_type_ == "meta" else device_type_, *args, **kwargs)
+
+    autocast.__init__ = init
+    try:
+        yield
+    finally:
+        autocast.__init__ = usual
+
+
+def compiled_apart(
+    function: Callable[..., Any], backend: Callable[..., Any], *, one_graph: bool = False
+) -> Callable[..., Any]:
     """`function` compiled from a code object of its own, so that it shares neither programs nor the limit of
-    recompiles."""
+    recompiles.
+
+    Args:
+        one_graph: whether a call that does not give one graph raises an error, before any of its code runs.
+    """
     assert isinstance(function, FunctionType)
     fresh = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return torch.compile(fresh, backend=backend)
+    return torch.compile(fresh, backend=backend, fullgraph=one_graph)
+
+
+def why_not_one_graph(error: Exception) -> str | None:
+    """The reason why a call did not give one graph; None for an error that says something else."""
+    from torch._dynamo import exc
+
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return "it has as many programs as Dynamo's recompile limit allows"
+    if not isinstance(error, exc.Unsupported):
+        return None
+    ours = [place for place in error.real_stack if not place.filename.startswith(DIRECTORY)]
+    why = error.msg.strip().partition("\n")[0].rstrip(".")
+    return f"{why} at {place_text(ours[-1].filename, ours[-1].lineno or 0)}" if ours else why
 
 
 def forget(compiled: Callable[..., Any]) -> None:
@@ -422,15 +477,43 @@ def forget(compiled: Callable[..., Any]) -> None:
     reset_code(function.__code__)
 
 
-def many_programs() -> AbstractContextManager[Any]:
+_settings = threading.Lock()
+_changed: list[Callable[[], None]] = []
+"""One function for each open `many_programs`; the first of them puts back the settings of the process."""
+
+
+@contextmanager
+def many_programs() -> Iterator[None]:
     """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
 
-    Otherwise a call in which a cache skips a block ends the compilation of all blocks.
+    Otherwise a call in which a cache skips a block ends the compilation of all blocks. Several threads may be in
+    the block at once. Newer versions of PyTorch have settings for each context; in older ones all threads share
+    them, so the last thread to leave puts them back.
     """
     from torch._dynamo import config
 
     limit = max(config.recompile_limit, 64)
-    return config.patch(allow_empty_graphs=True, recompile_limit=limit)
+    # `config.patch` would leave a context variable behind at every call.
+    settings: Any = config
+    change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(
+        allow_empty_graphs=True, recompile_limit=limit
+    )
+    if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
+        put_back = change()
+        try:
+            yield
+        finally:
+            put_back()
+        return
+    with _settings:
+        _changed.append(_changed[0] if _changed else change())
+    try:
+        yield
+    finally:
+        with _settings:
+            put_back = _changed.pop()
+            if not _changed:
+                put_back()
 
 
 def never_compile(function: Callable[..., Any]) -> None:
@@ -440,6 +523,11 @@ def never_compile(function: Callable[..., Any]) -> None:
 
     assert isinstance(function, FunctionType)
     skip_code(function.__code__)
+
+
+def never_compiles(function: Any) -> bool:
+    """Whether `torch.compiler.disable` keeps Dynamo from a function and all that it calls."""
+    return bool(getattr(function, "_torchdynamo_disable", False))
 
 
 def check_mode(mode: str | None) -> None:

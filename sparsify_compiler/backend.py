@@ -76,12 +76,12 @@ def _program(
     if in_a_model:
         fix_tokens(analysed)
     # In training, time steps are random, and checkpointing may run a forward pass again.
-    trains = torch.is_grad_enabled() and any(
+    with_gradients = torch.is_grad_enabled() and any(
         isinstance(value, Tensor) and value.requires_grad for value in example_inputs
     )
     sizes = _sizes(gm)
 
-    def planned_as(analysed: fx.GraphModule) -> PlannedGraph:
+    def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)
         functions = functions_of(sparse)
@@ -89,7 +89,8 @@ def _program(
         def compile_variant(variant: Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
             graph = sparse if variant == first else pipeline.rewrite(analysed, config, variant)
             functions.update(functions_of(graph))
-            offload = long_lists if trains and config.offload_indices and variant.phase == "sparse" else None
+            offloads = with_gradients and config.offload_indices and variant.phase == "sparse"
+            offload = long_lists if offloads else None
             return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
 
         return PlannedGraph(
@@ -102,7 +103,7 @@ def _program(
             learning_sites=tuple(one for one in plan.sparse if learns(one)),
         )
 
-    own = planned_as(analysed)
+    own = planned_as(analysed, with_gradients)
     _check_marked(marked)
     program = Program(
         options=options,
@@ -110,10 +111,12 @@ def _program(
         own=own,
         ends_early=_torch.graph_break(gm) is not None,
         places=find_places(analysed, gm),
-        plan_as=lambda parts: planned_as(pipeline.plan_as(analysed, config, parts)),
+        plan_as=lambda parts, trains: planned_as(
+            analysed if parts is None else pipeline.plan_as(analysed, config, parts), trains
+        ),
     )
     # Guards on sizes can be added only now, and CUDA graphs need to know the model's tensors.
-    if trains or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
+    if with_gradients or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
         examples = (_torch.example_like(example_inputs, tensor) for tensor in own.extra.blank())
         own.prepare([*example_inputs, *examples])
     return program

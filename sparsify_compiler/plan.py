@@ -1,5 +1,5 @@
 """The frozen data that the passes hand on: a site, the layout of its tokens, an entry (a method with a far field),
-and the plan. `Method` and `FittedMethod` say what planning needs of a method.
+the plan, and the parts of a whole model. `Method` and `FittedMethod` say what planning needs of a method.
 
 Nothing here holds a tensor or a device: a plan can be hashed, compared, printed and stored.
 """
@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 SiteKind = Literal["self", "joint", "cross", "unknown"]
 Spelling = Literal["sdpa", "flex", "unfused"]
@@ -191,6 +191,52 @@ class GraphPlan:
     def sparse(self) -> tuple[AttentionPlan, ...]:
         """The plans that rewrite their site."""
         return tuple(plan for plan in self.plans if plan.method != "dense")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """An attention that the analysis of the whole model found."""
+
+    name: str
+    like: tuple[Any, ...]
+    """Heads, tokens and sizes."""
+    kind: SiteKind
+    layout: TokenLayout
+    entry: Entry | None
+    """The entry that the options or the policy give it; None if it stays dense."""
+    reason: str
+    """Why this entry, or why dense."""
+
+    def as_dense(self, reason: str) -> AttentionPlan:
+        """The plan of an attention that ran in no graph."""
+        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
+        site = AttentionSite(
+            name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
+            kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
+            kind=self.kind,
+        )  # fmt: skip
+        return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
+
+
+class Parts(NamedTuple):
+    """The attentions of one graph, as parts of a model. Equal parts share a plan."""
+
+    sites: tuple[Part, ...]
+    dense_steps: int | float
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """The attentions of a whole model, in the order in which a call runs them."""
+
+    parts: tuple[Part, ...] = ()
+    dense_steps: int | float = 0
+    outside: tuple[AttentionPlan, ...] = ()
+    """The plans of attentions outside every graph, which stay dense."""
+    by_values: bool = False
+    """Whether it depends on values of the arguments, such as the mask of a prompt, and not on shapes alone."""
+    failure: str = ""
+    """Why the model could not be analysed; empty if it was."""
 
 
 def count_of(number_or_share: int | float, total: int) -> int:

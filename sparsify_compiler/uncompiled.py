@@ -27,21 +27,14 @@ _NOT_THE_MODEL = (__file__, *_DOORS, _PASSES, _torch.DIRECTORY, "<")
 """Beginnings of the files whose frames are not the model's."""
 
 
-class Uncompiled(TorchDispatchMode):
-    """A mode that records every attention that runs outside of graphs. Dynamo compiles as without the mode."""
+class BetweenGraphs(TorchDispatchMode):
+    """A mode that sees the operators outside of graphs. Dynamo compiles as without the mode."""
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: object) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
-        self._modules = {id(module): without_wrappers(name) for name, module in modules}
-        self._breaks = len(_torch.graph_breaks())
         self._in_graph = 0
-        self._names: dict[str, int] = {}
-        self._known: Any = WeakIdKeyDictionary()
-        """Tensor -> `scores` or `weights`."""
-        self.plans: list[AttentionPlan] = []
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -58,9 +51,32 @@ class Uncompiled(TorchDispatchMode):
             self._in_graph -= 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not self._in_graph and isinstance(func, torch._ops.OpOverload):
-            self._note(func, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], out)
+        if self._in_graph or not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **(kwargs or {}))
+        return self.seen(func, types, args, kwargs or {})
+
+    def seen(self, func: torch._ops.OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator that is in no graph."""
+        raise NotImplementedError
+
+
+class Uncompiled(BetweenGraphs):
+    """A mode that records every attention that runs outside of graphs."""
+
+    def __init__(self, model: object) -> None:
+        super().__init__()
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        self._modules = {id(module): without_wrappers(name) for name, module in modules}
+        self._breaks = len(_torch.graph_breaks())
+        self._names: dict[str, int] = {}
+        self._known: Any = WeakIdKeyDictionary()
+        """Tensor -> `scores` or `weights`."""
+        self.plans: list[AttentionPlan] = []
+
+    def seen(self, func: torch._ops.OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator, and record it if it is, or completes, attention."""
+        out = func(*args, **kwargs)
+        self._note(func, [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)], out)
         return out
 
     def _note(self, func: torch._ops.OpOverload, tensors: Sequence[Tensor], out: Any) -> None:

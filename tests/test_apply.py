@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import sparsify_compiler
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.testing.models import CASES
+from sparsify_compiler.testing.oracles import TileAttention
 from sparsify_compiler.testing.videos import Video, latents, steps
 
 pytestmark = [
@@ -44,6 +46,50 @@ def test_restore_leaves_the_model_as_it_was(regional: bool) -> None:
     again = sparsify_compiler.apply(model, regional=regional, **TILE)
     steps(model, latents(GRID), 1)
     assert again.stats().measurements
+
+
+@pytest.mark.parametrize("breaks", ["nowhere", "before", "around"])
+def test_by_default_a_model_is_whole_where_it_gives_one_graph(
+    breaks: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise its blocks are compiled. A call with wrong inputs decides nothing."""
+    model = Video(breaks=breaks)
+    before, expected = dicts(model), steps(Video(), latents(GRID), 1)[0]
+    with caplog.at_level(logging.INFO, "sparsify_compiler"):
+        changed = sparsify_compiler.apply(model, **TILE)
+        with pytest.raises(RuntimeError):
+            model(torch.randn(1, 3, 5, 14, 18), 900.0)
+        assert "one graph" not in caplog.text
+        (got,) = steps(model, latents(GRID), 1)
+    with TileAttention(5, 2, 63):
+        (sparse,) = steps(Video(), latents(GRID), 1)
+    assert (got - sparse).norm() < 1e-5 * sparse.norm() < (got - expected).norm()
+    (one,) = changed.models
+    if breaks == "nowhere":
+        assert [len(graph) for graph in one.graphs] == [3]
+        assert one.analysis is None, "the graph shows all"
+        assert "one graph" not in caplog.text
+    else:
+        assert [len(graph) for graph in one.graphs if len(graph)] == [1, 1, 1]
+        place = r"graph_break\(\)` at testing/videos.py:\d+"
+        line = rf"Video does not give one graph \(Call to `torch._dynamo.{place}\): its 3 repeated blocks are"
+        assert len(re.findall(line, caplog.text)) == 1
+    changed.restore()
+    assert dicts(model) == before
+
+
+def test_a_model_without_repeated_blocks_stays_whole() -> None:
+    class Single(Video):
+        """Its one block is in no list."""
+
+        def __init__(self) -> None:
+            super().__init__(1, breaks="before")
+            self.blocks = nn.Sequential(*self.blocks)
+
+    model = Single()
+    changed = sparsify_compiler.apply(model, **TILE)
+    steps(model, latents(GRID), 1)
+    assert {one.site for one in changed.stats().measurements} == {"blocks.0"}
 
 
 def test_restore_after_an_error() -> None:

@@ -16,17 +16,16 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
+from sparsify_compiler.hosts.blocks import CALL, Block, Blocks, WholeOrBlocks, call_of, repeated_blocks
 from sparsify_compiler.hosts.pipelines import video_of
 from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import AppliedModel, Hook
-from sparsify_compiler.runtime.clock import Clocks
+from sparsify_compiler.runtime.clock import PerGeneration, StepClock
 
 log = logging.getLogger("sparsify_compiler")
-_CALL = "_compiled_call_impl"
-"""The attribute of a module that PyTorch calls in place of the module's own call."""
 
 
 @dataclass(slots=True, eq=False)
@@ -87,8 +86,8 @@ class Applied:
     def restore(self) -> None:
         """Make the models what they were before `apply`. A second call does nothing."""
         for module, hook in self._hooks:
-            if module.__dict__.get(_CALL) is hook:
-                del module.__dict__[_CALL]
+            if module.__dict__.get(CALL) is hook:
+                del module.__dict__[CALL]
         for processor, backend in self._backends:
             processor._attention_backend = backend
         for program in self._programs:
@@ -106,7 +105,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
         target: a module, or an object whose `components` is a dict of name -> module, such as a pipeline of
             diffusers. Of the components, every video transformer is changed; they share one generation.
         regional: whether the repeated blocks of each model are compiled instead of the model, each distinct
-            block once. None compiles the whole model.
+            block once. None compiles the whole model where Dynamo can make one graph of it, else the blocks.
         mode: the mode of torch.compile.
         options: the options of the backend.
 
@@ -121,17 +120,18 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     found = _video_transformers(target)
     for name, module in found.items():
         _check_unchanged(name or type(module).__name__, module)
-    blocks = {name: _repeated_blocks(module) if regional else [] for name, module in found.items()}
+    blocks = {name: [] if regional is False else repeated_blocks(module) for name, module in found.items()}
     for name, module in found.items():
         if regional and not blocks[name]:
             raise OptionError(
                 f"regional=True needs repeated blocks, and {type(module).__name__} has no list of modules of one "
                 "class: leave out regional"
             )
-    clocks = Clocks()
+    clocks = PerGeneration(StepClock)
     models: list[AppliedModel] = []
     hooks: list[tuple[nn.Module, Any]] = []
     programs: list[Callable[..., Any]] = []
+    put_in: list[Blocks] = []
     backends: list[tuple[Any, Any]] = []
     backend = partial(sparsify, options=options, mode=mode)
     for name, module in found.items():
@@ -144,36 +144,30 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             video=video_of,
             parts_only=bool(regional),
         )
-        if regional:
-            kinds = {type(block) for block in blocks[name]}
-            compiled = {kind: _torch.compiled_apart(_call, backend) for kind in kinds}
-            hooks += [(block, _Block(weakref.ref(block), compiled[type(block)])) for block in blocks[name]]
-            hooks.append((module, Hook(model, _call)))
-            programs += compiled.values()
+        run: Callable[..., Any]
+        if blocks[name]:
+            parts = Blocks(blocks[name], backend)
+            if regional:
+                run = call_of
+                put_in.append(parts)
+                programs += parts.programs
+            else:
+                run = WholeOrBlocks(model, parts, backend)
+                programs += run.programs
+            hooks += parts.hooks
         else:
-            run = _torch.compiled_apart(_call, backend)
-            hooks.append((module, Hook(model, run)))
+            run = _torch.compiled_apart(call_of, backend)
             programs.append(run)
+        hooks.append((module, Hook(model, run)))
         models.append(model)
-    for hook in (Hook.__call__, _Block.__call__):
-        _torch.never_compile(hook)
+    for call in (Hook.__call__, Block.__call__):
+        _torch.never_compile(call)
+    for parts in put_in:
+        parts.put_in()
     for module, hook in hooks:
-        module.__dict__[_CALL] = hook
+        if isinstance(hook, Hook):
+            module.__dict__[CALL] = hook
     return Applied(tuple(models), tuple(hooks), tuple(programs), backends)
-
-
-class _Block:
-    """The call of a block that is compiled by itself."""
-
-    def __init__(self, module: "weakref.ref[nn.Module]", run: Callable[..., Any]) -> None:
-        self.module, self.run = module, run
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self.module(), args, kwargs)
-
-
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module._call_impl(*args, **kwargs)
 
 
 def _analyse(module: nn.Module, arguments: Any, *, config: SparsifyConfig) -> Any:
@@ -189,9 +183,9 @@ def _alive(model: AppliedModel) -> nn.Module:
 
 def _check_unchanged(name: str, module: nn.Module) -> None:
     for path, one in module.named_modules():
-        call = one.__dict__.get(_CALL)
+        call = one.__dict__.get(CALL)
         where = f"{name}.{path}" if path else name
-        if isinstance(call, (Hook, _Block)):
+        if isinstance(call, (Hook, Block)):
             raise SparsifyError(
                 f"apply has changed {where} already: call restore() of what it returned first"
             )
@@ -229,27 +223,12 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 def is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
     inner: Any = _torch.uncompiled(module)
-    return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
+    return _takes_a_time_step(inner) and bool(repeated_blocks(inner))
 
 
 def _takes_a_time_step(module: nn.Module) -> bool:
     names = inspect.signature(module.forward).parameters
     return any(TIME_STEP.fullmatch(name.lower()) for name in names)
-
-
-def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
-    """The modules of all lists in which a class occurs, outermost lists only."""
-    found: list[nn.Module] = []
-
-    def walk(one: nn.Module) -> None:
-        for child in one.children():
-            if isinstance(child, nn.ModuleList) and len(child) and any(True for _ in child[0].children()):
-                found.extend(child)
-            else:
-                walk(child)
-
-    walk(module)
-    return found
 
 
 def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -5,11 +5,11 @@ model does not change.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,15 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.hosts.blocks import repeated_blocks
+from sparsify_compiler.hosts.values import Values
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
 from sparsify_compiler.passes.planning import decide, dense_steps
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, TokenLayout
-from sparsify_compiler.runtime.call import Analysis, Arguments, Part
-from sparsify_compiler.uncompiled import Uncompiled
+from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
+from sparsify_compiler.runtime.call import Arguments
+from sparsify_compiler.uncompiled import BetweenGraphs, Uncompiled
 
 _META = torch.device("meta")
 NATIVE = "native"
@@ -42,19 +44,12 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     Raises:
         SparsifyError: options do not fit the model.
     """
-    for strict in (True, False):
-        try:
-            twin, (args, kwargs) = on_meta(module, arguments)
-            found, outside = _traced(twin, args, kwargs, config, strict)
-            break
-        except SparsifyError:
-            raise
-        except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
-            if not strict:
-                return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    found = _found(module, arguments, config)
+    if found.failure:
+        return Analysis(failure=found.failure)
     if config.grid is not None:
-        check_grid(config.grid, config.text, found)
-    decisions = decide(found, config)
+        check_grid(config.grid, config.text, found.sites)
+    decisions = decide(found.sites, config)
     parts = tuple(
         Part(
             name=site.name,
@@ -64,29 +59,96 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
             entry=entry,
             reason=reason,
         )
-        for (site, layout), (entry, reason) in zip(found, decisions, strict=True)
+        for (site, layout), (entry, reason) in zip(found.sites, decisions, strict=True)
     )
-    return Analysis(parts, dense_steps(decisions, config), outside=outside)
+    return Analysis(parts, dense_steps(decisions, config), outside=found.outside, by_values=found.by_values)
 
 
-Found = list[tuple[AttentionSite, TokenLayout]]
+def _values(module: nn.Module, twin: nn.Module, real: Arguments, meta: Arguments) -> Values:
+    """The values of the arguments and buffers."""
+    values = Values()
+    for one, other in zip(
+        [*tree_leaves(real), *module.buffers()], [*tree_leaves(meta), *twin.buffers()], strict=True
+    ):
+        if isinstance(one, Tensor):
+            values.put(other, one)
+    return values
+
+
+def _device_type(arguments: Arguments) -> str:
+    """The device of the arguments of a call."""
+    devices = [leaf.device.type for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    return next((one for one in devices if one != "cpu"), "cpu")
+
+
+Sites = list[tuple[AttentionSite, TokenLayout]]
+
+
+class Found(NamedTuple):
+    """The attentions of a model."""
+
+    sites: Sequence[tuple[AttentionSite, TokenLayout]] = ()
+    """Site and layout of every attention in graphs, in the order of execution."""
+    outside: tuple[AttentionPlan, ...] = ()
+    """The plans of those outside."""
+    by_values: bool = False
+    failure: str = ""
+    """As in `Analysis`."""
+
+
+_WAYS = ("by blocks", "whole", "in parts")
+"""Ways to trace a model, the fastest first. By blocks, one trace of Dynamo serves all blocks that its guards do not
+distinguish, and the rest of the model runs as it is. Whole, Dynamo must be able to trace all code. In parts, code
+that it cannot trace runs as it is."""
+
+
+def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> Found:
+    found = Found()
+    for way in _WAYS:
+        twin, given = on_meta(module, arguments)
+        blocks = repeated_blocks(twin) if way == "by blocks" else []
+        if way == "by blocks" and not blocks:
+            continue
+        values = _values(module, twin, arguments, given)
+        try:
+            with _torch.autocast_on_meta(_device_type(arguments)), values:
+                sites, outside = _traced(twin, *given, config, strict=way != "in parts", blocks=blocks)
+        except SparsifyError:
+            raise
+        except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
+            found = Found(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            continue
+        found = Found(sites, outside, values.were_read)
+        if not blocks or (
+            sites and not outside
+        ):  # as a whole, attention outside of blocks may lie in a graph
+            break
+    return found
 
 
 def _traced(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], config: SparsifyConfig, strict: bool
-) -> tuple[Found, tuple[AttentionPlan, ...]]:
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    config: SparsifyConfig,
+    *,
+    strict: bool,
+    blocks: Sequence[nn.Module],
+) -> tuple[Sites, tuple[AttentionPlan, ...]]:
     """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
 
     Where the model breaks into graphs, labels go from the outputs of one to the inputs of the next.
 
     Args:
         strict: whether to raise what Dynamo raises. Otherwise code that Dynamo cannot trace runs as it is.
+        blocks: the modules that Dynamo traces; none if it traces the model.
     """
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    kinds = {path: type(one).__name__ for path, one in module.named_modules() if path}
     counts: Counter[str] = Counter()
-    found: Found = []
+    found: Sites = []
     errors: list[SparsifyError] = []
-    tracker, uncompiled = _BetweenGraphs(), Uncompiled(module)
+    tracker, uncompiled = _Tracker(), Uncompiled(module)
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             tracker.put_input(tensor, False)
@@ -94,20 +156,25 @@ def _traced(
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        captured = pipeline.captured(gm, config)
+        places = find_places(captured, gm)
+
         def run(*inputs: Any) -> Any:
             try:
-                analysed = pipeline.follow(gm, config, tracker, inputs)
+                analysed = pipeline.follow(captured, config, tracker, inputs)
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            for node, place in zip(all_sites(analysed), find_places(analysed, gm), strict=True):
+            for node, place in zip(all_sites(analysed), places, strict=True):
                 name = place.name_in(
                     None if place.parameter is None else paths.get(id(inputs[place.parameter]))
                 )
-                counts[name] += 1
-                name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 site: AttentionSite = node.meta["site"]
                 layout = node.meta.get("layout") or TokenLayout(tokens=site.q_tokens)
+                # A graph of a block does not record the class of the block itself.
+                site = replace(site, module=site.module or kinds.get(name, ""))
+                counts[name] += 1
+                name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 found.append((replace(site, name=name), layout))
             outputs = gm.forward(*inputs)
             for tensors, ends in zip((inputs, outputs), analysed.meta["ends"], strict=True):
@@ -116,47 +183,32 @@ def _traced(
                         tracker.put(tensor, known)
             return outputs
 
-        return tracker.paused()(uncompiled.in_graph()(run))
+        return tracker.in_graph()(uncompiled.in_graph()(run))
 
     try:
-        with _torch.tracing(record, _call, strict=strict) as call, uncompiled, tracker:
-            call(module, args, kwargs)
-    except SparsifyError:
-        raise errors[0] from None  # without the text that Dynamo appends
+        with _torch.tracing(record, _call, strict=strict) as traced, uncompiled, tracker:
+            for block in blocks:
+                block.__dict__["_compiled_call_impl"] = partial(_call_block, traced, block)
+            (_call if blocks else traced)(module, args, kwargs)
+    except SparsifyError as error:
+        raise (errors or [error])[0] from None  # without the text that Dynamo appends
     return found, tuple(uncompiled.plans)
 
 
-class _BetweenGraphs(AxisTracker):
-    """Follows the operators of a call that run in no graph. Dynamo compiles as without it."""
+class _Tracker(BetweenGraphs, AxisTracker):
+    """Follows the operators of a call that run in no graph: a graph has a tracker of its own."""
 
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._paused = 0
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Return True: otherwise Dynamo compiles nothing under a mode."""
-        return True
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Follow nothing inside: a graph has its own tracker."""
-        self._paused += 1
-        try:
-            yield
-        finally:
-            self._paused -= 1
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._paused or not isinstance(func, torch._ops.OpOverload):
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+    def seen(self, func: torch._ops.OpOverload, types: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operator and label its outputs."""
+        return AxisTracker.__torch_dispatch__(self, func, types, args, kwargs)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return module(*args, **kwargs)
+    return module._call_impl(*args, **kwargs)
+
+
+def _call_block(traced: Callable[..., Any], block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return traced(block, args, kwargs)
 
 
 def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:

@@ -20,7 +20,7 @@ from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
 from sparsify_compiler.passes.sizes import fix_sizes
-from sparsify_compiler.runtime.call import Parts
+from sparsify_compiler.plan import Parts
 from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)
@@ -59,12 +59,17 @@ def analyse(
     return run(copy_graph(gm), analysis(config, device, part=part), config)
 
 
+def captured(gm: fx.GraphModule, config: SparsifyConfig) -> fx.GraphModule:
+    """A copy of a Dynamo graph with its sites, for `follow`."""
+    return run(copy_graph(gm), [capture], config)
+
+
 def follow(
-    gm: fx.GraphModule, config: SparsifyConfig, tracker: AxisTracker, inputs: Sequence[Any]
+    captured: fx.GraphModule, config: SparsifyConfig, tracker: AxisTracker, inputs: Sequence[Any]
 ) -> fx.GraphModule:
-    """A copy of a graph with its sites and layouts. It runs on `inputs` in a call that `tracker` follows."""
+    """A copy of what `captured` returned, with layouts. It runs on `inputs` in a call that `tracker` follows."""
     infer = partial(infer_layouts, grid=config.grid, text=config.text, part=True, within=(tracker, inputs))
-    return run(copy_graph(gm), [capture, infer], config)
+    return run(copy_graph(captured), [infer], config)
 
 
 def plan_as(analysed: fx.GraphModule, config: SparsifyConfig, parts: Parts) -> fx.GraphModule:

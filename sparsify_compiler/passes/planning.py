@@ -15,8 +15,7 @@ from sparsify_compiler.config import SitePolicy, SparsifyConfig
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, TrainedMethod
 from sparsify_compiler.passes.capture import all_sites
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, Entry, GraphPlan, TokenLayout, count_of
-from sparsify_compiler.runtime.call import Part
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Entry, GraphPlan, Part, TokenLayout, count_of
 
 Pair = tuple[AttentionSite, TokenLayout]
 Decision = tuple[Entry | None, str]

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import TIME_STEP
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, SiteKind, TokenLayout
-from sparsify_compiler.runtime.clock import Clocks, Prints, Tick, Times
+from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
+from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
+from sparsify_compiler.runtime.recomputing import Log, new_log
 from sparsify_compiler.runtime.state import ModelState, Record, state_of
 
 log = logging.getLogger("sparsify_compiler")
@@ -38,50 +39,6 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """An attention that the analysis of the whole model found."""
-
-    name: str
-    like: tuple[Any, ...]
-    """Heads, tokens and sizes."""
-    kind: SiteKind
-    layout: TokenLayout
-    entry: Any
-    """The `Entry` that the options or the policy give it; None if it stays dense."""
-    reason: str
-    """Why this entry, or why dense."""
-
-    def as_dense(self, reason: str) -> AttentionPlan:
-        """The plan of an attention that ran in no graph."""
-        heads, kv_heads, q_tokens, kv_tokens, head_dim, value_dim = self.like
-        site = AttentionSite(
-            name=self.name, index=0, batch=0, heads=heads, kv_heads=kv_heads, q_tokens=q_tokens,
-            kv_tokens=kv_tokens, head_dim=head_dim, value_dim=value_dim, dtype="", device="", scale=0.0,
-            kind=self.kind,
-        )  # fmt: skip
-        return AttentionPlan(site=site, layout=self.layout, method="dense", reason=reason)
-
-
-class Parts(NamedTuple):
-    """The attentions of one graph, as parts of a model. Equal parts share a plan."""
-
-    sites: tuple[Part, ...]
-    dense_steps: int | float
-
-
-@dataclass(frozen=True, slots=True)
-class Analysis:
-    """The attentions of a whole model, in the order in which a call runs them."""
-
-    parts: tuple[Part, ...] = ()
-    dense_steps: int | float = 0
-    outside: tuple[AttentionPlan, ...] = ()
-    """The plans of attentions outside every graph, which stay dense."""
-    failure: str = ""
-    """Why the model could not be analysed; empty if it was."""
-
-
 @dataclass(slots=True, eq=False)
 class AppliedModel:
     """A model that `apply` changed."""
@@ -89,7 +46,7 @@ class AppliedModel:
     module: "weakref.ref[nn.Module]"
     name: str
     """Name of the component of a pipeline; empty for a model alone."""
-    clocks: Clocks
+    clocks: PerGeneration[StepClock]
     """The clocks of all models that make one video together, such as the two experts of a pipeline."""
     analyse: Callable[[nn.Module, Arguments], Analysis]
     """Analyses the whole model for the shapes of a call."""
@@ -182,6 +139,9 @@ class ModelCall:
         self._counts: Counter[str] = Counter()
         self._tick: Tick | None = None
         self._record: Record | None = None
+        self.trains = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
+        """Whether gradients are needed. If so, nothing is kept from call to call."""
+        self.log: Log | None = new_log(self) if self.trains else None
 
     @cached_property
     def named(self) -> dict[str, Any]:
@@ -330,9 +290,8 @@ class Hook:
         call = ModelCall(self.model, module, args, kwargs)
         token = _open.set(call)
         try:
-            trains = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
-            with nullcontext() if trains else self.model.video(call):
-                if not trains:
+            with nullcontext() if call.trains else self.model.video(call):
+                if not call.trains:
                     call.tick()
                 if self.model.parts_only:
                     self.model.analysed(call)

@@ -15,11 +15,11 @@ counts. It finds:
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError, warn_once
@@ -161,6 +161,8 @@ class _Video:
 class StepClock:
     """The clock of one model. Every forward calls `tick`."""
 
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held by the thread that calls `tick`, where several threads share the clock."""
     begun: int = 0
     """Number of videos that began after the first one."""
     _steps: int = USUAL_STEPS
@@ -444,7 +446,11 @@ class Generation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _open.set(_open.get()[:-1])
+        # A generator may leave its block after the caller entered another one, or in another context.
+        held = list(_open.get())
+        if self in held:
+            del held[-1 - held[::-1].index(self)]
+            _open.set(tuple(held))
 
 
 _open: ContextVar[tuple[Generation, ...]] = ContextVar("generations", default=())
@@ -481,21 +487,33 @@ def generation(steps: int, streams: int | None = None) -> Generation:
     return Generation(steps, streams)
 
 
-@dataclass(slots=True, eq=False)
-class Clocks:
-    """The clocks of one model, or of several models that make one video together: one for each generation."""
+Value = TypeVar("Value")
 
-    _outside: StepClock = field(default_factory=StepClock)
-    _generations: "weakref.WeakKeyDictionary[Generation, StepClock]" = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    """Each clock goes with the handle of its generation."""
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def current(self) -> StepClock:
-        """The clock of the open generation, or the one of calls outside of any."""
+class PerGeneration(Generic[Value]):
+    """One value for each open generation, and one for calls outside of any. Threads may share it."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        """`make`: makes a value, when it is first needed."""
+        self._make = make
+        self._outside = make()
+        self._inside: weakref.WeakKeyDictionary[Generation, Value] = weakref.WeakKeyDictionary()
+        """Each value goes with the handle of its generation."""
+        self._lock = threading.Lock()
+
+    @property
+    def current(self) -> Value:
+        """The value of the open generation, or the one of calls outside of any."""
         generation = opened()
         if generation is None:
             return self._outside
         with self._lock:
-            return self._generations.setdefault(generation, StepClock())
+            if generation not in self._inside:
+                self._inside[generation] = self._make()
+            return self._inside[generation]
+
+    @property
+    def inside(self) -> list[Value]:
+        """The values of all generations whose handles still exist."""
+        with self._lock:
+            return list(self._inside.values())

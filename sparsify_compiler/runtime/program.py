@@ -6,11 +6,13 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from sparsify_compiler import _torch
 from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.names import ROOT
-from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.call import ModelCall, Parts, open_call, read
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, Parts
+from sparsify_compiler.runtime.call import ModelCall, open_call, read
 from sparsify_compiler.runtime.clock import Prints, Tick, Times
+from sparsify_compiler.runtime.recomputing import Mark, Ran, find
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
 from sparsify_compiler.runtime.state import ModelState, state_of
@@ -97,7 +99,7 @@ class Place:
     parameter: int | None = None
     """Place of the input that is the nearest Parameter of the model; None if the graph has none."""
     path: str = ""
-    """Path of this Parameter, as the graph reads it; the full path in the model ends like it."""
+    """Path of this Parameter, as the graph reads it: where the path in the model differs, only the beginnings do."""
     may_be_video: bool = True
     """Whether its keys may be the tokens of its queries."""
 
@@ -109,8 +111,13 @@ class Place:
         alike = 0
         while alike < min(len(full), len(own)) and full[-1 - alike] == own[-1 - alike]:
             alike += 1
-        root = full[: len(full) - alike]
-        return ".".join([*root, *([] if self.name == ROOT and root else [self.name])])
+        root, read_through = full[: len(full) - alike], own[: len(own) - alike]
+        names = [] if self.name == ROOT else self.name.split(".")
+        if (
+            names[: len(read_through)] == read_through
+        ):  # such as the attributes of a hook that calls the module
+            names = names[len(read_through) :]
+        return ".".join([*root, *names]) or ROOT
 
 
 @dataclass(slots=True, eq=False)
@@ -212,8 +219,8 @@ class Program:
     """Whether a graph break ended the graph."""
     places: tuple[Place, ...]
     """The place of each attention, in order."""
-    plan_as: Callable[[Parts], PlannedGraph]
-    """Plans the graph as parts of a model."""
+    plan_as: Callable[[Parts | None, bool], PlannedGraph]
+    """Plans the graph as parts of a model, or as its own analysis says, and says whether it trains."""
     _planned: dict[Hashable, PlannedGraph] = field(default_factory=dict)
     _renamed: dict[tuple[PlannedGraph, tuple[str, ...]], GraphPlan] = field(default_factory=dict)
 
@@ -229,16 +236,38 @@ class Program:
             OperandError: the inputs have sizes that the plan does not fit, although Dynamo's guards passed.
         """
         call = open_call()
+        if call is None and self.own.trains and (ran := find(self._mark(args))) is not None:
+            return self._run(self._planned_as(ran.parts, True), args, None, ran.names, ran.state)
         if call is None:
-            return self._run(self.own, args, None, ())
-        names, planned = call.names(self.places, args), self.own
+            return self._run(self.own, args, None, (), None)
+        parts, names = None, call.names(self.places, args)
         if any(one.may_be_video for one in self.places) and not self._is_whole(call, args):
             names, parts = call.parts(self.places, names)
-            if parts is not None:
-                if parts not in self._planned:
-                    self._planned[parts] = self.plan_as(parts)
-                planned = self._planned[parts]
-        return self._run(planned, args, call, names)
+        if call.log is not None:
+            made = [one for one in self._activations(args) if not call.was_given(one)]
+            call.log.add(Ran(self._mark(args), call.model.state, names, parts), made)
+        planned = self._planned_as(parts, call.trains or self.own.trains)
+        return self._run(planned, args, call, names, call.model.state)
+
+    def _planned_as(self, parts: Parts | None, trains: bool) -> PlannedGraph:
+        if parts is None and trains == self.own.trains:
+            return self.own
+        if (parts, trains) not in self._planned:
+            self._planned[parts, trains] = self.plan_as(parts, trains)
+        return self._planned[parts, trains]
+
+    def _activations(self, args: Sequence[Any]) -> list[Tensor]:
+        return [args[place] for place in self.inputs.given if isinstance(args[place], Tensor)]
+
+    def _mark(self, args: Sequence[Any]) -> Mark:
+        """The signs by which a later run of this graph is known to repeat this one."""
+        memory = map(_torch.storage_of, self._activations(args))
+        near = (self.inputs.owner, *(one.parameter for one in self.places))
+        return Mark(
+            memory=frozenset(one for one in memory if one is not None),
+            parameters=tuple(None if place is None else id(args[place]) for place in near),
+            likes=tuple(one.like for one in self.places),
+        )
 
     def _is_whole(self, call: ModelCall, args: Sequence[Any]) -> bool:
         """Whether the graph is the whole model: it gets no tensor from other parts, and no graph comes after it."""
@@ -247,8 +276,20 @@ class Program:
         )
 
     def _run(
-        self, planned: PlannedGraph, args: Sequence[Any], call: ModelCall | None, names: tuple[str, ...]
+        self,
+        planned: PlannedGraph,
+        args: Sequence[Any],
+        call: ModelCall | None,
+        names: tuple[str, ...],
+        state: ModelState | None,
     ) -> Any:
+        """Run on the inputs of Dynamo's graph.
+
+        Args:
+            call: the open call.
+            names: the names of the attentions in the whole model, if it was applied.
+            state: the state of the applied model; without a call, the graph runs again in backward.
+        """
         planned.check_sizes(args)
         if call is not None:
             call.count(self._as_named(planned, names))
@@ -257,11 +298,14 @@ class Program:
         owner: object = call and call.model
         if owner is None:
             owner = self if self.inputs.owner is None else args[self.inputs.owner]
-        state = state_of(owner) if call is None else call.model.state
-        if planned.learning_sites:
+        repeats = call is None and state is not None
+        state = state_of(owner) if state is None else state
+        if planned.learning_sites and not repeats:
             state.enter(planned.learning_sites, 0 if owner is self else id(owner))
         variant = planned.chosen(state)
         trained = state.trained_tensors(planned.extra.trained)
+        if repeats:  # observed once, in forward
+            trained = [one.clone() for one in trained]
         if not planned.remembers:
             return planned.run(variant, [*args, *planned.extra.bind(trained, (), initialised=False)])
         tick = self._tick(planned, state, args) if call is None else call.tick()

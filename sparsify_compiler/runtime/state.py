@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.clock import Clocks, Generation, Prints, StepClock, Tick, Times, opened
+from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 
 REMEMBERED = 1000
 """Number of calls whose reports are kept."""
@@ -114,32 +114,16 @@ class ModelState:
     """Name -> tensor. Kept from video to video, and shared by streams and programs."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
-    clocks: Clocks = field(default_factory=Clocks)
+    clocks: PerGeneration[StepClock] = field(default_factory=lambda: PerGeneration(StepClock))
     """Models that make one video together share them."""
-    _outside: Timeline = field(default_factory=Timeline)
-    _generations: "weakref.WeakKeyDictionary[Generation, Timeline]" = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
-    """Timelines of generations; each goes with its handle."""
+    _timelines: PerGeneration[Timeline] = field(default_factory=lambda: PerGeneration(Timeline))
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while several threads may change `history` or `_generations`."""
+    """Held while a thread changes `history` or `video`."""
 
     @property
     def clock(self) -> StepClock:
         """The clock of the generation that is open."""
-        return self.clocks.current()
-
-    @property
-    def _streams(self) -> dict[StreamKey, Stream]:
-        return self._timeline.streams
-
-    @property
-    def _timeline(self) -> Timeline:
-        generation = opened()
-        if generation is None:
-            return self._outside
-        with self._lock:
-            return self._generations.setdefault(generation, Timeline())
+        return self.clocks.current
 
     def trained_tensors(self, specs: Sequence[Trained]) -> list[Tensor]:
         """The tensors that `specs` describe. Tensors that do not exist yet are made.
@@ -178,11 +162,12 @@ class ModelState:
 
     def tick(self, time: Times | float | None, prints: Prints) -> Tick:
         """Count a call of the model, as `StepClock.tick` does. A new video drops the state of the last one."""
-        clock, timeline = self.clock, self._timeline
-        tick = clock.tick(time, prints)
-        if timeline.begun != clock.begun:
-            self.new_video()
-            timeline.begun = clock.begun
+        clock, timeline = self.clock, self._timelines.current
+        with clock.lock:
+            tick = clock.tick(time, prints)
+            if timeline.begun != clock.begun:
+                self.new_video()
+                timeline.begun = clock.begun
         return tick
 
     def stream(self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = ()) -> Stream:
@@ -191,7 +176,7 @@ class ModelState:
         Args:
             names: the names of the sites in the whole model, if one program serves several of its parts.
         """
-        key, streams = (tuple(specs), number, names), self._streams
+        key, streams = (tuple(specs), number, names), self._timelines.current.streams
         if key not in streams:
             with torch.inference_mode(
                 False
@@ -201,7 +186,7 @@ class ModelState:
 
     def new_video(self) -> None:
         """Drop the state of the last video of this generation."""
-        timeline = self._timeline
+        timeline = self._timelines.current
         timeline.streams.clear()
         with self._lock:
             self.video += 1
@@ -217,9 +202,9 @@ class ModelState:
     ) -> Record:
         """Keep the reports on a call, and drop those of programs with these options on videos that ended."""
         copies = {site: report.clone() for site, report in reports.items()}
-        timeline = self._timeline
+        timeline = self._timelines.current
         with self._lock:
-            videos = {timeline.video, *(one.video for one in self._generations.values())}
+            videos = {timeline.video, *(one.video for one in self._timelines.inside)}
             if self.history and self.history[0].video not in videos:
                 kept = [one for one in self.history if one.video in videos or one.options != options]
                 self.history = deque(kept, maxlen=REMEMBERED)
@@ -228,6 +213,9 @@ class ModelState:
         timeline.calls += 1
         return record
 
+
+_making = threading.Lock()
+"""Held while the state of an owner is looked up and made, so that all threads get the same one."""
 
 _models: dict[int, tuple[weakref.ref[object], ModelState]] = {}
 """id of the object -> (reference that removes the entry, state). Tensors compare by value: no WeakKeyDictionary."""
@@ -245,23 +233,25 @@ def share_state(owners: Iterable[object]) -> ModelState:
         SparsifyError: the owners have several states already.
     """
     owners = list(owners)
-    states = states_of(owners)
-    if len(states) > 1:
-        raise SparsifyError(
-            f"{len(states)} parts of this model were compiled separately and have run: compile the whole model "
-            "to train it"
-        )
-    state = states[0] if states else ModelState()
-    for owner in owners:
-        _keep(owner, state)
+    with _making:
+        states = states_of(owners)
+        if len(states) > 1:
+            raise SparsifyError(
+                f"{len(states)} parts of this model were compiled separately and have run: compile the whole "
+                "model to train it"
+            )
+        state = states[0] if states else ModelState()
+        for owner in owners:
+            _keep(owner, state)
     return state
 
 
 def state_of(owner: object) -> ModelState:
     """The state that belongs to `owner`, a Parameter of the model, for the life of `owner`."""
-    if id(owner) not in _models:
-        _keep(owner, ModelState())
-    return _models[id(owner)][1]
+    with _making:
+        if id(owner) not in _models:
+            _keep(owner, ModelState())
+        return _models[id(owner)][1]
 
 
 def _keep(owner: object, state: ModelState) -> None:

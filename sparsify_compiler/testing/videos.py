@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 CHANNELS = 4
 """Channels of the latents."""
@@ -43,6 +44,9 @@ class Block(nn.Module):
 class Video(nn.Module):
     """Patches of 1 x 2 x 2 by a 3-D convolution, then blocks."""
 
+    use_reentrant: bool | None = None
+    """Whether activation checkpointing of the blocks is reentrant; None without checkpointing."""
+
     def __init__(self, layers: int = 3, dim: int = 32, *, seed: int = 0, breaks: Breaks = "nowhere") -> None:
         super().__init__()
         with torch.random.fork_rng():
@@ -62,7 +66,10 @@ class Video(nn.Module):
         times = torch.as_tensor(timestep, dtype=x.dtype, device=x.device).reshape(-1, 1) / 1000
         time = self.time(times.expand(len(x), 1))
         for block in self.blocks:
-            x = block(x, time)
+            if self.use_reentrant is None:
+                x = block(x, time)
+            else:
+                x = checkpoint(block, x, time, use_reentrant=self.use_reentrant)
         return scale * self.out(x)
 
 

@@ -153,7 +153,11 @@ def test_time_steps_for_each_token(tables: Tables) -> None:
 
 def centroids(model: nn.Module) -> list[Tensor]:
     (state,) = states_of(model.parameters())
-    return [tensor.nan_to_num() for stream in state._streams.values() for tensor in stream.tensors]
+    return [
+        tensor.nan_to_num()
+        for stream in state._timelines.current.streams.values()
+        for tensor in stream.tensors
+    ]
 
 
 def test_a_second_video_starts_cold_and_gives_what_the_first_gave(tables: Tables) -> None:
@@ -353,7 +357,7 @@ def test_another_batch_starts_anew() -> None:
         half = {name: value[:1] if isinstance(value, Tensor) else value for name, value in inputs.items()}
         compiled(**half)
     (state,) = states_of(model.parameters())
-    assert sorted(stream.calls for stream in state._streams.values()) == [1, 1]
+    assert sorted(stream.calls for stream in state._timelines.current.streams.values()) == [1, 1]
 
 
 def test_state_goes_with_the_model() -> None:

@@ -29,8 +29,9 @@ SVG2: dict[str, Any] = {
 WAYS: dict[str, dict[str, Any]] = {
     "whole": {},
     "regional": {"regional": True},
-    "broken": {"breaks": "before"},
-    "alone": {"breaks": "around"},
+    "broken": {"breaks": "before", "regional": False},
+    "alone": {"breaks": "around", "regional": False},
+    "broken by default": {"breaks": "before"},
     "regional and alone": {"regional": True, "breaks": "around"},
 }
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)

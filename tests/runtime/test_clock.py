@@ -1,8 +1,9 @@
 """The clock against loops whose steps, streams and videos are known."""
 
+import contextvars
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 
 from sparsify_compiler import OptionError
 from sparsify_compiler.errors import SparsifyWarning, warn_once
-from sparsify_compiler.runtime.clock import MOST_STREAMS, USUAL_STEPS, StepClock, Tick, Times, generation
+from sparsify_compiler.runtime.clock import (
+    MOST_STREAMS,
+    USUAL_STEPS,
+    Generation,
+    StepClock,
+    Tick,
+    Times,
+    generation,
+    opened,
+)
 from sparsify_compiler.runtime.state import ModelState
 
 Numbers = tuple[float, ...]
@@ -349,4 +359,21 @@ def test_state_is_apart_by_generation_and_goes_with_the_handle() -> None:
     del handles[:]
     gc.collect()
     assert kept() is None
-    assert not state._generations
+    assert not state._timelines.inside
+
+
+def test_generations_may_be_left_in_another_order_or_context() -> None:
+    def loop(handle: Generation) -> Iterator[None]:
+        with handle:
+            yield
+
+    first, second = generation(6), generation(7)
+    loops = [loop(first), loop(second)]
+    for one in loops:
+        next(one)
+    next(loops[0], None)
+    assert opened() is second
+    contextvars.Context().run(loops[1].close)
+    assert opened() is second
+    second.__exit__(None, None, None)
+    assert opened() is None
