@@ -424,9 +424,17 @@ def printed_by_code(code: str) -> str:
 
 
 def printed_by_command(command: str) -> str:
-    """The output of a command that runs in the root of the repository."""
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    return subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    """The output of a command that runs in the root of the repository; with `2>&1` at its end, errors too."""
+    *words, last = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    both = last == "2>&1"
+    return subprocess.run(
+        words if both else [*words, last],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if both else None,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def as_block(output: str) -> str:

@@ -43,7 +43,6 @@ from sparsify_compiler.errors import (
     SparsifyWarning,
 )
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, TokenLayout
-from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
@@ -51,6 +50,7 @@ if TYPE_CHECKING:
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.policy import Policy
     from sparsify_compiler.runtime.clock import generation
+    from sparsify_compiler.table import BlockTable
     from sparsify_compiler.training.consistency import (
         ConsistencyConfig,
         ConsistencyTrainer,
@@ -91,6 +91,7 @@ __all__ = [
 
 _LAZY = {
     "Applied": "hosts.apply",
+    "BlockTable": "table",
     "ConsistencyConfig": "training.consistency",
     "ConsistencyTrainer": "training.consistency",
     "DSVTrainer": "training.dsv",

@@ -288,6 +288,8 @@ def is_last_program() -> bool:
 
 def check_backend(name: str) -> None:
     """Raise OptionError unless `name` is a backend that can compile the rewritten graph."""
+    if name in ("inductor", "eager", "aot_eager"):  # without the import of Dynamo, which takes a second
+        return
     from torch._dynamo import list_backends
 
     known = [backend for backend in list_backends(exclude_tags=()) if backend != "sparsify"]
@@ -548,6 +550,23 @@ def check_mode(mode: str | None) -> None:
 def uncompiled(model: Callable[..., Any]) -> Callable[..., Any]:
     """The model that torch.compile got, if `model` is its result; else `model`."""
     return getattr(model, "_orig_mod", model)
+
+
+class _CompilesNothing:
+    """A context of Dynamo, as an `OptimizedModule` needs it, that leaves functions as they are."""
+
+    callback = None
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+
+def wrapped(module: Module) -> Module:
+    """A module in the wrapper that torch.compile returns, uncompiled: a call of it is a call of the module."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    nothing: Any = _CompilesNothing()
+    return OptimizedModule(module, nothing)
 
 
 def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:

@@ -1,12 +1,13 @@
 """The command `sparsify`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sparsify_compiler import __version__
+from sparsify_compiler import __version__, run
 from sparsify_compiler.errors import OptionError, run_command
 from sparsify_compiler.outputs import check_file
 
@@ -108,6 +109,12 @@ def explain(
         Console().print(drawn)
     if picture is not None:
         Console().print(f"Drawn in {drawn.save_picture(picture)}.")
+
+
+@app.command("run", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def run_script(words: Annotated[list[str], typer.Argument(metavar="[OPTIONS] SCRIPT [ARGS]...")]) -> None:
+    """Run a script as it is, with sparse attention in its video transformers."""
+    run.main(words)
 
 
 @app.command()
@@ -301,7 +308,10 @@ def require_laboratory() -> None:
 
 def main() -> None:
     """Run the command `sparsify`."""
-    run_command(app)
+    if sys.argv[1:2] == ["run"]:  # not by typer, which would handle the exceptions of the script
+        run.main(sys.argv[2:])
+    else:
+        run_command(app)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,16 @@ def stats(model: Callable[..., Any]) -> RunStats:
         raise SparsifyError(
             f"stats needs a module whose parameters it can look up, got {type(module).__name__}"
         )
-    states = states_of([*module.modules(), *module.parameters()])
+    return stats_of(states_of([*module.modules(), *module.parameters()]), options)
+
+
+def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = None) -> RunStats:
+    """The calls that states recorded since their last video began, by programs with these options or by all.
+
+    Raises:
+        SparsifyError: no call was recorded.
+    """
+    states = tuple(states)
     records = [record for state in states for record in _last_video(state, options)]
     if not records:
         others = (

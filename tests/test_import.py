@@ -19,7 +19,8 @@ ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
     {"cli"},
     {"lab"},
-    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "training", "export"},
+    {"__init__", "hosts", "run", "spawned"}
+    | {"doctor", "diffusers_model", "explanation", "training", "export"},
     {"backend", "measured"},
     {"passes", "uncompiled"},
     {"runtime", "policy"},

@@ -17,6 +17,7 @@ from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.blocks import CALL, Block, Blocks, WholeOrBlocks, call_of, repeated_blocks
+from sparsify_compiler.hosts.pipelines import video_of
 from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
@@ -136,7 +137,12 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     for name, module in found.items():
         backends += _native_attention(module)
         model = AppliedModel(
-            weakref.ref(module), name, clocks, partial(_analyse, config=config), parts_only=bool(regional)
+            weakref.ref(module),
+            name,
+            clocks,
+            partial(_analyse, config=config),
+            video=video_of,
+            parts_only=bool(regional),
         )
         run: Callable[..., Any]
         if blocks[name]:
@@ -201,7 +207,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         )
     found = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and _is_denoiser(module):
+        if isinstance(module, nn.Module) and is_denoiser(module):
             found[str(name)] = module
     if not found:
         names = (
@@ -214,7 +220,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
     return found
 
 
-def _is_denoiser(module: nn.Module) -> bool:
+def is_denoiser(module: nn.Module) -> bool:
     """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
     inner: Any = _torch.uncompiled(module)
     return _takes_a_time_step(inner) and bool(repeated_blocks(inner))

@@ -11,6 +11,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -49,6 +50,8 @@ class AppliedModel:
     """The clocks of all models that make one video together, such as the two experts of a pipeline."""
     analyse: Callable[[nn.Module, Arguments], Analysis]
     """Analyses the whole model for the shapes of a call."""
+    video: "Callable[[ModelCall], AbstractContextManager[Any]]" = lambda _: nullcontext()
+    """Opens the generation that a call belongs to, where its caller's scheduler says the number of steps."""
     parts_only: bool = False
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
     state: ModelState = field(init=False)
@@ -177,21 +180,24 @@ class ModelCall:
         """Whether a tensor is an argument of the call."""
         return id(tensor) in self._given
 
+    @cached_property
+    def numbers(self) -> tuple[Times | None, Prints]:
+        """The time steps and `Prints` of the call, for the clock; none where it only counts calls."""
+        if self.time_name is None or not self.model.state.clock.reads():
+            return None, {}
+        others = {
+            f"{name}.{place}": leaf
+            for name, value in self.named.items()
+            if name != self.time_name
+            for place, leaf in enumerate(tree_leaves(value))
+            if isinstance(leaf, Tensor)
+        }
+        return read(self.named[self.time_name], others)
+
     def tick(self) -> Tick:
         """The place of this call in a generation. The clock counts it once."""
         if self._tick is None:
-            state = self.model.state
-            numbers: tuple[Times | None, Prints] = (None, {})
-            if self.time_name is not None and state.clock.reads():
-                others = {
-                    f"{name}.{place}": leaf
-                    for name, value in self.named.items()
-                    if name != self.time_name
-                    for place, leaf in enumerate(tree_leaves(value))
-                    if isinstance(leaf, Tensor)
-                }
-                numbers = read(self.named[self.time_name], others)
-            self._tick = state.tick(*numbers)
+            self._tick = self.model.state.tick(*self.numbers)
         return self._tick
 
     def names(self, places: Sequence[Placed], args: Sequence[Any]) -> tuple[str, ...]:
@@ -284,13 +290,14 @@ class Hook:
         call = ModelCall(self.model, module, args, kwargs)
         token = _open.set(call)
         try:
-            if not call.trains:
-                call.tick()
-            if self.model.parts_only:
-                self.model.analysed(call)
-            with _torch.many_programs():
-                result = self.run(module, args, kwargs)
-            call.finish()
+            with nullcontext() if call.trains else self.model.video(call):
+                if not call.trains:
+                    call.tick()
+                if self.model.parts_only:
+                    self.model.analysed(call)
+                with _torch.many_programs():
+                    result = self.run(module, args, kwargs)
+                call.finish()
         finally:
             _open.reset(token)
         return result

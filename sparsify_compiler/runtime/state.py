@@ -91,8 +91,8 @@ StreamKey = tuple[tuple[Spec, ...], int, tuple[str, ...]]
 class Timeline:
     """The calls of a model in one generation, or outside of any."""
 
-    begun: int = 0
-    """The number of videos that the clock had begun at the last call."""
+    begun: int = -1
+    """The number of videos that the clock had begun at the last call; -1 before the first call."""
     video: int = 0
     """The number of its video among those of the model."""
     calls: int = 0
@@ -106,7 +106,7 @@ class ModelState:
 
     history: deque["Record"] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
     """Records of the last calls of each program, in its last video."""
-    video: int = 0
+    video: int = -1
     """The number of the video that began last, from 0."""
     learning: Learning | None = None
     """Progress of training; None if no trainer has the model."""
