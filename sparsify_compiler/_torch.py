@@ -457,6 +457,11 @@ def never_compile(function: Callable[..., Any]) -> None:
     skip_code(function.__code__)
 
 
+def never_compiles(function: Any) -> bool:
+    """Whether `torch.compiler.disable` keeps Dynamo from a function and all that it calls."""
+    return bool(getattr(function, "_torchdynamo_disable", False))
+
+
 def check_mode(mode: str | None) -> None:
     """Raise OptionError unless `mode` is a mode of torch.compile."""
     from torch._inductor import list_mode_options

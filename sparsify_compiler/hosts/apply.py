@@ -20,12 +20,45 @@ from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
 from sparsify_compiler.names import TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
-from sparsify_compiler.runtime.call import AppliedModel, Hook
+from sparsify_compiler.runtime.call import COMPILED_CALL, AppliedModel, Hook
 from sparsify_compiler.runtime.clock import Clocks
 
 log = logging.getLogger("sparsify_compiler")
-_CALL = "_compiled_call_impl"
-"""The attribute of a module that PyTorch calls in place of the module's own call."""
+
+
+@dataclass(slots=True, eq=False)
+class _Changes:
+    """The hooks in the modules of one `apply`, and the compiled functions that they run."""
+
+    backend: Callable[..., Any]
+    hooks: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """(module, the object in its `_compiled_call_impl`)."""
+    programs: dict[object, Callable[..., Any]] = field(default_factory=dict)
+    """Class of modules, or one module -> the function that calls it."""
+
+    def put(self, module: nn.Module, hook: Any) -> None:
+        """Let a module be called through a hook."""
+        module.__dict__[COMPILED_CALL] = hook
+        self.hooks.append((module, hook))
+
+    def compiled(self, key: object) -> Callable[..., Any]:
+        """A function that calls modules. The same keys share programs."""
+        if key not in self.programs:
+            self.programs[key] = _torch.compiled_apart(_call, self.backend)
+        return self.programs[key]
+
+    def compile_apart(self, module: nn.Module) -> None:
+        """Compile a module by itself; modules of a class share programs."""
+        self.put(module, _Block(weakref.ref(module), self.compiled(type(module))))
+
+    def undo(self) -> None:
+        """Take out the hooks that are still there, and drop the programs."""
+        for module, hook in self.hooks:
+            if module.__dict__.get(COMPILED_CALL) is hook:
+                del module.__dict__[COMPILED_CALL]
+        for program in self.programs.values():
+            _torch.forget(program)
+        self.hooks, self.programs = [], {}
 
 
 @dataclass(slots=True, eq=False)
@@ -33,9 +66,7 @@ class Applied:
     """The changes of one `apply`."""
 
     models: tuple[AppliedModel, ...]
-    _hooks: tuple[tuple[nn.Module, Any], ...]
-    """(module, the object in its `_compiled_call_impl`)."""
-    _programs: tuple[Callable[..., Any], ...]
+    _changes: _Changes
     _backends: list[tuple[Any, Any]] = field(default_factory=list)
     """(attention processor of diffusers, its attention backend before)."""
 
@@ -85,14 +116,10 @@ class Applied:
 
     def restore(self) -> None:
         """Make the models what they were before `apply`. A second call does nothing."""
-        for module, hook in self._hooks:
-            if module.__dict__.get(_CALL) is hook:
-                del module.__dict__[_CALL]
+        self._changes.undo()
         for processor, backend in self._backends:
             processor._attention_backend = backend
-        for program in self._programs:
-            _torch.forget(program)
-        self._hooks, self._programs, self._backends = (), (), []
+        self._backends = []
 
 
 def apply(target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any) -> Applied:
@@ -128,32 +155,26 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 "class: leave out regional"
             )
     clocks = Clocks()
+    changes = _Changes(partial(sparsify, options=options, mode=mode))
     models: list[AppliedModel] = []
-    hooks: list[tuple[nn.Module, Any]] = []
-    programs: list[Callable[..., Any]] = []
     backends: list[tuple[Any, Any]] = []
-    backend = partial(sparsify, options=options, mode=mode)
+    for hook in (Hook.__call__, _Block.__call__):
+        _torch.never_compile(hook)
     for name, module in found.items():
         backends += _native_attention(module)
         model = AppliedModel(
-            weakref.ref(module), name, clocks, partial(_analyse, config=config), parts_only=bool(regional)
+            weakref.ref(module),
+            name,
+            clocks,
+            partial(_analyse, config=config),
+            changes.compile_apart,
+            parts_only=bool(regional),
         )
-        if regional:
-            kinds = {type(block) for block in blocks[name]}
-            compiled = {kind: _torch.compiled_apart(_call, backend) for kind in kinds}
-            hooks += [(block, _Block(weakref.ref(block), compiled[type(block)])) for block in blocks[name]]
-            hooks.append((module, Hook(model, _call)))
-            programs += compiled.values()
-        else:
-            run = _torch.compiled_apart(_call, backend)
-            hooks.append((module, Hook(model, run)))
-            programs.append(run)
+        for block in blocks[name]:
+            changes.compile_apart(block)
+        changes.put(module, Hook(model, _call if regional else changes.compiled(module)))
         models.append(model)
-    for hook in (Hook.__call__, _Block.__call__):
-        _torch.never_compile(hook)
-    for module, hook in hooks:
-        module.__dict__[_CALL] = hook
-    return Applied(tuple(models), tuple(hooks), tuple(programs), backends)
+    return Applied(tuple(models), changes, backends)
 
 
 class _Block:
@@ -183,7 +204,7 @@ def _alive(model: AppliedModel) -> nn.Module:
 
 def _check_unchanged(name: str, module: nn.Module) -> None:
     for path, one in module.named_modules():
-        call = one.__dict__.get(_CALL)
+        call = one.__dict__.get(COMPILED_CALL)
         where = f"{name}.{path}" if path else name
         if isinstance(call, (Hook, _Block)):
             raise SparsifyError(

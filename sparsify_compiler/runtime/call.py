@@ -33,6 +33,9 @@ _UNLIKE = "the analysis of the whole model has another attention in this place"
 _UNKNOWN_LAYER = "it has no weights near it, and calls skip attentions, so its layer is not known"
 _SKIPPED = "the call skipped it, or ran it outside every graph"
 
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that PyTorch calls in place of the module's own call."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
 
@@ -94,6 +97,8 @@ class AppliedModel:
     """The clocks of all models that make one video together, such as the two experts of a pipeline."""
     analyse: Callable[[nn.Module, Arguments], Analysis]
     """Analyses the whole model for the shapes of a call."""
+    compile_apart: Callable[[nn.Module], None]
+    """Compiles a module of the model by itself from now on."""
     parts_only: bool = False
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
     state: ModelState = field(init=False)
@@ -106,6 +111,8 @@ class AppliedModel:
     by_order: bool = True
     """Whether attentions without a Parameter may be known by their order: each call runs all attentions."""
     _analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    _compiled: set[str] = field(default_factory=set)
+    """The names of all attentions that ever ran in a graph."""
     _paths: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,8 +158,38 @@ class AppliedModel:
         if self.analysis is None:
             return []
         ran = {plan.site.name for plan in self.plans}
-        skipped = [part.as_dense(_SKIPPED) for part in self.analysis.parts if part.name not in ran]
+        skipped = [
+            part.as_dense(_SKIPPED + self._hooks_around(part.name))
+            for part in self.analysis.parts
+            if part.name not in ran
+        ]
         return [*skipped, *self.analysis.outside]
+
+    def compile_rest(self) -> bool:
+        """Compile modules by themselves whose attention no graph holds, since a hook keeps Dynamo from it.
+
+        Returns whether there are new ones, so that the next call may be another.
+        """
+        ran = {plan.site.name for plan in self.plans}
+        self._compiled |= ran
+        found = False
+        for part in self.analysis.parts if self.analysis is not None else ():
+            path, module = part.name.partition("#")[0], self.module()
+            if part.entry is None or part.name in self._compiled or module is None:
+                continue
+            owner = _module_at(module, path)
+            if owner is not None and owner is not module and COMPILED_CALL not in owner.__dict__:
+                self.compile_apart(owner)
+                found = True
+        return found
+
+    def _hooks_around(self, name: str) -> str:
+        """The hooks of diffusers and accelerate around an attention, for messages."""
+        path, kinds = name.partition("#")[0].split("."), []
+        for length in range(len(path) + 1):
+            one = _module_at(self.module(), ".".join(path[:length]))
+            kinds += [type(hook).__name__ for hook in _hooks_of(one)]
+        return f" (hooks around it: {', '.join(dict.fromkeys(kinds))})" if kinds else ""
 
 
 class Placed(Protocol):
@@ -214,6 +251,20 @@ class ModelCall:
     @cached_property
     def _given(self) -> set[int]:
         return {id(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)}
+
+    def begin(self) -> None:
+        """Prepare what the call needs before the model runs."""
+        model = self.model
+        first = model.analysis is None and not model.graphs
+        hidden = first and any(
+            _torch.never_compiles(getattr(hook, "new_forward", None))
+            for one in self.module.modules()
+            for hook in _hooks_of(one)
+        )
+        if model.parts_only or hidden:
+            model.analysed(self)
+        if hidden:
+            model.compile_rest()
 
     def was_given(self, tensor: object) -> bool:
         """Whether a tensor is an argument of the call."""
@@ -288,13 +339,14 @@ class ModelCall:
         """Keep what the call has shown about the model, and say once how much of it is sparse."""
         model = self.model
         model.graphs = tuple(self.graphs)
+        if not model.told and not any(graph.sparse for graph in self.graphs):
+            model.analysed(self)
+        changes = model.compile_rest()
         if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):
             model.by_order = False
             model.state.new_video()
-        if not model.told and (self._record is None or self._record.phase == "sparse"):
+        if not model.told and not changes and (self._record is None or self._record.phase == "sparse"):
             model.told = True
-            if not any(graph.sparse for graph in self.graphs):
-                model.analysed(self)
             _tell(model, type(self.module).__name__)
 
 
@@ -328,8 +380,7 @@ class Hook:
         try:
             if not (torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())):
                 call.tick()
-            if self.model.parts_only:
-                self.model.analysed(call)
+            call.begin()
             with _torch.many_programs():
                 result = self.run(module, args, kwargs)
             call.finish()
@@ -393,15 +444,25 @@ def _learns(part: Part) -> bool:
     return part.entry is not None and isinstance(part.entry.method, TrainedMethod)
 
 
+def _hooks_of(module: Any) -> list[Any]:
+    """The hooks that diffusers and accelerate put around a module."""
+    hooks = [*getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()]
+    return hooks + ([module._hf_hook] if hasattr(module, "_hf_hook") else [])
+
+
+def _module_at(module: nn.Module | None, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
 def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
-    *owners, name = path.split(".")
-    for owner in owners:
-        child = module._modules.get(owner)
-        if child is None:
-            return None
-        module = child
-    found = module._parameters.get(name)
-    return module._buffers.get(name) if found is None else found
+    owner, _, name = path.rpartition(".")
+    found = _module_at(module, owner)
+    if found is None:
+        return None
+    tensor = found._parameters.get(name)
+    return found._buffers.get(name) if tensor is None else tensor
 
 
 def _over_videos(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
