@@ -2,11 +2,12 @@
 
 import inspect
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ from sparsify_compiler.runtime.call import COMPILED_CALL, AppliedModel, Hook
 from sparsify_compiler.runtime.clock import Clocks
 
 log = logging.getLogger("sparsify_compiler")
+_OF_IMAGES = re.compile("2D|UNet")
 
 
 @dataclass(slots=True, eq=False)
@@ -62,13 +64,57 @@ class _Changes:
 
 
 @dataclass(slots=True, eq=False)
+class _Attention:
+    """The attention backend of diffusers, which is native while a model is applied: the compiler reads SDPA."""
+
+    kind: str
+    """The class of the model, for messages."""
+    owners: list[Any]
+    """The modules with an attention processor that has a backend."""
+    replaced: list[tuple[Any, Any]] = field(default_factory=list)
+    """(attention processor, the backend that a script set), in order."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Attention":
+        """That of a model."""
+        owners = [
+            one for one in model.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")
+        ]
+        return cls(type(model).__name__, owners)
+
+    def use_native(self) -> None:
+        """Let all processors call SDPA, and say so if they called something else."""
+        before = len(self.replaced)
+        for owner in self.owners:
+            processor = owner.processor
+            if getattr(processor, "_attention_backend", NATIVE) != NATIVE:
+                self.replaced.append((processor, processor._attention_backend))
+                processor._attention_backend = NATIVE
+        if len(self.replaced) > before:
+            dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+            usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
+            asked = (backend or usual for _, backend in self.replaced[before:])
+            if names := {str(getattr(one, "value", one)) for one in asked} - {NATIVE}:
+                log.warning(
+                    "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",
+                    self.kind,
+                    ", ".join(sorted(names)),
+                )
+
+    def undo(self) -> None:
+        """Give every processor the backend that a script set last."""
+        for processor, backend in self.replaced:
+            processor._attention_backend = backend
+        self.replaced = []
+
+
+@dataclass(slots=True, eq=False)
 class Applied:
     """The changes of one `apply`."""
 
     models: tuple[AppliedModel, ...]
     _changes: _Changes
-    _backends: list[tuple[Any, Any]] = field(default_factory=list)
-    """(attention processor of diffusers, its attention backend before)."""
+    _attention: tuple[_Attention, ...]
 
     def stats(self) -> RunStats:
         """The calls since the last video began, as `sparsify_compiler.stats` has them.
@@ -117,9 +163,8 @@ class Applied:
     def restore(self) -> None:
         """Make the models what they were before `apply`. A second call does nothing."""
         self._changes.undo()
-        for processor, backend in self._backends:
-            processor._attention_backend = backend
-        self._backends = []
+        for one in self._attention:
+            one.undo()
 
 
 def apply(target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any) -> Applied:
@@ -157,24 +202,28 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     clocks = Clocks()
     changes = _Changes(partial(sparsify, options=options, mode=mode))
     models: list[AppliedModel] = []
-    backends: list[tuple[Any, Any]] = []
+    attention: list[_Attention] = []
+    _keep_hooks()
     for hook in (Hook.__call__, _Block.__call__):
         _torch.never_compile(hook)
     for name, module in found.items():
-        backends += _native_attention(module)
+        native = _Attention.of(module)
+        native.use_native()
+        attention.append(native)
         model = AppliedModel(
             weakref.ref(module),
             name,
             clocks,
             partial(_analyse, config=config),
             changes.compile_apart,
+            native.use_native,
             parts_only=bool(regional),
         )
         for block in blocks[name]:
             changes.compile_apart(block)
         changes.put(module, Hook(model, _call if regional else changes.compiled(module)))
         models.append(model)
-    return Applied(tuple(models), changes, backends)
+    return Applied(tuple(models), changes, tuple(attention))
 
 
 class _Block:
@@ -185,6 +234,23 @@ class _Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self.module(), args, kwargs)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether `module.compile()` would remove a hook of `apply`; if so, warn that it does nothing."""
+    ours = isinstance(module.__dict__.get(COMPILED_CALL), (Hook, _Block))
+    if ours:
+        log.warning(
+            "%s.compile() does nothing: apply compiles it already. Give apply the mode, or call restore() first",
+            type(module).__name__,
+        )
+    return ours
+
+
+@cache
+def _keep_hooks() -> None:
+    """From now on, let `module.compile()` leave the hooks of `apply` in place."""
+    _torch.on_compile(_is_ours)
 
 
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -221,6 +287,8 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
     """Name of the component -> module, for all modules to change; the name is empty for a module alone."""
     if isinstance(target, nn.Module):
         return {"": target}
+    if isinstance(target, type):
+        raise OptionError(f"apply needs an instance, got the class {target.__name__}")
     components = getattr(target, "components", None)
     if not isinstance(components, Mapping):
         raise OptionError(
@@ -228,11 +296,20 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         )
     found = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and _is_denoiser(module):
+        if (
+            isinstance(module, nn.Module)
+            and _is_denoiser(module)
+            and not any(module is one for one in found.values())
+        ):
             found[str(name)] = module
     if not found:
         names = (
-            ", ".join(name for name, one in components.items() if isinstance(one, nn.Module)) or "no module"
+            ", ".join(
+                f"{name}: {type(one).__name__}"
+                for name, one in components.items()
+                if isinstance(one, nn.Module)
+            )
+            or "no module"
         )
         raise OptionError(
             f"apply finds no video transformer among the components of {type(target).__name__} ({names}): give "
@@ -242,8 +319,13 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 
 
 def _is_denoiser(module: nn.Module) -> bool:
-    """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
+    """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is.
+
+    Image models of diffusers do too: their names say that they are 2-D, or a UNet.
+    """
     inner: Any = _torch.uncompiled(module)
+    if _OF_IMAGES.search(type(inner).__name__):
+        return False
     return _takes_a_time_step(inner) and bool(_repeated_blocks(inner))
 
 
@@ -265,26 +347,6 @@ def _repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
     walk(module)
     return found
-
-
-def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Let diffusers' attention processors of a model call SDPA. Returns (processor, its backend before)."""
-    processors: list[Any] = [getattr(one, "processor", None) for one in module.modules()]
-    changed = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
-    for processor, _ in changed:
-        processor._attention_backend = NATIVE
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
-    names = {str(getattr(one, "value", one)) for one in (backend or usual for _, backend in changed)} - {
-        NATIVE
-    }
-    if names:
-        log.warning(
-            "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",
-            type(module).__name__,
-            ", ".join(sorted(names)),
-        )
-    return changed
 
 
 def _named(prefix: str, plan: AttentionPlan) -> AttentionPlan:

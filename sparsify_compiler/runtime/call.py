@@ -10,7 +10,7 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +31,8 @@ log = logging.getLogger("sparsify_compiler")
 
 _UNLIKE = "the analysis of the whole model has another attention in this place"
 _UNKNOWN_LAYER = "it has no weights near it, and calls skip attentions, so its layer is not known"
+_ANALYSES = 32
+"""The most analyses of a model for one set of shapes."""
 _SKIPPED = "the call skipped it, or ran it outside every graph"
 
 COMPILED_CALL = "_compiled_call_impl"
@@ -99,6 +101,8 @@ class AppliedModel:
     """Analyses the whole model for the shapes of a call."""
     compile_apart: Callable[[nn.Module], None]
     """Compiles a module of the model by itself from now on."""
+    prepare: Callable[[], None]
+    """Makes attention readable before every call, since scripts change it between calls."""
     parts_only: bool = False
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
     state: ModelState = field(init=False)
@@ -110,7 +114,7 @@ class AppliedModel:
     """Whether the log has said how many attentions are sparse."""
     by_order: bool = True
     """Whether attentions without a Parameter may be known by their order: each call runs all attentions."""
-    _analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    _analyses: dict[Hashable, list[Analysis]] = field(default_factory=dict)
     _compiled: set[str] = field(default_factory=set)
     """The names of all attentions that ever ran in a graph."""
     _paths: dict[int, str] = field(default_factory=dict)
@@ -134,18 +138,36 @@ class AppliedModel:
 
     def analysed(self, call: "ModelCall") -> Analysis:
         """The analysis for the shapes of a call."""
-        key = call.shapes
-        if key not in self._analyses:
-            self._analyses[key] = self.analyse(call.module, (call.args, call.kwargs))
-            if why := self._analyses[key].failure:
+        self.analysis = next(self.analyses(call))
+        return self.analysis
+
+    def analyses(self, call: "ModelCall") -> Iterator[Analysis]:
+        """The analyses for the shapes of a call, the last used first.
+
+        There is one, unless the model asks for values of its arguments, such as the length of a prompt. Then the
+        last one is new, from the values of this call.
+        """
+        known = self._analyses.setdefault(call.shapes, [])
+        yield from tuple(known)
+        if not known or (known[0].by_values and not call.analysed_again):
+            call.analysed_again = bool(known)
+            found = self.analyse(call.module, (call.args, call.kwargs))
+            known.insert(0, found)
+            del known[_ANALYSES:]
+            if found.failure:
                 log.warning(
                     "sparsify cannot analyse %s as a whole (%s): parts of it are sparse only where their own "
                     "graph shows the video; give options={'grid': (frames, height, width)}",
                     type(call.module).__name__,
-                    why,
+                    found.failure,
                 )
-        self.analysis = self._analyses[key]
-        return self.analysis
+            yield found
+
+    def use(self, call: "ModelCall", analysis: Analysis) -> None:
+        """Try an analysis first from now on."""
+        known = self._analyses[call.shapes]
+        known.sort(key=lambda one: one is not analysis)
+        self.analysis = analysis
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -213,6 +235,8 @@ class ModelCall:
     def __init__(self, model: AppliedModel, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.model, self.module, self.args, self.kwargs = model, module, args, kwargs
         self.graphs: list[GraphPlan] = []
+        self.analysed_again = False
+        """Whether the model was analysed for the values of this call."""
         self._attentions = 0
         self._by_order = False
         self._counts: Counter[str] = Counter()
@@ -255,6 +279,7 @@ class ModelCall:
     def begin(self) -> None:
         """Prepare what the call needs before the model runs."""
         model = self.model
+        model.prepare()
         first = model.analysis is None and not model.graphs
         hidden = first and any(
             _torch.never_compiles(getattr(hook, "new_forward", None))
@@ -302,11 +327,27 @@ class ModelCall:
 
         An attention is known by its name, or else by its order in the call.
         """
-        analysis = self.model.analysed(self)
-        if analysis.failure:
-            return tuple(names), None
+        for analysis in self.model.analyses(self):
+            if analysis.failure:
+                self.model.analysis = analysis
+                return tuple(names), None
+            found = self._found_in(analysis, places, names)
+            if all(isinstance(one, Part) for one in found):
+                self.model.use(self, analysis)
+                break
+        sites = tuple(
+            one if isinstance(one, Part) else _unlike(place, name, one)
+            for one, place, name in zip(found, places, names, strict=True)
+        )
+        unnamed = tuple(part if _learns(part) else replace(part, name="") for part in sites)
+        return tuple(part.name for part in sites), Parts(unnamed, analysis.dense_steps)
+
+    def _found_in(
+        self, analysis: Analysis, places: Sequence[Placed], names: Sequence[str]
+    ) -> list[Part | str]:
+        """The parts that the attentions of a graph are, each with the reason in its place if it is none."""
         by_name = {part.name: part for part in analysis.parts}
-        found = []
+        found: list[Part | str] = []
         for order, (place, name) in enumerate(zip(places, names, strict=True), self._attentions):
             part, why = by_name.get(name), _UNLIKE
             if place.parameter is None or part is None:
@@ -314,12 +355,8 @@ class ModelCall:
                 part = analysis.parts[order] if order < len(analysis.parts) else None
                 if not self.model.by_order:
                     part, why = None, _UNKNOWN_LAYER
-            if part is None or part.like != place.like:
-                layout = TokenLayout(tokens=place.like[2], reason=why)
-                part = Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
-            found.append(part)
-        sites = tuple(part if _learns(part) else replace(part, name="") for part in found)
-        return tuple(part.name for part in found), Parts(sites, analysis.dense_steps)
+            found.append(why if part is None or part.like != place.like else part)
+        return found
 
     def count(self, plan: GraphPlan) -> None:
         """Note that a graph runs under a plan."""
@@ -367,9 +404,13 @@ class Hook:
 
     def __init__(self, model: AppliedModel, run: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]):
         self.model, self.run = model, run
+        self._outside = _torch.outside_dynamo(self._call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        return self._outside(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.model.module()
         assert module is not None, "the module calls its own hook"
         before = _open.get()
@@ -438,6 +479,12 @@ def _is_number(value: Any) -> bool:
 def _plain(value: Any) -> str:
     plain = isinstance(value, (str, int, float, bool, type(None)))
     return repr(value) if plain else type(value).__qualname__
+
+
+def _unlike(place: Placed, name: str, why: str) -> Part:
+    """An attention that the analysis does not have."""
+    layout = TokenLayout(tokens=place.like[2], reason=why)
+    return Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
 
 
 def _learns(part: Part) -> bool:

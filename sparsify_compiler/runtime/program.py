@@ -97,7 +97,7 @@ class Place:
     parameter: int | None = None
     """Place of the input that is the nearest Parameter of the model; None if the graph has none."""
     path: str = ""
-    """Path of this Parameter, as the graph reads it: where the path in the model differs, only the beginnings do."""
+    """Path of this Parameter, as the graph reads it; it ends like the full path in the model."""
     may_be_video: bool = True
     """Whether its keys may be the tokens of its queries."""
 
@@ -111,7 +111,9 @@ class Place:
             alike += 1
         root, read_through = full[: len(full) - alike], own[: len(own) - alike]
         names = [] if self.name == ROOT else self.name.split(".")
-        if names[: len(read_through)] == read_through:  # such as the attributes of a hook that calls the module
+        if (
+            names[: len(read_through)] == read_through
+        ):  # such as the attributes of a hook that calls the module
             names = names[len(read_through) :]
         return ".".join([*root, *names]) or ROOT
 
