@@ -23,12 +23,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -71,6 +72,8 @@ class Habit:
     set: Callable[[Any], None]
     undo: Callable[[Any], None] | None = None
     """None: diffusers cannot undo it."""
+    again: Callable[[Any], None] | None = None
+    """Sets what `undo` undid, where that is not everything."""
     between: tuple[Callable[[Any], None], ...] = ()
     """Further changes, before the second call, the third, ..."""
     batch: int = 1
@@ -230,6 +233,11 @@ def _backend(name: str) -> Callable[[Any], None]:
     return set_it
 
 
+def _usual_backend(model: Any) -> None:
+    model.set_attention_backend("native")  # for all models of the process
+    model.reset_attention_backend()
+
+
 def _fused(model: Any) -> None:
     model.fuse_qkv_projections()
 
@@ -296,8 +304,8 @@ HABITS = {
         Habit("faster_cache", _cache(_faster), _no_cache),
         Habit("taylor_seer", _cache(_taylor()), _no_cache),
         Habit("taylor_seer_lite", _cache(_taylor(use_lite_mode=True)), _no_cache),
-        Habit("flex", _backend("flex"), lambda model: model.reset_attention_backend()),
-        Habit("native_math", _backend("_native_math"), lambda model: model.reset_attention_backend()),
+        Habit("flex", _backend("flex"), _usual_backend),
+        Habit("native_math", _backend("_native_math"), _usual_backend),
         Habit("flash", _backend("flash")),
         Habit("sage", _backend("sage")),
         Habit("xformers", _backend("xformers")),
@@ -326,9 +334,9 @@ HABITS = {
         Habit("int8", _int8, rounding=1e-4),
         Habit("block_offload+first_block_cache", _all(_BLOCK, _FBC), _all(_no_cache, _NO_OFFLOAD)),
         Habit("leaf_offload+pab", _all(_LEAF, _cache(_pab)), _all(_no_cache, _NO_OFFLOAD)),
-        Habit("fp8+block_offload", _all(_fp8, _BLOCK), _NO_OFFLOAD),
-        Habit("fp8+leaf_offload", _all(_fp8, _LEAF), _NO_OFFLOAD),
-        Habit("fp8+first_block_cache", _all(_fp8, _FBC), _no_cache),
+        Habit("fp8+block_offload", _all(_fp8, _BLOCK), _NO_OFFLOAD, again=_BLOCK),
+        Habit("fp8+leaf_offload", _all(_fp8, _LEAF), _NO_OFFLOAD, again=_LEAF),
+        Habit("fp8+first_block_cache", _all(_fp8, _FBC), _no_cache, again=_FBC),
         Habit("lora+block_offload", _all(_lora, _BLOCK), _all(_NO_OFFLOAD, _no_lora)),
         Habit("lora+sequential_offload", _all(_lora, _sequential_offload), _all(_no_accelerate, _no_lora)),
         Habit("lora+fp8", _all(_lora, _fp8)),
@@ -362,6 +370,22 @@ class Attentions(TorchFunctionMode):
                 )
                 self.found.add(self.paths[id(owner)])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _native(model: Any) -> Iterator[None]:
+    """Let attention call SDPA inside, so that `Attentions` sees it; other backends give the same numbers."""
+    processors = [
+        one.processor
+        for one in model.modules()
+        if hasattr(getattr(one, "processor", None), "_attention_backend")
+    ]
+    before = [one._attention_backend for one in processors]
+    for one in processors:
+        one._attention_backend = "native"
+    yield
+    for one, backend in zip(processors, before, strict=True):
+        one._attention_backend = backend
 
 
 def _call(model: Any, inputs: dict[str, Any], moment: int) -> torch.Tensor:
@@ -427,8 +451,6 @@ def _measure(row: Row, habit: Habit, inner: str) -> None:
     if row.model == "hunyuan_video_15":  # the case expects its attention to be dense
         tokens = {math.prod(GRID) + 2 * TEXT + inputs["image_embeds"].shape[1]}
     _set(habit, twin)
-    if habit.name in ("flex", "native_math"):  # calls other functions; the numbers are the same
-        twin.reset_attention_backend()
     options = {"regional": row.compiled == "regional", **EXACT, "inner_backend": inner}
     if row.order == "before":
         habit.set(model)
@@ -440,7 +462,7 @@ def _measure(row: Row, habit: Habit, inner: str) -> None:
         if number and len(habit.between) >= number:
             for one in (model, twin):
                 habit.between[number - 1](one)
-        with Attentions(twin, tokens) as ran:
+        with Attentions(twin, tokens) as ran, _native(twin):
             expected = _call(twin, inputs, moment)
         got = _call(model, inputs, moment)
         last = [*changed.models[0].plans, *changed.models[0].outside]
@@ -464,7 +486,7 @@ def _measure(row: Row, habit: Habit, inner: str) -> None:
         changed = sparsify_compiler.apply(model, **options | {"inner_backend": "eager"})
         if habit.undo is not None:
             for one in (model, twin):
-                _set(habit, one)
+                (habit.again or habit.set)(one)
         for _ in range(2):
             _call(model, inputs, TIMES[0])
         row.restored = _restores(habit, model, twin, inputs, changed, restore_first=row.order != "before")
@@ -519,6 +541,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None and args.out.exists():
         found = (Row(**case) for case in json.loads(args.out.read_text())["cases"])
         done = {row.key: row for row in found if not (args.again and row.fault)}
+    diffusers_logging.set_verbosity_error()
     start = time.perf_counter()
     for model, habit, order, compiled in rows():
         key = model, habit.name, order, compiled

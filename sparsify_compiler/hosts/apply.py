@@ -103,8 +103,9 @@ class _Attention:
 
     def undo(self) -> None:
         """Give every processor the backend that a script set last."""
-        for processor, backend in self.replaced:
-            processor._attention_backend = backend
+        for processor, backend in dict(self.replaced).items():
+            if processor._attention_backend == NATIVE:  # else a script has set another since the last call
+                processor._attention_backend = backend
         self.replaced = []
 
 
@@ -294,7 +295,7 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
         raise OptionError(
             f"apply needs a module or a pipeline with a dict of components, got {type(target).__name__}"
         )
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in components.items():
         if (
             isinstance(module, nn.Module)
