@@ -1,4 +1,4 @@
-"""What scripts of diffusers do around a model, against `apply`: `python -m benchmarks.habits --out FILE`.
+"""Habits of scripts around a model, with `apply`: `python -m benchmarks.habits --out FILE`.
 
 A row is a model, a habit (offloading, storage in 8 bits, caches, LoRA, ...), whether the habit is set before or
 after `apply`, and whether the model is compiled whole or by block. Next to every model runs its twin: the same
@@ -10,7 +10,7 @@ numbers. A row is right if
 - every output is the twin's within rounding;
 - after `restore`, and after the habit is undone, in either order, outputs are the twin's, bit for bit.
 
-Rows that the file has already are kept, so that an interrupted run continues.
+Rows that the file has already are kept, so that an interrupted run continues. Needs the extra `habits`.
 """
 
 import argparse
@@ -533,14 +533,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[], help="patterns such as 'wan/fp8*/before/*'")
     parser.add_argument("--out", type=Path, help="JSON file for the result; rows in it are kept")
-    parser.add_argument("--again", action="store_true", help="repeat the wrong rows of the file")
+    parser.add_argument(
+        "--again", action="store_true", help="repeat rows of the file that are wrong or not available"
+    )
     parser.add_argument("--inner-backend", default="inductor")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     args = parser.parse_args(argv)
     done: dict[tuple[str, ...], Row] = {}
     if args.out is not None and args.out.exists():
         found = (Row(**case) for case in json.loads(args.out.read_text())["cases"])
-        done = {row.key: row for row in found if not (args.again and row.fault)}
+        done = {row.key: row for row in found if not (args.again and (row.fault or row.not_available))}
     diffusers_logging.set_verbosity_error()
     start = time.perf_counter()
     for model, habit, order, compiled in rows():
