@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -444,11 +444,11 @@ def autocast_on_meta(device_type: str) -> Iterator[None]:
     def init(self: Any, device_type_: str, *args: Any, **kwargs: Any) -> None:
         usual(self, device_type if device_type_ == "meta" else device_type_, *args, **kwargs)
 
-    autocast.__init__ = init
+    autocast.__init__ = init  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        autocast.__init__ = usual
+        autocast.__init__ = usual  # type: ignore[method-assign]
 
 
 def compiled_apart(
@@ -526,12 +526,32 @@ def many_programs() -> Iterator[None]:
 
 
 def never_compile(function: Callable[..., Any]) -> None:
-    """Let Dynamo skip the frames of a function where they are called by others; frames that it calls are compiled
-    as without it."""
+    """Let Dynamo skip the frames of a function where they are called by others."""
     from torch._dynamo.eval_frame import skip_code
 
     assert isinstance(function, FunctionType)
     skip_code(function.__code__)
+
+
+def outside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` called without Dynamo, also where a compiled caller calls it. Functions that are compiled
+    themselves still are where it calls them."""
+    import torch._dynamo
+
+    outside: Callable[..., Any] = torch._dynamo.disable(function)
+    return outside
+
+
+def on_compile(ignored: Callable[[Module], bool]) -> None:
+    """Let `module.compile()` do nothing where `ignored(module)` is true. Further calls add further conditions."""
+    usual = Module.compile
+
+    @wraps(usual)
+    def compile(self: Module, *args: Any, **kwargs: Any) -> None:
+        if not ignored(self):
+            usual(self, *args, **kwargs)
+
+    Module.compile = compile  # type: ignore[method-assign]
 
 
 def never_compiles(function: Any) -> bool:

@@ -104,3 +104,7 @@ def _moved(place: _Place, cut: Path, put: Path) -> _Place | None:
     if place.path[: len(cut)] != cut:
         return None
     return _Place((*put, *place.path[len(cut) :]), place.ordinal)
+
+
+COMPILED_CALL = "_compiled_call_impl"
+"""The attribute of a module that PyTorch calls in place of the module's own call."""

@@ -127,6 +127,28 @@ def test_a_compiled_model_is_refused(part: Any) -> None:
         sparsify_compiler.apply(model, **TILE)
 
 
+@regional
+def test_compile_after_apply_does_nothing_and_says_so(
+    regional: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Video()
+    changed = sparsify_compiler.apply(model, regional=regional, **TILE)
+    (model.blocks[0] if regional else model).compile(backend="eager", fullgraph=True)
+    assert "compile() does nothing: apply compiles it already" in caplog.text
+    steps(model, latents(GRID), 1)
+    assert len(changed.stats().measurements) == 3
+    changed.restore()
+    model.compile(backend="eager")
+    assert "_compiled_call_impl" in model.__dict__
+
+
+def test_torch_compile_around_an_applied_model_leaves_it_sparse() -> None:
+    model = Video()
+    changed = sparsify_compiler.apply(model, regional=True, **TILE)
+    steps(torch.compile(model, backend="eager"), latents(GRID), 1)
+    assert len(changed.stats().measurements) == 3
+
+
 def test_the_result_of_torch_compile_is_refused() -> None:
     with pytest.raises(SparsifyError, match="is compiled already"):
         sparsify_compiler.apply(torch.compile(Video(), backend="eager"), **TILE)
@@ -154,10 +176,17 @@ def test_targets_without_a_video_transformer_are_refused() -> None:
         OptionError, match="apply needs a module or a pipeline with a dict of components, got list"
     ):
         sparsify_compiler.apply([Video()], **TILE)
+    with pytest.raises(OptionError, match="apply needs an instance, got the class Video"):
+        sparsify_compiler.apply(Video, **TILE)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)
-    pipeline = SimpleNamespace(components={"text_encoder": encoder, "scheduler": object()})
+    image_model = type("UNet2DConditionModel", (Video,), {})()
+    pipeline = SimpleNamespace(
+        components={"text_encoder": encoder, "unet": image_model, "scheduler": object(), "vae": None}
+    )
     with pytest.raises(
-        OptionError, match=r"no video transformer among the components of SimpleNamespace \(text_e"
+        OptionError,
+        match="no video transformer among the components of SimpleNamespace "
+        r"\(text_encoder: TransformerEncoder, unet: UNet2DConditionModel\)",
     ):
         sparsify_compiler.apply(pipeline, **TILE)
     with pytest.raises(OptionError, match="regional=True needs repeated blocks, and Linear has no list"):
@@ -195,6 +224,15 @@ def test_only_denoisers_of_a_pipeline_change() -> None:
     changed = sparsify_compiler.apply(pipeline, **TILE)
     assert [model.name for model in changed.models] == ["denoiser"]
     assert dicts(encoder) == before
+
+
+def test_a_model_that_is_two_components_changes_once() -> None:
+    model = Video()
+    before = dicts(model)
+    changed = sparsify_compiler.apply(SimpleNamespace(components={"high": model, "low": model}), **TILE)
+    assert [one.name for one in changed.models] == ["high"]
+    changed.restore()
+    assert dicts(model) == before
 
 
 def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) -> None:
@@ -277,6 +315,97 @@ def test_first_block_cache_of_diffusers(before: bool) -> None:
     assert {one.site for one in changed.stats().measurements} == {"blocks.0.attn1", "blocks.1.attn1"}
 
 
+class Uncompiled:
+    """A hook around the call of a module that Dynamo must not enter, as the caches of diffusers have some."""
+
+    def __init__(self, module: Any) -> None:
+        self.inner = module.forward
+
+    @torch.compiler.disable
+    def new_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class Nested(nn.Module):
+    """A block whose attention is a module of its own."""
+
+    def __init__(self, attend: nn.Module) -> None:
+        super().__init__()
+        self.attend = attend
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return self.attend(x, time)
+
+
+@pytest.mark.parametrize(("regional", "before"), [(False, True), (True, False)])
+def test_attention_in_a_hook_that_is_never_compiled(regional: bool, before: bool) -> None:
+    def nested() -> Any:
+        model: Any = Video(2)
+        model.blocks = nn.ModuleList(map(Nested, model.blocks))
+        return model
+
+    def hook(model: Any) -> None:
+        for block in model.blocks:
+            block._diffusers_hook = SimpleNamespace(hooks={"cache": Uncompiled(block)})
+            block.forward = block._diffusers_hook.hooks["cache"].new_forward
+
+    model, expected = nested(), steps(nested(), latents(GRID), 1)[0]
+    if before:
+        hook(model)
+    changed = sparsify_compiler.apply(model, regional=regional, **EXACT)
+    if not before:
+        hook(model)
+    got = steps(model, latents(GRID), 1)[0]
+    assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert {one.site for one in changed.stats().measurements} == {"blocks.0.attend", "blocks.1.attend"}
+    changed.restore()
+    assert torch.equal(steps(model, latents(GRID), 1)[0], expected)
+
+
+def test_a_skipped_attention_names_the_hooks_around_it(caplog: pytest.LogCaptureFixture) -> None:
+    class Skips(Uncompiled):
+        def new_forward(self, x: torch.Tensor, *args: Any) -> Any:
+            return x
+
+    model = Video()
+    with caplog.at_level(logging.INFO, "sparsify_compiler"):
+        changed = sparsify_compiler.apply(model, regional=True, **TILE)
+        model.blocks[1]._diffusers_hook = SimpleNamespace(hooks={"skip": Skips(model.blocks[1])})
+        model.blocks[1].forward = model.blocks[1]._diffusers_hook.hooks["skip"].new_forward
+        steps(model, latents(GRID), 2)
+    why = "the call skipped it, or ran it outside every graph (hooks around it: Skips)"
+    assert f"Video: 2 of 3 video attentions sparse, 1 dense: 1 {why}" in caplog.text
+    assert [plan.reason for plan in changed.explain().plans if plan.method == "dense"] == [why]
+
+
+def test_a_model_that_asks_for_the_length_of_a_prompt() -> None:
+    """Values of arguments decide sizes. The analysis follows them from call to call."""
+
+    class Prompted(Video):
+        def forward(  # type: ignore[override]
+            self, hidden_states: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+        ) -> torch.Tensor:
+            x = self.patch(hidden_states).flatten(2).transpose(1, 2)
+            if mask.any():
+                x = torch.cat([x, text[mask.bool()][None]], 1)
+            time = self.time(timestep[:, None] / 1000)
+            for block in self.blocks:
+                x = block(x, time)
+            return self.out(x[:, : x.shape[1] - int(mask.sum())])
+
+    model, twin = Prompted(2), Prompted(2)
+    changed = sparsify_compiler.apply(model, regional=True, **EXACT)
+    text = torch.randn(1, 6, 32)
+    for length in (2, 4, 2):
+        mask = (torch.arange(6) < length).long()[None]
+        with torch.no_grad():
+            video, time = latents(GRID), torch.tensor([500.0])
+            got, expected = model(video, time, text, mask), twin(video, time, text, mask)
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+        layouts = [plan.layout for plan in changed.explain().plans if plan.method != "dense"]
+        assert [(one.grid, one.after) for one in layouts] == [(GRID, length)] * 2
+
+
 def test_another_attention_backend_of_diffusers_is_replaced_and_restored(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -289,5 +418,10 @@ def test_another_attention_backend_of_diffusers_is_replaced_and_restored(
     with torch.no_grad():
         model(**inputs)
     assert len(changed.stats().measurements) == 2
+    for processor in processors:
+        processor._attention_backend = "flex"
+    with torch.no_grad():
+        model(**inputs)
+    assert len([plan for plan in changed.explain().plans if plan.method != "dense"]) == 2
     changed.restore()
     assert [processor._attention_backend for processor in processors] == ["flex"] * 4

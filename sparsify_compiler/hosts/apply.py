@@ -2,11 +2,12 @@
 
 import inspect
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -16,16 +17,63 @@ from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
-from sparsify_compiler.hosts.blocks import CALL, Block, Blocks, WholeOrBlocks, call_of, repeated_blocks
+from sparsify_compiler.hosts.blocks import Block, Changes, WholeOrBlocks, call_of, repeated_blocks
 from sparsify_compiler.hosts.pipelines import video_of
 from sparsify_compiler.hosts.whole import NATIVE, analyse
 from sparsify_compiler.measured import RunStats, stats
-from sparsify_compiler.names import TIME_STEP
+from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import AppliedModel, Hook
 from sparsify_compiler.runtime.clock import PerGeneration, StepClock
 
 log = logging.getLogger("sparsify_compiler")
+_OF_IMAGES = re.compile("2D|UNet")
+
+
+@dataclass(slots=True, eq=False)
+class _Attention:
+    """The attention backend of diffusers, which is native while a model is applied: the compiler reads SDPA."""
+
+    kind: str
+    """The class of the model, for messages."""
+    owners: list[Any]
+    """The modules with an attention processor that has a backend."""
+    replaced: list[tuple[Any, Any]] = field(default_factory=list)
+    """(attention processor, the backend that a script set), in order."""
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Attention":
+        """That of a model."""
+        owners = [
+            one for one in model.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")
+        ]
+        return cls(type(model).__name__, owners)
+
+    def use_native(self) -> None:
+        """Let all processors call SDPA, and say so if they called something else."""
+        before = len(self.replaced)
+        for owner in self.owners:
+            processor = owner.processor
+            if getattr(processor, "_attention_backend", NATIVE) != NATIVE:
+                self.replaced.append((processor, processor._attention_backend))
+                processor._attention_backend = NATIVE
+        if len(self.replaced) > before:
+            dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+            usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
+            asked = (backend or usual for _, backend in self.replaced[before:])
+            if names := {str(getattr(one, "value", one)) for one in asked} - {NATIVE}:
+                log.warning(
+                    "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",
+                    self.kind,
+                    ", ".join(sorted(names)),
+                )
+
+    def undo(self) -> None:
+        """Give every processor the backend that a script set last."""
+        for processor, backend in dict(self.replaced).items():
+            if processor._attention_backend == NATIVE:  # else a script has set another since the last call
+                processor._attention_backend = backend
+        self.replaced = []
 
 
 @dataclass(slots=True, eq=False)
@@ -33,11 +81,8 @@ class Applied:
     """The changes of one `apply`."""
 
     models: tuple[AppliedModel, ...]
-    _hooks: tuple[tuple[nn.Module, Any], ...]
-    """(module, the object in its `_compiled_call_impl`)."""
-    _programs: tuple[Callable[..., Any], ...]
-    _backends: list[tuple[Any, Any]] = field(default_factory=list)
-    """(attention processor of diffusers, its attention backend before)."""
+    _changes: Changes
+    _attention: tuple[_Attention, ...]
 
     def stats(self) -> RunStats:
         """The calls since the last video began, as `sparsify_compiler.stats` has them.
@@ -85,14 +130,9 @@ class Applied:
 
     def restore(self) -> None:
         """Make the models what they were before `apply`. A second call does nothing."""
-        for module, hook in self._hooks:
-            if module.__dict__.get(CALL) is hook:
-                del module.__dict__[CALL]
-        for processor, backend in self._backends:
-            processor._attention_backend = backend
-        for program in self._programs:
-            _torch.forget(program)
-        self._hooks, self._programs, self._backends = (), (), []
+        self._changes.undo()
+        for one in self._attention:
+            one.undo()
 
 
 def apply(target: Any, *, regional: bool | None = None, mode: str | None = None, **options: Any) -> Applied:
@@ -128,46 +168,55 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 "class: leave out regional"
             )
     clocks = PerGeneration(StepClock)
+    changes = Changes(partial(sparsify, options=options, mode=mode))
     models: list[AppliedModel] = []
-    hooks: list[tuple[nn.Module, Any]] = []
-    programs: list[Callable[..., Any]] = []
-    put_in: list[Blocks] = []
-    backends: list[tuple[Any, Any]] = []
-    backend = partial(sparsify, options=options, mode=mode)
+    attention: list[_Attention] = []
+    _keep_hooks()
+    for hook in (Hook.__call__, Block.__call__):
+        _torch.never_compile(hook)
     for name, module in found.items():
-        backends += _native_attention(module)
+        native = _Attention.of(module)
+        native.use_native()
+        attention.append(native)
         model = AppliedModel(
             weakref.ref(module),
             name,
             clocks,
             partial(_analyse, config=config),
-            video=video_of,
+            changes.compile_apart,
+            native.use_native,
+            video_of,
             parts_only=bool(regional),
         )
         run: Callable[..., Any]
-        if blocks[name]:
-            parts = Blocks(blocks[name], backend)
-            if regional:
-                run = call_of
-                put_in.append(parts)
-                programs += parts.programs
-            else:
-                run = WholeOrBlocks(model, parts, backend)
-                programs += run.programs
-            hooks += parts.hooks
+        if regional:
+            for block in blocks[name]:
+                changes.compile_apart(block)
+            run = call_of
+        elif blocks[name]:
+            run = WholeOrBlocks(model, blocks[name], changes)
         else:
-            run = _torch.compiled_apart(call_of, backend)
-            programs.append(run)
-        hooks.append((module, Hook(model, run)))
+            run = changes.compiled(module)
+        changes.put(module, Hook(model, run))
         models.append(model)
-    for call in (Hook.__call__, Block.__call__):
-        _torch.never_compile(call)
-    for parts in put_in:
-        parts.put_in()
-    for module, hook in hooks:
-        if isinstance(hook, Hook):
-            module.__dict__[CALL] = hook
-    return Applied(tuple(models), tuple(hooks), tuple(programs), backends)
+    return Applied(tuple(models), changes, tuple(attention))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether `module.compile()` would remove a hook of `apply`; if so, warn that it does nothing."""
+    ours = isinstance(module.__dict__.get(COMPILED_CALL), (Hook, Block))
+    if ours:
+        log.warning(
+            "%s.compile() does nothing: apply compiles it already. Give apply the mode, or call restore() first",
+            type(module).__name__,
+        )
+    return ours
+
+
+@cache
+def _keep_hooks() -> None:
+    """From now on, let `module.compile()` leave the hooks of `apply` in place."""
+    _torch.on_compile(_is_ours)
 
 
 def _analyse(module: nn.Module, arguments: Any, *, config: SparsifyConfig) -> Any:
@@ -183,7 +232,7 @@ def _alive(model: AppliedModel) -> nn.Module:
 
 def _check_unchanged(name: str, module: nn.Module) -> None:
     for path, one in module.named_modules():
-        call = one.__dict__.get(CALL)
+        call = one.__dict__.get(COMPILED_CALL)
         where = f"{name}.{path}" if path else name
         if isinstance(call, (Hook, Block)):
             raise SparsifyError(
@@ -200,18 +249,29 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
     """Name of the component -> module, for all modules to change; the name is empty for a module alone."""
     if isinstance(target, nn.Module):
         return {"": target}
+    if isinstance(target, type):
+        raise OptionError(f"apply needs an instance, got the class {target.__name__}")
     components = getattr(target, "components", None)
     if not isinstance(components, Mapping):
         raise OptionError(
             f"apply needs a module or a pipeline with a dict of components, got {type(target).__name__}"
         )
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name, module in components.items():
-        if isinstance(module, nn.Module) and is_denoiser(module):
+        if (
+            isinstance(module, nn.Module)
+            and is_denoiser(module)
+            and not any(module is one for one in found.values())
+        ):
             found[str(name)] = module
     if not found:
         names = (
-            ", ".join(name for name, one in components.items() if isinstance(one, nn.Module)) or "no module"
+            ", ".join(
+                f"{name}: {type(one).__name__}"
+                for name, one in components.items()
+                if isinstance(one, nn.Module)
+            )
+            or "no module"
         )
         raise OptionError(
             f"apply finds no video transformer among the components of {type(target).__name__} ({names}): give "
@@ -221,34 +281,19 @@ def _video_transformers(target: Any) -> dict[str, nn.Module]:
 
 
 def is_denoiser(module: nn.Module) -> bool:
-    """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is."""
+    """Whether a component is called with a time step and has repeated blocks, as no text encoder or VAE is.
+
+    Image models of diffusers do too: their names say that they are 2-D, or a UNet.
+    """
     inner: Any = _torch.uncompiled(module)
+    if _OF_IMAGES.search(type(inner).__name__):
+        return False
     return _takes_a_time_step(inner) and bool(repeated_blocks(inner))
 
 
 def _takes_a_time_step(module: nn.Module) -> bool:
     names = inspect.signature(module.forward).parameters
     return any(TIME_STEP.fullmatch(name.lower()) for name in names)
-
-
-def _native_attention(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Let diffusers' attention processors of a model call SDPA. Returns (processor, its backend before)."""
-    processors: list[Any] = [getattr(one, "processor", None) for one in module.modules()]
-    changed = [(one, one._attention_backend) for one in processors if hasattr(one, "_attention_backend")]
-    for processor, _ in changed:
-        processor._attention_backend = NATIVE
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    usual = dispatch._AttentionBackendRegistry.get_active_backend()[0] if dispatch else NATIVE
-    names = {str(getattr(one, "value", one)) for one in (backend or usual for _, backend in changed)} - {
-        NATIVE
-    }
-    if names:
-        log.warning(
-            "%s: its attention backend is now native, not %s, since the compiler reads calls of SDPA",
-            type(module).__name__,
-            ", ".join(sorted(names)),
-        )
-    return changed
 
 
 def _named(prefix: str, plan: AttentionPlan) -> AttentionPlan:

@@ -2,17 +2,17 @@
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler.names import COMPILED_CALL
 from sparsify_compiler.runtime.call import AppliedModel, open_call
 
 log = logging.getLogger("sparsify_compiler")
-CALL = "_compiled_call_impl"
-"""The attribute of a module that PyTorch calls in place of the module's own call."""
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -41,24 +41,46 @@ class Block:
         return self.run(self.module(), args, kwargs)
 
 
-class Blocks:
-    """The repeated blocks of a model. Blocks of one class share their programs."""
+@dataclass(slots=True, eq=False)
+class Changes:
+    """The hooks in the modules of one `apply`, and the compiled functions that they run."""
 
-    def __init__(self, blocks: list[nn.Module], backend: Callable[..., Any]) -> None:
-        compiled = {kind: _torch.compiled_apart(call_of, backend) for kind in map(type, blocks)}
-        self.hooks = [(block, Block(weakref.ref(block), compiled[type(block)])) for block in blocks]
-        self.programs = list(compiled.values())
+    backend: Callable[..., Any]
+    hooks: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    """(module, the object in its `_compiled_call_impl`)."""
+    programs: dict[tuple[object, bool], Callable[..., Any]] = field(default_factory=dict)
+    """(class of modules, or one module; whether it must be one graph) -> the function that calls it."""
 
-    def put_in(self) -> None:
-        """Let calls of the blocks run the compiled code."""
-        for block, hook in self.hooks:
-            block.__dict__[CALL] = hook
+    def put(self, module: nn.Module, hook: Any) -> None:
+        """Let a module be called through a hook."""
+        module.__dict__[COMPILED_CALL] = hook
+        self.hooks.append((module, hook))
 
-    def take_out(self) -> None:
-        """Let calls of the blocks run their own code."""
-        for block, hook in self.hooks:
-            if block.__dict__.get(CALL) is hook:
-                del block.__dict__[CALL]
+    def compiled(self, key: object, *, one_graph: bool = False) -> Callable[..., Any]:
+        """A function that calls modules. The same keys share programs."""
+        if (key, one_graph) not in self.programs:
+            compiled = _torch.compiled_apart(call_of, self.backend, one_graph=one_graph)
+            self.programs[key, one_graph] = compiled
+        return self.programs[key, one_graph]
+
+    def compile_apart(self, module: nn.Module) -> None:
+        """Compile a module by itself; modules of a class share programs."""
+        self.put(module, Block(weakref.ref(module), self.compiled(type(module))))
+
+    def take_out(self, modules: Iterable[nn.Module]) -> None:
+        """Let calls of these modules run their own code, if their hooks are still there."""
+        gone = {id(module) for module in modules}
+        for module, hook in self.hooks:
+            if id(module) in gone and module.__dict__.get(COMPILED_CALL) is hook:
+                del module.__dict__[COMPILED_CALL]
+        self.hooks = [(module, hook) for module, hook in self.hooks if id(module) not in gone]
+
+    def undo(self) -> None:
+        """Take out all hooks, and drop the programs."""
+        self.take_out([module for module, _ in self.hooks])
+        for program in self.programs.values():
+            _torch.forget(program)
+        self.programs = {}
 
 
 class WholeOrBlocks:
@@ -67,12 +89,9 @@ class WholeOrBlocks:
     Dynamo finds out before any code of the model runs, so such a call begins anew.
     """
 
-    def __init__(self, model: AppliedModel, blocks: Blocks, backend: Callable[..., Any]) -> None:
-        self._model, self._blocks = model, blocks
-        self._whole = _torch.compiled_apart(call_of, backend, one_graph=True)
-        self._in_parts = _torch.compiled_apart(call_of, backend)
+    def __init__(self, model: AppliedModel, blocks: Sequence[nn.Module], changes: Changes) -> None:
+        self._model, self._blocks, self._changes = model, blocks, changes
         self._run = self._as_one_graph
-        self.programs = [self._whole, self._in_parts, *blocks.programs]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model."""
@@ -80,7 +99,7 @@ class WholeOrBlocks:
 
     def _as_one_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._whole(module, args, kwargs)
+            return self._changes.compiled(module, one_graph=True)(module, args, kwargs)
         except Exception as error:
             why = _torch.why_not_one_graph(error)
             if why is None:
@@ -90,16 +109,18 @@ class WholeOrBlocks:
         by_blocks = not self._model.analysed(call).failure
         self._model.parts_only = by_blocks
         if by_blocks:
-            self._blocks.put_in()
-        run = call_of if by_blocks else self._in_parts
+            for block in self._blocks:
+                self._changes.compile_apart(block)
+        run = call_of if by_blocks else self._changes.compiled(module)
         try:
             result = run(module, args, kwargs)
         except BaseException:  # perhaps the error ended the graph
             self._model.parts_only = False
-            self._blocks.take_out()
+            if by_blocks:
+                self._changes.take_out(self._blocks)
             raise
         self._run = run
-        what = f"{len(self._blocks.hooks)} repeated blocks" if by_blocks else "parts"
+        what = f"{len(self._blocks)} repeated blocks" if by_blocks else "parts"
         log.info("%s does not give one graph (%s): its %s are compiled", type(module).__name__, why, what)
         return result
 

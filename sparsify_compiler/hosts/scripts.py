@@ -24,11 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler.names import TIME_STEP
+from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 
 log = logging.getLogger("sparsify_compiler")
-_CALL = "_compiled_call_impl"
-"""The attribute of a module that PyTorch calls in place of the module's own call."""
 
 
 class _FirstCall:
@@ -90,7 +88,7 @@ class Script:
         def init_subclass(cls: type[nn.Module], **kwargs: Any) -> None:
             super(nn.Module, cls).__init_subclass__(**kwargs)
             if _may_take_a_time_step(cls):
-                setattr(cls, _CALL, first_call)
+                setattr(cls, COMPILED_CALL, first_call)
 
         nn.Module.__init_subclass__ = classmethod(init_subclass)  # type: ignore[assignment]
         self._compile = torch.compile
@@ -169,7 +167,7 @@ class Script:
             self._compiles[module] = kwargs
             return self._compile(model, *args, **kwargs)
         self._compile(_nothing, *args, **kwargs)  # raises the errors of wrong arguments
-        hook = module.__dict__.get(_CALL)
+        hook = module.__dict__.get(COMPILED_CALL)
         if not isinstance(hook, _hook()):
             self._compiles[module] = kwargs
             hook = partial(self._call_in_place, weakref.ref(module))
@@ -238,14 +236,14 @@ class Script:
         return {"": module}
 
     def _is_open(self, module: nn.Module) -> bool:
-        return self._is_denoiser(module) and not isinstance(module.__dict__.get(_CALL), _hook())
+        return self._is_denoiser(module) and not isinstance(module.__dict__.get(COMPILED_CALL), _hook())
 
     def _taken_back(self, module: nn.Module) -> tuple[dict[str, Any], bool]:
         """Take back what the script compiled of a model. Return (arguments, whether it compiled its blocks)."""
         from sparsify_compiler.hosts.pipelines import unwrapped
 
         kwargs, in_blocks = self._compiles.pop(module, {}), False
-        module.__dict__.pop(_CALL, None)
+        module.__dict__.pop(COMPILED_CALL, None)
         if isinstance(module.__dict__.get("forward"), _Forward):
             del module.__dict__["forward"]
         for one in list(module.modules()):
@@ -253,7 +251,7 @@ class Script:
                 inner = child if child is None else unwrapped(child)
                 if inner is not None and inner in self._compiles:
                     one._modules[name] = inner
-                    inner.__dict__.pop(_CALL, None)
+                    inner.__dict__.pop(COMPILED_CALL, None)
                     kwargs = {**self._compiles.pop(inner), **kwargs}
                     in_blocks |= isinstance(one, nn.ModuleList)
         return kwargs, in_blocks
@@ -263,7 +261,7 @@ class Script:
         self._denoisers[module] = False
         if isinstance(module.__dict__.get("forward"), _Forward):
             del module.__dict__["forward"]
-        module.__dict__[_CALL] = self._compile(module._call_impl, **self._compiles.pop(module))
+        module.__dict__[COMPILED_CALL] = self._compile(module._call_impl, **self._compiles.pop(module))
 
 
 class _Forward:

@@ -10,7 +10,7 @@ import inspect
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
-from sparsify_compiler.names import TIME_STEP
+from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 from sparsify_compiler.runtime.recomputing import Log, new_log
@@ -33,7 +33,10 @@ log = logging.getLogger("sparsify_compiler")
 
 _UNLIKE = "the analysis of the whole model has another attention in this place"
 _UNKNOWN_LAYER = "it has no weights near it, and calls skip attentions, so its layer is not known"
+_ANALYSES = 32
+"""The most analyses of a model for one set of shapes."""
 _SKIPPED = "the call skipped it, or ran it outside every graph"
+
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
@@ -50,6 +53,10 @@ class AppliedModel:
     """The clocks of all models that make one video together, such as the two experts of a pipeline."""
     analyse: Callable[[nn.Module, Arguments], Analysis]
     """Analyses the whole model for the shapes of a call."""
+    compile_apart: Callable[[nn.Module], None]
+    """Compiles a module of the model by itself from now on."""
+    prepare: Callable[[], None]
+    """Makes attention readable before every call, since scripts change it between calls."""
     video: "Callable[[ModelCall], AbstractContextManager[Any]]" = lambda _: nullcontext()
     """Opens the generation that a call belongs to, where its caller's scheduler says the number of steps."""
     parts_only: bool = False
@@ -63,7 +70,9 @@ class AppliedModel:
     """Whether the log has said how many attentions are sparse."""
     by_order: bool = True
     """Whether attentions without a Parameter may be known by their order: each call runs all attentions."""
-    _analyses: dict[Hashable, Analysis] = field(default_factory=dict)
+    _analyses: dict[Hashable, list[Analysis]] = field(default_factory=dict)
+    _compiled: set[str] = field(default_factory=set)
+    """The names of all attentions that ever ran in a graph."""
     _paths: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,18 +94,36 @@ class AppliedModel:
 
     def analysed(self, call: "ModelCall") -> Analysis:
         """The analysis for the shapes of a call."""
-        key = call.shapes
-        if key not in self._analyses:
-            self._analyses[key] = self.analyse(call.module, (call.args, call.kwargs))
-            if why := self._analyses[key].failure:
+        self.analysis = next(self.analyses(call))
+        return self.analysis
+
+    def analyses(self, call: "ModelCall") -> Iterator[Analysis]:
+        """The analyses for the shapes of a call, the last used first.
+
+        There is one, unless the model asks for values of its arguments, such as the length of a prompt. Then the
+        last one is new, from the values of this call.
+        """
+        known = self._analyses.setdefault(call.shapes, [])
+        yield from tuple(known)
+        if not known or (known[0].by_values and not call.analysed_again):
+            call.analysed_again = bool(known)
+            found = self.analyse(call.module, (call.args, call.kwargs))
+            known.insert(0, found)
+            del known[_ANALYSES:]
+            if found.failure:
                 log.warning(
                     "sparsify cannot analyse %s as a whole (%s): parts of it are sparse only where their own "
                     "graph shows the video; give options={'grid': (frames, height, width)}",
                     type(call.module).__name__,
-                    why,
+                    found.failure,
                 )
-        self.analysis = self._analyses[key]
-        return self.analysis
+            yield found
+
+    def use(self, call: "ModelCall", analysis: Analysis) -> None:
+        """Try an analysis first from now on."""
+        known = self._analyses[call.shapes]
+        known.sort(key=lambda one: one is not analysis)
+        self.analysis = analysis
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -109,8 +136,38 @@ class AppliedModel:
         if self.analysis is None:
             return []
         ran = {plan.site.name for plan in self.plans}
-        skipped = [part.as_dense(_SKIPPED) for part in self.analysis.parts if part.name not in ran]
+        skipped = [
+            part.as_dense(_SKIPPED + self._hooks_around(part.name))
+            for part in self.analysis.parts
+            if part.name not in ran
+        ]
         return [*skipped, *self.analysis.outside]
+
+    def compile_rest(self) -> bool:
+        """Compile modules by themselves whose attention no graph holds, since a hook keeps Dynamo from it.
+
+        Returns whether there are new ones, so that the next call may be another.
+        """
+        ran = {plan.site.name for plan in self.plans}
+        self._compiled |= ran
+        found = False
+        for part in self.analysis.parts if self.analysis is not None else ():
+            path, module = part.name.partition("#")[0], self.module()
+            if part.entry is None or part.name in self._compiled or module is None:
+                continue
+            owner = _module_at(module, path)
+            if owner is not None and owner is not module and COMPILED_CALL not in owner.__dict__:
+                self.compile_apart(owner)
+                found = True
+        return found
+
+    def _hooks_around(self, name: str) -> str:
+        """The hooks of diffusers and accelerate around an attention, for messages."""
+        path, kinds = name.partition("#")[0].split("."), []
+        for length in range(len(path) + 1):
+            one = _module_at(self.module(), ".".join(path[:length]))
+            kinds += [type(hook).__name__ for hook in _hooks_of(one)]
+        return f" (hooks around it: {', '.join(dict.fromkeys(kinds))})" if kinds else ""
 
 
 class Placed(Protocol):
@@ -134,6 +191,8 @@ class ModelCall:
     def __init__(self, model: AppliedModel, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.model, self.module, self.args, self.kwargs = model, module, args, kwargs
         self.graphs: list[GraphPlan] = []
+        self.analysed_again = False
+        """Whether the model was analysed for the values of this call."""
         self._attentions = 0
         self._by_order = False
         self._counts: Counter[str] = Counter()
@@ -176,6 +235,21 @@ class ModelCall:
     def _given(self) -> set[int]:
         return {id(leaf) for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)}
 
+    def begin(self) -> None:
+        """Prepare what the call needs before the model runs."""
+        model = self.model
+        model.prepare()
+        first = model.analysis is None and not model.graphs
+        hidden = first and any(
+            _torch.never_compiles(getattr(hook, "new_forward", None))
+            for one in self.module.modules()
+            for hook in _hooks_of(one)
+        )
+        if model.parts_only or hidden:
+            model.analysed(self)
+        if hidden:
+            model.compile_rest()
+
     def was_given(self, tensor: object) -> bool:
         """Whether a tensor is an argument of the call."""
         return id(tensor) in self._given
@@ -215,11 +289,27 @@ class ModelCall:
 
         An attention is known by its name, or else by its order in the call.
         """
-        analysis = self.model.analysed(self)
-        if analysis.failure:
-            return tuple(names), None
+        for analysis in self.model.analyses(self):
+            if analysis.failure:
+                self.model.analysis = analysis
+                return tuple(names), None
+            found = self._found_in(analysis, places, names)
+            if all(isinstance(one, Part) for one in found):
+                self.model.use(self, analysis)
+                break
+        sites = tuple(
+            one if isinstance(one, Part) else _unlike(place, name, one)
+            for one, place, name in zip(found, places, names, strict=True)
+        )
+        unnamed = tuple(part if _learns(part) else replace(part, name="") for part in sites)
+        return tuple(part.name for part in sites), Parts(unnamed, analysis.dense_steps)
+
+    def _found_in(
+        self, analysis: Analysis, places: Sequence[Placed], names: Sequence[str]
+    ) -> list[Part | str]:
+        """The parts that the attentions of a graph are, each with the reason in its place if it is none."""
         by_name = {part.name: part for part in analysis.parts}
-        found = []
+        found: list[Part | str] = []
         for order, (place, name) in enumerate(zip(places, names, strict=True), self._attentions):
             part, why = by_name.get(name), _UNLIKE
             if place.parameter is None or part is None:
@@ -227,12 +317,8 @@ class ModelCall:
                 part = analysis.parts[order] if order < len(analysis.parts) else None
                 if not self.model.by_order:
                     part, why = None, _UNKNOWN_LAYER
-            if part is None or part.like != place.like:
-                layout = TokenLayout(tokens=place.like[2], reason=why)
-                part = Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
-            found.append(part)
-        sites = tuple(part if _learns(part) else replace(part, name="") for part in found)
-        return tuple(part.name for part in found), Parts(sites, analysis.dense_steps)
+            found.append(why if part is None or part.like != place.like else part)
+        return found
 
     def count(self, plan: GraphPlan) -> None:
         """Note that a graph runs under a plan."""
@@ -252,13 +338,14 @@ class ModelCall:
         """Keep what the call has shown about the model, and say once how much of it is sparse."""
         model = self.model
         model.graphs = tuple(self.graphs)
+        if not model.told and not any(graph.sparse for graph in self.graphs):
+            model.analysed(self)
+        changes = model.compile_rest()
         if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):
             model.by_order = False
             model.state.new_video()
-        if not model.told and (self._record is None or self._record.phase == "sparse"):
+        if not model.told and not changes and (self._record is None or self._record.phase == "sparse"):
             model.told = True
-            if not any(graph.sparse for graph in self.graphs):
-                model.analysed(self)
             _tell(model, type(self.module).__name__)
 
 
@@ -279,9 +366,13 @@ class Hook:
 
     def __init__(self, model: AppliedModel, run: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]):
         self.model, self.run = model, run
+        self._outside = _torch.outside_dynamo(self._call)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        return self._outside(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.model.module()
         assert module is not None, "the module calls its own hook"
         before = _open.get()
@@ -293,8 +384,7 @@ class Hook:
             with nullcontext() if call.trains else self.model.video(call):
                 if not call.trains:
                     call.tick()
-                if self.model.parts_only:
-                    self.model.analysed(call)
+                call.begin()
                 with _torch.many_programs():
                     result = self.run(module, args, kwargs)
                 call.finish()
@@ -354,19 +444,35 @@ def _plain(value: Any) -> str:
     return repr(value) if plain else type(value).__qualname__
 
 
+def _unlike(place: Placed, name: str, why: str) -> Part:
+    """An attention that the analysis does not have."""
+    layout = TokenLayout(tokens=place.like[2], reason=why)
+    return Part(name=name, like=place.like, kind="unknown", layout=layout, entry=None, reason=why)
+
+
 def _learns(part: Part) -> bool:
     return part.entry is not None and isinstance(part.entry.method, TrainedMethod)
 
 
+def _hooks_of(module: Any) -> list[Any]:
+    """The hooks that diffusers and accelerate put around a module."""
+    hooks = [*getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values()]
+    return hooks + ([module._hf_hook] if hasattr(module, "_hf_hook") else [])
+
+
+def _module_at(module: nn.Module | None, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else ():
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
 def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
-    *owners, name = path.split(".")
-    for owner in owners:
-        child = module._modules.get(owner)
-        if child is None:
-            return None
-        module = child
-    found = module._parameters.get(name)
-    return module._buffers.get(name) if found is None else found
+    owner, _, name = path.rpartition(".")
+    found = _module_at(module, owner)
+    if found is None:
+        return None
+    tensor = found._parameters.get(name)
+    return found._buffers.get(name) if tensor is None else tensor
 
 
 def _over_videos(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
