@@ -441,8 +441,11 @@ def autocast_on_meta(device_type: str) -> Iterator[None]:
 
     usual = autocast.__init__
 
-    def init(self: Any, device_type_: str, *args: Any, **kwargs: Any) -> None:
-        usual(self, device_type if device_type_ == "meta" else device_type_, *args, **kwargs)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        asked = signature(usual).bind(self, *args, **kwargs)
+        if asked.arguments["device_type"] == "meta":
+            asked.arguments["device_type"] = device_type
+        usual(*asked.args, **asked.kwargs)
 
     autocast.__init__ = init  # type: ignore[assignment, method-assign]
     try:
