@@ -6,7 +6,7 @@ model does not change.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -43,18 +43,24 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
     Raises:
         SparsifyError: options do not fit the model.
     """
-    for strict in (True, False):
+    device = _device_type(arguments)
+    # A model on the CPU may leave out the device of new tensors. Dynamo knows fewer operators with a usual device.
+    last = torch.device(_META) if device == "cpu" else nullcontext()
+    attempts: list[tuple[bool, Any]] = [(True, nullcontext()), (False, nullcontext()), (False, last)]
+    failures = []
+    for strict, usual in attempts:
         try:
             twin, (args, kwargs) = on_meta(module, arguments)
             values = _values(module, twin, arguments, (args, kwargs))
-            with _torch.autocast_on_meta(_device_type(arguments)), values:
+            with _torch.autocast_on_meta(device), usual, values:
                 found, outside = _traced(twin, args, kwargs, config, strict)
             break
         except SparsifyError:
             raise
         except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
-            if not strict:
-                return Analysis(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            failures.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    else:
+        return Analysis(failure=failures[1])
     if config.grid is not None:
         check_grid(config.grid, config.text, found)
     decisions = decide(found, config)
