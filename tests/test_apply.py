@@ -362,6 +362,24 @@ def test_attention_in_a_hook_that_is_never_compiled(regional: bool, before: bool
     assert torch.equal(steps(model, latents(GRID), 1)[0], expected)
 
 
+def test_a_forward_that_is_never_compiled_is_sparse_from_the_second_call() -> None:
+    model: Any = Video(2)
+    model.blocks = nn.ModuleList(map(Nested, model.blocks))
+    before = dicts(model)
+    changed = sparsify_compiler.apply(model, **TILE)
+    for block in model.blocks:
+        block.forward = torch.compiler.disable(block.forward)
+    methods = []
+    for number in range(2):
+        steps(model, latents(GRID), 1, first=900.0 - 100 * number)
+        methods.append([plan.method for plan in changed.explain().plans])
+    assert methods == [["dense"] * 2, ["tile"] * 2]
+    changed.restore()
+    for block in model.blocks:
+        del block.forward
+    assert dicts(model) == before
+
+
 def test_a_skipped_attention_names_the_hooks_around_it(caplog: pytest.LogCaptureFixture) -> None:
     class Skips(Uncompiled):
         def new_forward(self, x: torch.Tensor, *args: Any) -> Any:

@@ -115,7 +115,7 @@ class Applied:
         Raises:
             SparsifyError: no model was called yet.
         """
-        if not any(model.graphs for model in self.models):
+        if not any(model.graphs or model.outside for model in self.models):
             raise SparsifyError(
                 "explain shows the last call, and no model was called yet: run the pipeline first, or call "
                 "sparsify_compiler.explain(model, inputs..., options=...)"

@@ -6,6 +6,7 @@ model does not change.
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -96,34 +97,48 @@ class Found(NamedTuple):
     """As in `Analysis`."""
 
 
-_WAYS = ("by blocks", "whole", "in parts")
-"""Ways to trace a model, the fastest first. By blocks, one trace of Dynamo serves all blocks that its guards do not
-distinguish, and the rest of the model runs as it is. Whole, Dynamo must be able to trace all code. In parts, code
-that it cannot trace runs as it is."""
+class _Way(NamedTuple):
+    """A way to trace a model on the meta device."""
+
+    by_blocks: bool = False
+    """Whether one trace of Dynamo serves all blocks that its guards do not distinguish, and the rest of the model runs
+    as it is."""
+    strict: bool = True
+    """Whether Dynamo must be able to trace all code. Otherwise code that it cannot trace runs as it is."""
+    meta_is_usual: bool = False
+    """Whether new tensors without a device are on the meta device. A model on the CPU may leave out their device;
+    but Dynamo knows fewer operators so."""
+
+
+_WAYS = (_Way(by_blocks=True), _Way(), _Way(strict=False), _Way(strict=False, meta_is_usual=True))
+"""The fastest first."""
 
 
 def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> Found:
-    found = Found()
+    device = _device_type(arguments)
+    best, failure = None, ""
     for way in _WAYS:
-        twin, given = on_meta(module, arguments)
-        blocks = repeated_blocks(twin) if way == "by blocks" else []
-        if way == "by blocks" and not blocks:
+        if way.meta_is_usual and (best is not None or device != "cpu"):
             continue
-        values = _values(module, twin, arguments, given)
         try:
-            with _torch.autocast_on_meta(_device_type(arguments)), values:
-                sites, outside = _traced(twin, *given, config, strict=way != "in parts", blocks=blocks)
+            twin, given = on_meta(module, arguments)
+            blocks = repeated_blocks(twin) if way.by_blocks else []
+            if way.by_blocks and not blocks:
+                continue
+            values = _values(module, twin, arguments, given)
+            usual: Any = torch.device(_META) if way.meta_is_usual else nullcontext()
+            with _torch.autocast_on_meta(device), usual, values:
+                sites, outside = _traced(twin, *given, config, strict=way.strict, blocks=blocks)
         except SparsifyError:
             raise
         except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
-            found = Found(failure=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            if not way.meta_is_usual:
+                failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
-        found = Found(sites, outside, values.were_read)
-        if not blocks or (
-            sites and not outside
-        ):  # as a whole, attention outside of blocks may lie in a graph
+        best = Found(sites, outside, values.were_read)
+        if not blocks or (sites and not outside):  # else attention outside of blocks may lie in a graph
             break
-    return found
+    return Found(failure=failure) if best is None else best
 
 
 def _traced(

@@ -478,15 +478,16 @@ def _tensor_at(module: nn.Module, path: str) -> Tensor | None:
 def _over_videos(plans: Sequence[AttentionPlan]) -> list[AttentionPlan]:
     """The plans of attention over a whole video, or over as many tokens that could not be followed.
 
-    An attention whose sizes are not known may be over a video too.
+    An attention whose sizes are not known may be over a video too. Where no grid is known, an attention over most
+    tokens may be.
     """
-    least = min((plan.layout.tokens for plan in plans if plan.layout.grid is not None), default=0)
-
-    def may_be(site: AttentionSite) -> bool:
-        alike = site.kind == "unknown" and site.q_tokens == site.kv_tokens
-        return alike and (site.q_tokens == 0 or site.q_tokens >= least)
-
-    return [plan for plan in plans if plan.layout.grid is not None or may_be(plan.site)]
+    grids = [plan.layout.tokens for plan in plans if plan.layout.grid is not None]
+    alike = [
+        plan for plan in plans if plan.site.kind != "cross" and plan.site.q_tokens == plan.site.kv_tokens
+    ]
+    least = min(grids) if grids else max((plan.site.q_tokens for plan in alike), default=0)
+    large = {id(plan) for plan in alike if plan.site.q_tokens == 0 or plan.site.q_tokens >= least}
+    return [plan for plan in plans if plan.layout.grid is not None or id(plan) in large]
 
 
 def _tell(model: AppliedModel, kind: str) -> None:
