@@ -101,7 +101,7 @@ class _Way(NamedTuple):
     """A way to trace a model on the meta device."""
 
     by_blocks: bool = False
-    """Whether one trace of Dynamo serves all blocks that its guards do not distinguish, and the rest of the model runs
+    """Whether one trace of Dynamo serves all blocks that its guards do not distinguish. The rest of the model runs
     as it is."""
     strict: bool = True
     """Whether Dynamo must be able to trace all code. Otherwise code that it cannot trace runs as it is."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
-from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, GraphPlan, Part, Parts, TokenLayout
+from sparsify_compiler.plan import Analysis, AttentionPlan, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 from sparsify_compiler.runtime.recomputing import Log, new_log
 from sparsify_compiler.runtime.state import ModelState, Record, state_of

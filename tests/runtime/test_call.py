@@ -202,9 +202,9 @@ def test_models_of_one_pipeline_share_a_clock() -> None:
 
 def test_a_new_video_forgets_the_last_in_all_models() -> None:
     model, _ = applied(SVG2, breaks="around")
-    once = steps(model, latents(GRID), 4)
-    steps(model, latents(GRID) * torch.nan, 4)
-    for one, again in zip(once, steps(model, latents(GRID), 4), strict=True):
+    once = steps(model, latents(GRID), 4, first=300.0)
+    steps(model, latents(GRID) * torch.nan, 4, first=300.0)
+    for one, again in zip(once, steps(model, latents(GRID), 4, first=300.0), strict=True):
         assert torch.equal(one, again)
 
 

@@ -173,11 +173,15 @@ def test_nested_and_long_after() -> None:
     assert same([[*got, *steps], within], "whole")
 
 
-def held(codes: list[CodeType]) -> dict[str, int]:
-    """The amounts of what may grow from video to video."""
+def all_programs() -> list[Program]:
     gc.collect()
+    return [one for one in gc.get_objects() if type(one) is Program]
+
+
+def held(codes: list[CodeType], earlier: list[Program]) -> dict[str, int]:
+    """The amounts of what may grow from video to video. `earlier`: programs of other tests."""
+    programs = [one for one in all_programs() if not any(one is other for other in earlier)]
     objects = gc.get_objects()
-    programs = [one for one in objects if type(one) is Program]
     tensors = [one for one in objects if issubclass(type(one), Tensor) and type(one) is not FakeTensor]
     return {
         "objects": len(objects) // 100,
@@ -191,13 +195,14 @@ def held(codes: list[CodeType]) -> dict[str, int]:
 @pytest.mark.parametrize("host", ["bare", "regional"])
 def test_nothing_grows_with_the_number_of_videos(host: str) -> None:
     codes: list[CodeType] = []
+    earlier = all_programs()
     hook = register_bytecode_hook(lambda code, _: codes.append(code))
     model, after = prepared(host, layers=1), {}
     for number in range(1, 201):
         for _ in islice(loop(model, number, generation(STEPS)), 2):
             pass
         if number in (20, 200):
-            after[number] = held(codes)
+            after[number] = held(codes, earlier)
     hook.remove()
     assert after[20]["entries of Dynamo"]
     assert after[20]["variants"] == 2
