@@ -23,7 +23,7 @@ LAYERS = (
     | {"doctor", "diffusers_model", "explanation", "uncompiled", "training", "export"},
     {"backend", "measured"},
     {"passes"},
-    {"runtime", "policy"},
+    {"runtime", "policy", "options"},
     {"methods"},
     {"kernels"},
     {"table"},
