@@ -1,6 +1,7 @@
 """The options of the backend: checked, without the import of its passes."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,24 @@ def _policy(options: Mapping[str, Any]) -> Policy:
     if not isinstance(asked, (str, Path, Policy)):
         raise OptionError(f"policy must be the path of a file or a Policy, got {asked!r}")
     return asked if isinstance(asked, Policy) else Policy.load(asked)
+
+
+def assignments(words: Iterable[str], what: str) -> dict[str, str]:
+    """Arguments of the form `name=value` as a dict."""
+    pairs = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (equals and name and value):
+            raise OptionError(f"{what} must be written name=value, got {word!r}")
+        pairs[name] = value
+    return pairs
+
+
+def parse_option(text: str) -> Any:
+    """A JSON value, with lists as tuples. Values separated by commas become a tuple; other text stays a string."""
+    try:
+        value = json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        return text
+    values = tuple(tuple(item) if isinstance(item, list) else item for item in value)
+    return values[0] if len(values) == 1 else values
