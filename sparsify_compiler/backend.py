@@ -3,16 +3,15 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_options
-from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
-from sparsify_compiler.kernels import providers
+from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
+from sparsify_compiler.options import DEFAULT_METHOD, configure
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
@@ -21,16 +20,11 @@ from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
-from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of
 from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.site import functions_of
 
-DEFAULT_METHOD = "svg2"
 FOLLOWS = "sparsify_compiler.apply(model) follows the tokens through all graphs of a model"
-_FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
-WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
-"""Options that may be given with a policy."""
 
 
 def sparsify(
@@ -155,51 +149,6 @@ def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
         elif isinstance(value, torch.SymInt) and (number := _torch.known(value)) is not None:
             found[place] = Sizes(node.name, number)
     return found
-
-
-def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
-    """Check the options of torch.compile and turn them into a config.
-
-    Keys: `preset`, the fields of `SparsifyConfig` (`method` by its name), and those of the method, e.g. `top_p`. Or
-    `policy`, the path of a file or a `Policy`, instead of the options that decide what sites do.
-
-    Raises:
-        OptionError: a name or value is unknown. The error names the option, the choices and the nearest one.
-        PolicyError: the policy cannot be read.
-    """
-    if options is not None and not isinstance(options, Mapping):
-        raise OptionError(f"options must be a dict such as {{'method': 'tile'}}, got {options!r}")
-    general, own = split_options(options or {})
-    providers.check_name(general.get("provider", "auto"))
-    _torch.check_backend(general.get("inner_backend", "inductor"))
-    if options and options.get("policy") is not None:
-        return SparsifyConfig(method=None, **{**general, "policy": _policy(options)})
-    name = general.pop("method", DEFAULT_METHOD)
-    if options and options.get("preset") is not None and name != (of := PRESETS[options["preset"]]["method"]):
-        raise OptionError(
-            f"preset {options['preset']!r} has method {of!r}, got method={name!r}: leave out one"
-        )
-    for option in own:
-        if option not in ALL_OPTIONS:
-            raise unknown_choice("option", option, (*GENERAL, *ALL_OPTIONS))
-    entry = entry_of({**own, "method": name, "far_field": general.get("far_field")})
-    return SparsifyConfig(method=entry.method, **general)
-
-
-def _policy(options: Mapping[str, Any]) -> Policy:
-    """The requested policy. No other option may decide what sites do."""
-    for option in options:
-        if option not in (*GENERAL, *ALL_OPTIONS):
-            raise unknown_choice("option with a policy", option, WITH_A_POLICY)
-        if option not in ("policy", *WITH_A_POLICY):
-            raise OptionError(
-                f"a policy sets option {option!r} for every site: leave out one. "
-                f"With a policy you may give {', '.join(WITH_A_POLICY)}"
-            )
-    asked = options["policy"]
-    if not isinstance(asked, (str, Path, Policy)):
-        raise OptionError(f"policy must be the path of a file or a Policy, got {asked!r}")
-    return asked if isinstance(asked, Policy) else Policy.load(asked)
 
 
 def reads_more_or_less(far_field: str) -> str:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.options import assignments as assignments
+from sparsify_compiler.options import parse_option as parse_option
 from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
 
@@ -146,17 +148,6 @@ def read_config(text: str) -> dict[str, Any]:
     return config
 
 
-def assignments(words: Iterable[str], what: str) -> dict[str, str]:
-    """Arguments of the form `name=value` as a dict."""
-    pairs = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (equals and name and value):
-            raise OptionError(f"{what} must be written name=value, got {word!r}")
-        pairs[name] = value
-    return pairs
-
-
 def parse_input(name: str, text: str) -> Tensor:
     """A meta tensor from text such as `1x16x21x60x104` or `1x512:int64`; fp32 if the text has no type."""
     shape, _, dtype_name = text.partition(":")
@@ -178,16 +169,6 @@ def parse_value(name: str, text: str) -> Any:
         meant = python.get(text) or f"'{json.dumps(text)}'"
         raise OptionError(f"value {name!r} must be JSON, got {text!r}: try {name}={meant}") from error
     return tuple(value) if isinstance(value, list) else value
-
-
-def parse_option(text: str) -> Any:
-    """A JSON value, with lists as tuples. Values separated by commas become a tuple; other text stays a string."""
-    try:
-        value = json.loads(f"[{text}]")
-    except json.JSONDecodeError:
-        return text
-    values = tuple(tuple(item) if isinstance(item, list) else item for item in value)
-    return values[0] if len(values) == 1 else values
 
 
 def try_out(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -88,8 +88,7 @@ def parse(words: Sequence[str]) -> Command:
         reader.error("a script must be given")
     options: dict[str, Any] = {}
     if given.option:
-        from sparsify_compiler.backend import configure
-        from sparsify_compiler.diffusers_model import assignments, parse_option
+        from sparsify_compiler.options import assignments, configure, parse_option
 
         options = {name: parse_option(text) for name, text in assignments(given.option, "--option").items()}
         configure(options)

@@ -23,7 +23,7 @@ LAYERS = (
     | {"doctor", "diffusers_model", "explanation", "training", "export"},
     {"backend", "measured"},
     {"passes", "uncompiled"},
-    {"runtime", "policy"},
+    {"runtime", "policy", "options"},
     {"methods"},
     {"kernels"},
     {"table"},

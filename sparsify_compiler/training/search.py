@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.backend import WITH_A_POLICY, configure
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.explanation import Explanation, explain
 from sparsify_compiler.methods import StaticMethod, TrainedMethod
+from sparsify_compiler.options import WITH_A_POLICY, configure
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.fx import tensor_of
