@@ -260,7 +260,7 @@ def recorded(one: object) -> Tensor:
 
 
 def input_name(node: fx.Node) -> str:
-    """The name of an input of a graph, as written in the code of the model if Dynamo kept it: `keep` for `L_keep_`."""
+    """The name of an input of a graph in the code of the model, if Dynamo kept it: `keep` for `L_keep_`."""
     name = re.sub(r"^[lL]_(kwargs_|args_)?", "", str(node.target))
     return re.sub(r"_+$", "", name)
 
