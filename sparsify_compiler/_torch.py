@@ -481,3 +481,17 @@ def hooks_under_checkpointing() -> AbstractContextManager[Any]:
     from torch._dynamo import config
 
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
+def process_group(name: str) -> Any:
+    """The process group with a name."""
+    from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+    return _resolve_process_group(GroupName(name))
+
+
+def all_to_all(received: Tensor, sent: Tensor, to_receive: list[int], to_send: list[int], group: str) -> None:
+    """`torch.distributed.all_to_all_single` in the process group with this name. Splits are numbers of elements."""
+    import torch.distributed as dist
+
+    dist.all_to_all_single(received, sent, to_receive, to_send, group=process_group(group))

@@ -24,7 +24,7 @@ LAYERS = (
     {"passes"},
     {"runtime", "policy"},
     {"methods"},
-    {"kernels"},
+    {"kernels", "parallel"},
     {"table"},
     {"plan", "config", "errors", "names", "_torch", "outputs", "pictures", "progress", "tables"},
 )
