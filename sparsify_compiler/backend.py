@@ -1,5 +1,6 @@
 """The entry: `torch.compile(model, backend="sparsify", options={...})`."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice, warn_once
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.parallel.group import compared_first, ranks_of
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.inputs import find_inputs
@@ -24,6 +26,9 @@ from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.site import functions_of
 
+log = logging.getLogger(__name__)
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that make CUDA graphs."""
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
 WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
@@ -70,6 +75,9 @@ def _program(
     config: SparsifyConfig,
     mode: str | None,
 ) -> Program:
+    ranks = ranks_of(config.parallel)
+    if ranks is not None and mode in _CUDA_GRAPHS:
+        raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
     analysed = pipeline.analyse(gm, config, part=in_a_model)
@@ -82,6 +90,9 @@ def _program(
     sizes = _sizes(gm)
 
     def planned_as(analysed: fx.GraphModule) -> PlannedGraph:
+        if ranks is not None:
+            analysed = pipeline.share(analysed, config, ranks)
+            log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)
         functions = functions_of(sparse)
@@ -90,7 +101,12 @@ def _program(
             graph = sparse if variant == first else pipeline.rewrite(analysed, config, variant)
             functions.update(functions_of(graph))
             offload = long_lists if trains and config.offload_indices and variant.phase == "sparse" else None
-            return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
+            run = _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
+            if ranks is None:
+                return run
+            facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
+            names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+            return compared_first(run, ranks, facts, names)
 
         return PlannedGraph(
             plan=plan,

@@ -116,6 +116,8 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     config = configure(options)
     if regional not in (None, True, False):
         raise OptionError(f"regional must be True, False or None, got {regional!r}")
+    if regional and config.parallel is not None:
+        raise OptionError("parallel shares a whole model, got regional=True: leave out one")
     _torch.check_mode(mode)
     found = _video_transformers(target)
     for name, module in found.items():

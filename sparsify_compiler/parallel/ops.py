@@ -49,6 +49,7 @@ def to_heads(
     rank: int,
     size: int,
     group: str,
+    timeout: float,
     site: str,
 ) -> list[Tensor]:
     """All tokens of this rank's heads, from this rank's tokens of all heads; one message for all tensors of a type.
@@ -59,7 +60,7 @@ def to_heads(
         parts: the parts of the sequence, see `shares.flat`.
         slots: number of heads of each result; no rank may own more query heads.
         sums: whether tokens that every rank has are summed over ranks; otherwise a rank takes its own.
-        rank, size, group: this rank, the number of ranks, the name of their process group.
+        rank, size, group, timeout: the fields of `Ranks`.
         site: name of the attention, for errors.
 
     Returns:
@@ -87,7 +88,7 @@ def to_heads(
     ]
     results = []
     with _failing(f"to_heads of attention {site!r}", rank):
-        received = _exchange(messages, shapes, group)
+        received = _exchange(messages, shapes, group, timeout)
     for x, each, blocks in zip(given, read, received, strict=True):
         keys = each[rank]
         whole = x.new_zeros(x.shape[0], len(keys), whole_length(parts_of(parts)), x.shape[3])
@@ -117,6 +118,7 @@ def to_tokens(
     rank: int,
     size: int,
     group: str,
+    timeout: float,
     site: str,
 ) -> list[Tensor]:
     """This rank's tokens of all heads, from all tokens of this rank's heads; one message for all tensors of a type.
@@ -126,7 +128,7 @@ def to_tokens(
         heads: number of heads of each result. Where it is below that of the query heads, slots of one head add up.
         sends: whether tokens that every rank has go to all ranks; otherwise a rank keeps those of its heads, and
             has zeros for the heads of others.
-        owners, parts, rank, size, group, site: as in `to_heads`.
+        owners, parts, rank, size, group, timeout, site: as in `to_heads`.
 
     Returns:
         [B, heads, local tokens, Di] each, which lie in memory as [B, local tokens, heads, Di]; then the order.
@@ -154,7 +156,7 @@ def to_tokens(
         for x, each in zip(given, read, strict=True)
     ]
     with _failing(f"to_tokens of attention {site!r}", rank):
-        received = _exchange(messages, shapes, group)
+        received = _exchange(messages, shapes, group, timeout)
     results = []
     for x, mine, each, blocks, number in zip(given, folded, read, received, heads, strict=True):
         out = _for_sums(_blank_tokens(x, parts, number, rank, size).zero_(), number < len(owned))
@@ -179,6 +181,7 @@ def gather_tokens(
     rank: int,
     size: int,
     group: str,
+    timeout: float,
     site: str,
 ) -> list[Tensor]:
     """The whole of a dimension, from every rank's share of it.
@@ -186,7 +189,7 @@ def gather_tokens(
     Args:
         tensors: [..., local, ...], then the order.
         dim: the dimension that ranks share.
-        parts, rank, size, group, site: as in `to_heads`; parts that every rank has are a rank's own.
+        parts, rank, size, group, timeout, site: as in `to_heads`; parts that every rank has are a rank's own.
 
     Returns:
         [..., whole, ...], then the order.
@@ -202,7 +205,7 @@ def gather_tokens(
     ]
     shapes = [[(length, *share.shape[1:]) for length in lengths]]
     with _failing(f"gather_tokens for {site}", rank):
-        (blocks,) = _exchange([[mine] * size], shapes, group)
+        (blocks,) = _exchange([[mine] * size], shapes, group, timeout)
     out = share.new_empty(whole_length(parts_of(parts)), *share.shape[1:])
     for peer, block in enumerate(blocks):
         at = 0
@@ -223,13 +226,14 @@ def sum_tokens(
     rank: int,
     size: int,
     group: str,
+    timeout: float,
     site: str,
 ) -> list[Tensor]:
     """This rank's share of the sum of a dimension over all ranks, added in the order of ranks.
 
     Args:
         tensors: [..., whole, ...], then the order.
-        dim, parts, rank, size, group, site: as in `gather_tokens`.
+        dim, parts, rank, size, group, timeout, site: as in `gather_tokens`.
 
     Returns:
         [..., local, ...], then the order.
@@ -245,7 +249,7 @@ def sum_tokens(
         for peer in range(size)
     ]
     with _failing(f"the gradient of gather_tokens for {site}", rank):
-        (blocks,) = _exchange([messages], [[messages[rank].shape] * size], group)
+        (blocks,) = _exchange([messages], [[messages[rank].shape] * size], group, timeout)
     total = sum(map(_for_sums, blocks[1:]), start=_for_sums(blocks[0])).to(x.dtype)
     out, at = whole.new_empty(local_length(parts_of(parts), rank, size), *whole.shape[1:]), 0
     for one in own:
@@ -286,7 +290,10 @@ def _fold(x: Tensor, mine: Sequence[int], keys: Sequence[int], queries: int) -> 
 
 
 def _exchange(
-    messages: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], group: str
+    messages: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    group: str,
+    timeout: float,
 ) -> list[list[Tensor]]:
     """Send `messages[i][peer]` to each peer; return what each peer sends, with `shapes[i][peer]`."""
     peers = range(len(shapes[0]))
@@ -297,7 +304,7 @@ def _exchange(
         counts = [[_product(shapes[i][peer]) for i in places] for peer in peers]
         sent = torch.cat([messages[i][peer].reshape(-1) for peer in peers for i in places])
         received = sent.new_empty(sum(map(sum, counts)))
-        _torch.all_to_all(received, sent, list(map(sum, counts)), sends, group)
+        _torch.all_to_all(received, sent, list(map(sum, counts)), sends, group, timeout)
         blocks = iter(received.split([count for each in counts for count in each]))
         for peer in peers:
             for i in places:
@@ -380,7 +387,7 @@ def _to_heads_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     (owners,) = ctx.saved_tensors
     parts, _, sums, *others = ctx.others
     back = torch.ops.sparsify.to_tokens(grads, owners, parts, ctx.heads, sums, *others)
-    return (back, *[None] * 8)
+    return (back, *[None] * 9)
 
 
 def _to_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -393,7 +400,7 @@ def _to_tokens_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     (owners,) = ctx.saved_tensors
     parts, _, sends, *others = ctx.others
     back = torch.ops.sparsify.to_heads(grads, owners, parts, ctx.slots, sends, *others)
-    return (back, *[None] * 8)
+    return (back, *[None] * 9)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -403,9 +410,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 to_heads.register_autograd(_to_heads_backward, setup_context=_to_heads_setup)
 to_tokens.register_autograd(_to_tokens_backward, setup_context=_to_tokens_setup)
 gather_tokens.register_autograd(
-    lambda ctx, grads: (torch.ops.sparsify.sum_tokens(grads, *ctx.others), *[None] * 6), setup_context=_keep
+    lambda ctx, grads: (torch.ops.sparsify.sum_tokens(grads, *ctx.others), *[None] * 7), setup_context=_keep
 )
 sum_tokens.register_autograd(
-    lambda ctx, grads: (torch.ops.sparsify.gather_tokens(grads, *ctx.others), *[None] * 6),
+    lambda ctx, grads: (torch.ops.sparsify.gather_tokens(grads, *ctx.others), *[None] * 7),
     setup_context=_keep,
 )
+
+
+TO_HEADS = torch.ops.sparsify.to_heads.default
+TO_TOKENS = torch.ops.sparsify.to_tokens.default
+GATHER_TOKENS = torch.ops.sparsify.gather_tokens.default

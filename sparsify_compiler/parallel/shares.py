@@ -17,6 +17,8 @@ class Ranks:
     size: int
     group: str = ""
     """Name of the process group."""
+    timeout: float = 60.0
+    """Seconds after which an op gives up on a rank that does not take part."""
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.size, self

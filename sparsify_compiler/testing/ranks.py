@@ -91,8 +91,8 @@ def _work(pipe: Connection, rank: int, size: int, store: str, timeout: float) ->
         except EOFError:
             break
         try:
-            result = True, function(Ranks(rank, number, groups[number].group_name), *arguments)
+            result = True, function(Ranks(rank, number, groups[number].group_name, timeout), *arguments)
         except Exception:
-            result = False, traceback.format_exc()
+            result = False, traceback.format_exc()[-6000:]
         pipe.send(result)
     dist.destroy_process_group()

@@ -88,7 +88,7 @@ def exchange(ranks: Ranks, case: Sequence, seed: int, dtype: torch.dtype) -> Any
     mine = case.tokens(ranks.rank, ranks.size)
     whole = tensors(case, seed, dtype)
     given = [x[:, :, mine].requires_grad_() for x in whole]
-    place = (ranks.rank, ranks.size, ranks.group, "a site")
+    place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
     owners = torch.tensor(case.owners)
     *by_heads, order = OPS.to_heads([*given, ORDER], owners, flat(case.parts), case.slots, False, *place)
     weights = [
@@ -135,7 +135,7 @@ def gather(ranks: Ranks, parts: list[Part], dim: int, places: list[list[int]]) -
     length = sum((tokens or 1) * width for tokens, width in parts)
     whole = torch.randn(2, length, length, 3, generator=generator, dtype=torch.float64)
     given = whole.index_select(dim, torch.tensor(places[ranks.rank])).requires_grad_()
-    place = (ranks.rank, ranks.size, ranks.group, "a node")
+    place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a node")
     out, _ = OPS.gather_tokens([given, ORDER], dim, flat(parts), *place)
     weight = torch.randn(whole.shape, generator=generator, dtype=torch.float64) * (1 + ranks.rank)
     (gradient,) = torch.autograd.grad((out * weight).sum(), given)
@@ -161,7 +161,7 @@ def test_a_gathered_dimension_is_whole_and_its_gradient_is_the_sum_over_ranks(
 
 
 def check_ops(ranks: Ranks) -> None:
-    place = (ranks.rank, ranks.size, ranks.group, "a site")
+    place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
     owners = torch.tensor(even_owners(4, ranks.size))
     parts = flat([Part(0, 2), Part(5, 1)])
     q, k = (torch.randn(2, heads, 7, 3, requires_grad=True) for heads in (4, 2))
@@ -181,7 +181,7 @@ def attend_compiled(ranks: Ranks) -> Any:
     """Attention compiled once, for owners that change between calls; errors of output and gradients."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    place = (ranks.rank, ranks.size, ranks.group, "a site")
+    place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
     parts, heads = [Part(9, 1)], 3
     mine = Sequence(tuple(parts), (0,), 1, 1, 1).tokens(ranks.rank, ranks.size)
     whole = torch.randn(2, heads, 9, 8, generator=torch.Generator().manual_seed(2))
