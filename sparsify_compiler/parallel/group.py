@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsify_compiler import _torch
 from sparsify_compiler.config import Parallel
 from sparsify_compiler.errors import OptionError, RankError
-from sparsify_compiler.parallel.shares import Ranks
+from sparsify_compiler.plan import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def ranks_of(asked: Parallel | None) -> Ranks | None:
             )
         log.warning("parallel='auto' does nothing: there is no process group, so one process runs the model")
         return None
-    group = dist.group.WORLD if asked.mesh is None else asked.mesh.get_group()
+    group: Any = dist.group.WORLD if asked.mesh is None else asked.mesh.get_group()
     return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
 
 

@@ -27,7 +27,9 @@ from torch import Tensor
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import RankError
 from sparsify_compiler.parallel.shares import (
+    Part,
     Piece,
+    flat,
     heads_of,
     key_heads_of,
     local_length,
@@ -35,6 +37,7 @@ from sparsify_compiler.parallel.shares import (
     pieces,
     whole_length,
 )
+from sparsify_compiler.plan import Ranks
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -421,3 +424,24 @@ sum_tokens.register_autograd(
 TO_HEADS = torch.ops.sparsify.to_heads.default
 TO_TOKENS = torch.ops.sparsify.to_tokens.default
 GATHER_TOKENS = torch.ops.sparsify.gather_tokens.default
+
+
+def numbers_of_all_heads(numbers: Tensor, *, owners: Tensor, ranks: Ranks, site: str) -> Tensor:
+    """The numbers of every head, on every rank.
+
+    Args:
+        numbers: [B, slots, n] of this rank's heads.
+        owners, site: as in `to_heads`.
+
+    Returns:
+        [B, H, n], in the order of heads.
+
+    Raises:
+        RankError: as in `to_heads`.
+    """
+    order = torch.zeros((), device="cpu")
+    place = ranks.rank, ranks.size, ranks.group, ranks.timeout, site
+    # Like one position of a sequence that all ranks have.
+    given = [numbers[:, :, None].contiguous(), order]
+    found, _ = torch.ops.sparsify.to_tokens(given, owners, flat([Part(0, 1)]), [len(owners)], True, *place)
+    return found[:, :, 0]

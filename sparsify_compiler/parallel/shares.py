@@ -5,23 +5,7 @@ sequence of parts. A rank's share of a dimension has the same parts, each cut to
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """The ranks that share the tokens, and the place of one of them."""
-
-    rank: int
-    size: int
-    group: str = ""
-    """Name of the process group."""
-    timeout: float = 60.0
-    """Seconds after which an op gives up on a rank that does not take part."""
-
-    def __post_init__(self) -> None:
-        assert 0 <= self.rank < self.size, self
 
 
 class Part(NamedTuple):

@@ -11,7 +11,6 @@ from torch import fx
 
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.parallel.shares import Ranks
 from sparsify_compiler.passes import spec
 from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import capture
@@ -22,6 +21,7 @@ from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
 from sparsify_compiler.passes.sharding import shard
 from sparsify_compiler.passes.sizes import fix_sizes
+from sparsify_compiler.plan import Ranks
 from sparsify_compiler.runtime.call import Parts
 from sparsify_compiler.runtime.program import Variant
 

@@ -10,7 +10,7 @@
              out = to_tokens([out], owners)                  [B, H, s, D]
              video = unpatchify(gather_tokens(linear(tokens)))
 
-Two runs of the labels (`following.py`) show where the tokens are. The first finds the sequences of the captured
+Two runs of the labels (`token_axis.py`) show where the tokens are. The first finds the sequences of the captured
 sites. The second has one axis for the tokens, which begins at every value that first lies along such a sequence.
 Then each node is decided in order. A node whose operators keep tokens apart works on the rank's tokens: its literal
 sizes become local ones, and operands that every rank has are cut where they meet tokens. Any other node gets its
@@ -33,10 +33,10 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
+from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.shares import (
     Part,
-    Ranks,
     even_owners,
     flat,
     local_length,
@@ -46,18 +46,11 @@ from sparsify_compiler.parallel.shares import (
 )
 from sparsify_compiler.passes.axes import (
     Atom,
-    Cat,
     Label,
-    Source,
     atoms,
-    fresh,
     implies,
-    joined,
     length,
 )
-from sparsify_compiler.passes.axis_rules import RULES, is_pointwise, tensors_in
-from sparsify_compiler.passes.axis_tracker import AxisTracker
-from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
 from sparsify_compiler.passes.fx import (
@@ -65,14 +58,17 @@ from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
     modules,
+    node_of,
     run_call,
     strides_of,
     tensor_of,
     value_of,
     written_by,
 )
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.strides import AUTOCAST
-from sparsify_compiler.plan import AttentionPlan, AttentionSite
+from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
+from sparsify_compiler.plan import AttentionSite, Ranks, SharedHeads
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -101,10 +97,6 @@ class Sharding:
         )
 
 
-class _CannotShareError(Exception):
-    """The graph cannot be shared; the message is the reason."""
-
-
 def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
@@ -120,183 +112,18 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
                 "parallel needs attention outside of higher-order operators: turn activation checkpointing and "
                 "nested compile regions off"
             )
+    if trained := [one.site.name for one in graph_plan(gm) if isinstance(one.settings, LearningMethod)]:
+        raise OptionError(
+            f"parallel does not share the predictors of method 'dsv' yet, which {trained[0]!r} has"
+        )
     twin = copy_graph(gm)
     try:
         found = _Sharder(twin, ranks).run()
-    except _CannotShareError as why:
+    except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
     twin.meta["sharding"] = found
     return twin
-
-
-# The labels
-
-
-def _keeps_apart(
-    tracker: "_Tokens", func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]
-) -> bool:
-    """Whether no element of an ATen operator's result depends on several tokens, nor on a token's place."""
-    if name in _STRUCTURE or is_pointwise(func.overloadpacket):
-        mixed: Iterable[tuple[Tensor, Iterable[int]]] = ()
-        if name in _ALONG:
-            mixed = [(args[0], [kwargs.get("dim", args[1] if len(args) > 1 else 0)])]
-    elif name in _ALONG:
-        mixed = [(args[0], [kwargs.get("dim", args[1] if len(args) > 1 else 0)])]
-    elif name in _REDUCTIONS:
-        dims = kwargs.get("dim", args[_REDUCTIONS[name]] if len(args) > _REDUCTIONS[name] else None)
-        dims = [dims] if isinstance(dims, int) else dims or range(args[0].dim())
-        mixed = [(args[0], dims)]
-    elif name in ("mm", "bmm", "matmul"):
-        mixed = [(args[0], [-1]), (args[1], [-2 if args[1].dim() > 1 else -1])]
-    elif name in ("addmm", "baddbmm"):
-        mixed = [(args[1], [-1]), (args[2], [-2])]
-    elif name == "linear":
-        mixed = [(args[0], [-1]), *((one, range(one.dim())) for one in args[1:] if isinstance(one, Tensor))]
-    elif name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):
-        mixed = [(args[0], range(-len(args[1]), 0))]
-    elif name == "embedding":
-        mixed = [(args[0], range(2))]
-    elif name.startswith("_scaled_dot_product"):
-        mixed = [(args[0], [-1]), (args[1], [-1, -2]), (args[2], [-1, -2])]
-    else:
-        mixed = [(one, range(one.dim())) for one in tensors_in(args, kwargs)]
-    return not any(tracker.has(tracker.of(one)[dim]) for one, dims in mixed for dim in dims)
-
-
-_STRUCTURE = {
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten",
-    "permute", "transpose", "t", "expand", "slice", "unbind", "split", "split_with_sizes", "cat", "stack",
-    "repeat", "select", "constant_pad_nd", "alias", "detach", "clone", "_to_copy", "lift_fresh", "contiguous",
-    "copy_", "fill_", "zero_", "view_as_real", "view_as_complex", "empty_like", "zeros_like", "ones_like",
-    "full_like", "empty", "zeros", "ones", "full", "arange", "scalar_tensor", "new_zeros", "new_ones",
-    "new_empty", "new_full",
-}  # fmt: skip
-"""ATen operators that only place elements, or make constants."""
-_ALONG = {
-    "_softmax",
-    "_log_softmax",
-    "_safe_softmax",
-    "cumsum",
-    "cumprod",
-    "unbind",
-    "select",
-    "sort",
-    "flip",
-}
-"""ATen operators that work along the dimension that is their first argument after the tensor."""
-_REDUCTIONS = dict.fromkeys(
-    ("sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any", "var_mean", "argmax",
-     "argmin"), 1,
-) | {"linalg_vector_norm": 2, "norm": 2}  # fmt: skip
-"""ATen reductions, and the place of their dimensions among the arguments."""
-
-
-class _Tokens(AxisTracker):
-    """Labels in which the tokens have an axis of their own; notes operators that do not keep tokens apart."""
-
-    def __init__(self, tokens: int) -> None:
-        super().__init__()
-        self.tokens = tokens
-        self.axis = Source("tokens", (tokens,))
-        self.mixing: list[str] = []
-        """The operators of the current node that mix tokens."""
-        self.pointwise = True
-        """Whether all operators of the current node compute element by element."""
-
-    def has(self, label: Label) -> bool:
-        """Whether a dimension has tokens."""
-        return any(atom.source is self.axis for atom in atoms(label))
-
-    def parts(self, label: Label) -> tuple[int, list[Part]] | None:
-        """(how often the parts repeat, outside of them; the parts) of a dimension with tokens.
-
-        None where it does not run over all tokens in their order.
-        """
-        label = joined(
-            replace(one, also=frozenset()) if isinstance(one, Atom) and one.source is self.axis else one
-            for one in label
-        )
-        places = [i for i, factor in enumerate(label) if self.has((factor,))]
-        if len(places) != 1:
-            return None
-        (place,) = places
-        factor = label[place]
-        outer, inner = length(label[:place]), length(label[place + 1 :])
-        if isinstance(factor, Atom):
-            return (outer, [Part(self.tokens, inner)]) if factor.whole and not factor.base else None
-        found: list[Part] = []
-        for one in factor.parts:
-            if not self.has(one):
-                found.append(Part(0, length(one) * inner))
-                continue
-            within = self.parts(one)
-            if within is None or within[0] > 1:
-                return None
-            found += [Part(tokens, width * inner) for tokens, width in within[1]]
-        return outer, found
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = str(func.overloadpacket.__name__)
-        aten = func.namespace == "aten"
-        if aten and name not in RULES and func._can_decompose():
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        touched = [one for one in tensors_in(args, kwargs or {}) if any(map(self.has, self.of(one)))]
-        if touched and torch.Tag.nondeterministic_seeded in func.tags:
-            raise OptionError(
-                f"parallel needs a model that draws no random numbers for its tokens, got {name}: every rank "
-                "would draw others. Set dropout to 0"
-            )
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if tensors_in(result):
-            self.pointwise &= aten and is_pointwise(func.overloadpacket)
-            if touched and not (aten and _keeps_apart(self, func, name, args, kwargs or {})):
-                self.mixing.append(name)
-        if name.endswith("_like") and isinstance(args[0], Tensor):
-            labels = [
-                label if self.has(label) else fresh(length(label), "blank") for label in self.of(args[0])
-            ]
-            self.put(result, Known(labels, constant=True))
-        return result
-
-
-@dataclass(slots=True)
-class _Traced:
-    """The values of a graph's nodes in a run with labels."""
-
-    tracker: AxisTracker
-    values: dict[fx.Node, Any]
-
-
-def _sequences(gm: fx.GraphModule) -> tuple[list[Label], _Traced]:
-    """(the labels of the video's tokens at the sites, the run that found them)."""
-    tracker, values = AxisTracker(), dict[fx.Node, Any]()
-    followed = follow(gm, tracker=tracker, see=values.__setitem__)
-    found: list[tuple[bool, Label]] = []
-    for node, site in followed.sites.items():
-        layout, kind = node.meta["layout"], node.meta["site"].kind
-        label = site.query.labels[2]
-        if kind not in ("self", "joint"):
-            continue
-        parts = label[0].parts if len(label) == 1 and isinstance(label[0], Cat) else (label,)
-        if layout.grid is None:
-            found.append((False, max(parts, key=length)))
-            continue
-        at = 0
-        for part in parts:
-            if at == layout.before and length(part) == layout.video_tokens:
-                found.append((True, part))
-            at += length(part)
-    if not found:
-        raise _CannotShareError("no attention over its own tokens could be followed")
-    best = max((gridded, length(label)) for gridded, label in found)
-    labels = [label for gridded, label in found if (gridded, length(label)) == best]
-    return list(dict.fromkeys(labels)), _Traced(tracker, values)
-
-
-# The rewrite
 
 
 @dataclass(slots=True)
@@ -312,16 +139,18 @@ class _Sharder:
 
     def __init__(self, gm: fx.GraphModule, ranks: Ranks) -> None:
         self.gm, self.graph, self.ranks = gm, gm.graph, ranks
-        for node in gm.graph.nodes:  # shares of tokens are numbers: every size is
-            if isinstance(value := value_of(node), torch.SymInt):
-                int(value)
-        labels, first = _sequences(gm)
+        for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
+            sizes = value.shape if isinstance(value, Tensor) else [value]
+            for size in sizes:
+                if isinstance(size, torch.SymInt):
+                    int(size)
+        labels, first = find_tokens(gm)
         self.tokens = length(labels[0])
         if self.tokens < ranks.size:
-            raise _CannotShareError(f"{self.tokens} tokens are fewer than ranks")
-        self.tracker = _Tokens(self.tokens)
-        self.starts: dict[fx.Node, int] = {}
-        """Node -> dimension of its value that first lies along the tokens."""
+            raise CannotShareError(f"{self.tokens} tokens are fewer than ranks")
+        self.tracker = TokenTracker(self.tokens)
+        self.starts: set[fx.Node] = set()
+        """The nodes whose value first lies along the tokens."""
         self.mixing: dict[fx.Node, str] = {}
         self.pointwise: set[fx.Node] = set()
         self.whole: dict[fx.Node, Any] = {}
@@ -335,15 +164,20 @@ class _Sharder:
             )
 
         def see(node: fx.Node, value: Any) -> None:
-            tracker, before = self.tracker, first.values[node]
-            if isinstance(value, Tensor) and isinstance(before, Tensor):
+            tracker, before = self.tracker, first.get(node)
+            if isinstance(value, Tensor) and before is not None:
                 now = tracker.of(value)
                 if not any(map(tracker.has, now)):
-                    dims = [dim for dim, label in enumerate(first.tracker.of(before)) if is_tokens(label)]
+                    dims = [dim for dim, label in enumerate(before) if is_tokens(label)]
                     if dims:
                         now[dims[0]] = (Atom(tracker.axis, 0, self.tokens),)
                         tracker.put(value, replace(tracker.known(value), labels=now))
-                        self.starts[node] = dims[0]
+                        self.starts.add(node)
+            if tracker.draws:
+                raise OptionError(
+                    f"parallel needs a model that draws no random numbers for its tokens, got {_name_of(node)}: "
+                    "every rank would draw others. Set dropout to 0"
+                )
             if tracker.mixing:
                 self.mixing[node] = tracker.mixing[0]
             if tracker.pointwise:
@@ -352,10 +186,17 @@ class _Sharder:
             self.whole[node] = value
 
         follow(gm, tracker=self.tracker, see=see)
-        sizes = {share(self.tokens, rank, ranks.size): rank for rank in range(ranks.size)}
-        others = [rank for rank in sizes.values() if rank != ranks.rank]
-        self.views = [_View(ranks.rank), *map(_View, others)]
-        """This rank first, then a rank for every other number of tokens."""
+        counts = {share(self.tokens, rank, ranks.size): rank for rank in (*range(ranks.size), ranks.rank)}
+        self.views = [_View(counts[count]) for count in sorted(counts)]
+        """A rank for every number of tokens, this one among them."""
+        self.here = next(view for view in self.views if view.rank == ranks.rank)
+        self.written = {
+            _memory(one)
+            for node in gm.graph.nodes
+            for to in written_by(node, node.args, node.kwargs)
+            for one in self._leaves(self.whole.get(to) if isinstance(to, fx.Node) else None)
+        }
+        """Memory that some node writes to."""
         self.gathers: dict[fx.Node, fx.Node] = {}
         self.gathered: list[tuple[str, str]] = []
         self.sites: list[str] = []
@@ -363,10 +204,6 @@ class _Sharder:
         self.order: fx.Node | None = None
         self.constants: dict[str, fx.Node] = {}
         self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-
-    @property
-    def here(self) -> _View:
-        return self.views[0]
 
     def run(self) -> Sharding:
         """Rewrite the graph."""
@@ -386,7 +223,7 @@ class _Sharder:
                 else:
                     self._node(node)
         if not self.sites:
-            raise _CannotShareError("tokens reach no attention whose heads can be shared")
+            raise CannotShareError("tokens reach no attention whose heads can be shared")
         return Sharding(
             size=self.ranks.size,
             tokens=self.tokens,
@@ -412,7 +249,8 @@ class _Sharder:
         return shared
 
     def _shares_heads(self, node: fx.Node) -> bool:
-        found = [self._place(self.whole[one]) for one in node.args[:3]]
+        """Whether query, key and value have all tokens in their sequence, in order, and in no other dimension."""
+        found = [self._place(self.whole[node_of(one)]) for one in node.args[:3]]
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
 
     def _place(self, value: Any) -> tuple[int, int, list[Part]] | None:
@@ -425,9 +263,9 @@ class _Sharder:
 
     def _attention(self, node: fx.Node) -> None:
         """Share the heads of a site."""
-        *tensors, mask, scale = node.args
+        tensors: list[Any] = [*node.args[:3]]
+        mask, scale = node.args[3:]
         site, plan, ranks = node.meta["site"], node.meta["plan"], self.ranks
-        assert all(one in self.here.values for one in tensors), f"{site.name} must have its rank's tokens"
         wholes = [self.whole[one] for one in tensors]
         place = self._place(wholes[0])
         assert place is not None
@@ -435,7 +273,8 @@ class _Sharder:
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
         with self.graph.inserting_before(node):
             owners = self._owners(site.heads)
-            if mask is not None:
+            tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
+            if isinstance(mask, fx.Node):
                 mask = self._mask(site, mask, slots)
             by_heads = self._communicate(TO_HEADS, tensors, (owners, flat(parts), slots, False, *of_rank))
             call = self.graph.call_function(
@@ -443,12 +282,17 @@ class _Sharder:
             )
         for one, whole in zip(by_heads, wholes, strict=True):
             one.meta["example_value"] = whole.new_empty(whole.shape[0], slots, *whole.shape[2:])
-        recorded, users, local = tensor_of(node), list(node.users), _with_heads(plan, slots)
+        local = replace(
+            plan,
+            site=replace(site, heads=slots, kv_heads=slots, spelling="sdpa"),
+            sharing=SharedHeads(ranks=ranks, heads=site.heads),
+        )
+        recorded, users = tensor_of(node), list(node.users)
         dtype = getattr(torch, site.dtype)
         attended = _lies_by_tokens(wholes[0], (site.batch, slots, site.q_tokens, site.value_dim), dtype)
         call.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         call.meta["example_value"] = node.meta["example_value"] = attended
-        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
+        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node, "owners": owners}
         node.args = (*by_heads, mask, scale)
         with self.graph.inserting_before(node.next):
             (out,) = self._communicate(
@@ -473,15 +317,17 @@ class _Sharder:
 
     def _mask(self, site: AttentionSite, mask: fx.Node, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
-        shape, ranks = self.whole[mask].shape, self.ranks
+        value, ranks = self.whole[mask], self.ranks
         new = self._gathered(mask, "it is the mask of an attention")
-        if len(shape) > 1:
-            new = self.graph.call_method("narrow", (new, -2, 0, 1))
-        if len(shape) > 2 and shape[-3] > 1:
+        if value.dim() > 1:
+            new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
+        if value.dim() > 2 and value.shape[-3] > 1:
             first, own = start(site.heads, ranks.rank, ranks.size), share(site.heads, ranks.rank, ranks.size)
             runs = [(first, own), (0, slots - own)]  # a slot without a head takes any mask
             cut = [self.graph.call_method("narrow", (new, -3, at, length)) for at, length in runs if length]
             new = self.graph.call_function(torch.cat, (cut, -3)) if len(cut) > 1 else cut[0]
+            value = value.narrow(-3, 0, slots)
+        new.meta["example_value"] = value
         return new
 
     def _laid_as(self, out: fx.Node, recorded: Tensor) -> fx.Node:
@@ -503,13 +349,12 @@ class _Sharder:
         """Decide one node: on this rank's tokens, or on all of them."""
         whole = self.whole.get(node)
         shared = [one for one in node.all_input_nodes if one in self.here.values]
-        tensors = [one for one in tree_leaves(whole) if isinstance(one, Tensor)]
-        makes = not shared and not self._tensors_into(node) and node.op != "placeholder"
-        if makes and tensors and self._has_tokens(tensors[0]) and node not in self.starts:
-            shared = [node]  # made for tokens that are written to it later
+        tensors = self._leaves(whole)
+        into = [one for of in node.all_input_nodes for one in self._leaves(self.whole.get(of))]
+        if not into and node.op != "placeholder" and node not in self.starts:
+            shared += [node for one in tensors if self._has_tokens(one)]  # tokens are written to it later
         if not shared:
-            if isinstance(whole, Tensor) and self._place(whole) is not None:
-                self._begin(node)
+            self._begin(node)
             return
         if not tensors and whole is not None and all(isinstance(x, (int, float)) for x in tree_leaves(whole)):
             self._replace_by_numbers(node, whole)
@@ -517,8 +362,7 @@ class _Sharder:
         why = self._refusal(node, whole, tensors) or self._run_here(node, whole)
         if why:
             self._gather_inputs(node, why)
-            if isinstance(whole, Tensor) and self._place(whole) is not None:
-                self._begin(node)
+            self._begin(node)
 
     def _refusal(self, node: fx.Node, whole: Any, tensors: Sequence[Tensor]) -> str:
         """The reason why a node needs all tokens, as far as labels show it; else empty."""
@@ -543,7 +387,7 @@ class _Sharder:
             tried = [self._tried(node, whole, cuts, view) for view in self.views]
         except LookupError as why:
             return str(why.args[0])
-        (args, kwargs, _), *_ = tried
+        args, kwargs, _ = tried[self.views.index(self.here)]
         with self.graph.inserting_before(node):
             new = {one: self._cut(one, place) for one, place in cuts.items()}
         node.args, node.kwargs = fx.node.map_arg((args, kwargs), lambda one: new.get(one, one))
@@ -587,7 +431,7 @@ class _Sharder:
         if node.target is operator.setitem:
             if not isinstance(node.args[2], fx.Node) or not isinstance(self.whole[node.args[2]], Tensor):
                 return {}
-            target, index = self.whole[node.args[0]], node.args[1]
+            target, index = self.whole[node_of(node.args[0])], node.args[1]
             if any(isinstance(one, fx.Node) for one in tree_leaves(index)):
                 raise LookupError("it writes at places that are computed")
             with self.tracker:
@@ -621,7 +465,9 @@ class _Sharder:
         self, node: fx.Node, whole: Any, view: _View
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a node, with the literal sizes and places that a rank's share has."""
-        args, kwargs, name = node.args, dict(node.kwargs), getattr(node.target, "__name__", node.target)
+        args: tuple[Any, ...] = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
+        name = getattr(node.target, "__name__", node.target)
         shapes = [self._local_shape(one, view.rank) for one in self._leaves(whole)]
         if name in ("getitem", "setitem") and isinstance(x := self.whole[args[0]], Tensor):
             return (args[0], self._local_index(x, args[1], view), *args[2:]), kwargs
@@ -689,10 +535,8 @@ class _Sharder:
 
     @staticmethod
     def _leaves(whole: Any) -> list[Tensor]:
+        """The tensors in a value."""
         return [one for one in tree_leaves(whole) if isinstance(one, Tensor)]
-
-    def _tensors_into(self, node: fx.Node) -> bool:
-        return any(self._leaves(self.whole.get(one)) for one in node.all_input_nodes)
 
     def _has_tokens(self, value: Tensor) -> bool:
         return any(map(self.tracker.has, self.tracker.of(value)))
@@ -733,11 +577,11 @@ class _Sharder:
         return new
 
     def _begin(self, node: fx.Node) -> None:
-        """Cut the result of a node that runs on all tokens: its users get this rank's share."""
-        place = self._place(self.whole[node])
-        if place is None:
+        """Cut the result of a node that runs on all tokens, if it has them: its users get this rank's share."""
+        whole, users = self.whole.get(node), list(node.users)
+        place = self._place(whole) if isinstance(whole, Tensor) else None
+        if place is None or not users or _memory(self._leaves(whole)[0]) in self.written:
             return
-        users = list(node.users)
         with self.graph.inserting_before(self.first if node.op == "placeholder" else node.next):
             new = self._cut(node, place)
         self._take_over(node, new, users)
@@ -753,7 +597,7 @@ class _Sharder:
         """Let a node run on all tokens."""
         shared = [one for one in node.all_input_nodes if one in self.here.values]
         if any(one in shared for one in written_by(node, node.args, node.kwargs)):
-            raise _CannotShareError(f"{_name_of(node)} writes to tokens, and {why}")
+            raise CannotShareError(f"{_name_of(node)} writes to tokens, and {why}")
         with self.graph.inserting_before(node):
             for one in shared:
                 node.replace_input_with(one, self._gathered(one, why, node))
@@ -767,7 +611,7 @@ class _Sharder:
         whole, ranks = self.whole[node], self.ranks
         place = self._place(whole) if isinstance(whole, Tensor) else None
         if place is None:
-            raise _CannotShareError(
+            raise CannotShareError(
                 f"{_name_of(user or node)} needs all tokens, which cannot be gathered: {why}"
             )
         dim, repeats, parts = place
@@ -825,6 +669,10 @@ _Place = tuple[int, int, list[Part]]
 """(dimension, repeats outside of the parts, parts) of the tokens of a tensor."""
 
 
+def _memory(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
 def _dim_of(node: fx.Node) -> int:
     """The dimension along which a call joins tensors."""
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -850,11 +698,6 @@ def _in_order(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
         found[dim] = step
         step *= max(shape[dim], 1)
     return tuple(found)
-
-
-def _with_heads(plan: AttentionPlan, heads: int) -> AttentionPlan:
-    """The plan of a site for the heads of one rank."""
-    return replace(plan, site=replace(plan.site, heads=heads, kv_heads=heads, spelling="sdpa"))
 
 
 def _name_of(node: fx.Node) -> str:

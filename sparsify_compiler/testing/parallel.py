@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
-from sparsify_compiler.parallel.shares import Ranks
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.sharding import Sharding
+from sparsify_compiler.plan import Ranks
 from sparsify_compiler.runtime.program import Variant
 from sparsify_compiler.runtime.site import functions_of
 from sparsify_compiler.testing.models import output_of, take_gradients
@@ -58,6 +60,12 @@ def in_threads(
     outcomes: list[Outcome] = []
 
     def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return run_on_all(gm)
+        except SparsifyError as error:
+            raise _torch.unwrapped(error) from None
+
+    def run_on_all(gm: fx.GraphModule) -> Callable[..., Any]:
         analysed = pipeline.analyse(gm, config)
         alone = pipeline.rewrite(analysed, config, Variant(trains=trains))
         graphs, shardings = [], []
@@ -71,7 +79,7 @@ def in_threads(
 
         def run(*args: Any) -> Any:
             wanted, gradients = _result(alone, args, trains)
-            found = _all_ranks([lambda one=one: _result(one, args, trains) for one in graphs])
+            found = _all_ranks([partial(_result, one, args, trains) for one in graphs])
             outputs = max(_difference(output, wanted) for output, _ in found)
             mean = [sum(each) / size for each in zip(*(one for _, one in found), strict=True)]
             gradient = _difference(mean, gradients) if trains else 0.0

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 
-from sparsify_compiler.parallel.shares import Ranks
+from sparsify_compiler.plan import Ranks
 
 PRELOAD = ["torch", "torch._dynamo", "sparsify_compiler.parallel.ops", "sparsify_compiler.testing.models"]
 """Modules that all ranks have from the start: they are imported once."""

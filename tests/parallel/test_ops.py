@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.parallel import ops  # noqa: F401
-from sparsify_compiler.parallel.shares import Part, Ranks, even_owners, flat
+from sparsify_compiler.parallel.shares import Part, even_owners, flat
+from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool
 
 OPS = torch.ops.sparsify
