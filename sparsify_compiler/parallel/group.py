@@ -58,7 +58,7 @@ def compared_first(
         nonlocal compared
         if not compared:
             with torch.no_grad():
-                agree(ranks, {**{name: str(fact) for name, fact in facts.items()}, **_inputs(names, inputs)})
+                agree(ranks, {**_inputs(names, inputs), **{name: str(fact) for name, fact in facts.items()}})
             compared = True
         return run(*inputs)
 

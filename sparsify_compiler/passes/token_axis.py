@@ -64,17 +64,7 @@ _STRUCTURE = {
     "new_empty", "new_full",
 }  # fmt: skip
 """ATen operators that only place elements, or make constants."""
-_ALONG = {
-    "_softmax",
-    "_log_softmax",
-    "_safe_softmax",
-    "cumsum",
-    "cumprod",
-    "unbind",
-    "select",
-    "sort",
-    "flip",
-}
+_ALONG = {"_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "unbind", "select"}
 """ATen operators that work along the dimension that is their first argument after the tensor."""
 _REDUCTIONS = dict.fromkeys(
     ("sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "all", "any", "var_mean", "argmax",

@@ -171,16 +171,16 @@ def compare(
     *,
     trains: bool = False,
     calls: int = 1,
-) -> tuple[float, float, list[Sharding], int]:
+) -> tuple[Outcome, int]:
     """Compile a model for these ranks, and for one process, and call both.
 
     Args:
-        build: makes the model and the inputs of a call. Its latents differ from call to call.
+        build: makes the model, in eval mode, and the inputs of a call. The first input differs from call to call.
         options: those of the backend, without `parallel`.
         calls: number of calls of each compiled model.
 
     Returns:
-        (difference of the outputs, of the gradients, the way in which ranks shared each graph, programs compiled).
+        (outcome, with gradients of the parameters; number of graphs that were compiled for these ranks).
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -196,7 +196,8 @@ def compare(
         dist.all_reduce(one, group=group)
         one /= ranks.size
     gradient = _difference(mean, gradients) if trains else 0.0
-    return _difference(found, outputs), gradient, shardings, len(shardings)
+    error = _difference(found, outputs)
+    return Outcome(sharding=shardings[0], output=error, gradient=gradient), len(shardings)
 
 
 def _calls(
@@ -208,9 +209,10 @@ def _calls(
     outputs = []
     with torch.set_grad_enabled(trains):
         for call in range(calls):
-            latents = inputs["hidden_states"]
-            now = {**inputs, "hidden_states": latents + call * 0.05 * latents.flip(-1)}
-            outputs.append(output_of(compiled(**now)))
+            first, latents = next(iter(inputs.items()))
+            now = {**inputs, first: latents + call * 0.05 * latents.flip(-1)}
+            result = compiled(**now)
+            outputs.append(result if isinstance(result, Tensor) else output_of(result))
         if trains:
             torch.stack([out.sin().sum() for out in outputs]).sum().backward()
     gradients = take_gradients(model)

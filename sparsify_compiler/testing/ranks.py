@@ -65,11 +65,19 @@ class Pool:
         """
         for pipe in self._pipes[:ranks]:
             pipe.send((ranks, function, arguments))
-        results = [pipe.recv() for pipe in self._pipes[:ranks]]
+        results = [_received(pipe) for pipe in self._pipes[:ranks]]
         failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good]
         if failed:
             raise RankFailedError("\n".join(failed))
         return [result for _, result in results]
+
+
+def _received(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        found: tuple[bool, Any] = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return False, "the process ended"
+    return found
 
 
 def _work(pipe: Connection, rank: int, size: int, store: str, timeout: float) -> None:

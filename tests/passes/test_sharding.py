@@ -1,5 +1,6 @@
 """Graphs whose tokens ranks share: equal to one process, in threads that exchange real tensors."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -45,16 +46,12 @@ def outcome(recipe: Recipe, method: str, size: int, trains: bool = False, **othe
     [
         pytest.param(PLAIN, "tile", 2, True, id="tile-3-heads-2-ranks-training"),
         pytest.param(PLAIN, "svg2", 4, False, id="svg2-3-heads-4-ranks"),
-        pytest.param(GQA, "keys", 3, False, id="keys-gqa-batch-3"),
-        pytest.param(JOINT, "dense", 3, True, id="dense-joint-gqa-mask-training"),
+        pytest.param(JOINT, "keys", 3, False, id="keys-joint-gqa-mask-batch-3"),
         pytest.param(JOINT, "tile", 4, True, id="tile-joint-gqa-mask-training"),
-        pytest.param(JOINT, "svg2", 2, False, id="svg2-joint-gqa-mask"),
         pytest.param(MASKED, "cubes", 2, False, id="cubes-mask-of-each-head"),
         pytest.param(MASKED, "dense", 4, True, id="dense-mask-of-each-head-4-ranks-training"),
         pytest.param(BY_HAND, "dense", 4, True, id="dense-by-hand-cross-training"),
-        pytest.param(BY_HAND, "keys", 2, False, id="keys-by-hand-cross"),
         pytest.param(PACKED, "cubes", 3, False, id="cubes-packed"),
-        pytest.param(PACKED, "dense", 1, True, id="dense-packed-one-rank"),
     ],
 )
 def test_ranks_compute_what_one_process_computes(
@@ -102,61 +99,64 @@ class Around(nn.Module):
 
 
 def of(model: Around) -> Outcome:
-    """The outcome of training on three ranks, 30 tokens."""
+    """The outcome of training on three ranks, 30 tokens, in float64, since some functions amplify rounding."""
     torch.manual_seed(0)
-    inputs = {"x": torch.randn(2, 2, 2, 6, 10)}
-    (found,) = in_threads(model, inputs, {"method": "dense"}, 3, trains=True)
-    assert found.output <= BOUND
-    assert found.gradient <= BOUND
+    inputs = {"x": torch.randn(2, 2, 2, 6, 10, dtype=torch.float64)}
+    (found,) = in_threads(model.double(), inputs, {"method": "dense"}, 3, trains=True)
+    assert found.output <= 1e-12
+    assert found.gradient <= 1e-10
     return found
 
 
 def written(x: Tensor) -> Tensor:
     """Tokens written into a tensor made for them, every other channel at a time, as rotary embeddings do."""
-    made = torch.zeros(2, 30, 12)
+    made = torch.zeros(2, 30, 12, dtype=x.dtype)
     made[..., 0::2] = x[..., 1::2]
     made[..., 1::2] = -x[..., 0::2]
     return made.add_(x)
 
 
-@pytest.mark.parametrize(
-    ("after", "operator", "why"),
-    [
-        (lambda x: x + x.cumsum(1), "cumsum", "cumsum mixes tokens"),
-        (lambda x: x - x.mean(1, keepdim=True), "mean", "mean mixes tokens"),
-        (lambda x: x * x.softmax(1), "softmax", "_softmax mixes tokens"),
-        (lambda x: x + x.flip(1), "flip", "flip mixes tokens"),
-        (lambda x: x + F.pad(x, (0, 0, 1, 0))[:, :-1], "getitem", "a slice cuts the tokens"),
-        (lambda x: x + x[:, :1], "getitem", "its result has only some tokens"),
-        (lambda x: x + (x.mT @ x).mean(), "matmul", "bmm mixes tokens"),
-        (lambda x: F.layer_norm(x, (30, 12)), "layer_norm", "native_layer_norm mixes tokens"),
-        (lambda x: x[:, torch.arange(29, -1, -1)], "getitem", "index mixes tokens"),
-    ],
+MIXING = {
+    "cumsum": (lambda x: x + x.cumsum(1), "cumsum mixes tokens"),
+    "mean": (lambda x: x - x.mean(1, keepdim=True), "mean mixes tokens"),
+    "softmax": (lambda x: x * x.softmax(1), "_softmax mixes tokens"),
+    "flip": (lambda x: x + x.flip(1), "flip mixes tokens"),
+    "narrow": (lambda x: x + x.narrow(1, 3, 1), "its result has only some tokens"),
+    "matmul": (lambda x: x + (x.mT @ x).mean(), "bmm mixes tokens"),
+    "layer_norm": (lambda x: F.layer_norm(x, (30, 12)), "native_layer_norm mixes tokens"),
+    "index_select": (lambda x: x.index_select(1, torch.arange(29, -1, -1)), "index_select mixes tokens"),
+}
+"""Operator -> (a function of tokens with it, a part of the reason why it needs all tokens)."""
+
+APART = (
+    written,
+    lambda x: F.layer_norm(x, (12,)) * torch.linspace(0, 1, 30)[:, None],
+    lambda x: x.reshape(60, 12).softmax(-1).view(2, 30, 12),
+    lambda x: torch.cat([x.chunk(2, -1)[1], x[..., :6]], -1),
+    lambda x: x + torch.arange(x.size(1)).remainder(7)[None, :, None],
+    lambda x: torch.where(torch.arange(30)[:, None] < 11, x, -x),
+    lambda x: x.split([4, 8], dim=-1)[1].repeat(1, 1, 2)[..., :12].clone().mul_(2),
+    lambda x: torch.cat([x.new_ones(2, 4, 12), x], 1).sin().narrow(1, 4, 30),
+    lambda x: torch.cat([x, x.new_ones(2, 4, 12)], 1).sin().split([30, 4], 1)[0].expand(2, 30, 12),
 )
-def test_what_mixes_tokens_gets_all_of_them_and_is_named(after: Any, operator: str, why: str) -> None:
-    found = of(Around(after=after)).sharding
-    name, reason = found.gathered[0]
-    assert name == operator
-    assert why in reason
-    assert f"{operator}: {reason}" in str(found)
+"""Functions of tokens that keep them apart."""
 
 
-@pytest.mark.parametrize(
-    "before",
-    [
-        written,
-        lambda x: F.layer_norm(x, (12,)) * torch.linspace(0, 1, 30)[:, None],
-        lambda x: x.reshape(60, 12).softmax(-1).view(2, 30, 12),
-        lambda x: torch.cat([x.chunk(2, -1)[1], x[..., :6]], -1),
-        lambda x: x + torch.arange(x.size(1)).remainder(7)[None, :, None],
-        lambda x: torch.where(torch.arange(30)[:, None] < 11, x, -x),
-        lambda x: x.split([4, 8], dim=-1)[1].repeat(1, 1, 2)[..., :12].clone().mul_(2),
-        lambda x: torch.cat([x.new_ones(2, 4, 12), x], 1).sin().narrow(1, 4, 30),
-        lambda x: torch.cat([x, x.new_ones(2, 4, 12)], 1).sin().split([30, 4], 1)[0].expand(2, 30, 12),
-    ],
-)
-def test_what_keeps_tokens_apart_runs_on_each_ranks_tokens(before: Any) -> None:
-    found = of(Around(before)).sharding
+def chain(functions: Any) -> Any:
+    """All functions, one after the other."""
+    return lambda x: functools.reduce(lambda value, function: function(value), functions, x)
+
+
+def test_what_mixes_tokens_gets_all_of_them_and_is_named() -> None:
+    found = of(Around(after=chain([function for function, _ in MIXING.values()]))).sharding
+    reasons = dict(found.gathered)
+    for name, (_, why) in MIXING.items():
+        assert why in reasons[name]
+        assert f"{name}: {reasons[name]}" in str(found)
+
+
+def test_what_keeps_tokens_apart_runs_on_each_ranks_tokens() -> None:
+    found = of(Around(chain(APART), chain(APART))).sharding
     assert [name for name, _ in found.gathered] == ["output"], found
 
 
