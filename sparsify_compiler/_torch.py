@@ -511,3 +511,10 @@ def device_of_group(name: str) -> torch.device:
     """A device whose tensors the process group with this name exchanges, the CPU if possible."""
     kinds = [device.type for device in process_group(name)._device_types]
     return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def store_of_group(name: str) -> Any:
+    """The key-value store of the process group with this name."""
+    from torch.distributed.distributed_c10d import _world
+
+    return _world.pg_map[process_group(name)][1]

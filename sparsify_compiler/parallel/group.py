@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsify_compiler import _torch
 from sparsify_compiler.config import Parallel
 from sparsify_compiler.errors import OptionError, RankError
+from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.plan import Ranks
 
 log = logging.getLogger(__name__)
@@ -71,13 +72,7 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
     Raises:
         RankError: ranks differ; or another rank failed, left, or has not come here within the timeout.
     """
-    try:
-        found = _from_all(ranks, dict(facts))
-    except RuntimeError as error:
-        raise RankError(
-            f"rank {ranks.rank} could not compare its program with the other ranks: one of them failed, left, "
-            f"or did not call the model. Look for the first error among the ranks. The process group says: {error}"
-        ) from error
+    found = _from_all(ranks, dict(facts))
     for name in dict.fromkeys(name for each in found for name in each):
         values = [each.get(name, "nothing") for each in found]
         if len(set(values)) > 1:
@@ -91,16 +86,13 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
 
 def _from_all(ranks: Ranks, facts: dict[str, str]) -> list[dict[str, str]]:
     """The facts of every rank."""
-    device, group, timeout = _torch.device_of_group(ranks.group), ranks.group, ranks.timeout
-    text = json.dumps(facts).encode()
-    sent, ones = torch.tensor([len(text)] * ranks.size, device=device), [1] * ranks.size
-    received = torch.empty_like(sent)
-    _torch.all_to_all(received, sent, ones, ones, group, timeout)
-    lengths = received.tolist()
-    own = torch.frombuffer(bytearray(text * ranks.size), dtype=torch.uint8).to(device)
-    texts = own.new_empty(sum(lengths))
-    _torch.all_to_all(texts, own, lengths, [len(text)] * ranks.size, group, timeout)
-    return [json.loads(bytes(one.tolist())) for one in texts.split(lengths)]
+    what, device = "the comparison of programs", _torch.device_of_group(ranks.group)
+    text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(text)], device=device)
+    (lengths,) = exchange([[length] * ranks.size], [[(1,)] * ranks.size], ranks, what)
+    shapes = [[(int(one),) for one in lengths]]
+    (texts,) = exchange([[text] * ranks.size], shapes, ranks, what)
+    return [json.loads(bytes(one.tolist())) for one in texts]
 
 
 def _short(text: str, most: int = 200) -> str:

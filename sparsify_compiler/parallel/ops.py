@@ -17,15 +17,13 @@ each rank. So every op takes an *order*, a tensor without dimensions, as the las
 another one for the next op. The gradients of orders chain the backward pass.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler import _torch
-from sparsify_compiler.errors import RankError
+from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.parallel.shares import (
     Part,
     Piece,
@@ -90,8 +88,9 @@ def to_heads(
         for x, each in zip(given, read, strict=True)
     ]
     results = []
-    with _failing(f"to_heads of attention {site!r}", rank):
-        received = _exchange(messages, shapes, group, timeout)
+    received = exchange(
+        messages, shapes, Ranks(rank, size, group, timeout), f"to_heads of attention {site!r}"
+    )
     for x, each, blocks in zip(given, read, received, strict=True):
         keys = each[rank]
         whole = x.new_zeros(x.shape[0], len(keys), whole_length(parts_of(parts)), x.shape[3])
@@ -158,8 +157,9 @@ def to_tokens(
         [(x.shape[0], len(keys), length, x.shape[3]) for keys in each]
         for x, each in zip(given, read, strict=True)
     ]
-    with _failing(f"to_tokens of attention {site!r}", rank):
-        received = _exchange(messages, shapes, group, timeout)
+    received = exchange(
+        messages, shapes, Ranks(rank, size, group, timeout), f"to_tokens of attention {site!r}"
+    )
     results = []
     for x, mine, each, blocks, number in zip(given, folded, read, received, heads, strict=True):
         out = _for_sums(_blank_tokens(x, parts, number, rank, size).zero_(), number < len(owned))
@@ -207,8 +207,8 @@ def gather_tokens(
         sum(_length(one.local) for one in _pieces(parts, peer, size) if one.shared) for peer in range(size)
     ]
     shapes = [[(length, *share.shape[1:]) for length in lengths]]
-    with _failing(f"gather_tokens for {site}", rank):
-        (blocks,) = _exchange([[mine] * size], shapes, group, timeout)
+    ranks = Ranks(rank, size, group, timeout)
+    (blocks,) = exchange([[mine] * size], shapes, ranks, f"gather_tokens for {site}")
     out = share.new_empty(whole_length(parts_of(parts)), *share.shape[1:])
     for peer, block in enumerate(blocks):
         at = 0
@@ -251,8 +251,8 @@ def sum_tokens(
         torch.cat([whole[one.whole] for one in _pieces(parts, peer, size) if one.shared])
         for peer in range(size)
     ]
-    with _failing(f"the gradient of gather_tokens for {site}", rank):
-        (blocks,) = _exchange([messages], [[messages[rank].shape] * size], group, timeout)
+    ranks, shapes = Ranks(rank, size, group, timeout), [[tuple(messages[rank].shape)] * size]
+    (blocks,) = exchange([messages], shapes, ranks, f"the gradient of gather_tokens for {site}")
     total = sum(map(_for_sums, blocks[1:]), start=_for_sums(blocks[0])).to(x.dtype)
     out, at = whole.new_empty(local_length(parts_of(parts), rank, size), *whole.shape[1:]), 0
     for one in own:
@@ -290,45 +290,6 @@ def _fold(x: Tensor, mine: Sequence[int], keys: Sequence[int], queries: int) -> 
     for slot, head in enumerate(mine):
         total[:, keys.index(head // queries)] += x[:, slot]
     return total.to(x.dtype)
-
-
-def _exchange(
-    messages: Sequence[Sequence[Tensor]],
-    shapes: Sequence[Sequence[tuple[int, ...]]],
-    group: str,
-    timeout: float,
-) -> list[list[Tensor]]:
-    """Send `messages[i][peer]` to each peer; return what each peer sends, with `shapes[i][peer]`."""
-    peers = range(len(shapes[0]))
-    results: list[list[Tensor]] = [[] for _ in messages]
-    for dtype in dict.fromkeys(each[0].dtype for each in messages):
-        places = [i for i, each in enumerate(messages) if each[0].dtype == dtype]
-        sends = [sum(messages[i][peer].numel() for i in places) for peer in peers]
-        counts = [[_product(shapes[i][peer]) for i in places] for peer in peers]
-        sent = torch.cat([messages[i][peer].reshape(-1) for peer in peers for i in places])
-        received = sent.new_empty(sum(map(sum, counts)))
-        _torch.all_to_all(received, sent, list(map(sum, counts)), sends, group, timeout)
-        blocks = iter(received.split([count for each in counts for count in each]))
-        for peer in peers:
-            for i in places:
-                results[i].append(next(blocks).view(shapes[i][peer]))
-    return results
-
-
-def _product(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-@contextmanager
-def _failing(op: str, rank: int) -> Iterator[None]:
-    """Say which op of which rank failed where the process group fails."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankError(
-            f"rank {rank} could not finish {op}: another rank failed, left, or runs another op. "
-            f"Look for the first error among the ranks. The process group says: {error}"
-        ) from error
 
 
 def _blank_tokens(x: Tensor, parts: Sequence[int], heads: int, rank: int, size: int) -> Tensor:

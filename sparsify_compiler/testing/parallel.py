@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
-from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import Ranks
@@ -35,7 +34,11 @@ class Outcome:
     output: float
     """Largest difference of an output on any rank, relative to the largest element of all outputs."""
     gradient: float = 0.0
-    """The same of the gradients of all inputs and weights, averaged over ranks."""
+    """The same of the gradients of all weights, averaged over ranks."""
+
+
+Graph = tuple[fx.GraphModule, tuple[Any, ...]]
+"""A graph that Dynamo made, and its inputs in a call."""
 
 
 def in_threads(
@@ -55,35 +58,17 @@ def in_threads(
         trains: whether gradients are compared too, of the sum of the sines of all outputs.
         change: changes the graph of each rank, for tests of the comparison itself.
     """
-    options = {"dense_steps": 0, "dense_layers": 0, **options}
-    config = configure(options)
-    outcomes: list[Outcome] = []
+    graphs = graphs_of(model, inputs, trains=trains)
+    return [compare_graph(graph, options, size, trains=trains, change=change) for graph in graphs]
+
+
+def graphs_of(model: Callable[..., Any], inputs: Mapping[str, Any], *, trains: bool = False) -> list[Graph]:
+    """The graphs that Dynamo makes of a model's call, in order."""
+    found: list[Graph] = []
 
     def backend(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        try:
-            return run_on_all(gm)
-        except SparsifyError as error:
-            raise _torch.unwrapped(error) from None
-
-    def run_on_all(gm: fx.GraphModule) -> Callable[..., Any]:
-        analysed = pipeline.analyse(gm, config)
-        alone = pipeline.rewrite(analysed, config, Variant(trains=trains))
-        graphs, shardings = [], []
-        for rank in range(size):
-            ranks = Ranks(rank, size, "threads", 60.0)
-            shared = pipeline.share(analysed, config, ranks)
-            shardings.append(shared.meta["sharding"])
-            graphs.append(pipeline.rewrite(shared, config, Variant(trains=trains)))
-            change(graphs[-1], ranks)
-        assert len(set(shardings)) == 1, "all ranks must decide the same"
-
         def run(*args: Any) -> Any:
-            wanted, gradients = _result(alone, args, trains)
-            found = _all_ranks([partial(_result, one, args, trains) for one in graphs])
-            outputs = max(_difference(output, wanted) for output, _ in found)
-            mean = [sum(each) / size for each in zip(*(one for _, one in found), strict=True)]
-            gradient = _difference(mean, gradients) if trains else 0.0
-            outcomes.append(Outcome(sharding=shardings[0], output=outputs, gradient=gradient))
+            found.append((gm, args))
             return gm.forward(*args)
 
         return run
@@ -91,16 +76,46 @@ def in_threads(
     torch._dynamo.reset()
     with torch.set_grad_enabled(trains):
         torch.compile(model, backend=backend, dynamic=False)(**inputs)
-    return outcomes
+    return found
+
+
+def compare_graph(
+    graph: Graph,
+    options: Mapping[str, Any],
+    size: int,
+    *,
+    trains: bool = False,
+    change: Callable[[fx.GraphModule, Ranks], object] = lambda graph, ranks: None,
+) -> Outcome:
+    """The outcome for one graph; arguments as in `in_threads`."""
+    gm, args = graph
+    config = configure({"dense_steps": 0, "dense_layers": 0, **options})
+    with torch.set_grad_enabled(trains):
+        analysed = pipeline.analyse(gm, config)
+        alone = pipeline.rewrite(analysed, config, Variant(trains=trains))
+        graphs, shardings = [], []
+        for rank in range(size):
+            ranks = Ranks(rank, size, "threads")
+            shared = pipeline.share(analysed, config, ranks)
+            shardings.append(shared.meta["sharding"])
+            graphs.append(pipeline.rewrite(shared, config, Variant(trains=trains)))
+            change(graphs[-1], ranks)
+    assert len(set(shardings)) == 1, "all ranks must decide the same"
+    wanted, gradients = _result(alone, args, trains)
+    found = _all_ranks([partial(_result, one, args, trains) for one in graphs])
+    mean = [sum(each) / size for each in zip(*(one for _, one in found), strict=True)]
+    return Outcome(
+        sharding=shardings[0],
+        output=max(_difference(output, wanted) for output, _ in found),
+        gradient=_difference(mean, gradients) if trains else 0.0,
+    )
 
 
 def _result(graph: fx.GraphModule, args: Sequence[Any], trains: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """(outputs, gradients of all inputs that have one) of a lowered graph in its first call."""
+    """(outputs, gradients of all inputs that need one) of a lowered graph in its first call."""
     functions = functions_of(graph)
     given = [
-        one.detach().clone().requires_grad_(trains and one.is_floating_point())
-        if isinstance(one, Tensor)
-        else one
+        one.detach().clone().requires_grad_(trains and one.requires_grad) if isinstance(one, Tensor) else one
         for one in args
     ]
     with torch.set_grad_enabled(trains):
@@ -152,7 +167,7 @@ def _all_ranks(functions: Sequence[Callable[[], Any]]) -> list[Any]:
         for thread in threads:
             thread.join()
     if errors:
-        raise next((one for one in errors if not isinstance(one, threading.BrokenBarrierError)), errors[0])
+        raise errors[0]
     return results
 
 

@@ -22,7 +22,13 @@ PRELOAD = ["torch", "torch._dynamo", "sparsify_compiler.parallel.ops", "sparsify
 
 
 class RankFailedError(AssertionError):
-    """A function raised on a rank; the message has its traceback."""
+    """A function raised on a rank, or its process ended; the message has the traceback."""
+
+    def __init__(self, results: list[tuple[bool, Any]]) -> None:
+        self.results = results
+        """(whether the function returned, its result or the traceback) of each rank."""
+        texts = (f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good)
+        super().__init__("\n".join(texts))
 
 
 class Pool:
@@ -66,9 +72,8 @@ class Pool:
         for pipe in self._pipes[:ranks]:
             pipe.send((ranks, function, arguments))
         results = [_received(pipe) for pipe in self._pipes[:ranks]]
-        failed = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(results) if not good]
-        if failed:
-            raise RankFailedError("\n".join(failed))
+        if not all(good for good, _ in results):
+            raise RankFailedError(results)
         return [result for _, result in results]
 
 
