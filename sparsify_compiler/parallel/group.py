@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def ranks_of(asked: Parallel | None) -> Ranks | None:
-    """The ranks that the option asks for; None where one process runs the model.
+    """The ranks that the option requests; None where one process runs the model.
 
     Raises:
-        OptionError: a form was asked for by name, and there is no process group.
+        OptionError: a form was requested by name, and there is no process group.
     """
     import torch.distributed as dist
 
