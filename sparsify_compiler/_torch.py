@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
@@ -620,3 +621,39 @@ def hooks_under_checkpointing() -> AbstractContextManager[Any]:
     from torch._dynamo import config
 
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
+def process_group(name: str) -> Any:
+    """The process group with a name."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def all_to_all(
+    received: Tensor, sent: Tensor, to_receive: list[int], to_send: list[int], group: str, timeout: float
+) -> None:
+    """`torch.distributed.all_to_all_single` in the process group with this name, with a timeout of its own.
+
+    Args:
+        to_receive, to_send: numbers of elements from and to each rank.
+        timeout: in seconds.
+    """
+    import torch.distributed as dist
+
+    options = dist.AllToAllOptions()
+    options.timeout = timedelta(seconds=timeout)
+    process_group(group).alltoall_base(received, sent, to_receive, to_send, options).wait()
+
+
+def device_of_group(name: str) -> torch.device:
+    """A device whose tensors the process group with this name exchanges, the CPU if possible."""
+    kinds = [device.type for device in process_group(name)._device_types]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def store_of_group(name: str) -> Any:
+    """The key-value store of the process group with this name."""
+    from torch.distributed.distributed_c10d import _world
+
+    return _world.pg_map[process_group(name)][1]

@@ -1,5 +1,6 @@
 """The entry: `torch.compile(model, backend="sparsify", options={...})`."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.options import DEFAULT_METHOD, configure
+from sparsify_compiler.parallel.group import compared_first, ranks_of
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
@@ -24,6 +26,9 @@ from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.site import functions_of
 
+log = logging.getLogger(__name__)
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that make CUDA graphs."""
 FOLLOWS = "sparsify_compiler.apply(model) follows the tokens through all graphs of a model"
 
 
@@ -71,11 +76,15 @@ def _program(
     config: SparsifyConfig,
     mode: str | None,
 ) -> Program:
+    ranks = ranks_of(config.parallel)
+    if ranks is not None and mode in _CUDA_GRAPHS:
+        raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
-    leaves = not in_a_model and may_leave(gm)
+    shares = ranks is not None  # then each graph gathers its tokens at its end
+    leaves = not in_a_model and not shares and may_leave(gm)
     analysed = pipeline.analyse(gm, config, part=in_a_model, ends=leaves)
-    receives = not in_a_model and may_receive(analysed)
+    receives = not in_a_model and not shares and may_receive(analysed)
     if in_a_model or receives:
         fix_tokens(analysed)
     if leaves:
@@ -87,6 +96,9 @@ def _program(
     sizes = _sizes(gm)
 
     def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
+        if ranks is not None:
+            analysed = pipeline.share(analysed, config, ranks)
+            log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)
         functions = functions_of(sparse)
@@ -96,7 +108,12 @@ def _program(
             functions.update(functions_of(graph))
             offloads = with_gradients and config.offload_indices and variant.phase == "sparse"
             offload = long_lists if offloads else None
-            return _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
+            run = _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
+            if ranks is None:
+                return run
+            facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
+            names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+            return compared_first(run, ranks, facts, names)
 
         return PlannedGraph(
             plan=plan,

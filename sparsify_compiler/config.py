@@ -28,6 +28,50 @@ class SitePolicy(Protocol):
         """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
+FORMS = ("auto", "hcp")
+"""Forms of sharing a model among ranks."""
+_LATER = {"form": ("scp", "hybrid"), "balance": ("video",)}
+"""Option of `parallel` -> values that this version refuses."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """The way in which several ranks run one model."""
+
+    form: str = "auto"
+    """`hcp`: ranks share the tokens, and the heads of every attention. `auto` is the same where a process group
+    exists, and leaves the model to one process where none does."""
+    mesh: Any = None
+    """The one-dimensional `DeviceMesh` of the ranks; None takes the default process group."""
+    balance: str = "off"
+    """When heads move between ranks: `off` leaves them where they are, evenly many on every rank."""
+    timeout: float = 60.0
+    """Seconds after which ranks give up on one that does not take part."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("form", FORMS), ("balance", ("off",))):
+            value = getattr(self, name)
+            if isinstance(value, str) and value in _LATER[name]:
+                raise OptionError(
+                    f"parallel's {name} {value!r} is not available yet: must be one of {', '.join(allowed)}"
+                )
+            if not isinstance(value, str) or value not in allowed:
+                raise unknown_choice(f"{name} of parallel", value, allowed)
+        if self.mesh is not None and getattr(self.mesh, "ndim", None) != 1:
+            raise OptionError(
+                f"parallel's mesh must be a DeviceMesh of one dimension, got {self.mesh!r}: take one of its "
+                "dimensions by name, mesh['cp']"
+            )
+        if (
+            isinstance(self.timeout, bool)
+            or not isinstance(self.timeout, Real)
+            or not 0 < self.timeout < math.inf
+        ):
+            raise OptionError(
+                f"parallel's timeout must be a positive number of seconds, got {self.timeout!r}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparsifyConfig:
     """The options of one compilation, checked."""
@@ -65,6 +109,9 @@ class SparsifyConfig:
     offload_indices: bool = False
     """In training on a GPU, whether the long index lists of `dsv` stay in host memory between the forward and
     the backward pass. It needs `inner_backend="inductor"`. It was not tried on a GPU yet."""
+    parallel: Parallel | None = None
+    """Several ranks run one model: `"auto"`, or a dict of `form`, `mesh`, `balance` and `timeout`. All ranks call
+    the model with the same inputs and get its whole output. None leaves the model to one process."""
     inner_backend: str = "inductor"
     """The backend that compiles the rewritten graph: `inductor`, or `eager` and `aot_eager` for debugging."""
     dump: Path | None = None
@@ -90,6 +137,8 @@ class SparsifyConfig:
             raise OptionError(
                 f"offload_indices needs inner_backend='inductor', which moves the lists, got {self.inner_backend!r}"
             )
+        if self.parallel is not None:
+            object.__setattr__(self, "parallel", _parallel(self.parallel))
         if self.dump is not None:
             if not isinstance(self.dump, (str, Path)) or not str(self.dump):
                 raise OptionError(f"dump must be the path of a folder, got {self.dump!r}")
@@ -127,6 +176,20 @@ def _count_or_share(name: str, value: object) -> int | float:
     if count is None and (part := share(value)) is not None:
         return part
     raise OptionError(f"{name} must be an integer of at least 0 or a share in [0.0, 1.0], got {value!r}")
+
+
+def _parallel(value: object) -> Parallel:
+    if isinstance(value, Parallel):
+        return value
+    if value == "auto":
+        return Parallel()
+    names = tuple(f.name for f in fields(Parallel))
+    if not isinstance(value, Mapping):
+        raise OptionError(f"parallel must be 'auto' or a dict of {', '.join(names)}, got {value!r}")
+    for name in value:
+        if name not in names:
+            raise unknown_choice("option of parallel", name, names)
+    return Parallel(**value)
 
 
 def _grid(value: object) -> tuple[int, int, int]:

@@ -38,6 +38,10 @@ class OperandError(SparsifyError):
     """The name of the attention that the op belongs to, if known; it is part of the message."""
 
 
+class RankError(SparsifyError):
+    """Ranks that share a model do not agree, or one of them failed."""
+
+
 class SparsifyWarning(UserWarning):
     """The category of every warning of this package."""
 

@@ -16,10 +16,12 @@ from sparsify_compiler.backend import FOLLOWS, configure, reads_more_or_less
 from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.parallel.group import ranks_of
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
+from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
@@ -49,6 +51,8 @@ class Explanation:
     """Attention calls that ran outside every graph, in order: they are dense, and have the reason."""
     passes: tuple[tuple[PassReport, ...], ...] = ()
     """The reports of the passes for each graph; empty unless `verbose`."""
+    sharing: tuple[Sharding, ...] = ()
+    """The way in which ranks share each graph; empty for one process."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -105,6 +109,7 @@ class Explanation:
             f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
             f"{most}{self.density:.1%} of the query-key pairs are computed."
         )
+        yield from (f"Graph {number}: {one}." for number, one in enumerate(self.sharing))
         yield from (f"Hint: {hint}" for hint in self.hints)
         for number, reports in enumerate(self.passes):
             yield from (f"Graph {number}, pass {one}." for one in reports)
@@ -172,6 +177,7 @@ def explain(
     plans: list[GraphPlan] = []
     passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
+    ranks, sharing = ranks_of(config.parallel), list[Sharding]()
 
     model = _torch.uncompiled(model)
     uncompiled = Uncompiled(model)
@@ -185,6 +191,8 @@ def explain(
                 number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
+                if ranks is not None:
+                    sharing.append(pipeline.share(analysed, config, ranks).meta["sharding"])
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -219,6 +227,7 @@ def explain(
         tuple(_hints(plans, config, options or {})),
         tuple(uncompiled.plans),
         tuple(passes) if verbose else (),
+        tuple(sharing),
     )
 
 

@@ -95,6 +95,27 @@ class TokenLayout:
         return self.grid[1] * self.grid[2]
 
 
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Ranks that run one model together, and the place of one of them."""
+
+    rank: int
+    size: int
+    group: str = ""
+    """Name of the process group."""
+    timeout: float = 60.0
+    """Seconds after which an op gives up on a rank that does not take part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedHeads:
+    """The ranks that share the heads of a site. The site is then that of one rank, with room for its heads."""
+
+    ranks: Ranks
+    heads: int
+    """Query heads of all ranks."""
+
+
 class FittedMethod(Protocol):
     """A method whose numbers hold for one site: a frozen dataclass. `methods/__init__.py` has its kinds."""
 
@@ -167,6 +188,8 @@ class AttentionPlan:
     """The approximation of the keys that a query block does not read: see `kernels/far_field`."""
     density: float | None = 1.0
     """Share of the query-key token pairs that are computed; None where every call decides it."""
+    sharing: SharedHeads | None = None
+    """The ranks that share its heads; None where one process has all."""
     reason: str
     """The reasons for the method, or for full attention, and for the provider."""
 

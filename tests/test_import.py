@@ -25,7 +25,7 @@ LAYERS = (
     {"passes", "uncompiled"},
     {"runtime", "policy", "options"},
     {"methods"},
-    {"kernels"},
+    {"kernels", "parallel"},
     {"table"},
     {"plan", "config", "errors", "names", "_torch", "outputs", "pictures", "progress", "tables"},
 )

@@ -156,11 +156,14 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     config = configure(options)
     if regional not in (None, True, False):
         raise OptionError(f"regional must be True, False or None, got {regional!r}")
+    if regional and config.parallel is not None:
+        raise OptionError("parallel shares a whole model, got regional=True: leave out one")
     _torch.check_mode(mode)
     found = _video_transformers(target)
     for name, module in found.items():
         _check_unchanged(name or type(module).__name__, module)
-    blocks = {name: [] if regional is False else repeated_blocks(module) for name, module in found.items()}
+    by_blocks = regional is not False and config.parallel is None
+    blocks = {name: repeated_blocks(module) if by_blocks else [] for name, module in found.items()}
     for name, module in found.items():
         if regional and not blocks[name]:
             raise OptionError(

@@ -34,7 +34,8 @@ class Source:
     """`conv`: the spatial axes of a convolution. `input`: the dimensions of a graph input. `weight`: the dimensions
     of a parameter. `position`: an arange. `part`: stacked tensors, or tensors joined along their first dimension.
     `lost`: video tokens that an operator may have moved, so no other label is believed. `opaque`: any other unknown
-    axis. `repeat`: a broadcast. `blank`: uninitialised or constant. Any other kind says more than these two."""
+    axis. `repeat`: a broadcast. `blank`: uninitialised or constant. Any other kind says more than these two.
+    `tokens`: the axis of the tokens that ranks share (`sharding.py`), which wins against all others."""
     sizes: tuple[int, ...]
     of: tuple["Label", ...] = ()
     """For `conv`: the labels of its input's dimensions, batch and channels first."""
@@ -116,7 +117,17 @@ class Atom:
 
 PIECE = 3
 """The rank of a run over a part of an input's axis."""
-_RANKS = {"lost": 8, "conv": 7, "opaque": 5, "part": 5, "position": 4, "weight": 2, "repeat": 1, "blank": 0}
+_RANKS = {
+    "tokens": 9,
+    "lost": 8,
+    "conv": 7,
+    "opaque": 5,
+    "part": 5,
+    "position": 4,
+    "weight": 2,
+    "repeat": 1,
+    "blank": 0,
+}
 CONV = _RANKS["conv"]
 """The rank of an axis of a convolution."""
 

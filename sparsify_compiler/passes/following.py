@@ -7,7 +7,7 @@ tensors gives the recorded value, whose axes are unknown.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,14 +54,26 @@ class Followed(NamedTuple):
     ends: Ends
 
 
-def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None = None) -> Followed:
+See = Callable[[fx.Node, Any], None]
+"""Gets each node of a graph, not of its bodies, and its value, as soon as it has one."""
+
+
+def follow(
+    gm: fx.GraphModule,
+    within: tuple[AxisTracker, Sequence[Any]] | None = None,
+    *,
+    tracker: AxisTracker | None = None,
+    see: See | None = None,
+) -> Followed:
     """Run a graph on fake tensors with labels, and return the axes found.
 
     Args:
         within: the tracker of a call of a whole model, and the tensors that the graph gets there.
+        tracker: follows the labels; by default a new one.
+        see: gets every node and its value.
     """
     grad_enabled = torch.is_grad_enabled()
-    tracker = AxisTracker()
+    tracker = tracker or AxisTracker()
     outer, given = within or (None, ())
     if outer is not None:
         tracker.embeddings, tracker.positions = outer.embeddings, outer.positions
@@ -77,7 +89,7 @@ def follow(gm: fx.GraphModule, within: tuple[AxisTracker, Sequence[Any]] | None 
                 elif isinstance(value, Tensor):
                     is_weight = isinstance(node.meta["example_value"], nn.Parameter)
                     sources[node] = tracker.put_input(value, is_weight, input_name(node))
-            returned = _Follower(gm, tracker, sites).run(*values)
+            returned = _Follower(gm, tracker, sites, see).run(*values)
             outputs = returned if isinstance(returned, (tuple, list)) else [returned]
             ends = [
                 [tracker.end_of(one) if isinstance(one, Tensor) else None for one in some]
@@ -117,7 +129,7 @@ def _share(tensors: list[Any], group: Sequence[int], offsets: Sequence[Any]) -> 
         tensors[i] = memory[:end].view(t.dtype).as_strided(t.shape, t.stride(), offset)
 
 
-class _Unknown:
+class Unknown:
     """A value that could not be followed; a write to it may reach any tensor of which it was made."""
 
     def __init__(self, made_of: Sequence[Tensor] = ()) -> None:
@@ -128,22 +140,22 @@ def _behind(values: Any) -> list[Tensor]:
     """The tensors among values, and the tensors of which unknown values were made."""
     found: list[Tensor] = []
     for leaf in torch.utils._pytree.tree_leaves(values):
-        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, _Unknown) else []
+        found += [leaf] if isinstance(leaf, Tensor) else leaf.made_of if isinstance(leaf, Unknown) else []
     return found
 
 
 def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
-    """A value that Dynamo recorded, with plain integers for sizes; `_Unknown` if these are unknown."""
+    """A value that Dynamo recorded, with plain integers for sizes; `Unknown` if these are unknown."""
     if isinstance(value, torch.SymInt):
         size = _torch.hint(value)
-        return _Unknown(made_of) if size is None else size
+        return Unknown(made_of) if size is None else size
     if isinstance(value, (tuple, list)):
         return type(value)(_static(item, made_of) for item in value)
     if not isinstance(value, Tensor):
         return value
     sizes = sizes_of(value)
     if sizes is None:
-        return _Unknown(made_of)
+        return Unknown(made_of)
     strides = strides_of(value) or torch.empty(sizes, dtype=value.dtype, device="meta").stride()
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
@@ -151,14 +163,20 @@ def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
 class _Follower(fx.Interpreter):
     """Runs a graph under an `AxisTracker`, with the bodies of higher-order operators; never raises."""
 
-    def __init__(self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, tracker: AxisTracker, found: dict[fx.Node, Site], see: See | None = None
+    ) -> None:
         super().__init__(gm)
-        self.tracker, self.found = tracker, found
+        self.tracker, self.found, self.see = tracker, found, see
         self._results = {node.meta["result"] for node in attention_nodes(gm)}
 
     def run_node(self, n: fx.Node) -> Any:
         value = self._value(n)
-        return self._as_recorded(n, value) if n in self._results else value
+        if n in self._results:
+            value = self._as_recorded(n, value)
+        if self.see is not None:
+            self.see(n, value)
+        return value
 
     def _as_recorded(self, n: fx.Node, value: Any) -> Any:
         """The output of attention with the recorded strides: they decide which later tensors are views of it."""
@@ -175,7 +193,7 @@ class _Follower(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, _Unknown) for leaf in leaves):
+        if any(isinstance(leaf, Unknown) for leaf in leaves):
             return self._recorded(n, args, kwargs)
         if n.target is attention:
             return self._site(n, *args)
@@ -193,7 +211,7 @@ class _Follower(fx.Interpreter):
         tensors = _behind((args, kwargs))
         self.tracker.lose(_behind(written_by(n, args, kwargs)), tensors)
         recorded = n.meta.get("example_value")
-        value = _Unknown(tensors) if recorded is None else _static(recorded, tensors)
+        value = Unknown(tensors) if recorded is None else _static(recorded, tensors)
         for output in torch.utils._pytree.tree_leaves(value):
             if isinstance(output, Tensor):
                 self.tracker.derive(output, tensors)

@@ -202,14 +202,16 @@ def _operands(
             {field: request(f"sparsify_{field}_{_identifier(one.name)}", one) for field, one in found.items()}
             for found in trained_tensors(plan, device, trains=lowering.variant.trains)
         )
+    owners = [node.meta["owners"]] if plan.sharing is not None and not _is_static(plan) else []
     names = SiteInputs(
+        owners=bool(owners),
         constants=tuple(constants),
         trained=tuple(trained),
         observed=tuple(observed),
         state=tuple(state_shapes(plan)) if state else (),
         remembers=bool(state),
     )
-    return names, bias, [*constants.values(), *trained.values(), *observed.values(), *state]
+    return names, bias, [*owners, *constants.values(), *trained.values(), *observed.values(), *state]
 
 
 def _identifier(name: str) -> str:

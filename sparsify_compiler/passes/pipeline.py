@@ -19,8 +19,9 @@ from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
+from sparsify_compiler.passes.sharding import shard
 from sparsify_compiler.passes.sizes import fix_sizes
-from sparsify_compiler.plan import Parts
+from sparsify_compiler.plan import Parts, Ranks
 from sparsify_compiler.runtime.program import Variant
 
 log = logging.getLogger(__name__)
@@ -96,12 +97,17 @@ def plan_within(
     return run(copy_graph(analysed), [infer, partial(plan_sites, config=config, device=device)], config)
 
 
+def share(analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks) -> fx.GraphModule:
+    """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes."""
+    return run(copy_graph(analysed, alike=plans_within), [partial(shard, ranks=ranks)], config)
+
+
 def rewrite(
     analysed: fx.GraphModule,
     config: SparsifyConfig,
     variant: Variant | None = None,
 ) -> fx.GraphModule:
-    """A copy of the result of `analyse` that follows the plan, as `lower` describes."""
+    """A copy of the result of `analyse`, or of `share`, that follows the plan, as `lower` describes."""
     passes = rewriting(config, variant or Variant())
     return run(copy_graph(analysed, alike=plans_within), passes, config)
 

@@ -14,6 +14,7 @@ _CARRIES: dict[str, dict[str, type]] = {
     "as_parts": {"site": AttentionSite, "layout": TokenLayout},
     "plan_sites": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
     "fix_sizes": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
+    "shard": {"site": AttentionSite, "layout": TokenLayout, "plan": AttentionPlan},
 }
 """Pass -> key and type of each value in the meta of every captured attention after it."""
 

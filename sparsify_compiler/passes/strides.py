@@ -22,7 +22,8 @@ from sparsify_compiler import _torch
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.fx import run_call, sizes_of, tensor_of, value_of
 
-_AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+"""Functions that a graph calls to enter and to leave autocast."""
 _SEES_MEMORY = ("as_strided", "set_", "resize")
 """Prefixes of the names of ATen operators that see memory and not elements."""
 
@@ -98,7 +99,7 @@ class _Replay:
 
     def run(self, node: fx.Node) -> None:
         """Run a node if it depends on a rewritten call; the nodes come in the order of the graph."""
-        if node.target in _AUTOCAST:
+        if node.target in AUTOCAST:
             args = fx.node.map_arg(node.args, lambda one: self._values.get(one, one))
             self._values[node] = run_call(node, args, {})
         elif node.target is attention:

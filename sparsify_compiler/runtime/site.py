@@ -8,8 +8,9 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -22,6 +23,7 @@ from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
+from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -156,6 +158,7 @@ class SiteFunction:
         """[out, report, *state], op by op."""
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
+        all_heads = self._all_heads(self.inputs.owners_in(inputs))
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
         whole, min_gain, far_blocks = True, None, None
@@ -180,14 +183,26 @@ class SiteFunction:
             scale=plan.site.scale,
             provider=plan.provider,
             sampled_rows=max(guarded, self.sampled_rows),
+            all_heads=all_heads,
         )
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias)
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None else known.kept
             rows = (known.density, estimated, known.recall, known.gate)
-            report = torch.stack([row.float().expand(query.shape[:2]) for row in rows])
+            report = torch.stack([row.float().expand(query.shape[:2]) for row in rows], 2)
+            if all_heads is not None and self.inputs.remembers:
+                report = all_heads(report)
+            report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
+
+    def _all_heads(self, owners: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+        """The function that makes numbers of all heads, [B, H, n], of those of this rank's, [B, slots, n]."""
+        sharing = self.plan.sharing
+        if owners is None or sharing is None:
+            return None
+        ranks, name = sharing.ranks, f"{self.plan.site.name}, or one with the same plan"
+        return partial(numbers_of_all_heads, owners=owners, ranks=ranks, site=name)
 
     def _with_others(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
@@ -242,7 +257,7 @@ _functions: WeakValueDictionary[str, SiteFunction] = WeakValueDictionary()
 def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows: int) -> SiteFunction:
     """The arithmetic of a site, one object for all sites with the same plan."""
     site, method = plan.site, settled(plan, choice)
-    shape = site.heads, site.kv_heads, site.head_dim, site.scale
+    shape = site.heads, site.kv_heads, site.head_dim, site.scale, plan.sharing
     text = repr((plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, inputs))
     name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
     function = _functions.get(name)

@@ -2,6 +2,7 @@
 
 | slot          | holds                                              | in a lowered graph               |
 | ------------- | -------------------------------------------------- | -------------------------------- |
+| `owners`      | the rank of each head, where ranks share heads     | a constant, on the CPU           |
 | `constants`   | the table of a method, or other inputs of `select` | a constant, shared by sites      |
 | `trained`     | tensors that a trainer writes and `select` reads   | an input                         |
 | `observed`    | tensors that `learn` writes, `signal` last         | an input                         |
@@ -37,6 +38,7 @@ _INITIALISED, _BLANK = (torch.tensor(flag, dtype=torch.bool, device="cpu") for f
 class Bound(NamedTuple):
     """The tensors of one call of a site, by slot."""
 
+    owners: Tensor | None
     read: dict[str, Tensor | None]
     """Constants and trained tensors, by the names that the method gives them."""
     observed: dict[str, Tensor | None]
@@ -49,6 +51,7 @@ class Bound(NamedTuple):
 class SiteInputs:
     """The names of a site's tensors, slot by slot."""
 
+    owners: bool = False
     constants: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
@@ -61,13 +64,19 @@ class SiteInputs:
         read, rest = self._read(tensors)
         observed = dict(zip(self.observed, rest, strict=False))
         if not self.remembers:
-            return Bound(read, observed, None, (), None)
+            return Bound(self.owners_in(tensors), read, observed, None, (), None)
         initialised, *state, report = rest[len(observed) :]
-        return Bound(read, observed, initialised, tuple(t for t in state if t is not None), report)
+        kept = tuple(t for t in state if t is not None)
+        return Bound(self.owners_in(tensors), read, observed, initialised, kept, report)
 
     def to_select(self, bound: Bound) -> list[Tensor | None]:
         """The tensors for an op that selects or observes: all except `observed` and `report`."""
-        return [*bound.read.values(), *([bound.initialised, *bound.state] if self.remembers else [])]
+        state = [bound.initialised, *bound.state] if self.remembers else []
+        return [*([bound.owners] if self.owners else []), *bound.read.values(), *state]
+
+    def owners_in(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """The rank of each head, from the tensors of a call or from the list that `to_select` returned."""
+        return tensors[0] if self.owners else None
 
     def selecting(
         self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
@@ -85,7 +94,7 @@ class SiteInputs:
         self, tensors: Sequence[Tensor | None]
     ) -> tuple[dict[str, Tensor | None], Sequence[Tensor | None]]:
         """(constants and trained tensors by name, the tensors after them)."""
-        names = (*self.constants, *self.trained)
+        names, tensors = (*self.constants, *self.trained), tensors[self.owners :]
         return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
 
 
@@ -180,7 +189,8 @@ class InputBuilder:
             first = self._state[0] if self._state else None
             self._initialised = add_placeholder(self._graph, "sparsify_initialised", before=first)
         self._reports[site.name] = len(self._specs) + len(shapes)
-        tensors = {**shapes, "report": (len(REPORT), site.batch, site.heads)}
+        heads = site.heads if plan.sharing is None else plan.sharing.heads
+        tensors = {**shapes, "report": (len(REPORT), site.batch, heads)}
         for name, shape in tensors.items():
             self._specs.append((f"{site.name}.{name}", shape, device))
             self._state.append(add_placeholder(self._graph, f"sparsify_{name}{site.index}"))

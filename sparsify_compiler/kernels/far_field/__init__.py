@@ -19,7 +19,7 @@ from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
 from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
-from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import AllHeads, FarBlocks, VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -87,6 +87,7 @@ def attention_with_far_field(
     scale: float | None = None,
     provider: str = "auto",
     sampled_rows: int = 16,
+    all_heads: AllHeads | None = None,
 ) -> tuple[Tensor, Tensor, Report]:
     """Attention in which the blocks that a row of `table` does not list are dropped or approximated.
 
@@ -99,6 +100,7 @@ def attention_with_far_field(
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
             the table. A head does not use the first order of `linear`, or the far field at all, if it raises their
             summed squared error. 0: no guard, no recall.
+        all_heads: where `query` has some heads of a site, makes numbers of all its heads, [B, H, n], of theirs.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
@@ -147,6 +149,7 @@ def attention_with_far_field(
             table,
             linear=far_field == "linear",
             min_gain=min_gain,
+            all_heads=all_heads,
             blocks=far_blocks,
             key_bias=key_bias,
             scale=scale,

@@ -26,6 +26,7 @@ approximates these, with the weight of m_ij keys: score + log m_ij - log n_j. To
 the means would need sums over the keys of every row.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import statistics
 from sparsify_compiler.table import BlockTable
+
+AllHeads = Callable[[Tensor], Tensor]
+"""Makes numbers of all heads of a site, [B, H, n], of those of some."""
 
 MOST_SECOND_ORDER = 0.5
 """Largest second-order term of a score. Above it, the third order is no smaller than the second."""
@@ -98,6 +102,7 @@ def virtual_keys(
     *,
     linear: bool,
     min_gain: float | None = None,
+    all_heads: AllHeads | None = None,
     blocks: FarBlocks | None = None,
     key_bias: Tensor | None,
     scale: float,
@@ -138,7 +143,9 @@ def virtual_keys(
             with torch.no_grad():
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
                 attention = _shares(scores)
-                listed = listed | (gains(attention, spread, value_mean, value_variance, table) > min_gain)
+                listed = listed | (
+                    gains(attention, spread, value_mean, value_variance, table, all_heads) > min_gain
+                )
                 table = table.listing(listed)
                 kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
                     query.shape[2], 1
@@ -182,7 +189,12 @@ def _for_each_number(
 
 
 def gains(
-    shares: Tensor, spread: Tensor, value_mean: Tensor, value_variance: Tensor, table: BlockTable
+    shares: Tensor,
+    spread: Tensor,
+    value_mean: Tensor,
+    value_variance: Tensor,
+    table: BlockTable,
+    all_heads: AllHeads | None = None,
 ) -> Tensor:
     """The gain of reading a block: the squared error of the output that it removes, per share of the keys.
 
@@ -198,6 +210,7 @@ def gains(
         shares: [B, H, Nq, N], P, the attention of the mean query to the virtual keys of all blocks.
         spread: [B, H, Nq, N], variance of the scores of a pair of blocks around the score of their means.
         value_mean, value_variance: [B, G, N, Dv], G dividing H.
+        all_heads: as in `attention_with_far_field`.
 
     Returns:
         [B, H, Nq, N], not negative; 0 for blocks without keys.
@@ -209,7 +222,8 @@ def gains(
         + _of_heads((value_mean.square() + value_variance).sum(-1), out.shape[1])[:, :, None]
     )
     queries, keys = (bounds.diff(dim=-1).to(out.dtype) for bounds in (table.q_bounds, table.kv_bounds))
-    power = ((queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)).mean(1)
+    power = (queries * out.square().sum(-1)).sum(-1) / queries.sum(-1).clamp(min=1)
+    power = (power if all_heads is None else all_heads(power[..., None])[..., 0]).mean(1)
     tiny = torch.finfo(out.dtype).tiny
     part = (keys / keys.sum(-1, keepdim=True).clamp(min=1))[:, :, None]
     error = (shares * spread).square() * apart.clamp(min=0) / power.clamp(min=tiny)[:, None, None, None]

@@ -1,0 +1,92 @@
+"""Every model family on 1 to 4 ranks against one process: `python -m benchmarks.parallel --out FILE`.
+
+Dynamo traces each family once for inference and once for training. Each graph is then shared by threads that
+exchange real tensors (`testing/parallel.py`), for every method, in turn on 2, 3 and 4 ranks. The file has the
+largest difference of the outputs and of the gradients, relative to the largest element, in float32. With the
+family's two heads, ranks 3 and 4 have none.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import write_json
+from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.testing.models import CASES
+from sparsify_compiler.testing.parallel import Outcome, compare_graph, graphs_of
+
+METHODS = ("dense", "tile", "cubes", "svg2", "keys")
+TRAINED = ("dense", "tile")
+"""Methods whose gradients are compared."""
+BOUND = 1e-5
+"""Rounding of float32: a product of fewer rows may add in another order."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", choices=[*CASES], default=[*CASES])
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="no family begins after this time"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; families that it has are left out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    cases = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
+    begin, done = time.monotonic(), {case["family"] for case in cases}
+    for family in options.only:
+        if family in done or time.monotonic() - begin > options.seconds:
+            continue
+        cases += of_family(family, len(cases))
+        if options.out:
+            write_json(options.out, cases, lines=True, bound=BOUND)
+    wrong = [case for case in cases if case.get("error") or max(case["output"], case["gradient"]) > BOUND]
+    shared = {case["family"] for case in cases if case["heads"]}
+    print(f"{len(cases)} graphs of {len(shared)} families that ranks share; {len(wrong)} differ: {wrong}")
+    raise SystemExit(bool(wrong))
+
+
+def of_family(family: str, turn: int) -> list[dict[str, Any]]:
+    """The cases of one family."""
+    cases = []
+    for trains in (False, True):
+        model, inputs = CASES[family].build()
+        graphs = graphs_of(model, inputs, trains=trains)
+        for number, graph in enumerate(graphs):
+            for method in TRAINED if trains else METHODS:
+                ranks = 2 + (turn + len(cases)) % 3
+                case = {"family": family, "graph": number, "method": method, "ranks": ranks, "trains": trains}
+                try:
+                    options = {"method": method, "provider": "reference"}
+                    found = compare_graph(graph, options, ranks, trains=trains)
+                    case |= _as_json(found)
+                except SparsifyError as error:
+                    case |= {"output": 0.0, "gradient": 0.0, "heads": 0, "refused": str(error)}
+                except Exception as error:  # a fault of this family must not hide those of the others
+                    case |= {"output": 0.0, "gradient": 0.0, "heads": 0, "error": repr(error)[:500]}
+                cases.append(case)
+                print(case, flush=True)
+                if not case["heads"]:
+                    break  # whole on every rank, whatever the method
+    return cases
+
+
+def _as_json(found: Outcome) -> dict[str, Any]:
+    sharding = found.sharding
+    return {
+        "output": found.output,
+        "gradient": found.gradient,
+        "tokens": sharding.tokens,
+        "heads": len(sharding.sites),
+        "gathered": [list(one) for one in sharding.gathered],
+        **({"reason": sharding.reason} if sharding.reason else {}),
+    }
+
+
+if __name__ == "__main__":
+    main()

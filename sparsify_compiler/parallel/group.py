@@ -1,0 +1,119 @@
+"""The ranks that run a model together, and the comparison of their programs before the first call of each."""
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsify_compiler import _torch
+from sparsify_compiler.config import Parallel
+from sparsify_compiler.errors import OptionError, RankError
+from sparsify_compiler.parallel.exchange import exchange
+from sparsify_compiler.plan import Ranks
+
+log = logging.getLogger(__name__)
+
+
+def ranks_of(asked: Parallel | None) -> Ranks | None:
+    """The ranks that the option requests; None where one process runs the model.
+
+    Raises:
+        OptionError: a form was requested by name, and there is no process group.
+    """
+    import torch.distributed as dist
+
+    if asked is None:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        if asked.form != "auto":
+            raise OptionError(
+                f"parallel's form {asked.form!r} needs a process group: call torch.distributed.init_process_group "
+                "in a script that torchrun starts, or use parallel='auto'"
+            )
+        log.warning("parallel='auto' does nothing: there is no process group, so one process runs the model")
+        return None
+    group: Any = dist.group.WORLD if asked.mesh is None else asked.mesh.get_group()
+    return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
+
+
+def compared_first(
+    run: Callable[..., Any], ranks: Ranks, facts: Mapping[str, object], names: Sequence[str]
+) -> Callable[..., Any]:
+    """`run`, which compares itself with the other ranks in its first call.
+
+    Args:
+        facts: what must be the same on all ranks: name -> anything with a text.
+        names: names of the inputs; their sizes, types and elements must be the same too.
+
+    Raises:
+        RankError: ranks differ.
+    """
+    compared = False
+
+    @functools.wraps(run)
+    def checked(*inputs: Any) -> Any:
+        nonlocal compared
+        if not compared:
+            with torch.no_grad():
+                agree(ranks, {**_inputs(names, inputs), **{name: str(fact) for name, fact in facts.items()}})
+            compared = True
+        return run(*inputs)
+
+    return checked
+
+
+def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
+    """Compare facts with those of the other ranks, each by its text.
+
+    Raises:
+        RankError: ranks differ; or another rank failed, left, or has not come here within the timeout.
+    """
+    found = _from_all(ranks, dict(facts))
+    for name in dict.fromkeys(name for each in found for name in each):
+        values = [each.get(name, "nothing") for each in found]
+        if len(set(values)) > 1:
+            other = next(rank for rank, value in enumerate(values) if value != values[0])
+            raise RankError(
+                f"ranks must have the same {name}, got {_short(values[0])} on rank 0 and {_short(values[other])} "
+                f"on rank {other}: all ranks call one model with the same options, weights and inputs, and draw "
+                "noise with the same seed"
+            )
+
+
+def _from_all(ranks: Ranks, facts: dict[str, str]) -> list[dict[str, str]]:
+    """The facts of every rank."""
+    what, device = "the comparison of programs", _torch.device_of_group(ranks.group)
+    text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8).to(device)
+    length = torch.tensor([len(text)], device=device)
+    (lengths,) = exchange([[length] * ranks.size], [[(1,)] * ranks.size], ranks, what)
+    shapes = [[(int(one),) for one in lengths]]
+    (texts,) = exchange([[text] * ranks.size], shapes, ranks, what)
+    return [json.loads(bytes(one.tolist())) for one in texts]
+
+
+def _short(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _inputs(names: Sequence[str], inputs: Sequence[Any]) -> dict[str, str]:
+    """Name -> sizes, type and sums of an input, or a number."""
+    facts: dict[str, str] = {}
+    for name, value in zip(names, inputs, strict=False):
+        if not isinstance(value, Tensor):
+            facts[f"input {name}"] = str(value)
+            continue
+        text = f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        if value.numel() and not value.is_complex():
+            flat = value.detach().flatten().double()
+            # Twice, so that the same elements in another order differ.
+            total, weighed = (
+                flat.sum(),
+                (flat * torch.linspace(1, 2, len(flat), device=flat.device).double()).sum(),
+            )
+            text += f" with sums {total.item():.17g} and {weighed.item():.17g}"
+        facts[f"input {name}"] = text
+    return facts

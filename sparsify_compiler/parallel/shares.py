@@ -1,0 +1,92 @@
+"""The arithmetic of shares: which tokens and which heads each rank has. Integers in, integers out.
+
+Every rank has a run of the video's tokens; other tokens (text) are on all ranks. A dimension over tokens is a
+sequence of parts. A rank's share of a dimension has the same parts, each cut to the tokens of that rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Part(NamedTuple):
+    """A part of a dimension: `tokens` that ranks share, with `width` positions each; 0 tokens: `width` positions
+    that every rank has."""
+
+    tokens: int
+    width: int
+
+    @property
+    def whole(self) -> int:
+        """The number of positions of all ranks."""
+        return max(self.tokens, 1) * self.width
+
+    def local(self, rank: int, size: int) -> int:
+        """The number of positions that a rank has."""
+        return share(self.tokens, rank, size) * self.width if self.tokens else self.width
+
+
+class Piece(NamedTuple):
+    """A run of positions that a rank has: its place in the whole dimension and on the rank."""
+
+    shared: bool
+    """Whether ranks share the part, so that each has other positions of it."""
+    whole: slice
+    local: slice
+
+
+def share(total: int, rank: int, size: int) -> int:
+    """The number of tokens of a rank: `total` divided evenly, the first ranks one more."""
+    return total // size + (rank < total % size)
+
+
+def start(total: int, rank: int, size: int) -> int:
+    """The first token of a rank."""
+    return total // size * rank + min(rank, total % size)
+
+
+def parts_of(numbers: Sequence[int]) -> list[Part]:
+    """Parts from the flat list of numbers that an op takes."""
+    return [Part(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def flat(parts: Sequence[Part]) -> list[int]:
+    """The list of numbers that an op takes for parts."""
+    return [number for part in parts for number in part]
+
+
+def whole_length(parts: Sequence[Part]) -> int:
+    """Size of a dimension of all ranks."""
+    return sum(part.whole for part in parts)
+
+
+def local_length(parts: Sequence[Part], rank: int, size: int) -> int:
+    """Size of a rank's share of a dimension."""
+    return sum(part.local(rank, size) for part in parts)
+
+
+def pieces(parts: Sequence[Part], rank: int, size: int) -> Iterator[Piece]:
+    """The runs of a dimension that a rank has, in order."""
+    whole = local = 0
+    for part in parts:
+        first, length = whole, part.local(rank, size)
+        if part.tokens:
+            first += start(part.tokens, rank, size) * part.width
+        yield Piece(part.tokens > 0, slice(first, first + length), slice(local, local + length))
+        whole += part.whole
+        local += length
+
+
+def even_owners(heads: int, size: int) -> list[int]:
+    """The owner of each head where all heads cost the same: runs of neighbours, the first ranks one more."""
+    return [rank for rank in range(size) for _ in range(share(heads, rank, size))]
+
+
+def heads_of(owners: Sequence[int], rank: int) -> list[int]:
+    """The heads of a rank, in order."""
+    return [head for head, owner in enumerate(owners) if owner == rank]
+
+
+def key_heads_of(owners: Sequence[int], key_heads: int, rank: int) -> list[int]:
+    """The key heads that the query heads of a rank read, each once, in order."""
+    queries = len(owners) // key_heads
+    return sorted({head // queries for head in heads_of(owners, rank)})

@@ -1,0 +1,185 @@
+"""A model on real ranks, through torch.compile."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+import sparsify_compiler
+import sparsify_compiler.backend
+from sparsify_compiler import OptionError
+from sparsify_compiler._torch import process_group
+from sparsify_compiler.errors import RankError
+from sparsify_compiler.plan import Ranks
+from sparsify_compiler.testing.dits import Attend, Recipe
+from sparsify_compiler.testing.parallel import compare
+from sparsify_compiler.testing.ranks import Pool
+
+JOINT = Recipe(
+    grid=(3, 4, 5), batch=2, patch="conv3d", frames_first=False, position="rope halves", text="first",
+    text_tokens=5, extra_tokens=0, streams=True, mask="bool", heads=3, kv_heads=3, head_dim=8, split="linears",
+    view="view", norm=True, spelling="keywords", scale=None, trap="", trapped=0,
+)  # fmt: skip
+VIDEO = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(1))
+"""18 tokens."""
+
+
+def joint() -> tuple[nn.Module, Mapping[str, Any]]:
+    model, inputs = JOINT.build()
+    return model, {"x": inputs.pop("x"), **inputs}
+
+
+def attend() -> tuple[nn.Module, Mapping[str, Any]]:
+    torch.manual_seed(0)
+    return Attend(), {"video": VIDEO}
+
+
+def test_svg2_keeps_its_state_over_calls_of_one_program(pool: Pool) -> None:
+    options = {"method": "svg2", "inner_backend": "eager", "provider": "reference"}
+    for outcome, programs in pool.run(3, partial(compare, build=joint, options=options, calls=3)):
+        assert outcome.output <= 1e-5
+        assert len(outcome.sharding.sites) == 2
+        assert programs == 1
+
+
+def test_inductor_trains_with_the_gradients_of_one_process(pool: Pool) -> None:
+    options = {"method": "tile", "provider": "reference"}
+    for outcome, _ in pool.run(2, partial(compare, build=attend, options=options, trains=True)):
+        assert outcome.output <= 1e-5
+        assert outcome.gradient <= 1e-5
+        assert len(outcome.sharding.sites) == 1
+
+
+def parallel(ranks: Ranks) -> dict[str, Any]:
+    mesh = DeviceMesh.from_group(process_group(ranks.group), "cpu")
+    return {"form": "hcp", "mesh": mesh, "timeout": ranks.timeout}
+
+
+def disagree(ranks: Ranks, about: str) -> str:
+    """The error of a rank, of which the last one differs from the others."""
+    torch._dynamo.reset()
+    other = ranks.rank == ranks.size - 1
+    model = attend()[0]
+    torch.manual_seed(other and about == "seed")
+    if other and about == "weights":
+        model.qkv.weight.data[0, 0] += 1e-3
+    video = VIDEO.flip(-1) if other and about == "values" else VIDEO
+    video = VIDEO[..., :2] if other and about == "sizes" else video
+    frames = 2 if other and about == "options" else 1
+    options = {
+        "method": "tile",
+        "reference_frames": frames,
+        "inner_backend": "eager",
+        "parallel": parallel(ranks),
+    }
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend="sparsify", options=options, dynamic=False)(video)
+    except RankError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("about", "named"),
+    [
+        ("options", "options, got {'method': 'tile', 'reference_frames': 1"),
+        ("seed", "seed, got 0 on rank 0 and 1 on rank 2"),
+        ("weights", "input l_self_modules_qkv_parameters_weight_, got [96, 32] float32 with sums"),
+        ("values", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
+        ("sizes", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
+    ],
+)
+def test_ranks_that_differ_say_so_before_they_exchange_anything(pool: Pool, about: str, named: str) -> None:
+    for message in pool.run(3, disagree, about):
+        assert f"ranks must have the same {named}" in message
+        assert "on rank 2: all ranks call one model with the same options, weights and inputs" in message
+        assert "\n" not in message
+
+
+def explained(ranks: Ranks) -> tuple[str, Tensor, Tensor]:
+    """(the explanation, the density of each head that stats knows on this rank, and in one process)."""
+    torch._dynamo.reset()
+    model, inputs = attend()
+    options = {"method": "svg2", "inner_backend": "eager", "dense_steps": 0, "dense_layers": 0}
+    text = str(sparsify_compiler.explain(model, **inputs, options={**options, "parallel": parallel(ranks)}))
+    found = []
+    for more in ({"parallel": parallel(ranks)}, {}):
+        torch._dynamo.reset()
+        again, inputs = attend()
+        with torch.no_grad():
+            torch.compile(again, backend="sparsify", options={**options, **more}, dynamic=False)(**inputs)
+        found.append(torch.as_tensor(sparsify_compiler.stats(again).measurements[0].density))
+    return text, found[0], found[1]
+
+
+def test_explain_and_stats_show_all_heads_on_every_rank(pool: Pool) -> None:
+    for text, shared, alone in pool.run(2, explained):
+        assert "2 ranks share 18 tokens, and the heads of 1 attention calls" in text
+        assert shared.numel() == 2
+        assert torch.equal(shared, alone)
+
+
+def without_group(form: Any) -> Tensor:
+    model, inputs = attend()
+    options = {"method": "tile", "inner_backend": "eager", "parallel": form}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(model, backend="sparsify", options=options, dynamic=False)(**inputs)
+
+
+def test_without_a_process_group_auto_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = attend()
+    options = {"method": "tile", "inner_backend": "eager"}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        alone = torch.compile(model, backend="sparsify", options=options, dynamic=False)(**inputs)
+    assert torch.equal(without_group("auto"), alone)
+    assert "parallel='auto' does nothing: there is no process group" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"form": "hcp"}, "parallel's form 'hcp' needs a process group"),
+        ("hcp", r"parallel must be 'auto' or a dict of form, mesh, balance, timeout, got 'hcp'"),
+        ({"forms": "hcp"}, r"unknown option of parallel 'forms'.*Did you mean 'form'"),
+        ({"form": "scp"}, r"parallel's form 'scp' is not available yet: must be one of auto, hcp"),
+        ({"form": "hybrid"}, r"parallel's form 'hybrid' is not available yet"),
+        ({"form": "hpc"}, r"unknown form of parallel 'hpc'.*Did you mean 'hcp'"),
+        ({"form": None}, r"unknown form of parallel None"),
+        ({"balance": "video"}, r"parallel's balance 'video' is not available yet: must be one of off"),
+        ({"balance": 4}, r"unknown balance of parallel 4"),
+        ({"mesh": 2}, r"parallel's mesh must be a DeviceMesh of one dimension, got 2"),
+        ({"timeout": 0}, r"parallel's timeout must be a positive number of seconds, got 0"),
+        ({"timeout": True}, r"parallel's timeout must be a positive number of seconds, got True"),
+    ],
+)
+def test_wrong_options_are_named(asked: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        without_group(asked)
+
+
+def test_regional_compilation_is_refused() -> None:
+    with pytest.raises(OptionError, match="parallel shares a whole model, got regional=True"):
+        sparsify_compiler.apply(Attend(), regional=True, parallel="auto")
+
+
+def with_graphs(ranks: Ranks) -> str:
+    model, inputs = attend()
+    torch._dynamo.reset()
+    options = {"method": "tile", "parallel": parallel(ranks)}
+    try:
+        compiled: Any = partial(sparsify_compiler.backend.sparsify, options=options, mode="reduce-overhead")
+        torch.compile(model, backend=compiled, dynamic=False)(**inputs)
+    except OptionError as error:
+        return str(error)
+    return "no error"
+
+
+def test_cuda_graphs_are_refused(pool: Pool) -> None:
+    assert pool.run(1, with_graphs)[0].startswith("parallel does not work with CUDA graphs, got mode=")
