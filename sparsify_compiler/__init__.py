@@ -47,6 +47,9 @@ from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
+    from sparsify_compiler.exporting import export
+    from sparsify_compiler.exporting.files import Exported
+    from sparsify_compiler.exporting.loaded import Loaded, load
     from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.policy import Policy
@@ -71,8 +74,10 @@ __all__ = [
     "Distillation",
     "DistillationLoss",
     "Explanation",
+    "Exported",
     "GraphPlan",
     "GridError",
+    "Loaded",
     "OptionError",
     "Policy",
     "PolicyError",
@@ -83,7 +88,9 @@ __all__ = [
     "TokenLayout",
     "apply",
     "explain",
+    "export",
     "generation",
+    "load",
     "sample_few_steps",
     "stats",
 ]
@@ -97,10 +104,14 @@ _LAZY = {
     "Distillation": "training.distillation",
     "DistillationLoss": "training.distillation",
     "Explanation": "explanation",
+    "Exported": "exporting.files",
+    "Loaded": "exporting.loaded",
     "Policy": "policy",
     "RunStats": "measured",
     "apply": "hosts.apply",
     "explain": "explanation",
+    "export": "exporting",
+    "load": "exporting.loaded",
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",
     "stats": "measured",

@@ -19,7 +19,7 @@ ROOT = Path(sparsify_compiler.__file__).parent
 LAYERS = (
     {"cli"},
     {"lab"},
-    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "uncompiled", "training", "export"},
+    {"__init__", "hosts", "doctor", "diffusers_model", "explanation", "uncompiled", "training", "exporting"},
     {"backend", "measured"},
     {"passes"},
     {"runtime", "policy"},
