@@ -124,8 +124,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _kind(value: object) -> str:
-    return (
-        f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
-        if isinstance(value, Mapping)
-        else repr(value)
-    )
+    if not isinstance(value, Mapping):
+        return type(value).__name__
+    return f"a mapping of {', '.join(map(str, value)) or 'nothing'}"
