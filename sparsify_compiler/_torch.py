@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.nn import Module
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -405,15 +405,29 @@ def tracing(
                 reset_code(code)
 
 
-def capture_for_export(model: Module, kwargs: Mapping[str, Any]) -> tuple[fx.GraphModule, TreeSpec]:
+def capture_for_export(
+    model: Module, kwargs: Mapping[str, Any], batch: int | None = None
+) -> tuple[fx.GraphModule, TreeSpec]:
     """(Dynamo's graph of `model(**kwargs)`, the form of the output whose leaves the graph returns).
 
     The graph's inputs are the leaves of `kwargs`; the tensors of the model are its attributes. The later capture of
     PyTorch makes them inputs too, which the passes cannot copy. This one is in torch 2.11 and 2.13. It resets
     Dynamo.
+
+    Args:
+        batch: the size that stays free where it is the first of a tensor's and the model lets it.
     """
+    from torch._dynamo import maybe_mark_dynamic
     from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
 
+    def marked(leaf: Any) -> Any:
+        if batch is None or not isinstance(leaf, Tensor) or leaf.shape[:1] != (batch,):
+            return leaf
+        leaf = leaf.view_as(leaf)  # a mark stays with its tensor
+        maybe_mark_dynamic(leaf, 0)
+        return leaf
+
+    kwargs = tree_map(marked, dict(kwargs))
     gm = _dynamo_graph_capture_for_export(model)(**kwargs)
     out_spec: Any = gm._out_spec
     gm.graph.set_codegen(fx.graph.CodeGen())
@@ -450,6 +464,18 @@ def _types_in(spec: TreeSpec) -> Iterator[type]:
         yield spec.type
         for child in spec.children():
             yield from _types_in(child)
+
+
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Suppress what the ONNX exporter logs about packages that are not installed."""
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -15,17 +15,15 @@ from torch import nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
-from sparsify_compiler.errors import unknown_choice
+from sparsify_compiler.errors import OptionError, unknown_choice
 from sparsify_compiler.exporting.capture import capture
-from sparsify_compiler.exporting.files import Exported, check_path
-from sparsify_compiler.exporting.files import aoti as _aoti
-from sparsify_compiler.exporting.files import torch_programs as _torch_programs
+from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
 from sparsify_compiler.exporting.loaded import Loaded, load
+from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
 
 __all__ = ["FORMATS", "Exported", "Loaded", "export", "load"]
 
-FORMATS = {"torch": _torch_programs, "aoti": _aoti}
-"""Format -> the function that writes it."""
+FORMATS = ("torch", "aoti", "onnx")
 
 
 def export(
@@ -35,6 +33,7 @@ def export(
     *,
     format: str = "torch",
     options: Mapping[str, Any] | None = None,
+    opset: int = OPSETS[0],
 ) -> Exported:
     """Write a model with sparse attention to files.
 
@@ -55,8 +54,12 @@ def export(
     """
     if format not in FORMATS:
         raise unknown_choice("format", format, FORMATS)
+    if opset not in OPSETS:
+        raise OptionError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset!r}")
     target = check_path(path)
     options = _torch.options_of(model) if options is None else options
     module: Any = _torch.uncompiled(model)
-    captured = capture(module, kwargs, configure(options))
-    return FORMATS[format](captured, target)
+    captured = capture(module, kwargs, configure(options), free_batch=format == "onnx")
+    if format == "onnx":
+        return onnx_file(captured, target, opset=opset)
+    return torch_programs(captured, target) if format == "torch" else aoti(captured, target)

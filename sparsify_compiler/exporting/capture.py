@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import TreeSpec, tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.fx import tensor_of
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
 
@@ -38,6 +39,8 @@ class Captured:
     out_spec: TreeSpec
     """The form of the model's output, whose leaves the graph returns."""
     config: SparsifyConfig
+    batch: int | None = None
+    """The size that is free in the graph, where it is the first of a tensor's; None if all are fixed."""
 
     @property
     def plan(self) -> GraphPlan:
@@ -49,18 +52,49 @@ class Captured:
         """The arguments that are tensors or hold tensors: the inputs of a program."""
         return {name: value for name, value in self.kwargs.items() if has_tensor(value)}
 
+    @property
+    def input_names(self) -> list[str]:
+        """The names of the inputs of a program: of the arguments, with a number where one holds several tensors."""
+        found = []
+        for name, value in self.tensors.items():
+            leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            found += [name] if len(leaves) == 1 else [f"{name}_{place}" for place in range(len(leaves))]
+        return found
 
-def capture(model: nn.Module, kwargs: Mapping[str, Any], config: SparsifyConfig) -> Captured:
+    @property
+    def output_names(self) -> list[str]:
+        """The names of the outputs: the fields of the model's output, if it has names for them."""
+        count, names = self.out_spec.num_leaves, self.out_spec.context
+        if (
+            isinstance(names, (list, tuple))
+            and len(names) == count
+            and all(isinstance(n, str) for n in names)
+        ):
+            return list(names)
+        return ["output"] if count == 1 else [f"output_{place}" for place in range(count)]
+
+    def is_of_batch(self, tensor: Tensor) -> bool:
+        """Whether the first size of an argument is free."""
+        return self.batch is not None and tensor.shape[:1] == (self.batch,)
+
+
+def capture(
+    model: nn.Module, kwargs: Mapping[str, Any], config: SparsifyConfig, *, free_batch: bool = False
+) -> Captured:
     """Capture `model(**kwargs)`. Dynamo forgets the programs that it has compiled; they are compiled again.
+
+    Args:
+        free_batch: whether to leave the size of the batch free, if the model lets it.
 
     Raises:
         OptionError: the call cannot be exported, or options do not fit the model.
         SparsifyError: the model is not one graph.
     """
     _check(model, kwargs)
+    several, batch = _of_several(kwargs) if free_batch else (kwargs, None)
     try:
         with torch.no_grad():
-            gm, out_spec = _torch.capture_for_export(model, kwargs)
+            gm, out_spec = _torch.capture_for_export(model, several, batch)
     except SparsifyError:
         raise
     except Exception as error:  # whatever Dynamo or the model's own code raises
@@ -73,8 +107,16 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], config: SparsifyConfig)
             f"{type(model).__name__} turns autocast on in its own code, which a file cannot hold: cast the model "
             "with model.to(dtype)"
         )
+    if batch is not None and not _has_free_size(gm):
+        return capture(model, kwargs, config)
+    kwargs = several
     captured = Captured(
-        model=model, kwargs=kwargs, analysed=pipeline.analyse(gm, config), out_spec=out_spec, config=config
+        model=model,
+        kwargs=kwargs,
+        analysed=pipeline.analyse(gm, config),
+        out_spec=out_spec,
+        config=config,
+        batch=batch,
     )
     if waiting := [one.site.name for one in captured.plan.sparse if learns(one)]:
         raise OptionError(
@@ -82,6 +124,31 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], config: SparsifyConfig)
             "sparsify_compiler.DSVTrainer, and give options={'predictor': its file}"
         )
     return captured
+
+
+def _of_several(kwargs: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """(the arguments with a batch of at least 2, that batch): a size of 1 is never free.
+
+    The batch is the first size of the largest tensor.
+    """
+    tensors = [leaf for leaf in tree_leaves(kwargs) if isinstance(leaf, Tensor) and leaf.dim()]
+    batch = max(tensors, key=Tensor.numel).shape[0]
+    if batch > 1:
+        return kwargs, batch
+
+    def twice(leaf: Any) -> Any:
+        is_of_batch = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == batch
+        return torch.cat([leaf, leaf]) if is_of_batch else leaf
+
+    return tree_map(twice, dict(kwargs)), 2
+
+
+def _has_free_size(gm: fx.GraphModule) -> bool:
+    """Whether a size of an input is free."""
+    values = (tensor_of(node) for node in gm.graph.find_nodes(op="placeholder"))
+    return any(
+        _torch.known(size) is None for value in values if value is not None for size in value.shape[:1]
+    )
 
 
 def _check(model: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ A folder is written under another name and then renamed, so no folder of this na
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import __version__, _torch
+from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.exporting import report
 from sparsify_compiler.exporting.arguments import described
 from sparsify_compiler.exporting.capture import Captured, first_line
+from sparsify_compiler.exporting.report import Report, Run, Times
 from sparsify_compiler.exporting.state import Functional, functional, name_in_model, phases
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
@@ -46,6 +49,44 @@ class Exported:
     """The phases that have a program."""
     size: int
     """The size of all files, in bytes."""
+    captured: Captured
+    """The call that was exported."""
+
+    def check(self, calls: int = 3, seed: int = 0) -> Report:
+        """Run the files beside PyTorch's sparse model on random inputs.
+
+        Raises:
+            OptionError: a number is wrong.
+            SparsifyError: ONNX Runtime is missing.
+        """
+        if (integer(calls) or 0) < 1 or (integer(seed) or 0) < 0:
+            raise OptionError(f"calls must be at least 1 and seed at least 0, got {calls!r} and {seed!r}")
+        return report.check(self.captured, self._runs(), calls, seed)
+
+    def benchmark(self, calls: int = 5) -> Times:
+        """Measure the CPU time of a call of each file, and of the model itself in PyTorch, dense.
+
+        Raises:
+            OptionError: a number is wrong.
+            SparsifyError: ONNX Runtime is missing.
+        """
+        if (integer(calls) or 0) < 1:
+            raise OptionError(f"calls must be at least 1, got {calls!r}")
+        return report.benchmark(self.captured, self._runs(), calls)
+
+    def _runs(self) -> dict[str, Run]:
+        """Phase -> a function that runs its file."""
+        if self.format == "onnx":
+            return {phase: report.onnx_run(self.file(phase)) for phase in self.phases}
+        from sparsify_compiler.exporting.loaded import load
+
+        return {phase: report.program_run(one) for phase, one in load(self.path).programs.items()}
+
+    def file(self, phase: str) -> Path:
+        """The file of a phase."""
+        if self.format == "onnx":
+            return onnx_path(self.path, phase, self.phases)
+        return self.path / f"{phase}.pt2"
 
     def __str__(self) -> str:
         return (
@@ -97,7 +138,7 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
             module = functional(captured, phase)
             weights |= write(_program(module, captured), folder / f"{phase}.pt2", phase)
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
-        content = json.dumps(_plan(captured, format, module), indent=1)
+        content = json.dumps(plan_of(captured, format, module), indent=1)
         (folder / PLAN).write_text(content + "\n", "utf-8")
     return Exported(
         path=path,
@@ -105,7 +146,13 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
         plan=captured.plan,
         phases=phases(captured),
         size=sum(file.stat().st_size for file in path.iterdir()),
+        captured=captured,
     )
+
+
+def onnx_path(path: Path, phase: str, phases: Sequence[str]) -> Path:
+    """The file of a phase with format `onnx`: the last phase has the path that was asked for."""
+    return path if phase == phases[-1] else path.with_suffix(f".{phase}.onnx")
 
 
 def _program(module: Functional, captured: Captured) -> torch.export.ExportedProgram:
@@ -119,7 +166,8 @@ def _without_memory(tensor: Tensor) -> Tensor:
     return nn.Parameter(small, requires_grad=False) if isinstance(tensor, nn.Parameter) else small
 
 
-def _plan(captured: Captured, format: str, module: Functional) -> dict[str, Any]:
+def plan_of(captured: Captured, format: str, module: Functional) -> dict[str, Any]:
+    """All that a file says about itself, as JSON."""
     kwargs = captured.kwargs
     return {
         "format": FORMAT,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import METHODS, compiled, generation, outputs, policy, predictor_file
+from loops import METHODS, compiled, generation, joint, outputs, policy, predictor_file
 from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, nn
 
@@ -62,11 +62,10 @@ def test_a_generation_is_that_of_torch_compile_bit_for_bit(family: str, method: 
     assert torch.equal(got[-1], dense[-1]) == (sparse == 0), "the check must be able to fail"
 
 
-@needs_diffusers
-def test_a_method_with_state_runs_in_a_fresh_process(wan: Made, tmp_path: Path) -> None:
-    """svg2 in one of two layers: a dense and a sparse program, state of two streams, weights in one file."""
-    model, inputs = wan
-    options = METHODS["svg2"] | {"dense_steps": 1, "dense_layers": 1}
+def test_a_method_with_state_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    """A dense and a sparse program, state of two streams, weights in one file."""
+    model, inputs = joint(GRID, 1)
+    options = METHODS["svg2"] | {"dense_steps": 1}
     path = tmp_path / "out"
     exported = export(model, inputs, path, options=options)
     assert [plan.method for plan in exported.plan.sparse] == ["svg2"]
@@ -331,7 +330,6 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@needs_diffusers
-def test_dsv_needs_a_predictor(wan: Made, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"blocks.0.attn1 has method 'dsv' without a predictor: train one"):
-        export(*wan, tmp_path / "out", options={"method": "dsv"})
+def test_dsv_needs_a_predictor(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"attention has method 'dsv' without a predictor: train one"):
+        export(*joint(GRID, 1), tmp_path / "out", options={"method": "dsv"})
