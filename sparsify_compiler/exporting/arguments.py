@@ -56,7 +56,7 @@ def bind(known: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any
     found = {}
     for name, one in known["given"].items():
         if name not in named and name not in defaults:
-            raise OperandError(f"argument {name!r} is missing: the exported call has it")
+            raise OperandError(f"argument {name!r} is missing: the exported call was made with it")
         value = named.get(name, defaults.get(name))
         wanted, got = _text(one), _text(_described(value))
         if wanted != got:

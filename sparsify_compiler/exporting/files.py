@@ -53,7 +53,7 @@ class Exported:
     """The call that was exported."""
 
     def check(self, calls: int = 3, seed: int = 0) -> Report:
-        """Run the files beside PyTorch's sparse model on random inputs.
+        """Run the files and PyTorch's sparse model on the same random inputs, and compare.
 
         Raises:
             OptionError: a number is wrong.
@@ -151,7 +151,7 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
 
 
 def onnx_path(path: Path, phase: str, phases: Sequence[str]) -> Path:
-    """The file of a phase with format `onnx`: the last phase has the path that was asked for."""
+    """The file of a phase with format `onnx`: the last phase has the path itself."""
     return path if phase == phases[-1] else path.with_suffix(f".{phase}.onnx")
 
 

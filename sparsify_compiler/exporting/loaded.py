@@ -35,7 +35,7 @@ class Loaded:
 
     def __init__(self, content: Mapping[str, Any], programs: Mapping[str, Program]) -> None:
         self.plan = content
-        """What `plan.json` holds."""
+        """The content of `plan.json`."""
         self.programs = programs
         """Phase -> its program."""
         self.state = ModelState()
@@ -118,7 +118,7 @@ def _package(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:
 
 
 def _content(folder: Path) -> dict[str, Any]:
-    """What the file of the plan holds.
+    """The content of the file of the plan.
 
     Raises:
         OptionError: it cannot be read here.

@@ -360,6 +360,6 @@ def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:
     for old, value in zip(held, new, strict=True):
         assert old is not None
         # Hidden from autograd, which saves these tensors: they are operands of bodies that run again in backward.
-        # Export has no autograd, and does not see what is hidden.
+        # Export has no autograd, and would not see the write.
         hidden = old if torch.compiler.is_exporting() else old.data
         hidden.copy_(value)

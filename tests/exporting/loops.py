@@ -75,7 +75,7 @@ def joint(grid: Grid, batch: int, seed: int = 0) -> tuple[Joint, Inputs]:
 
 
 def generation(inputs: Inputs, steps: int) -> Iterator[Inputs]:
-    """The calls of a generation with guidance in two calls. Nothing tells the model which call is which."""
+    """The calls of a generation with guidance in two calls. Nothing but the inputs distinguishes them."""
     draw = torch.Generator().manual_seed(1)
     for step in range(steps):
         latents = torch.randn(inputs["hidden_states"].shape, generator=draw).to(inputs["hidden_states"])

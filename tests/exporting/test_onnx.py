@@ -1,4 +1,4 @@
-"""ONNX files: equal to PyTorch's sparse model in ONNX Runtime, valid, of standard operators; what is refused."""
+"""ONNX files: equal to PyTorch's sparse model in ONNX Runtime, valid, of standard operators; refusals."""
 
 import itertools
 import json
@@ -153,7 +153,7 @@ def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     assert exported.check().errors["dense"].relative < 1e-6
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(

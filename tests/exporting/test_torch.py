@@ -1,4 +1,4 @@
-"""Exports that PyTorch runs: equal to torch.compile, in a fresh process, and what is said about wrong calls."""
+"""Exports that PyTorch runs: equal to torch.compile, in a fresh process; errors for wrong calls."""
 
 import json
 import subprocess
