@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sparsify_compiler.exporting import export
     from sparsify_compiler.exporting.files import Exported
     from sparsify_compiler.exporting.loaded import Loaded, load
+    from sparsify_compiler.exporting.onnx import onnx_custom_ops
     from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.policy import Policy
@@ -91,6 +92,7 @@ __all__ = [
     "export",
     "generation",
     "load",
+    "onnx_custom_ops",
     "sample_few_steps",
     "stats",
 ]
@@ -112,6 +114,7 @@ _LAZY = {
     "explain": "explanation",
     "export": "exporting",
     "load": "exporting.loaded",
+    "onnx_custom_ops": "exporting.onnx",
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",
     "stats": "measured",

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import OptionError, SparsifyError
-from sparsify_compiler.exporting.capture import Captured
+from sparsify_compiler.exporting.capture import Captured, first_line
 from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of
 from sparsify_compiler.exporting.standard import (
     OPERATOR,
@@ -34,6 +34,7 @@ from sparsify_compiler.exporting.standard import (
     check,
 )
 from sparsify_compiler.exporting.state import functional, phases
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.passes.reports import site_nodes
@@ -104,6 +105,26 @@ def _collecting(path: Path, names: Sequence[str]) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def onnx_custom_ops() -> Path:
+    """The library with which ONNX Runtime runs our C++ kernel in place of the nodes' bodies.
+
+        session_options.register_custom_ops_library(str(sparsify_compiler.onnx_custom_ops()))
+
+    It has nodes of fp32 and fp16 on the CPU, and uses as many threads as OpenMP. A table that does not fit its
+    tensors gives NaN. It is built at its first use, as the CPU kernel is.
+
+    Raises:
+        SparsifyError: it cannot be built here.
+    """
+    built = library.build_info()
+    if built.library is None:
+        raise SparsifyError(
+            f"the library needs a C++ compiler: {first_line(OSError(built.reason))} Install g++; without the "
+            "library, ONNX Runtime runs the bodies of the nodes"
+        )
+    return built.library
 
 
 def _library() -> Any:

@@ -17,8 +17,9 @@ from test_standard import plan_of
 from test_torch import CALL, Small
 from torch import Tensor
 
-from sparsify_compiler import OptionError, SparsifyError, export
+from sparsify_compiler import OptionError, SparsifyError, export, onnx_custom_ops
 from sparsify_compiler.exporting.standard import check
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.testing.models import CASES, Inputs
 
 pytestmark = [fresh_dynamo, no_warnings]
@@ -52,13 +53,21 @@ Softplus Split Sqrt Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where X
 """Operators that TensorRT's parser of ONNX reads, by its list of supported operators."""
 
 
-def run(file: Path, inputs: Inputs) -> list[Tensor]:
-    """The outputs of ONNX Runtime."""
+def run(file: Path, inputs: Inputs, *, kernel: bool = False) -> list[Tensor]:
+    """The outputs of ONNX Runtime. `kernel`: with our kernel in place of the nodes' bodies."""
+    import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    optimised = file.with_suffix(".optimised")
+    options.optimized_model_filepath = str(optimised)
+    options.log_severity_level = 3
+    if kernel:
+        options.register_custom_ops_library(str(onnx_custom_ops()))
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    left = any(node.domain == "sparsify" for node in onnx.load(optimised).graph.node)
+    assert left == kernel, "without a kernel a body is inlined"
     given = {one.name: inputs[one.name].numpy() for one in session.get_inputs()}
     return [torch.from_numpy(one) for one in session.run(None, given)]
 
@@ -114,6 +123,9 @@ def test_onnx_runtime_gives_what_pytorch_gives(family: str, method: str, opset: 
         (got,) = run(file, others)
         error = (got - expected).norm() / expected.norm()
         assert error < 1e-4
+        if exported.plan.sparse and library.build_info().library is not None:
+            (fast_got,) = run(file, others, kernel=True)
+            assert (fast_got - expected).norm() / expected.norm() < 1e-4
         assert method == "dense" or error < 0.01 * (expected - dense).norm() / dense.norm()
 
 
