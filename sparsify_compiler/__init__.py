@@ -47,6 +47,10 @@ from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, Toke
 
 if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
+    from sparsify_compiler.exporting import export
+    from sparsify_compiler.exporting.files import Exported
+    from sparsify_compiler.exporting.loaded import Loaded, load
+    from sparsify_compiler.exporting.onnx import onnx_custom_ops
     from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
     from sparsify_compiler.policy import Policy
@@ -72,8 +76,10 @@ __all__ = [
     "Distillation",
     "DistillationLoss",
     "Explanation",
+    "Exported",
     "GraphPlan",
     "GridError",
+    "Loaded",
     "OptionError",
     "Policy",
     "PolicyError",
@@ -84,7 +90,10 @@ __all__ = [
     "TokenLayout",
     "apply",
     "explain",
+    "export",
     "generation",
+    "load",
+    "onnx_custom_ops",
     "sample_few_steps",
     "stats",
 ]
@@ -99,10 +108,15 @@ _LAZY = {
     "Distillation": "training.distillation",
     "DistillationLoss": "training.distillation",
     "Explanation": "explanation",
+    "Exported": "exporting.files",
+    "Loaded": "exporting.loaded",
     "Policy": "policy",
     "RunStats": "measured",
     "apply": "hosts.apply",
     "explain": "explanation",
+    "export": "exporting",
+    "load": "exporting.loaded",
+    "onnx_custom_ops": "exporting.onnx",
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",
     "stats": "measured",

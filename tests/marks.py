@@ -7,3 +7,7 @@ import pytest
 fresh_dynamo = pytest.mark.usefixtures("fresh_dynamo")
 no_warnings = pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="needs diffusers")
+needs_onnx = pytest.mark.skipif(
+    not all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="needs onnx, onnxscript and onnxruntime: pip install 'sparsify-compiler[onnx]'",
+)

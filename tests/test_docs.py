@@ -1,6 +1,7 @@
 """The documentation agrees with the code: code runs, outputs and tables are as printed, names and links exist."""
 
 import copy
+import importlib
 import importlib.util
 import math
 import re
@@ -9,6 +10,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -16,6 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import typer
+from marks import needs_onnx
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -339,19 +342,52 @@ def code_below(path: Path) -> dict[str, str]:
     return {HEADING.findall(text[: found.start()])[-1]: found[1] for found in generate.CODE.finditer(text)}
 
 
+def exporting() -> dict[str, Any]:
+    transformer, inputs = video()
+    return {
+        "torch": torch,
+        "sparsify_compiler": sparsify_compiler,
+        "transformer": transformer,
+        "inputs": inputs,
+        "onnxruntime": importlib.import_module("onnxruntime") if find_spec("onnxruntime") else None,
+    }
+
+
+def output_is_that_of_the_model(found: Mapping[str, Any]) -> None:
+    assert found["output"][0].shape[-3:] == found["inputs"]["hidden_states"].shape[-3:]
+
+
+EXPORTS: dict[str, Any] = {
+    "PyTorch": (exporting, output_is_that_of_the_model),
+    "AOTInductor": (exporting, output_is_that_of_the_model),
+    "ONNX Runtime": (exporting, output_is_that_of_the_model),
+}
+"""The same for the page about exports."""
+
+CODE = [
+    *(("usage.md", heading) for heading in USES),
+    ("export.md", "PyTorch"),
+    pytest.param("export.md", "AOTInductor", marks=pytest.mark.nightly),
+    pytest.param("export.md", "ONNX Runtime", marks=[pytest.mark.nightly, needs_onnx]),
+]
+"""(page, heading) of all code of the pages."""
+
+
 def test_all_code_is_run() -> None:
     for path in PAGES:
-        run = {"README.md": ["sparsify-compiler"], "usage.md": list(USES)}.get(path.name, [])
+        run = {"README.md": ["sparsify-compiler"], "usage.md": [*USES], "export.md": [*EXPORTS]}.get(
+            path.name, []
+        )
         assert list(code_below(path)) == run, f"{path.name} has code that no test runs"
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
-@pytest.mark.parametrize("heading", USES)
-def test_code_runs(heading: str) -> None:
-    names, check = USES[heading]
+@pytest.mark.parametrize(("page", "heading"), CODE)
+def test_code_runs(page: str, heading: str) -> None:
+    names, check = (USES | EXPORTS)[heading]
     found = names()
-    exec(compile(code_below(ROOT / "docs" / "usage.md")[heading], heading, "exec"), found)
+    exec(compile(code_below(ROOT / "docs" / page)[heading], heading, "exec"), found)
     check(found)
 
 
@@ -375,7 +411,7 @@ def test_files_exist(path: Path) -> None:
         assert any(place.exists() for place in places), f"{name(path)} names {named}"
 
 
-MADE = {"masks.png", "density.png", "DIR/report.md"}
+MADE = {"masks.png", "density.png", "DIR/report.md", "plan.json"}
 """Files that commands write."""
 
 

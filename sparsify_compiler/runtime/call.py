@@ -215,12 +215,7 @@ class ModelCall:
     @cached_property
     def time_name(self) -> str | None:
         """The name of the argument that is the time step."""
-        numbers = {name: value for name, value in self.named.items() if _is_number(value)}
-        named = [name for name in numbers if TIME_STEP.fullmatch(name.lower())]
-        if named:
-            return named[0]
-        short = [name for name, value in numbers.items() if isinstance(value, Tensor) and value.dim() <= 1]
-        return short[0] if len(short) == 1 else None
+        return time_argument(self.named)
 
     @cached_property
     def shapes(self) -> Hashable:
@@ -259,14 +254,7 @@ class ModelCall:
         """The time steps and `Prints` of the call, for the clock; none where it only counts calls."""
         if self.time_name is None or not self.model.state.clock.reads():
             return None, {}
-        others = {
-            f"{name}.{place}": leaf
-            for name, value in self.named.items()
-            if name != self.time_name
-            for place, leaf in enumerate(tree_leaves(value))
-            if isinstance(leaf, Tensor)
-        }
-        return read(self.named[self.time_name], others)
+        return read_arguments(self.named, self.time_name)
 
     def tick(self) -> Tick:
         """The place of this call in a generation. The clock counts it once."""
@@ -391,6 +379,28 @@ class Hook:
         finally:
             _open.reset(token)
         return result
+
+
+def time_argument(named: Mapping[str, Any]) -> str | None:
+    """The name of the argument of a call that is the time step."""
+    numbers = {name: value for name, value in named.items() if _is_number(value)}
+    times = [name for name in numbers if TIME_STEP.fullmatch(name.lower())]
+    if times:
+        return times[0]
+    short = [name for name, value in numbers.items() if isinstance(value, Tensor) and value.dim() <= 1]
+    return short[0] if len(short) == 1 else None
+
+
+def read_arguments(named: Mapping[str, Any], time_name: str) -> tuple[Times, Prints]:
+    """`read` of the arguments of a call."""
+    others = {
+        f"{name}.{place}": leaf
+        for name, value in named.items()
+        if name != time_name
+        for place, leaf in enumerate(tree_leaves(value))
+        if isinstance(leaf, Tensor)
+    }
+    return read(named[time_name], others)
 
 
 def read(time: Tensor | float, others: Mapping[str, Tensor]) -> tuple[Times, Prints]:

@@ -78,7 +78,7 @@ class SparseSite(nn.Module):
         """
         function = self.function
         query, key, value = attention.cast(query, key, value)
-        with _named(self.site.name), torch.autocast(query.device.type, enabled=False):
+        with _named(self.site.name), attention.without_autocast(query.device.type):
             _check_sizes(self.site, query, key, value, batch=function.inputs.remembers)
             bound = function.inputs.bind(tensors)
             out, report, *state = function.attend(query, key, value, key_bias, bound, self.site.name)
@@ -104,7 +104,7 @@ class Observer(nn.Module):
         function = self.function
         bound = function.inputs.bind(tensors)
         query, key, _ = attention.cast(query, key, key)
-        with _named(self.site.name), torch.autocast(query.device.type, enabled=False):
+        with _named(self.site.name), attention.without_autocast(query.device.type):
             _check_sizes(self.site, query, key, batch=not bound.observed)
             if bound.observed:
                 function.learn(query, key, key_bias, bound, self.site.name)
@@ -136,13 +136,16 @@ class SiteFunction:
     ) -> list[Tensor]:
         """[out, report, *state], as one opaque op where no gradients are needed. `site`: its name."""
         inputs = self.inputs.to_select(bound)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if learns or torch.compiler.is_exporting():  # a file has no functions of this process
             return self.trace(query, key, value, key_bias, inputs)
         return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name, site)
 
     def observe(self, query: Tensor, key: Tensor, bound: Bound, site: str) -> list[Tensor]:
         """The state after a dense call."""
         inputs = self.inputs.to_select(bound)
+        if torch.compiler.is_exporting():
+            return self.trace_observe(query, key, inputs)
         return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name, site)
 
     def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
@@ -370,5 +373,8 @@ def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
 def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:
     """Write new values into tensors that are kept from call to call."""
     for old, value in zip(held, new, strict=True):
+        assert old is not None
         # Hidden from autograd, which saves these tensors: they are operands of bodies that run again in backward.
-        old.data.copy_(value)  # type: ignore[union-attr]
+        # Export has no autograd, and would not see the write.
+        hidden = old if torch.compiler.is_exporting() else old.data
+        hidden.copy_(value)

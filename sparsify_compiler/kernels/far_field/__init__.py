@@ -127,7 +127,7 @@ def attention_with_far_field(
         provider, device=device, dtype=query.dtype, head_dim=query.shape[-1], value_dim=value.shape[-1]
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    with torch.autocast(device, enabled=False):
+    with attention.without_autocast(device):
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":

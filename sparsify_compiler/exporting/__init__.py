@@ -1,0 +1,65 @@
+"""Export: a model with sparse attention as files that other programs load.
+
+    exported = sparsify_compiler.export(model, kwargs, "folder", format="torch", options={"method": "tile"})
+    model = sparsify_compiler.load("folder")
+
+`capture.py` makes one graph of a call, `state.py` a function of state and inputs for each phase, `files.py` the
+folder, and `loaded.py` reads it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsify_compiler import _torch
+from sparsify_compiler.backend import configure
+from sparsify_compiler.errors import OptionError, unknown_choice
+from sparsify_compiler.exporting.capture import capture
+from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
+from sparsify_compiler.exporting.loaded import Loaded, load
+from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
+
+__all__ = ["FORMATS", "Exported", "Loaded", "export", "load"]
+
+FORMATS = ("torch", "aoti", "onnx")
+
+
+def export(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    path: str | Path,
+    *,
+    format: str = "torch",
+    options: Mapping[str, Any] | None = None,
+    opset: int = OPSETS[0],
+) -> Exported:
+    """Write a model with sparse attention to files.
+
+    The files fit calls with the sizes of `kwargs`, and with the values of its arguments that are no tensors. Dynamo
+    forgets the programs that it has compiled in this process.
+
+    Args:
+        model: a module in evaluation mode, on its device. Dynamo must be able to make it one graph.
+        kwargs: the keyword arguments of one call.
+        path: a new folder.
+        format: `torch` (programs of torch.export) or `aoti` (packages of AOTInductor, which need a C++ compiler
+            here and none where they run).
+        options: the options of torch.compile; if None, those that `model` was compiled with.
+
+    Raises:
+        OptionError: options, arguments, path or format are wrong.
+        SparsifyError: the model cannot be captured as one graph, or a compiler is missing.
+    """
+    if format not in FORMATS:
+        raise unknown_choice("format", format, FORMATS)
+    if opset not in OPSETS:
+        raise OptionError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset!r}")
+    target = check_path(path)
+    options = _torch.options_of(model) if options is None else options
+    module: Any = _torch.uncompiled(model)
+    captured = capture(module, kwargs, configure(options), free_batch=format == "onnx")
+    if format == "onnx":
+        return onnx_file(captured, target, opset=opset)
+    return torch_programs(captured, target) if format == "torch" else aoti(captured, target)

@@ -1,0 +1,51 @@
+"""The command `sparsify export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a diffusers model")],
+    inputs: Annotated[
+        Path,
+        typer.Option(
+            help="calls of the model, as for `sparsify search`; the first one is exported, and the model is loaded "
+            "in its data type"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="a new folder; with format onnx a new .onnx file")],
+    format: Annotated[str, typer.Option(help="torch, aoti or onnx")] = "torch",
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="version of the standard operators of ONNX: 20 or 23")] = 20,
+    check: Annotated[
+        int, typer.Option(help="calls on random inputs in which the files are compared with PyTorch", min=0)
+    ] = 1,
+    benchmark: Annotated[
+        int, typer.Option(help="calls in which the files and the dense model are timed", min=0)
+    ] = 0,
+) -> None:
+    """Write a diffusers model with sparse attention to files that other programs load."""
+    from rich.console import Console
+
+    from sparsify_compiler import diffusers_model
+    from sparsify_compiler.exporting import export as exported_as
+    from sparsify_compiler.exporting.files import check_path
+
+    chosen = {
+        name: diffusers_model.parse_option(text)
+        for name, text in diffusers_model.assignments(options or (), "--option").items()
+    }
+    check_path(out)
+    calls = diffusers_model.read_calls(inputs)
+    model = diffusers_model.load(checkpoint, diffusers_model.dtype_of(calls)).eval()
+    console = Console(soft_wrap=True)
+    exported = exported_as(model, calls[0], out, format=format, options=chosen, opset=opset)
+    console.print(str(exported))
+    if check:
+        console.print(str(exported.check(check)))
+    if benchmark:
+        console.print(str(exported.benchmark(benchmark)))

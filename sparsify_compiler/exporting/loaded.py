@@ -1,0 +1,144 @@
+"""Load the folder of an exported model: a callable with the model's own arguments and outputs.
+
+The clock, the streams and their state are those of compiled models (`runtime/state.py`): `generation` works alike.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify_compiler import __version__, _torch
+from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.exporting.arguments import bind
+from sparsify_compiler.exporting.capture import first_line, has_tensor
+from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS
+from sparsify_compiler.exporting.state import name_in_model
+from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.runtime.call import read_arguments
+from sparsify_compiler.runtime.clock import Tick
+from sparsify_compiler.runtime.state import ModelState, Spec
+
+KERNELS = ("attention", "clustering", "far_field", "prediction", "statistics")
+"""The packages whose ops a program may call."""
+
+Program = Callable[..., Any]
+"""(output, state) = program(state, **inputs)"""
+
+
+class Loaded:
+    """An exported model. It is called as the model is."""
+
+    def __init__(self, content: Mapping[str, Any], programs: Mapping[str, Program]) -> None:
+        self.plan = content
+        """The content of `plan.json`."""
+        self.programs = programs
+        """Phase -> its program."""
+        self.state = ModelState()
+        self._steps = GraphPlan(dense_steps=content["dense steps"])
+        self._specs: list[Spec] = [
+            (name, tuple(shape), torch.device(device)) for name, shape, device in content["state"]
+        ]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+            OperandError: the arguments have other sizes, types or values than those of the exported call.
+        """
+        named = bind(self.plan["arguments"], args, kwargs)
+        tick = self._tick(named)
+        phase = "dense" if self._steps.runs_dense(tick.step, tick.steps) else "sparse"
+        stream = self.state.stream(self._specs, tick.stream)
+        begun = torch.tensor(stream.calls > 0 and tick.remembers, device="cpu")
+        state = (*([begun] if self.plan["initialised"] else []), *stream.tensors)
+        inputs = {name: value for name, value in named.items() if has_tensor(value)}
+        with torch.no_grad():
+            output, state = self.programs.get(phase, self.programs[self.plan["phases"][0]])(state, **inputs)
+        stream.tensors = [*state][self.plan["initialised"] :]
+        stream.calls += 1
+        return output
+
+    def _tick(self, named: Mapping[str, Any]) -> Tick:
+        """Count a call. Its inputs are read only where something depends on its step or stream."""
+        time = self.plan["time step"]
+        clocked = self._specs or self.plan["dense steps"] > 0
+        if clocked and time is not None and self.state.clock.reads():
+            return self.state.tick(*read_arguments(named, time))
+        return self.state.tick(None, {})
+
+
+def load(path: str | Path) -> Loaded:
+    """Load a model that `export` wrote with format `torch` or `aoti`.
+
+    Raises:
+        OptionError: the folder holds no such model, or one of another version or device.
+    """
+    folder = Path(path)
+    content = _content(folder)
+    for name in KERNELS:
+        importlib.import_module(f"sparsify_compiler.kernels.{name}")  # the ops of the programs
+    for name in content["outputs"]:
+        module, _, kind = name.rpartition(".")
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise SparsifyError(
+                f"the output of {content['model']} is a {kind} of {module}, which cannot be imported: {error}. "
+                "Install it, or export a call that returns a tuple (return_dict=False)"
+            ) from error
+    read = {"torch": _torch_program, "aoti": _package}[content["files"]]
+    try:
+        weights = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)
+        programs = {phase: read(folder / f"{phase}.pt2", phase, weights) for phase in content["phases"]}
+    except (OSError, RuntimeError, KeyError) as error:
+        raise OptionError(f"{str(path)!r} is damaged: {first_line(error)} Export the model again") from error
+    return Loaded(content, programs)
+
+
+def _torch_program(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:
+    program = torch.export.load(file)
+    for name, small in program.state_dict.items():
+        tensor = weights[name_in_model(name)]
+        is_parameter = isinstance(small, nn.Parameter)
+        program.state_dict[name] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+    return program.module()
+
+
+def _package(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:
+    def constant(name: str) -> Tensor:
+        own = name_in_model(name)
+        return weights[f"{phase}/{own}" if f"{phase}/{own}" in weights else own]
+
+    return _torch.load_ahead(file, constant)
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    """The content of the file of the plan.
+
+    Raises:
+        OptionError: it cannot be read here.
+    """
+    what = "path must be a folder that sparsify_compiler.export wrote"
+    try:
+        content = json.loads((folder / PLAN).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{what}, got {str(folder)!r}: {first_line(error)}") from error
+    kind = content.get("format") if isinstance(content, dict) else None
+    if kind != FORMAT:
+        raise OptionError(f"{what}, in the format {FORMAT!r}, got {kind!r}: export the model again")
+    for name, here in (("package", __version__), ("torch", torch.__version__)):
+        fits = content[name] == here or (name == "torch" and content["files"] == "torch")
+        if not fits:
+            called = "sparsify-compiler" if name == "package" else name
+            raise OptionError(
+                f"{str(folder)!r} was exported by {called} {content[name]}, and this is {here}: install that "
+                "version, or export the model again"
+            )
+    if content["device"] == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"{str(folder)!r} was exported on a GPU and needs one: export the model on the CPU")
+    return content

@@ -1,0 +1,318 @@
+"""Write ONNX: standard operators, and one node for each sparse attention whose body is standard operators too.
+
+    sparsify::BlockSparseAttention(query, key, value, q_bounds, kv_bounds, kv_num_blocks, kv_indices,
+                                   q_order, kv_order, key_bias; scale) -> (out, lse)
+
+A runtime inlines the body, or runs a kernel of this name. Bodies of different sites have different overloads.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from sparsify_compiler import _torch
+from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.exporting.capture import Captured, first_line
+from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of
+from sparsify_compiler.exporting.standard import (
+    OPERATOR,
+    Attend,
+    Bodies,
+    Body,
+    CubesSite,
+    Kind,
+    StaticSite,
+    body_of,
+    check,
+)
+from sparsify_compiler.exporting.state import functional, phases
+from sparsify_compiler.kernels.cpu import library
+from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.reports import site_nodes
+from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.table import BlockTable
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSETS = (20, 23)
+"""Versions of the standard operators. TensorRT reads the first."""
+
+INPUTS = ("query", "key", "value", *BlockTable.__slots__, "key_bias")
+"""The inputs of a node, in order."""
+
+LARGEST = 2_000_000_000
+"""Largest size in bytes of the tensors in one file; more go into a file of their own."""
+
+
+def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
+    """Write the sparse phase to `path`, and the dense phase next to it where steps of a generation stay dense.
+
+    Raises:
+        OptionError: a method has no form with constant sizes.
+        SparsifyError: a library is missing, or an operator has no form in ONNX.
+    """
+    if path.suffix != ".onnx":
+        raise OptionError(f"path must end in .onnx with format='onnx', got {path.name!r}")
+    for plan in captured.plan.sparse:
+        check(plan)
+    ir = _library()
+    own = phases(captured)
+    files = [onnx_path(path, phase, own) for phase in own]
+    for file in files:
+        check_path(file)
+    names: list[str] = []
+    with _collecting(path, names) as folder:
+        for phase, file in zip(own, files, strict=True):
+            model = _model(captured, phase, opset)
+            size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+            data = f"{file.name}.data" if size > LARGEST else None
+            ir.save(model, folder / file.name, external_data=data)
+            _check_file(folder / file.name)
+            names += [file.name] if data is None else [data, file.name]
+    return Exported(
+        path=path,
+        format="onnx",
+        plan=captured.plan,
+        phases=own,
+        size=sum(path.with_name(name).stat().st_size for name in names),
+        captured=captured,
+    )
+
+
+@contextmanager
+def _collecting(path: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield a new folder. At the end its files of these names move next to `path`; after an error none does."""
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    moved = []
+    try:
+        yield folder
+        for name in names:
+            (folder / name).rename(path.with_name(name))
+            moved.append(path.with_name(name))
+    except BaseException:
+        for file in moved:
+            file.unlink()
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def onnx_custom_ops() -> Path:
+    """The library with which ONNX Runtime runs our C++ kernel in place of the nodes' bodies.
+
+        session_options.register_custom_ops_library(str(sparsify_compiler.onnx_custom_ops()))
+
+    It has nodes of fp32 and fp16 on the CPU, and uses as many threads as OpenMP. A table that does not fit its
+    tensors gives NaN. It is built at its first use, as the CPU kernel is.
+
+    Raises:
+        SparsifyError: it cannot be built here.
+    """
+    built = library.build_info()
+    if built.library is None:
+        raise SparsifyError(
+            f"the library needs a C++ compiler: {first_line(OSError(built.reason))} Install g++; without the "
+            "library, ONNX Runtime runs the bodies of the nodes"
+        )
+    return built.library
+
+
+def _library() -> Any:
+    """`onnx_ir`. Raises SparsifyError where a library of the extra `onnx` is missing."""
+    try:
+        import onnx
+        import onnx_ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise SparsifyError(
+            f"format 'onnx' needs the package {error.name}: pip install 'sparsify-compiler[onnx]'"
+        ) from error
+    assert onnx is not None
+    return onnx_ir
+
+
+def _check_file(file: Path) -> None:
+    import onnx
+
+    onnx.checker.check_model(str(file))
+
+
+def _model(captured: Captured, phase: Any, opset: int) -> "ir.Model":
+    """The ONNX model of a phase."""
+    module = functional(captured, phase)
+    bodies = Bodies()
+    _standard_sites(module.model, bodies)
+    leaves, form = tree_flatten(captured.tensors)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def run(*tensors: Tensor) -> Any:
+        given = dict(zip(places, tensors, strict=True))
+        filled = [given.get(place, leaf) for place, leaf in enumerate(leaves)]
+        return tree_leaves(module((), **tree_unflatten(filled, form))[0])
+
+    model = _exported(
+        _Call(module, run),
+        [leaves[place] for place in places],
+        [captured.is_of_batch(leaves[place]) for place in places],
+        captured.input_names,
+        captured.output_names,
+        opset,
+    )
+    _spell_out(model)
+    _name_batch(model)
+    for number, (plan, kinds) in enumerate(bodies.found.values()):
+        function = _function(body_of(plan), kinds, number, opset)
+        model.functions[function.identifier()] = function
+    model.opset_imports.setdefault(OPERATOR.partition("::")[0], 1)
+    model.metadata_props["sparsify-compiler"] = json.dumps(
+        plan_of(captured, "onnx", module) | {"phase": phase}
+    )
+    model.graph.name = type(captured.model).__name__
+    return model
+
+
+def _standard_sites(gm: fx.GraphModule, bodies: Bodies) -> None:
+    """Replace the sites of a lowered graph by their form in standard operators."""
+    for node in site_nodes(gm):
+        plan: AttentionPlan = node.meta["plan"]
+        owner = node.graph.owning_module
+        attend = Attend(plan, bodies)
+        method = plan.settings
+        site = StaticSite(attend, plan) if isinstance(method, StaticMethod) else CubesSite(attend, plan)
+        setattr(owner, str(node.target), site)
+        node.args = node.args[:4]
+    for module in modules(gm):
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.sparsify.lay_out.default):
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.call_method("contiguous", node.args[:1]))
+            module.graph.erase_node(node)
+        module.recompile()
+
+
+class _Call(nn.Module):
+    """A function of tensors that calls a module."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.run(*tensors)
+
+
+def _exported(
+    call: _Call,
+    tensors: Sequence[Tensor],
+    of_batch: Sequence[bool],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int,
+) -> "ir.Model":
+    """The ONNX model of a call.
+
+    Args:
+        tensors: examples of the inputs.
+        of_batch: whether the first size of each input is that of the batch, and free.
+        inputs, outputs: their names.
+    """
+    batch = torch.export.Dim.DYNAMIC
+    shapes = (tuple({0: batch} if free else {} for free in of_batch),)
+    with torch.no_grad(), _torch.quiet_onnx():
+        program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert written is not None
+    return written.model
+
+
+def _function(body: Body, kinds: Sequence[Kind | None], number: int, opset: int) -> "ir.Function":
+    """The body of a node as a function of its inputs. `number`: that of the node."""
+    import onnx_ir as ir
+
+    given = {name: kind for name, kind in zip(INPUTS, kinds, strict=True) if kind is not None}
+
+    def run(*tensors: Tensor) -> Any:
+        named = dict(zip(given, tensors, strict=True))
+        return body(*map(named.get, INPUTS))
+
+    examples = [kind.example() for kind in given.values()]
+    free = [None in kind.shape for kind in given.values()]
+    graph = _exported(_Call(body, run), examples, free, [*given], ("out", "lse"), opset).graph
+    known = {value.name: value for value in graph.inputs}
+    graph.inputs[:] = [known.get(name) or ir.Value(name=name) for name in INPUTS]
+    for name, value in [*graph.initializers.items()]:  # a function has none
+        node = ir.node("Constant", [], {"value": value.const_value}, num_outputs=1)
+        node.outputs[0].name = name
+        del graph.initializers[name]
+        value.replace_all_uses_with(node.outputs[0])
+        graph.insert_before(graph[0], node)
+    domain, _, name = OPERATOR.partition("::")
+    scale = ir.Attr("scale", ir.AttributeType.FLOAT, None)
+    function = ir.Function(domain, name, overload_of(number), graph=graph, attributes=[scale])
+    function.doc_string = f"{type(body).__name__}: {next(iter((type(body).__doc__ or '').splitlines()), '')}"
+    return function
+
+
+def overload_of(number: int) -> str:
+    """The overload of a body: nothing for the first."""
+    return str(number) if number else ""
+
+
+def _spell_out(model: "ir.Model") -> None:
+    """Give nodes their overloads, and spell operators that ONNX Runtime lacks by others."""
+    import onnx_ir as ir
+
+    domain, _, name = OPERATOR.partition("::")
+    for node in [*model.graph]:
+        if (node.domain, node.op_type) == (domain, name):
+            node.overload = overload_of(node.attributes.pop("body").as_int())
+        if node.op_type == "Where" and node.outputs[0].dtype == ir.DataType.BOOL:
+            _where_of_booleans(node)
+
+
+def _name_batch(model: "ir.Model") -> None:
+    """Name the free size `batch`; PyTorch has names such as `s26`."""
+    import onnx_ir as ir
+
+    free = {
+        size.value for value in model.graph.inputs for size in value.shape if isinstance(size, ir.SymbolicDim)
+    }
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        for place, size in enumerate(value.shape or ()):
+            if isinstance(size, ir.SymbolicDim) and size.value in free:
+                value.shape[place] = ir.SymbolicDim("batch")
+
+
+def _where_of_booleans(node: "ir.Node") -> None:
+    """Where(c, a, b) of booleans, which ONNX Runtime lacks, as (c and a) or (not c and b)."""
+    import onnx_ir as ir
+
+    condition, yes, no = node.inputs
+    first = ir.node("And", [condition, yes])
+    negated = ir.node("Not", [condition])
+    second = ir.node("And", [negated.outputs[0], no])
+    either = ir.node("Or", [first.outputs[0], second.outputs[0]])
+    graph = node.graph
+    graph.insert_before(node, [first, negated, second, either])
+    old, new = node.outputs[0], either.outputs[0]
+    new.shape, new.type, name = old.shape, old.type, old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    new.name = name

@@ -1,0 +1,335 @@
+"""Exports that PyTorch runs: equal to torch.compile, in a fresh process; errors for wrong calls."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import METHODS, compiled, generation, joint, outputs, policy, predictor_file
+from marks import fresh_dynamo, needs_diffusers, no_warnings
+from torch import Tensor, nn
+
+import sparsify_compiler
+from sparsify_compiler import OptionError, SparsifyError, export, load
+from sparsify_compiler.errors import OperandError
+from sparsify_compiler.testing.models import CASES, Made
+
+pytestmark = [fresh_dynamo, no_warnings]
+
+GRID = (4, 4, 5)
+OTHERS = ("hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
+FRESH = """
+import sys, torch, sparsify_compiler
+torch.set_num_threads(1)
+model = sparsify_compiler.load(sys.argv[1])
+with torch.no_grad():
+    torch.save([model(**call)[0] for call in torch.load(sys.argv[2])], sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def wan() -> Made:
+    return CASES["wan"].build(GRID, batch=1)
+
+
+def nightly(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
+@needs_diffusers
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("wan", "tile"),
+        *(nightly("wan", method) for method in METHODS if method != "tile"),
+        *(nightly(family, method) for family in OTHERS for method in METHODS),
+    ],
+)
+def test_a_generation_is_that_of_torch_compile_bit_for_bit(family: str, method: str, tmp_path: Path) -> None:
+    model, inputs = CASES[family].build(GRID, batch=1)
+    inputs["return_dict"] = True
+    exported = export(model, inputs, tmp_path / "out", options=METHODS[method])
+    sparse = len(exported.plan.sparse)
+    assert (sparse > 0) == (method != "dense"), str(exported)
+    steps = 4 if exported.plan.dense_steps else 1
+    expected = outputs(compiled(model, METHODS[method]), inputs, steps)
+    got = outputs(load(tmp_path / "out"), inputs, steps)
+    assert all(map(torch.equal, got, expected))
+    dense = outputs(model, inputs, steps)
+    assert torch.equal(got[-1], dense[-1]) == (sparse == 0), "the check must be able to fail"
+
+
+def test_a_method_with_state_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    """A dense and a sparse program, state of two streams, weights in one file."""
+    model, inputs = joint(GRID, 1)
+    options = METHODS["svg2"] | {"dense_steps": 1}
+    path = tmp_path / "out"
+    exported = export(model, inputs, path, options=options)
+    assert [plan.method for plan in exported.plan.sparse] == ["svg2"]
+    assert {file.name for file in path.iterdir()} == {"dense.pt2", "plan.json", "sparse.pt2", "weights.pt"}
+    assert exported.phases == ("dense", "sparse")
+
+    torch.save(list(generation(inputs, 3)), tmp_path / "calls.pt")
+    script = [sys.executable, "-c", FRESH, path, tmp_path / "calls.pt", tmp_path / "got.pt"]
+    subprocess.run(script, check=True)
+    got: list[Tensor] = torch.load(tmp_path / "got.pt")
+    expected = outputs(compiled(model, options), inputs, 3)
+    assert all(map(torch.equal, got, expected))
+
+    weights = torch.load(path / "weights.pt")
+    own = model.state_dict()
+    assert weights.keys() == own.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in own.items())
+
+    loaded = load(path)  # two generations of which one says what it is
+    with sparsify_compiler.generation(3, streams=2):
+        assert all(map(torch.equal, outputs(loaded, inputs, 3), expected))
+    assert all(map(torch.equal, outputs(loaded, inputs, 3), expected))
+    state = [torch.zeros(shape) for _, shape, _ in loaded.plan["state"]]
+    call = {name: one for name, one in inputs.items() if isinstance(one, Tensor)}
+    first = torch.tensor(False), *state
+    _, after = loaded.programs["dense"](first, **call)
+    assert bool(after[0])
+    assert not first[0]
+    assert all(not tensor.any() for tensor in state), "programs write to no argument"
+    assert all(tensor.any() for tensor in after)
+
+
+@needs_diffusers
+@pytest.mark.nightly
+def test_methods_of_a_policy_mix(wan: Made, tmp_path: Path) -> None:
+    model, inputs = wan
+    general = ("dense_layers", "dense_steps")
+    svg2, keys = ({k: v for k, v in METHODS[m].items() if k not in general} for m in ("svg2", "keys"))
+    options = {"policy": policy(model, inputs, svg2, keys), "dense_steps": 1}
+    exported = export(model, inputs, tmp_path / "out", options=options)
+    assert [plan.method for plan in exported.plan.sparse] == ["svg2", "keys"]
+    expected = outputs(compiled(model, options), inputs, 3)
+    assert all(map(torch.equal, outputs(load(tmp_path / "out"), inputs, 3), expected))
+
+
+@needs_diffusers
+@pytest.mark.nightly
+def test_a_trained_predictor_goes_into_the_file(wan: Made, tmp_path: Path) -> None:
+    model, inputs = wan
+    options = {
+        "method": "dsv",
+        "dense_steps": 1,
+        "predictor": predictor_file(tmp_path / "p.safetensors", model, inputs),
+    }
+    export(model, inputs, tmp_path / "out", options=options)
+    expected = outputs(compiled(model, options), inputs, 2)
+    assert all(map(torch.equal, outputs(load(tmp_path / "out"), inputs, 2), expected))
+
+
+@needs_diffusers
+@pytest.mark.nightly
+def test_a_file_holds_the_weights_once(tmp_path: Path) -> None:
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=64, text_dim=16, freq_dim=32, ffn_dim=4096, num_layers=2
+    ).eval()
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 3, 16),
+        "timestep": torch.tensor([500]),
+        "return_dict": False,
+    }
+    exported = export(model, inputs, tmp_path / "out", options=METHODS["tile"] | {"dense_steps": 2})
+    weights = sum(one.nbytes for one in model.state_dict().values())
+    assert exported.phases == ("dense", "sparse")
+    assert weights < exported.size < weights + 3e6
+
+
+@needs_diffusers
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["tile", "svg2"])
+def test_packages_of_aotinductor(wan: Made, method: str, tmp_path: Path) -> None:
+    model, inputs = wan
+    export(model, inputs, tmp_path / "out", format="aoti", options=METHODS[method])
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="sparsify", options=METHODS[method])
+    got, expected = (outputs(one, inputs, 3) for one in (load(tmp_path / "out"), fast))
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+# Calls and files that do not fit
+
+
+class Small(nn.Module):
+    """A model without attention, so nothing of it is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, scale: float = 1.0, more: Any = None) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            shown = self.linear(hidden_states) * scale + timestep
+        return {"shown": shown, "more": more}
+
+
+class Breaks(Small):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return hidden_states
+
+
+class Casts(Small):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast("cpu"):
+            return self.linear(hidden_states)
+
+
+CALL = {"hidden_states": torch.ones(2, 4), "timestep": torch.tensor([3.0])}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("small") / "out"
+    torch.manual_seed(0)
+    export(Small().eval(), {**CALL, "scale": 2.0}, path, options={"method": "tile"})
+    return path
+
+
+def test_a_call_is_bound_as_the_model_binds_it(small: Path) -> None:
+    loaded = load(small)
+    hidden_states, timestep = CALL.values()
+    expected = loaded(hidden_states=hidden_states, timestep=timestep, scale=2.0)
+    assert expected.keys() == {"shown", "more"}
+    assert expected["more"] is None
+    assert torch.equal(loaded(hidden_states, timestep, 2.0)["shown"], expected["shown"])
+    assert torch.equal(loaded(hidden_states, timestep, scale=2.0, more=None)["shown"], expected["shown"])
+
+
+@pytest.mark.parametrize(
+    ("args", "changes", "says"),
+    [
+        (
+            (),
+            {"hidden_states": torch.ones(3, 4)},
+            r"'hidden_states' must be float32 \[2, 4\].*got float32 \[3, 4\]",
+        ),
+        ((), {"hidden_states": torch.ones(2, 4).half()}, r"must be float32 \[2, 4\].*got float16 \[2, 4\]"),
+        ((), {"hidden_states": None}, r"must be float32 \[2, 4\].*got None"),
+        ((), {"scale": 3.0}, "'scale' must be 2.0, as in the exported call, got 3.0: export again"),
+        ((), {"more": 1}, "'more' must be left out"),
+        ((), {"other": None}, "'other' must be left out"),
+        ((CALL["hidden_states"],), {}, "'hidden_states' is given twice"),
+        ((0,) * 5, {}, "takes 4 arguments in order, got 5"),
+    ],
+)
+def test_other_calls_than_the_exported_one_are_refused(
+    small: Path, args: Any, changes: Any, says: str
+) -> None:
+    with pytest.raises(OperandError, match=says):
+        load(small)(*args, **{**CALL, "scale": 2.0, **changes})
+    with pytest.raises(OperandError, match="'timestep' is missing"):
+        load(small)(hidden_states=CALL["hidden_states"], scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": "other"}, "in the format 'sparsify-compiler export 1', got 'other'"),
+        ({"package": "0.0.1"}, r"exported by sparsify-compiler 0.0.1, and this is .*: install that version"),
+        ({"files": "aoti", "torch": "2.0"}, "exported by torch 2.0, and this is"),
+        ({"device": "cuda"}, "exported on a GPU and needs one"),
+        ({"phases": ["sparse"]}, "is damaged"),
+        ({"outputs": ["no_such_module.Output"]}, "a Output of no_such_module, which cannot be imported"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(small: Path, tmp_path: Path, change: Any, says: str) -> None:
+    if change.get("device") == "cuda" and torch.cuda.is_available():
+        change = {"package": "0.0.1"}
+        says = "exported by sparsify-compiler 0.0.1"
+    content = json.loads((small / "plan.json").read_text()) | change
+    for file in small.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(SparsifyError, match=says):
+        load(tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"path must be a folder that sparsify_compiler\.export wrote"):
+        load(tmp_path)
+    for file in small.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[: None if file.name == "plan.json" else 100])
+    with pytest.raises(OptionError, match=r"is damaged: .* Export the model again"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "options", "says"),
+    [
+        (Small(), CALL, {}, "model must be in evaluation mode"),
+        (torch.sin, CALL, {}, "model must be a module, got builtin"),
+        (Small().eval(), {}, {}, "kwargs must be the keyword arguments .* got a mapping of nothing"),
+        (Small().eval(), (CALL,), {}, "kwargs must be the keyword arguments"),
+        (
+            Small().eval(),
+            {**CALL, "other": 1},
+            {},
+            "Small takes no argument 'other': it takes hidden_states",
+        ),
+        (
+            Small().eval(),
+            {**CALL, "more": object()},
+            {},
+            "'more' must hold tensors, numbers, .* got object",
+        ),
+        (Small().eval(), CALL, {"method": "tiel"}, "Did you mean 'tile'"),
+        (Breaks().eval(), CALL, {}, "export needs Breaks as one graph, which Dynamo cannot make"),
+        (Casts().eval(), CALL, {}, "Casts turns autocast on in its own code"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(
+    model: Any, kwargs: Any, options: Any, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SparsifyError, match=says) as caught:
+        export(model, kwargs, tmp_path / "out", options=options)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_and_formats_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small().eval()
+    with pytest.raises(OptionError, match=r"path must be new, got .*, which exists"):
+        export(model, CALL, tmp_path)
+    with pytest.raises(OptionError, match="path must lie in a folder that exists"):
+        export(model, CALL, tmp_path / "none" / "out")
+    with pytest.raises(OptionError, match=r"unknown format 'torhc'.* Did you mean 'torch'"):
+        export(model, CALL, tmp_path / "out", format="torhc")
+    with torch.autocast("cpu"), pytest.raises(OptionError, match="must run outside of autocast"):
+        export(model, CALL, tmp_path / "out")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", fails)  # of the plan, the last file
+    with pytest.raises(KeyboardInterrupt):
+        export(model, CALL, tmp_path / "out", options={"method": "tile"})
+    assert not list(tmp_path.iterdir()), "nothing half written is left"
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    missing = config.patch({"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False})
+    with (
+        missing,
+        pytest.raises(SparsifyError, match=r"format 'aoti' needs a C\+\+ compiler, which is missing"),
+    ):
+        export(Small().eval(), CALL, tmp_path / "out", format="aoti", options={"method": "tile"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_dsv_needs_a_predictor(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"attention has method 'dsv' without a predictor: train one"):
+        export(*joint(GRID, 1), tmp_path / "out", options={"method": "dsv"})
