@@ -15,22 +15,12 @@ from sparsify_compiler import OptionError
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.errors import RankError
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.testing.dits import Attend, Recipe
+from sparsify_compiler.testing.dits import Attend
 from sparsify_compiler.testing.parallel import compare
 from sparsify_compiler.testing.ranks import Pool
 
-JOINT = Recipe(
-    grid=(3, 4, 5), batch=2, patch="conv3d", frames_first=False, position="rope halves", text="first",
-    text_tokens=5, extra_tokens=0, streams=True, mask="bool", heads=3, kv_heads=3, head_dim=8, split="linears",
-    view="view", norm=True, spelling="keywords", scale=None, trap="", trapped=0,
-)  # fmt: skip
 VIDEO = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(1))
 """18 tokens."""
-
-
-def joint() -> tuple[nn.Module, Mapping[str, Any]]:
-    model, inputs = JOINT.build()
-    return model, {"x": inputs.pop("x"), **inputs}
 
 
 def attend() -> tuple[nn.Module, Mapping[str, Any]]:
@@ -40,9 +30,9 @@ def attend() -> tuple[nn.Module, Mapping[str, Any]]:
 
 def test_svg2_keeps_its_state_over_calls_of_one_program(pool: Pool) -> None:
     options = {"method": "svg2", "inner_backend": "eager", "provider": "reference"}
-    for outcome, programs in pool.run(3, partial(compare, build=joint, options=options, calls=3)):
+    for outcome, programs in pool.run(3, partial(compare, build=attend, options=options, calls=3)):
         assert outcome.output <= 1e-5
-        assert len(outcome.sharding.sites) == 2
+        assert len(outcome.sharding.sites) == 1
         assert programs == 1
 
 
