@@ -44,6 +44,24 @@ def test_inductor_trains_with_the_gradients_of_one_process(pool: Pool) -> None:
         assert len(outcome.sharding.sites) == 1
 
 
+def of_all_sizes(ranks: Ranks | None) -> list[Tensor]:
+    """Outputs of one compiled model for several sizes, which Dynamo makes symbols from the second on."""
+    torch._dynamo.reset()
+    options = {"method": "tile", "inner_backend": "eager", "provider": "reference"}
+    more = {} if ranks is None else {"parallel": parallel(ranks)}
+    compiled = torch.compile(attend()[0], backend="sparsify", options={**options, **more})
+    sizes = ((1, 4, 3, 4, 6), (2, 4, 3, 6, 8), (2, 4, 3, 8, 8), (3, 4, 2, 2, 10))
+    with torch.no_grad():
+        return [compiled(torch.ones(size).cumsum(-1).sin()) for size in sizes]
+
+
+def test_every_size_of_the_video_gets_its_own_shares(pool: Pool) -> None:
+    alone = of_all_sizes(None)
+    for outputs in pool.run(2, of_all_sizes):
+        for output, wanted in zip(outputs, alone, strict=True):
+            torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
+
+
 def parallel(ranks: Ranks) -> dict[str, Any]:
     mesh = DeviceMesh.from_group(process_group(ranks.group), "cpu")
     return {"form": "hcp", "mesh": mesh, "timeout": ranks.timeout}
