@@ -53,7 +53,6 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
 from sparsify_compiler.passes.fx import (
-    body_of,
     copy_graph,
     module_path,
     modules,
@@ -371,7 +370,7 @@ class _Sharder:
         if (
             node.op not in ("call_function", "call_method")
             or node.target is attention
-            or body_of(self.gm, node)
+            or isinstance(node.target, torch._ops.HigherOrderOperator)
         ):
             return "an attention or a body that is not shared"
         if any(isinstance(one, Unknown) for one in tree_leaves(whole)):

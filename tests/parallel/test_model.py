@@ -15,22 +15,12 @@ from sparsify_compiler import OptionError
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.errors import RankError
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.testing.dits import Attend, Recipe
+from sparsify_compiler.testing.dits import Attend
 from sparsify_compiler.testing.parallel import compare
 from sparsify_compiler.testing.ranks import Pool
 
-JOINT = Recipe(
-    grid=(3, 4, 5), batch=2, patch="conv3d", frames_first=False, position="rope halves", text="first",
-    text_tokens=5, extra_tokens=0, streams=True, mask="bool", heads=3, kv_heads=3, head_dim=8, split="linears",
-    view="view", norm=True, spelling="keywords", scale=None, trap="", trapped=0,
-)  # fmt: skip
 VIDEO = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(1))
 """18 tokens."""
-
-
-def joint() -> tuple[nn.Module, Mapping[str, Any]]:
-    model, inputs = JOINT.build()
-    return model, {"x": inputs.pop("x"), **inputs}
 
 
 def attend() -> tuple[nn.Module, Mapping[str, Any]]:
@@ -40,9 +30,9 @@ def attend() -> tuple[nn.Module, Mapping[str, Any]]:
 
 def test_svg2_keeps_its_state_over_calls_of_one_program(pool: Pool) -> None:
     options = {"method": "svg2", "inner_backend": "eager", "provider": "reference"}
-    for outcome, programs in pool.run(3, partial(compare, build=joint, options=options, calls=3)):
+    for outcome, programs in pool.run(3, partial(compare, build=attend, options=options, calls=3)):
         assert outcome.output <= 1e-5
-        assert len(outcome.sharding.sites) == 2
+        assert len(outcome.sharding.sites) == 1
         assert programs == 1
 
 
@@ -52,6 +42,24 @@ def test_inductor_trains_with_the_gradients_of_one_process(pool: Pool) -> None:
         assert outcome.output <= 1e-5
         assert outcome.gradient <= 1e-5
         assert len(outcome.sharding.sites) == 1
+
+
+def of_all_sizes(ranks: Ranks | None) -> list[Tensor]:
+    """Outputs of one compiled model for several sizes, which Dynamo makes symbols from the second on."""
+    torch._dynamo.reset()
+    options = {"method": "tile", "inner_backend": "eager", "provider": "reference"}
+    more = {} if ranks is None else {"parallel": parallel(ranks)}
+    compiled = torch.compile(attend()[0], backend="sparsify", options={**options, **more})
+    sizes = ((1, 4, 3, 4, 6), (2, 4, 3, 6, 8), (2, 4, 3, 8, 8), (3, 4, 2, 2, 10))
+    with torch.no_grad():
+        return [compiled(torch.ones(size).cumsum(-1).sin()) for size in sizes]
+
+
+def test_every_size_of_the_video_gets_its_own_shares(pool: Pool) -> None:
+    alone = of_all_sizes(None)
+    for outputs in pool.run(2, of_all_sizes):
+        for output, wanted in zip(outputs, alone, strict=True):
+            torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
 
 
 def parallel(ranks: Ranks) -> dict[str, Any]:
