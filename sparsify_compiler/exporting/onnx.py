@@ -142,9 +142,15 @@ def _library() -> Any:
 
 
 def _check_file(file: Path) -> None:
+    """Raise SparsifyError unless a file is valid."""
     import onnx
 
-    onnx.checker.check_model(str(file))
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SparsifyError(
+            f"PyTorch's exporter made no valid ONNX of this model: {first_line(error)}"
+        ) from error
 
 
 def _model(captured: Captured, phase: Any, opset: int) -> "ir.Model":
@@ -229,16 +235,27 @@ def _exported(
     shapes = (tuple({0: batch} if free else {} for free in of_batch),)
     with torch.no_grad(), _torch.quiet_onnx():
         program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        written = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            verbose=False,
-        )
+        aten = torch.ops.aten
+        if any(node.target in (aten.copy_.default, aten.copy.default) for node in program.graph.nodes):
+            program = program.run_decompositions({aten.copy.default: _copied})
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise SparsifyError(f"PyTorch's exporter cannot write this model: {first_line(error)}") from error
     assert written is not None
     return written.model
+
+
+def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy` in other operators: PyTorch's exporter to ONNX forgets that it broadcasts."""
+    return new.to(old.dtype).expand(old.shape).clone()
 
 
 def _function(body: Body, kinds: Sequence[Kind | None], number: int, opset: int) -> "ir.Function":

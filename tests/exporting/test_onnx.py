@@ -154,7 +154,6 @@ def test_a_dense_phase_has_a_file_of_its_own_and_files_are_checked(tmp_path: Pat
 
 
 @needs_onnx
-@pytest.mark.nightly
 def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify_compiler.exporting import onnx as module
 
@@ -214,6 +213,19 @@ def test_wrong_paths_and_missing_libraries(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SparsifyError, match=r"format 'onnx' needs the package onnx: pip install"):
         export(model, CALL, tmp_path / "out.onnx", format="onnx")
+    assert not [*tmp_path.iterdir()]
+
+
+class WithoutForm(Small):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return torch.special.bessel_j0(hidden_states) + timestep
+
+
+@needs_onnx
+def test_an_operator_without_a_form_is_refused_on_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SparsifyError, match="PyTorch's exporter cannot write this model") as caught:
+        export(WithoutForm().eval(), CALL, tmp_path / "out.onnx", format="onnx")
+    assert "\n" not in str(caught.value)
     assert not [*tmp_path.iterdir()]
 
 
