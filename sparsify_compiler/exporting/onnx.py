@@ -63,9 +63,7 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
     """
     if path.suffix != ".onnx":
         raise OptionError(f"path must end in .onnx with format='onnx', got {path.name!r}")
-    for plan in captured.plan.sparse:
-        check(plan)
-    ir = _library()
+    check_methods(captured)
     own = phases(captured)
     files = [onnx_path(path, phase, own) for phase in own]
     for file in files:
@@ -73,12 +71,7 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
     names: list[str] = []
     with _collecting(path, names) as folder:
         for phase, file in zip(own, files, strict=True):
-            model = _model(captured, phase, opset)
-            size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-            data = f"{file.name}.data" if size > LARGEST else None
-            ir.save(model, folder / file.name, external_data=data)
-            _check_file(folder / file.name)
-            names += [file.name] if data is None else [data, file.name]
+            names += write_model(captured, phase, folder / file.name, opset)
     return Exported(
         path=path,
         format="onnx",
@@ -87,6 +80,28 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
         size=sum(path.with_name(name).stat().st_size for name in names),
         captured=captured,
     )
+
+
+def check_methods(captured: Captured) -> None:
+    """Raise OptionError unless ONNX has every method, and SparsifyError where a library is missing."""
+    for plan in captured.plan.sparse:
+        check(plan)
+    _library()
+
+
+def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[str]:
+    """Write the model of a phase, and return the names of its files.
+
+    Raises:
+        SparsifyError: the exporter refuses an operator, or makes no valid file.
+    """
+    ir = _library()
+    model = _model(captured, phase, opset)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    data = f"{file.name}.data" if size > LARGEST else None
+    ir.save(model, file, external_data=data)
+    _check_file(file)
+    return [file.name] if data is None else [data, file.name]
 
 
 @contextmanager
