@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from loops import METHODS as OF_TORCH
-from loops import compiled, joint, outputs
+from loops import compiled, generation, joint, outputs, policy
 from marks import fresh_dynamo, needs_diffusers, needs_onnx, no_warnings
 from test_standard import METHODS as STANDARD
 from test_standard import plan_of
@@ -151,6 +151,26 @@ def test_a_dense_phase_has_a_file_of_its_own_and_files_are_checked(tmp_path: Pat
     import onnx
 
     assert [one.name for one in onnx.load(exported.path).graph.output] == ["sample"]
+
+
+@needs_diffusers
+@needs_onnx
+@pytest.mark.nightly
+def test_bodies_of_different_sites_are_overloads(tmp_path: Path) -> None:
+    import onnx
+
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    cubes = {key: value for key, value in METHODS["cubes, drop"].items() if not key.startswith("dense_")}
+    options = {"policy": policy(model, inputs, METHODS["tile"], cubes), "dense_steps": 0}
+    exported = export(model, inputs, tmp_path / "model.onnx", format="onnx", options=options)
+    content = onnx.load(exported.path)
+    assert [one.overload for one in content.functions] == ["", "1"]
+    assert [one.overload for one in content.graph.node if one.domain == "sparsify"] == ["", "1"]
+    expected = outputs(compiled(model, options), inputs, 1)[0]
+    call = next(generation(inputs, 1))
+    for kernel in (False, library.build_info().library is not None):
+        (got,) = run(exported.path, call, kernel=kernel)
+        assert (got - expected).norm() / expected.norm() < 1e-4
 
 
 @needs_onnx
