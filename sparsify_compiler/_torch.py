@@ -481,6 +481,9 @@ def capture_for_export(
     kwargs = tree_map(marked, dict(kwargs))
     gm = _dynamo_graph_capture_for_export(model)(**kwargs)
     out_spec: Any = gm._out_spec
+    data_of = getattr(torch._C._autograd, "_get_data_attr", None)
+    for node in gm.graph.find_nodes(op="call_function", target=data_of):
+        node.target = torch.detach  # export sees no operator in `.data`
     gm.graph.set_codegen(fx.graph.CodeGen())
     gm.recompile()
     return gm, out_spec

@@ -20,10 +20,11 @@ from sparsify_compiler.exporting.capture import capture
 from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
 from sparsify_compiler.exporting.loaded import Loaded, load
 from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
+from sparsify_compiler.exporting.tensorrt import engines
 
 __all__ = ["FORMATS", "Exported", "Loaded", "export", "load"]
 
-FORMATS = ("torch", "aoti", "onnx")
+FORMATS = ("torch", "aoti", "onnx", "tensorrt")
 
 
 def export(
@@ -43,14 +44,16 @@ def export(
     Args:
         model: a module in evaluation mode, on its device. Dynamo must be able to make it one graph.
         kwargs: the keyword arguments of one call.
-        path: a new folder.
-        format: `torch` (programs of torch.export) or `aoti` (packages of AOTInductor, which need a C++ compiler
-            here and none where they run).
+        path: a new folder; with `onnx`, a new file that ends in .onnx.
+        format: `torch` (programs of torch.export), `aoti` (packages of AOTInductor, which need a C++ compiler here
+            and none where they run), `onnx`, or `tensorrt` (engines).
         options: the options of torch.compile; if None, those that `model` was compiled with.
+        opset: with `onnx`, the version of the standard operators, 20 or 23.
 
     Raises:
         OptionError: options, arguments, path or format are wrong.
-        SparsifyError: the model cannot be captured as one graph, or a compiler is missing.
+        SparsifyError: the model cannot be captured as one graph, an operator has no form in the format, or a
+            compiler or a library is missing.
     """
     if format not in FORMATS:
         raise unknown_choice("format", format, FORMATS)
@@ -59,7 +62,9 @@ def export(
     target = check_path(path)
     options = _torch.options_of(model) if options is None else options
     module: Any = _torch.uncompiled(model)
-    captured = capture(module, kwargs, configure(options), free_batch=format == "onnx")
+    captured = capture(module, kwargs, configure(options), free_batch=format in ("onnx", "tensorrt"))
     if format == "onnx":
         return onnx_file(captured, target, opset=opset)
+    if format == "tensorrt":
+        return engines(captured, target)
     return torch_programs(captured, target) if format == "torch" else aoti(captured, target)

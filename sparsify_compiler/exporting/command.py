@@ -16,7 +16,7 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Option(help="a new folder; with format onnx a new .onnx file")],
-    format: Annotated[str, typer.Option(help="torch, aoti or onnx")] = "torch",
+    format: Annotated[str, typer.Option(help="torch, aoti, onnx or tensorrt")] = "torch",
     options: Annotated[
         list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile")
     ] = None,
@@ -45,7 +45,7 @@ def export(
     console = Console(soft_wrap=True)
     exported = exported_as(model, calls[0], out, format=format, options=chosen, opset=opset)
     console.print(str(exported))
-    if check:
+    if check and format != "tensorrt":
         console.print(str(exported.check(check)))
-    if benchmark:
+    if benchmark and format != "tensorrt":
         console.print(str(exported.benchmark(benchmark)))

@@ -57,7 +57,7 @@ class Exported:
 
         Raises:
             OptionError: a number is wrong.
-            SparsifyError: ONNX Runtime is missing.
+            SparsifyError: ONNX Runtime is missing, or the files are engines, which run on a GPU alone.
         """
         if (integer(calls) or 0) < 1 or (integer(seed) or 0) < 0:
             raise OptionError(f"calls must be at least 1 and seed at least 0, got {calls!r} and {seed!r}")
@@ -76,6 +76,8 @@ class Exported:
 
     def _runs(self) -> dict[str, Run]:
         """Phase -> a function that runs its file."""
+        if self.format == "tensorrt":
+            raise SparsifyError("engines run on a GPU, in TensorRT: check the file of format='onnx' instead")
         if self.format == "onnx":
             return {phase: report.onnx_run(self.file(phase)) for phase in self.phases}
         from sparsify_compiler.exporting.loaded import load
@@ -86,7 +88,7 @@ class Exported:
         """The file of a phase."""
         if self.format == "onnx":
             return onnx_path(self.path, phase, self.phases)
-        return self.path / f"{phase}.pt2"
+        return self.path / f"{phase}.{'engine' if self.format == 'tensorrt' else 'pt2'}"
 
     def __str__(self) -> str:
         return (
@@ -140,6 +142,11 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
         content = json.dumps(plan_of(captured, format, module), indent=1)
         (folder / PLAN).write_text(content + "\n", "utf-8")
+    return folder_of(captured, path, format)
+
+
+def folder_of(captured: Captured, path: Path, format: str) -> Exported:
+    """The folder that was written."""
     return Exported(
         path=path,
         format=format,

@@ -131,6 +131,10 @@ def _content(folder: Path) -> dict[str, Any]:
     kind = content.get("format") if isinstance(content, dict) else None
     if kind != FORMAT:
         raise OptionError(f"{what}, in the format {FORMAT!r}, got {kind!r}: export the model again")
+    if content["files"] == "tensorrt":
+        raise OptionError(
+            f"{str(folder)!r} holds engines, which TensorRT loads: load a folder of another format"
+        )
     for name, here in (("package", __version__), ("torch", torch.__version__)):
         fits = content[name] == here or (name == "torch" and content["files"] == "torch")
         if not fits:

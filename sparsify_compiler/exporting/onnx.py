@@ -63,9 +63,7 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
     """
     if path.suffix != ".onnx":
         raise OptionError(f"path must end in .onnx with format='onnx', got {path.name!r}")
-    for plan in captured.plan.sparse:
-        check(plan)
-    ir = _library()
+    check_methods(captured)
     own = phases(captured)
     files = [onnx_path(path, phase, own) for phase in own]
     for file in files:
@@ -73,12 +71,7 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
     names: list[str] = []
     with _collecting(path, names) as folder:
         for phase, file in zip(own, files, strict=True):
-            model = _model(captured, phase, opset)
-            size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-            data = f"{file.name}.data" if size > LARGEST else None
-            ir.save(model, folder / file.name, external_data=data)
-            _check_file(folder / file.name)
-            names += [file.name] if data is None else [data, file.name]
+            names += write_model(captured, phase, folder / file.name, opset)
     return Exported(
         path=path,
         format="onnx",
@@ -87,6 +80,28 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
         size=sum(path.with_name(name).stat().st_size for name in names),
         captured=captured,
     )
+
+
+def check_methods(captured: Captured) -> None:
+    """Raise OptionError unless ONNX has every method, and SparsifyError where a library is missing."""
+    for plan in captured.plan.sparse:
+        check(plan)
+    _library()
+
+
+def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[str]:
+    """Write the model of a phase, and return the names of its files.
+
+    Raises:
+        SparsifyError: the exporter refuses an operator, or makes no valid file.
+    """
+    ir = _library()
+    model = _model(captured, phase, opset)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    data = f"{file.name}.data" if size > LARGEST else None
+    ir.save(model, file, external_data=data)
+    _check_file(file)
+    return [file.name] if data is None else [data, file.name]
 
 
 @contextmanager
@@ -142,9 +157,15 @@ def _library() -> Any:
 
 
 def _check_file(file: Path) -> None:
+    """Raise SparsifyError unless a file is valid."""
     import onnx
 
-    onnx.checker.check_model(str(file))
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SparsifyError(
+            f"PyTorch's exporter made no valid ONNX of this model: {first_line(error)}"
+        ) from error
 
 
 def _model(captured: Captured, phase: Any, opset: int) -> "ir.Model":
@@ -229,16 +250,27 @@ def _exported(
     shapes = (tuple({0: batch} if free else {} for free in of_batch),)
     with torch.no_grad(), _torch.quiet_onnx():
         program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        written = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            verbose=False,
-        )
+        aten = torch.ops.aten
+        if any(node.target in (aten.copy_.default, aten.copy.default) for node in program.graph.nodes):
+            program = program.run_decompositions({aten.copy.default: _copied})
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise SparsifyError(f"PyTorch's exporter cannot write this model: {first_line(error)}") from error
     assert written is not None
     return written.model
+
+
+def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy` in other operators: PyTorch's exporter to ONNX forgets that it broadcasts."""
+    return new.to(old.dtype).expand(old.shape).clone()
 
 
 def _function(body: Body, kinds: Sequence[Kind | None], number: int, opset: int) -> "ir.Function":

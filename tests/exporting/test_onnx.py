@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from loops import METHODS as OF_TORCH
-from loops import compiled, joint, outputs
+from loops import compiled, generation, joint, outputs, policy
 from marks import fresh_dynamo, needs_diffusers, needs_onnx, no_warnings
 from test_standard import METHODS as STANDARD
 from test_standard import plan_of
@@ -153,8 +153,27 @@ def test_a_dense_phase_has_a_file_of_its_own_and_files_are_checked(tmp_path: Pat
     assert [one.name for one in onnx.load(exported.path).graph.output] == ["sample"]
 
 
+@needs_diffusers
 @needs_onnx
 @pytest.mark.nightly
+def test_bodies_of_different_sites_are_overloads(tmp_path: Path) -> None:
+    import onnx
+
+    model, inputs = CASES["wan"].build(GRID, batch=1)
+    cubes = {key: value for key, value in METHODS["cubes, drop"].items() if not key.startswith("dense_")}
+    options = {"policy": policy(model, inputs, METHODS["tile"], cubes), "dense_steps": 0}
+    exported = export(model, inputs, tmp_path / "model.onnx", format="onnx", options=options)
+    content = onnx.load(exported.path)
+    assert [one.overload for one in content.functions] == ["", "1"]
+    assert [one.overload for one in content.graph.node if one.domain == "sparsify"] == ["", "1"]
+    expected = outputs(compiled(model, options), inputs, 1)[0]
+    call = next(generation(inputs, 1))
+    for kernel in (False, library.build_info().library is not None):
+        (got,) = run(exported.path, call, kernel=kernel)
+        assert (got - expected).norm() / expected.norm() < 1e-4
+
+
+@needs_onnx
 def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparsify_compiler.exporting import onnx as module
 
@@ -214,6 +233,19 @@ def test_wrong_paths_and_missing_libraries(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SparsifyError, match=r"format 'onnx' needs the package onnx: pip install"):
         export(model, CALL, tmp_path / "out.onnx", format="onnx")
+    assert not [*tmp_path.iterdir()]
+
+
+class WithoutForm(Small):
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return torch.special.bessel_j0(hidden_states) + timestep
+
+
+@needs_onnx
+def test_an_operator_without_a_form_is_refused_on_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SparsifyError, match="PyTorch's exporter cannot write this model") as caught:
+        export(WithoutForm().eval(), CALL, tmp_path / "out.onnx", format="onnx")
+    assert "\n" not in str(caught.value)
     assert not [*tmp_path.iterdir()]
 
 

@@ -1,0 +1,81 @@
+"""Engines of TensorRT are built, without a GPU; nothing runs them here."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loops import METHODS as OF_TORCH
+from marks import fresh_dynamo, needs_diffusers, needs_onnx, needs_tensorrt, no_warnings
+from test_onnx import METHODS, build
+from test_torch import CALL, Small
+from torch import Tensor
+
+from sparsify_compiler import OptionError, SparsifyError, export, load
+from sparsify_compiler.exporting import tensorrt
+from sparsify_compiler.testing.models import Inputs
+
+pytestmark = [fresh_dynamo, no_warnings, needs_onnx]
+
+BUILT = ("tile", "cubes, drop", "cubes, mean")
+CASES_OF_TENSORRT = [
+    pytest.param("joint", "cubes, mean", torch.float16),
+    *(
+        pytest.param(*case, marks=[pytest.mark.nightly, needs_diffusers])
+        for case in itertools.product(("wan", "hunyuan_video"), BUILT, (torch.float32, torch.float16))
+    ),
+]
+
+
+def in_type(model: Any, inputs: Inputs, dtype: torch.dtype) -> tuple[Any, Inputs]:
+    def cast(one: Any) -> Any:
+        return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one
+
+    return model.to(dtype), {name: cast(one) for name, one in inputs.items()}
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(("family", "method", "dtype"), CASES_OF_TENSORRT)
+def test_engines_are_built(family: str, method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs = in_type(*build(family, 1), dtype)
+    exported = export(model, inputs, tmp_path / "out", format="tensorrt", options=METHODS[method])
+    assert {file.name for file in exported.path.iterdir()} == {"sparse.engine", "plan.json"}
+    assert exported.file("sparse").stat().st_size > 100_000
+    assert len(exported.plan.sparse) > 0
+    plan = json.loads((exported.path / "plan.json").read_text())
+    assert plan["files"] == "tensorrt"
+    assert plan["built by"].startswith("tensorrt")
+    with pytest.raises(SparsifyError, match="engines run on a GPU"):
+        exported.check()
+    with pytest.raises(OptionError, match="holds engines, which TensorRT loads"):
+        load(exported.path)
+
+
+@needs_tensorrt
+def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save
+
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"], name="here", domain="nowhere")
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
+    save(
+        helper.make_model(
+            helper.make_graph([node], "g", infos[:1], infos[1:]), opset_imports=opsets, ir_version=10
+        ),
+        tmp_path / "wrong.onnx",
+    )
+    says = r"TensorRT's parser refuses the node 'here' \(NoSuchOperator\): "
+    with pytest.raises(SparsifyError, match=says) as caught:
+        tensorrt._engine(tensorrt._library(), tmp_path / "wrong.onnx", None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "LIBRARIES", ("no_such_library",))
+    with pytest.raises(SparsifyError, match="format 'tensorrt' needs TensorRT or TensorRT-RTX: pip install"):
+        export(Small().eval(), CALL, tmp_path / "out", format="tensorrt")
+    with pytest.raises(OptionError, match="method 'svg2', which ONNX does not have"):
+        export(*build("joint", 1), tmp_path / "out", format="tensorrt", options=OF_TORCH["svg2"])
+    assert not [*tmp_path.iterdir()]
