@@ -25,6 +25,9 @@ TRAINED = ("dense", "tile")
 """Methods whose gradients are compared."""
 BOUND = 1e-5
 """Rounding of float32: a product of fewer rows may add in another order."""
+BOUNDS = {"kandinsky5": 1e-3}
+"""Bounds of other families: the rotary embedding of Kandinsky 5 returns bfloat16, so parts of gradients are rounded
+to it before they add up."""
 
 
 def main() -> None:
@@ -44,11 +47,16 @@ def main() -> None:
             continue
         cases += of_family(family, len(cases))
         if options.out:
-            write_json(options.out, cases, lines=True, bound=BOUND)
-    wrong = [case for case in cases if case.get("error") or max(case["output"], case["gradient"]) > BOUND]
+            write_json(options.out, cases, lines=True, bound=BOUND, bounds=BOUNDS)
+    wrong = [case for case in cases if case.get("error") or not _holds(case)]
     shared = {case["family"] for case in cases if case["heads"]}
     print(f"{len(cases)} graphs of {len(shared)} families that ranks share; {len(wrong)} differ: {wrong}")
     raise SystemExit(bool(wrong))
+
+
+def _holds(case: dict[str, Any]) -> bool:
+    """Whether a case is equal to one process, within rounding."""
+    return max(case["output"], case["gradient"]) <= BOUNDS.get(case["family"], BOUND)
 
 
 def of_family(family: str, turn: int) -> list[dict[str, Any]]:

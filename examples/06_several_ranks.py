@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/06_several_ranks.py
 
-It runs on the CPU in about a minute. The weights are random, and the same on every rank, since all draw them with
-one seed. On GPUs, give every rank its device: `torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`.
+It runs on the CPU in about a minute. The weights are random. They are the same on every rank, since all ranks draw
+them with one seed. On GPUs, give every rank its device: `torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))`.
 """
 
 import torch
