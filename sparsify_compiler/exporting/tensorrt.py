@@ -1,8 +1,8 @@
 """Write engines of TensorRT or TensorRT-RTX, from ONNX.
 
-The bodies of the nodes are inlined first: the parser does not distinguish overloads. An engine is built for the GPU of
-this machine by TensorRT; TensorRT-RTX builds without a GPU, and finishes the engine where it runs. No engine has run
-on a GPU yet.
+The bodies of the nodes are inlined first: the parser takes one body for all overloads, and no absent inputs. An
+engine is built for the GPU of this machine by TensorRT. TensorRT-RTX builds without a GPU, and finishes the engine
+where it runs. No engine has run on a GPU yet.
 """
 
 import importlib
