@@ -6,6 +6,7 @@
 A runtime inlines the body, or runs a kernel of this name. Bodies of different sites have different overloads.
 """
 
+import importlib
 import json
 import shutil
 import tempfile
@@ -145,15 +146,12 @@ def onnx_custom_ops() -> Path:
 def _library() -> Any:
     """`onnx_ir`. Raises SparsifyError where a library of the extra `onnx` is missing."""
     try:
-        import onnx
-        import onnx_ir
-        import onnxscript  # noqa: F401
+        *_, found = map(importlib.import_module, ("onnx", "onnxscript", "onnx_ir"))
     except ImportError as error:
         raise SparsifyError(
             f"format 'onnx' needs the package {error.name}: pip install 'sparsify-compiler[onnx]'"
         ) from error
-    assert onnx is not None
-    return onnx_ir
+    return found
 
 
 def _check_file(file: Path) -> None:

@@ -350,7 +350,6 @@ class CubesBody(Body):
             return out, lse
         bias = None if key_bias is None else key_bias.unsqueeze(2)
         more, more_lse = _attend(query.index_select(2, self.others), key, value, bias, self.scale)
-        (out, lse), (more, more_lse) = (out, lse), (more, more_lse)
         return (
             torch.cat([more[:, :, : self.before], out, more[:, :, self.before :]], 2),
             torch.cat([more_lse[:, :, : self.before], lse, more_lse[:, :, self.before :]], 2),

@@ -1,7 +1,8 @@
 """Write engines of TensorRT or TensorRT-RTX, from ONNX.
 
-The parser inlines the bodies of the nodes. An engine is built for the GPU of this machine by TensorRT; TensorRT-RTX
-builds without a GPU, and finishes the engine where it runs. No engine has run on a GPU yet.
+The bodies of the nodes are inlined first: the parser takes one body for all overloads, and no absent inputs. An
+engine is built for the GPU of this machine by TensorRT. TensorRT-RTX builds without a GPU, and finishes the engine
+where it runs. No engine has run on a GPU yet.
 """
 
 import importlib
@@ -35,6 +36,7 @@ def engines(captured: Captured, path: Path) -> Exported:
             with TemporaryDirectory() as scratch:
                 file = Path(scratch, f"{phase}.onnx")
                 write_model(captured, phase, file, OPSETS[0])
+                _inline(file)
                 (folder / f"{phase}.engine").write_bytes(_engine(trt, file, captured.batch))
         content = plan_of(captured, "tensorrt", functional(captured, phase))
         content["built by"] = f"{trt.__name__} {trt.__version__}"
@@ -54,6 +56,15 @@ def _library() -> Any:
         "format 'tensorrt' needs TensorRT or TensorRT-RTX: pip install --no-deps tensorrt-rtx-cu12-bindings "
         "tensorrt-rtx-cu12-libs"
     )
+
+
+def _inline(file: Path) -> None:
+    """Replace the nodes of a file that have bodies by these."""
+    import onnx
+    import onnx.inliner
+
+    model = onnx.load(file, load_external_data=False)
+    onnx.save(onnx.inliner.inline_local_functions(model), file)
 
 
 def _engine(trt: Any, file: Path, batch: int | None) -> bytes:

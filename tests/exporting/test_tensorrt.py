@@ -72,6 +72,31 @@ def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_overloads_are_inlined(tmp_path: Path) -> None:
+    """TensorRT's parser takes the first body for all overloads."""
+    import numpy as np
+    from onnx import TensorProto, helper, load, save
+    from onnx.reference import ReferenceEvaluator
+
+    opset, own = helper.make_opsetid("", 20), helper.make_opsetid("sparsify", 1)
+    functions, nodes = [], []
+    for number, (overload, factor) in enumerate({"": 2.0, "1": 5.0}.items()):
+        constant = helper.make_node("Constant", [], ["c"], value_float=factor)
+        body = [constant, helper.make_node("Mul", ["x", "c"], ["y"])]
+        functions.append(helper.make_function("sparsify", "Times", ["x"], ["y"], body, [opset]))
+        nodes.append(helper.make_node("Times", [f"v{number}"], [f"v{number + 1}"], domain="sparsify"))
+        functions[-1].overload = nodes[-1].overload = overload
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in ("v0", "v2")]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:])
+    file = tmp_path / "model.onnx"
+    save(helper.make_model(graph, opset_imports=[opset, own], ir_version=10, functions=functions), file)
+    tensorrt._inline(file)
+    inlined = load(file)
+    assert not inlined.functions
+    (got,) = ReferenceEvaluator(inlined).run(None, {"v0": np.ones(2, np.float32)})
+    assert got.tolist() == [10.0, 10.0]
+
+
 def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "LIBRARIES", ("no_such_library",))
     with pytest.raises(SparsifyError, match="format 'tensorrt' needs TensorRT or TensorRT-RTX: pip install"):
