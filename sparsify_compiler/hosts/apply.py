@@ -36,7 +36,7 @@ class _Attention:
 
     kind: str
     """The class of the model, for messages."""
-    owners: list[Any]
+    owners: list["weakref.ref[Any]"]
     """The modules with an attention processor that has a backend."""
     replaced: list[tuple[Any, Any]] = field(default_factory=list)
     """(attention processor, the backend that a script set), in order."""
@@ -45,7 +45,9 @@ class _Attention:
     def of(cls, model: nn.Module) -> "_Attention":
         """That of a model."""
         owners = [
-            one for one in model.modules() if hasattr(getattr(one, "processor", None), "_attention_backend")
+            weakref.ref(one)
+            for one in model.modules()
+            if hasattr(getattr(one, "processor", None), "_attention_backend")
         ]
         return cls(type(model).__name__, owners)
 
@@ -53,7 +55,7 @@ class _Attention:
         """Let all processors call SDPA, and say so if they called something else."""
         before = len(self.replaced)
         for owner in self.owners:
-            processor = owner.processor
+            processor: Any = getattr(owner(), "processor", None)
             if getattr(processor, "_attention_backend", NATIVE) != NATIVE:
                 self.replaced.append((processor, processor._attention_backend))
                 processor._attention_backend = NATIVE
@@ -197,7 +199,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
                 changes.compile_apart(block)
             run = call_of
         elif blocks[name]:
-            run = WholeOrBlocks(model, blocks[name], changes)
+            run = WholeOrBlocks(model, changes)
         else:
             run = changes.compiled(module)
         changes.put(module, Hook(model, run))

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,10 +43,10 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class Changes:
-    """The hooks in the modules of one `apply`, and the compiled functions that they run."""
+    """The hooks in the modules of one `apply`, and the compiled functions that they run; no module is kept alive."""
 
     backend: Callable[..., Any]
-    hooks: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    hooks: list[tuple["weakref.ref[nn.Module]", Any]] = field(default_factory=list)
     """(module, the object in its `_compiled_call_impl`)."""
     programs: dict[tuple[object, bool], Callable[..., Any]] = field(default_factory=dict)
     """(class of modules, or one module; whether it must be one graph) -> the function that calls it."""
@@ -54,30 +54,34 @@ class Changes:
     def put(self, module: nn.Module, hook: Any) -> None:
         """Let a module be called through a hook."""
         module.__dict__[COMPILED_CALL] = hook
-        self.hooks.append((module, hook))
+        self.hooks.append((weakref.ref(module), hook))
 
-    def compiled(self, key: object, *, one_graph: bool = False) -> Callable[..., Any]:
-        """A function that calls modules. The same keys share programs."""
-        if (key, one_graph) not in self.programs:
-            compiled = _torch.compiled_apart(call_of, self.backend, one_graph=one_graph)
-            self.programs[key, one_graph] = compiled
-        return self.programs[key, one_graph]
+    def compiled(self, what: type | nn.Module, *, one_graph: bool = False) -> Callable[..., Any]:
+        """A function that calls the modules of a class, or one module; modules of a class share programs."""
+        key = (what if isinstance(what, type) else weakref.ref(what), one_graph)
+        if key not in self.programs:
+            self.programs[key] = _torch.compiled_apart(call_of, self.backend, one_graph=one_graph)
+        return self.programs[key]
 
     def compile_apart(self, module: nn.Module) -> None:
-        """Compile a module by itself; modules of a class share programs."""
+        """Compile a module by itself."""
         self.put(module, Block(weakref.ref(module), self.compiled(type(module))))
 
     def take_out(self, modules: Iterable[nn.Module]) -> None:
         """Let calls of these modules run their own code, if their hooks are still there."""
         gone = {id(module) for module in modules}
-        for module, hook in self.hooks:
-            if id(module) in gone and module.__dict__.get(COMPILED_CALL) is hook:
+        kept = []
+        for of, hook in self.hooks:
+            module = of()
+            if module is not None and id(module) not in gone:
+                kept.append((of, hook))
+            elif module is not None and module.__dict__.get(COMPILED_CALL) is hook:
                 del module.__dict__[COMPILED_CALL]
-        self.hooks = [(module, hook) for module, hook in self.hooks if id(module) not in gone]
+        self.hooks = kept
 
     def undo(self) -> None:
         """Take out all hooks, and drop the programs."""
-        self.take_out([module for module, _ in self.hooks])
+        self.take_out([module for of, _ in self.hooks if (module := of()) is not None])
         for program in self.programs.values():
             _torch.forget(program)
         self.programs = {}
@@ -89,8 +93,8 @@ class WholeOrBlocks:
     Dynamo finds out before any code of the model runs, so such a call begins anew.
     """
 
-    def __init__(self, model: AppliedModel, blocks: Sequence[nn.Module], changes: Changes) -> None:
-        self._model, self._blocks, self._changes = model, blocks, changes
+    def __init__(self, model: AppliedModel, changes: Changes) -> None:
+        self._model, self._changes = model, changes
         self._run = self._as_one_graph
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,8 +112,9 @@ class WholeOrBlocks:
         assert call is not None, "the hook of the model runs this"
         by_blocks = not self._model.analysed(call).failure
         self._model.parts_only = by_blocks
+        blocks = repeated_blocks(module)
         if by_blocks:
-            for block in self._blocks:
+            for block in blocks:
                 self._changes.compile_apart(block)
         run = call_of if by_blocks else self._changes.compiled(module)
         try:
@@ -117,10 +122,10 @@ class WholeOrBlocks:
         except BaseException:  # perhaps the error ended the graph
             self._model.parts_only = False
             if by_blocks:
-                self._changes.take_out(self._blocks)
+                self._changes.take_out(blocks)
             raise
         self._run = run
-        what = f"{len(self._blocks)} repeated blocks" if by_blocks else "parts"
+        what = f"{len(blocks)} repeated blocks" if by_blocks else "parts"
         log.info("%s does not give one graph (%s): its %s are compiled", type(module).__name__, why, what)
         return result
 
