@@ -43,7 +43,7 @@ class Block:
 
 @dataclass(slots=True, eq=False)
 class Changes:
-    """The hooks in the modules of one `apply`, and the compiled functions that they run; no module is kept alive."""
+    """The hooks in the modules of one `apply`, and the compiled functions that they run. No module is kept."""
 
     backend: Callable[..., Any]
     hooks: list[tuple["weakref.ref[nn.Module]", Any]] = field(default_factory=list)

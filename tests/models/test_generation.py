@@ -42,10 +42,10 @@ Loop = Callable[[Inputs, int], Iterator[tuple[int, int, Inputs]]]
 
 
 def batched(inputs: Inputs, steps: int) -> Iterator[tuple[int, int, Inputs]]:
-    """(step, stream, inputs): guidance in one call of both streams, falling time steps."""
+    """(step, stream, inputs): guidance in one call of both streams, time steps that fall to the end."""
     for step in range(steps):
         latents = inputs["hidden_states"] + 0.1 * step
-        time = torch.full_like(inputs["timestep"], 900 - 80 * step)
+        time = torch.full_like(inputs["timestep"], 900 - 800 * step / max(steps - 1, 1))
         yield step, 0, inputs | {"hidden_states": latents, "timestep": time}
 
 
