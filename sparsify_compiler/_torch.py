@@ -213,6 +213,11 @@ def is_model_tensor(placeholder: fx.Node) -> bool:
     return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
+def is_python_number(placeholder: fx.Node) -> bool:
+    """Whether an input of Dynamo's graph is a tensor for a float of Python, which changes."""
+    return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
+
+
 def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
     """The tensor as an example input for compilation: fake if the other example inputs are fake."""
     from torch._guards import detect_fake_mode
@@ -615,9 +620,11 @@ _changed: list[Callable[[], None]] = []
 def many_programs() -> Iterator[None]:
     """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
 
-    Otherwise a call in which a cache skips a block ends the compilation of all blocks. Several threads may be in
-    the block at once. Newer versions of PyTorch have settings for each context; in older ones all threads share
-    them, so the last thread to leave puts them back.
+    Otherwise a call in which a cache skips a block ends the compilation of all blocks. A hook that a script sets on
+    a compiled module makes a new program too; Dynamo would ignore it.
+
+    Several threads may be in the block at once. Newer versions of PyTorch have settings for each context; in older
+    ones all threads share them, so the last thread to leave puts them back.
     """
     from torch._dynamo import config
 
@@ -625,7 +632,7 @@ def many_programs() -> Iterator[None]:
     # `config.patch` would leave a context variable behind at every call.
     settings: Any = config
     change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(
-        allow_empty_graphs=True, recompile_limit=limit
+        allow_empty_graphs=True, recompile_limit=limit, skip_nnmodule_hook_guards=False
     )
     if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
         put_back = change()

@@ -159,14 +159,16 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
     states = tuple(states)
     records = [record for state in states for record in _last_video(state, options)]
     if not records:
-        others = (
-            "only programs with other options called its module, "
-            if any(state.history for state in states)
-            else ""
+        of_others = any(state.history for state in states)
+        what = (
+            "no call of this model was recorded: run it first, compiled with backend='sparsify', without gradients"
+            if not of_others
+            else "no call of this model's last video was recorded"
+            if options is None
+            else "no call of this model was recorded: only programs with other options called its module"
         )
         raise SparsifyError(
-            f"no call of this model was recorded: {others}run it first, compiled with backend='sparsify' and "
-            "without gradients. Programs in which no attention is sparse record nothing: "
+            f"{what}. Programs in which no attention is sparse record nothing: "
             "sparsify_compiler.explain(model, ...) shows them"
         )
     sparse = (

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sparsify_compiler
-from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.errors import GridError, OptionError, SparsifyError
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.testing.models import CASES
 from sparsify_compiler.testing.oracles import TileAttention
@@ -100,6 +100,52 @@ def test_restore_after_an_error() -> None:
         model(torch.randn(1, 3, 5, 14, 18), 900.0)
     changed.restore()
     assert dicts(model) == before
+
+
+@regional
+def test_a_hook_that_is_set_after_the_first_call_runs(regional: bool) -> None:
+    model, twin = Video(), Video()
+    sparsify_compiler.apply(model, regional=regional, **TILE)
+    steps(model, latents(GRID), 1)
+    for one in (model, twin):
+        one.register_forward_pre_hook(lambda _, args: (2 * args[0], *args[1:]))
+        one.blocks[1].register_forward_hook(lambda _, args, out: out - args[0])
+    with TileAttention(5, 2, 63):
+        (expected,) = steps(twin, latents(GRID), 1)
+    (got,) = steps(model, latents(GRID), 1)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("regional", [None, False, True])
+def test_a_float_that_changes_from_call_to_call_leaves_the_model_whole(regional: bool | None) -> None:
+    """Dynamo makes it a tensor from the second value on."""
+    model = Video()
+    changed = sparsify_compiler.apply(model, regional=regional, **TILE)
+    for time in (900.0, 750.5, 600.25):
+        with torch.no_grad(), TileAttention(5, 2, 63):
+            expected = Video()(latents(GRID), time, scale=time)
+        with torch.no_grad():
+            got = model(latents(GRID), time, scale=time)
+        assert (got - expected).norm() < 1e-5 * expected.norm()
+    assert {one.call for one in changed.stats().measurements} == {0, 1, 2}
+
+
+@regional
+def test_a_grid_that_fits_nothing_is_refused(regional: bool) -> None:
+    model = Video()
+    changed = sparsify_compiler.apply(model, regional=regional, grid=(5, 8, 9), **TILE)
+    with pytest.raises(GridError, match=r"got \(5, 8, 9\) = 360 tokens"):
+        steps(model, latents(GRID), 1)
+    changed.restore()
+
+
+def test_an_export_of_an_applied_model_is_the_plain_model() -> None:
+    model, inputs = Video(), (latents(GRID), torch.tensor([900.0]))
+    expected = steps(model, latents(GRID), 1)[0]
+    sparsify_compiler.apply(model, **TILE)
+    assert not torch.equal(steps(model, latents(GRID), 1)[0], expected)
+    exported = torch.export.export(model, inputs)
+    assert (exported.module()(*inputs) - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_copy_of_an_applied_model_is_the_plain_model() -> None:

@@ -32,7 +32,9 @@ def test_settings_hold_in_each_of_two_threads_and_are_put_back(
 
     if shared:
         entries = {"recompile_limit": SimpleNamespace(user_override=8)}
-        config = SharedSettings(recompile_limit=8, allow_empty_graphs=False, _config=entries)
+        config = SharedSettings(
+            recompile_limit=8, allow_empty_graphs=False, skip_nnmodule_hook_guards=True, _config=entries
+        )
         monkeypatch.setattr(torch._dynamo, "config", config)
     both, left = threading.Barrier(2), threading.Event()
     before, seen = (config.recompile_limit, config.allow_empty_graphs), []

@@ -20,7 +20,7 @@ from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.blocks import Block, Changes, WholeOrBlocks, call_of, repeated_blocks
 from sparsify_compiler.hosts.pipelines import video_of
 from sparsify_compiler.hosts.whole import NATIVE, analyse
-from sparsify_compiler.measured import RunStats, stats
+from sparsify_compiler.measured import RunStats, stats_of
 from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import AppliedModel, Hook
@@ -98,7 +98,7 @@ class Applied:
         errors: list[SparsifyError] = []
         for model in self.models:
             try:
-                one = stats(_alive(model))
+                one = stats_of([model.state])
             except SparsifyError as error:
                 errors.append(error)
                 continue
@@ -155,6 +155,10 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
         OptionError: an option is wrong, or the target has no module to change.
         SparsifyError: a model was compiled or applied before.
     """
+    if "options" in options:
+        raise OptionError(
+            "apply takes the options of the backend as keywords, such as method='svg2', got options="
+        )
     config = configure(options)
     if regional not in (None, True, False):
         raise OptionError(f"regional must be True, False or None, got {regional!r}")
@@ -192,6 +196,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             native.use_native,
             video_of,
             parts_only=bool(regional),
+            checks_grid=config.grid is not None,
         )
         run: Callable[..., Any]
         if regional:
@@ -226,13 +231,6 @@ def _keep_hooks() -> None:
 
 def _analyse(module: nn.Module, arguments: Any, *, config: SparsifyConfig) -> Any:
     return analyse(module, arguments, config)
-
-
-def _alive(model: AppliedModel) -> nn.Module:
-    module = model.module()
-    if module is None:
-        raise SparsifyError("the model of this Applied exists no longer")
-    return module
 
 
 def _check_unchanged(name: str, module: nn.Module) -> None:

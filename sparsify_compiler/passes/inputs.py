@@ -48,7 +48,8 @@ def find_inputs(gm: fx.GraphModule) -> Inputs:
         alone = [i for i in given if recorded(placeholders[i]).dim() <= 1]
         time = alone[0] if len(alone) == 1 else None
     others = {placeholders[i].name: i for i in given if i != time}
-    return Inputs(owner=owner, time=time, others=others, constant_time=constant)
+    of_python = frozenset(i for i in given if _torch.is_python_number(placeholders[i]))
+    return Inputs(owner=owner, time=time, others=others, constant_time=constant, numbers=of_python)
 
 
 def _is_time(name: str, value: float | None, sizes: Collection[int | None]) -> bool:

@@ -61,6 +61,8 @@ class AppliedModel:
     """Opens the generation that a call belongs to, where its caller's scheduler says the number of steps."""
     parts_only: bool = False
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
+    checks_grid: bool = False
+    """Whether a grid was given. The analysis raises an error if it fits no attention."""
     state: ModelState = field(init=False)
     graphs: tuple[GraphPlan, ...] = ()
     """The plans that the last finished call ran, in order."""
@@ -240,7 +242,7 @@ class ModelCall:
             for one in self.module.modules()
             for hook in _hooks_of(one)
         )
-        if model.parts_only or hidden:
+        if model.parts_only or model.checks_grid or hidden:
             model.analysed(self)
         if hidden:
             model.compile_rest()
@@ -253,6 +255,8 @@ class ModelCall:
     def numbers(self) -> tuple[Times | None, Prints]:
         """The time steps and `Prints` of the call, for the clock; none where it only counts calls."""
         if self.time_name is None or not self.model.state.clock.reads():
+            return None, {}
+        if any(isinstance(one, Tensor) and one.is_meta for one in tree_leaves(self.named)):
             return None, {}
         return read_arguments(self.named, self.time_name)
 
@@ -364,6 +368,8 @@ class Hook:
         module = self.model.module()
         assert module is not None, "the module calls its own hook"
         before = _open.get()
+        if torch.compiler.is_exporting():
+            return module._call_impl(*args, **kwargs)
         if before is not None and before.model is self.model:
             return self.run(module, args, kwargs)
         call = ModelCall(self.model, module, args, kwargs)

@@ -53,10 +53,14 @@ class Inputs:
     constant_time: float | None = None
     """The time step of every call of the graph, where it is a number that Dynamo's guards fix."""
 
+    numbers: frozenset[int] = frozenset()
+    """The places of tensors that Dynamo makes of numbers of Python."""
+
     @property
     def given(self) -> tuple[int, ...]:
-        """The places of the time step and of all tensors that are not the model's own."""
-        return (*([] if self.time is None else [self.time]), *self.others.values())
+        """The places of the time step and of all tensors of the caller, but not of the model."""
+        places = (*([] if self.time is None else [self.time]), *self.others.values())
+        return tuple(place for place in places if place not in self.numbers)
 
     @property
     def has_time(self) -> bool:

@@ -103,10 +103,11 @@ def test_one_program_serves_all_blocks(programs: list[Program]) -> None:
     ("family", "options", "count"),
     [
         ("wan", SVG2 | {"far_field": "drop", "top_p": 0.6}, 1),
-        (
+        pytest.param(
             "hunyuan_video",
             {"method": "keys", "kv_budget": 0.3, "dense_layers": 0, "inner_backend": "eager"},
             5,
+            marks=pytest.mark.nightly,
         ),
     ],
 )
