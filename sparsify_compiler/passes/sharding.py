@@ -631,7 +631,7 @@ class _Sharder:
         """The results of an op in which ranks take part, after the op before it."""
         if self.order is None:
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-                self.order = self._constant("sparsify_order", torch.zeros(()))
+                self.order = self._constant("sparsify_order", torch.zeros((), dtype=torch.float32))
         call = self.graph.call_function(op, ([*tensors, self.order], *others))
         *results, self.order = (
             self.graph.call_function(operator.getitem, (call, i)) for i in range(len(tensors) + 1)
