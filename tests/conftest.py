@@ -5,6 +5,8 @@ the machine is busy. Tests of kernels that divide work among threads ask for sev
 """
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -19,6 +21,21 @@ torch.set_num_threads(1)
 
 settings.register_profile("sparsify", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("sparsify")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked `alone` in a process of its own."""
+    if pyfuncitem.get_closest_marker("alone") is None or "TEST_ALONE" in os.environ:
+        return None
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    where = pyfuncitem.config.rootpath
+    done = subprocess.run(
+        command, env=others | {"TEST_ALONE": "1"}, cwd=where, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return True
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ def held(codes: list[CodeType], earlier: list[Program]) -> dict[str, int]:
     }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("host", ["bare", "regional"])
 def test_nothing_grows_with_the_number_of_videos(host: str) -> None:
     codes: list[CodeType] = []
