@@ -441,24 +441,33 @@ def tracing(
                 reset_code(code)
 
 
+_autocast = threading.RLock()
+"""Held by the thread that has changed `torch.autocast`."""
+
+
 @contextmanager
 def autocast_on_meta(device_type: str) -> Iterator[None]:
-    """Let code ask for autocast on the meta device, which has none: it gets that of `device_type`."""
+    """Let code ask for autocast on the meta device, which has none: it gets that of `device_type`.
+
+    One thread at a time: of two, the first to leave would put back the change of the other.
+    """
     from torch.amp.autocast_mode import autocast
 
-    usual = autocast.__init__
+    with _autocast:
+        usual = autocast.__init__
 
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        asked = signature(usual).bind(self, *args, **kwargs)
-        if asked.arguments["device_type"] == "meta":
-            asked.arguments["device_type"] = device_type
-        usual(*asked.args, **asked.kwargs)
+        @wraps(usual)  # Dynamo reads the signature
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            asked = signature(usual).bind(self, *args, **kwargs)
+            if asked.arguments["device_type"] == "meta":
+                asked.arguments["device_type"] = device_type
+            usual(*asked.args, **asked.kwargs)
 
-    autocast.__init__ = init  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        autocast.__init__ = usual  # type: ignore[method-assign]
+        autocast.__init__ = init  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            autocast.__init__ = usual  # type: ignore[method-assign]
 
 
 def capture_for_export(

@@ -1,6 +1,7 @@
 """PyTorch's private API, as `_torch.py` uses it."""
 
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -61,3 +62,24 @@ def test_settings_hold_in_each_of_two_threads_and_are_put_back(
     assert seen.count((max(before[0], 64), True)) == 2
     assert shared or seen.count(before) == 2
     assert (config.recompile_limit, config.allow_empty_graphs) == before
+
+
+def test_two_threads_that_change_autocast_put_it_back() -> None:
+    before, within = torch.amp.autocast_mode.autocast.__init__, threading.Event()
+
+    def first() -> None:
+        with _torch.autocast_on_meta("cpu"):
+            within.set()
+            time.sleep(0.2)
+
+    def second() -> None:
+        within.wait()
+        with _torch.autocast_on_meta("cpu"):
+            time.sleep(0.4)
+
+    threads = [threading.Thread(target=one) for one in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.amp.autocast_mode.autocast.__init__ is before
