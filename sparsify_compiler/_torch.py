@@ -7,9 +7,8 @@ not import it.
 import logging
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from datetime import timedelta
 from functools import partial, wraps
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.nn import Module
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
@@ -92,15 +91,20 @@ def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
 
 
 @contextmanager
-def quiet_fakes() -> Iterator[None]:
-    """Suppress the log of operators that refuse fake tensors."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
+def quiet(logger: str, least: int = logging.CRITICAL) -> Iterator[None]:
+    """Suppress the records of a logger of PyTorch below a level."""
+    log = logging.getLogger(logger)
     level = log.level
-    log.setLevel(logging.CRITICAL)
+    log.setLevel(least)
     try:
         yield
     finally:
         log.setLevel(level)
+
+
+def quiet_fakes() -> AbstractContextManager[None]:
+    """Suppress the log of operators that refuse fake tensors."""
+    return quiet("torch._subclasses.fake_tensor")
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -420,21 +424,18 @@ def tracing(
     hook = register_bytecode_hook(lambda code, _: codes.append(code))
     fresh = FunctionType(function.__code__.replace(), function.__globals__)
     unlimited = sys.maxsize
-    log = logging.getLogger("torch._dynamo.convert_frame")
-    level = log.level
+    errors = nullcontext() if strict else quiet("torch._dynamo.convert_frame")
+    settings = config.patch(
+        recompile_limit=unlimited,
+        accumulated_recompile_limit=unlimited,
+        suppress_errors=not strict,
+        allow_empty_graphs=True,
+        optimize_ddp=False,  # otherwise a call inside DDP is split at the buckets of gradients
+    )
     try:
-        if not strict:
-            log.setLevel(logging.CRITICAL)
-        with config.patch(
-            recompile_limit=unlimited,
-            accumulated_recompile_limit=unlimited,
-            suppress_errors=not strict,
-            allow_empty_graphs=True,
-            optimize_ddp=False,  # otherwise a call inside DDP is split at the buckets of gradients
-        ):
+        with errors, settings:
             yield torch.compile(fresh, backend=backend, dynamic=False, **apart)
     finally:
-        log.setLevel(level)
         hook.remove()
         for code in codes:
             if all(map(ours, _debug_get_cache_entry_list(code))):
@@ -468,121 +469,6 @@ def autocast_on_meta(device_type: str) -> Iterator[None]:
             yield
         finally:
             autocast.__init__ = usual  # type: ignore[method-assign]
-
-
-def capture_for_export(
-    model: Module, kwargs: Mapping[str, Any], batch: int | None = None
-) -> tuple[fx.GraphModule, TreeSpec]:
-    """(Dynamo's graph of `model(**kwargs)`, the form of the output whose leaves the graph returns).
-
-    The graph's inputs are the leaves of `kwargs`; the tensors of the model are its attributes. The later capture of
-    PyTorch makes them inputs too, which the passes cannot copy. This one is in torch 2.11 and 2.13. It resets
-    Dynamo.
-
-    Args:
-        batch: the size that stays free where it is the first of a tensor's and the model lets it.
-    """
-    from torch._dynamo import maybe_mark_dynamic
-    from torch._dynamo.functional_export import _dynamo_graph_capture_for_export
-
-    def marked(leaf: Any) -> Any:
-        if batch is None or not isinstance(leaf, Tensor) or leaf.shape[:1] != (batch,):
-            return leaf
-        leaf = leaf.view_as(leaf)  # a mark stays with its tensor
-        maybe_mark_dynamic(leaf, 0)
-        return leaf
-
-    kwargs = tree_map(marked, dict(kwargs))
-    gm = _dynamo_graph_capture_for_export(model)(**kwargs)
-    out_spec: Any = gm._out_spec
-    data_of = getattr(torch._C._autograd, "_get_data_attr", None)
-    for node in gm.graph.find_nodes(op="call_function", target=data_of):
-        node.target = torch.detach  # export sees no operator in `.data`
-    gm.graph.set_codegen(fx.graph.CodeGen())
-    gm.recompile()
-    return gm, out_spec
-
-
-def remove_autocast(gm: fx.GraphModule) -> bool:
-    """Remove the parts of a captured graph that turn autocast off, where it is off already. Return whether others
-    are left, which turn it on."""
-    from torch.amp import autocast_mode
-
-    nodes = gm.graph.find_nodes(op="call_function", target=autocast_mode._enter_autocast)
-    for node in nodes:
-        enabled = node.args[2] if len(node.args) > 2 else node.kwargs.get("enabled", True)
-        if enabled:
-            return True
-    for node in nodes:
-        for end in list(node.users):
-            gm.graph.erase_node(end)
-        gm.graph.erase_node(node)
-    gm.recompile()
-    return False
-
-
-def classes_in(spec: TreeSpec) -> set[str]:
-    """The full names of the classes in the form of an output, beyond those that pytrees know."""
-    own = {f"{kind.__module__}.{kind.__qualname__}" for kind in _types_in(spec)}
-    return {name for name in own if name.split(".")[0] not in ("builtins", "collections", "torch")}
-
-
-def _types_in(spec: TreeSpec) -> Iterator[type]:
-    if spec.type is not None and not spec.is_leaf():
-        yield spec.type
-        for child in spec.children():
-            yield from _types_in(child)
-
-
-@contextmanager
-def quiet_onnx() -> Iterator[None]:
-    """Suppress what the ONNX exporter logs about packages that are not installed."""
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
-    """Write a program of torch.export whose tensors have memory for one element, without its example inputs."""
-    program.example_inputs = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(program, file)
-
-
-def compile_ahead(program: torch.export.ExportedProgram, file: Path) -> set[str]:
-    """Write a package of AOTInductor without constants. Return the names of the constants that it needs."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-    settings = {"aot_inductor.package_constants_in_so": False}
-    aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
-    return set(aoti_load_package(str(file)).get_constant_fqns())
-
-
-def load_ahead(file: Path, constant: Callable[[str], Tensor]) -> Callable[..., Any]:
-    """Load a package that `compile_ahead` wrote. `constant` gives its constants, which are shared, not copied."""
-    from torch._inductor import aoti_load_package
-
-    package = aoti_load_package(str(file))
-    found = {name: constant(name) for name in package.get_constant_fqns()}
-    package.load_constants(found, check_full_update=True, user_managed=True)
-    return package
-
-
-def lacks_compiler(error: BaseException) -> bool:
-    """Whether Inductor found no C++ compiler."""
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    chain: BaseException | None = error
-    while chain is not None:
-        if isinstance(chain, (InvalidCxxCompiler, FileNotFoundError)):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
 
 
 def compiled_apart(

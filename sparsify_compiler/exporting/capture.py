@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
-from sparsify_compiler import _torch
+from sparsify_compiler import _torch, _torch_export
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.passes import pipeline
@@ -94,7 +94,7 @@ def capture(
     several, batch = _of_several(kwargs) if free_batch else (kwargs, None)
     try:
         with torch.no_grad():
-            gm, out_spec = _torch.capture_for_export(model, several, batch)
+            gm, out_spec = _torch_export.capture_for_export(model, several, batch)
     except SparsifyError:
         raise
     except Exception as error:  # whatever Dynamo or the model's own code raises
@@ -102,7 +102,7 @@ def capture(
             f"export needs {type(model).__name__} as one graph, which Dynamo cannot make: {first_line(error)} "
             "torch.compile(model, fullgraph=True) shows where"
         ) from error
-    if _torch.remove_autocast(gm):
+    if _torch_export.remove_autocast(gm):
         raise SparsifyError(
             f"{type(model).__name__} turns autocast on in its own code, which a file cannot hold: cast the model "
             "with model.to(dtype)"

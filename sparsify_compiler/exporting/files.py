@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sparsify_compiler import __version__, _torch
+from sparsify_compiler import __version__, _torch_export
 from sparsify_compiler.config import integer
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting import report
@@ -103,7 +103,7 @@ def torch_programs(captured: Captured, path: Path) -> Exported:
     def write(program: torch.export.ExportedProgram, file: Path, _: str) -> dict[str, Tensor]:
         weights = dict(program.state_dict)
         program.state_dict.update({name: _without_memory(tensor) for name, tensor in weights.items()})
-        _torch.save_program(program, file)
+        _torch_export.save_program(program, file)
         return {name_in_model(name): tensor for name, tensor in weights.items()}
 
     return _write_folder(captured, path, "torch", write)
@@ -114,9 +114,9 @@ def aoti(captured: Captured, path: Path) -> Exported:
 
     def write(program: torch.export.ExportedProgram, file: Path, phase: str) -> dict[str, Tensor]:
         try:
-            used = _torch.compile_ahead(program, file)
+            used = _torch_export.compile_ahead(program, file)
         except Exception as error:  # whatever Inductor or the compiler raises
-            if _torch.lacks_compiler(error):
+            if _torch_export.lacks_compiler(error):
                 raise SparsifyError(
                     f"format 'aoti' needs a C++ compiler, which is missing: {first_line(error)} Install g++, or "
                     "export with format='torch'"
@@ -187,7 +187,7 @@ def plan_of(captured: Captured, format: str, module: Functional) -> dict[str, An
         "dense steps": captured.plan.dense_steps,
         "time step": time_argument(kwargs),
         "arguments": described(captured.model, kwargs),
-        "outputs": sorted(_torch.classes_in(captured.out_spec)),
+        "outputs": sorted(_torch_export.classes_in(captured.out_spec)),
         "initialised": module.extra.initialised,
         "state": [[name, shape, str(device)] for name, shape, device in module.specs],
         "sites": [_site(plan) for plan in captured.plan],

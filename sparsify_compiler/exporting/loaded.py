@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparsify_compiler import __version__, _torch
+from sparsify_compiler import __version__, _torch_export
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting.arguments import bind
 from sparsify_compiler.exporting.capture import first_line, has_tensor
@@ -114,7 +114,7 @@ def _package(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:
         own = name_in_model(name)
         return weights[f"{phase}/{own}" if f"{phase}/{own}" in weights else own]
 
-    return _torch.load_ahead(file, constant)
+    return _torch_export.load_ahead(file, constant)
 
 
 def _content(folder: Path) -> dict[str, Any]:

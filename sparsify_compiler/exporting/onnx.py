@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sparsify_compiler import _torch
+from sparsify_compiler import _torch_export
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting.capture import Captured, first_line
 from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of
@@ -246,7 +246,7 @@ def _exported(
     """
     batch = torch.export.Dim.DYNAMIC
     shapes = (tuple({0: batch} if free else {} for free in of_batch),)
-    with torch.no_grad(), _torch.quiet_onnx():
+    with torch.no_grad(), _torch_export.quiet_onnx():
         program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
         aten = torch.ops.aten
         if any(node.target in (aten.copy_.default, aten.copy.default) for node in program.graph.nodes):

@@ -14,7 +14,6 @@ from torch import nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure, sparsify
-from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.blocks import Block, Changes, WholeOrBlocks, call_of, repeated_blocks
@@ -43,7 +42,7 @@ class _Attention:
 
     @classmethod
     def of(cls, model: nn.Module) -> "_Attention":
-        """That of a model."""
+        """The backend of a model."""
         owners = [
             weakref.ref(one)
             for one in model.modules()
@@ -191,7 +190,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             weakref.ref(module),
             name,
             clocks,
-            partial(_analyse, config=config),
+            partial(analyse, config=config),
             changes.compile_apart,
             native.use_native,
             video_of,
@@ -225,12 +224,8 @@ def _is_ours(module: nn.Module) -> bool:
 
 @cache
 def _keep_hooks() -> None:
-    """From now on, let `module.compile()` leave the hooks of `apply` in place."""
+    """Let `module.compile()` leave the hooks of `apply` in place from now on."""
     _torch.on_compile(_is_ours)
-
-
-def _analyse(module: nn.Module, arguments: Any, *, config: SparsifyConfig) -> Any:
-    return analyse(module, arguments, config)
 
 
 def _check_unchanged(name: str, module: nn.Module) -> None:

@@ -45,7 +45,7 @@ class Ran:
     state: ModelState
     names: tuple[str, ...]
     parts: Parts | None
-    """As which parts of the model it ran; None for its own plan."""
+    """The parts of the model that it was; None for its own plan."""
 
 
 @dataclass(slots=True, eq=False)
