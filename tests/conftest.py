@@ -29,7 +29,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if pyfuncitem.get_closest_marker("alone") is None or "TEST_ALONE" in os.environ:
         return None
     others = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "COV_"))}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    command = [sys.executable, "-m", "pytest", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
     where = pyfuncitem.config.rootpath
     done = subprocess.run(
         command, env=others | {"TEST_ALONE": "1"}, cwd=where, capture_output=True, text=True

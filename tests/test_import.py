@@ -27,7 +27,18 @@ LAYERS = (
     {"methods"},
     {"kernels", "parallel"},
     {"table"},
-    {"plan", "config", "errors", "names", "_torch", "outputs", "pictures", "progress", "tables"},
+    {
+        "plan",
+        "config",
+        "errors",
+        "names",
+        "_torch",
+        "_torch_export",
+        "outputs",
+        "pictures",
+        "progress",
+        "tables",
+    },
 )
 """From those that may import all below to those that may import their own layer alone."""
 

@@ -56,7 +56,9 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> None:
     assert facts(found.parts) == facts(expected.plans)
 
 
-@pytest.mark.parametrize("family", ["wan_animate", "hunyuan_video", "cogvideox"])
+@pytest.mark.parametrize(
+    "family", ["wan_animate", "cogvideox", pytest.param("hunyuan_video", marks=pytest.mark.nightly)]
+)
 def test_the_analysis_by_blocks_is_that_of_the_whole(family: str) -> None:
     check(*CASES[family].build(batch=1))
 

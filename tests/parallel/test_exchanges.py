@@ -16,7 +16,7 @@ from sparsify_compiler.testing.ranks import Pool
 
 OPS = torch.ops.sparsify
 ORDER = torch.zeros(())
-"""Of the first op of a chain."""
+"""The order that the first op of a chain gets."""
 
 
 @dataclass(frozen=True)

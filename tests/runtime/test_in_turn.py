@@ -193,7 +193,7 @@ def held(codes: list[CodeType], earlier: list[Program]) -> dict[str, int]:
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("host", ["bare", "regional"])
+@pytest.mark.parametrize("host", ["regional", pytest.param("bare", marks=pytest.mark.nightly)])
 def test_nothing_grows_with_the_number_of_videos(host: str) -> None:
     codes: list[CodeType] = []
     earlier = all_programs()

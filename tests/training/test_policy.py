@@ -164,10 +164,17 @@ def test_a_policy_that_keeps_everything_dense_says_what_to_try(
     assert any(says in hint for hint in explain(model, **inputs, options=options).hints)
     with pytest.warns(SparsifyWarning, match=says):
         answer(torch.compile(model, backend="sparsify", options=options), inputs)
-    sparse = replace(policy, layers=(replace(layers[0], choice=TILE1), *layers[1:]))
+    assert not replace(policy, layers=(replace(layers[0], choice=TILE1), *layers[1:])).advice
+
+
+@pytest.mark.filterwarnings("error::sparsify_compiler.errors.SparsifyWarning")
+def test_a_policy_with_a_sparse_site_gives_no_advice(wan: Made, found: Policy) -> None:
+    model, inputs = wan
+    first, *others = (replace(layer, choice=DENSE) for layer in found.layers)
+    sparse = replace(found, layers=(replace(first, choice=TILE1), *others), r=1.0, total=1.0)
     assert not sparse.advice
-    torch._dynamo.reset()
-    answer(torch.compile(model, backend="sparsify", options={**options, "policy": sparse}), inputs)
+    options = {"policy": sparse, "inner_backend": "eager"}
+    answer(torch.compile(model, backend="sparsify", options=options), inputs)
 
 
 @pytest.mark.parametrize(
