@@ -20,7 +20,8 @@ from sparsify_compiler.plan import Ranks
 _HEADER = 240
 """Bytes of the first message."""
 _PATIENCE = 2.0
-"""Seconds that a rank which failed waits for the others to say that they failed too."""
+"""Seconds that a rank which failed waits for the others to say that they failed too, at most a fifth of the
+timeout. The exchange may take the timeout except twice these seconds, so the error comes within the timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,9 @@ def _transfer(dtype: torch.dtype, transfers: Sequence[Transfer], ranks: Ranks, w
     try:
         if device.type == "cpu":
             _check(ranks, what, to_send, to_receive)
-        _torch.all_to_all(received, sent, to_receive, to_send, ranks.group, ranks.timeout)
+        _torch.all_to_all(
+            received, sent, to_receive, to_send, ranks.group, ranks.timeout - 2 * _patience(ranks)
+        )
     except RuntimeError as error:
         raise RankError(
             f"rank {ranks.rank} could not finish {what}: {_culprit(ranks, what)}. Look for the first error "
@@ -123,7 +126,8 @@ def _check(ranks: Ranks, what: str, sends: Sequence[int], receives: Sequence[int
     """Raise RankError if another rank runs another exchange, or has other sizes in mind."""
     found = torch.empty(_HEADER * ranks.size, dtype=torch.uint8)
     each = [_HEADER] * ranks.size
-    _torch.all_to_all(found, _headers(what, sends, receives), each, each, ranks.group, ranks.timeout)
+    seconds = ranks.timeout - 2 * _patience(ranks)
+    _torch.all_to_all(found, _headers(what, sends, receives), each, each, ranks.group, seconds)
     expected = _headers(what, receives, sends)
     if torch.equal(found, expected):
         return
@@ -146,20 +150,26 @@ def _headers(what: str, sends: Sequence[int], receives: Sequence[int]) -> Tensor
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
+def _patience(ranks: Ranks) -> float:
+    return min(_PATIENCE, ranks.timeout / 5)
+
+
 def _culprit(ranks: Ranks, what: str) -> str:
     """The ranks that did not fail in an exchange too; they are the cause."""
     try:
         store = _torch.store_of_group(ranks.group)
         key = "sparsify_failed_{}".format
         store.set(key(ranks.rank), what)
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _patience(ranks)
         while True:
             missing = [rank for rank in range(ranks.size) if not store.check([key(rank)])]
             if not missing or time.monotonic() > end:
                 break
             time.sleep(0.05)
     except RuntimeError:  # the store went with the rank that held it
-        return "another rank failed or left"
+        return (
+            "another rank failed or left, and the store of the group with it, which rank 0 or torchrun holds"
+        )
     if not missing:
         return "no rank could"
     names = " and ".join(f"rank {rank}" for rank in missing)
