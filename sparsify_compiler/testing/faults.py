@@ -37,7 +37,7 @@ from sparsify_compiler.testing.videos import Video, latents
 AT_A_PLACE = ("kill", "raise", "hang", "skip", "other")
 """Faults in one exchange: SIGKILL, an exception, a hang, no exchange at all, another collective."""
 AT_THE_START = ("options", "weights")
-"""What differs on the rank from the start."""
+"""Differences of the rank from the start."""
 _OPTIONS = {
     "method": "tile",
     "reference_frames": 1,

@@ -191,7 +191,7 @@ def test_the_sockets_carry_what_the_formula_says(
         if not text:  # the formula of an even share
             assert sum(wanted) == 4 * len(owners) * tokens * dim * 4 * (size - 1) // size**2
         for measured, payload in zip((to_heads, to_tokens), wanted, strict=True):
-            # Beside it only the first message, of 240 bytes, and what gloo puts around each message.
+            # The rest is the first message, of 240 bytes, and what gloo puts around each message.
             assert 0 <= measured - payload <= (size - 1) * 1000
         total += sum(wanted)
     assert total > 1_000_000

@@ -68,10 +68,10 @@ on_the_other() { nsenter --net=/proc/$other/ns/net "$@"; }
 ip link add host0 type veth peer name host1 netns $other
 ip addr add 10.77.0.1/24 dev host0
 on_the_other ip addr add 10.77.0.2/24 dev host1
-ip link set host0 up
-on_the_other ip link set host1 up
-on_the_other env GLOO_SOCKET_IFNAME=host1 PET_LOCAL_ADDR=10.77.0.2 "$@" & second=$!
-env GLOO_SOCKET_IFNAME=host0 PET_LOCAL_ADDR=10.77.0.1 "$@" || code=$?
+for one in host0 lo; do ip link set $one up; done
+for one in host1 lo; do on_the_other ip link set $one up; done
+on_the_other env PET_LOCAL_ADDR=10.77.0.2 PET_RDZV_CONF=is_host=0 GLOO_SOCKET_IFNAME=host1 "$@" & second=$!
+env PET_LOCAL_ADDR=10.77.0.1 PET_RDZV_CONF=is_host=1 GLOO_SOCKET_IFNAME=host0 "$@" || code=$?
 wait $second && exit $code
 """
 """Two network namespaces that only a pair of virtual interfaces joins; a command runs in both."""
@@ -89,13 +89,13 @@ def refusal() -> str:
 
 def check(done: subprocess.CompletedProcess[str], script: Path) -> None:
     """Both ranks shared the model, and the script ended as it does alone."""
+    assert done.returncode == 1, done.stderr
     check_output(done.stdout)
     assert done.stderr.count("2 ranks share 60 tokens, and the heads of 2 attention calls") >= 2
     trace = f'Traceback (most recent call last):\n  File "{script}", line 15'
     for rank in (0, 1):
         assert trace in done.stderr.replace(f"[rank{rank}]: ", "")  # PyTorch puts the rank in front
     assert done.stderr.count("ValueError: an error of words") == 2
-    assert done.returncode == 1
 
 
 def test_a_script_runs_on_two_hosts_and_keeps_its_error(tmp_path: Path) -> None:
