@@ -28,11 +28,13 @@ from sparsify_compiler.parallel import ops
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool
 
-METHODS = ("tile", "svg2")
+METHODS: dict[str, dict[str, Any]] = {"tile": {"reference_frames": 1}, "svg2": {}}
+"""Method -> its options."""
 HEADS, HEAD_DIM, FFN = 4, 128, 2976
 """A third of Wan 2.1 1.3B, which has 12 heads of 128 and an inner layer of 8,960."""
 GRID = (9, 64, 64)
 """Frames, rows and columns of the latents, in patches of 1 x 2 x 2."""
+TOKENS = GRID[0] * GRID[1] * GRID[2] // 4
 NOISE = 0.03
 """Largest difference of two equal runs with which wall times are quoted."""
 ROUNDING = 1e-5
@@ -41,7 +43,7 @@ ASKED = 1.7
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=__doc__)
-    parser.add_argument("--method", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--method", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--inner-backend", default="inductor", help="the backend of both ways")
@@ -52,6 +54,7 @@ def main() -> None:
     for method in given.method:
         options = {
             "method": method,
+            **METHODS[method],
             "dense_steps": 0,
             "dense_layers": 0,
             "inner_backend": given.inner_backend,
@@ -60,37 +63,36 @@ def main() -> None:
             cases.append(case(method, pool.run(2, measure, options, given.layers, given.rounds)))
         print(cases[-1], flush=True)
         if given.out:
-            about = {"layers": given.layers, "heads": HEADS, "head_dim": HEAD_DIM, "ffn": FFN, "asked": ASKED}
-            write_json(given.out, cases, rounds=given.rounds, noise=NOISE, **about)
+            model = {
+                "tokens": TOKENS,
+                "layers": given.layers,
+                "heads": HEADS,
+                "head_dim": HEAD_DIM,
+                "ffn": FFN,
+            }
+            write_json(given.out, cases, model=model, rounds=given.rounds, noise=NOISE, asked=ASKED)
     raise SystemExit(any(one["difference"] > ROUNDING for one in cases))
 
 
 def case(method: str, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result of one method, from the measurements of both ranks."""
+    """The result of one method, from the measurements of both ranks; seconds of a call."""
     first = ranks[0]
-    alone, again = (median(first[way]["wall"]) for way in ("alone", "again"))
-    both = median(first["ranks"]["wall"])
-    noise = abs(alone / again - 1)
-    each = [
-        {
-            "computing": median(one["ranks"]["computing"]),
-            "communicating": median(one["ranks"]["communicating"]),
-            "megabytes_sent": one["bytes"] / 1e6,
-        }
-        for one in ranks
-    ]
-    cpu_alone = median(first["alone"]["computing"] + first["again"]["computing"])
+    wall = {way: median(first[way]["wall"]) for way in ("alone", "again", "ranks")}
+    noise = abs(wall["alone"] / wall["again"] - 1)
+    alone = median(first["alone"]["computing"] + first["again"]["computing"])
+    cpu = [{what: median(one["ranks"][what]) for what in ("computing", "communicating")} for one in ranks]
     return {
         "method": method,
-        "density": first["density"],
-        "tokens": first["tokens"],
+        "density": round(first["density"], 3),
         "difference": max(one["difference"] for one in ranks),
-        "wall": {"alone": alone, "again": again, "ranks": both},
-        "noise": noise,
+        "wall": {way: round(seconds, 3) for way, seconds in wall.items()},
+        "noise": round(noise, 3),
         "quoted": noise <= NOISE,
-        "speed_up": (alone + again) / 2 / both,
-        "cpu": {"alone": cpu_alone, "ranks": each},
-        "speed_up_by_cpu_time": cpu_alone / max(one["computing"] + one["communicating"] for one in each),
+        "speed_up": round((wall["alone"] + wall["again"]) / 2 / wall["ranks"], 3),
+        "cpu_alone": round(alone, 3),
+        "cpu_of_ranks": [{what: round(seconds, 4) for what, seconds in one.items()} for one in cpu],
+        "speed_up_by_cpu_time": round(alone / max(sum(one.values()) for one in cpu), 3),
+        "megabytes_sent": [round(one["bytes"] / 1e6, 3) for one in ranks],
     }
 
 
@@ -143,7 +145,6 @@ def measure(ranks: Ranks, options: dict[str, Any], layers: int, rounds: int) -> 
         "bytes": exchanged.bytes / rounds,
         "difference": float((output - expected).abs().max() / expected.abs().max()),
         "density": density,
-        "tokens": GRID[0] * GRID[1] * GRID[2] // 4,
     }
 
 
