@@ -1,9 +1,9 @@
 """The one place where ranks send tensors to each other, and notice that one of them does not take part.
 
-On a CPU every exchange begins with a short message, the name and the size of the exchange. So ranks that run
-different ops raise an error before they send anything else; otherwise gloo would end the process of a rank that
-receives more than it expects. On a GPU a rank would have to wait for the device to read such a message: there the
-timeout of the process group ends a wait.
+Every exchange begins with a short message between CPUs, the name and the sizes of the exchange. So ranks that run
+different ops raise an error before they send anything else. Otherwise gloo would end the process of a rank that
+receives more than it expects, and NCCL would wait. No rank waits for its GPU for this: names and sizes are known
+before. In a process group that has NCCL alone there is no such message, and NCCL's own timeout ends a wait.
 """
 
 import time
@@ -95,7 +95,7 @@ def _transfer(dtype: torch.dtype, transfers: Sequence[Transfer], ranks: Ranks, w
         for view, place in zip(views, _places(views, part), strict=True):
             place.copy_(view)
     try:
-        if device.type == "cpu":
+        if device.type == "cpu" or _torch.device_of_group(ranks.group).type == "cpu":
             _check(ranks, what, to_send, to_receive)
         _torch.all_to_all(
             received, sent, to_receive, to_send, ranks.group, ranks.timeout - 2 * _patience(ranks)
