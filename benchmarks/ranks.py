@@ -28,8 +28,11 @@ from sparsify_compiler.parallel import ops
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool
 
-METHODS: dict[str, dict[str, Any]] = {"tile": {"reference_frames": 1}, "svg2": {}}
-"""Method -> its options."""
+METHODS: dict[str, dict[str, Any]] = {
+    "tile": {"reference_frames": 1},
+    "svg2": {"far_field": "drop", "top_p": 0.3},
+}
+"""Method -> the options with which it reads about a third of all keys, with random weights too."""
 HEADS, HEAD_DIM, FFN = 4, 128, 2976
 """A third of Wan 2.1 1.3B, which has 12 heads of 128 and an inner layer of 8,960."""
 GRID = (9, 64, 64)

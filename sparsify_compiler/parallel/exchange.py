@@ -108,8 +108,8 @@ def _transfer(dtype: torch.dtype, transfers: Sequence[Transfer], ranks: Ranks, w
     came = [_places(views, part) for views, part in zip(receives, received.split(to_receive), strict=True)]
     came[ranks.rank] = iter(own)
     for one in transfers:
-        for views, found in zip(one.receives, came, strict=True):
-            for view in views:
+        for targets, found in zip(one.receives, came, strict=True):
+            for view in targets:
                 new = next(found)
                 view.add_(new) if one.adds else view.copy_(new)
 
