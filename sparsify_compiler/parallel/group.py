@@ -1,8 +1,11 @@
 """The ranks that run a model together, and the comparison of their programs before the first call of each."""
 
+import atexit
 import functools
 import json
 import logging
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +19,45 @@ from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.plan import Ranks
 
 log = logging.getLogger(__name__)
+
+
+def start_rank() -> None:
+    """Give a process that torchrun started its GPU, as the one that `"cuda"` means, and the seed of all ranks."""
+    import torch.distributed as dist
+
+    if not _is_rank():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, _, _ = next(dist.rendezvous("env://"))
+    torch.manual_seed(int(store.compare_set("sparsify_seed", "", str(torch.seed()))))
+
+
+def join_ranks() -> None:
+    """Join the process group of torchrun, until the process ends: gloo for tensors on CPUs, NCCL for those on GPUs.
+
+    Does nothing in a process that torchrun did not start, or where there is a group already.
+    """
+    import torch.distributed as dist
+
+    if _is_rank() and not dist.is_initialized():
+        dist.init_process_group()
+        atexit.register(_leave_ranks)
+
+
+def _is_rank() -> bool:
+    """Whether torchrun started this process itself; processes that a rank starts have the same environment."""
+    import torch.distributed as dist
+
+    of_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    return of_torchrun and multiprocessing.parent_process() is None
+
+
+def _leave_ranks() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # the script may have left them
+        dist.destroy_process_group()
 
 
 def ranks_of(asked: Parallel | None) -> Ranks | None:

@@ -86,7 +86,25 @@ def heads_of(owners: Sequence[int], rank: int) -> list[int]:
     return [head for head, owner in enumerate(owners) if owner == rank]
 
 
-def key_heads_of(owners: Sequence[int], key_heads: int, rank: int) -> list[int]:
-    """The key heads that the query heads of a rank read, each once, in order."""
-    queries = len(owners) // key_heads
-    return sorted({head // queries for head in heads_of(owners, rank)})
+class HeadRun(NamedTuple):
+    """Neighbouring heads of a rank: their place among the heads of a tensor and among the slots of the rank."""
+
+    heads: slice
+    slots: slice
+    more: slice
+    """Further slots that have the last of these heads: several queries may read one key head."""
+
+
+def head_runs(owners: Sequence[int], heads: int, rank: int) -> list[HeadRun]:
+    """The heads of a tensor that the query heads of a rank read; slot i is for query head i of the rank."""
+    queries = len(owners) // heads
+    readers: dict[int, list[int]] = {}
+    for slot, head in enumerate(heads_of(owners, rank)):
+        readers.setdefault(head // queries, []).append(slot)
+    runs: list[HeadRun] = []
+    for head, slots in readers.items():
+        joins = queries == 1 and runs and head == runs[-1].heads.stop
+        first, at = (runs[-1].heads.start, runs[-1].slots.start) if joins else (head, slots[0])
+        run = HeadRun(slice(first, head + 1), slice(at, slots[0] + 1), slice(slots[0] + 1, slots[-1] + 1))
+        runs[-1 if joins else len(runs) :] = [run]
+    return runs

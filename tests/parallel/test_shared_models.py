@@ -44,6 +44,21 @@ def test_inductor_trains_with_the_gradients_of_one_process(pool: Pool) -> None:
         assert len(outcome.sharding.sites) == 1
 
 
+def family(name: str) -> tuple[nn.Module, Mapping[str, Any]]:
+    from sparsify_compiler.testing.models import CASES
+
+    return CASES[name].build()
+
+
+@pytest.mark.nightly
+def test_inductor_keeps_the_order_of_exchanges_of_independent_streams(pool: Pool) -> None:
+    """Blocks of the control video and of the video do not depend on each other; ranks compare every exchange."""
+    options = {"method": "tile", "provider": "reference"}
+    for outcome, _ in pool.run(2, partial(compare, build=partial(family, "wan_vace"), options=options)):
+        assert outcome.output <= 1e-5
+        assert len(outcome.sharding.sites) > 2
+
+
 def of_all_sizes(ranks: Ranks | None) -> list[Tensor]:
     """Outputs of one compiled model for several sizes, which Dynamo makes symbols from the second on."""
     torch._dynamo.reset()
