@@ -13,7 +13,7 @@
 Two runs of the labels (`token_axis.py`) show where the tokens are. The first finds the sequences of the captured
 sites. The second has one axis for the tokens, which begins at every value that first lies along such a sequence.
 Then each node is decided in order. A node whose operators keep tokens apart works on the rank's tokens: its literal
-sizes become local ones, and operands that every rank has are cut where they meet tokens. Any other node gets its
+sizes become local ones, and operands that every rank has are cut where they meet tokens (`localizing.py`). Any other node gets its
 tokens gathered and runs on all ranks alike. All ranks decide the same, since each decision is tried with the shapes
 of every rank. Tokens of text stay on all ranks.
 
@@ -22,7 +22,7 @@ Nothing here runs a collective; the ops are in `parallel/ops.py`.
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,12 +31,10 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.shares import (
-    Part,
     even_owners,
     flat,
     local_length,
@@ -50,6 +48,7 @@ from sparsify_compiler.passes.axes import (
     atoms,
     length,
 )
+from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
 from sparsify_compiler.passes.fx import (
@@ -63,6 +62,7 @@ from sparsify_compiler.passes.fx import (
     value_of,
     written_by,
 )
+from sparsify_compiler.passes.localizing import Localizer, Place, View
 from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.strides import AUTOCAST
@@ -125,14 +125,6 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
     return twin
 
 
-@dataclass(slots=True)
-class _View:
-    """One rank's side of the graph: the local values of nodes that have tokens."""
-
-    rank: int
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-
-
 class _Sharder:
     """Rewrites one graph in place."""
 
@@ -185,15 +177,16 @@ class _Sharder:
             self.whole[node] = value
 
         follow(gm, tracker=self.tracker, see=see)
+        self.local = Localizer(self.tracker, self.whole, self.pointwise, ranks.size)
         counts = {share(self.tokens, rank, ranks.size): rank for rank in (*range(ranks.size), ranks.rank)}
-        self.views = [_View(counts[count]) for count in sorted(counts)]
+        self.views = [View(counts[count]) for count in sorted(counts)]
         """A rank for every number of tokens, this one among them."""
         self.here = next(view for view in self.views if view.rank == ranks.rank)
         self.written = {
             _memory(one)
             for node in gm.graph.nodes
             for to in written_by(node, node.args, node.kwargs)
-            for one in self._leaves(self.whole.get(to) if isinstance(to, fx.Node) else None)
+            for one in tensors_in(self.whole.get(to) if isinstance(to, fx.Node) else None)
         }
         """Memory that some node writes to."""
         self.gathers: dict[fx.Node, fx.Node] = {}
@@ -208,7 +201,7 @@ class _Sharder:
         """Rewrite the graph."""
         shared = self._prepare()
         mode = next(
-            one.fake_mode for one in self._leaves(list(self.whole.values())) if isinstance(one, FakeTensor)
+            one.fake_mode for one in tensors_in(list(self.whole.values())) if isinstance(one, FakeTensor)
         )
         with mode, torch.no_grad():
             for node in list(self.graph.nodes):
@@ -249,16 +242,8 @@ class _Sharder:
 
     def _shares_heads(self, node: fx.Node) -> bool:
         """Whether query, key and value have all tokens in their sequence, in order, and in no other dimension."""
-        found = [self._place(self.whole[node_of(one)]) for one in node.args[:3]]
+        found = [self.local.place(self.whole[node_of(one)]) for one in node.args[:3]]
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
-
-    def _place(self, value: Any) -> tuple[int, int, list[Part]] | None:
-        """(dimension, repeats, parts) of a tensor that has tokens in one dimension, all and in order."""
-        labels = self.tracker.of(value)
-        dims = [dim for dim, label in enumerate(labels) if self.tracker.has(label)]
-        if len(dims) != 1 or (parts := self.tracker.parts(labels[dims[0]])) is None:
-            return None
-        return dims[0], *parts
 
     def _attention(self, node: fx.Node) -> None:
         """Share the heads of a site."""
@@ -266,7 +251,7 @@ class _Sharder:
         mask, scale = node.args[3:]
         site, plan, ranks = node.meta["site"], node.meta["plan"], self.ranks
         wholes = [self.whole[one] for one in tensors]
-        place = self._place(wholes[0])
+        place = self.local.place(wholes[0])
         assert place is not None
         parts, slots = place[2], share(site.heads, 0, ranks.size)
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
@@ -348,10 +333,12 @@ class _Sharder:
         """Decide one node: on this rank's tokens, or on all of them."""
         whole = self.whole.get(node)
         shared = [one for one in node.all_input_nodes if one in self.here.values]
-        tensors = self._leaves(whole)
-        into = [one for of in node.all_input_nodes for one in self._leaves(self.whole.get(of))]
+        tensors = tensors_in(whole)
+        into = [one for of in node.all_input_nodes for one in tensors_in(self.whole.get(of))]
         if not into and node.op != "placeholder" and node not in self.starts:
-            shared += [node for one in tensors if self._has_tokens(one)]  # tokens are written to it later
+            shared += [
+                node for one in tensors if self.local.has_tokens(one)
+            ]  # tokens are written to it later
         if not shared:
             self._begin(node)
             return
@@ -375,15 +362,15 @@ class _Sharder:
             return "an attention or a body that is not shared"
         if any(isinstance(one, Unknown) for one in tree_leaves(whole)):
             return "its result could not be followed"
-        if any(self._has_tokens(one) and self._place(one) is None for one in tensors):
+        if any(self.local.has_tokens(one) and self.local.place(one) is None for one in tensors):
             return "its result has only some tokens, or tokens in another order"
         return ""
 
     def _run_here(self, node: fx.Node, whole: Any) -> str:
         """Let a node work on this rank's tokens if every rank can; else the reason."""
         try:
-            cuts = self._cuts(node, whole)
-            tried = [self._tried(node, whole, cuts, view) for view in self.views]
+            cuts = self.local.cuts(node, whole, self.here.values)
+            tried = [self.local.run(node, whole, cuts, view) for view in self.views]
         except LookupError as why:
             return str(why.args[0])
         args, kwargs, _ = tried[self.views.index(self.here)]
@@ -392,175 +379,15 @@ class _Sharder:
         node.args, node.kwargs = fx.node.map_arg((args, kwargs), lambda one: new.get(one, one))
         if written_by(node, node.args, node.kwargs):
             self.gathers.clear()
-        if any(map(self._has_tokens, self._leaves(whole))):
+        if any(map(self.local.has_tokens, tensors_in(whole))):
             for view, (_, _, result) in zip(self.views, tried, strict=True):
                 view.values[node] = result
             node.meta["example_value"] = self.here.values[node]
         return ""
 
-    def _tried(
-        self, node: fx.Node, whole: Any, cuts: dict[fx.Node, "_Place"], view: _View
-    ) -> tuple[Any, Any, Any]:
-        """(args, kwargs, result) of a node on a rank's tokens; raises LookupError where it is not that rank's share
-        of the result."""
-        args, kwargs = self._local_arguments(node, whole, view)
-
-        def value(one: fx.Node) -> Any:
-            if one in view.values:
-                return view.values[one]
-            return self._share_of(self.whole[one], cuts[one], view.rank) if one in cuts else self.whole[one]
-
-        try:
-            with quiet_fakes():
-                result = run_call(node, *fx.node.map_arg((args, kwargs), value))
-        except Exception as error:
-            raise LookupError(f"it fails on a share of the tokens: {error}") from None
-        got, wanted = tree_leaves(result), tree_leaves(whole)
-        fits = len(got) == len(wanted) and all(
-            tuple(one.shape) == self._local_shape(of, view.rank) and one.dtype == of.dtype
-            for one, of in zip(got, wanted, strict=True)
-            if isinstance(of, Tensor)
-        )
-        if not fits:
-            raise LookupError("its sizes do not follow the tokens")
-        return args, kwargs, result
-
-    def _cuts(self, node: fx.Node, whole: Any) -> dict[fx.Node, "_Place"]:
-        """The operands that every rank has and of which this node needs a share, with the place of the tokens."""
-        if node.target is operator.setitem:
-            if not isinstance(node.args[2], fx.Node) or not isinstance(self.whole[node.args[2]], Tensor):
-                return {}
-            target, index = self.whole[node_of(node.args[0])], node.args[1]
-            if any(isinstance(one, fx.Node) for one in tree_leaves(index)):
-                raise LookupError("it writes at places that are computed")
-            with self.tracker:
-                labels, operands = self.tracker.of(target[index]), [node.args[2]]
-            along = None
-        else:
-            joins = node.target in (torch.cat, torch.concat)
-            if not isinstance(whole, Tensor) or not (node in self.pointwise or joins):
-                return {}
-            labels, operands = self.tracker.of(whole), node.all_input_nodes
-            along = _dim_of(node) % whole.dim() if joins else None
-        written = written_by(node, node.args, node.kwargs)
-        cuts: dict[fx.Node, _Place] = {}
-        for one in operands:
-            x = self.whole[one]
-            if one in self.here.values or not isinstance(x, Tensor):
-                continue
-            for dim in range(x.dim()):
-                at = dim + len(labels) - x.dim()
-                if at < 0 or at == along or not self.tracker.has(labels[at]) or x.shape[dim] == 1:
-                    continue
-                parts = self.tracker.parts(labels[at])
-                if parts is None or x.shape[dim] != length(labels[at]) or one in cuts or one in written:
-                    raise LookupError("an operand of all tokens cannot be cut")
-                cuts[one] = dim, *parts
-        return cuts
-
-    # Arguments
-
-    def _local_arguments(
-        self, node: fx.Node, whole: Any, view: _View
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a node, with the literal sizes and places that a rank's share has."""
-        args: tuple[Any, ...] = node.args
-        kwargs: dict[str, Any] = dict(node.kwargs)
-        name = getattr(node.target, "__name__", node.target)
-        shapes = [self._local_shape(one, view.rank) for one in self._leaves(whole)]
-        if name in ("getitem", "setitem") and isinstance(x := self.whole[args[0]], Tensor):
-            return (args[0], self._local_index(x, args[1], view), *args[2:]), kwargs
-        if name in ("view", "reshape", "expand") and len(args) > 1 and not isinstance(args[1], torch.dtype):
-            return (args[0], *_sizes_like(args[1:], shapes[0])), kwargs
-        if name in ("new_zeros", "new_ones", "new_empty"):
-            return (args[0], *_sizes_like(args[1:], shapes[0])), kwargs
-        if node.target in (torch.zeros, torch.ones, torch.empty):
-            return _sizes_like(args, shapes[0]), kwargs
-        if node.target is torch.full or name == "new_full":
-            before = args[:-2]
-            return (*before, shapes[0], args[-1]), kwargs
-        if name == "unflatten":
-            x, dim, sizes = args
-            dim %= self.whole[x].dim()
-            return (x, dim, shapes[0][dim : dim + len(sizes)]), kwargs
-        if name in ("split", "split_with_sizes", "narrow"):
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) if name != "narrow" else args[1]
-            label = self.tracker.of(self.whole[args[0]])[dim]
-            if self.tracker.has(label):
-                if name != "narrow":
-                    return (args[0], [shape[dim] for shape in shapes], *args[2:]), kwargs
-                first, last = (self._boundary(label, at, view) for at in (args[2], args[2] + args[3]))
-                return (args[0], dim, first, last - first), kwargs
-        return args, kwargs
-
-    def _local_index(self, x: Tensor, index: Any, view: _View) -> Any:
-        """An index of a tensor, with places among the tokens as a rank has them."""
-        items = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(one, fx.Node) for one in tree_leaves(items)):
-            if self._has_tokens(x):
-                raise LookupError("it takes tokens at places that are computed")
-            return index
-        labels, dim, local = self.tracker.of(x), 0, []
-        used = sum(one is not None and one is not Ellipsis for one in items)
-        for one in items:
-            if one is Ellipsis:
-                dim += x.dim() - used
-            elif one is not None:
-                if isinstance(one, slice) and one != slice(None) and self.tracker.has(labels[dim]):
-                    first, last, step = one.indices(x.shape[dim])
-                    if step != 1:
-                        raise LookupError("it takes every n-th token")
-                    one = slice(*(self._boundary(labels[dim], at, view) for at in (first, max(first, last))))
-                dim += 1
-            local.append(one)
-        return tuple(local) if isinstance(index, tuple) else local[0]
-
-    def _boundary(self, label: Label, position: int, view: _View) -> int:
-        """A position of the whole dimension as one of a rank's share."""
-        found = self.tracker.parts(label)
-        if found is None or found[0] > 1:
-            raise LookupError("a slice cuts repeated tokens")
-        whole = local = 0
-        for part in found[1]:
-            if position == whole or (not part.tokens and whole <= position < whole + part.whole):
-                return local + position - whole
-            whole += part.whole
-            local += part.local(view.rank, self.ranks.size)
-        if position == whole:
-            return local
-        raise LookupError("a slice cuts the tokens")
-
-    # Values
-
-    @staticmethod
-    def _leaves(whole: Any) -> list[Tensor]:
-        """The tensors in a value."""
-        return [one for one in tree_leaves(whole) if isinstance(one, Tensor)]
-
-    def _has_tokens(self, value: Tensor) -> bool:
-        return any(map(self.tracker.has, self.tracker.of(value)))
-
-    def _local_shape(self, value: Tensor, rank: int) -> tuple[int, ...]:
-        """The sizes of a rank's share of a tensor."""
-        sizes = []
-        for label, size in zip(self.tracker.of(value), value.shape, strict=True):
-            found = self.tracker.parts(label) if self.tracker.has(label) else None
-            sizes.append(size if found is None else found[0] * local_length(found[1], rank, self.ranks.size))
-        return tuple(sizes)
-
-    def _share_of(self, value: Tensor, place: "_Place", rank: int) -> Tensor:
-        """A rank's share of a tensor of all tokens."""
-        dim, repeats, parts = place
-        split = value.unflatten(dim, (repeats, -1)) if repeats > 1 else value
-        at = dim + (repeats > 1)
-        runs = [one.whole for one in pieces(parts, rank, self.ranks.size)]
-        cut = [split.narrow(at, run.start, run.stop - run.start) for run in runs]
-        joined_ = torch.cat(cut, at) if len(cut) > 1 else cut[0]
-        return joined_.flatten(dim, at) if repeats > 1 else joined_
-
     # Nodes
 
-    def _cut(self, node: fx.Node, place: "_Place") -> fx.Node:
+    def _cut(self, node: fx.Node, place: Place) -> fx.Node:
         """A new node, at the current place, for this rank's share of a node of all tokens."""
         dim, repeats, parts = place
         at, x = dim + (repeats > 1), node
@@ -572,14 +399,14 @@ class _Sharder:
         if repeats > 1:
             new = self.graph.call_method("flatten", (new, dim, at))
         for view in self.views:
-            view.values[new] = self._share_of(self.whole[node], place, view.rank)
+            view.values[new] = self.local.share_of(self.whole[node], place, view.rank)
         return new
 
     def _begin(self, node: fx.Node) -> None:
         """Cut the result of a node that runs on all tokens, if it has them: its users get this rank's share."""
         whole, users = self.whole.get(node), list(node.users)
-        place = self._place(whole) if isinstance(whole, Tensor) else None
-        if place is None or not users or _memory(self._leaves(whole)[0]) in self.written:
+        place = self.local.place(whole) if isinstance(whole, Tensor) else None
+        if place is None or not users or _memory(tensors_in(whole)[0]) in self.written:
             return
         with self.graph.inserting_before(self.first if node.op == "placeholder" else node.next):
             new = self._cut(node, place)
@@ -608,7 +435,7 @@ class _Sharder:
         if node in self.gathers:
             return self.gathers[node]
         whole, ranks = self.whole[node], self.ranks
-        place = self._place(whole) if isinstance(whole, Tensor) else None
+        place = self.local.place(whole) if isinstance(whole, Tensor) else None
         if place is None:
             raise CannotShareError(
                 f"{_name_of(user or node)} needs all tokens, which cannot be gathered: {why}"
@@ -664,24 +491,8 @@ class _Sharder:
             self._erase(source)
 
 
-_Place = tuple[int, int, list[Part]]
-"""(dimension, repeats outside of the parts, parts) of the tokens of a tensor."""
-
-
 def _memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
-
-
-def _dim_of(node: fx.Node) -> int:
-    """The dimension along which a call joins tensors."""
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    assert isinstance(dim, int)
-    return dim
-
-
-def _sizes_like(args: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
-    """Sizes in the form in which a call gets them: as one argument, or one for each."""
-    return (tuple(shape),) if len(args) == 1 and isinstance(args[0], (tuple, list)) else tuple(shape)
 
 
 def _lies_by_tokens(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
