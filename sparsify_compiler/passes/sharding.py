@@ -10,12 +10,17 @@
              out = to_tokens([out], owners)                  [B, H, s, D]
              video = unpatchify(gather_tokens(linear(tokens)))
 
+    or       k, v = fetch_keys([k, v], read, asked)          [B, H, S, D]: the keys that the rank's queries read
+             out = attention(q, k, v, m, scale)              [B, H, s, D]: its site and plan have the rank's queries
+
+The second form is that of sequences; a hybrid has `to_heads` and `to_tokens` around it, for the ranks of one host.
+
 Two runs of the labels (`token_axis.py`) show where the tokens are. The first finds the sequences of the captured
 sites. The second has one axis for the tokens, which begins at every value that first lies along such a sequence.
 Then each node is decided in order. A node whose operators keep tokens apart works on the rank's tokens: its literal
-sizes become local ones, and operands that every rank has are cut where they meet tokens (`localizing.py`). Any other node gets its
-tokens gathered and runs on all ranks alike. All ranks decide the same, since each decision is tried with the shapes
-of every rank. Tokens of text stay on all ranks.
+sizes become local ones, and operands that every rank has are cut where they meet tokens (`localizing.py`). Any
+other node gets its tokens gathered and runs on all ranks alike. All ranks decide the same, since each decision is
+tried with the shapes of every rank. Tokens of text stay on all ranks.
 
 Nothing here runs a collective; the ops are in `parallel/ops.py`.
 """
@@ -31,16 +36,21 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import LearningMethod
+from sparsify_compiler.methods import LearningMethod, StaticMethod
+from sparsify_compiler.methods.selection import BlockMethod
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
+from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
+    Part,
     even_owners,
     flat,
     local_length,
     pieces,
     share,
     start,
+    whole_length,
 )
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -67,7 +77,7 @@ from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionSite, Ranks, SharedHeads
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -80,7 +90,11 @@ class Sharding:
     tokens: int = 0
     """The number of tokens that they share; 0 where every rank runs the whole graph."""
     sites: tuple[str, ...] = ()
-    """Names of the attention calls whose heads they share."""
+    """Names of the attention calls that they share."""
+    form: str = "hcp"
+    """The form of the option `parallel`."""
+    by_heads: tuple[tuple[str, str], ...] = ()
+    """(attention call, the reason why ranks share its heads alone), in a form that shares sequences."""
     gathered: tuple[tuple[str, str], ...] = ()
     """(operator and its module, the reason why it runs on all tokens), in order."""
     reason: str = ""
@@ -90,17 +104,26 @@ class Sharding:
         if self.reason:
             return f"every one of {self.size} ranks runs the whole graph: {self.reason}"
         places = "; ".join(f"{name}: {why}" for name, why in self.gathered)
+        heads = f"the heads of {len(self.sites)} attention calls"
+        if self.form != "hcp":
+            number, kept = len(self.by_heads), "; ".join(f"{name}: {why}" for name, why in self.by_heads)
+            queries = f"the queries of {len(self.sites) - number} attention calls (form {self.form!r})"
+            heads = f"{queries}, and the heads of {number} ({kept})" if number else queries
         return (
-            f"{self.size} ranks share {self.tokens} tokens, and the heads of {len(self.sites)} attention calls; "
+            f"{self.size} ranks share {self.tokens} tokens, and {heads}; "
             f"all tokens are gathered {len(self.gathered)} times ({places})"
         )
 
 
-def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
+def shard(
+    gm: fx.GraphModule, *, ranks: Ranks, measure_recall: float = 0.0, trains: bool = False
+) -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
     Args:
         ranks: the ranks, and the one that the graph is for.
+        measure_recall: as in `lower`.
+        trains: whether the graph runs in training.
 
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
@@ -117,7 +140,7 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
         )
     twin = copy_graph(gm)
     try:
-        found = _Sharder(twin, ranks).run()
+        found = _Sharder(twin, ranks, measures=measure_recall > 0, trains=trains).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
@@ -128,8 +151,9 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
 class _Sharder:
     """Rewrites one graph in place."""
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+    def __init__(self, gm: fx.GraphModule, ranks: Ranks, *, measures: bool, trains: bool) -> None:
         self.gm, self.graph, self.ranks = gm, gm.graph, ranks
+        self.measures, self.trains = measures, trains
         for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
             sizes = value.shape if isinstance(value, Tensor) else [value]
             for size in sizes:
@@ -192,9 +216,12 @@ class _Sharder:
         self.gathers: dict[fx.Node, fx.Node] = {}
         self.gathered: list[tuple[str, str]] = []
         self.sites: list[str] = []
+        self.by_heads: list[tuple[str, str]] = []
         self.contexts: dict[fx.Node, Any] = {}
         self.order: fx.Node | None = None
         self.constants: dict[str, fx.Node] = {}
+        self.reads: dict[Any, tuple[fx.Node, fx.Node]] = {}
+        """Table -> the keys that this rank reads, and those that each rank reads of its tokens."""
         self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
 
     def run(self) -> Sharding:
@@ -220,6 +247,8 @@ class _Sharder:
             size=self.ranks.size,
             tokens=self.tokens,
             sites=tuple(self.sites),
+            form=self.ranks.form,
+            by_heads=tuple(self.by_heads),
             gathered=tuple(self.gathered),
         )
 
@@ -246,66 +275,165 @@ class _Sharder:
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
 
     def _attention(self, node: fx.Node) -> None:
-        """Share the heads of a site."""
+        """Share the heads of a site, or its queries, or both."""
         tensors: list[Any] = [*node.args[:3]]
         mask, scale = node.args[3:]
-        site, plan, ranks = node.meta["site"], node.meta["plan"], self.ranks
+        site, plan, sequence = node.meta["site"], node.meta["plan"], self.ranks.sequence
         wholes = [self.whole[one] for one in tensors]
         place = self.local.place(wholes[0])
         assert place is not None
-        parts, slots = place[2], share(site.heads, 0, ranks.size)
-        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
+        parts = place[2]
+        if sequence is not None and (why := self._needs_all_queries(plan, parts)):
+            self.by_heads.append((site.name, why))
+            sequence = None
+        heads = self.ranks if sequence is None else self.ranks.heads
+        each = 1 if heads is None or sequence is None else heads.size
+        rows, length = parts, whole_length(parts)
+        if sequence is not None:
+            # The tokens of `each` neighbouring ranks.
+            rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
+            length = local_length(parts, sequence.rank, sequence.size, each)
+        slots, key_slots = (
+            (site.heads, site.kv_heads) if heads is None else [share(site.heads, 0, heads.size)] * 2
+        )
         with self.graph.inserting_before(node):
-            owners = self._owners(site.heads)
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
             if isinstance(mask, fx.Node):
-                mask = self._mask(site, mask, slots)
-            by_heads = self._communicate(TO_HEADS, tensors, (owners, flat(parts), slots, False, *of_rank))
-            call = self.graph.call_function(
-                F.scaled_dot_product_attention, tuple(by_heads), {"attn_mask": mask, "scale": scale}
-            )
-        for one, whole in zip(by_heads, wholes, strict=True):
-            one.meta["example_value"] = whole.new_empty(whole.shape[0], slots, *whole.shape[2:])
+                mask = self._mask(site, mask, slots, heads)
+            if heads is not None:
+                owners = self._owners(site.heads, heads)
+                of_rank = (heads.rank, heads.size, heads.group, heads.timeout, site.name)
+                others = (owners, flat(rows), slots, False, *of_rank)
+                tensors = self._communicate(TO_HEADS, tensors, others)
+                node.meta["owners"] = owners
+            dtype = getattr(torch, site.dtype)
+            attended = _lies_by_tokens(wholes[0], (site.batch, slots, length, site.value_dim), dtype)
+            keys, full = length, tensors
+            if sequence is not None:
+                shared = SharedSequence(ranks=sequence, parts=tuple(flat(parts)), each=each)
+                plan = replace(plan, sequence=shared)
+                full, keys = self._with_fetched_keys(plan, shared, tensors, node), whole_length(parts)
+            for one, size, count, whole in zip(
+                full, (length, keys, keys), (slots, key_slots, key_slots), wholes, strict=True
+            ):
+                one.meta["example_value"] = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
+            if "order" in node.meta:  # the site fetches keys itself
+                keys = length
+            else:
+                tensors = full
         local = replace(
             plan,
-            site=replace(site, heads=slots, kv_heads=slots, spelling="sdpa"),
-            sharing=SharedHeads(ranks=ranks, heads=site.heads),
+            site=replace(
+                site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
+            ),
+            sharing=None if heads is None else SharedHeads(ranks=heads, heads=site.heads),
         )
-        recorded, users = tensor_of(node), list(node.users)
-        dtype = getattr(torch, site.dtype)
-        attended = _lies_by_tokens(wholes[0], (site.batch, slots, site.q_tokens, site.value_dim), dtype)
-        call.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        recorded, users, after = tensor_of(node), list(node.users), node.next
+        with self.graph.inserting_before(after):
+            call = self._full_attention(full, mask, scale, attended)
+        call.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         call.meta["example_value"] = node.meta["example_value"] = attended
-        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node, "owners": owners}
-        node.args = (*by_heads, mask, scale)
-        with self.graph.inserting_before(node.next):
-            (out,) = self._communicate(
-                TO_TOKENS,
-                [node],
-                (owners, flat(parts), [site.heads], True, *of_rank),
-            )
+        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
+        node.args = (*tensors, mask, scale)
+        out = node
+        with self.graph.inserting_before(after):
+            if "order" in node.meta:
+                self.order = self.graph.call_function(AFTER, (node.meta["order"], [node]))
+            if heads is not None:
+                others = (owners, flat(rows), [site.heads], True, *of_rank)
+                (out,) = self._communicate(TO_TOKENS, [node], others)
             for view in self.views:
-                rows = local_length(parts, view.rank, ranks.size)
-                shape = site.batch, site.heads, rows, site.value_dim
+                size = local_length(parts, view.rank, self.ranks.size)
+                shape = site.batch, site.heads, size, site.value_dim
                 view.values[out] = _lies_by_tokens(wholes[0], shape, dtype)
             if recorded is not None:
                 out = self._laid_as(out, recorded)
-        self._take_over(node, out, users)
+        if out is not node:
+            self._take_over(node, out, users)
         self.sites.append(site.name)
 
-    def _owners(self, heads: int) -> fx.Node:
-        """The owner of each head."""
-        name = f"sparsify_owners{heads}"
-        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-            return self._constant(name, torch.tensor(even_owners(heads, self.ranks.size)))
+    def _needs_all_queries(self, plan: AttentionPlan, parts: Sequence[Part]) -> str:
+        """The reason why a rank must have all queries of a head; else empty."""
+        if plan.site.mask == "query":
+            return "its mask depends on the query"
+        if plan.method == "dense":
+            return ""
+        if plan.far_field != "drop":
+            return f"its far field {plan.far_field!r} reads all keys"
+        if isinstance(plan.settings, StaticMethod):
+            return ""
+        if self.measures:
+            return "its recall is measured over all keys"
+        if self.trains:
+            return f"method {plan.method!r} has no gradient across ranks"
+        if not isinstance(plan.settings, BlockMethod):
+            return f"method {plan.method!r} compares its queries with all keys"
+        before = plan.layout.before
+        video = [one for one in parts if one.tokens]
+        if len(video) != 1 or _run_of(parts, video[0]) != (before, plan.layout.video_tokens):
+            return f"ranks share other tokens than the video's {plan.layout.video_tokens}"
+        return ""
 
-    def _mask(self, site: AttentionSite, mask: fx.Node, slots: int) -> fx.Node:
+    def _with_fetched_keys(
+        self, plan: AttentionPlan, shared: SharedSequence, tensors: Sequence[fx.Node], node: fx.Node
+    ) -> list[fx.Node]:
+        """Query, and the keys and values that its rows of the table read; all of them for a dynamic method, whose
+        site fetches what it selects and needs the order of `node.meta`."""
+        static = plan.settings if isinstance(plan.settings, StaticMethod) else None
+        known = static, plan.layout, shared
+        if known not in self.reads:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+                read = keys_read(None if static is None else static.table(plan.layout), shared)
+                read = [of_key_heads(one, plan.site.kv_heads) for one in read]
+                name = f"sparsify_{{}}{len(self.reads)}".format
+                self.reads[known] = (
+                    self._constant(name("read"), read[shared.ranks.rank].contiguous()),
+                    self._constant(name("asked"), asked_of(read, shared).contiguous()),
+                )
+        ranks = shared.ranks
+        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, plan.site.name)
+        query, *keys = tensors
+        others = (*self.reads[known], list(shared.parts), shared.each, *of_rank)
+        if plan.method == "dense" or static is not None:
+            return [query, *self._communicate(FETCH_KEYS, keys, others)]
+        # The dense variant has these; the sparse variant erases them.
+        node.meta["order"] = self._first_order()
+        fetch = self.graph.call_function(FETCH_KEYS, ([*keys, node.meta["order"]], *others))
+        fetched = [self.graph.call_function(operator.getitem, (fetch, i)) for i in range(2)]
+        for one in (fetch, *fetched):
+            one.meta["inserted"] = True
+        return [query, *fetched]
+
+    def _full_attention(self, tensors: Sequence[fx.Node], mask: Any, scale: Any, attended: Tensor) -> fx.Node:
+        """The dense attention of a site, which lies in memory as `attended`."""
+        options: dict[str, Any] = {"attn_mask": mask, "scale": scale}
+        query, key, value = (one.meta["example_value"].to(attended.dtype) for one in tensors)
+        if query.shape[1] != key.shape[1]:
+            options["enable_gqa"] = True
+        call = self.graph.call_function(F.scaled_dot_product_attention, tuple(tensors), options)
+        if isinstance(mask, fx.Node):
+            bias = mask.meta["example_value"]
+            options["attn_mask"] = bias if bias.dtype == torch.bool else bias.to(attended.dtype)
+        with quiet_fakes():
+            found = F.scaled_dot_product_attention(query, key, value, **options)
+        if found.stride() == attended.stride():
+            return call
+        call.meta["inserted"] = True
+        return self.graph.call_function(torch.ops.sparsify.lay_out.default, (call, attended.stride()))
+
+    def _owners(self, heads: int, ranks: Ranks) -> fx.Node:
+        """The owner of each head."""
+        name = f"sparsify_owners{heads}_{ranks.size}"
+        with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+            return self._constant(name, torch.tensor(even_owners(heads, ranks.size)))
+
+    def _mask(self, site: AttentionSite, mask: fx.Node, slots: int, ranks: Ranks | None) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
-        value, ranks = self.whole[mask], self.ranks
+        value = self.whole[mask]
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
-        if value.dim() > 2 and value.shape[-3] > 1:
+        if ranks is not None and value.dim() > 2 and value.shape[-3] > 1:
             first, own = start(site.heads, ranks.rank, ranks.size), share(site.heads, ranks.rank, ranks.size)
             runs = [(first, own), (0, slots - own)]  # a slot without a head takes any mask
             cut = [self.graph.call_method("narrow", (new, -3, at, length)) for at, length in runs if length]
@@ -456,14 +584,18 @@ class _Sharder:
 
     def _communicate(self, op: Any, tensors: Sequence[fx.Node], others: tuple[Any, ...]) -> list[fx.Node]:
         """The results of an op in which ranks take part, after the op before it."""
-        if self.order is None:
-            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-                self.order = self._constant("sparsify_order", torch.zeros((), dtype=torch.float32))
-        call = self.graph.call_function(op, ([*tensors, self.order], *others))
+        call = self.graph.call_function(op, ([*tensors, self._first_order()], *others))
         *results, self.order = (
             self.graph.call_function(operator.getitem, (call, i)) for i in range(len(tensors) + 1)
         )
         return results
+
+    def _first_order(self) -> fx.Node:
+        """The order that the next op gets."""
+        if self.order is None:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+                self.order = self._constant("sparsify_order", torch.zeros((), dtype=torch.float32))
+        return self.order
 
     def _constant(self, name: str, value: Tensor) -> fx.Node:
         """A constant of the graph, before all other nodes."""
@@ -489,6 +621,12 @@ class _Sharder:
         self.graph.erase_node(node)
         for source in sources:
             self._erase(source)
+
+
+def _run_of(parts: Sequence[Part], part: Part) -> tuple[int, int]:
+    """(first, number) of the positions of a part."""
+    at = parts.index(part)
+    return whole_length(parts[:at]), part.whole
 
 
 def _memory(value: Tensor) -> int:
