@@ -28,9 +28,9 @@ class SitePolicy(Protocol):
         """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
-FORMS = ("auto", "hcp")
+FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
-_LATER = {"form": ("scp", "hybrid"), "balance": ("video",)}
+_LATER = {"balance": ("video",)}
 """Option of `parallel` -> values that this version refuses."""
 
 
@@ -39,10 +39,13 @@ class Parallel:
     """The way in which several ranks run one model."""
 
     form: str = "auto"
-    """`hcp`: ranks share the tokens, and the heads of every attention. `auto` is the same where a process group
-    exists, and leaves the model to one process where none does."""
+    """Ranks share the tokens in every form. `hcp`: they share the heads of every attention too. `scp`: each keeps
+    its queries in attention, and gets the keys that these read. `hybrid`: heads inside of a host, queries across
+    hosts. `auto`: `hybrid` for a mesh of two dimensions, otherwise `hcp`; without a process group one process runs
+    the model."""
     mesh: Any = None
-    """The one-dimensional `DeviceMesh` of the ranks; None takes the default process group."""
+    """The `DeviceMesh` of the ranks; None takes the default process group. It has one dimension; for `hybrid` it
+    has two, hosts and the ranks of a host."""
     balance: str = "off"
     """When heads move between ranks: `off` leaves them where they are, evenly many on every rank."""
     timeout: float = 60.0
@@ -51,13 +54,19 @@ class Parallel:
     def __post_init__(self) -> None:
         for name, allowed in (("form", FORMS), ("balance", ("off",))):
             value = getattr(self, name)
-            if isinstance(value, str) and value in _LATER[name]:
+            if isinstance(value, str) and value in _LATER.get(name, ()):
                 raise OptionError(
                     f"parallel's {name} {value!r} is not available yet: must be one of {', '.join(allowed)}"
                 )
             if not isinstance(value, str) or value not in allowed:
                 raise unknown_choice(f"{name} of parallel", value, allowed)
-        if self.mesh is not None and getattr(self.mesh, "ndim", None) != 1:
+        dims, hybrid = getattr(self.mesh, "ndim", None), self.form == "hybrid"
+        if hybrid and dims != 2:
+            raise OptionError(
+                "parallel's form 'hybrid' needs a DeviceMesh of two dimensions, hosts and the ranks of a host, "
+                f"got mesh={self.mesh!r}: torch.distributed.device_mesh.init_device_mesh makes one"
+            )
+        if self.mesh is not None and dims != 1 and not (dims == 2 and self.form in ("auto", "hybrid")):
             raise OptionError(
                 f"parallel's mesh must be a DeviceMesh of one dimension, got {self.mesh!r}: take one of its "
                 "dimensions by name, mesh['cp']"

@@ -105,6 +105,27 @@ class Ranks:
     """Name of the process group."""
     timeout: float = 60.0
     """Seconds after which an op gives up on a rank that does not take part."""
+    sequence: "Ranks | None" = None
+    """The ranks among which attention shares its queries, each for the keys that it reads; None where ranks share
+    heads alone."""
+    heads: "Ranks | None" = None
+    """With `sequence`: the neighbours that share heads inside of it; None where a rank has all heads."""
+
+    @property
+    def form(self) -> str:
+        """The form of the option `parallel`."""
+        return "hcp" if self.sequence is None else "scp" if self.heads is None else "hybrid"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedSequence:
+    """The ranks that share the queries of a site. The site then has the queries of one rank."""
+
+    ranks: Ranks
+    parts: tuple[int, ...]
+    """The parts of the whole sequence, see `parallel.shares.flat`."""
+    each: int = 1
+    """The number of neighbouring shares of tokens that one of these ranks has here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +211,8 @@ class AttentionPlan:
     """Share of the query-key token pairs that are computed; None where every call decides it."""
     sharing: SharedHeads | None = None
     """The ranks that share its heads; None where one process has all."""
+    sequence: SharedSequence | None = None
+    """The ranks that share its queries; None where one process has all."""
     reason: str
     """The reasons for the method, or for full attention, and for the provider."""
 

@@ -11,7 +11,6 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from sparsify_compiler.kernels.statistics import block_means
 from sparsify_compiler.methods.grid import Cube, check_cube, cut
 from sparsify_compiler.methods.selection import BlockMethod, Blocks, Selection, State, Tokens
 from sparsify_compiler.plan import AttentionSite, TokenLayout
@@ -68,7 +67,7 @@ class Cubes(BlockMethod):
         """The selection of this call, and no state."""
         query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
         q_means, kv_means = (
-            block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)[0]
+            tokens.block_means(points, blocks)
             for points, blocks in zip(tokens.video(), (query, key), strict=True)
         )
         return self.choose(tokens, query, key, q_means, kv_means), ()

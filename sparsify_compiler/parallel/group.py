@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,8 +79,30 @@ def ranks_of(asked: Parallel | None) -> Ranks | None:
             )
         log.warning("parallel='auto' does nothing: there is no process group, so one process runs the model")
         return None
-    group: Any = dist.group.WORLD if asked.mesh is None else asked.mesh.get_group()
-    return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
+    mesh = asked.mesh
+
+    def among(group: Any) -> Ranks:
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
+
+    if mesh is None or mesh.ndim == 1:
+        ranks = among(dist.group.WORLD if mesh is None else mesh.get_group())
+        return replace(ranks, sequence=ranks) if asked.form == "scp" else ranks
+    members = mesh.mesh.flatten().tolist()
+    if members != sorted(members):
+        raise OptionError(
+            f"parallel's mesh must have its ranks in rising order, got {mesh!r}: they are in the order of "
+            "their tokens"
+        )
+    every = dist.group.WORLD if len(members) == dist.get_world_size() else _group_of(*members)
+    return replace(among(every), sequence=among(mesh.get_group(0)), heads=among(mesh.get_group(1)))
+
+
+@functools.cache
+def _group_of(*members: int) -> Any:
+    """The process group of these ranks, which alone call this."""
+    import torch.distributed as dist
+
+    return dist.new_group(members, use_local_synchronization=True)
 
 
 def compared_first(

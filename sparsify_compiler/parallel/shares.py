@@ -20,9 +20,13 @@ class Part(NamedTuple):
         """The number of positions of all ranks."""
         return max(self.tokens, 1) * self.width
 
-    def local(self, rank: int, size: int) -> int:
+    def local(self, rank: int, size: int, each: int = 1) -> int:
         """The number of positions that a rank has."""
-        return share(self.tokens, rank, size) * self.width if self.tokens else self.width
+        return share(self.tokens, rank, size, each) * self.width if self.tokens else self.width
+
+    def of_rank(self, rank: int, size: int, each: int = 1) -> "Part":
+        """The part that a rank has, of the same width."""
+        return Part(share(self.tokens, rank, size, each), self.width)
 
 
 class Piece(NamedTuple):
@@ -34,14 +38,19 @@ class Piece(NamedTuple):
     local: slice
 
 
-def share(total: int, rank: int, size: int) -> int:
-    """The number of tokens of a rank: `total` divided evenly, the first ranks one more."""
-    return total // size + (rank < total % size)
+def share(total: int, rank: int, size: int, each: int = 1) -> int:
+    """The number of tokens of a rank: `total` divided evenly, the first ranks one more.
+
+    Args:
+        each: the number of neighbouring shares that a rank has; then `total` is divided among `size * each`.
+    """
+    return start(total, rank + 1, size, each) - start(total, rank, size, each)
 
 
-def start(total: int, rank: int, size: int) -> int:
+def start(total: int, rank: int, size: int, each: int = 1) -> int:
     """The first token of a rank."""
-    return total // size * rank + min(rank, total % size)
+    shares, first = size * each, rank * each
+    return total // shares * first + min(first, total % shares)
 
 
 def parts_of(numbers: Sequence[int]) -> list[Part]:
@@ -59,18 +68,18 @@ def whole_length(parts: Sequence[Part]) -> int:
     return sum(part.whole for part in parts)
 
 
-def local_length(parts: Sequence[Part], rank: int, size: int) -> int:
+def local_length(parts: Sequence[Part], rank: int, size: int, each: int = 1) -> int:
     """Size of a rank's share of a dimension."""
-    return sum(part.local(rank, size) for part in parts)
+    return sum(part.local(rank, size, each) for part in parts)
 
 
-def pieces(parts: Sequence[Part], rank: int, size: int) -> Iterator[Piece]:
+def pieces(parts: Sequence[Part], rank: int, size: int, each: int = 1) -> Iterator[Piece]:
     """The runs of a dimension that a rank has, in order."""
     whole = local = 0
     for part in parts:
-        first, length = whole, part.local(rank, size)
+        first, length = whole, part.local(rank, size, each)
         if part.tokens:
-            first += start(part.tokens, rank, size) * part.width
+            first += start(part.tokens, rank, size, each) * part.width
         yield Piece(part.tokens > 0, slice(first, first + length), slice(local, local + length))
         whole += part.whole
         local += length

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
+from sparsify_compiler.parallel.sequence import places_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
@@ -43,6 +44,7 @@ from sparsify_compiler.runtime.site_inputs import (
     trained_tensors,
 )
 from sparsify_compiler.runtime.state import Trained
+from sparsify_compiler.table import BlockTable
 
 _LEAST = -1e30
 """Lowest finite bias: large enough to swamp any score that it is added to."""
@@ -98,11 +100,14 @@ class _Lowering:
     def constants(self, plan: AttentionPlan, device: torch.device) -> dict[str, tuple[str, Tensor | None]]:
         """Field -> (name that is unique in the graph, tensor), in the order of the method's fields."""
         method, layout = settled(plan, self.choices.get(plan.site.name)), plan.layout
-        key = layout, method, device
+        key = layout, method, plan.sequence, device
         if key not in self._known:
             # On real tensors, also where the compiler has set a fake or device mode.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
                 built = constants_of(method, layout)
+                if plan.sequence is not None and isinstance(method, StaticMethod):
+                    places = places_of(plan.sequence, plan.sequence.ranks.rank)
+                    built = BlockTable.of(*built.values()).of_queries(places).tensors()
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
             self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
         name, tensors = self._known[key]
@@ -146,7 +151,10 @@ def _lower_module(
             if plan.site.spelling != "unfused":  # the inner backend drops the rest of attention by hand
                 outputs = original.all_input_nodes if plan.site.spelling == "flex" else []
                 for one in (original, *outputs):  # FlexAttention has several outputs
+                    sources = one.all_input_nodes
                     gm.graph.erase_node(one)
+                    for source in sources:
+                        _erase_inserted(gm.graph, source)
     lowered: dict[int, list[tuple[str, Tensor | Trained]]] = {}
     for body in list(bodies(gm)):
         module = body.module
@@ -203,15 +211,17 @@ def _operands(
             for found in trained_tensors(plan, device, trains=lowering.variant.trains)
         )
     owners = [node.meta["owners"]] if plan.sharing is not None and not _is_static(plan) else []
+    orders = [node.meta["order"]] if plan.sequence is not None and not _is_static(plan) else []
     names = SiteInputs(
         owners=bool(owners),
+        order=bool(orders),
         constants=tuple(constants),
         trained=tuple(trained),
         observed=tuple(observed),
         state=tuple(state_shapes(plan)) if state else (),
         remembers=bool(state),
     )
-    return names, bias, [*owners, *constants.values(), *trained.values(), *observed.values(), *state]
+    return names, bias, [*owners, *orders, *constants.values(), *trained.values(), *observed.values(), *state]
 
 
 def _identifier(name: str) -> str:

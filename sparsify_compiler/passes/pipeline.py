@@ -97,9 +97,12 @@ def plan_within(
     return run(copy_graph(analysed), [infer, partial(plan_sites, config=config, device=device)], config)
 
 
-def share(analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks) -> fx.GraphModule:
+def share(
+    analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks, *, trains: bool = False
+) -> fx.GraphModule:
     """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes."""
-    return run(copy_graph(analysed, alike=plans_within), [partial(shard, ranks=ranks)], config)
+    passes = [partial(shard, ranks=ranks, measure_recall=config.measure_recall, trains=trains)]
+    return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 
 def rewrite(

@@ -23,7 +23,10 @@ from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
+from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
+from sparsify_compiler.parallel.sequence import of_key_heads, places_of
+from sparsify_compiler.parallel.shares import parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -109,7 +112,10 @@ class Observer(nn.Module):
             if bound.observed:
                 function.learn(query, key, key_bias, bound, self.site.name)
             else:
-                _write(bound.state, function.observe(query, key, bound, self.site.name))
+                state = function.observe(query, key, bound, self.site.name)
+                _write(bound.state, state)
+                if function.plan.sequence is not None and state:
+                    out = torch.ops.sparsify.after(out, state)
         return out
 
 
@@ -162,16 +168,20 @@ class SiteFunction:
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         all_heads = self._all_heads(self.inputs.owners_in(inputs))
+        shared = self._shared_tokens()
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
         whole, min_gain, far_blocks = True, None, None
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
                 (table, kept, whole, min_gain, far_blocks), state = method.select(
-                    self._tokens(query, key, key_bias), before, **read
+                    self._tokens(query, key, key_bias, shared), before, **read
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
+        of_all_ranks = table
+        if shared is not None:
+            table, key, value = self._fetched(table, key, value)
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
         last = plan.layout.tokens - plan.layout.after
         out, _, known = attention_with_far_field(
@@ -192,20 +202,48 @@ class SiteFunction:
             out = self._with_others(out, query, key, value, key_bias)
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None else known.kept
-            rows = (known.density, estimated, known.recall, known.gate)
+            density = known.density if shared is None else of_all_ranks.densities()
+            rows = (density, estimated, known.recall, known.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows], 2)
             if all_heads is not None and self.inputs.remembers:
                 report = all_heads(report)
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
 
+    def _shared_tokens(self) -> SharedTokens | None:
+        """The video's tokens, where ranks share the queries of a site."""
+        plan, sequence = self.plan, self.plan.sequence
+        if sequence is None:
+            return None
+        part = next(one for one in parts_of(sequence.parts) if one.tokens)
+        return SharedTokens(part.whole, sequence.ranks, part, sequence.each, self._names, plan.provider)
+
+    @property
+    def _names(self) -> str:
+        """The name of the sites that run the function, for errors of ranks."""
+        return f"{self.plan.site.name}, or one with the same plan"
+
+    def _fetched(self, table: BlockTable, key: Tensor, value: Tensor) -> tuple[BlockTable, Tensor, Tensor]:
+        """(the table of this rank's queries, keys and values of all tokens that it reads)."""
+        sequence = self.plan.sequence
+        assert sequence is not None
+        ranks = sequence.ranks
+        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self._names
+        table = table.of_queries(places_of(sequence, ranks.rank))
+        read = of_key_heads(table.keys_read(), key.shape[1])
+        asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
+        given = [key, value, torch.zeros((), device="cpu")]
+        key, value, _ = torch.ops.sparsify.fetch_keys(
+            given, read, asked, sequence.parts, sequence.each, *place
+        )
+        return table, key, value
+
     def _all_heads(self, owners: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """The function that makes numbers of all heads, [B, H, n], of those of this rank's, [B, slots, n]."""
         sharing = self.plan.sharing
         if owners is None or sharing is None:
             return None
-        ranks, name = sharing.ranks, f"{self.plan.site.name}, or one with the same plan"
-        return partial(numbers_of_all_heads, owners=owners, ranks=ranks, site=name)
+        return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=self._names)
 
     def _with_others(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
@@ -224,7 +262,8 @@ class SiteFunction:
         """`observe`, op by op."""
         read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
         method = cast(DynamicMethod, self.plan.settings)
-        return list(method.observe(self._tokens(query, key, None), before, **read))
+        tokens = self._tokens(query, key, None, self._shared_tokens())
+        return list(method.observe(tokens, before, **read))
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
@@ -240,7 +279,9 @@ class SiteFunction:
         *written, _ = self.inputs.bind(inputs).observed.values()
         return [t.new_empty(t.shape) for t in written if t is not None]
 
-    def _tokens(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tokens:
+    def _tokens(
+        self, query: Tensor, key: Tensor, key_bias: Tensor | None, shared: SharedTokens | None = None
+    ) -> Tokens:
         plan = self.plan
         return Tokens(
             query=query.detach(),
@@ -250,6 +291,7 @@ class SiteFunction:
             provider=plan.provider,
             key_bias=None if key_bias is None else key_bias.detach(),
             far_field=plan.far_field,
+            shared=shared,
         )
 
 
@@ -260,7 +302,7 @@ _functions: WeakValueDictionary[str, SiteFunction] = WeakValueDictionary()
 def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows: int) -> SiteFunction:
     """The arithmetic of a site, one object for all sites with the same plan."""
     site, method = plan.site, settled(plan, choice)
-    shape = site.heads, site.kv_heads, site.head_dim, site.scale, plan.sharing
+    shape = site.heads, site.kv_heads, site.head_dim, site.scale, plan.sharing, plan.sequence
     text = repr((plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, inputs))
     name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
     function = _functions.get(name)

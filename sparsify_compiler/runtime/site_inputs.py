@@ -3,6 +3,7 @@
 | slot          | holds                                              | in a lowered graph               |
 | ------------- | -------------------------------------------------- | -------------------------------- |
 | `owners`      | the rank of each head, where ranks share heads     | a constant, on the CPU           |
+| `order`       | the order of ops, where ranks share queries        | the result of an op, on the CPU  |
 | `constants`   | the table of a method, or other inputs of `select` | a constant, shared by sites      |
 | `trained`     | tensors that a trainer writes and `select` reads   | an input                         |
 | `observed`    | tensors that `learn` writes, `signal` last         | an input                         |
@@ -39,6 +40,7 @@ class Bound(NamedTuple):
     """The tensors of one call of a site, by slot."""
 
     owners: Tensor | None
+    order: Tensor | None
     read: dict[str, Tensor | None]
     """Constants and trained tensors, by the names that the method gives them."""
     observed: dict[str, Tensor | None]
@@ -52,6 +54,7 @@ class SiteInputs:
     """The names of a site's tensors, slot by slot."""
 
     owners: bool = False
+    order: bool = False
     constants: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
@@ -64,19 +67,24 @@ class SiteInputs:
         read, rest = self._read(tensors)
         observed = dict(zip(self.observed, rest, strict=False))
         if not self.remembers:
-            return Bound(self.owners_in(tensors), read, observed, None, (), None)
+            return Bound(*self._of_ranks(tensors), read, observed, None, (), None)
         initialised, *state, report = rest[len(observed) :]
         kept = tuple(t for t in state if t is not None)
-        return Bound(self.owners_in(tensors), read, observed, initialised, kept, report)
+        return Bound(*self._of_ranks(tensors), read, observed, initialised, kept, report)
 
     def to_select(self, bound: Bound) -> list[Tensor | None]:
         """The tensors for an op that selects or observes: all except `observed` and `report`."""
         state = [bound.initialised, *bound.state] if self.remembers else []
-        return [*([bound.owners] if self.owners else []), *bound.read.values(), *state]
+        given = [bound.owners] * self.owners + [bound.order] * self.order
+        return [*given, *bound.read.values(), *state]
 
     def owners_in(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """The rank of each head, from the tensors of a call or from the list that `to_select` returned."""
-        return tensors[0] if self.owners else None
+        return self._of_ranks(tensors)[0]
+
+    def _of_ranks(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """(owners, order)."""
+        return tensors[0] if self.owners else None, tensors[self.owners] if self.order else None
 
     def selecting(
         self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
@@ -94,7 +102,7 @@ class SiteInputs:
         self, tensors: Sequence[Tensor | None]
     ) -> tuple[dict[str, Tensor | None], Sequence[Tensor | None]]:
         """(constants and trained tensors by name, the tensors after them)."""
-        names, tensors = (*self.constants, *self.trained), tensors[self.owners :]
+        names, tensors = (*self.constants, *self.trained), tensors[self.owners + self.order :]
         return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
 
 
