@@ -99,7 +99,7 @@ def plan_within(
 
 def share(analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks) -> fx.GraphModule:
     """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes."""
-    return run(copy_graph(analysed, alike=plans_within), [partial(shard, ranks=ranks)], config)
+    return run(copy_graph(analysed), [partial(shard, ranks=ranks)], config)
 
 
 def rewrite(

@@ -65,6 +65,7 @@ from sparsify_compiler.passes.fx import (
 )
 from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
 from sparsify_compiler.plan import AttentionSite, Ranks, SharedHeads
@@ -105,22 +106,24 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
     """
-    for module in modules(gm):
-        if module is not gm and attention_nodes(module):
-            raise OptionError(
-                "parallel needs attention outside of higher-order operators: turn activation checkpointing and "
-                "nested compile regions off"
-            )
     if trained := [one.site.name for one in graph_plan(gm) if isinstance(one.settings, LearningMethod)]:
         raise OptionError(
             f"parallel does not share the predictors of method 'dsv' yet, which {trained[0]!r} has"
         )
     twin = copy_graph(gm)
+    inline(twin)
+    for module in modules(twin):
+        if module is not twin and attention_nodes(module):
+            raise OptionError(
+                "parallel shares attention in checkpoints and nested compile regions, but in no other "
+                f"higher-order operator, got {attention_nodes(module)[0].meta['site'].name!r} in one"
+            )
     try:
         found = _Sharder(twin, ranks).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
+    outline(twin)
     twin.meta["sharding"] = found
     return twin
 
