@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.shares import (
     Part,
@@ -64,7 +63,6 @@ from sparsify_compiler.passes.fx import (
     written_by,
 )
 from sparsify_compiler.passes.meeting import implies
-from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
@@ -106,10 +104,6 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
     """
-    if trained := [one.site.name for one in graph_plan(gm) if isinstance(one.settings, LearningMethod)]:
-        raise OptionError(
-            f"parallel does not share the predictors of method 'dsv' yet, which {trained[0]!r} has"
-        )
     twin = copy_graph(gm)
     inline(twin)
     for module in modules(twin):
@@ -287,7 +281,7 @@ class _Sharder:
         local = replace(
             plan,
             site=replace(site, heads=slots, kv_heads=slots, spelling="sdpa"),
-            sharing=SharedHeads(ranks=ranks, heads=site.heads),
+            sharing=SharedHeads(ranks=ranks, heads=site.heads, kv_heads=site.kv_heads),
         )
         recorded, users = tensor_of(node), list(node.users)
         dtype = getattr(torch, site.dtype)
