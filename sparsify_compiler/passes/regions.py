@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparsify_compiler.passes.fx import Body, bodies, value_of
@@ -54,7 +55,9 @@ def inline(gm: fx.GraphModule) -> None:
 def _inline(gm: fx.GraphModule, outer: Region | None) -> None:
     for body in list(bodies(gm)):
         call = body.call
-        if call.target.name() not in _OPERATORS or not _takes_results_apart(call):
+        operator_ = call.target
+        assert isinstance(operator_, torch._ops.HigherOrderOperator)
+        if operator_.name() not in _OPERATORS or not _takes_results_apart(call):
             continue
         before = call.args[: len(call.args) - body.arity]
         region = Region(

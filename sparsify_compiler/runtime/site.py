@@ -209,7 +209,9 @@ class SiteFunction:
         ranks, name = sharing.ranks, f"{self.plan.site.name}, or one with the same plan"
         return partial(numbers_of_all_heads, owners=owners, ranks=ranks, site=name)
 
-    def _trained_of_rank(self, read: dict[str, Tensor | None], owners: Tensor | None) -> dict[str, Tensor]:
+    def _trained_of_rank(
+        self, read: dict[str, Tensor | None], owners: Tensor | None
+    ) -> dict[str, Tensor | None]:
         """The trained tensors of a rank's heads, and of other heads in slots without a head."""
         sharing = self.plan.sharing
         if owners is None or sharing is None or not self.inputs.trained:
@@ -219,9 +221,9 @@ class SiteFunction:
 
     def _rows(
         self, tensors: dict[str, Tensor | None], names: Iterable[str], heads: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | None]:
         """The numbers of some heads in trained or observed tensors of all heads."""
-        method, found = cast(LearningMethod, self.plan.settings), {}
+        method, found = cast(LearningMethod, self.plan.settings), dict[str, Tensor | None]()
         for name in names:
             tensor = tensors[name]
             assert tensor is not None

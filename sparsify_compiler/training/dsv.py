@@ -288,8 +288,8 @@ class DSVTrainer:
         """Resume from a `state_dict`, before or after the first call of the model.
 
         Raises:
-            SparsifyError: the state is not from `state_dict`. A state of another model may raise only when the model
-                is called, or at the next `step`.
+            SparsifyError: the state is not from `state_dict`. A state of another model may raise only when the
+                model is called, or at the next `step`.
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise SparsifyError("state must be a result of DSVTrainer.state_dict, got something else")

@@ -15,14 +15,19 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import nested_compile_region
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sparsify_compiler import DSVTrainer
+from sparsify_compiler._torch import process_group
 from sparsify_compiler.methods import predictor
 from sparsify_compiler.parallel import ops
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
-from sparsify_compiler.testing.parallel import in_threads
+from sparsify_compiler.testing.parallel import compare, in_threads
 from sparsify_compiler.testing.ranks import Pool
 from sparsify_compiler.testing.videos import Video, latents
 
@@ -153,6 +158,11 @@ class Predictors:
         self.trainer.load_state_dict(torch.load(io.BytesIO(state["dsv"]), weights_only=True))
 
 
+def parallel(ranks: Ranks) -> dict[str, Any]:
+    mesh = DeviceMesh.from_group(process_group(ranks.group), "cpu")
+    return {"form": "hcp", "mesh": mesh, "timeout": ranks.timeout}
+
+
 def train(
     ranks: Ranks | None, steps: int, load: Path | None = None, save: Path | None = None
 ) -> tuple[list[float], dict[str, Any]]:
@@ -162,7 +172,7 @@ def train(
     more = {}
     if ranks is not None:
         model.use_reentrant = False
-        more = {"parallel": {"form": "hcp", "timeout": ranks.timeout}}
+        more = {"parallel": parallel(ranks)}
     options = {"method": "dsv", "rank": 4, "inner_backend": "eager", "provider": "reference", **more}
     fast = torch.compile(model, backend="sparsify", options=options)
     dsv = DSVTrainer(fast, threshold=10.0, profile_every=(3, 3), break_even=0.8)
@@ -171,7 +181,7 @@ def train(
     if load is not None:
         dcp.load(state, checkpoint_id=load)
     losses = []
-    for step in range(steps):
+    for _ in range(steps):
         loss = fast(latents((3, 4, 4), 2, seed=dsv.steps), torch.tensor([900.0, 300.0])).square().mean()
         loss.backward()
         for one in model.parameters() if ranks is not None else ():
@@ -210,3 +220,48 @@ def test_two_stages_are_those_of_one_process_and_go_on_with_other_ranks(cut: int
     for rest, state in results:
         assert rest == pytest.approx(losses[cut:], rel=1e-5)
         assert_alike(state, wanted)
+
+
+def gradients_of(model: nn.Module, run: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """The gradients of a call, whole ones also where each rank has a shard."""
+    run(VIDEO).sin().sum().backward()
+    found = {}
+    for name, one in model.named_parameters():
+        assert one.grad is not None, name
+        found[name] = one.grad.full_tensor() if isinstance(one.grad, DTensor) else one.grad.clone()
+        one.grad = None
+    return found
+
+
+def wrapped(ranks: Ranks, way: str) -> dict[str, float]:
+    """The largest difference from the gradients of one process, of the mean over ranks and of the sum."""
+    options = {"method": "svg2", "inner_backend": "eager", "provider": "reference", "dense_layers": 0}
+    torch._dynamo.reset()
+    model = Streams("checkpoint")
+    wanted = gradients_of(model, torch.compile(model, backend="sparsify", options=options))
+    torch._dynamo.reset()
+    shared: Any = torch.compile(model, backend="sparsify", options={**options, "parallel": parallel(ranks)})
+    group = process_group(ranks.group)
+    if way == "ddp":
+        shared = DistributedDataParallel(shared, process_group=group)
+    elif way == "fsdp2":
+        fully_shard(shared, mesh=DeviceMesh.from_group(group, "cpu"))
+    with noted() as exchanges:
+        found = gradients_of(model, shared)
+    assert len(exchanges) == 2 * (2 * 2 + 1) + 2, exchanges
+    if way == "by hand":
+        for one in found.values():
+            dist.all_reduce(one, group=group)
+            one /= ranks.size
+    largest = max(float(one.abs().max()) for one in wanted.values())
+    return {
+        name: max(float((found[key] * times - one).abs().max()) for key, one in wanted.items()) / largest
+        for name, times in (("mean", 1), ("sum", ranks.size))
+    }
+
+
+@pytest.mark.parametrize("way", ["by hand", "ddp", "fsdp2"])
+def test_the_mean_over_ranks_is_the_gradient_of_one_process(pool: Pool, way: str) -> None:
+    for errors in pool.run(2, wrapped, way):
+        assert errors["mean"] <= BOUND
+        assert errors["sum"] > 0.5, "the sum over ranks is another gradient"
