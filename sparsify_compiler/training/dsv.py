@@ -46,6 +46,8 @@ KEEP = 0.9
 """Share of the old profile in the running mean with a new one."""
 PARTS = ("weights", "shares", "gradients", "observed")
 """Trained and observed tensors of a site."""
+STATE = ("format", "steps", "sparse", "learned", "profiles", "choices", "optimizer")
+"""The keys of `DSVTrainer.state_dict`."""
 
 
 @dataclass(slots=True)
@@ -268,13 +270,15 @@ class DSVTrainer:
         save_predictor(Path(path), trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state to resume training exactly; `torch.save` can write it."""
+        """The whole state to resume training exactly; `torch.save` can write it.
+
+        It is the same on every rank, and for every number of ranks: all ranks call this together.
+        """
         return {
             "format": FORMAT,
-            "world_size": _world_size(),
             "steps": self.steps,
             "sparse": self._learning.sparse,
-            "learned": {name: tensor.clone() for name, tensor in self._state.trained.items()},
+            "learned": {name: _saved(name, tensor) for name, tensor in self._state.trained.items()},
             "profiles": {name: site.profile and asdict(site.profile) for name, site in self._sites.items()},
             "choices": {name: tuple(site.choice) for name, site in self._sites.items() if site.choice},
             "optimizer": self._optimizer and self._optimizer.state_dict(),
@@ -284,18 +288,14 @@ class DSVTrainer:
         """Resume from a `state_dict`, before or after the first call of the model.
 
         Raises:
-            SparsifyError: the state is not from `state_dict`, or has another number of ranks. A state of another
-                model may raise only when the model is called, or at the next `step`.
+            SparsifyError: the state is not from `state_dict`. A state of another model may raise only when the
+                model is called, or at the next `step`.
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise SparsifyError("state must be a result of DSVTrainer.state_dict, got something else")
-        if missing := sorted(self.state_dict().keys() - state.keys()):
+        if missing := sorted({*STATE} - state.keys()):
             raise SparsifyError(
                 f"the state lacks {', '.join(missing)}: give a complete result of DSVTrainer.state_dict"
-            )
-        if state["world_size"] != _world_size():
-            raise SparsifyError(
-                f"the state is from {state['world_size']} ranks, this run has {_world_size()}: use the same number"
             )
         state = self._renamed(state)
         self.steps, self._learning.sparse = state["steps"], state["sparse"]
@@ -442,7 +442,8 @@ class DSVTrainer:
         if self.break_even is not None:
             return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
         measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])
-        return Cost(*_mean(torch.tensor(measured, dtype=torch.float32)).tolist())
+        numbers = torch.tensor(measured, dtype=torch.float32, device=site.weights.device)
+        return Cost(*_mean(numbers).tolist())
 
 
 def _mean(tensor: Tensor) -> Tensor:
@@ -452,6 +453,11 @@ def _mean(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total / _world_size()
+
+
+def _saved(name: str, tensor: Tensor) -> Tensor:
+    """A trained or observed tensor for `state_dict`. What ranks observed is saved as the mean over ranks."""
+    return _mean(tensor) if name.rpartition(".")[2] in ("gradients", "observed") else tensor.clone()
 
 
 def _world_size() -> int:
