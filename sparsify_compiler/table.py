@@ -129,7 +129,7 @@ class BlockTable:
 
     def mask(self) -> Tensor:
         """[B|1, H|1, Sq, Sk] bool: the dense mask of this table. It is the oracle of every test."""
-        q_block, kv_block = self._block_of_token("q"), self._block_of_token("kv")
+        q_block, kv_block = self.block_of_token("q"), self.block_of_token("kv")
         blocks = self.block_mask()
         lead = torch.broadcast_shapes(blocks.shape[:2], q_block.shape[:2], kv_block.shape[:2])
         blocks = blocks.expand(*lead, -1, -1)
@@ -154,7 +154,7 @@ class BlockTable:
         kept = (listed * used).sum(-1)
         return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
-    def _block_of_token(self, side: str) -> Tensor:
+    def block_of_token(self, side: str) -> Tensor:
         """[B|1, H|1, S] int64: the block of each token."""
         bounds = getattr(self, f"{side}_bounds").long()
         order = getattr(self, f"{side}_order")
