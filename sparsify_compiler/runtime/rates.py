@@ -1,7 +1,8 @@
-"""The cost of sparse attention relative to dense on this machine, measured once for each shape.
+"""The rates of this machine, each measured once: numbers for `cost.py`.
 
-It is the time of forward and backward on random tokens: of dense SDPA, and of method `dsv` at two densities, with
-its selection. The cost at other densities lies on the straight line through the two.
+`measured_cost` is the cost of sparse attention relative to dense. It is the time of forward and backward on random
+tokens: of dense SDPA, and of method `dsv` at two densities, with its selection. The cost at other densities lies on
+the straight line through the two.
 """
 
 import functools
@@ -9,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,20 +21,9 @@ from sparsify_compiler.methods.dsv import FittedDsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.cost import HeadCost
 from sparsify_compiler.runtime.site import GUARD_ROWS
 from sparsify_compiler.timing import timed
-
-
-class Cost(NamedTuple):
-    """Cost of a head that reads a share of the video's keys. The cost of a dense head is 1."""
-
-    fixed: float
-    by_share: float
-
-    def of(self, share: Tensor) -> Tensor:
-        """The cost of heads that read these shares. Below 1, sparse is faster than dense."""
-        return self.fixed + self.by_share * share
-
 
 DENSITIES = (1 / 16, 1 / 4)
 HEADS = 2
@@ -44,7 +33,7 @@ NOTHING = State(torch.tensor(False, device="cpu"), ())
 """The empty state of `dsv`."""
 
 
-def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> Cost:
+def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> HeadCost:
     """The cost of forward and backward, with selection and far field, where groups of queries select keys together.
 
     The first call for a shape takes as long as a few dense attentions.
@@ -78,7 +67,7 @@ def _measure(
     far_field: str,
     provider: str,
     threads: int,
-) -> Cost:
+) -> HeadCost:
     generator = torch.Generator().manual_seed(0)
     tokens = math.prod(grid)
     shape = (1, heads, tokens, head_dim)
@@ -128,7 +117,7 @@ def _measure(
     dense_time = _time(lambda: scaled_dot_product_attention(query, key, value), inputs)
     low, high = (_time(functools.partial(sparse, density), inputs) for density in DENSITIES)
     slope = max(0.0, high - low) / (DENSITIES[1] - DENSITIES[0])
-    return Cost(fixed=max(0.0, low - slope * DENSITIES[0]) / dense_time, by_share=slope / dense_time)
+    return HeadCost(fixed=max(0.0, low - slope * DENSITIES[0]) / dense_time, by_share=slope / dense_time)
 
 
 def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
