@@ -4,8 +4,8 @@ Nothing here measures or runs anything; `rates.py` measures this machine, `clust
 
 A mesh has `heads * sequence` ranks. Between attentions every rank has its own tokens. Around an attention, the
 `heads` ranks of a group exchange tokens for heads; then each has the tokens of its group, of its own heads. It
-fetches the keys that these tokens read from the same heads of the other groups. So a mesh `heads x 1` is the form
-`hcp`, a mesh `1 x sequence` is `scp`, and any other is `hybrid`. Neighbouring ranks share heads.
+fetches the keys that these tokens read from the same heads of the other groups. So a mesh of `heads` x 1 is the form
+`hcp`, one of 1 x `sequence` is `scp`, and any other is `hybrid`. Neighbouring ranks share heads.
 
 Every message is a product: a rank gives one number of rows, and a peer takes a number of bytes of each row.
 """
@@ -83,7 +83,7 @@ class Mesh(NamedTuple):
         return "hybrid" if self.heads > 1 else "scp"
 
     def __str__(self) -> str:
-        return f"{self.heads} x {self.sequence}"
+        return f"{self.heads}x{self.sequence}"
 
 
 class Split(NamedTuple):
@@ -121,10 +121,14 @@ class Attention:
     """Where the sequence is shared: the share of the other groups' keys that the tokens of a group read."""
 
     @property
+    def dense_flops(self) -> float:
+        """The products of a dense head, with all tokens."""
+        return 2.0 * (self.head_dim + self.value_dim) * self.batch * (self.tokens + self.others) ** 2
+
+    @property
     def flops(self) -> tuple[float, ...]:
         """The products of each head, with all tokens."""
-        pairs = self.batch * (self.tokens + self.others) ** 2
-        return tuple(2.0 * (self.head_dim + self.value_dim) * pairs * density for density in self.densities)
+        return tuple(self.dense_flops * density for density in self.densities)
 
 
 def attention_of(plan: AttentionPlan, tokens: int, remote: float = 1.0) -> Attention:
@@ -166,6 +170,11 @@ class Work:
     """Bytes of the weights, which every rank has."""
     live: tuple[Split, ...] = (NOTHING,)
     """Bytes of values that live at one time; the largest counts."""
+
+    @property
+    def total(self) -> float:
+        """Operations of products in one process."""
+        return self.flops.on(1.0) + sum(sum(one.flops) for one in self.attentions)
 
 
 class Traffic(NamedTuple):
@@ -458,8 +467,8 @@ BOUNDS = {
     "products": "products",
     "attention": "attention",
     "traffic": "memory traffic",
-    "inside": "exchange inside hosts",
-    "between": "exchange between hosts",
-    "latency": "latency of exchanges",
+    "inside": "links in hosts",
+    "between": "links of hosts",
+    "latency": "latency",
 }
 """Part of a prediction -> its name in texts."""
