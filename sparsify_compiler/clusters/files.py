@@ -1,6 +1,7 @@
 """Read the files of `sparsify plan-parallel`: the description of a cluster, and recorded densities."""
 
 import json
+import math
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -62,8 +63,8 @@ def cluster_of(given: Mapping[str, Any], source: str = "the cluster") -> Cluster
         if value is None and name == "between" and counts["hosts"] == 1:
             numbers[name] = numbers["inside"]
             continue
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
-        if not (0 < number < float("inf") or (number == 0 and name in _MAY_BE_ZERO)):
+        number = _number(value)
+        if not (0 < number < math.inf or (number == 0 and name in _MAY_BE_ZERO)):
             least = "of at least 0" if name in _MAY_BE_ZERO else "above 0"
             raise OptionError(f"{source} must have {name}, a number {least}: {meaning}, got {_got(value)}")
         numbers[name] = number * unit
@@ -123,6 +124,16 @@ def _read(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise OptionError(f"{what} {path} must hold names with values, got {type(found).__name__}")
     return found
+
+
+def _number(value: object) -> float:
+    """A number, or a text such as `1e3`, which is not a number in YAML; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
 
 
 def _got(value: object) -> str:

@@ -4,7 +4,7 @@ Nothing here measures or runs anything; `rates.py` measures this machine, `clust
 
 A mesh has `heads * sequence` ranks. Between attentions every rank has its own tokens. Around an attention, the
 `heads` ranks of a group exchange tokens for heads; then each has the tokens of its group, of its own heads. It
-fetches the keys that these tokens read from the same heads of the other groups. So a mesh of `heads` x 1 is the form
+fetches the keys that these tokens read from the same heads of the other groups. A mesh of `heads` x 1 is the form
 `hcp`, one of 1 x `sequence` is `scp`, and any other is `hybrid`. Neighbouring ranks share heads.
 
 Every message is a product: a rank gives one number of rows, and a peer takes a number of bytes of each row.
