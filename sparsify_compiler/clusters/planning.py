@@ -86,10 +86,10 @@ class ClusterPlan:
         )
         if not all(one.fits for found in self.predictions.values() for one in found):
             yield f"!: more than the {self.cluster.memory / 1e9:.3g} GB of a GPU."
-        for number, one in enumerate(self.sharings):
-            if one.reason:
-                yield f"Graph {number}: every rank runs the whole graph: {one.reason}."
-            for name, why in one.gathered:
+        for number, sharing in enumerate(self.sharings):
+            if sharing.reason:
+                yield f"Graph {number}: every rank runs the whole graph: {sharing.reason}."
+            for name, why in sharing.gathered:
                 yield f"Graph {number} gathers all tokens for {name}: {why}."
 
 

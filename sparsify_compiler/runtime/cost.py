@@ -86,6 +86,10 @@ class Mesh(NamedTuple):
         return f"{self.heads}x{self.sequence}"
 
 
+PASSES = 7
+"""Times that an exchange reads or writes the bytes that it packs or unpacks; counted in `parallel/ops.py`."""
+
+
 class Split(NamedTuple):
     """A quantity of a model: a part that is proportional to a rank's tokens, and a part that every rank has."""
 
@@ -177,6 +181,13 @@ class Work:
         return self.flops.on(1.0) + sum(sum(one.flops) for one in self.attentions)
 
 
+def work_of(plans: Iterable[AttentionPlan]) -> Work:
+    """The work that the form changes: attention over the video's own tokens, in a graph of one process."""
+    own = [one for one in plans if one.site.kind in ("self", "joint") and not one.site.refusal]
+    attentions = tuple(attention_of(one, one.layout.video_tokens) for one in own)
+    return Work(tokens=max((one.tokens for one in attentions), default=0), attentions=attentions)
+
+
 class Traffic(NamedTuple):
     """The bytes that a rank exchanges with the ranks of its host, and with those of other hosts."""
 
@@ -184,6 +195,8 @@ class Traffic(NamedTuple):
     sent_between: float = 0.0
     received_inside: float = 0.0
     received_between: float = 0.0
+    packed: float = 0.0
+    """The bytes that the rank packs and unpacks, with those that stay on it."""
 
     @property
     def inside(self) -> float:
@@ -224,6 +237,7 @@ def exchange(
                 sent_between=gives[rank] * (all_taken - taken),
                 received_inside=takes[rank] * (given - gives[rank]),
                 received_between=takes[rank] * (all_given - given),
+                packed=gives[rank] * all_taken + takes[rank] * all_given,
             )
     return found
 
@@ -325,7 +339,7 @@ class Prediction:
     attention: float
     """Seconds of attention."""
     traffic: float
-    """Seconds of other operators."""
+    """Seconds of other operators, and of packing and unpacking exchanges."""
     inside: float
     """Seconds of exchanges that wait for the connections inside of hosts."""
     between: float
@@ -362,17 +376,18 @@ def predict(work: Work, mesh: Mesh, cluster: Cluster) -> Prediction:
     """The cost of one call on a mesh of ranks, which fill the cluster's hosts in order."""
     size = mesh.size
     part = share(work.tokens, 0, size) / work.tokens if work.tokens else 1.0
-    attention = mean = inside = between = latency = 0.0
+    attention = mean = inside = between = latency = packed = 0.0
     memory = 0.0
     sent = [0.0] * size
 
     def add(exchanged: Sequence[Traffic], count: int) -> None:
-        nonlocal inside, between, latency
+        nonlocal inside, between, latency, packed
         waits = [(one.inside / cluster.inside, one.between / cluster.between) for one in exchanged]
         in_hosts, out = max(waits, key=max)
         inside += count * in_hosts * (in_hosts >= out)
         between += count * out * (in_hosts < out)
         latency += count * cluster.latency
+        packed += count * max(one.packed for one in exchanged)
         for rank, one in enumerate(exchanged):
             sent[rank] += count * one.sent
 
@@ -394,7 +409,7 @@ def predict(work: Work, mesh: Mesh, cluster: Cluster) -> Prediction:
         mesh=mesh,
         products=work.flops.on(part) / cluster.products,
         attention=attention,
-        traffic=work.traffic.on(part) / cluster.traffic,
+        traffic=(work.traffic.on(part) + PASSES * packed) / cluster.traffic,
         inside=inside,
         between=between,
         latency=latency,
@@ -451,6 +466,36 @@ def choose_form(work: Work, cluster: Cluster, size: int, executable: Collection[
     if others:
         text += f", against {'; '.join(f'{one.mesh.form} {one.mesh}: {_text(one)}' for one in others)}"
     return Choice(first.mesh, text, (first, *others))
+
+
+def form_text(work: Work, size: int, executable: Sequence[str], cluster: Cluster | None) -> str:
+    """The form that `choose_form` takes, with its reason and numbers.
+
+    Args:
+        cluster: None where no rates were measured; then bytes and loads are predicted, but no times.
+    """
+    if cluster is not None:
+        return choose_form(work, cluster, size, executable).reason
+    if len(executable) > 1:
+        return f"{' or '.join(executable)}: chosen at the first call, by rates that ranks measure then"
+    mesh = next(mesh for mesh in meshes(size) if mesh.form in executable)
+    loads = [sum(each) for each in zip(*(attention_loads(one, mesh) for one in work.attentions), strict=True)]
+    mean = sum(loads) / size
+    return (
+        f"{mesh.form} {mesh}: no other form may run. Predicted: for attention a rank sends at most "
+        f"{sent_for_attention(work, mesh) / 1e6:.3g} MB in a call, and computes at most "
+        f"{max(loads) / mean if mean else 1.0:.3g} times the mean"
+    )
+
+
+def sent_for_attention(work: Work, mesh: Mesh) -> float:
+    """The bytes that a rank sends around all attention of a call, at most. It needs no rates."""
+    sent = [0.0] * mesh.size
+    for one, count in Counter(work.attentions).items():
+        for exchanged in attention_traffic(one, mesh, mesh.size):
+            for rank, traffic in enumerate(exchanged):
+                sent[rank] += count * traffic.sent
+    return max(sent)
 
 
 def _order(one: Prediction) -> tuple[bool, float, float]:
