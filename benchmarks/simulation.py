@@ -149,7 +149,8 @@ def h100() -> Iterator[dict[str, Any]]:
     cluster = cluster_of(H100)
     for tokens, grid in GRIDS.items():
         with torch.device("meta"):
-            counted = count(*wan(grid))
+            model, inputs = wan(grid)
+        counted = count(model, inputs)
         assert counted.work.tokens == tokens
         for density in DENSITIES:
             work = with_densities(counted, density, 1.0 if density == 1 else REMOTE)
@@ -167,7 +168,7 @@ def dsv() -> Iterator[dict[str, Any]]:
     for size, grid in ((32, (26, 50, 100)), (128, (65, 80, 100))):
         with torch.device("meta"):
             model, inputs = wan(grid, num_attention_heads=20, ffn_dim=10240, num_layers=25)
-            counted = count(model, inputs)
+        counted = count(model, inputs)
         seconds = {}
         for density in (1.0, 0.1):
             work = with_densities(counted, density, 1.0 if density == 1 else REMOTE)
