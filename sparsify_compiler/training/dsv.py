@@ -34,8 +34,9 @@ from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor,
 from sparsify_compiler.methods.single_keys import share_of
 from sparsify_compiler.names import ROOT, align, without_wrappers
 from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.cost import HeadCost
+from sparsify_compiler.runtime.rates import measured_cost
 from sparsify_compiler.runtime.state import Learning, share_state
-from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-2"
 ENOUGH_OVERLAP = 0.8
@@ -139,7 +140,7 @@ class _Site:
         else:
             self.profile.update(new)
 
-    def choose(self, cost_of: Callable[[Cube], Cost]) -> None:
+    def choose(self, cost_of: Callable[[Cube], HeadCost]) -> None:
         """Choose group and shares by the profile; `cost_of` returns the cost of a group.
 
         With a fixed budget the group is the paper's: the largest whose queries attend to similar keys. Otherwise it
@@ -437,13 +438,13 @@ class DSVTrainer:
         early, late = self.profile_every
         return step % (early if step < self.early_steps else late) == 0
 
-    def _cost(self, site: _Site, group: Cube) -> Cost:
+    def _cost(self, site: _Site, group: Cube) -> HeadCost:
         """The cost of a group, the same on all ranks."""
         if self.break_even is not None:
-            return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
+            return HeadCost(0.0, 1 / self.break_even if self.break_even else math.inf)
         measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])
         numbers = torch.tensor(measured, dtype=torch.float32, device=site.weights.device)
-        return Cost(*_mean(numbers).tolist())
+        return HeadCost(*_mean(numbers).tolist())
 
 
 def _mean(tensor: Tensor) -> Tensor:
