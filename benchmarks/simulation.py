@@ -15,10 +15,11 @@ that the paper of DSV (arXiv 2502.07590) measured on up to 128 GPUs.
 """
 
 import argparse
+import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -100,8 +101,8 @@ def measure(ranks: Ranks, method: str, calls: int) -> tuple[Cluster, list[float]
     return rates, cpu, wall
 
 
-def measured(calls: int) -> Iterator[dict[str, Any]]:
-    """The cases of this machine."""
+def measured(calls: int, done: Collection[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """The cases of this machine, without those of (method, ranks) that are done."""
     from benchmarks import simulation  # ranks find functions by the name of their module, not in `__main__`
 
     with torch.device("meta"):
@@ -121,6 +122,8 @@ def measured(calls: int) -> Iterator[dict[str, Any]]:
             }
             work = with_densities(counted, densities)
             for size in range(1, 5):
+                if (method, size) in done:
+                    continue
                 found = pool.run(size, simulation.measure, method, calls)
                 rates = found[0][0]
                 predicted = predict(work, Mesh(size, 1), rates)
@@ -207,21 +210,24 @@ def as_json(one: Prediction, alone: Prediction) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.simulation", description=__doc__)
-    kinds = {"measured": lambda: measured(options.calls), "h100": h100, "dsv": dsv}
-    parser.add_argument("--only", nargs="+", choices=[*kinds], default=[*kinds])
+    parser.add_argument(
+        "--only", nargs="+", choices=["measured", "h100", "dsv"], default=["measured", "h100", "dsv"]
+    )
     parser.add_argument("--calls", type=int, default=6, help="calls of each measured case")
-    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; cases that it has are left out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    cases = []
+    cases = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
+    done = {(one["method"], one["ranks"]) for one in cases if one["what"] == "measured"}
+    kinds = {"measured": lambda: measured(options.calls, done), "h100": h100, "dsv": dsv}
+    whole = {one["what"] for one in cases} - {"measured"}
     for kind in options.only:
-        for case in kinds[kind]():
+        for case in kinds[kind]() if kind not in whole else ():
             cases.append(case)
             print(case, flush=True)
-    if options.out:
-        about = {"h100": H100, "remote": REMOTE, "model": "Wan 2.1 14B"}
-        write_json(options.out, cases, lines=True, **about)
+            if options.out:
+                write_json(options.out, cases, lines=True, h100=H100, remote=REMOTE, model="Wan 2.1 14B")
 
 
 if __name__ == "__main__":
