@@ -97,7 +97,7 @@ def _program(
 
     def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
         if ranks is not None:
-            analysed = pipeline.share(analysed, config, ranks)
+            analysed = pipeline.share(analysed, config, ranks, trains=trains)
             log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)

@@ -95,6 +95,10 @@ class TokenLayout:
         return self.grid[1] * self.grid[2]
 
 
+Balance = Literal["video", "off"] | int
+"""When heads move between ranks: at each new video, never, or also every so many steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Ranks that run one model together, and the place of one of them."""
@@ -114,6 +118,8 @@ class SharedHeads:
     ranks: Ranks
     heads: int
     """Query heads of all ranks."""
+    balance: Balance = "off"
+    """When heads move between ranks, as in `config.Parallel`."""
 
 
 class FittedMethod(Protocol):

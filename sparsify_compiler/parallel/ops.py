@@ -9,14 +9,16 @@ The first two are each other's adjoint, and so are the last two: the backward pa
 gradients of all ranks are those of the sum of their losses. The mean of a gradient over ranks, which data
 parallelism takes anyway, is then the gradient of one process.
 
-The owner of each head is an element of a small CPU tensor, so heads move without a new program, and no device is
-waited for. Slots that hold no head are zero.
+The owners of heads are a small CPU tensor (`shares.Owners`), so heads move without a new program, and no device is
+waited for. Slots that hold no head are zero. Ranks may share the queries of a head: each gets all its tokens, and
+`to_tokens` takes from each rank the rows that it computes.
 
 Ranks must run their ops in one order, but a compiler may order ops that do not depend on each other differently on
 each rank. So every op takes an *order*, a tensor without dimensions, as the last tensor of its list, and returns
 another one for the next op. The gradients of orders chain the backward pass.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +29,12 @@ from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.parallel.shares import (
     Part,
     Piece,
+    alike,
     flat,
     heads_of,
     key_heads_of,
     local_length,
+    owners_of,
     parts_of,
     pieces,
     whole_length,
@@ -57,10 +61,11 @@ def to_heads(
 
     Args:
         tensors: [B, Hi, local tokens, Di] each, then the order. Hi divides the number of query heads H.
-        owners: [H] int64 on the CPU, the rank of each query head.
+        owners: [H, size + 1] int64 on the CPU, see `shares.Owners`; H query heads.
         parts: the parts of the sequence, see `shares.flat`.
         slots: number of heads of each result; no rank may own more query heads.
-        sums: whether tokens that every rank has are summed over ranks; otherwise a rank takes its own.
+        sums: whether tokens that every rank has are summed over ranks, and rows that others compute are zero;
+            otherwise a rank takes its own, and all rows.
         rank, size, group, timeout: the fields of `Ranks`.
         site: name of the attention, for errors.
 
@@ -106,6 +111,10 @@ def to_heads(
         out = x.new_zeros(x.shape[0], slots, *whole.shape[2:])
         queries = len(owned) // x.shape[1]
         out[:, : len(mine)] = whole[:, [keys.index(head // queries) for head in mine]]
+        if sums:
+            for slots_alike, run in alike(owned, rank, out.shape[2]):
+                out[:, slots_alike, : run.start] = 0
+                out[:, slots_alike, run.stop :] = 0
         results.append(out)
     return [*results, order.clone()]
 
@@ -145,29 +154,43 @@ def to_tokens(
         _fold(x, heads_of(owned, rank), each[rank], len(owned) // number)
         for x, each, number in zip(given, read, heads, strict=True)
     ]
+    total = whole_length(parts_of(parts))
+
+    def blocks_of(owner: int, number: int, to: int) -> list[tuple[slice, list[Piece]]]:
+        """(places among the heads of `owner`, runs of the rows that go to a rank), for each block of a message."""
+        runs = [one for one in _pieces(parts, to, size) if one.shared or sends]
+        if not sends or number < len(owned):  # gradients: all that ranks computed of one head adds up
+            return [(slice(0, len(key_heads_of(owned, number, owner))), runs)]
+        return [(slots, _within(runs, rows)) for slots, rows in alike(owned, owner, total)]
+
+    def elements(x: Tensor, owner: int, number: int) -> int:
+        rows = sum((at.stop - at.start) * _rows_in(runs) for at, runs in blocks_of(owner, number, rank))
+        return x.shape[0] * rows * x.shape[3]
+
     messages = [
         [
-            _rows(x, [one.whole for one in _pieces(parts, peer, size) if one.shared or sends])
-            for peer in range(size)
+            _flat(x, [_rows(x[:, at], [one.whole for one in runs]) for at, runs in blocks if runs])
+            for blocks in (blocks_of(rank, number, peer) for peer in range(size))
         ]
-        for x in folded
+        for x, number in zip(folded, heads, strict=True)
     ]
-    length = sum(_length(one.local) for one in own if one.shared or sends)
     shapes = [
-        [(x.shape[0], len(keys), length, x.shape[3]) for keys in each]
-        for x, each in zip(given, read, strict=True)
+        [(elements(x, peer, number),) for peer in range(size)] for x, number in zip(given, heads, strict=True)
     ]
     received = exchange(
         messages, shapes, Ranks(rank, size, group, timeout), f"to_tokens of attention {site!r}"
     )
     results = []
     for x, mine, each, blocks, number in zip(given, folded, read, received, heads, strict=True):
-        out = _for_sums(_blank_tokens(x, parts, number, rank, size).zero_(), number < len(owned))
-        for keys, block in zip(each, blocks, strict=True):
-            at = 0
-            for one in own:
-                if one.shared or sends:
-                    out[:, keys, one.local] += block[:, :, at : at + _length(one.local)]
+        adds = number < len(owned) or (not sends and any(len(owners_of(owned, i)) > 1 for i in range(number)))
+        out = _for_sums(_blank_tokens(x, parts, number, rank, size).zero_(), adds)
+        for peer, (keys, message) in enumerate(zip(each, blocks, strict=True)):
+            for slots, runs in blocks_of(peer, number, rank):
+                shape = x.shape[0], slots.stop - slots.start, _rows_in(runs), x.shape[3]
+                block, message = message[: math.prod(shape)].view(shape), message[math.prod(shape) :]
+                at = 0
+                for one in runs:
+                    out[:, keys[slots], one.local] += block[:, :, at : at + _length(one.local)]
                     at += _length(one.local)
         for one in own:
             if not (one.shared or sends):
@@ -270,6 +293,27 @@ def _pieces(parts: Sequence[int], rank: int, size: int) -> list[Piece]:
 
 def _length(run: slice) -> int:
     return int(run.stop - run.start)
+
+
+def _flat(like: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """All elements of tensors, one after the other."""
+    flat = [one.flatten() for one in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat([like.new_empty(0), *flat])
+
+
+def _rows_in(runs: Sequence[Piece]) -> int:
+    return sum(_length(one.local) for one in runs)
+
+
+def _within(runs: Sequence[Piece], rows: slice) -> list[Piece]:
+    """The part of each run that lies in `rows` of the whole dimension."""
+    found = []
+    for one in runs:
+        first, last = max(one.whole.start, rows.start), min(one.whole.stop, rows.stop)
+        if first < last:
+            to_local = one.local.start - one.whole.start
+            found.append(Piece(one.shared, slice(first, last), slice(first + to_local, last + to_local)))
+    return found
 
 
 def _rows(x: Tensor, runs: Sequence[slice]) -> Tensor:
@@ -380,6 +424,22 @@ sum_tokens.register_autograd(
     lambda ctx, grads: (torch.ops.sparsify.gather_tokens(grads, *ctx.others), *[None] * 7),
     setup_context=_keep,
 )
+
+
+@torch.library.custom_op("sparsify::heads_in_slots", mutates_args=())
+def heads_in_slots(owners: Tensor, rank: int, slots: int) -> Tensor:
+    """[slots] int64 on the CPU: the head in each slot of a rank; any head where a slot has none.
+
+    Args:
+        owners, rank: as in `to_heads`.
+    """
+    mine = heads_of(owners.tolist(), rank)
+    return torch.tensor([*mine, *[0] * (slots - len(mine))], device="cpu")
+
+
+@heads_in_slots.register_fake
+def _heads_in_slots_fake(owners: Tensor, rank: int, slots: int) -> Tensor:
+    return owners.new_empty(slots)
 
 
 TO_HEADS = torch.ops.sparsify.to_heads.default

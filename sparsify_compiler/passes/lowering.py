@@ -2,6 +2,8 @@
 
     before   out = attention(q, k, v, m, scale)            meta["plan"]
 
+    ranks    owners = placeholder                          in place of a constant, where heads move
+
     sparse   constants = get_attr(...)                     tables and other tensors, a set for each distinct plan
     variant  bias = where(m, 0, -inf)
              out = TableSite(q, k, v, bias, *constants)    a table and one op
@@ -77,10 +79,22 @@ def lower(
         with gm.graph.inserting_before(first):
             return gm.graph.get_attr(name)
 
+    if not variant.trains:
+        _give_owners(gm, inputs)
     lowering = _Lowering(variant, measure_recall)
     _lower_module(gm, lowering, operand, None if variant.trains else inputs)
     gm.meta["extra"], gm.meta["variant"] = inputs.built(), variant
     return gm
+
+
+def _give_owners(gm: fx.GraphModule, inputs: InputBuilder) -> None:
+    """Make the owners of heads inputs of the graph where heads move between ranks."""
+    for node in attention_nodes(gm):
+        plan = node.meta["plan"]
+        if plan.sharing is not None and plan.sharing.balance != "off":
+            constant, node.meta["owners"] = node.meta["owners"], inputs.owners(plan)
+            constant.replace_all_uses_with(node.meta["owners"])
+            gm.graph.erase_node(constant)
 
 
 def _is_sparse(node: fx.Node) -> bool:

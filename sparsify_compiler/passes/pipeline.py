@@ -97,9 +97,17 @@ def plan_within(
     return run(copy_graph(analysed), [infer, partial(plan_sites, config=config, device=device)], config)
 
 
-def share(analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks) -> fx.GraphModule:
-    """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes."""
-    return run(copy_graph(analysed, alike=plans_within), [partial(shard, ranks=ranks)], config)
+def share(
+    analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks, *, trains: bool = False
+) -> fx.GraphModule:
+    """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes.
+
+    Args:
+        trains: whether it is for training, where heads stay on their ranks.
+    """
+    balance = "off" if trains or config.parallel is None else config.parallel.balance
+    passes = [partial(shard, ranks=ranks, balance=balance)]
+    return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 
 def rewrite(

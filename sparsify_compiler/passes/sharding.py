@@ -33,16 +33,17 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import LearningMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod
+from sparsify_compiler.parallel.balance import capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.shares import (
     Part,
     even_owners,
     flat,
     local_length,
+    most_heads,
     pieces,
     share,
-    start,
 )
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -67,7 +68,7 @@ from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionSite, Ranks, SharedHeads
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -96,11 +97,12 @@ class Sharding:
         )
 
 
-def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
+def shard(gm: fx.GraphModule, *, ranks: Ranks, balance: Balance = "off") -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
     Args:
         ranks: the ranks, and the one that the graph is for.
+        balance: when heads may move between ranks; the graph needs room for them.
 
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
@@ -117,7 +119,7 @@ def shard(gm: fx.GraphModule, *, ranks: Ranks) -> fx.GraphModule:
         )
     twin = copy_graph(gm)
     try:
-        found = _Sharder(twin, ranks).run()
+        found = _Sharder(twin, ranks, balance).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
@@ -136,8 +138,8 @@ class _View:
 class _Sharder:
     """Rewrites one graph in place."""
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks) -> None:
-        self.gm, self.graph, self.ranks = gm, gm.graph, ranks
+    def __init__(self, gm: fx.GraphModule, ranks: Ranks, balance: Balance) -> None:
+        self.gm, self.graph, self.ranks, self.balance = gm, gm.graph, ranks, balance
         for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
             sizes = value.shape if isinstance(value, Tensor) else [value]
             for size in sizes:
@@ -268,23 +270,33 @@ class _Sharder:
         wholes = [self.whole[one] for one in tensors]
         place = self._place(wholes[0])
         assert place is not None
-        parts, slots = place[2], share(site.heads, 0, ranks.size)
+        moves = self.balance != "off" and heads_differ(plan)
+        sharing = SharedHeads(ranks=ranks, heads=site.heads, balance=self.balance if moves else "off")
+        parts, slots = place[2], (capacity if moves else most_heads)(site.heads, ranks.size)
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
         with self.graph.inserting_before(node):
-            owners = self._owners(site.heads)
+            owners = self._owners(site)
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
             if isinstance(mask, fx.Node):
-                mask = self._mask(site, mask, slots)
+                mask = self._mask(site, mask, owners, slots)
             by_heads = self._communicate(TO_HEADS, tensors, (owners, flat(parts), slots, False, *of_rank))
-            call = self.graph.call_function(
-                F.scaled_dot_product_attention, tuple(by_heads), {"attn_mask": mask, "scale": scale}
-            )
+        with self.graph.inserting_after(
+            node
+        ):  # an observer of the call reads the bias, which is made at the node
+            if not moves:
+                call = self.graph.call_function(
+                    F.scaled_dot_product_attention, tuple(by_heads), {"attn_mask": mask, "scale": scale}
+                )
+            else:
+                call = self.graph.call_function(
+                    torch.ops.sparsify.attend_owned.default, (*by_heads, mask, owners, ranks.rank, scale)
+                )
         for one, whole in zip(by_heads, wholes, strict=True):
             one.meta["example_value"] = whole.new_empty(whole.shape[0], slots, *whole.shape[2:])
         local = replace(
             plan,
             site=replace(site, heads=slots, kv_heads=slots, spelling="sdpa"),
-            sharing=SharedHeads(ranks=ranks, heads=site.heads),
+            sharing=sharing,
         )
         recorded, users = tensor_of(node), list(node.users)
         dtype = getattr(torch, site.dtype)
@@ -293,7 +305,7 @@ class _Sharder:
         call.meta["example_value"] = node.meta["example_value"] = attended
         node.meta |= {"site": local.site, "plan": local, "original": call, "result": node, "owners": owners}
         node.args = (*by_heads, mask, scale)
-        with self.graph.inserting_before(node.next):
+        with self.graph.inserting_before(call.next):
             (out,) = self._communicate(
                 TO_TOKENS,
                 [node],
@@ -308,24 +320,24 @@ class _Sharder:
         self._take_over(node, out, users)
         self.sites.append(site.name)
 
-    def _owners(self, heads: int) -> fx.Node:
-        """The owner of each head."""
-        name = f"sparsify_owners{heads}"
+    def _owners(self, site: AttentionSite) -> fx.Node:
+        """The owners of the heads of a site, evenly many on each rank."""
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-            return self._constant(name, torch.tensor(even_owners(heads, self.ranks.size)))
+            owners = torch.tensor(even_owners(site.heads, self.ranks.size))
+            return self._constant(f"sparsify_owners{site.index}", owners)
 
-    def _mask(self, site: AttentionSite, mask: fx.Node, slots: int) -> fx.Node:
+    def _mask(self, site: AttentionSite, mask: fx.Node, owners: fx.Node, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
-        value, ranks = self.whole[mask], self.ranks
+        value = self.whole[mask]
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
         if value.dim() > 2 and value.shape[-3] > 1:
-            first, own = start(site.heads, ranks.rank, ranks.size), share(site.heads, ranks.rank, ranks.size)
-            runs = [(first, own), (0, slots - own)]  # a slot without a head takes any mask
-            cut = [self.graph.call_method("narrow", (new, -3, at, length)) for at, length in runs if length]
-            new = self.graph.call_function(torch.cat, (cut, -3)) if len(cut) > 1 else cut[0]
-            value = value.narrow(-3, 0, slots)
+            op = torch.ops.sparsify.heads_in_slots.default
+            places = self.graph.call_function(op, (owners, self.ranks.rank, slots))
+            places = self.graph.call_method("to", (places, value.device))
+            new = self.graph.call_method("index_select", (new, -3, places))
+            value = value.narrow(-3, 0, 1).expand(*value.shape[:-3], slots, -1, -1)
         new.meta["example_value"] = value
         return new
 
@@ -662,6 +674,11 @@ class _Sharder:
         self.graph.erase_node(node)
         for source in sources:
             self._erase(source)
+
+
+def heads_differ(plan: AttentionPlan) -> bool:
+    """Whether the heads of a site may need different numbers of keys, so that they may move between ranks."""
+    return isinstance(plan.settings, DynamicMethod) and not isinstance(plan.settings, LearningMethod)
 
 
 _Place = tuple[int, int, list[Part]]

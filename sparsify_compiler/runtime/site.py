@@ -15,6 +15,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify_compiler import _torch
@@ -24,6 +25,7 @@ from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
+from sparsify_compiler.parallel.shares import heads_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -155,6 +157,37 @@ class SiteFunction:
         updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
         _write(list(bound.observed.values())[:-1], updated)
 
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+    ) -> list[Tensor]:
+        """`trace` of the slots that hold a head; the results of the others are zero."""
+        used, slots = self._used(inputs), query.shape[1]
+        if used == slots:
+            return self.trace(query, key, value, key_bias, inputs)
+        bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
+        q, k, v = (one[:, :used] for one in (query, key, value))
+        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used))
+        of_all = query.new_zeros(out.shape[0], out.shape[2], slots, out.shape[3]).transpose(1, 2)
+        of_all[:, :used] = out
+        if report.shape[2] == used and not self.inputs.remembers:
+            report = _filled_up(report, 2, slots)
+        return [of_all, report, *(_filled_up(one, 1, slots) for one in state)]
+
+    def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+        """`trace_observe` of the slots that hold a head."""
+        used, slots = self._used(inputs), query.shape[1]
+        if used == slots:
+            return self.trace_observe(query, key, inputs)
+        state = self.trace_observe(query[:, :used], key[:, :used], self.inputs.of_heads(inputs, used))
+        return [_filled_up(one, 1, slots) for one in state]
+
+    def _used(self, inputs: list[Tensor | None]) -> int:
+        """The number of slots to compute: those that hold a head, and one where none does."""
+        owners, sharing = self.inputs.owners_in(inputs), self.plan.sharing
+        if owners is None or sharing is None:
+            return self.plan.site.heads
+        return max(1, len(heads_of(owners.tolist(), sharing.ranks.rank)))
+
     def trace(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
@@ -285,7 +318,7 @@ def _site(
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].trace(query, key, value, key_bias, inputs)
+        return _functions[function].run(query, key, value, key_bias, inputs)
 
 
 @torch.library.custom_op("sparsify::observe_site", mutates_args=())
@@ -293,7 +326,7 @@ def _observe_site(
     query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].trace_observe(query, key, inputs)
+        return _functions[function].run_observe(query, key, inputs)
 
 
 @torch.library.custom_op("sparsify::learn_site", mutates_args=())
@@ -312,6 +345,37 @@ def _learn_site(
 _site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2]))
 _observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2]))
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
+
+
+@torch.library.custom_op("sparsify::attend_owned", mutates_args=())
+def _attend_owned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    owners: Tensor,
+    rank: int,
+    scale: float | None,
+) -> Tensor:
+    """Dense attention of the slots that hold a head; the result of the others is zero.
+
+    Args:
+        query, key, value, mask, scale: those of `scaled_dot_product_attention`.
+        owners, rank: as in `to_heads`.
+    """
+    out, used = _attend_owned_fake(query, key, value).zero_(), len(heads_of(owners.tolist(), rank))
+    if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
+        mask = mask[..., :used, :, :]
+    q, k, v = (one[:, :used] for one in (query, key, value))
+    if used:
+        out[:, :used] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out
+
+
+@_attend_owned.register_fake
+def _attend_owned_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, slots, tokens = query.shape[:3]
+    return query.new_empty(batch, tokens, slots, value.shape[3]).transpose(1, 2)
 
 
 @torch.library.custom_op("sparsify::lay_out", mutates_args=())
@@ -368,6 +432,13 @@ def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
     method = plan.settings
     assert method is not None
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
+
+
+def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor with zeros after the elements of one dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:

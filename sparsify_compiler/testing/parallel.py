@@ -102,7 +102,7 @@ def compare_graph(
             change(graphs[-1], ranks)
     assert len(set(shardings)) == 1, "all ranks must decide the same"
     wanted, gradients = _result(alone, args, trains)
-    found = _all_ranks([partial(_result, one, args, trains) for one in graphs])
+    found = all_ranks([partial(_result, one, args, trains) for one in graphs])
     mean = [sum(each) / size for each in zip(*(one for _, one in found), strict=True)]
     return Outcome(
         sharding=shardings[0],
@@ -134,7 +134,7 @@ def _result(graph: fx.GraphModule, args: Sequence[Any], trains: bool) -> tuple[l
     ]
 
 
-def _all_ranks(functions: Sequence[Callable[[], Any]]) -> list[Any]:
+def all_ranks(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of functions that run in a thread each and exchange tensors; raises the first error."""
     results: list[Any] = [None] * len(functions)
     errors: list[BaseException] = []
@@ -240,8 +240,8 @@ def _noted() -> Iterator[list[Sharding]]:
     found: list[Sharding] = []
     share = pipeline.share
 
-    def noting(*args: Any) -> fx.GraphModule:
-        graph = share(*args)
+    def noting(*args: Any, **options: Any) -> fx.GraphModule:
+        graph = share(*args, **options)
         found.append(graph.meta["sharding"])
         return graph
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.parallel import ops  # noqa: F401
-from sparsify_compiler.parallel.shares import Part, even_owners, flat
+from sparsify_compiler.parallel.shares import Part, even_owners, flat, whole_owners
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool
 
@@ -90,7 +90,7 @@ def exchange(ranks: Ranks, case: Sequence, seed: int, dtype: torch.dtype) -> Any
     whole = tensors(case, seed, dtype)
     given = [x[:, :, mine].requires_grad_() for x in whole]
     place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
-    owners = torch.tensor(case.owners)
+    owners = torch.tensor(whole_owners(case.owners, ranks.size))
     *by_heads, order = OPS.to_heads([*given, ORDER], owners, flat(case.parts), case.slots, False, *place)
     weights = [
         torch.randn(x.shape, generator=torch.Generator().manual_seed(9 + i)).to(dtype)
@@ -203,7 +203,7 @@ def attend_compiled(ranks: Ranks) -> Any:
     compiled = torch.compile(shared, backend=counter, dynamic=False)
     errors = []
     for owners in ([0, 1, 0], [1, 1, 1], [0, 0, 1]):
-        out = compiled(whole[:, :, mine], torch.tensor(owners))
+        out = compiled(whole[:, :, mine], torch.tensor(whole_owners(owners, ranks.size)))
         (found,) = torch.autograd.grad(out.sin().sum(), weight)
         torch.distributed.all_reduce(found, group=process_group(ranks.group))
         errors += [float((out - wanted[:, :, mine]).abs().max()), float((found - gradient).abs().max())]
