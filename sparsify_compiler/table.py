@@ -82,6 +82,21 @@ class BlockTable:
             kv_order=kv_order,
         )
 
+    def of_heads(self, heads: slice) -> "BlockTable":
+        """The table of some of its heads."""
+        tensors = self.tensors().values()
+        return self.of(*(t if t is None or t.shape[1] == 1 else t[:, heads] for t in tensors))
+
+    def of_queries(self, places: Tensor) -> "BlockTable":
+        """The table of some of its queries. Rows without a query read nothing.
+
+        Args:
+            places: [n] int64, the tokens of these queries, rising.
+        """
+        order, bounds = blocks_of_places(self.q_order, self.q_bounds, places)
+        read = torch.where(bounds.diff(dim=-1) > 0, self.kv_num_blocks, 0)
+        return replace(self, q_bounds=bounds, q_order=order, kv_num_blocks=read)
+
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""
         return self.of(*(t if t is None else t.to(device) for t in self.tensors().values()))
@@ -166,6 +181,29 @@ class BlockTable:
         lead = torch.broadcast_shapes(block.shape[:2], order.shape[:2])
         order = order.long().expand(*lead, -1)
         return torch.empty_like(order).scatter_(-1, order, block.expand(*lead, -1))
+
+
+def blocks_of_places(order: Any, bounds: Tensor, places: Tensor) -> tuple[Any, Tensor]:
+    """(order, bounds) of some tokens in the same blocks, of which some may then be empty.
+
+    Args:
+        order, bounds: as `q_order`, or None, and `q_bounds` of a table.
+        places: [n] int64, these tokens, rising. In the result they are counted from 0.
+    """
+    device, lead = bounds.device, bounds.shape[:2]
+    places = places.to(device)
+    if order is None:
+        # A block lies between its first and its last token.
+        return None, torch.searchsorted(places, bounds.long()).int()
+    number = torch.zeros(order.shape[-1], dtype=torch.int64, device=device)
+    number[places] = torch.arange(1, len(places) + 1, device=device)
+    local = number[order.long()]  # from 1; 0 for other tokens
+    before = torch.nn.functional.pad((local > 0).cumsum(-1), (1, 0))
+    lead = torch.broadcast_shapes(local.shape[:2], lead)
+    bounds = before.expand(*lead, -1).gather(-1, bounds.long().expand(*lead, -1)).int()
+    # The tokens of these places come first, in their order.
+    first = (local == 0).to(torch.int8).argsort(dim=-1, stable=True)[..., : len(places)]
+    return (local.gather(-1, first) - 1).int(), bounds
 
 
 def check_blocks(prefix: str, bounds: Tensor, order: Tensor | None, tokens: int) -> None:

@@ -79,10 +79,14 @@ def balanced(loads: Sequence[float], size: int, room: int) -> list[list[int]]:
 
 
 def lpt(loads: Sequence[float], size: int, room: int) -> list[int]:
-    """The rank of each head: heaviest heads first, each on the rank that has least and has room; ties by index."""
+    """The rank of each head: heaviest heads first, each on the rank that has least and has room.
+
+    Of equal loads, the rank with fewer heads is taken, then the first.
+    """
     ranks, totals, free = [0] * len(loads), [0.0] * size, [room] * size
     for head in _heaviest_first(loads):
-        rank = min((rank for rank in range(size) if free[rank]), key=lambda rank: (totals[rank], rank))
+        with_room = (rank for rank in range(size) if free[rank])
+        rank = min(with_room, key=lambda rank: (totals[rank], -free[rank], rank))
         ranks[head] = rank
         totals[rank] += loads[head]
         free[rank] -= 1

@@ -77,7 +77,7 @@ def pieces(parts: Sequence[Part], rank: int, size: int) -> Iterator[Piece]:
         local += length
 
 
-UNITS = 1024
+UNITS = 1 << 16
 """Units in which ranks share the queries of one head."""
 
 Owners = Sequence[Sequence[int]]

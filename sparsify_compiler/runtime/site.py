@@ -25,7 +25,7 @@ from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
-from sparsify_compiler.parallel.shares import heads_of
+from sparsify_compiler.parallel.shares import alike, heads_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -160,13 +160,14 @@ class SiteFunction:
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
-        """`trace` of the slots that hold a head; the results of the others are zero."""
+        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero."""
         used, slots = self._used(inputs), query.shape[1]
+        computed = self._computed(inputs)
         if used == slots:
-            return self.trace(query, key, value, key_bias, inputs)
+            return self.trace(query, key, value, key_bias, inputs, computed)
         bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
         q, k, v = (one[:, :used] for one in (query, key, value))
-        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used))
+        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), computed)
         of_all = query.new_zeros(out.shape[0], out.shape[2], slots, out.shape[3]).transpose(1, 2)
         of_all[:, :used] = out
         if report.shape[2] == used and not self.inputs.remembers:
@@ -188,10 +189,25 @@ class SiteFunction:
             return self.plan.site.heads
         return max(1, len(heads_of(owners.tolist(), sharing.ranks.rank)))
 
+    def _computed(self, inputs: list[Tensor | None]) -> list[tuple[slice, slice]] | None:
+        """(slots, queries) that this rank computes; None where it computes all queries of its heads."""
+        owners, sharing = self.inputs.owners_in(inputs), self.plan.sharing
+        if owners is None or sharing is None:
+            return None
+        tokens = self.plan.layout.tokens
+        found = alike(owners.tolist(), sharing.ranks.rank, tokens)
+        return None if all(rows == slice(0, tokens) for _, rows in found) else found
+
     def trace(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        computed: Sequence[tuple[slice, slice]] | None = None,
     ) -> list[Tensor]:
-        """[out, report, *state], op by op."""
+        """[out, report, *state], op by op. `computed`: as in `attention_with_far_field`, of all tokens."""
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         all_heads = self._all_heads(self.inputs.owners_in(inputs))
@@ -207,6 +223,8 @@ class SiteFunction:
             table = BlockTable(**read)  # type: ignore[arg-type]
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
         last = plan.layout.tokens - plan.layout.after
+        if computed is not None and not whole:
+            computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
         out, _, known = attention_with_far_field(
             query if whole else query[:, :, plan.layout.before : last],
             key,
@@ -220,6 +238,7 @@ class SiteFunction:
             provider=plan.provider,
             sampled_rows=max(guarded, self.sampled_rows),
             all_heads=all_heads,
+            computed=computed,
         )
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias)
@@ -432,6 +451,12 @@ def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
     method = plan.settings
     assert method is not None
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
+
+
+def _within(rows: slice, first: int, last: int) -> slice:
+    """The part of rows from first to last, counted from first."""
+    start, stop = (min(max(place, first), last) - first for place in (rows.start, rows.stop))
+    return slice(start, stop)
 
 
 def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:

@@ -1,12 +1,17 @@
 """Heads that move between ranks: the arithmetic of balance, and attention while they move."""
 
+from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache, partial
+from itertools import accumulate, product
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 import sparsify_compiler
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.backend import configure, sparsify
-from sparsify_compiler.parallel.shares import Owners, even_owners, whole_owners
+from sparsify_compiler.parallel.balance import balanced, capacity, exact, lpt
+from sparsify_compiler.parallel.shares import UNITS, Owners, even_owners, heads_of, owners_of, whole_owners
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.runtime import program
@@ -25,6 +31,86 @@ from sparsify_compiler.runtime.site_inputs import tensor_of
 from sparsify_compiler.runtime.state import blank
 from sparsify_compiler.testing.parallel import Graph, all_ranks, graphs_of
 from sparsify_compiler.testing.ranks import Pool
+
+
+def loads_of(loads: Sequence[float], owners: Owners) -> list[Fraction]:
+    """The load of each rank."""
+    found = [Fraction(0)] * (len(owners[0]) - 1)
+    for load, units in zip(loads, owners, strict=True):
+        for rank in range(len(found)):
+            found[rank] += Fraction(load) * (units[rank + 1] - units[rank]) / UNITS
+    return found
+
+
+def ratio(loads: Sequence[float], owners: Owners) -> float:
+    """The largest load of a rank over the mean."""
+    found = loads_of(loads, owners)
+    return float(max(found) * len(found) / sum(found))
+
+
+def best_by_trying(loads: Sequence[float], size: int, room: int) -> float:
+    """The least largest load among all placements of whole heads."""
+    placements = product(range(size), repeat=len(loads))
+    return min(
+        max(sum(load for load, on in zip(loads, ranks, strict=True) if on == rank) for rank in range(size))
+        for ranks in placements
+        if max(Counter(ranks).values()) <= room
+    )
+
+
+some_loads = st.lists(st.integers(1, 60).map(lambda n: n / 64), min_size=1, max_size=6)
+
+
+@given(loads=some_loads, size=st.integers(1, 3), extra=st.integers(0, 2))
+def test_few_heads_are_placed_as_well_as_by_trying_all_placements(
+    loads: list[float], size: int, extra: int
+) -> None:
+    room = -(-len(loads) // size) + extra
+    best = best_by_trying(loads, size, room)
+    first = lpt(loads, size, room)
+    found = exact(loads, size, room, first)
+    for ranks in (first, found):
+        assert max(Counter(ranks).values()) <= room
+    largest = [float(max(loads_of(loads, whole_owners(ranks, size)))) for ranks in (first, found)]
+    assert largest[1] == pytest.approx(best)
+    if room == len(loads):  # Graham's bound, where room does not bind
+        assert largest[0] <= (4 / 3 - 1 / (3 * size)) * best + 1e-9
+
+
+def test_equal_loads_are_placed_by_index() -> None:
+    assert lpt([1.0] * 5, 2, 3) == [0, 1, 0, 1, 0]
+    assert lpt([0.0] * 4, 2, 2) == [0, 1, 0, 1]
+    assert lpt([5.0, 1.0, 1.0, 1.0], 2, 2) == [0, 1, 1, 0], "the second rank has room for two heads only"
+
+
+@given(
+    loads=st.lists(st.floats(1e-3, 1), min_size=1, max_size=48),
+    dense=st.integers(0, 3),
+    size=st.integers(1, 64),
+)
+def test_owners_are_balanced_and_have_room(loads: list[float], dense: int, size: int) -> None:
+    loads[:dense] = [1.0] * len(loads[:dense])
+    room = capacity(len(loads), size)
+    owners = balanced(loads, size, room)
+    for units in owners:
+        assert units[0] == 0
+        assert units[-1] == UNITS
+        assert units == sorted(units)
+    for rank in range(size):
+        assert len(heads_of(owners, rank)) == sum(one[rank] < one[rank + 1] for one in owners) <= room
+    assert ratio(loads, owners) <= 1.05 + 1e-9
+    assert balanced(loads, size, room) == owners
+
+
+def test_ranks_share_a_head_only_where_whole_heads_leave_more_than_asked() -> None:
+    whole = balanced([0.2] * 18, 6, capacity(18, 6))
+    assert all(set(units) == {0, UNITS} for units in whole)
+    dense = [1.0] + [0.1] * 17
+    assert ratio(dense, whole_owners(lpt(dense, 4, 18), 4)) == pytest.approx(4 / 2.7)
+    shared = balanced(dense, 4, capacity(18, 4))
+    assert len(owners_of(shared, 0)) == 2
+    assert ratio(dense, shared) <= 1.05
+
 
 HEADS, TOKENS = 6, 48
 
@@ -162,3 +248,28 @@ def test_heads_move_at_the_same_calls_on_all_ranks_in_one_program(pool: Pool) ->
     for a, b, c in zip(found, others, wanted, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
+
+
+def of_units(*units: Sequence[int]) -> Owners:
+    """Owners from the units of each head that each rank computes."""
+    assert all(sum(one) == UNITS for one in units)
+    return [[0, *accumulate(one)] for one in units]
+
+
+SHARED = of_units(
+    [UNITS // 2, UNITS // 2, 0],
+    [UNITS, 0, 0],
+    [0, 0, UNITS],
+    [6_000, UNITS - 7_000, 1_000],
+    [0, UNITS, 0],
+    [0, UNITS - 3_000, 3_000],
+)
+"""Three heads are shared, by all three ranks or by two."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_that_ranks_share_give_the_same_output(method: str) -> None:
+    alone = calls(METHODS[method], [SHARED] * 3, None, dense=1)
+    for found in in_threads(METHODS[method], [SHARED] * 2 + [even_owners(HEADS, 3)], 3, dense=1):
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
