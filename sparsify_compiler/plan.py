@@ -120,6 +120,8 @@ class SharedHeads:
     """Query heads of all ranks."""
     balance: Balance = "off"
     """When heads move between ranks, as in `config.Parallel`."""
+    own_tables: bool = False
+    """Whether each head has a table of its own, before it runs. Then owners are balanced once."""
 
 
 class FittedMethod(Protocol):

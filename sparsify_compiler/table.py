@@ -82,8 +82,8 @@ class BlockTable:
             kv_order=kv_order,
         )
 
-    def of_heads(self, heads: slice) -> "BlockTable":
-        """The table of some of its heads."""
+    def of_heads(self, heads: slice | Tensor) -> "BlockTable":
+        """The table of some of its heads, a run of them or their numbers."""
         tensors = self.tensors().values()
         return self.of(*(t if t is None or t.shape[1] == 1 else t[:, heads] for t in tensors))
 

@@ -95,11 +95,6 @@ def even_owners(heads: int, size: int) -> list[list[int]]:
     return whole_owners([rank for rank in range(size) for _ in range(share(heads, rank, size))], size)
 
 
-def most_heads(heads: int, size: int) -> int:
-    """The most heads that a rank has where all heads cost the same."""
-    return share(heads, 0, size)
-
-
 def owners_of(owners: Owners, head: int) -> list[int]:
     """The ranks that own a head, in order."""
     return [rank for rank, (first, last) in enumerate(pairwise(owners[head])) if first < last]

@@ -176,7 +176,8 @@ def _lower_module(
 
 def _is_static(plan: AttentionPlan) -> bool:
     """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop"
+    takes_heads = plan.sharing is not None and plan.sharing.own_tables
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and not takes_heads
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:

@@ -33,15 +33,16 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import DynamicMethod, LearningMethod
-from sparsify_compiler.parallel.balance import capacity
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
+from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.shares import (
+    Owners,
     Part,
     even_owners,
     flat,
+    heads_of,
     local_length,
-    most_heads,
     pieces,
     share,
 )
@@ -271,11 +272,23 @@ class _Sharder:
         place = self._place(wholes[0])
         assert place is not None
         moves = self.balance != "off" and heads_differ(plan)
-        sharing = SharedHeads(ranks=ranks, heads=site.heads, balance=self.balance if moves else "off")
-        parts, slots = place[2], (capacity if moves else most_heads)(site.heads, ranks.size)
+        known = densities_of_heads(plan)
+        sharing = SharedHeads(
+            ranks=ranks,
+            heads=site.heads,
+            balance=self.balance if moves else "off",
+            own_tables=known is not None,
+        )
+        own, room = even_owners(site.heads, ranks.size), capacity(site.heads, ranks.size)
+        if known is not None and self.balance != "off":
+            own = balanced(known, ranks.size, room)
+        parts, slots = (
+            place[2],
+            room if moves else max(len(heads_of(own, rank)) for rank in range(ranks.size)),
+        )
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
         with self.graph.inserting_before(node):
-            owners = self._owners(site)
+            owners = self._owners(site, own)
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
             if isinstance(mask, fx.Node):
                 mask = self._mask(site, mask, owners, slots)
@@ -320,11 +333,10 @@ class _Sharder:
         self._take_over(node, out, users)
         self.sites.append(site.name)
 
-    def _owners(self, site: AttentionSite) -> fx.Node:
-        """The owners of the heads of a site, evenly many on each rank."""
+    def _owners(self, site: AttentionSite, owners: Owners) -> fx.Node:
+        """The owners of the heads of a site, in the graph."""
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-            owners = torch.tensor(even_owners(site.heads, self.ranks.size))
-            return self._constant(f"sparsify_owners{site.index}", owners)
+            return self._constant(f"sparsify_owners{site.index}", torch.tensor(owners))
 
     def _mask(self, site: AttentionSite, mask: fx.Node, owners: fx.Node, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
@@ -679,6 +691,15 @@ class _Sharder:
 def heads_differ(plan: AttentionPlan) -> bool:
     """Whether the heads of a site may need different numbers of keys, so that they may move between ranks."""
     return isinstance(plan.settings, DynamicMethod) and not isinstance(plan.settings, LearningMethod)
+
+
+def densities_of_heads(plan: AttentionPlan) -> list[float] | None:
+    """The density of each head of a site whose heads have tables of their own before it runs; else None."""
+    if not isinstance(plan.settings, StaticMethod):
+        return None
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+        densities = plan.settings.table(plan.layout).densities()
+        return densities[0].tolist() if densities.shape[1] > 1 else None
 
 
 _Place = tuple[int, int, list[Part]]

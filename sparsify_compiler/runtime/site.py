@@ -221,6 +221,10 @@ class SiteFunction:
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
+            if plan.sharing is not None and plan.sharing.own_tables:
+                owners, rank = self.inputs.owners_in(inputs), plan.sharing.ranks.rank
+                heads = torch.ops.sparsify.heads_in_slots(owners, rank, query.shape[1])
+                table = table.of_heads(heads.to(query.device))
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
         last = plan.layout.tokens - plan.layout.after
         if computed is not None and not whole:

@@ -96,7 +96,7 @@ def compare_graph(
         graphs, shardings = [], []
         for rank in range(size):
             ranks = Ranks(rank, size, "threads")
-            shared = pipeline.share(analysed, config, ranks)
+            shared = pipeline.share(analysed, config, ranks, trains=trains)
             shardings.append(shared.meta["sharding"])
             graphs.append(pipeline.rewrite(shared, config, Variant(trains=trains)))
             change(graphs[-1], ranks)

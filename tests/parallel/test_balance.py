@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -29,7 +29,7 @@ from sparsify_compiler.runtime.program import Variant
 from sparsify_compiler.runtime.site import functions_of
 from sparsify_compiler.runtime.site_inputs import tensor_of
 from sparsify_compiler.runtime.state import blank
-from sparsify_compiler.testing.parallel import Graph, all_ranks, graphs_of
+from sparsify_compiler.testing.parallel import Graph, all_ranks, compare_graph, graphs_of
 from sparsify_compiler.testing.ranks import Pool
 
 
@@ -207,6 +207,24 @@ def test_heads_that_move_give_the_same_bits(method: str) -> None:
         for a, b, c in zip(found[rank], wanted[rank], alone, strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)  # no row measures its recall
             torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_heads_with_tables_of_their_own_are_placed_once_by_density() -> None:
+    windows = [(1, 1, 1), (3, 1, 1), (1, 3, 1), (3, 3, 3), (1, 1, 3), (3, 3, 1)]
+    options = {"method": "sta", "tile": (1, 1, 1), "window": windows, "provider": "reference"}
+    found: list[Owners] = []
+
+    def note(graph: fx.GraphModule, ranks: Ranks) -> None:
+        found.append(graph.sparsify_owners0.tolist())
+
+    for trains in (False, True):
+        parallel = {"form": "hcp", "balance": "video"}
+        outcome = compare_graph(graph(), {**options, "parallel": parallel}, 3, trains=trains, change=note)
+        assert outcome.output <= 1e-5
+        assert outcome.gradient <= 1e-5
+    assert found == [found[0]] * 3 + [even_owners(HEADS, 3)] * 3, "in training all heads stay"
+    # Tokens in a window of 1 x 1 x 1, and so on, of the 3 x 4 x 4 tokens; a window ends at the edge of the grid.
+    assert ratio([1, 3, 3, 27, 3, 9], found[0]) < 1.1 < ratio([1, 3, 3, 27, 3, 9], even_owners(HEADS, 3))
 
 
 def videos(ranks: Ranks | None) -> tuple[list[Tensor], list[Any], int]:
