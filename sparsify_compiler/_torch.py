@@ -677,6 +677,22 @@ def all_to_all(
     process_group(group).alltoall_base(received, sent, to_receive, to_send, options).wait()
 
 
+def copy_to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """(a copy on the CPU, the event after which it is there): nothing waits. On the CPU the event is None."""
+    if tensor.device.type == "cpu":
+        return tensor.clone(), None
+    copy = tensor.to("cpu", non_blocking=True)
+    event = torch.Event(tensor.device)
+    event.record()
+    return copy, event
+
+
+def wait_for_copy(event: Any) -> None:
+    """Wait until the event of `copy_to_host` has come."""
+    if event is not None:
+        event.synchronize()
+
+
 def device_of_group(name: str) -> torch.device:
     """A device whose tensors the process group with this name exchanges, the CPU if possible."""
     kinds = [device.type for device in process_group(name)._device_types]

@@ -95,6 +95,10 @@ class TokenLayout:
         return self.grid[1] * self.grid[2]
 
 
+Balance = Literal["video", "off"] | int
+"""When heads move between ranks: at each new video, never, or also every so many steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Ranks that run one model together, and the place of one of them."""
@@ -137,6 +141,10 @@ class SharedHeads:
     """Query heads of all ranks."""
     kv_heads: int
     """Key heads of all ranks."""
+    balance: Balance = "off"
+    """When heads move between ranks, as in `config.Parallel`."""
+    own_tables: bool = False
+    """Whether each head has a table of its own, before it runs. Then owners are balanced once."""
 
 
 class FittedMethod(Protocol):

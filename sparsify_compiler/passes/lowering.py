@@ -2,6 +2,8 @@
 
     before   out = attention(q, k, v, m, scale)            meta["plan"]
 
+    ranks    owners = placeholder                          in place of a constant, where heads move
+
     sparse   constants = get_attr(...)                     tables and other tensors, a set for each distinct plan
     variant  bias = where(m, 0, -inf)
              out = TableSite(q, k, v, bias, *constants)    a table and one op
@@ -82,10 +84,22 @@ def lower(
         with gm.graph.inserting_before(first):
             return gm.graph.get_attr(name)
 
+    if not variant.trains:
+        _give_owners(gm, inputs)
     lowering = _Lowering(variant, measure_recall)
     _lower_module(gm, lowering, operand, None if variant.trains else inputs)
     gm.meta["extra"], gm.meta["variant"] = inputs.built(), variant
     return gm
+
+
+def _give_owners(gm: fx.GraphModule, inputs: InputBuilder) -> None:
+    """Make the owners of heads inputs of the graph where heads move between ranks."""
+    for node in attention_nodes(gm):
+        plan = node.meta["plan"]
+        if plan.sharing is not None and plan.sharing.balance != "off":
+            constant, node.meta["owners"] = node.meta["owners"], inputs.owners(plan)
+            constant.replace_all_uses_with(node.meta["owners"])
+            gm.graph.erase_node(constant)
 
 
 def _is_sparse(node: fx.Node) -> bool:
@@ -174,7 +188,8 @@ def _lower_module(
 
 def _is_static(plan: AttentionPlan) -> bool:
     """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop"
+    takes_heads = plan.sharing is not None and plan.sharing.own_tables
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and not takes_heads
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:

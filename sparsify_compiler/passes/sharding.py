@@ -38,18 +38,20 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.methods.selection import BlockMethod
+from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
+    Owners,
     Part,
     even_owners,
     flat,
+    heads_of,
     local_length,
     pieces,
     share,
-    start,
     whole_length,
 )
 from sparsify_compiler.passes.axes import (
@@ -77,7 +79,7 @@ from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, Ranks, SharedHeads, SharedSequence
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -116,12 +118,18 @@ class Sharding:
 
 
 def shard(
-    gm: fx.GraphModule, *, ranks: Ranks, measure_recall: float = 0.0, trains: bool = False
+    gm: fx.GraphModule,
+    *,
+    ranks: Ranks,
+    balance: Balance = "off",
+    measure_recall: float = 0.0,
+    trains: bool = False,
 ) -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
     Args:
         ranks: the ranks, and the one that the graph is for.
+        balance: when heads may move between ranks; the graph needs room for them.
         measure_recall: as in `lower`.
         trains: whether the graph runs in training.
 
@@ -137,7 +145,7 @@ def shard(
                 f"higher-order operator, got {attention_nodes(module)[0].meta['site'].name!r} in one"
             )
     try:
-        found = _Sharder(twin, ranks, measures=measure_recall > 0, trains=trains).run()
+        found = _Sharder(twin, ranks, balance, measures=measure_recall > 0, trains=trains).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
@@ -149,8 +157,10 @@ def shard(
 class _Sharder:
     """Rewrites one graph in place."""
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks, *, measures: bool, trains: bool) -> None:
-        self.gm, self.graph, self.ranks = gm, gm.graph, ranks
+    def __init__(
+        self, gm: fx.GraphModule, ranks: Ranks, balance: Balance, *, measures: bool, trains: bool
+    ) -> None:
+        self.gm, self.graph, self.ranks, self.balance = gm, gm.graph, ranks, balance
         self.measures, self.trains = measures, trains
         for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
             sizes = value.shape if isinstance(value, Tensor) else [value]
@@ -291,15 +301,30 @@ class _Sharder:
             # The tokens of `each` neighbouring ranks.
             rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
             length = local_length(parts, sequence.rank, sequence.size, each)
-        slots, key_slots = (
-            (site.heads, site.kv_heads) if heads is None else [share(site.heads, 0, heads.size)] * 2
-        )
+        slots, key_slots, sharing = site.heads, site.kv_heads, None
+        moves = self.balance != "off" and sequence is None and heads_differ(plan)
+        if heads is not None:
+            known = densities_of_heads(plan)
+            own, room = even_owners(site.heads, heads.size), capacity(site.heads, heads.size)
+            if known is not None and self.balance != "off":
+                own = balanced(known, heads.size, room)
+            most = max(len(heads_of(own, rank)) for rank in range(heads.size))
+            slots = key_slots = room if moves else most
+            sharing = SharedHeads(
+                ranks=heads,
+                heads=site.heads,
+                kv_heads=site.kv_heads,
+                balance=self.balance if moves else "off",
+                own_tables=known is not None,
+            )
+        owners: fx.Node | None = None
         with self.graph.inserting_before(node):
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
-            if isinstance(mask, fx.Node):
-                mask = self._mask(site, mask, slots, heads)
             if heads is not None:
-                owners = self._owners(site.heads, heads)
+                owners = self._owners(site, own)
+            if isinstance(mask, fx.Node):
+                mask = self._mask(mask, owners, heads, slots)
+            if heads is not None:
                 of_rank = (heads.rank, heads.size, heads.group, heads.timeout, site.name)
                 others = (owners, flat(rows), slots, False, *of_rank)
                 tensors = self._communicate(TO_HEADS, tensors, others)
@@ -324,13 +349,15 @@ class _Sharder:
             site=replace(
                 site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
             ),
-            sharing=None
-            if heads is None
-            else SharedHeads(ranks=heads, heads=site.heads, kv_heads=site.kv_heads),
+            sharing=sharing,
         )
         recorded, users, after = tensor_of(node), list(node.users), node.next
         with self.graph.inserting_before(after):
-            call = self._full_attention(full, mask, scale, attended)
+            if moves and heads is not None:
+                op = torch.ops.sparsify.attend_owned.default
+                call = self.graph.call_function(op, (*full, mask, owners, heads.rank, scale))
+            else:
+                call = self._full_attention(full, mask, scale, attended)
         call.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         call.meta["example_value"] = node.meta["example_value"] = attended
         node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
@@ -361,7 +388,8 @@ class _Sharder:
         if plan.far_field != "drop":
             return f"its far field {plan.far_field!r} reads all keys"
         if isinstance(plan.settings, StaticMethod):
-            return ""
+            own = self.ranks.heads is not None and densities_of_heads(plan) is not None
+            return "each of its heads has a table of its own" if own else ""
         if self.measures:
             return "its recall is measured over all keys"
         if self.trains:
@@ -421,24 +449,23 @@ class _Sharder:
         call.meta["inserted"] = True
         return self.graph.call_function(torch.ops.sparsify.lay_out.default, (call, attended.stride()))
 
-    def _owners(self, heads: int, ranks: Ranks) -> fx.Node:
-        """The owner of each head."""
-        name = f"sparsify_owners{heads}_{ranks.size}"
+    def _owners(self, site: AttentionSite, owners: Owners) -> fx.Node:
+        """The owners of the heads of a site, in the graph."""
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-            return self._constant(name, torch.tensor(even_owners(heads, ranks.size)))
+            return self._constant(f"sparsify_owners{site.index}", torch.tensor(owners))
 
-    def _mask(self, site: AttentionSite, mask: fx.Node, slots: int, ranks: Ranks | None) -> fx.Node:
+    def _mask(self, mask: fx.Node, owners: fx.Node | None, ranks: Ranks | None, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
         value = self.whole[mask]
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
         if ranks is not None and value.dim() > 2 and value.shape[-3] > 1:
-            first, own = start(site.heads, ranks.rank, ranks.size), share(site.heads, ranks.rank, ranks.size)
-            runs = [(first, own), (0, slots - own)]  # a slot without a head takes any mask
-            cut = [self.graph.call_method("narrow", (new, -3, at, length)) for at, length in runs if length]
-            new = self.graph.call_function(torch.cat, (cut, -3)) if len(cut) > 1 else cut[0]
-            value = value.narrow(-3, 0, slots)
+            op = torch.ops.sparsify.heads_in_slots.default
+            places = self.graph.call_function(op, (owners, ranks.rank, slots))
+            places = self.graph.call_method("to", (places, value.device))
+            new = self.graph.call_method("index_select", (new, -3, places))
+            value = value.narrow(-3, 0, 1).expand(*value.shape[:-3], slots, -1, -1)
         new.meta["example_value"] = value
         return new
 
@@ -627,6 +654,20 @@ def _run_of(parts: Sequence[Part], part: Part) -> tuple[int, int]:
     """(first, number) of the positions of a part."""
     at = parts.index(part)
     return whole_length(parts[:at]), part.whole
+
+
+def heads_differ(plan: AttentionPlan) -> bool:
+    """Whether the heads of a site may need different numbers of keys, so that they may move between ranks."""
+    return isinstance(plan.settings, DynamicMethod) and not isinstance(plan.settings, LearningMethod)
+
+
+def densities_of_heads(plan: AttentionPlan) -> list[float] | None:
+    """The density of each head of a site whose heads have tables of their own before it runs; else None."""
+    if not isinstance(plan.settings, StaticMethod):
+        return None
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+        densities = plan.settings.table(plan.layout).densities()
+        return densities[0].tolist() if densities.shape[1] > 1 else None
 
 
 def _memory(value: Tensor) -> int:
