@@ -189,9 +189,10 @@ def count(ranks: Ranks, tokens: int, text: int, owners: list[int], dim: int) -> 
     x = torch.ones(1, len(owners), len(mine), dim)
     torch.distributed.barrier(process_group(ranks.group))
     before = received_bytes()
-    q, _, _, order = OPS.to_heads([x, x, x, ORDER], torch.tensor(owners), flat(parts), 4, False, *place)
+    of_heads = torch.tensor(whole_owners(owners, ranks.size))
+    q, _, _, order = OPS.to_heads([x, x, x, ORDER], of_heads, flat(parts), 4, False, *place)
     between = received_bytes()
-    OPS.to_tokens([q, order], torch.tensor(owners), flat(parts), [len(owners)], True, *place)
+    OPS.to_tokens([q, order], of_heads, flat(parts), [len(owners)], True, *place)
     return between - before, received_bytes() - between
 
 
