@@ -233,14 +233,27 @@ def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
 def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> None:
     """Keep the results of `ops` where backward recomputes `body` (activation checkpointing).
 
-    Changes nothing if the model itself sets a policy for its checkpoints.
+    A policy that the model itself sets for its checkpoints decides about all other operators.
     """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+    def recompute(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
-    body.meta.setdefault("_checkpoint_context_fn", partial(create_selective_checkpoint_contexts, policy))
+    key = "_checkpoint_context_fn"
+    given = body.meta.get(key) or partial(create_selective_checkpoint_contexts, recompute)
+
+    def contexts() -> tuple[Any, ...]:
+        found: tuple[Any, ...] = given()
+        for one in found:
+            if hasattr(one, "policy_fn"):
+                one.policy_fn = partial(policy, one.policy_fn)
+        return found
+
+    def policy(others: Callable[..., Any], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return CheckpointPolicy.MUST_SAVE if op in ops else others(context, op, *args, **kwargs)
+
+    body.meta[key] = contexts
 
 
 class GraphBreak(NamedTuple):

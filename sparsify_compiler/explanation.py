@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.backend import FOLLOWS, configure, reads_more_or_less
-from sparsify_compiler.config import SparsifyConfig, split_options
+from sparsify_compiler.config import FORMS, SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.parallel.group import ranks_of
@@ -22,7 +22,9 @@ from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.passes.sharding import Sharding
-from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
+from sparsify_compiler.runtime.cost import form_text, work_of
+from sparsify_compiler.runtime.rates import known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
 
@@ -53,6 +55,8 @@ class Explanation:
     """The reports of the passes for each graph; empty unless `verbose`."""
     sharing: tuple[Sharding, ...] = ()
     """The way in which ranks share each graph; empty for one process."""
+    forms: tuple[str, ...] = ()
+    """The form in which ranks share each graph, the reason for it and predicted numbers; empty for one process."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -109,7 +113,10 @@ class Explanation:
             f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
             f"{most}{self.density:.1%} of the query-key pairs are computed."
         )
-        yield from (f"Graph {number}: {one}." for number, one in enumerate(self.sharing))
+        for number, one in enumerate(self.sharing):
+            yield f"Graph {number}: {one}."
+            if not one.reason:
+                yield f"Graph {number}, form {self.forms[number]}."
         yield from (f"Hint: {hint}" for hint in self.hints)
         for number, reports in enumerate(self.passes):
             yield from (f"Graph {number}, pass {one}." for one in reports)
@@ -177,7 +184,7 @@ def explain(
     plans: list[GraphPlan] = []
     passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
-    ranks, sharing = ranks_of(config.parallel), list[Sharding]()
+    ranks, sharing, forms = ranks_of(config.parallel), list[Sharding](), list[str]()
 
     model = _torch.uncompiled(model)
     uncompiled = Uncompiled(model)
@@ -193,6 +200,7 @@ def explain(
                 passes.append(analysed.meta["reports"])
                 if ranks is not None:
                     sharing.append(pipeline.share(analysed, config, ranks).meta["sharding"])
+                    forms.append(_form(graph_plan(analysed), config, ranks))
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -228,7 +236,20 @@ def explain(
         tuple(uncompiled.plans),
         tuple(passes) if verbose else (),
         tuple(sharing),
+        tuple(forms),
     )
+
+
+def _form(plan: GraphPlan, config: SparsifyConfig, ranks: Ranks) -> str:
+    """The form in which ranks share a graph, and the reason."""
+    assert config.parallel is not None
+    asked = config.parallel.form
+    executable = FORMS[1:] if asked == "auto" else (asked,)
+    dtypes = {one.site.dtype for one in plan}
+    cluster = known_cluster(ranks, dtypes.pop()) if len(dtypes) == 1 else None
+    if ranks.size == 1:
+        return "one 1x1: there is one rank"
+    return form_text(work_of(plan), ranks.size, executable, cluster)
 
 
 def _device_type(device: str | None) -> str | None:

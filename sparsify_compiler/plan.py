@@ -6,7 +6,7 @@ Nothing here holds a tensor or a device: a plan can be hashed, compared, printed
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -135,6 +135,8 @@ class SharedHeads:
     ranks: Ranks
     heads: int
     """Query heads of all ranks."""
+    kv_heads: int
+    """Key heads of all ranks."""
 
 
 class FittedMethod(Protocol):
@@ -215,6 +217,13 @@ class AttentionPlan:
     """The ranks that share its queries; None where one process has all."""
     reason: str
     """The reasons for the method, or for full attention, and for the provider."""
+
+    @property
+    def whole_site(self) -> AttentionSite:
+        """The site with the heads of all ranks."""
+        if self.sharing is None:
+            return self.site
+        return replace(self.site, heads=self.sharing.heads, kv_heads=self.sharing.kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
+from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import places_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
@@ -54,6 +55,8 @@ _CHOICES = tuple(
     for name in ("kmeans", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
 )
 """Ops that decide which keys a site reads, and the op that learns from them."""
+_EXCHANGES = (TO_HEADS, TO_TOKENS, GATHER_TOKENS)
+"""Ops in which ranks take part: none of them runs again while others are in backward."""
 
 _Request = Callable[[str, Tensor | Trained], fx.Node]
 """(name, source) -> the node of a constant or trained tensor in the current graph."""
@@ -162,8 +165,9 @@ def _lower_module(
             lowered[id(module)] = _lower_module(
                 module, lowering, partial(_add_placeholder_for, module.graph), None
             )
-            if any(isinstance(part, (SparseSite, Observer)) for part in module.modules()):
-                _torch.keep_results(module, _CHOICES)
+            chooses = any(isinstance(part, (SparseSite, Observer)) for part in module.modules())
+            if chooses or any(one.target in _EXCHANGES for one in module.graph.nodes):
+                _torch.keep_results(module, (*_CHOICES, *_EXCHANGES))
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked
 

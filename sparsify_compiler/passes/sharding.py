@@ -38,7 +38,7 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import LearningMethod, StaticMethod
+from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.methods.selection import BlockMethod
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
@@ -74,7 +74,7 @@ from sparsify_compiler.passes.fx import (
 )
 from sparsify_compiler.passes.localizing import Localizer, Place, View
 from sparsify_compiler.passes.meeting import implies
-from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, Ranks, SharedHeads, SharedSequence
@@ -128,22 +128,20 @@ def shard(
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
     """
-    for module in modules(gm):
-        if module is not gm and attention_nodes(module):
-            raise OptionError(
-                "parallel needs attention outside of higher-order operators: turn activation checkpointing and "
-                "nested compile regions off"
-            )
-    if trained := [one.site.name for one in graph_plan(gm) if isinstance(one.settings, LearningMethod)]:
-        raise OptionError(
-            f"parallel does not share the predictors of method 'dsv' yet, which {trained[0]!r} has"
-        )
     twin = copy_graph(gm)
+    inline(twin)
+    for module in modules(twin):
+        if module is not twin and attention_nodes(module):
+            raise OptionError(
+                "parallel shares attention in checkpoints and nested compile regions, but in no other "
+                f"higher-order operator, got {attention_nodes(module)[0].meta['site'].name!r} in one"
+            )
     try:
         found = _Sharder(twin, ranks, measures=measure_recall > 0, trains=trains).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
+    outline(twin)
     twin.meta["sharding"] = found
     return twin
 
@@ -326,7 +324,9 @@ class _Sharder:
             site=replace(
                 site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
             ),
-            sharing=None if heads is None else SharedHeads(ranks=heads, heads=site.heads),
+            sharing=None
+            if heads is None
+            else SharedHeads(ranks=heads, heads=site.heads, kv_heads=site.kv_heads),
         )
         recorded, users, after = tensor_of(node), list(node.users), node.next
         with self.graph.inserting_before(after):

@@ -8,7 +8,7 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -26,7 +26,7 @@ from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, places_of
-from sparsify_compiler.parallel.shares import parts_of
+from sparsify_compiler.parallel.shares import heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -157,7 +157,7 @@ class SiteFunction:
     def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
         """Update the observed tensors from a call of training."""
         bias = None if key_bias is None else key_bias.detach()
-        inputs = [*bound.read.values(), *bound.observed.values()]
+        inputs = self.inputs.to_learn(bound)
         updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
         _write(list(bound.observed.values())[:-1], updated)
 
@@ -167,7 +167,8 @@ class SiteFunction:
         """[out, report, *state], op by op."""
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
-        all_heads = self._all_heads(self.inputs.owners_in(inputs))
+        owners = self.inputs.owners_in(inputs)
+        all_heads, read = self._all_heads(owners), read | self._trained_of_rank(read, owners)
         shared = self._shared_tokens()
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
@@ -245,6 +246,29 @@ class SiteFunction:
             return None
         return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=self._names)
 
+    def _trained_of_rank(
+        self, read: dict[str, Tensor | None], owners: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """The trained tensors of a rank's heads, and of other heads in slots without a head."""
+        sharing = self.plan.sharing
+        if owners is None or sharing is None or not self.inputs.trained:
+            return {}
+        others = (owners != sharing.ranks.rank).int()
+        rows = self._rows(read, self.inputs.trained, others.argsort(stable=True)[: self.plan.site.heads])
+        return {**rows}
+
+    def _rows(
+        self, tensors: dict[str, Tensor | None], names: Iterable[str], heads: Tensor
+    ) -> dict[str, Tensor]:
+        """The numbers of some heads in trained or observed tensors of all heads."""
+        method, found = cast(LearningMethod, self.plan.settings), dict[str, Tensor]()
+        for name in names:
+            tensor = tensors[name]
+            assert tensor is not None
+            dim, rows = method.rows_of(name, heads.to(tensor.device), self.plan.whole_site)
+            found[name] = tensor.index_select(dim, rows)
+        return found
+
     def _with_others(
         self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
     ) -> Tensor:
@@ -271,8 +295,24 @@ class SiteFunction:
         """`learn`, op by op."""
         bound = self.inputs.bind(inputs)
         named: dict[str, Any] = bound.read | bound.observed
-        method = cast(LearningMethod, self.plan.settings)
-        return list(method.learn(self._tokens(query, key, key_bias), **named))
+        method, sharing = cast(LearningMethod, self.plan.settings), self.plan.sharing
+        if bound.owners is None or sharing is None:
+            return list(method.learn(self._tokens(query, key, key_bias), **named))
+        mine, written = heads_of(bound.owners.tolist(), sharing.ranks.rank), list(bound.observed)[:-1]
+        heads = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        results = [named[name].clone() for name in written]
+        if not mine:
+            return results
+        of_rank = self._rows(named, (*self.inputs.trained, *written), heads)
+        blank = {name: torch.zeros_like(of_rank[name]) for name in written}
+        tokens = self._tokens(query[:, : len(mine)], key[:, : len(mine)], key_bias)
+        for name, whole, new in zip(
+            written, results, method.learn(tokens, **(named | of_rank | blank)), strict=True
+        ):
+            dim, rows = method.rows_of(name, heads.to(whole.device), self.plan.whole_site)
+            # A trainer takes the mean over ranks, and each head has one rank that learns.
+            whole.index_add_(dim, rows, new, alpha=sharing.ranks.size)
+        return results
 
     def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
         """Uninitialised results of `trace_learn`: one for every observed tensor except the signal."""

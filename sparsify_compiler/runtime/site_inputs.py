@@ -78,6 +78,10 @@ class SiteInputs:
         given = [bound.owners] * self.owners + [bound.order] * self.order
         return [*given, *bound.read.values(), *state]
 
+    def to_learn(self, bound: Bound) -> list[Tensor | None]:
+        """The tensors for an op that learns."""
+        return [*([bound.owners] if self.owners else []), *bound.read.values(), *bound.observed.values()]
+
     def owners_in(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """The rank of each head, from the tensors of a call or from the list that `to_select` returned."""
         return self._of_ranks(tensors)[0]
@@ -117,10 +121,12 @@ def trained_tensors(
 ) -> tuple[dict[str, Trained], dict[str, Trained]]:
     """(tensors that the method reads, tensors that it observes), by name; empty for a method without training.
 
+    Where ranks share the heads of a site, every rank has these tensors of all heads.
+
     Args:
         trains: whether this graph runs in training. Only there a method observes.
     """
-    method, site = plan.settings, plan.site
+    method, site = plan.settings, plan.whole_site
     if not isinstance(method, LearningMethod):
         return {}, {}
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
@@ -197,8 +203,7 @@ class InputBuilder:
             first = self._state[0] if self._state else None
             self._initialised = add_placeholder(self._graph, "sparsify_initialised", before=first)
         self._reports[site.name] = len(self._specs) + len(shapes)
-        heads = site.heads if plan.sharing is None else plan.sharing.heads
-        tensors = {**shapes, "report": (len(REPORT), site.batch, heads)}
+        tensors = {**shapes, "report": (len(REPORT), site.batch, plan.whole_site.heads)}
         for name, shape in tensors.items():
             self._specs.append((f"{site.name}.{name}", shape, device))
             self._state.append(add_placeholder(self._graph, f"sparsify_{name}{site.index}"))

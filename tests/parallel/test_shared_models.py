@@ -15,6 +15,7 @@ from sparsify_compiler import OptionError
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.errors import RankError
 from sparsify_compiler.plan import Ranks
+from sparsify_compiler.runtime.rates import measured_cluster
 from sparsify_compiler.testing.dits import Attend
 from sparsify_compiler.testing.parallel import compare
 from sparsify_compiler.testing.ranks import Pool
@@ -143,8 +144,20 @@ def explained(ranks: Ranks) -> tuple[str, Tensor, Tensor]:
 def test_explain_and_stats_show_all_heads_on_every_rank(pool: Pool) -> None:
     for text, shared, alone in pool.run(2, explained):
         assert "2 ranks share 18 tokens, and the heads of 1 attention calls" in text
+        # Query, key and value of one of 2 heads of 16 channels, for 9 of 18 tokens; the result comes back.
+        said = f"a rank sends at most {4 * 9 * 16 * 4 / 1e6:.3g} MB in a call, and computes at most 1 times"
+        assert f"Graph 0, form hcp 2x1: no other form may run. Predicted: for attention {said}" in " ".join(
+            text.split()
+        )
         assert shared.numel() == 2
         assert torch.equal(shared, alone)
+
+
+def test_ranks_measure_one_cluster(pool: Pool) -> None:
+    first, second = pool.run(2, partial(measured_cluster, dtype="float32", provider="reference"))
+    assert first == second
+    assert (first.hosts, first.gpus, first.between) == (1, 2, float("inf"))
+    assert min(first.products, first.attention, first.sparse, first.traffic, first.inside, first.latency) > 0
 
 
 def without_group(form: Any) -> Tensor:
