@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler._torch import process_group
-from sparsify_compiler.parallel import ops  # noqa: F401
+from sparsify_compiler.parallel import ops, sequence  # noqa: F401
 from sparsify_compiler.parallel.shares import UNITS, Part, even_owners, flat, whole_owners
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool, received_bytes
@@ -216,6 +216,29 @@ def test_the_sockets_carry_what_the_formula_says(
             assert 0 <= measured - payload <= (size - 1) * 1000
         total += sum(wanted)
     assert total > 1_000_000
+
+
+def count_keys(ranks: Ranks, parts: list[Part], reads: Tensor, dim: int) -> int:
+    """Bytes that the sockets of this rank receive while it gets the keys that it reads."""
+    place = (flat(parts), 1, ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
+    asked = OPS.ask_keys(reads[ranks.rank], *place)
+    mine = Sequence(tuple(parts), (0,), 1, 1, 1).tokens(ranks.rank, ranks.size)
+    torch.distributed.barrier(process_group(ranks.group))
+    before = received_bytes()
+    OPS.fetch_keys([torch.ones(1, reads.shape[2], len(mine), dim), ORDER], reads[ranks.rank], asked, *place)
+    return received_bytes() - before
+
+
+def test_the_sockets_carry_the_keys_that_a_rank_reads(pool: Pool) -> None:
+    size, dim, parts = 3, 16, [Part(0, 7), Part(3001, 1)]
+    case = Sequence(tuple(parts), (0,), 1, 1, 1)
+    reads = torch.rand(size, 1, 4, case.length, generator=torch.Generator().manual_seed(3)) < 0.4
+    for rank, measured in enumerate(pool.run(size, count_keys, parts, reads, dim)):
+        remote = torch.ones(case.length, dtype=torch.bool)
+        remote[case.tokens(rank, size)] = False
+        payload = int((reads[rank] & remote).sum()) * dim * 4
+        assert payload > 100_000
+        assert 0 <= measured - payload <= (size - 1) * 1000
 
 
 def check_ops(ranks: Ranks) -> None:
