@@ -654,6 +654,23 @@ def hooks_under_checkpointing() -> AbstractContextManager[Any]:
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 
 
+def parameters_in_calls(module: Module) -> list[Tensor]:
+    """The Parameters of a module, and those that its calls read instead where FSDP2 shards them.
+
+    All ranks call this together where FSDP2 shards.
+    """
+    found = list(module.parameters())
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                found += module.parameters()
+                part.reshard()
+    return list({id(one): one for one in found}.values())
+
+
 def process_group(name: str) -> Any:
     """The process group with a name."""
     from torch.distributed.distributed_c10d import _resolve_process_group
