@@ -86,6 +86,7 @@ NIGHTLY: Any = {"marks": pytest.mark.nightly}
         case(JOINT, "tile", 3, "scp", True, "joint-gqa-mask-batch-3"),
         case(MASKED, "cubes", 2, "scp", False, "mask-of-each-head"),
         case(PLAIN, "tile", 4, "hybrid", True, "3-heads"),
+        case(JOINT, "tile", 2, "scp", False, "joint-gqa-mask-batch-3"),
         case(JOINT, "svg2", 4, "hybrid", False, "joint-gqa-mask-batch-3"),
         case(BY_HAND, "dense", 3, "scp", True, "by-hand-cross", **NIGHTLY),
         case(MASKED, "dense", 2, "scp", True, "mask-of-each-head", **NIGHTLY),
@@ -251,22 +252,26 @@ def test_a_rank_gets_the_keys_that_its_rows_read_and_no_others(heads: int) -> No
     assert counted == [[sent[sender, receiver] for receiver in range(size)] for sender in range(size)]
 
 
-def test_ranks_send_what_the_mask_of_tile_names() -> None:
-    sent = torch.zeros(2, 2, dtype=torch.int64)
+@pytest.mark.parametrize("model", [PLAIN, JOINT], ids=["video", "joint"])
+def test_ranks_send_what_the_mask_of_tile_names(model: Recipe) -> None:
+    sent = torch.zeros(3, 3, dtype=torch.int64)
     exchange = sequences.exchange
 
     def counting(messages: Any, shapes: Any, ranks: Ranks, what: str) -> Any:
-        for peer in range(2):
-            sent[ranks.rank, peer] += sum(one[peer].numel() for one in messages)
+        if what.startswith("fetch_keys"):
+            for peer in range(3):
+                sent[ranks.rank, peer] += sum(one[peer].numel() for one in messages)
         return exchange(messages, shapes, ranks, what)
 
     with patch.object(sequences, "exchange", counting):
-        outcome(PLAIN, "tile", 2, form="scp")
-    mask = tile_mask(3, 1, 15)
-    first, last = mask[:23].any(0), mask[23:].any(0)
-    # Two sites, three heads, keys and values of eight numbers. Every query reads the first frame, or is in it.
-    assert sent.tolist() == [[0, 96 * int(last[:23].sum())], [96 * int(first[23:].sum()), 0]]
-    assert int(last[:23].sum()) == 15 + 8
+        outcome(model, "tile", 3, form="scp")
+    # Each rank has one frame of the video. Text reads everything, but ranks attend in parts for it.
+    frames = tile_mask(3, 1, 15).view(3, 15, 3, 15).any(1)
+    counts = frames.sum(-1).mT * (1 - torch.eye(3, dtype=torch.int64))
+    # Two sites, keys and values of eight numbers, three heads, or two in three batches.
+    each = 2 * 2 * 8 * model.batch * model.kv_heads
+    assert counts.tolist() == [[0, 15, 15], [15, 0, 0], [15, 0, 0]]
+    assert torch.equal(sent, each * counts)
 
 
 def attend() -> tuple[nn.Module, Mapping[str, Any]]:
