@@ -130,6 +130,9 @@ class SharedSequence:
     """The parts of the whole sequence, see `parallel.shares.flat`."""
     each: int = 1
     """The number of neighbouring shares of tokens that one of these ranks has here."""
+    asks: bool = False
+    """Whether the site asks other ranks for keys itself. Then ranks share the work for queries of other tokens too:
+    each reads its own keys for them. Otherwise the graph fetches keys, and each rank has these queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

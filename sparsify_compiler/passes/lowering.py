@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
-from sparsify_compiler.parallel.sequence import places_of
+from sparsify_compiler.parallel.sequence import queries_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
@@ -122,8 +122,8 @@ class _Lowering:
             # On real tensors, also where the compiler has set a fake or device mode.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
                 built = constants_of(method, layout)
-                if plan.sequence is not None and isinstance(method, StaticMethod):
-                    places = places_of(plan.sequence, plan.sequence.ranks.rank)
+                if plan.sequence is not None and not plan.sequence.asks:
+                    places = queries_of(plan.sequence, plan.sequence.ranks.rank)
                     built = BlockTable.of(*built.values()).of_queries(places).tensors()
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
             self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
@@ -189,7 +189,9 @@ def _lower_module(
 def _is_static(plan: AttentionPlan) -> bool:
     """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
     takes_heads = plan.sharing is not None and plan.sharing.own_tables
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and not takes_heads
+    asks = plan.sequence is not None and plan.sequence.asks
+    alone = not takes_heads and not asks
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:

@@ -38,14 +38,12 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
-from sparsify_compiler.methods.selection import BlockMethod
+from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
     Owners,
-    Part,
     even_owners,
     flat,
     heads_of,
@@ -63,6 +61,7 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
+from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, needs_all_queries
 from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
@@ -291,9 +290,12 @@ class _Sharder:
         place = self.local.place(wholes[0])
         assert place is not None
         parts = place[2]
-        if sequence is not None and (why := self._needs_all_queries(plan, parts)):
-            self.by_heads.append((site.name, why))
-            sequence = None
+        if sequence is not None:
+            hybrid = self.ranks.heads is not None
+            why = needs_all_queries(plan, parts, hybrid=hybrid, measures=self.measures, trains=self.trains)
+            if why:
+                self.by_heads.append((site.name, why))
+                sequence = None
         heads = self.ranks if sequence is None else self.ranks.heads
         each = 1 if heads is None or sequence is None else heads.size
         rows, length = parts, whole_length(parts)
@@ -333,14 +335,21 @@ class _Sharder:
             attended = _lies_by_tokens(wholes[0], (site.batch, slots, length, site.value_dim), dtype)
             keys, full = length, tensors
             if sequence is not None:
-                shared = SharedSequence(ranks=sequence, parts=tuple(flat(parts)), each=each)
+                shared = SharedSequence(
+                    ranks=sequence,
+                    parts=tuple(flat(parts)),
+                    each=each,
+                    asks=asks(plan, parts, trains=self.trains),
+                )
                 plan = replace(plan, sequence=shared)
                 full, keys = self._with_fetched_keys(plan, shared, tensors, node), whole_length(parts)
-            for one, size, count, whole in zip(
-                full, (length, keys, keys), (slots, key_slots, key_slots), wholes, strict=True
-            ):
-                one.meta["example_value"] = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
-            if "order" in node.meta:  # the site fetches keys itself
+            counts = slots, key_slots, key_slots
+            for one, size, count, whole in zip(full, (length, keys, keys), counts, wholes, strict=True):
+                value = self.here.values.get(one)
+                if value is None:
+                    value = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
+                one.meta["example_value"] = value
+            if "order" in node.meta:  # the site asks for keys itself
                 keys = length
             else:
                 tensors = full
@@ -379,35 +388,12 @@ class _Sharder:
             self._take_over(node, out, users)
         self.sites.append(site.name)
 
-    def _needs_all_queries(self, plan: AttentionPlan, parts: Sequence[Part]) -> str:
-        """The reason why a rank must have all queries of a head; else empty."""
-        if plan.site.mask == "query":
-            return "its mask depends on the query"
-        if plan.method == "dense":
-            return ""
-        if plan.far_field != "drop":
-            return f"its far field {plan.far_field!r} reads all keys"
-        if isinstance(plan.settings, StaticMethod):
-            own = self.ranks.heads is not None and densities_of_heads(plan) is not None
-            return "each of its heads has a table of its own" if own else ""
-        if self.measures:
-            return "its recall is measured over all keys"
-        if self.trains:
-            return f"method {plan.method!r} has no gradient across ranks"
-        if not isinstance(plan.settings, BlockMethod):
-            return f"method {plan.method!r} compares its queries with all keys"
-        before = plan.layout.before
-        video = [one for one in parts if one.tokens]
-        if len(video) != 1 or _run_of(parts, video[0]) != (before, plan.layout.video_tokens):
-            return f"ranks share other tokens than the video's {plan.layout.video_tokens}"
-        return ""
-
     def _with_fetched_keys(
         self, plan: AttentionPlan, shared: SharedSequence, tensors: Sequence[fx.Node], node: fx.Node
     ) -> list[fx.Node]:
-        """Query, and the keys and values that its rows of the table read; all of them for a dynamic method, whose
-        site fetches what it selects and needs the order of `node.meta`."""
-        static = plan.settings if isinstance(plan.settings, StaticMethod) else None
+        """Query, and the keys and values that its rows of the table read; all of them for a site that asks itself,
+        which needs the order of `node.meta`."""
+        static = plan.settings if isinstance(plan.settings, StaticMethod) and not shared.asks else None
         known = static, plan.layout, shared
         if known not in self.reads:
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
@@ -422,7 +408,7 @@ class _Sharder:
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, plan.site.name)
         query, *keys = tensors
         others = (*self.reads[known], list(shared.parts), shared.each, *of_rank)
-        if plan.method == "dense" or static is not None:
+        if not shared.asks:
             return [query, *self._communicate(FETCH_KEYS, keys, others)]
         # The dense variant has these; the sparse variant erases them.
         node.meta["order"] = self._first_order()
@@ -648,26 +634,6 @@ class _Sharder:
         self.graph.erase_node(node)
         for source in sources:
             self._erase(source)
-
-
-def _run_of(parts: Sequence[Part], part: Part) -> tuple[int, int]:
-    """(first, number) of the positions of a part."""
-    at = parts.index(part)
-    return whole_length(parts[:at]), part.whole
-
-
-def heads_differ(plan: AttentionPlan) -> bool:
-    """Whether the heads of a site may need different numbers of keys, so that they may move between ranks."""
-    return isinstance(plan.settings, DynamicMethod) and not isinstance(plan.settings, LearningMethod)
-
-
-def densities_of_heads(plan: AttentionPlan) -> list[float] | None:
-    """The density of each head of a site whose heads have tables of their own before it runs; else None."""
-    if not isinstance(plan.settings, StaticMethod):
-        return None
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-        densities = plan.settings.table(plan.layout).densities()
-        return densities[0].tolist() if densities.shape[1] > 1 else None
 
 
 def _memory(value: Tensor) -> int:

@@ -26,7 +26,7 @@ from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
-from sparsify_compiler.parallel.sequence import of_key_heads, places_of
+from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
 from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
@@ -235,8 +235,9 @@ class SiteFunction:
         of_all_ranks = table
         if shared is not None:
             table, key, value = self._fetched(table, key, value)
+            whole = False
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
-        last = plan.layout.tokens - plan.layout.after
+        last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
         out, _, known = attention_with_far_field(
@@ -255,7 +256,7 @@ class SiteFunction:
             computed=computed,
         )
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
-            out = self._with_others(out, query, key, value, key_bias)
+            out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
@@ -280,12 +281,12 @@ class SiteFunction:
         return f"{self.plan.site.name}, or one with the same plan"
 
     def _fetched(self, table: BlockTable, key: Tensor, value: Tensor) -> tuple[BlockTable, Tensor, Tensor]:
-        """(the table of this rank's queries, keys and values of all tokens that it reads)."""
+        """(the table of the video's queries of this rank, the keys and values that they read)."""
         sequence = self.plan.sequence
         assert sequence is not None
         ranks = sequence.ranks
         place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self._names
-        table = table.of_queries(places_of(sequence, ranks.rank))
+        table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
         given = [key, value, torch.zeros((), device="cpu")]
@@ -324,15 +325,23 @@ class SiteFunction:
         return found
 
     def _with_others(
-        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        shared: SharedTokens | None,
     ) -> Tensor:
         """`out` of the video's tokens, between the output of the other tokens, which read everything."""
-        layout = self.plan.layout
-        places = torch.arange(layout.tokens, device=query.device)
-        others = torch.cat([places[: layout.before], places[layout.tokens - layout.after :]])
-        read, _ = exact_rows(
-            query, key, value, others[None, None], key_bias, self.plan.site.scale, provider=self.plan.provider
-        )
+        layout, scale, tokens = self.plan.layout, self.plan.site.scale, query.shape[2]
+        if shared is None:
+            places = torch.arange(tokens, device=query.device)
+            others = torch.cat([places[: layout.before], places[tokens - layout.after :]])[None, None]
+            read, _ = exact_rows(query, key, value, others, key_bias, scale, provider=self.plan.provider)
+        else:
+            rows = torch.cat([query[:, :, : layout.before], query[:, :, tokens - layout.after :]], 2)
+            read = shared.attend(rows, key, value, key_bias, scale, layout.before)
         parts = read[:, :, : layout.before], out, read[:, :, layout.before :]
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 

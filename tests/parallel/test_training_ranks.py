@@ -27,7 +27,7 @@ from sparsify_compiler.methods import predictor
 from sparsify_compiler.parallel import ops
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
-from sparsify_compiler.testing.parallel import in_threads
+from sparsify_compiler.testing.parallel import compare, in_threads
 from sparsify_compiler.testing.ranks import Pool
 from sparsify_compiler.testing.videos import Video, latents
 

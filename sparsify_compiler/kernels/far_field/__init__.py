@@ -255,7 +255,7 @@ def exact_rows(
     )
     if parts == 1:
         return out, lse
-    return _merged(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
+    return merge_parts(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
 
 
 def _parts(rows: int, keys: int, device: str) -> int:
@@ -264,8 +264,8 @@ def _parts(rows: int, keys: int, device: str) -> int:
     return 1 if device == "cpu" else max(1, min(keys // PART_OF_KEYS, ROWS_AT_ONCE // max(rows, 1)))
 
 
-def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, merged from attention to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
+def merge_parts(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention to all keys, from those of parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
     top = lse.detach().amax(2, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)  # an infinity is not subtracted from itself
     weights = (lse - top).exp()
