@@ -8,6 +8,8 @@ Every rank has the reports of all heads, and calls are counted alike, so all ran
 decision waits for the device: copies of reports to the host begin after each call, and a plan leaves out the last.
 """
 
+import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +20,8 @@ from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.parallel.shares import Owners, even_owners, heads_of, owners_of
 from sparsify_compiler.runtime.site_inputs import REPORT, MovingSite, tensor_of
 from sparsify_compiler.runtime.state import Stream
+
+log = logging.getLogger(__name__)
 
 
 def note_loads(sites: Sequence[MovingSite], stream: Stream) -> None:
@@ -35,9 +39,9 @@ def place_heads(
         sparse: whether the call runs sparse.
         initialised: whether the state holds anything that has to move.
     """
-    even = [even_owners(one.sharing.heads, one.sharing.ranks.size) for one in sites]
+    even = [_even(one.sharing.heads, one.sharing.ranks.size) for one in sites]
     if not stream.owners:
-        stream.owners = even
+        stream.owners, stream.owner_tensors = even, [tensor_of(owners) for owners in even]
     if sparse:
         balance = sites[0].sharing.balance
         again = isinstance(balance, int) and stream.sparse_calls % balance == 0
@@ -52,8 +56,13 @@ def place_heads(
     if wanted != stream.owners:
         if initialised:
             move(sites, stream.tensors, stream.owners, wanted)
-        stream.owners = wanted
-    return [tensor_of(owners) for owners in wanted]
+        stream.owners, stream.owner_tensors = wanted, [tensor_of(owners) for owners in wanted]
+    return stream.owner_tensors
+
+
+@functools.cache
+def _even(heads: int, size: int) -> Owners:
+    return even_owners(heads, size)
 
 
 def _loads(sites: Sequence[MovingSite], stream: Stream) -> list[list[float]] | None:
@@ -66,10 +75,14 @@ def _loads(sites: Sequence[MovingSite], stream: Stream) -> list[list[float]] | N
 
 def _planned(site: MovingSite, loads: Sequence[float], now: Owners) -> Owners:
     """The owners of a site's heads for these loads; those of now if they are good."""
-    size = site.sharing.ranks.size
-    if spread(loads, now) <= GOOD:
+    size, before = site.sharing.ranks.size, spread(loads, now)
+    if before <= GOOD:
         return now
-    return balanced(loads, size, capacity(site.sharing.heads, size))
+    owners = balanced(loads, size, capacity(site.sharing.heads, size))
+    log.info(
+        "heads of %s move: largest load of a rank %.2f -> %.2f", site.name, before, spread(loads, owners)
+    )
+    return owners
 
 
 def move(

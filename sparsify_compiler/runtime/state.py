@@ -90,6 +90,8 @@ class Stream:
     """Calls since the video began; at 0 the tensors hold nothing yet."""
     owners: Sequence[Owners] = ()
     """The owners of heads by which `tensors` are arranged, for each site whose heads move (`runtime/moving.py`)."""
+    owner_tensors: list[Tensor] = field(default_factory=list)
+    """The same, as programs get them."""
     planned: Sequence[Owners] | None = None
     """Those of sparse calls, once they are planned."""
     sparse_calls: int = 0

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import sparsify_compiler
@@ -23,7 +24,7 @@ from sparsify_compiler.parallel.balance import balanced, capacity, exact, lpt
 from sparsify_compiler.parallel.shares import UNITS, Owners, even_owners, heads_of, owners_of, whole_owners
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.runtime import program
+from sparsify_compiler.runtime import program, site
 from sparsify_compiler.runtime.moving import move, place_heads
 from sparsify_compiler.runtime.program import Variant
 from sparsify_compiler.runtime.site import functions_of
@@ -148,46 +149,8 @@ def graph() -> Graph:
     return found
 
 
-def lowered(options: dict[str, Any], ranks: Ranks | None, variant: Variant) -> Any:
-    more = {} if ranks is None else {"parallel": {"form": "hcp", "balance": "video"}}
-    config = configure({"dense_steps": 0, "dense_layers": 0, "provider": "reference", **options, **more})
-    with torch.no_grad():
-        analysed = pipeline.analyse(graph()[0], config)
-        shared = analysed if ranks is None else pipeline.share(analysed, config, ranks)
-        return pipeline.rewrite(shared, config, variant)
-
-
-def calls(
-    options: dict[str, Any], owners: Sequence[Owners], ranks: Ranks | None, dense: int = 0
-) -> list[Tensor]:
-    """The output and the reports of each call of a video, in which heads have these owners."""
-    _, args = graph()
-    graphs = {phase: lowered(options, ranks, Variant(phase)) for phase in ("dense", "sparse")}
-    functions = [functions_of(one) for one in graphs.values()]
-    extra = graphs["sparse"].meta["extra"]
-    state, found = blank(extra.state), []
-    for call, now in enumerate(owners):
-        if ranks is not None and call and now != owners[call - 1]:
-            move(extra.moving, state, [owners[call - 1]], [now])
-        given = extra.bind([], state, initialised=call > 0, owners=[tensor_of(now)] * len(extra.moving))
-        here = graphs["dense" if call < dense else "sparse"]
-        latents = [video(call) if one.shape == video(0).shape else one for one in args]
-        with torch.no_grad():
-            found += [*here(*latents, *given), *([] if call < dense else extra.reports_in(state).values())]
-    assert functions
-    return [one.clone() for one in found]
-
-
-def in_threads(
-    options: dict[str, Any], owners: Sequence[Owners], size: int, dense: int = 0
-) -> list[list[Tensor]]:
-    return all_ranks(
-        [partial(calls, options, owners, Ranks(rank, size, "threads"), dense) for rank in range(size)]
-    )
-
-
-MOVES = [[0, 0, 1, 1, 2, 3], [3, 3, 1, 0, 3, 2], [1, 1, 0, 0, 2, 2]]
-"""The rank of each head, of four ranks; in the end the last rank has none."""
+MOVES = [[0, 0, 0, 1, 1, 2], [2, 2, 1, 0, 2, 1], [1, 1, 0, 0, 1, 0]]
+"""The rank of each head, of three ranks; in the end the last rank has none."""
 METHODS: dict[str, dict[str, Any]] = {
     "svg2": {"method": "svg2", "q_clusters": 6, "kv_clusters": 12},
     "keys": {"method": "keys", "q_clusters": 6, "kv_budget": 0.2},
@@ -195,18 +158,89 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def lowered(method: str, ranks: Ranks | None) -> dict[str, fx.GraphModule]:
+    """Phase -> the graph of a rank, or of one process."""
+    options = {"dense_steps": 0, "dense_layers": 0, "provider": "reference", "parallel": "auto"}
+    config = configure({**options, **METHODS[method]})
+    with torch.no_grad():
+        analysed = pipeline.analyse(graph()[0], config)
+        shared = analysed if ranks is None else pipeline.share(analysed, config, ranks)
+        return {phase: pipeline.rewrite(shared, config, Variant(phase)) for phase in ("dense", "sparse")}
+
+
+def calls(method: str, owners: Sequence[Owners], ranks: Ranks | None) -> list[Tensor]:
+    """The output and the reports of each call of a video, in which heads have these owners. The first is dense."""
+    graphs, (_, args) = lowered(method, ranks), graph()
+    functions = [functions_of(one) for one in graphs.values()]
+    extra = graphs["sparse"].meta["extra"]
+    state, found = blank(extra.state), []
+    for call, now in enumerate(owners):
+        if ranks is not None and call and now != owners[call - 1]:
+            move(extra.moving, state, [owners[call - 1]], [now])
+        given = extra.bind([], state, initialised=call > 0, owners=[tensor_of(now)] * len(extra.moving))
+        latents = [video(call) if one.shape == video(0).shape else one for one in args]
+        with torch.no_grad():
+            found += graphs["sparse" if call else "dense"](*latents, *given)
+        found += extra.reports_in(state).values() if call else []
+    assert functions
+    return [one.clone() for one in found]
+
+
+def in_threads(method: str, owners: Sequence[Owners]) -> list[list[Tensor]]:
+    """`calls` of three ranks."""
+    return all_ranks([partial(calls, method, owners, Ranks(rank, 3, "threads")) for rank in range(3)])
+
+
+def of_units(*units: Sequence[int]) -> Owners:
+    """Owners from the units of each head that each rank computes."""
+    assert all(sum(one) == UNITS for one in units)
+    return [[0, *accumulate(one)] for one in units]
+
+
+SHARED = of_units(
+    [UNITS // 2, UNITS // 2, 0],
+    [UNITS, 0, 0],
+    [0, 0, UNITS],
+    [6_000, UNITS - 7_000, 1_000],
+    [0, UNITS, 0],
+    [0, UNITS - 3_000, 3_000],
+)
+"""Three heads are shared, by all three ranks or by two."""
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_heads_that_move_give_the_same_bits(method: str) -> None:
-    options = METHODS[method]
-    moving = [whole_owners(one, 4) for one in (MOVES[0], *MOVES)]
-    still = [even_owners(HEADS, 4)] * len(moving)
-    alone = calls(options, still, None, dense=1)
-    wanted = in_threads(options, still, 4, dense=1)
-    found = in_threads(options, moving, 4, dense=1)
-    for rank in range(4):
-        for a, b, c in zip(found[rank], wanted[rank], alone, strict=True):
+def test_heads_that_move_give_the_same_bits_and_shared_ones_the_same_output(method: str) -> None:
+    still = [even_owners(HEADS, 3)] * 4
+    moving = [whole_owners(one, 3) for one in (MOVES[0], *MOVES)]
+    alone, wanted, moved, shared = (
+        calls(method, still, None),
+        *(in_threads(method, owners) for owners in (still, moving, [SHARED] * 3 + still[:1])),
+    )
+    for rank in range(3):
+        for one, a, b, c in zip(alone, wanted[rank], moved[rank], shared[rank], strict=True):
             torch.testing.assert_close(a, b, atol=0, rtol=0, equal_nan=True)  # no row measures its recall
-            torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5, equal_nan=True)
+            for found in (a, c):
+                torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_slots_without_a_head_are_not_computed() -> None:
+    sparse, dense = list[int](), list[int]()
+
+    def noting(found: list[int], function: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+        if not isinstance(query, FakeTensor):
+            found.append(query.shape[1])
+        return function(query, *args, **options)
+
+    attends = site.attention_with_far_field, torch.nn.functional.scaled_dot_product_attention
+    with (
+        patch.object(site, "attention_with_far_field", partial(noting, sparse, attends[0])),
+        patch.object(site.F, "scaled_dot_product_attention", partial(noting, dense, attends[1])),
+    ):
+        in_threads("cubes", [whole_owners(MOVES[2], 3)] * 2)
+    assert capacity(HEADS, 3) == 5
+    assert sorted(dense) == [3, 3]
+    assert sorted(sparse) == [1, 3, 3], "a rank without a head takes part with one slot"
 
 
 def test_heads_with_tables_of_their_own_are_placed_once_by_density() -> None:
@@ -266,28 +300,3 @@ def test_heads_move_at_the_same_calls_on_all_ranks_in_one_program(pool: Pool) ->
     for a, b, c in zip(found, others, wanted, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
-
-
-def of_units(*units: Sequence[int]) -> Owners:
-    """Owners from the units of each head that each rank computes."""
-    assert all(sum(one) == UNITS for one in units)
-    return [[0, *accumulate(one)] for one in units]
-
-
-SHARED = of_units(
-    [UNITS // 2, UNITS // 2, 0],
-    [UNITS, 0, 0],
-    [0, 0, UNITS],
-    [6_000, UNITS - 7_000, 1_000],
-    [0, UNITS, 0],
-    [0, UNITS - 3_000, 3_000],
-)
-"""Three heads are shared, by all three ranks or by two."""
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_heads_that_ranks_share_give_the_same_output(method: str) -> None:
-    alone = calls(METHODS[method], [SHARED] * 3, None, dense=1)
-    for found in in_threads(METHODS[method], [SHARED] * 2 + [even_owners(HEADS, 3)], 3, dense=1):
-        for a, b in zip(found, alone, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, equal_nan=True)
