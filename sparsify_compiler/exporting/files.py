@@ -3,6 +3,7 @@
     plan.json     the plan, the step rule, the arguments, the state, versions
     weights.pt    the tensors of all programs, by their names in the model; torch.load and torch::pickle_load
                   read it
+    state.pt      the state before the first call; it takes no memory, and a program takes a contiguous copy of it
     dense.pt2     the program of the dense phase, where steps of a generation stay dense
     sparse.pt2    the program of the sparse phase
 
@@ -34,7 +35,7 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
 
 FORMAT = "sparsify-compiler export 1"
-PLAN, WEIGHTS = "plan.json", "weights.pt"
+PLAN, WEIGHTS, STATE = "plan.json", "weights.pt", "state.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -140,6 +141,7 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
             module = functional(captured, phase)
             weights |= write(_program(module, captured), folder / f"{phase}.pt2", phase)
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
+        torch.save([_without_memory(tensor) for tensor in module.first()], folder / STATE)
         content = json.dumps(plan_of(captured, format, module), indent=1)
         (folder / PLAN).write_text(content + "\n", "utf-8")
     return folder_of(captured, path, format)
@@ -169,7 +171,7 @@ def _program(module: Functional, captured: Captured) -> torch.export.ExportedPro
 
 def _without_memory(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and type whose elements are one number: a file holds this number alone."""
-    small = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    small = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     return nn.Parameter(small, requires_grad=False) if isinstance(tensor, nn.Parameter) else small
 
 
