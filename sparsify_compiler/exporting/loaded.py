@@ -107,8 +107,8 @@ def torch_custom_ops() -> Path:
 
         dlopen(path, RTLD_NOW)    // before a package is loaded
 
-    It needs the library of the kernels, `attention-*.so` in the same folder: copy both. It is built at its first use, for
-    this CPU and this version of PyTorch. In a process with Python's ops, those run.
+    It needs the library of the kernels, `attention-*.so` in the same folder: copy both. It is built at its first
+    use, for this CPU and this version of PyTorch. In a process with Python's ops, those run.
 
     Raises:
         SparsifyError: it cannot be built here.
