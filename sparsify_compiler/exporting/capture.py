@@ -201,7 +201,7 @@ def device_of(device: str | torch.device) -> torch.device:
     except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
         raise OptionError(
             f"device must be one of this machine, where the model runs while it is exported, got {str(device)!r}: "
-            "export on a machine that has it"
+            "export where there is one"
         ) from error
     return found
 

@@ -136,7 +136,7 @@ torch.save([first, python, through, schemas, refusals, own], sys.argv[3])
 
 
 def wrong_calls(calls: list[tuple[str, list[Any], list[Tensor]]]) -> dict[str, tuple[str, list[Any]]]:
-    """What the refusal says -> a call."""
+    """Part of the refusal -> a call."""
     one = {name: arguments for name, arguments, _ in reversed(calls)}
 
     def changed(name: str, place: int, value: Any) -> tuple[str, list[Any]]:
