@@ -65,6 +65,11 @@ def test_a_program_without_python_runs_the_packages(program: Path, method: str, 
     given = tmp_path / "package", torch_custom_ops(), tmp_path / "calls.pt", tmp_path / "outputs.pt"
     subprocess.run([program, *given, str(loaded.plan["dense steps"])], check=True)
     assert torch.equal(torch.load(tmp_path / "outputs.pt"), expected)
+    torch.save([[one[..., :1] for one in call] for call in torch.load(tmp_path / "calls.pt")], given[2])
+    checked = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
+    refused = subprocess.run([program, *given, "0"], env=checked, capture_output=True, text=True)
+    assert refused.returncode
+    assert "expected:" in refused.stderr
     with torch.no_grad():
         dense = torch.stack([model(**call)[0] for call in steps])
     assert not torch.allclose(expected, dense, atol=1e-4), "the check must be able to fail"
