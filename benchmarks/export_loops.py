@@ -80,7 +80,8 @@ def family_cases(family: str, wanted: list[tuple[str, str]]) -> list[dict[str, A
     """The results of one family, for each (method, format)."""
     model, inputs = CASES[family].build(GRID, batch=1)
     calls = list(generation(inputs))
-    found, expected = [], {}
+    found: list[dict[str, Any]] = []
+    expected: dict[str, list[Tensor]] = {}
     with TemporaryDirectory() as scratch:
         for method, format in wanted:
             torch._dynamo.reset()
