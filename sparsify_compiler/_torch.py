@@ -40,6 +40,19 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
     return through
 
 
+def custom_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """`torch.library.custom_op` for an op that changes no argument.
+
+    The op of this name in our C++ library (`kernels/cpu/csrc/torch_op.cpp`) gives way, where that is loaded.
+    """
+    namespace, _, op = name.partition("::")
+    ops = getattr(torch.ops, namespace)
+    if hasattr(ops, "give_way"):
+        ops.give_way(op)
+        vars(ops).pop(op, None)  # PyTorch keeps what it has found
+    return torch.library.custom_op(name, mutates_args=())
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 matrices.
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
@@ -419,7 +420,7 @@ def functions_of(module: nn.Module) -> set[SiteFunction]:
     return {part.function for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
-@torch.library.custom_op("sparsify::site", mutates_args=())
+@custom_op("sparsify::site")
 def _site(
     query: Tensor,
     key: Tensor,
@@ -433,7 +434,7 @@ def _site(
         return _functions[function].run(query, key, value, key_bias, inputs)
 
 
-@torch.library.custom_op("sparsify::observe_site", mutates_args=())
+@custom_op("sparsify::observe_site")
 def _observe_site(
     query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
@@ -441,7 +442,7 @@ def _observe_site(
         return _functions[function].run_observe(query, key, inputs)
 
 
-@torch.library.custom_op("sparsify::learn_site", mutates_args=())
+@custom_op("sparsify::learn_site")
 def _learn_site(
     query: Tensor,
     key: Tensor,
@@ -459,7 +460,7 @@ _observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*ar
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
-@torch.library.custom_op("sparsify::attend_owned", mutates_args=())
+@custom_op("sparsify::attend_owned")
 def _attend_owned(
     query: Tensor,
     key: Tensor,
@@ -490,7 +491,7 @@ def _attend_owned_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Te
     return query.new_empty(batch, tokens, slots, value.shape[3]).transpose(1, 2)
 
 
-@torch.library.custom_op("sparsify::lay_out", mutates_args=())
+@custom_op("sparsify::lay_out")
 def _lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     """A copy with these strides."""
     return _lay_out_fake(tensor, strides).copy_(tensor)
