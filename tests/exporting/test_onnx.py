@@ -29,9 +29,7 @@ CUBES = {
     "method": "cubes",
     "cube": (2, 2, 4),
     "query_cube": (2, 4, 4),
-    "top_p": None,
-    "min_gain": None,
-    "min_kv_ratio": 0.3,
+    "kv_budget": 0.3,
     "dense_layers": 0,
     "dense_steps": 0,
 }
@@ -39,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: OF_TORCH[name] for name in ("dense", "tile", "sta")},
     "cubes, drop": {**CUBES, "far_field": "drop"},
     "cubes, mean": {**CUBES, "far_field": "mean"},
+    "cubes, linear": {**CUBES, "far_field": "linear"},
 }
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 
@@ -198,11 +197,7 @@ def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
         ({"method": "dsv", "rank": 2}, "method 'dsv', which ONNX does not have: its choice of single keys"),
         (
             {"method": "cubes"},
-            r"method 'cubes' without a fixed number of blocks.*give options=.*'min_kv_ratio': share",
-        ),
-        (
-            {**CUBES, "far_field": "linear"},
-            "far_field='linear', which ONNX does not have: take 'drop' or 'mean'",
+            r"method 'cubes' without a fixed number of blocks.*give options=.*'kv_budget': share",
         ),
         ({**STANDARD["tile"], "far_field": "mean"}, "far_field='mean' with method 'tile', .*: take 'drop'"),
     ],
