@@ -489,7 +489,12 @@ class CubesSite(nn.Module):
             whole = pad((video - video.amax(-1, keepdim=True)).exp(), (layout.before, layout.after))
             counts = (_take(whole, blocks.kv_tokens) * blocks.kv_real).sum(-1).round().unsqueeze(2)
         products = _mean(rows, blocks.q_real) @ _of_heads(means, rows.shape[1]).transpose(2, 3)
-        return (self.scale * products + counts.log()).topk(blocks.read, -1, sorted=False).indices
+        # Equal counts add nothing, so they round nothing either.
+        return (
+            (self.scale * products + (counts / counts.amax(-1, keepdim=True)).log())
+            .topk(blocks.read, -1, sorted=False)
+            .indices
+        )
 
     def _by_gain(
         self,
