@@ -49,7 +49,7 @@ Mul Neg Not Or Pad Pow Range Reciprocal ReduceL2 ReduceLogSumExp ReduceMax Reduc
 ReduceSum ReduceSumSquare Relu Reshape Round ScatterElements ScatterND Shape Sigmoid Sign Sin Slice Softmax
 Softplus Split Sqrt Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where Xor
 """
-"""Operators that TensorRT's parser of ONNX reads, by its list of supported operators."""
+"""Operators that TensorRT's parser of ONNX reads; `test_tensorrt.py` asks the parser for each."""
 
 
 def run(file: Path, inputs: Inputs, *, kernel: bool = False) -> list[Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loops import METHODS as OF_TORCH
 from marks import fresh_dynamo, needs_diffusers, needs_onnx, needs_tensorrt, no_warnings
-from test_onnx import METHODS, build
+from test_onnx import METHODS, OF_TENSORRT, build
 from test_torch import CALL, Small
 from torch import Tensor
 
@@ -19,9 +19,10 @@ from sparsify_compiler.testing.models import Inputs
 
 pytestmark = [fresh_dynamo, no_warnings, needs_onnx]
 
-BUILT = ("tile", "cubes, drop", "cubes, mean")
+BUILT = ("tile", "cubes, drop", "cubes, mean", "cubes, linear")
 CASES_OF_TENSORRT = [
-    pytest.param("joint", "cubes, mean", torch.float16),
+    pytest.param("joint", "tile", torch.float32),
+    pytest.param("joint", "cubes, linear", torch.float16),
     *(
         pytest.param(*case, marks=[pytest.mark.nightly, needs_diffusers])
         for case in itertools.product(("wan", "hunyuan_video"), BUILT, (torch.float32, torch.float16))
@@ -54,6 +55,17 @@ def test_engines_are_built(family: str, method: str, dtype: torch.dtype, tmp_pat
 
 
 @needs_tensorrt
+def test_the_list_of_operators_is_the_parsers() -> None:
+    """`OF_TENSORRT`, to which all files are held, has no operator that the parser does not read."""
+    trt = tensorrt.library()
+    logger, _ = tensorrt._logger(trt)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert [one for one in OF_TENSORRT.split() if not parser.supports_operator(one)] == []
+    assert not parser.supports_operator("BlockSparseAttention")
+
+
+@needs_tensorrt
 def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, save
 
@@ -68,7 +80,7 @@ def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     )
     says = r"TensorRT's parser refuses the node 'here' \(NoSuchOperator\): "
     with pytest.raises(SparsifyError, match=says) as caught:
-        tensorrt._engine(tensorrt._library(), tmp_path / "wrong.onnx", None)
+        tensorrt.engine(tensorrt.library(), tmp_path / "wrong.onnx", None)
     assert "\n" not in str(caught.value)
 
 
