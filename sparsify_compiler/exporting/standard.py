@@ -37,6 +37,12 @@ _HIDDEN = -1e29
 FIXED = "'kv_budget': share"
 """The option that gives cubes a fixed number of blocks."""
 
+REFUSED = {
+    "svg2": "its k-means takes longer in standard operators than it saves",
+    "keys": "its clusters of queries have no constant sizes, and to choose keys takes longer than all of 'cubes'",
+}
+"""Methods that have no form, with the reason."""
+
 OPERATOR = "sparsify::BlockSparseAttention"
 
 
@@ -51,14 +57,9 @@ def check(plan: AttentionPlan) -> None:
             )
         return
     if not isinstance(method, Cubes):
-        clusters = plan.method in ("svg2", "keys")
-        slower = (
-            " its k-means takes longer in standard operators than it saves"
-            if clusters
-            else " its choice of single keys has no constant sizes"
-        )
+        why = REFUSED.get(plan.method, "its choice of single keys has no constant sizes")
         raise OptionError(
-            f"attention {name} has method {plan.method!r}, which ONNX does not have:{slower}. Take 'tile', 'sta', "
+            f"attention {name} has method {plan.method!r}, which ONNX does not have: {why}. Take 'tile', 'sta', "
             f"or 'cubes' with {{{FIXED}}}; or format='aoti', which has every method"
         )
     if method.top_p is not None or method.min_gain is not None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,6 @@ def kinds(inputs: dict[str, Tensor | None]) -> dict[str, Kind | None]:
 CASES = [
     (80, torch.float16, True, False, 64),
     (89, torch.float32, False, True, 64),
-    (90, torch.bfloat16, True, True, 128),
     (100, torch.float16, False, False, 128),
 ]
 
@@ -97,8 +97,40 @@ def test_the_ptx_assembles_and_takes_inputs_then_outputs(
     assert kernel.threads == 32 * launch.num_warps
 
 
+@pytest.mark.skipif(interpreted, reason="nothing is compiled under TRITON_INTERPRET=1")
+def test_the_code_of_the_documentation_makes_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles the kernel for compute capability 9.0; TensorRT's module is replaced."""
+    page = (HERE / "docs" / "export.md").read_text("utf-8")
+    (code,) = re.findall(r"### The kernel as a plugin.*?```python\n(.*?)```", page, re.DOTALL)
+    implementations = {}
+
+    def aot_impl(name: str) -> Any:
+        return lambda function: implementations.setdefault(name, function)
+
+    found = ModuleType("tensorrt.plugin")
+    vars(found).update(
+        aot_impl=aot_impl, KernelLaunchParams=SimpleNamespace, SymIntExprs=lambda size: [None] * size
+    )
+    whole = ModuleType("tensorrt")
+    vars(whole).update(plugin=found)
+    monkeypatch.setitem(sys.modules, "tensorrt", whole)
+    monkeypatch.setitem(sys.modules, "tensorrt.plugin", found)
+    sizes = {"heads": 2, "tokens": 1000, "q_blocks": 4, "kv_blocks": 16, "width": 16}
+    exec(compile(code, "plugin", "exec"), {"torch": torch, **sizes})
+    (implementation,) = implementations.values()
+    shapes = [(Symbol("b"), 2, 1000, 128)] * 3 + [(1, 1, 5), (1, 1, 17), (1, 1, 4), (Symbol("b"), 2, 4, 16)]
+    name, ptx, launch, extra = implementation(*(SimpleNamespace(shape_expr=one) for one in shapes), (), 0)
+    assert f".entry {name}(" in ptx
+    assert ".target sm_90a" in ptx
+    assert (launch.grid_x, launch.grid_y, launch.grid_z.text) == (1000 // 128 + 4, 2, "b")
+    assert launch.block_x % 32 == 0
+    assert 0 < launch.shared_mem <= 227 * 1024
+    assert not extra
+    assert list(implementations) == ["sparsify::BlockSparseAttention"]
+
+
 class Symbol:
-    """A size that is only known later, as TensorRT's symbolic expressions: a text of what is done to it."""
+    """A size that is only known later, as TensorRT's symbolic expressions: a text of its operations."""
 
     def __init__(self, text: str) -> None:
         self.text = text

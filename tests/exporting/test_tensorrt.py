@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,6 +85,43 @@ def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     with pytest.raises(SparsifyError, match=says) as caught:
         tensorrt.engine(tensorrt.library(), tmp_path / "wrong.onnx", None)
     assert "\n" not in str(caught.value)
+
+
+@needs_tensorrt
+def test_the_code_of_the_documentation_switches_the_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With objects that have the attributes of TensorRT's, since engines run on a GPU alone."""
+    trt = tensorrt.library()
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+    (code,) = re.findall(r"## TensorRT.*?```python\n(.*?)```", page, re.DOTALL)
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / "plan.json").write_text('{"dense steps": 2}')
+    contexts = {}
+    for phase in ("dense", "sparse"):
+        (folder / f"{phase}.engine").write_bytes(phase.encode())
+        contexts[phase] = Mock(spec=trt.IExecutionContext)
+
+    def deserialize(content: bytes) -> Mock:
+        found = Mock(spec=trt.ICudaEngine)
+        found.create_execution_context.return_value = contexts[content.decode()]
+        return found
+
+    module = Mock(spec=trt)
+    module.Runtime.return_value = Mock(spec=trt.Runtime)
+    module.Runtime.return_value.deserialize_cuda_engine.side_effect = deserialize
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Mock(cuda_stream=7))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"Path": Path, "torch": torch}
+    exec(compile(code, "TensorRT", "exec"), names)
+    for number in range(5):
+        names["step"](number, {"hidden_states": torch.zeros(1, 3)}, torch.zeros(1))
+    runs = {phase: one.execute_async_v3.call_count for phase, one in contexts.items()}
+    assert runs == {"dense": 2, "sparse": 3}
+    contexts["sparse"].set_input_shape.assert_called_with("hidden_states", (1, 3))
+    contexts["sparse"].execute_async_v3.assert_called_with(7)
 
 
 def test_overloads_are_inlined(tmp_path: Path) -> None:
