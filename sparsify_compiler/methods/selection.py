@@ -81,6 +81,8 @@ class Selection(NamedTuple):
     """With the linear far field: blocks of a larger gain are read too (`kernels.far_field.virtual_keys.gains`)."""
     far_blocks: FarBlocks | None = None
     """With a far field, where the table reads single keys: the blocks that approximate the other keys."""
+    best: int = 0
+    """With `min_gain`, the number of other blocks, those with the largest gains, that each row reads too."""
 
 
 class Blocks(NamedTuple):

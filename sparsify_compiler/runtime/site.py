@@ -222,10 +222,10 @@ class SiteFunction:
         shared = self._shared_tokens()
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
-        whole, min_gain, far_blocks = True, None, None
+        whole, min_gain, far_blocks, best = True, None, None, 0
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole, min_gain, far_blocks), state = method.select(
+                (table, kept, whole, min_gain, far_blocks, best), state = method.select(
                     self._tokens(query, key, key_bias, shared), before, **read
                 )
         else:
@@ -248,6 +248,7 @@ class SiteFunction:
             table,
             far_field=plan.far_field,
             min_gain=min_gain,
+            best=best,
             far_blocks=far_blocks,
             key_bias=key_bias,
             scale=plan.site.scale,

@@ -83,6 +83,7 @@ def attention_with_far_field(
     *,
     far_field: str,
     min_gain: float | None = None,
+    best: int = 0,
     far_blocks: FarBlocks | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
@@ -97,6 +98,7 @@ def attention_with_far_field(
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
         min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
+        best: with `min_gain`, a row also reads this number of the other blocks, those with the largest gains.
         far_blocks: for a table of single keys, the blocks that approximate the keys that a row does not list. If
             None, the blocks of the table approximate them.
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
@@ -164,6 +166,7 @@ def attention_with_far_field(
             table,
             linear=far_field == "linear",
             min_gain=min_gain,
+            best=best,
             all_heads=all_heads,
             blocks=far_blocks,
             key_bias=key_bias,
