@@ -90,6 +90,57 @@ def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
         return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
 
 
+def run_time_symbols(values: Any) -> set[Any]:
+    """The symbols of sizes and strides that are known only at run time, for tensors that Dynamo recorded."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and _is_symbolic(leaf)]
+    strided = [leaf for leaf in leaves if leaf.layout is torch.strided]
+    sizes = [*(leaf.shape for leaf in leaves), *(leaf.stride() for leaf in strided)]
+    return set(free_unbacked_symbols([size for some in sizes for size in some]))
+
+
+def binds(node: fx.Node, symbols: Iterable[Any]) -> bool:
+    """Whether a node of Dynamo's graph makes one of these symbols that are known only at run time."""
+    bindings = node.meta.get("unbacked_bindings") or {}
+    environments = (_environment(leaf) for leaf in tree_leaves(node.meta.get("example_value")))
+    known = next((one for one in environments if one is not None), None)
+    own = {free for one in bindings for free in (one if known is None else known.replace(one)).free_symbols}
+    return not own.isdisjoint(symbols)
+
+
+def _environment(value: Any) -> Any:
+    """The environment of the symbols of a value; None for a value without symbols."""
+    if isinstance(value, Tensor):
+        sizes = [size for size in value.shape if isinstance(size, torch.SymInt)]
+        return _environment(sizes[0]) if sizes else None
+    return value.node.shape_env if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else None
+
+
+def copy_sources(old: fx.GraphModule, new: fx.GraphModule, inputs: Iterable[tuple[fx.Node, fx.Node]]) -> None:
+    """Give a copy of Dynamo's graph what Dynamo says about the sources of its inputs, and about the break after it.
+
+    Args:
+        inputs: pairs of an old and a new input.
+    """
+    for one, other in inputs:
+        if (source := getattr(one, "_dynamo_source", None)) is not None:
+            other._dynamo_source = source  # type: ignore[attr-defined]
+    if (reason := getattr(old, "compile_subgraph_reason", None)) is not None:
+        new.compile_subgraph_reason = reason
+
+
+@contextmanager
+def static_fakes() -> Iterator[Callable[[Tensor], Tensor]]:
+    """A mode in which operators run on fake tensors; yields a function that makes them, without free sizes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode:
+        yield partial(mode.from_tensor, static_shapes=True)
+
+
 @contextmanager
 def quiet(logger: str, least: int = logging.CRITICAL) -> Iterator[None]:
     """Suppress the records of a logger of PyTorch below a level."""

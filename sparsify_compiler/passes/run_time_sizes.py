@@ -1,0 +1,294 @@
+"""Sizes that depend on values of the inputs: computed before the graph runs, and numbers in the graph.
+
+    before   i = nonzero(mask); x[:, i]        x[:, i] has size u0, which is known only at run time
+    values   nonzero(mask)                     a graph of its own, which runs first
+    after    x[:, value_0]                     value_0 is an input; for each of its sizes there is a graph
+
+A model may take the valid tokens of a prompt by `nonzero`, by a boolean index, or by a length that it reads from a
+tensor. Where Dynamo captures such code, no layout and no table fits all of the sizes. The values mostly follow from
+a mask by a few operators, so they can be computed without the rest of the graph.
+"""
+
+import operator
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sparsify_compiler import _torch
+from sparsify_compiler.passes.fx import body_of, copy_graph, modules, value_of
+from sparsify_compiler.passes.writes import storages_of, written_in
+
+_RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "exponential")
+"""Parts of the names of operators that draw random numbers."""
+_ASSERTIONS = (
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+    torch._check,
+)
+"""Functions that only check numbers."""
+
+
+class NotKnownBefore(Exception):
+    """The sizes of a graph cannot be computed before it runs. The text is the reason."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RunTimeSizes:
+    """A graph some of whose sizes depend on values of its inputs, and the values that decide them."""
+
+    graph: fx.GraphModule
+    """The graph, with the values as further inputs at its end."""
+    values: Callable[..., Sequence[Any]]
+    """Inputs of the original graph -> the values: tensors, or numbers."""
+    origin: fx.GraphModule
+    """Dynamo's graph."""
+    deciding: tuple[int, ...]
+    """The places of the inputs whose sizes may differ from call to call: all but the model's own."""
+
+    def all_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs of a specialised graph, for the inputs of the original one."""
+        return (*args, *self.values(*args))
+
+    def key(self, inputs: Sequence[Any]) -> Hashable:
+        """Equal for all inputs that one specialised graph serves."""
+        found = (inputs[place] for place in self.deciding)
+        return tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
+
+    def specialised(self, inputs: Sequence[Any]) -> fx.GraphModule:
+        """The graph for inputs of these sizes, in which every size is a number.
+
+        Args:
+            inputs: as `all_inputs` returns them.
+
+        Raises:
+            NotKnownBefore: an operator does not run on fake tensors.
+        """
+        gm = copy_graph(self.graph)
+        old = (node for node in self.origin.graph.nodes if node.op == "placeholder")
+        new = (node for node in gm.graph.nodes if node.op == "placeholder")
+        _torch.copy_sources(self.origin, gm, zip(old, new, strict=False))
+        grad_enabled = torch.is_grad_enabled()
+        try:
+            with _torch.static_fakes() as fake, _torch.quiet_fakes():
+                _Recorder(gm).run(*(fake(one) if isinstance(one, Tensor) else one for one in inputs))
+        except Exception as error:  # whatever an operator raises on fake tensors
+            raise NotKnownBefore(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        finally:
+            torch.set_grad_enabled(grad_enabled)
+        for module in modules(gm):
+            _fold_numbers(module.graph)
+            module.recompile()
+        return gm
+
+
+def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes | None:
+    """Separate the values that decide the sizes of a Dynamo graph; None if no size depends on values.
+
+    Raises:
+        NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
+    """
+    nodes = [node for module in modules(gm) for node in module.graph.nodes]
+    symbols = {one for node in nodes for one in _torch.run_time_symbols(node.meta.get("example_value"))}
+    if not symbols:
+        return None
+    twin = copy_graph(gm)
+    binding = [
+        node for module in modules(twin) for node in module.graph.nodes if _torch.binds(node, symbols)
+    ]
+    for node in binding:
+        if node.graph is not twin.graph:
+            raise NotKnownBefore(f"{_name(node)} is in the body of another operator")
+    deciding = [one for node in binding if node.op != "placeholder" for one in _deciding(node)]
+    before = _ancestors(deciding)
+    _check_same_before(gm, twin, before)
+    cuts = [
+        node
+        for node in twin.graph.nodes
+        if node in before
+        and (node in deciding or _torch.run_time_symbols(value_of(node)))
+        and not _is_tuple(node)
+        and any(user not in before for user in node.users)
+    ]
+    places = {node: place for place, node in enumerate(dict.fromkeys(map(_Same(before), cuts)))}
+    values = _graph_of(twin, list(places))
+    same = _Same(before)
+    _replace_by_inputs(twin, {node: places[same(node)] for node in cuts}, before)
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    own = {place for place, node in enumerate(inputs) if _torch.is_model_tensor(node)}
+    places_of_all = range(len(inputs) + len(places))
+    return RunTimeSizes(twin, values, gm, tuple(place for place in places_of_all if place not in own))
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
+
+
+def _deciding(node: fx.Node) -> list[fx.Node]:
+    """The nodes that decide the sizes of the result of a node.
+
+    An operator that takes elements of a tensor at the places of a mask is changed to take them at indices. Then only
+    the indices are computed before, and not the elements.
+    """
+    name, of = _name(node), node.args[0] if node.args else None
+    value = value_of(of)
+    if not isinstance(of, fx.Node) or not isinstance(value, Tensor):
+        return [node]
+    named = dict(zip(("input", "index", "dim"), node.args, strict=False)) | node.kwargs
+    if name in ("getitem", "__getitem__"):
+        index = named["index"]
+        parts = index if isinstance(index, (tuple, list)) else (index,)
+        taken = [_indices(node, one) if _is_mask(one) else None for one in parts]
+        if any(taken):
+            flat = [n for one, new in zip(parts, taken, strict=True) for n in ([one] if new is None else new[1:])]
+            node.update_arg(1, tuple(flat))
+        return [n for new in taken if new for n in new] or [node]
+    if name == "masked_select":
+        mask = named.get("mask", named.get("index"))
+        other = value_of(mask)
+        if not isinstance(mask, fx.Node) or not isinstance(other, Tensor):
+            return [node]
+        sizes = torch.broadcast_shapes(value.shape, other.shape)
+        if not sizes or not all(isinstance(size, int) for size in sizes):
+            return [node]
+        with node.graph.inserting_before(node):
+            of, mask = (node.graph.call_function(torch.broadcast_to, (one, tuple(sizes))) for one in (of, mask))
+        new = _indices(node, mask, len(sizes))
+        node.op, node.target, node.args, node.kwargs = "call_function", operator.getitem, (of, tuple(new[1:])), {}
+        return new
+    if name == "repeat_interleave":
+        repeats = named.get("repeats", named.get("index"))
+        times, dim = value_of(repeats), named.get("dim")
+        if not isinstance(dim, int) and value.dim() == 1:
+            dim = 0
+        if isinstance(times, Tensor) and isinstance(dim, int) and times.shape == value.shape[dim : dim + 1 or None]:
+            with node.graph.inserting_before(node):
+                indices = node.graph.call_function(torch.repeat_interleave, (repeats,))
+            node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, (of, dim, indices), {}
+            return [indices]
+    return [node]
+
+
+def _is_mask(one: object) -> bool:
+    value = value_of(one) if isinstance(one, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and value.dim() > 0
+
+
+def _indices(place: fx.Node, mask: Any, dims: int | None = None) -> list[fx.Node]:
+    """New nodes before `place`: the indices of the elements of a mask as a tuple, and the tensors in it."""
+    graph = place.graph
+    if dims is None:
+        dims = value_of(mask).dim()  # type: ignore[attr-defined]
+    with graph.inserting_before(place):
+        both = graph.call_function(torch.nonzero, (mask,), {"as_tuple": True})
+        return [both, *(graph.call_function(operator.getitem, (both, dim)) for dim in range(dims))]
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes with all that they are computed from, and the elements of tuples among them."""
+    found: set[fx.Node] = set()
+    open_nodes = list(nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if node not in found:
+            found.add(node)
+            open_nodes += node.all_input_nodes
+    return found | {user for node in found if _is_tuple(node) for user in node.users if _name(user) == "getitem"}
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return isinstance(value_of(node), (tuple, list)) or bool(node.kwargs.get("as_tuple"))
+
+
+def _check_same_before(gm: fx.GraphModule, twin: fx.GraphModule, before: set[fx.Node]) -> None:
+    """Raise NotKnownBefore unless these nodes have the same values when they are computed before the graph runs."""
+    for node in twin.graph.nodes:
+        if node not in before:
+            continue
+        if isinstance(value_of(node), nn.Parameter):
+            raise NotKnownBefore(f"they depend on the parameter {node.name}")
+        if any(part in _name(node) for part in _RANDOM) and node.op != "placeholder":
+            raise NotKnownBefore(f"they depend on random numbers ({_name(node)})")
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise NotKnownBefore(f"they depend on {_name(node)}")
+    written = written_in(gm)
+    if written is None or any(written & storages_of(node) for node in before):
+        raise NotKnownBefore("they depend on a tensor that the graph may write to")
+
+
+class _Same:
+    """Maps a node to the first one that computes the same from the same inputs."""
+
+    def __init__(self, nodes: set[fx.Node]) -> None:
+        self.first: dict[fx.Node, fx.Node] = {}
+        known: dict[str, fx.Node] = {}
+        graph = next(iter(nodes)).graph if nodes else fx.Graph()
+        for node in graph.nodes:
+            if node in nodes:
+                what = fx.node.map_arg((node.args, node.kwargs), lambda one: self.first.get(one, one))
+                text = node.name if node.op == "placeholder" else f"{node.op} {node.target} {what}"
+                self.first[node] = known.setdefault(text, node)
+
+    def __call__(self, node: fx.Node) -> fx.Node:
+        return self.first[node]
+
+
+def _graph_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
+    """A graph with the inputs of another one that computes some of its nodes."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    needed = _ancestors(nodes)
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            copies[node] = graph.node_copy(node, lambda one: copies[one])
+    graph.output(tuple(copies[node] for node in nodes))
+    return fx.GraphModule(gm, graph)
+
+
+def _replace_by_inputs(gm: fx.GraphModule, places: dict[fx.Node, int], before: set[fx.Node]) -> None:
+    """Let a graph get nodes as inputs: those with place 0 as its first new input, and so on."""
+    last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1:]
+    new: list[fx.Node] = []
+    for place in range(len(set(places.values()))):
+        with gm.graph.inserting_after((new or last)[-1]):
+            new.append(gm.graph.placeholder(f"value_{place}"))
+    for node, place in places.items():
+        node.replace_all_uses_with(new[place], delete_user_cb=lambda user: user not in before)
+    for node in reversed(gm.graph.nodes):
+        if node in before and node.op != "placeholder" and not node.users:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and the bodies in it, and records the value of every node as Dynamo does."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        assert isinstance(self.module, fx.GraphModule)
+        body = body_of(self.module, n) if n.op == "call_function" else None
+        if body is None:
+            value = super().run_node(n)
+        else:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            value = _Recorder(body.module).run(*args[len(args) - body.arity :])
+        if n.op not in ("output", "get_attr"):
+            n.meta["example_value"] = value
+            n.meta.pop("unbacked_bindings", None)
+        return value
+
+
+def _fold_numbers(graph: fx.Graph) -> None:
+    """Write numbers in the place of nodes that have a number as their value, and drop what only checks numbers."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if node.target in _ASSERTIONS and not isinstance(node.args[0], fx.Node):
+            graph.erase_node(node)
+        elif node.op != "output" and type(value) in (int, bool, float):
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg(
+                    (user.args, user.kwargs), lambda one, node=node, value=value: value if one is node else one
+                )
+            if node.op != "placeholder":
+                graph.erase_node(node)
