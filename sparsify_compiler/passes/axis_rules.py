@@ -27,6 +27,7 @@ from sparsify_compiler.passes.axes import (
     length,
     pick,
     reshape,
+    single,
     unknown,
 )
 from sparsify_compiler.passes.axis_writes import Known
@@ -52,8 +53,14 @@ class Tracker(Protocol):
     def take(self, positions: Iterable[Atom]) -> None:
         """Record that the output is taken from these positions, along axes that it does not have."""
 
+    def keep(self, operand: Tensor, positions: Iterable[Atom]) -> None:
+        """Record that the output has these positions of an operand, as parts of longer runs."""
+
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
         """Record that the operator sums over `summed` with weights, at every position of `kept`."""
+
+    def taken_from(self, label: Label, index: Tensor) -> Label:
+        """The label of a dimension of positions that an index takes from a dimension."""
 
     def is_table(self, tensor: Tensor) -> bool:
         """Whether a tensor is a weight or a table of at most two dimensions."""
@@ -222,11 +229,20 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
     dim %= output.dim()  # ATen accepts an empty 1-D tensor
     tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
     each = [tracker.known(t) for t in tensors]
-    column = [known.labels[dim] for known in each]
+    column = [known.labels[dim] if dim else _in_batch(known) for known in each]
+    for one, label in zip(tensors, column, strict=True):
+        tracker.keep(one, single([label]))
     rest = [Known([*known.labels[:dim], *known.labels[dim + 1 :]], known.taken) for known in each]
     labels = _side_by_side(rest)
     labels.insert(dim, cat(_named(column) if dim == 0 and len(column) > 1 else column))
     return labels
+
+
+def _in_batch(known: Known) -> Label:
+    """The label of the first dimension; where it has size 1, the one position of a batch that all tokens are from."""
+    label = known.labels[0]
+    places = [] if label else sorted((run for run in known.fixed if run.of_batch), key=lambda run: len(run.claims))
+    return (places[-1],) if places and all(run.claims <= places[-1].claims for run in places) else label
 
 
 def _side_by_side(each: Sequence[Known]) -> list[Label]:
@@ -364,10 +380,23 @@ def _embedding(
 
 @rule("index")
 def _index(tracker: Tracker, output: Tensor, x: Tensor, indices: list[Tensor | None]) -> list[Label]:
-    """A lookup of rows in a table: the result runs over the axes of the index."""
-    if not tracker.is_table(x) or len(indices) != 1 or indices[0] is None:
+    """A lookup of rows in a table: the result runs over the axes of the index. Or positions of one dimension."""
+    if tracker.is_table(x) and len(indices) == 1 and indices[0] is not None:
+        return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
+    given = [(dim, one) for dim, one in enumerate(indices) if one is not None]
+    if len(given) != 1 or given[0][1].dim() != 1:
         return []
-    return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
+    return _index_select(tracker, output, x, *given[0])
+
+
+@rule("index_select")
+def _index_select(tracker: Tracker, output: Tensor, x: Tensor, dim: int, index: Tensor) -> list[Label]:
+    """Positions of one dimension, which are the same wherever one index takes them from the same axes."""
+    labels = list(tracker.of(x))
+    if not labels or index.dim() != 1 or index.dtype in (torch.bool, torch.uint8):
+        return []
+    labels[dim] = tracker.taken_from(labels[dim], index)
+    return labels
 
 
 @rule("convolution")
