@@ -557,45 +557,63 @@ def forget(compiled: Callable[..., Any]) -> None:
     reset_code(function.__code__)
 
 
-_settings = threading.Lock()
-_changed: list[Callable[[], None]] = []
-"""One function for each open `many_programs`; the first of them puts back the settings of the process."""
+class _Settings:
+    """Settings of Dynamo that hold during calls.
+
+    Several threads may be in such calls at once. Newer versions of PyTorch have settings for each context; in older
+    ones all threads share them, so the last thread to leave puts them back.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._own = settings
+        self._lock = threading.Lock()
+        self._changed: list[Callable[[], None]] = []
+        """One function for each open call; the first of them puts back the settings of the process."""
+
+    @contextmanager
+    def during_call(self, **more: Any) -> Iterator[None]:
+        """Set them. `more`: further settings."""
+        from torch._dynamo import config
+
+        # `config.patch` would leave a context variable behind at every call.
+        settings: Any = config
+        change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(**self._own, **more)
+        if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
+            put_back = change()
+            try:
+                yield
+            finally:
+                put_back()
+            return
+        with self._lock:
+            self._changed.append(self._changed[0] if self._changed else change())
+        try:
+            yield
+        finally:
+            with self._lock:
+                put_back = self._changed.pop()
+                if not self._changed:
+                    put_back()
 
 
-@contextmanager
-def many_programs() -> Iterator[None]:
+_MANY_PROGRAMS = _Settings(allow_empty_graphs=True, skip_nnmodule_hook_guards=False)
+_RUN_TIME_SIZES = _Settings(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+
+
+def many_programs() -> AbstractContextManager[None]:
     """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
 
     Otherwise a call in which a cache skips a block ends the compilation of all blocks. A hook that a script sets on
     a compiled module makes a new program too; Dynamo would ignore it.
-
-    Several threads may be in the block at once. Newer versions of PyTorch have settings for each context; in older
-    ones all threads share them, so the last thread to leave puts them back.
     """
     from torch._dynamo import config
 
-    limit = max(config.recompile_limit, 64)
-    # `config.patch` would leave a context variable behind at every call.
-    settings: Any = config
-    change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(
-        allow_empty_graphs=True, recompile_limit=limit, skip_nnmodule_hook_guards=False
-    )
-    if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
-        put_back = change()
-        try:
-            yield
-        finally:
-            put_back()
-        return
-    with _settings:
-        _changed.append(_changed[0] if _changed else change())
-    try:
-        yield
-    finally:
-        with _settings:
-            put_back = _changed.pop()
-            if not _changed:
-                put_back()
+    return _MANY_PROGRAMS.during_call(recompile_limit=max(config.recompile_limit, 64))
+
+
+def run_time_sizes(captured: bool = True) -> AbstractContextManager[None]:
+    """Let Dynamo capture operators whose results have sizes that depend on values, instead of ending a graph."""
+    return _RUN_TIME_SIZES.during_call() if captured else nullcontext()
 
 
 def never_compile(function: Callable[..., Any]) -> None:

@@ -90,7 +90,8 @@ class Changes:
 class WholeOrBlocks:
     """The call of a model as one graph. After the first call that gives no single graph, the call of its blocks.
 
-    Dynamo finds out before any code of the model runs, so such a call begins anew.
+    Dynamo finds out before any code of the model runs, so such a call begins anew. Where sizes that depend on values
+    keep attention out of the graphs, Dynamo captures these sizes from then on.
     """
 
     def __init__(self, model: AppliedModel, changes: Changes) -> None:
@@ -110,7 +111,11 @@ class WholeOrBlocks:
                 raise
         call = open_call()
         assert call is not None, "the hook of the model runs this"
+        captured = self._model.captures_sizes
         by_blocks = not self._model.analysed(call).failure
+        if self._model.captures_sizes and not captured:
+            with _torch.run_time_sizes():
+                return self._as_one_graph(module, args, kwargs)
         self._model.parts_only = by_blocks
         blocks = repeated_blocks(module)
         if by_blocks:
