@@ -19,7 +19,7 @@ from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
-from sparsify_compiler.passes.run_time_sizes import RunTimeSizes
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.plan import GraphPlan
@@ -55,7 +55,7 @@ def sparsify(
     given = dict(options or {})
     try:
         config = configure(options)
-        sizes = pipeline.sizes_by_values(gm, config, part=open_call() is not None)
+        sizes = _sizes_by_values(gm, config)
         program = (
             _program(gm, example_inputs, given, config, mode)
             if sizes is None
@@ -69,6 +69,18 @@ def sparsify(
             "and dense. Raise torch._dynamo.config.recompile_limit, or use fewer resolutions."
         )
     return program
+
+
+def _sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig) -> RunTimeSizes | None:
+    """The sizes that depend on values, if attention needs them and they can be computed before the graph runs."""
+    call = open_call()
+    try:
+        return pipeline.sizes_by_values(gm, config, part=call is not None)
+    except NotKnownBefore as error:
+        if call is not None and call.as_one_graph:  # smaller graphs may show the sizes
+            raise
+        log.info("the sizes of a graph are known only at run time: %s", error)
+        return None
 
 
 def _by_values(

@@ -26,6 +26,7 @@ from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.planning import decide, dense_steps
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
 from sparsify_compiler.runtime.call import Arguments
@@ -195,7 +196,10 @@ def _traced(
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        sizes = pipeline.sizes_by_values(gm, config, part=True)
+        try:
+            sizes = pipeline.sizes_by_values(gm, config, part=True)
+        except NotKnownBefore:
+            sizes = None
         known: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule, tuple[Place, ...]]] = {}
 
         def run(*inputs: Any) -> Any:

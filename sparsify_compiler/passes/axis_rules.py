@@ -9,6 +9,7 @@ inference finds nothing, which is safe, and never something wrong.
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -241,8 +242,11 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
 def _in_batch(known: Known) -> Label:
     """The label of the first dimension; where it has size 1, the one position of a batch that all tokens are from."""
     label = known.labels[0]
-    places = [] if label else sorted((run for run in known.fixed if run.of_batch), key=lambda run: len(run.claims))
-    return (places[-1],) if places and all(run.claims <= places[-1].claims for run in places) else label
+    claims = {claim for run in known.fixed if run.of_batch for claim in run.claims if claim.of_batch}
+    if label or not claims or len({(one.base, one.stride, one.extent, one.offset) for one in claims}) > 1:
+        return label
+    first = min(claims, key=lambda one: (one.source.serial, one.dim))
+    return (replace(first, also=frozenset(claims - {first})),)
 
 
 def _side_by_side(each: Sequence[Known]) -> list[Label]:

@@ -19,7 +19,7 @@ from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import as_parts, graph_plan, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
-from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes, run_time_sizes
+from sparsify_compiler.passes.run_time_sizes import RunTimeSizes, depends_on_values, run_time_sizes
 from sparsify_compiler.passes.sharding import shard
 from sparsify_compiler.passes.sizes import fix_sizes
 from sparsify_compiler.plan import Parts, Ranks
@@ -68,19 +68,14 @@ def analyse(
 def sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig, *, part: bool = False) -> RunTimeSizes | None:
     """The sizes of a Dynamo graph that depend on values, if an attention of it depends on them; else None.
 
-    Where the values cannot be computed before the graph runs, the reason is in the graph's meta.
+    Raises:
+        NotKnownBefore: an attention depends on values that cannot be computed before the graph runs.
     """
-    try:
-        sizes = run_time_sizes(gm)
-    except NotKnownBefore as error:
-        log.info("sizes of a graph are known only at run time: %s", error)
-        gm.meta["not_known_before"] = str(error)
-        return None
-    if sizes is None:
+    if not depends_on_values(gm):
         return None
     plans = graph_plan(analyse(gm, replace(config, dump=None), part=part))
     needed = any(one.site.refusal or (one.layout.grid is None and one.site.kind != "cross") for one in plans)
-    return sizes if needed else None
+    return run_time_sizes(gm) if needed else None
 
 
 def captured(gm: fx.GraphModule, config: SparsifyConfig) -> fx.GraphModule:

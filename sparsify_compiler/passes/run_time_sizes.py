@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes.fx import body_of, copy_graph, modules, value_of
 from sparsify_compiler.passes.writes import storages_of, written_in
 
@@ -32,7 +33,7 @@ _ASSERTIONS = (
 """Functions that only check numbers."""
 
 
-class NotKnownBefore(Exception):
+class NotKnownBefore(SparsifyError):
     """The sizes of a graph cannot be computed before it runs. The text is the reason."""
 
 
@@ -85,17 +86,23 @@ class RunTimeSizes:
         return gm
 
 
-def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes | None:
-    """Separate the values that decide the sizes of a Dynamo graph; None if no size depends on values.
+def depends_on_values(gm: fx.GraphModule) -> bool:
+    """Whether any size in a Dynamo graph is known only at run time."""
+    return bool(_symbols(gm))
+
+
+def _symbols(gm: fx.GraphModule) -> set[Any]:
+    nodes = (node for module in modules(gm) for node in module.graph.nodes)
+    return {one for node in nodes for one in _torch.run_time_symbols(node.meta.get("example_value"))}
+
+
+def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
+    """Separate the values that decide the sizes of a Dynamo graph, which `depends_on_values`.
 
     Raises:
         NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
     """
-    nodes = [node for module in modules(gm) for node in module.graph.nodes]
-    symbols = {one for node in nodes for one in _torch.run_time_symbols(node.meta.get("example_value"))}
-    if not symbols:
-        return None
-    twin = copy_graph(gm)
+    symbols, twin = _symbols(gm), copy_graph(gm)
     binding = [
         node for module in modules(twin) for node in module.graph.nodes if _torch.binds(node, symbols)
     ]

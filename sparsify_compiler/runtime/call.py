@@ -198,6 +198,8 @@ class ModelCall:
         self.graphs: list[GraphPlan] = []
         self.analysed_again = False
         """Whether the model was analysed for the values of this call."""
+        self.as_one_graph = False
+        """Whether the model is compiled as one graph now, and by its parts if that fails."""
         self._attentions = 0
         self._by_order = False
         self._counts: Counter[str] = Counter()
