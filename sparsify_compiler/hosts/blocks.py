@@ -115,7 +115,7 @@ class WholeOrBlocks:
         try:
             return self._changes.compiled(module, one_graph=True)(module, args, kwargs)
         except NotKnownBefore as error:
-            why: str | None = f"its sizes are known only at run time: {error}"
+            why: str | None = f"its sizes are known only at run time: {str(error).partition(chr(10))[0]}"
         except Exception as error:
             why = _torch.why_not_one_graph(error)
             if why is None:

@@ -230,7 +230,7 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
     dim %= output.dim()  # ATen accepts an empty 1-D tensor
     tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
     each = [tracker.known(t) for t in tensors]
-    column = [known.labels[dim] if dim else _in_batch(known) for known in each]
+    column = [known.labels[dim] or (() if dim else _in_batch(known)) for known in each]
     for one, label in zip(tensors, column, strict=True):
         tracker.keep(one, single([label]))
     rest = [Known([*known.labels[:dim], *known.labels[dim + 1 :]], known.taken) for known in each]
@@ -240,11 +240,10 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
 
 
 def _in_batch(known: Known) -> Label:
-    """The label of the first dimension; where it has size 1, the one position of a batch that all tokens are from."""
-    label = known.labels[0]
+    """The one position of a batch that all tokens are from; empty if they are from several, or it is not known."""
     claims = {claim for run in known.fixed if run.of_batch for claim in run.claims if claim.of_batch}
-    if label or not claims or len({(one.base, one.stride, one.extent, one.offset) for one in claims}) > 1:
-        return label
+    if len({(one.base, one.stride, one.extent, one.offset) for one in claims}) != 1:
+        return ()
     first = min(claims, key=lambda one: (one.source.serial, one.dim))
     return (replace(first, also=frozenset(claims - {first})),)
 
@@ -281,6 +280,13 @@ def _named(labels: Sequence[Label]) -> list[Label]:
 def _stack(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
     each = [tracker.known(t) for t in tensors]
     labels = _side_by_side(each)
+    places = [_in_batch(known) for known in each]
+    along = cat(places)
+    if length(along) == len(tensors) > 1 and all(places) and isinstance(along[0], Atom):
+        for one, place in zip(tensors, places, strict=True):
+            tracker.keep(one, single([place]))
+        labels.insert(dim % output.dim(), along)
+        return labels
     alike = all(_without_features(known) == _without_features(each[0]) for known in each)
     labels.insert(dim % output.dim(), fresh(len(tensors), "opaque" if alike else "part"))
     return labels
