@@ -19,12 +19,12 @@ from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
-from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.plan import GraphPlan
-from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.by_values import ProgramsByValues
+from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import Inputs, PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.site import functions_of
 
@@ -84,13 +84,22 @@ def _sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig) -> RunTimeSizes
 
 
 def _by_values(
-    sizes: RunTimeSizes, gm: fx.GraphModule, options: Mapping[str, Any], config: SparsifyConfig, mode: str | None
+    sizes: RunTimeSizes,
+    gm: fx.GraphModule,
+    options: Mapping[str, Any],
+    config: SparsifyConfig,
+    mode: str | None,
 ) -> ProgramsByValues:
     """The programs of a graph whose sizes depend on values; each is compiled when its sizes occur."""
     inputs = find_inputs(gm)  # Dynamo knows the numbers of the call only now
 
-    def compile(given: Sequence[Any]) -> Program:
-        return _program(sizes.specialised(given), given, options, config, mode, inputs)
+    def compile(given: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            graph = sizes.specialised(given)
+        except NotKnownBefore as error:
+            warn_once(f"a graph whose sizes depend on values runs uncompiled and dense ({error})")
+            return sizes.as_it_was
+        return _program(graph, given, options, config, mode, inputs)
 
     return ProgramsByValues(sizes, compile)
 

@@ -26,8 +26,8 @@ from sparsify_compiler.passes.axis_tracker import AxisTracker
 from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
-from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.planning import decide, dense_steps
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
 from sparsify_compiler.runtime.call import Arguments
 from sparsify_compiler.runtime.program import Place

@@ -312,8 +312,8 @@ def _inputs(labels: Sequence[Label]) -> frozenset[Atom]:
 def _without(known: Known, runs: Iterable[Atom]) -> Known:
     """Knowledge without the positions from which a tensor was taken, as far as these runs claim them."""
     claims = {claim for run in runs for claim in run.claims}
-    taken, fixed = (frozenset(run for run in some if not run.claims <= claims) for some in (known.taken, known.fixed))
-    return replace(known, taken=taken, fixed=fixed)
+    taken = frozenset(run for run in known.taken if not run.claims <= claims)
+    return replace(known, taken=taken, fixed=known.fixed & taken)
 
 
 def _of_all(run: Atom, fixed: Sequence[set[Atom]], each: Sequence[Known]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.passes.fx import body_of, copy_graph, modules, value_of
+from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, value_of
 from sparsify_compiler.passes.writes import storages_of, written_in
 
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "exponential")
@@ -59,6 +59,11 @@ class RunTimeSizes:
         found = (inputs[place] for place in self.deciding)
         return tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
 
+    def as_it_was(self, *inputs: Any) -> Any:
+        """Run the original graph on `all_inputs`, uncompiled."""
+        places = sum(node.op == "placeholder" for node in self.origin.graph.nodes)
+        return self.origin.forward(*inputs[:places])
+
     def specialised(self, inputs: Sequence[Any]) -> fx.GraphModule:
         """The graph for inputs of these sizes, in which every size is a number.
 
@@ -77,7 +82,9 @@ class RunTimeSizes:
             with _torch.static_fakes() as fake, _torch.quiet_fakes():
                 _Recorder(gm).run(*(fake(one) if isinstance(one, Tensor) else one for one in inputs))
         except Exception as error:  # whatever an operator raises on fake tensors
-            raise NotKnownBefore(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+            raise NotKnownBefore(
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            ) from error
         finally:
             torch.set_grad_enabled(grad_enabled)
         for module in modules(gm):
@@ -103,15 +110,16 @@ def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
         NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
     """
     symbols, twin = _symbols(gm), copy_graph(gm)
-    binding = [
-        node for module in modules(twin) for node in module.graph.nodes if _torch.binds(node, symbols)
-    ]
-    for node in binding:
+    deciding: list[fx.Node] = []
+    for node in [node for module in modules(twin) for node in module.graph.nodes]:
+        if node.op == "placeholder" or not _torch.binds(node, symbols):
+            continue
         if node.graph is not twin.graph:
             raise NotKnownBefore(f"{_name(node)} is in the body of another operator")
-    deciding = [one for node in binding if node.op != "placeholder" for one in _deciding(node)]
+        deciding += _deciding(node)
     before = _ancestors(deciding)
     _check_same_before(gm, twin, before)
+    same = _first_of_same(twin, before)
     cuts = [
         node
         for node in twin.graph.nodes
@@ -120,14 +128,13 @@ def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
         and not _is_tuple(node)
         and any(user not in before for user in node.users)
     ]
-    places = {node: place for place, node in enumerate(dict.fromkeys(map(_Same(before), cuts)))}
+    places = {node: place for place, node in enumerate(dict.fromkeys(same[node] for node in cuts))}
     values = _graph_of(twin, list(places))
-    same = _Same(before)
-    _replace_by_inputs(twin, {node: places[same(node)] for node in cuts}, before)
+    _replace_by_inputs(twin, {node: places[same[node]] for node in cuts}, before)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     own = {place for place, node in enumerate(inputs) if _torch.is_model_tensor(node)}
-    places_of_all = range(len(inputs) + len(places))
-    return RunTimeSizes(twin, values, gm, tuple(place for place in places_of_all if place not in own))
+    deciding_places = (place for place in range(len(inputs) + len(places)) if place not in own)
+    return RunTimeSizes(twin, values, gm, tuple(deciding_places))
 
 
 def _name(node: fx.Node) -> str:
@@ -137,46 +144,71 @@ def _name(node: fx.Node) -> str:
 def _deciding(node: fx.Node) -> list[fx.Node]:
     """The nodes that decide the sizes of the result of a node.
 
-    An operator that takes elements of a tensor at the places of a mask is changed to take them at indices. Then only
-    the indices are computed before, and not the elements.
+    An operator that takes elements of a tensor at the places of a mask is changed to take them at indices. Then
+    only the indices are computed before, and not the elements.
     """
-    name, of = _name(node), node.args[0] if node.args else None
-    value = value_of(of)
-    if not isinstance(of, fx.Node) or not isinstance(value, Tensor):
-        return [node]
-    named = dict(zip(("input", "index", "dim"), node.args, strict=False)) | node.kwargs
-    if name in ("getitem", "__getitem__"):
-        index = named["index"]
-        parts = index if isinstance(index, (tuple, list)) else (index,)
-        taken = [_indices(node, one) if _is_mask(one) else None for one in parts]
-        if any(taken):
-            flat = [n for one, new in zip(parts, taken, strict=True) for n in ([one] if new is None else new[1:])]
-            node.update_arg(1, tuple(flat))
-        return [n for new in taken if new for n in new] or [node]
-    if name == "masked_select":
-        mask = named.get("mask", named.get("index"))
-        other = value_of(mask)
-        if not isinstance(mask, fx.Node) or not isinstance(other, Tensor):
-            return [node]
-        sizes = torch.broadcast_shapes(value.shape, other.shape)
-        if not sizes or not all(isinstance(size, int) for size in sizes):
-            return [node]
-        with node.graph.inserting_before(node):
-            of, mask = (node.graph.call_function(torch.broadcast_to, (one, tuple(sizes))) for one in (of, mask))
-        new = _indices(node, mask, len(sizes))
-        node.op, node.target, node.args, node.kwargs = "call_function", operator.getitem, (of, tuple(new[1:])), {}
-        return new
-    if name == "repeat_interleave":
-        repeats = named.get("repeats", named.get("index"))
-        times, dim = value_of(repeats), named.get("dim")
-        if not isinstance(dim, int) and value.dim() == 1:
-            dim = 0
-        if isinstance(times, Tensor) and isinstance(dim, int) and times.shape == value.shape[dim : dim + 1 or None]:
-            with node.graph.inserting_before(node):
-                indices = node.graph.call_function(torch.repeat_interleave, (repeats,))
-            node.op, node.target, node.args, node.kwargs = "call_function", torch.index_select, (of, dim, indices), {}
-            return [indices]
-    return [node]
+    change = _BY_INDICES.get(_name(node))
+    of = node.args[0] if node.args else None
+    known = isinstance(of, fx.Node) and isinstance(value_of(of), Tensor)
+    return (change(node) if change is not None and known else []) or [node]
+
+
+def _getitem(node: fx.Node) -> list[fx.Node]:
+    """x[:, mask] -> x[:, i], with i from nonzero(mask)."""
+    index = node.args[1]
+    parts = index if isinstance(index, (tuple, list)) else (index,)
+    deciding: list[fx.Node] = []
+    found: list[Any] = []
+    for one in parts:
+        new = _indices(node, one, len(recorded(one).shape)) if _is_mask(one) else []
+        deciding += new
+        found += new[1:] or [one]
+    if deciding:
+        node.update_arg(1, tuple(found))
+    return deciding
+
+
+def _masked_select(node: fx.Node) -> list[fx.Node]:
+    """masked_select(x, mask) -> x[i, j], with i and j from nonzero(mask)."""
+    of, mask = (*node.args, *node.kwargs.values())[:2]
+    if not isinstance(mask, fx.Node) or not _is_mask(mask):
+        return []
+    sizes = torch.broadcast_shapes(recorded(of).shape, recorded(mask).shape)
+    if not all(isinstance(size, int) for size in sizes):
+        return []
+    with node.graph.inserting_before(node):
+        x, where = (node.graph.call_function(torch.broadcast_to, (one, tuple(sizes))) for one in (of, mask))
+    new = _indices(node, where, len(sizes))
+    _become(node, operator.getitem, x, tuple(new[1:]))
+    return new
+
+
+def _repeat_interleave(node: fx.Node) -> list[fx.Node]:
+    """repeat_interleave(x, repeats, dim) -> index_select(x, dim, i), with i from repeats."""
+    named = dict(zip(("input", "repeats", "dim"), node.args, strict=False)) | node.kwargs
+    of, repeats, dim = named["input"], named.get("repeats"), named.get("dim")
+    x, times = recorded(of), value_of(repeats)
+    dim = 0 if dim is None and x.dim() == 1 else dim
+    if not isinstance(dim, int) or not isinstance(times, Tensor) or times.shape != (x.shape[dim],):
+        return []
+    with node.graph.inserting_before(node):
+        indices = node.graph.call_function(torch.repeat_interleave, (repeats,))
+    _become(node, torch.index_select, of, dim, indices)
+    return [indices]
+
+
+_BY_INDICES: dict[str, Callable[[fx.Node], list[fx.Node]]] = {
+    "getitem": _getitem,
+    "__getitem__": _getitem,
+    "masked_select": _masked_select,
+    "repeat_interleave": _repeat_interleave,
+}
+"""Operator -> the change of its node, which returns the nodes that decide its sizes; none if nothing changes."""
+
+
+def _become(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
+    """Let a node call a function instead."""
+    node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
 
 
 def _is_mask(one: object) -> bool:
@@ -184,14 +216,15 @@ def _is_mask(one: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8) and value.dim() > 0
 
 
-def _indices(place: fx.Node, mask: Any, dims: int | None = None) -> list[fx.Node]:
+def _indices(place: fx.Node, mask: Any, dims: int) -> list[fx.Node]:
     """New nodes before `place`: the indices of the elements of a mask as a tuple, and the tensors in it."""
     graph = place.graph
-    if dims is None:
-        dims = value_of(mask).dim()  # type: ignore[attr-defined]
     with graph.inserting_before(place):
-        both = graph.call_function(torch.nonzero, (mask,), {"as_tuple": True})
-        return [both, *(graph.call_function(operator.getitem, (both, dim)) for dim in range(dims))]
+        all_of_them = graph.call_function(torch.nonzero, (mask,), {"as_tuple": True})
+        return [
+            all_of_them,
+            *(graph.call_function(operator.getitem, (all_of_them, dim)) for dim in range(dims)),
+        ]
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -203,7 +236,9 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
         if node not in found:
             found.add(node)
             open_nodes += node.all_input_nodes
-    return found | {user for node in found if _is_tuple(node) for user in node.users if _name(user) == "getitem"}
+    return found | {
+        user for node in found if _is_tuple(node) for user in node.users if _name(user) == "getitem"
+    }
 
 
 def _is_tuple(node: fx.Node) -> bool:
@@ -222,25 +257,21 @@ def _check_same_before(gm: fx.GraphModule, twin: fx.GraphModule, before: set[fx.
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise NotKnownBefore(f"they depend on {_name(node)}")
     written = written_in(gm)
-    if written is None or any(written & storages_of(node) for node in before):
+    read = [storages_of(node) for node in before]
+    if written is None or any(one is None or written & one for one in read):
         raise NotKnownBefore("they depend on a tensor that the graph may write to")
 
 
-class _Same:
-    """Maps a node to the first one that computes the same from the same inputs."""
-
-    def __init__(self, nodes: set[fx.Node]) -> None:
-        self.first: dict[fx.Node, fx.Node] = {}
-        known: dict[str, fx.Node] = {}
-        graph = next(iter(nodes)).graph if nodes else fx.Graph()
-        for node in graph.nodes:
-            if node in nodes:
-                what = fx.node.map_arg((node.args, node.kwargs), lambda one: self.first.get(one, one))
-                text = node.name if node.op == "placeholder" else f"{node.op} {node.target} {what}"
-                self.first[node] = known.setdefault(text, node)
-
-    def __call__(self, node: fx.Node) -> fx.Node:
-        return self.first[node]
+def _first_of_same(gm: fx.GraphModule, nodes: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Node -> the first of those nodes that compute the same from the same inputs."""
+    found: dict[fx.Node, fx.Node] = {}
+    known: dict[str, fx.Node] = {}
+    for node in gm.graph.nodes:
+        if node in nodes:
+            arguments = fx.node.map_arg((node.args, node.kwargs), lambda one: found.get(one, one))
+            text = node.name if node.op == "placeholder" else f"{node.op} {node.target} {arguments}"
+            found[node] = known.setdefault(text, node)
+    return found
 
 
 def _graph_of(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
@@ -295,7 +326,8 @@ def _fold_numbers(graph: fx.Graph) -> None:
         elif node.op != "output" and type(value) in (int, bool, float):
             for user in list(node.users):
                 user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, user.kwargs), lambda one, node=node, value=value: value if one is node else one
+                    (user.args, user.kwargs),
+                    lambda one, node=node, value=value: value if one is node else one,
                 )
             if node.op != "placeholder":
                 graph.erase_node(node)

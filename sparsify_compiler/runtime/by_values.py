@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, Protocol
 
-from sparsify_compiler.runtime.program import Program
-
 _PROGRAMS = 32
 """The most programs of a graph. The one that was not used for the longest time is dropped."""
 
@@ -26,9 +24,9 @@ class ProgramsByValues:
     """A graph that has a program for each of its sizes. Dynamo calls it instead of the model's code."""
 
     sizes: Sizes
-    compile: Callable[[Sequence[Any]], Program]
+    compile: Callable[[Sequence[Any]], Callable[..., Any]]
     """Makes the program for inputs of these sizes."""
-    _programs: dict[Hashable, Program] = field(default_factory=dict)
+    _programs: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
     """The last used at the end."""
     _lock: Any = field(default_factory=RLock)
 

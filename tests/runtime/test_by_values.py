@@ -99,7 +99,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         rows = self.rows(self, text, mask)
         parts = self.norm(x).chunk(len(rows))
-        return x + torch.cat([self.attend(torch.cat([one, row], 1))[:, :VIDEO] for one, row in zip(parts, rows)])
+        return x + torch.cat(
+            [self.attend(torch.cat([one, row], 1))[:, :VIDEO] for one, row in zip(parts, rows, strict=True)]
+        )
 
 
 class Prompted(nn.Module):
@@ -115,7 +117,10 @@ class Prompted(nn.Module):
         self.eval()
 
     def forward(self, hidden_states: Tensor, text: Tensor, mask: Tensor, timestep: Tensor) -> Tensor:
-        x = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.time(timestep[:, None] / 1000)[:, None]
+        x = (
+            self.patch(hidden_states).flatten(2).transpose(1, 2)
+            + self.time(timestep[:, None] / 1000)[:, None]
+        )
         for block in self.blocks:
             x = block(x, text, mask)
         return self.out(x)
@@ -189,7 +194,11 @@ def test_a_graph_for_each_of_the_sizes(rows: Rows) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "why"),
-    [(by_a_parameter, "the parameter .*score"), (by_chance, "random numbers"), (after_a_write, "may write to")],
+    [
+        (by_a_parameter, "the parameter .*score"),
+        (by_chance, "random numbers"),
+        (after_a_write, "may write to"),
+    ],
 )
 def test_values_that_are_not_known_before(rows: Rows, why: str) -> None:
     gm, _ = graph_of(rows, (5, 3))
