@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.cost import form_text, work_of
@@ -191,6 +192,24 @@ def explain(
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
+            sizes = pipeline.sizes_by_values(gm, config)
+        except NotKnownBefore:
+            sizes = None
+        if sizes is None:
+            return uncompiled.in_graph()(recorded(gm))
+        known: dict[Hashable, Callable[..., Any]] = {}
+
+        def run(*args: Any) -> Any:
+            inputs = sizes.all_inputs(args)
+            key = sizes.key(inputs)
+            if key not in known:
+                known[key] = recorded(sizes.specialised(inputs))
+            return known[key](*inputs)
+
+        return uncompiled.in_graph()(run)
+
+    def recorded(gm: fx.GraphModule) -> Callable[..., Any]:
+        try:
             try:
                 leaves = may_leave(gm)
                 analysed = pipeline.analyse(gm, config, device=device, ends=leaves)
@@ -222,7 +241,7 @@ def explain(
             handover.leave(graph, inputs, outputs)
             return outputs
 
-        return uncompiled.in_graph()(run)
+        return run
 
     try:
         gradients = nullcontext() if getattr(model, "training", False) else torch.no_grad()

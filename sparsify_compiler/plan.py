@@ -305,6 +305,8 @@ class Analysis:
     """The plans of attentions outside every graph, which stay dense."""
     by_values: bool = False
     """Whether it depends on values of the arguments, such as the mask of a prompt, and not on shapes alone."""
+    captures_sizes: bool = False
+    """Whether attention is in graphs only if Dynamo captures sizes that depend on values."""
     failure: str = ""
     """Why the model could not be analysed; empty if it was."""
 
