@@ -26,6 +26,7 @@ from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.program import Inputs, PlannedGraph, Program, Sizes, Variant
+from sparsify_compiler.runtime.rates import in_best_form
 from sparsify_compiler.runtime.site import functions_of
 
 log = logging.getLogger(__name__)
@@ -137,8 +138,10 @@ def _program(
     sizes = _sizes(gm)
 
     def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
-        if ranks is not None:
-            analysed = pipeline.share(analysed, config, ranks, trains=trains)
+        if ranks is not None and config.parallel is not None:
+            form = "hcp" if trains else config.parallel.form  # with gradients, methods share heads
+            placed = in_best_form(graph_plan(analysed), ranks, form, measure=True)
+            analysed = pipeline.share(analysed, config, placed, trains=trains)
             log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)

@@ -39,8 +39,8 @@ class Parallel:
     form: str = "auto"
     """Ranks share the tokens in every form. `hcp`: they share the heads of every attention too. `scp`: each keeps
     its queries in attention, and gets the keys that these read. `hybrid`: heads inside of a host, queries across
-    hosts. `auto`: `hybrid` for a mesh of two dimensions, otherwise `hcp`; without a process group one process runs
-    the model."""
+    hosts. `auto`: `hybrid` for a mesh of two dimensions; otherwise `hcp`, or `scp` where it is predicted to take
+    less time. Without a process group one process runs the model."""
     mesh: Any = None
     """The `DeviceMesh` of the ranks; None takes the default process group. It has one dimension; for `hybrid` it
     has two, hosts and the ranks of a host."""

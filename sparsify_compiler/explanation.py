@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.backend import FOLLOWS, configure, reads_more_or_less
-from sparsify_compiler.config import FORMS, SparsifyConfig, split_options
+from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.parallel.group import ranks_of
@@ -24,8 +24,8 @@ from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
-from sparsify_compiler.runtime.cost import form_text, work_of
-from sparsify_compiler.runtime.rates import known_cluster
+from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, work_of
+from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
 
@@ -217,9 +217,11 @@ def explain(
                 number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
-                if ranks is not None:
-                    sharing.append(pipeline.share(analysed, config, ranks).meta["sharding"])
-                    forms.append(_form(graph_plan(analysed), config, ranks))
+                if ranks is not None and config.parallel is not None:
+                    asked, plan = config.parallel.form, plans[number]
+                    placed = in_best_form(plan, ranks, asked, measure=False)
+                    sharing.append(pipeline.share(analysed, config, placed).meta["sharding"])
+                    forms.append(_form(plan, asked, placed))
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -259,16 +261,19 @@ def explain(
     )
 
 
-def _form(plan: GraphPlan, config: SparsifyConfig, ranks: Ranks) -> str:
-    """The form in which ranks share a graph, and the reason."""
-    assert config.parallel is not None
-    asked = config.parallel.form
-    executable = FORMS[1:] if asked == "auto" else (asked,)
-    dtypes = {one.site.dtype for one in plan}
-    cluster = known_cluster(ranks, dtypes.pop()) if len(dtypes) == 1 else None
+def _form(plan: GraphPlan, asked: str, ranks: Ranks) -> str:
+    """The form in which ranks share a graph, and the reason.
+
+    Args:
+        asked: the form of the option `parallel`.
+    """
     if ranks.size == 1:
         return "one 1x1: there is one rank"
-    return form_text(work_of(plan), ranks.size, executable, cluster)
+    forms = OF_ONE_GROUP if asked == "auto" and ranks.form != "hybrid" else (ranks.form,)
+    of_sequence = 1 if ranks.sequence is None else ranks.sequence.size
+    dtypes = {one.site.dtype for one in plan}
+    cluster = known_cluster(ranks, dtypes.pop()) if len(dtypes) == 1 else None
+    return form_text(work_of(plan), Mesh(ranks.size // of_sequence, of_sequence), forms, cluster)
 
 
 def _device_type(device: str | None) -> str | None:

@@ -432,6 +432,10 @@ def meshes(size: int) -> Iterator[Mesh]:
             yield Mesh(size // sequence, sequence)
 
 
+OF_ONE_GROUP = ("hcp", "scp")
+"""The forms that need no more than one group of ranks."""
+
+
 class Choice(NamedTuple):
     """A form, with its mesh and the reason for it."""
 
@@ -473,21 +477,39 @@ def choose_form(work: Work, cluster: Cluster, size: int, executable: Collection[
     return Choice(first.mesh, text, (first, *others))
 
 
-def form_text(work: Work, size: int, executable: Sequence[str], cluster: Cluster | None) -> str:
-    """The form that `choose_form` takes, with its reason and numbers.
+def heads_suffice(work: Work, size: int) -> bool:
+    """Whether ranks that share heads send no more around attention, and compute no more, than ranks that share
+    queries."""
+    by_heads, by_queries = Mesh(size, 1), Mesh(1, size)
+
+    def most(mesh: Mesh) -> float:
+        loads = zip(*(attention_loads(one, mesh) for one in work.attentions), strict=True)
+        return max(map(sum, loads), default=0.0)
+
+    sends_more = sent_for_attention(work, by_heads) > sent_for_attention(work, by_queries)
+    return not sends_more and most(by_heads) <= most(by_queries) * 1.01  # tokens do not divide evenly
+
+
+def form_text(work: Work, mesh: Mesh, forms: Sequence[str], cluster: Cluster | None) -> str:
+    """The form of a mesh, with the reason for it and predicted numbers.
 
     Args:
+        mesh: the mesh on which ranks run the work.
+        forms: the forms among which they choose.
         cluster: None where no rates were measured; then bytes and loads are predicted, but no times.
     """
-    if cluster is not None:
-        return choose_form(work, cluster, size, executable).reason
-    if len(executable) > 1:
-        return f"{' or '.join(executable)}: chosen at the first call, by rates that ranks measure then"
-    mesh = next(mesh for mesh in meshes(size) if mesh.form in executable)
+    if len(forms) == 1:
+        why = "the form that the option names"
+    elif heads_suffice(work, mesh.size):
+        why = "no other form sends less or computes less"
+    elif cluster is None:
+        return f"{' or '.join(forms)}: chosen at the first call, by rates that ranks measure then"
+    else:
+        return choose_form(work, cluster, mesh.size, forms).reason
     loads = [sum(each) for each in zip(*(attention_loads(one, mesh) for one in work.attentions), strict=True)]
-    mean = sum(loads) / size
+    mean = sum(loads) / mesh.size
     return (
-        f"{mesh.form} {mesh}: no other form may run. Predicted: for attention a rank sends at most "
+        f"{mesh.form} {mesh}: {why}. Predicted: for attention a rank sends at most "
         f"{sent_for_attention(work, mesh) / 1e6:.3g} MB in a call, and computes at most "
         f"{max(loads) / mean if mean else 1.0:.3g} times the mean"
     )

@@ -26,8 +26,15 @@ from sparsify_compiler.methods.dsv import FittedDsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.parallel.exchange import exchange
-from sparsify_compiler.plan import AttentionPlan, Ranks, TokenLayout
-from sparsify_compiler.runtime.cost import Cluster, HeadCost
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
+from sparsify_compiler.runtime.cost import (
+    OF_ONE_GROUP,
+    Cluster,
+    HeadCost,
+    choose_form,
+    heads_suffice,
+    work_of,
+)
 from sparsify_compiler.runtime.site import GUARD_ROWS
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.timing import timed
@@ -201,6 +208,27 @@ def measured_cluster(
             latency=-slowest,
         )
     return _known[key]
+
+
+def in_best_form(plan: GraphPlan, ranks: Ranks, form: str, *, measure: bool) -> Ranks:
+    """The ranks of a graph, in the form that takes least time where the option leaves the form open.
+
+    Args:
+        plan: the plan of the graph in one process.
+        form: the form of the option `parallel`.
+        measure: whether the ranks of the group call this together, and may measure their rates. Otherwise ranks
+            that have not measured them share heads.
+    """
+    dtypes = {one.site.dtype for one in plan}
+    if form != "auto" or ranks.size == 1 or ranks.sequence is not None or len(dtypes) != 1:
+        return ranks
+    work, dtype = work_of(plan), dtypes.pop()
+    if heads_suffice(work, ranks.size):
+        return ranks
+    cluster = measured_cluster(ranks, dtype) if measure else known_cluster(ranks, dtype)
+    if cluster is None or choose_form(work, cluster, ranks.size, OF_ONE_GROUP).form == "hcp":
+        return ranks
+    return replace(ranks, sequence=ranks)
 
 
 def _neighbours(ranks: Ranks) -> int:

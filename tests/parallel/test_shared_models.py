@@ -146,11 +146,40 @@ def test_explain_and_stats_show_all_heads_on_every_rank(pool: Pool) -> None:
         assert "2 ranks share 18 tokens, and the heads of 1 attention calls" in text
         # Query, key and value of one of 2 heads of 16 channels, for 9 of 18 tokens; the result comes back.
         said = f"a rank sends at most {4 * 9 * 16 * 4 / 1e6:.3g} MB in a call, and computes at most 1 times"
-        assert f"Graph 0, form hcp 2x1: no other form may run. Predicted: for attention {said}" in " ".join(
-            text.split()
+        assert (
+            f"Graph 0, form hcp 2x1: the form that the option names. Predicted: for attention {said}"
+            in " ".join(text.split())
         )
         assert shared.numel() == 2
         assert torch.equal(shared, alone)
+
+
+def choosing(ranks: Ranks) -> tuple[str, str, float]:
+    """(the explanations before and after the first call, the error of its output) where a form is left open."""
+    torch._dynamo.reset()
+    model, inputs = attend()
+    options = {"method": "tile", "inner_backend": "eager", "provider": "reference"}
+    shared = {**options, "parallel": {**parallel(ranks), "form": "auto"}}
+    before = str(sparsify_compiler.explain(model, **inputs, options=shared))
+    with torch.no_grad():
+        wanted, found = (
+            torch.compile(attend()[0], backend="sparsify", options=one, dynamic=False)(**inputs)
+            for one in (options, shared)
+        )
+    after = str(sparsify_compiler.explain(model, **inputs, options=shared))
+    return " ".join(before.split()), " ".join(after.split()), float((found - wanted).norm() / wanted.norm())
+
+
+def test_ranks_that_do_not_divide_the_heads_measure_before_they_choose_a_form(pool: Pool) -> None:
+    found = pool.run(3, choosing)
+    for before, after, error in found:
+        assert (
+            "Graph 0, form hcp or scp: chosen at the first call, by rates that ranks measure then" in before
+        )
+        assert ", predicted, against " in after
+        assert ("(form 'scp')" in after) == ("Graph 0, form scp" in after)
+        assert error <= 1e-5
+    assert len({after for _, after, _ in found}) == 1
 
 
 def test_ranks_measure_one_cluster(pool: Pool) -> None:
