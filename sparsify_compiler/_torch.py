@@ -401,14 +401,27 @@ def compile_with(
             backward.
 
     When Dynamo has finished, a graph with symbols, or with operators whose bodies may have symbols, gets its own
-    environment for them.
+    environment for them. One thread compiles at a time: PyTorch keeps in globals what it traces.
     """
+    from torch._dynamo.convert_frame import compile_lock
+
+    with compile_lock:
+        return _compile_with(backend, gm, example_inputs, mode, offload)
+
+
+def _compile_with(
+    backend: str,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    offload: Callable[[fx.Graph], Iterable[fx.Node]] | None,
+) -> Callable[..., Any]:
     from torch._dynamo import lookup_backend
     from torch._guards import detect_fake_mode
 
     if detect_fake_mode(list(example_inputs)) is None and _has_symbols(gm):
         with _own_environment(gm, example_inputs) as fakes:
-            return compile_with(backend, gm, fakes, mode, offload=offload)
+            return _compile_with(backend, gm, fakes, mode, offload)
     if backend != "inductor":
         return lookup_backend(backend)(gm, list(example_inputs))
     from torch._functorch import config

@@ -87,14 +87,15 @@ def test_predicted_bytes_are_those_of_the_messages() -> None:
     torch.manual_seed(0)
     sent = [0.0] * 3
 
-    def noting(messages: Any, shapes: Any, ranks: Ranks, what: str) -> Any:
-        for each in messages:
-            for peer, tensor in enumerate(each):
-                sent[ranks.rank] += (peer != ranks.rank) * tensor.numel() * tensor.element_size()
-        return exchange(messages, shapes, ranks, what)
+    def noting(transfers: Any, ranks: Ranks, what: str) -> None:
+        for one in transfers:
+            for peer, views in enumerate(one.sends):
+                elements = sum(view.numel() for view in views)
+                sent[ranks.rank] += (peer != ranks.rank) * elements * one.dtype.itemsize
+        transfer(transfers, ranks, what)
 
-    exchange = ops.exchange
-    with patch.object(ops, "exchange", noting):
+    transfer = ops.transfer
+    with patch.object(ops, "transfer", noting):
         in_threads(Blocks(2).eval(), {"video": torch.randn(1, 2, 2, 3, 5)}, {"method": "dense"}, 3)
     work = count(*on_meta(blocks=2)).work
     predicted = predict(work, Mesh(3, 1), cluster_of(DESCRIBED))
