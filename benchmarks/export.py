@@ -1,16 +1,19 @@
-"""Exports: their errors by family, method and format, and the speed of ONNX attention in ONNX Runtime.
+"""Exports: their errors by family, method and format, and the speed of ONNX in ONNX Runtime.
 
-    python -m benchmarks.export --out benchmarks/results/export.json
+    python -m benchmarks.export --formats torch aoti --rounds 0 --out benchmarks/results/export.json
+    python -m benchmarks.export --formats onnx --out benchmarks/results/export-onnx.json
 
 Errors are those of `Exported.check`: the files next to PyTorch's sparse model, on random inputs, in fp32. Speed is
-CPU time of one attention, 2 heads of 64, interleaved, next to the fastest dense form: the contributed operator
-MultiHeadAttention. A file is checked before it is timed. The whole
-matrix takes an hour; results in the file that a run does not repeat stay, so it may run in parts.
+CPU time, interleaved: of one attention, 2 heads of 64, next to the fastest dense form, the contributed operator
+MultiHeadAttention; and of a whole Wan of 2 layers next to its dense file. A file is checked before it is timed. The
+whole matrix takes an hour. Each result is written at once, and results in the file that a run does not repeat stay;
+`--missing` runs the cases that the file lacks.
 """
 
 import argparse
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
@@ -25,30 +28,21 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.harness import write_json
+from benchmarks.model import Case
 from sparsify_compiler import SparsifyError, export, onnx_custom_ops
 from sparsify_compiler.testing.models import CASES, Grid
 
 FAMILIES = ("wan", "hunyuan_video", "cogvideox", "ltx", "allegro", "easyanimate")
 FORMATS = ("torch", "aoti", "onnx")
-FIXED = {"top_p": None, "min_gain": None, "min_kv_ratio": 0.3, "dense_steps": 0, "dense_layers": 0}
+BUDGET: dict[str, Any] = {"kv_budget": 0.3, "dense_steps": 0, "dense_layers": 0}
+CUBES = {"method": "cubes", "cube": (2, 2, 4), "query_cube": (2, 4, 4), **BUDGET}
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"method": "dense"},
     "tile": {"method": "tile", "reference_frames": 1},
     "sta": {"method": "sta", "tile": (1, 2, 2), "window": (3, 1, 1)},
-    "cubes, drop": {
-        "method": "cubes",
-        "cube": (2, 2, 4),
-        "query_cube": (2, 4, 4),
-        "far_field": "drop",
-        **FIXED,
-    },
-    "cubes, mean": {
-        "method": "cubes",
-        "cube": (2, 2, 4),
-        "query_cube": (2, 4, 4),
-        "far_field": "mean",
-        **FIXED,
-    },
+    "cubes, drop": {**CUBES, "far_field": "drop"},
+    "cubes, mean": {**CUBES, "far_field": "mean"},
+    "cubes, linear": {**CUBES, "far_field": "linear"},
     "svg2": {"method": "svg2", "q_clusters": 5, "kv_clusters": 9, "dense_layers": 0},
     "keys": {"method": "keys", "q_clusters": 6, "dense_layers": 0},
 }
@@ -56,11 +50,23 @@ SMALL: Grid = (4, 4, 5)
 
 HEADS, HEAD_DIM = 2, 64
 LARGE: Grid = (16, 16, 32)
+CUBES_FIFTH = {"method": "cubes", **BUDGET, "kv_budget": 0.2}
 SPEED: dict[str, dict[str, Any]] = {
     "tile": {"method": "tile", "reference_frames": 2},
-    "cubes, drop": {"method": "cubes", **FIXED, "min_kv_ratio": 0.2, "far_field": "drop"},
-    "cubes, mean": {"method": "cubes", **FIXED, "min_kv_ratio": 0.2, "far_field": "mean"},
+    "cubes, drop": {**CUBES_FIFTH, "far_field": "drop"},
+    "cubes, mean": {**CUBES_FIFTH, "far_field": "mean"},
+    "cubes, linear": {**CUBES_FIFTH, "far_field": "linear"},
 }
+WHOLE = Case(
+    family="wan",
+    grid=(12, 24, 32),
+    heads=4,
+    head_dim=64,
+    layers=2,
+    dtype=torch.float32,
+    reference_frames=2,
+)
+"""9,216 tokens."""
 
 
 def error(family: str, method: str, format: str) -> dict[str, Any]:
@@ -88,21 +94,22 @@ def error(family: str, method: str, format: str) -> dict[str, Any]:
 
 
 class Attention(nn.Module):
-    """Attention over a video. Its input holds queries, keys and values."""
+    """Attention over a video, with the inputs and the output of MultiHeadAttention: [B, S, heads * head dim]."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        q, k, v = hidden_states.flatten(2).unflatten(1, (3, HEADS, HEAD_DIM)).permute(1, 0, 2, 4, 3)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (one.unflatten(2, (HEADS, HEAD_DIM)).transpose(1, 2) for one in (query, key, value))
         return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def speed(rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of CPU time of each form, the median of the rounds, with its density and error."""
-    torch.manual_seed(0)
-    model = Attention().eval()
-    inputs = {"hidden_states": torch.randn(2, 3 * HEADS * HEAD_DIM, *LARGE)}
-    given = {"hidden_states": inputs["hidden_states"][:1].numpy()}
-    forms: dict[str, Callable[[], Any]] = {"dense, MultiHeadAttention": _dense()}
+    draw, tokens = torch.Generator().manual_seed(0), math.prod(LARGE)
+    names = ("query", "key", "value")
+    inputs = {name: torch.randn(2, tokens, HEADS * HEAD_DIM, generator=draw) for name in names}
+    given = {name: tensor[:1].numpy() for name, tensor in inputs.items()}
+    forms: dict[str, Callable[[], Any]] = {"dense, MultiHeadAttention": _dense(given)}
     facts: dict[str, dict[str, Any]] = {name: {"density": 1.0} for name in forms}
+    model = Attention().eval()
     with TemporaryDirectory() as folder:
         for opset in (20, 23):
             path = Path(folder, f"dense{opset}.onnx")
@@ -111,17 +118,46 @@ def speed(rounds: int) -> list[dict[str, Any]]:
             forms[name], facts[name] = _run(path, given, kernel=False), {"density": 1.0}
         for method, options in SPEED.items():
             path = Path(folder, f"{method.replace(', ', '_')}.onnx")
-            exported = export(model, inputs, path, format="onnx", options={**options, "grid": LARGE})
-            assert exported.plan.sparse
-            (found,) = exported.check(calls=1).errors.values()
-            assert found.relative < 1e-4, (method, found)
-            ratio = options.get("min_kv_ratio")
+            facts[method] = _checked(model, inputs, path, {**options, "grid": LARGE})
             for kernel in (False, True):
                 name = f"{method}, {'our kernel' if kernel else 'standard operators'}"
-                forms[name] = _run(path, given, kernel=kernel)
-                facts[name] = {"density": ratio or exported.plan.sparse[0].density, "error": found.relative}
-        seconds = _race(forms, rounds)
-    dense = seconds["dense, MultiHeadAttention"]
+                forms[name], facts[name] = _run(path, given, kernel=kernel), facts[method]
+        return _rows(_race(forms, rounds), facts)
+
+
+def whole(rounds: int) -> list[dict[str, Any]]:
+    """The same of a whole model, next to its dense file."""
+    model, inputs = WHOLE.build()
+    given = {name: value.numpy() for name, value in inputs.items() if isinstance(value, Tensor)}
+    methods = {"tile": WHOLE.options, "cubes, linear": SPEED["cubes, linear"]}
+    forms: dict[str, Callable[[], Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    with TemporaryDirectory() as folder:
+        for method, options in {"dense": {"method": "dense"}, **methods}.items():
+            path = Path(folder, f"{method.replace(', ', '_')}.onnx")
+            own = _checked(model, inputs, path, {**options, "dense_steps": 0, "dense_layers": 0})
+            for kernel in (False, True)[: 1 if method == "dense" else 2]:
+                how = "" if method == "dense" else f", {'our kernel' if kernel else 'standard operators'}"
+                forms[f"Wan, {method}{how}"] = _run(path, given, kernel=kernel)
+                facts[f"Wan, {method}{how}"] = own
+        return _rows(_race(forms, rounds), facts)
+
+
+def _checked(
+    model: nn.Module, inputs: Mapping[str, Any], path: Path, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Density and error of a new file. The file is wrong if its error is large."""
+    exported = export(model, inputs, path, format="onnx", options=options)
+    (found,) = exported.check(calls=1).errors.values()
+    assert found.relative < 1e-4, (options, found)
+    sparse = exported.plan.sparse
+    density = options.get("kv_budget") or (sparse[0].density if sparse else 1.0)
+    return {"density": density, "error": found.relative}
+
+
+def _rows(seconds: Mapping[str, float], facts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The forms by their times; the first is dense."""
+    dense = next(iter(seconds.values()))
     return [
         {
             "form": name,
@@ -134,13 +170,16 @@ def speed(rounds: int) -> list[dict[str, Any]]:
 
 
 def _race(forms: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of CPU time, the median of rounds in which all run in turns, after one round that does not count."""
+    """Seconds of CPU time, the median of rounds in which all run in turns.
+
+    Two rounds more do not count: in its second run ONNX Runtime takes the memory that its first run planned.
+    """
     found: dict[str, list[float]] = {name: [] for name in forms}
-    for number in range(rounds + 1):
+    for number in range(rounds + 2):
         for name, run in forms.items():
             start = time.process_time()
             run()
-            if number:
+            if number > 1:
                 found[name].append(time.process_time() - start)
     return {name: median(took) for name, took in found.items()}
 
@@ -162,22 +201,18 @@ def _run(path: Path, given: Mapping[str, np.ndarray], *, kernel: bool) -> Callab
     return lambda: session.run(None, dict(given))
 
 
-def _dense() -> Callable[[], Any]:
+def _dense(given: Mapping[str, np.ndarray]) -> Callable[[], Any]:
     """Dense attention as ONNX Runtime's own fused operator."""
     from onnx import TensorProto, helper
 
-    tokens = LARGE[0] * LARGE[1] * LARGE[2]
-    shape = [1, tokens, HEADS * HEAD_DIM]
-    names = ("query", "key", "value")
-    node = helper.make_node("MultiHeadAttention", names, ["out"], domain="com.microsoft", num_heads=HEADS)
-    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (*names, "out")]
+    node = helper.make_node("MultiHeadAttention", [*given], ["out"], domain="com.microsoft", num_heads=HEADS)
+    shape = next(iter(given.values())).shape
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in (*given, "out")]
     graph = helper.make_graph([node], "dense", infos[:3], infos[3:])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     session = _session(model.SerializeToString())
-    draw = np.random.default_rng(0)
-    given = {name: draw.standard_normal(shape, dtype=np.float32) for name in names}
-    return lambda: session.run(None, given)
+    return lambda: session.run(None, dict(given))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,24 +227,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of the measurement of speed; 0 for none"
     )
+    parser.add_argument("--missing", action="store_true", help="run only the cases that the file lacks")
+    parser.add_argument("--most", type=int, help="end after this number of cases")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    earlier = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"cases": [], "speed": []}
-    cases: list[dict[str, Any]] = []
-    for family in chosen.families:
-        for method in chosen.methods:
-            for format in chosen.formats:
-                cases.append(error(family, method, format))
-                print(cases[-1], flush=True)
-    rows = speed(chosen.rounds) if chosen.rounds else earlier["speed"]
-    for row in rows:
-        print(row, flush=True)
-    place = itemgetter("family", "method", "format")
-    merged = {place(case): case for case in (*earlier["cases"], *cases)}
-    everything = itertools.product(FAMILIES, METHODS, FORMATS)
-    cases = [merged[one] for one in everything if one in merged]
     about = {"grid of the speed": LARGE, "heads": HEADS, "head dim": HEAD_DIM}
-    write_json(chosen.out, cases, lines=True, speed=rows, **about)
+    earlier = json.loads(chosen.out.read_text()) if chosen.out.exists() else {"cases": [], "speed": []}
+    place = itemgetter("family", "method", "format")
+    found, rows = {place(case): case for case in earlier["cases"]}, earlier["speed"]
+
+    def write() -> None:
+        everything = itertools.product(FAMILIES, METHODS, FORMATS)
+        cases = [found[one] for one in everything if one in found]
+        write_json(chosen.out, cases, lines=True, speed=rows, **about)
+
+    asked = [
+        one
+        for one in itertools.product(chosen.families, chosen.methods, chosen.formats)
+        if not (chosen.missing and one in found)
+    ]
+    for one in asked[: chosen.most]:
+        found[one] = error(*one)
+        print(found[one], flush=True)
+        write()
+    if chosen.rounds:
+        rows = speed(chosen.rounds) + whole(chosen.rounds)
+        for row in rows:
+            print(row, flush=True)
+        write()
 
 
 if __name__ == "__main__":

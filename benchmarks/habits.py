@@ -17,7 +17,6 @@ import argparse
 import fnmatch
 import json
 import logging
-import math
 import sys
 import time
 import traceback
@@ -35,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 
 import sparsify_compiler
 from benchmarks.harness import write_json
-from sparsify_compiler.testing.models import CASES, GRID, TEXT
+from sparsify_compiler.testing.models import CASES, GRID
 
 OUT = Path("benchmarks/results/habits.json")
 EXACT: dict[str, Any] = {
@@ -50,8 +49,8 @@ TIMES = (950, 800, 600, 400)
 MODELS = ("wan", "hunyuan_video", "hunyuan_video_15", "mochi", "cogvideox_rope", "ltx")
 ALL_HABITS = ("wan", "hunyuan_video")
 """The models that every habit is tried on; the others get the habits of `_SHORT`."""
-DENSE = {"mochi": "outside every graph", "hunyuan_video_15": "its mask depends on the query"}
-"""Models whose video attention stays dense -> a part of the reason that the log must give."""
+DENSE: dict[str, str] = {}
+"""Models whose video attention stays dense -> a part of the reason that the log must give; none so far."""
 _NO_ROUNDING = 2e-5
 """The largest relative error of the outputs of a model in float32."""
 
@@ -448,8 +447,6 @@ def _set(habit: Habit, model: Any) -> None:
 def _measure(row: Row, habit: Habit, inner: str) -> None:
     model, twin, inputs = _twins(row.model, habit)
     tokens = {one.tokens for one in CASES[row.model].expect(GRID, habit.batch) if one.grid is not None}
-    if row.model == "hunyuan_video_15":  # the case expects its attention to be dense
-        tokens = {math.prod(GRID) + 2 * TEXT + inputs["image_embeds"].shape[1]}
     _set(habit, twin)
     options = {"regional": row.compiled == "regional", **EXACT, "inner_backend": inner}
     if row.order == "before":

@@ -27,7 +27,7 @@ Options of one method:
     tile             reference_frames
     sta              tile, window
     svg2             top_p, min_kv_ratio, min_gain, q_clusters, kv_clusters, kmeans_iters, seed
-    cubes            top_p, min_kv_ratio, min_gain, cube, query_cube
+    cubes            top_p, min_kv_ratio, min_gain, cube, query_cube, kv_budget
     keys             kv_budget, q_clusters, kmeans_iters, seed
     dsv              rank, mass, query_group, chosen_by, kv_budget, predictor
 """
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.exporting import export
     from sparsify_compiler.exporting.files import Exported
-    from sparsify_compiler.exporting.loaded import Loaded, load
+    from sparsify_compiler.exporting.loaded import Loaded, load, torch_custom_ops
     from sparsify_compiler.exporting.onnx import onnx_custom_ops
     from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
@@ -96,6 +96,7 @@ __all__ = [
     "onnx_custom_ops",
     "sample_few_steps",
     "stats",
+    "torch_custom_ops",
 ]
 
 
@@ -120,6 +121,7 @@ _LAZY = {
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",
     "stats": "measured",
+    "torch_custom_ops": "exporting.loaded",
 }
 
 

@@ -40,6 +40,19 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
     return through
 
 
+def custom_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """`torch.library.custom_op` for an op that changes no argument.
+
+    The op of this name in our C++ library (`kernels/cpu/csrc/torch_op.cpp`) gives way, where that is loaded.
+    """
+    namespace, _, op = name.partition("::")
+    ops = getattr(torch.ops, namespace)
+    if hasattr(ops, "give_way"):
+        ops.give_way(op)
+        vars(ops).pop(op, None)  # PyTorch keeps what it has found
+    return torch.library.custom_op(name, mutates_args=())
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 matrices.
 
@@ -88,6 +101,57 @@ def resized(value: Any, sizes: Mapping[Any, int]) -> Any:
     shape, strides = numbers[: value.dim()], numbers[value.dim() :]
     with torch._subclasses.fake_tensor.FakeTensorMode():
         return torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+
+
+def run_time_symbols(values: Any) -> set[Any]:
+    """The symbols of sizes and strides that are known only at run time, for tensors that Dynamo recorded."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and _is_symbolic(leaf)]
+    strided = [leaf for leaf in leaves if leaf.layout is torch.strided]
+    sizes = [*(leaf.shape for leaf in leaves), *(leaf.stride() for leaf in strided)]
+    return set(free_unbacked_symbols([size for some in sizes for size in some]))
+
+
+def binds(node: fx.Node, symbols: Iterable[Any]) -> bool:
+    """Whether a node of Dynamo's graph makes one of these symbols that are known only at run time."""
+    bindings = node.meta.get("unbacked_bindings") or {}
+    environments = (_environment(leaf) for leaf in tree_leaves(node.meta.get("example_value")))
+    known = next((one for one in environments if one is not None), None)
+    own = {free for one in bindings for free in (one if known is None else known.replace(one)).free_symbols}
+    return not own.isdisjoint(symbols)
+
+
+def _environment(value: Any) -> Any:
+    """The environment of the symbols of a value; None for a value without symbols."""
+    if isinstance(value, Tensor):
+        sizes = [size for size in value.shape if isinstance(size, torch.SymInt)]
+        return _environment(sizes[0]) if sizes else None
+    return value.node.shape_env if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else None
+
+
+def copy_sources(old: fx.GraphModule, new: fx.GraphModule, inputs: Iterable[tuple[fx.Node, fx.Node]]) -> None:
+    """Give a copy of Dynamo's graph what Dynamo says about the sources of its inputs, and about the break after it.
+
+    Args:
+        inputs: pairs of an old and a new input.
+    """
+    for one, other in inputs:
+        if (source := getattr(one, "_dynamo_source", None)) is not None:
+            other._dynamo_source = source  # type: ignore[attr-defined]
+    if (reason := getattr(old, "compile_subgraph_reason", None)) is not None:
+        new.compile_subgraph_reason = reason
+
+
+@contextmanager
+def static_fakes() -> Iterator[Callable[[Tensor], Tensor]]:
+    """A mode in which operators run on fake tensors; yields a function that makes them, without free sizes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode:
+        yield partial(mode.from_tensor, static_shapes=True)
 
 
 @contextmanager
@@ -233,14 +297,27 @@ def example_like(example_inputs: Sequence[Any], tensor: Tensor) -> Tensor:
 def keep_results(body: fx.GraphModule, ops: Sequence[torch._ops.OpOverload]) -> None:
     """Keep the results of `ops` where backward recomputes `body` (activation checkpointing).
 
-    Changes nothing if the model itself sets a policy for its checkpoints.
+    A policy that the model itself sets for its checkpoints decides about all other operators.
     """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in ops else CheckpointPolicy.PREFER_RECOMPUTE
+    def recompute(*_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
-    body.meta.setdefault("_checkpoint_context_fn", partial(create_selective_checkpoint_contexts, policy))
+    key = "_checkpoint_context_fn"
+    given = body.meta.get(key) or partial(create_selective_checkpoint_contexts, recompute)
+
+    def contexts() -> tuple[Any, ...]:
+        found: tuple[Any, ...] = given()
+        for one in found:
+            if hasattr(one, "policy_fn"):
+                one.policy_fn = partial(policy, one.policy_fn)
+        return found
+
+    def policy(others: Callable[..., Any], context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        return CheckpointPolicy.MUST_SAVE if op in ops else others(context, op, *args, **kwargs)
+
+    body.meta[key] = contexts
 
 
 class GraphBreak(NamedTuple):
@@ -506,45 +583,63 @@ def forget(compiled: Callable[..., Any]) -> None:
     reset_code(function.__code__)
 
 
-_settings = threading.Lock()
-_changed: list[Callable[[], None]] = []
-"""One function for each open `many_programs`; the first of them puts back the settings of the process."""
+class _Settings:
+    """Settings of Dynamo that hold during calls.
+
+    Several threads may be in such calls at once. Newer versions of PyTorch have settings for each context; in older
+    ones all threads share them, so the last thread to leave puts them back.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self._own = settings
+        self._lock = threading.Lock()
+        self._changed: list[Callable[[], None]] = []
+        """One function for each open call; the first of them puts back the settings of the process."""
+
+    @contextmanager
+    def during_call(self, **more: Any) -> Iterator[None]:
+        """Set them. `more`: further settings."""
+        from torch._dynamo import config
+
+        # `config.patch` would leave a context variable behind at every call.
+        settings: Any = config
+        change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(**self._own, **more)
+        if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
+            put_back = change()
+            try:
+                yield
+            finally:
+                put_back()
+            return
+        with self._lock:
+            self._changed.append(self._changed[0] if self._changed else change())
+        try:
+            yield
+        finally:
+            with self._lock:
+                put_back = self._changed.pop()
+                if not self._changed:
+                    put_back()
 
 
-@contextmanager
-def many_programs() -> Iterator[None]:
+_MANY_PROGRAMS = _Settings(allow_empty_graphs=True, skip_nnmodule_hook_guards=False)
+_RUN_TIME_SIZES = _Settings(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+
+
+def many_programs() -> AbstractContextManager[None]:
     """Let Dynamo make a program for each of many blocks, and also one that computes nothing.
 
     Otherwise a call in which a cache skips a block ends the compilation of all blocks. A hook that a script sets on
     a compiled module makes a new program too; Dynamo would ignore it.
-
-    Several threads may be in the block at once. Newer versions of PyTorch have settings for each context; in older
-    ones all threads share them, so the last thread to leave puts them back.
     """
     from torch._dynamo import config
 
-    limit = max(config.recompile_limit, 64)
-    # `config.patch` would leave a context variable behind at every call.
-    settings: Any = config
-    change: Callable[[], Callable[[], None]] = settings._make_closure_patcher(
-        allow_empty_graphs=True, recompile_limit=limit, skip_nnmodule_hook_guards=False
-    )
-    if isinstance(settings._config["recompile_limit"].user_override, ContextVar):
-        put_back = change()
-        try:
-            yield
-        finally:
-            put_back()
-        return
-    with _settings:
-        _changed.append(_changed[0] if _changed else change())
-    try:
-        yield
-    finally:
-        with _settings:
-            put_back = _changed.pop()
-            if not _changed:
-                put_back()
+    return _MANY_PROGRAMS.during_call(recompile_limit=max(config.recompile_limit, 64))
+
+
+def run_time_sizes(captured: bool = True) -> AbstractContextManager[None]:
+    """Let Dynamo capture operators whose results have sizes that depend on values, instead of ending a graph."""
+    return _RUN_TIME_SIZES.during_call() if captured else nullcontext()
 
 
 def never_compile(function: Callable[..., Any]) -> None:
@@ -639,6 +734,23 @@ def hooks_under_checkpointing() -> AbstractContextManager[Any]:
     from torch._dynamo import config
 
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+
+
+def parameters_in_calls(module: Module) -> list[Tensor]:
+    """The Parameters of a module, and those that its calls read instead where FSDP2 shards them.
+
+    All ranks call this together where FSDP2 shards.
+    """
+    found = list(module.parameters())
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                found += module.parameters()
+                part.reshard()
+    return list({id(one): one for one in found}.values())
 
 
 def process_group(name: str) -> Any:

@@ -21,9 +21,12 @@ from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.call import open_call
-from sparsify_compiler.runtime.program import PlannedGraph, Program, Sizes, Variant
+from sparsify_compiler.runtime.program import Inputs, PlannedGraph, Program, Sizes, Variant
+from sparsify_compiler.runtime.rates import in_best_form
 from sparsify_compiler.runtime.site import functions_of
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ def sparsify(
     *,
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
-) -> Program:
+) -> Program | ProgramsByValues:
     """Backend for torch.compile: makes attention block-sparse, and gives the rest unchanged to the inner backend.
 
     Args:
@@ -50,17 +53,17 @@ def sparsify(
     Raises:
         SparsifyError: options are wrong or do not fit the model. Dynamo does not wrap this error.
     """
+    given = dict(options or {})
     try:
         config = configure(options)
-        program = _program(gm, example_inputs, dict(options or {}), config, mode)
+        sizes = _sizes_by_values(gm, config)
+        program = (
+            _program(gm, example_inputs, given, config, mode)
+            if sizes is None
+            else _by_values(sizes, gm, given, config, mode)
+        )
     except SparsifyError as error:
         raise _torch.unwrapped(error) from None
-    if open_call() is None:  # the call of an applied model says more, and once for all its graphs
-        tell = partial(_tell, config=config, options=options or {}, end=_torch.graph_break(gm))
-        if program.handover is not None and program.handover.receives:
-            program.tell = partial(tell, after_a_break=True)
-        else:
-            tell(program.plan)
     if _torch.is_last_program():
         warn_once(
             "this is the last program that Dynamo compiles for this model: after it, other shapes run uncompiled "
@@ -69,13 +72,52 @@ def sparsify(
     return program
 
 
+def _sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig) -> RunTimeSizes | None:
+    """The sizes that depend on values, if attention needs them and they can be computed before the graph runs."""
+    call = open_call()
+    try:
+        return pipeline.sizes_by_values(gm, config, part=call is not None)
+    except NotKnownBefore as error:
+        if call is not None and call.as_one_graph:  # smaller graphs may show the sizes
+            raise
+        log.info("the sizes of a graph are known only at run time: %s", error)
+        return None
+
+
+def _by_values(
+    sizes: RunTimeSizes,
+    gm: fx.GraphModule,
+    options: Mapping[str, Any],
+    config: SparsifyConfig,
+    mode: str | None,
+) -> ProgramsByValues:
+    """The programs of a graph whose sizes depend on values; each is compiled when its sizes occur."""
+    inputs = find_inputs(gm)  # Dynamo knows the numbers of the call only now
+
+    def compile(given: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            graph = sizes.specialised(given)
+        except NotKnownBefore as error:
+            warn_once(f"a graph whose sizes depend on values runs uncompiled and dense ({error})")
+            return sizes.as_it_was
+        return _program(graph, given, options, config, mode, inputs)
+
+    return ProgramsByValues(sizes, compile)
+
+
 def _program(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Mapping[str, Any],
     config: SparsifyConfig,
     mode: str | None,
+    inputs: Inputs | None = None,
 ) -> Program:
+    """The program of a graph.
+
+    Args:
+        inputs: the inputs that distinguish calls, if they are known.
+    """
     ranks = ranks_of(config.parallel)
     if ranks is not None and mode in _CUDA_GRAPHS:
         raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
@@ -96,8 +138,10 @@ def _program(
     sizes = _sizes(gm)
 
     def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
-        if ranks is not None:
-            analysed = pipeline.share(analysed, config, ranks, trains=trains)
+        if ranks is not None and config.parallel is not None:
+            form = "hcp" if trains else config.parallel.form  # with gradients, methods share heads
+            placed = in_best_form(graph_plan(analysed), ranks, form, measure=True)
+            analysed = pipeline.share(analysed, config, placed, trains=trains)
             log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
         sparse = pipeline.rewrite(analysed, config, first)
@@ -129,7 +173,7 @@ def _program(
     _check_marked(marked)
     program = Program(
         options=options,
-        inputs=find_inputs(gm),
+        inputs=inputs or find_inputs(gm),
         own=own,
         ends_early=_torch.graph_break(gm) is not None,
         handover=Handover(analysed, config, receives, leaves) if receives or leaves else None,
@@ -143,6 +187,12 @@ def _program(
     if with_gradients or mode is not None or any(isinstance(value, torch.SymInt) for value in example_inputs):
         examples = (_torch.example_like(example_inputs, tensor) for tensor in own.extra.blank())
         own.prepare([*example_inputs, *examples])
+    if not in_a_model:  # the call of an applied model says more, and once for all its graphs
+        tell = partial(_tell, config=config, options=options, end=_torch.graph_break(gm))
+        if program.handover is not None and program.handover.receives:
+            program.tell = partial(tell, after_a_break=True)
+        else:
+            tell(program.plan)
     return program
 
 

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from sparsify_compiler import __version__, run
+from sparsify_compiler.clusters.command import plan_parallel
 from sparsify_compiler.errors import OptionError, run_command
 from sparsify_compiler.exporting.command import export
 from sparsify_compiler.outputs import check_file
@@ -21,6 +22,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure sparse attention on the evaluation model.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(export)
+app.command()(plan_parallel)
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,10 +28,8 @@ class SitePolicy(Protocol):
         """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
-FORMS = ("auto", "hcp")
+FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
-_LATER = ("scp", "hybrid")
-"""Forms that this version refuses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,10 +37,13 @@ class Parallel:
     """The way in which several ranks run one model."""
 
     form: str = "auto"
-    """`hcp`: ranks share the tokens, and the heads of every attention. `auto` is the same where a process group
-    exists, and leaves the model to one process where none does."""
+    """Ranks share the tokens in every form. `hcp`: they share the heads of every attention too. `scp`: each keeps
+    its queries in attention, and gets the keys that these read. `hybrid`: heads inside of a host, queries across
+    hosts. `auto`: `hybrid` for a mesh of two dimensions; otherwise `hcp`, or `scp` where it is predicted to take
+    less time. Without a process group one process runs the model."""
     mesh: Any = None
-    """The one-dimensional `DeviceMesh` of the ranks; None takes the default process group."""
+    """The `DeviceMesh` of the ranks; None takes the default process group. It has one dimension; for `hybrid` it
+    has two, hosts and the ranks of a host."""
     balance: Balance = "video"
     """When heads move between ranks, so that all have as much to compute: `video` plans once for each video, an
     integer n also after every n sparse steps, `off` leaves them where they are, evenly many on every rank."""
@@ -50,10 +51,6 @@ class Parallel:
     """Seconds after which ranks give up on one that does not take part."""
 
     def __post_init__(self) -> None:
-        if self.form in _LATER:
-            raise OptionError(
-                f"parallel's form {self.form!r} is not available yet: must be one of {', '.join(FORMS)}"
-            )
         if self.form not in FORMS:
             raise unknown_choice("form of parallel", self.form, FORMS)
         steps = integer(self.balance)
@@ -63,7 +60,13 @@ class Parallel:
             object.__setattr__(self, "balance", steps)
         elif self.balance not in ("video", "off"):
             raise unknown_choice("balance of parallel", self.balance, ("video", "off", "a number of steps"))
-        if self.mesh is not None and getattr(self.mesh, "ndim", None) != 1:
+        dims, hybrid = getattr(self.mesh, "ndim", None), self.form == "hybrid"
+        if hybrid and dims != 2:
+            raise OptionError(
+                "parallel's form 'hybrid' needs a DeviceMesh of two dimensions, hosts and the ranks of a host, "
+                f"got mesh={self.mesh!r}: torch.distributed.device_mesh.init_device_mesh makes one"
+            )
+        if self.mesh is not None and dims != 1 and not (dims == 2 and self.form in ("auto", "hybrid")):
             raise OptionError(
                 f"parallel's mesh must be a DeviceMesh of one dimension, got {self.mesh!r}: take one of its "
                 "dimensions by name, mesh['cp']"

@@ -1,6 +1,7 @@
 """A diffusers model and its inputs, on the meta device or from files, from the arguments of a command line."""
 
 import difflib
+import importlib
 import inspect
 import json
 import warnings
@@ -24,11 +25,12 @@ def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
     """Build a model in eval mode: without weights on the meta device, with random weights elsewhere.
 
     Args:
-        class_name: a class of diffusers, e.g. `WanTransformer3DModel`.
+        class_name: a class of diffusers, e.g. `WanTransformer3DModel`; or the path of another one, e.g.
+            `package.module.Class`, which gets the config as keyword arguments.
         config: a JSON object, or the path of a file with a JSON object.
 
     Raises:
-        SparsifyError: diffusers is missing, has no such model, or cannot make it from this config.
+        SparsifyError: diffusers is missing, there is no such model, or it cannot be made from this config.
     """
     kind = _model_class(class_name)
     settings = read_config(config)
@@ -36,7 +38,7 @@ def build(class_name: str, config: str, device: str = "meta") -> nn.Module:
     try:
         with torch.device(device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the error says more
-            return kind.from_config(settings).eval()
+            return (kind.from_config(settings) if hasattr(kind, "from_config") else kind(**settings)).eval()
     except Exception as error:
         raise OptionError(
             f"{class_name} cannot be made from the config: {_cause(error)}. "
@@ -105,8 +107,15 @@ def dtype_of(calls: Iterable[Mapping[str, Any]]) -> torch.dtype:
     return next(floating, torch.float32)
 
 
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with all weights in a data type, also those that diffusers keeps in fp32."""
+    return nn.Module.to(model, dtype)
+
+
 def _model_class(class_name: str) -> Any:
-    """The model class of diffusers with this name."""
+    """The model class of diffusers with this name, or the class with this path."""
+    if "." in class_name:
+        return _imported(class_name)
     try:
         import diffusers
     except ImportError as error:
@@ -133,6 +142,18 @@ def _model_class(class_name: str) -> Any:
             f"diffusers {diffusers.__version__} has no model class {class_name!r} with a config.{hint}"
         )
     return getattr(diffusers, class_name)
+
+
+def _imported(path: str) -> Any:
+    """The module class with a path such as `package.module.Class`."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # a module may raise anything when it is imported
+        raise OptionError(f"class {path!r} cannot be imported: {_cause(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise OptionError(f"{path!r} must be the path of a class of torch.nn.Module, got {found!r}")
+    return found
 
 
 def read_config(text: str) -> dict[str, Any]:

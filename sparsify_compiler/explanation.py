@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,8 +21,11 @@ from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.sharding import Sharding
-from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
+from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, work_of
+from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
 
@@ -53,6 +56,8 @@ class Explanation:
     """The reports of the passes for each graph; empty unless `verbose`."""
     sharing: tuple[Sharding, ...] = ()
     """The way in which ranks share each graph; empty for one process."""
+    forms: tuple[str, ...] = ()
+    """The form in which ranks share each graph, the reason for it and predicted numbers; empty for one process."""
 
     @property
     def plans(self) -> list[AttentionPlan]:
@@ -109,7 +114,10 @@ class Explanation:
             f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
             f"{most}{self.density:.1%} of the query-key pairs are computed."
         )
-        yield from (f"Graph {number}: {one}." for number, one in enumerate(self.sharing))
+        for number, one in enumerate(self.sharing):
+            yield f"Graph {number}: {one}."
+            if not one.reason:
+                yield f"Graph {number}, form {self.forms[number]}."
         yield from (f"Hint: {hint}" for hint in self.hints)
         for number, reports in enumerate(self.passes):
             yield from (f"Graph {number}, pass {one}." for one in reports)
@@ -177,12 +185,30 @@ def explain(
     plans: list[GraphPlan] = []
     passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
-    ranks, sharing = ranks_of(config.parallel), list[Sharding]()
+    ranks, sharing, forms = ranks_of(config.parallel), list[Sharding](), list[str]()
 
     model = _torch.uncompiled(model)
     uncompiled = Uncompiled(model)
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            sizes = pipeline.sizes_by_values(gm, config)
+        except NotKnownBefore:
+            sizes = None
+        if sizes is None:
+            return uncompiled.in_graph()(recorded(gm))
+        known: dict[Hashable, Callable[..., Any]] = {}
+
+        def run(*args: Any) -> Any:
+            inputs = sizes.all_inputs(args)
+            key = sizes.key(inputs)
+            if key not in known:
+                known[key] = recorded(sizes.specialised(inputs))
+            return known[key](*inputs)
+
+        return uncompiled.in_graph()(run)
+
+    def recorded(gm: fx.GraphModule) -> Callable[..., Any]:
         try:
             try:
                 leaves = may_leave(gm)
@@ -191,8 +217,11 @@ def explain(
                 number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
-                if ranks is not None:
-                    sharing.append(pipeline.share(analysed, config, ranks).meta["sharding"])
+                if ranks is not None and config.parallel is not None:
+                    asked, plan = config.parallel.form, plans[number]
+                    placed = in_best_form(plan, ranks, asked, measure=False)
+                    sharing.append(pipeline.share(analysed, config, placed).meta["sharding"])
+                    forms.append(_form(plan, asked, placed))
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -214,7 +243,7 @@ def explain(
             handover.leave(graph, inputs, outputs)
             return outputs
 
-        return uncompiled.in_graph()(run)
+        return run
 
     try:
         gradients = nullcontext() if getattr(model, "training", False) else torch.no_grad()
@@ -228,7 +257,23 @@ def explain(
         tuple(uncompiled.plans),
         tuple(passes) if verbose else (),
         tuple(sharing),
+        tuple(forms),
     )
+
+
+def _form(plan: GraphPlan, asked: str, ranks: Ranks) -> str:
+    """The form in which ranks share a graph, and the reason.
+
+    Args:
+        asked: the form of the option `parallel`.
+    """
+    if ranks.size == 1:
+        return "one 1x1: there is one rank"
+    forms = OF_ONE_GROUP if asked == "auto" and ranks.form != "hybrid" else (ranks.form,)
+    of_sequence = 1 if ranks.sequence is None else ranks.sequence.size
+    dtypes = {one.site.dtype for one in plan}
+    cluster = known_cluster(ranks, dtypes.pop()) if len(dtypes) == 1 else None
+    return form_text(work_of(plan), Mesh(ranks.size // of_sequence, of_sequence), forms, cluster)
 
 
 def _device_type(device: str | None) -> str | None:

@@ -6,7 +6,7 @@ Nothing here holds a tensor or a device: a plan can be hashed, compared, printed
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -109,6 +109,30 @@ class Ranks:
     """Name of the process group."""
     timeout: float = 60.0
     """Seconds after which an op gives up on a rank that does not take part."""
+    sequence: "Ranks | None" = None
+    """The ranks among which attention shares its queries, each for the keys that it reads; None where ranks share
+    heads alone."""
+    heads: "Ranks | None" = None
+    """With `sequence`: the neighbours that share heads inside of it; None where a rank has all heads."""
+
+    @property
+    def form(self) -> str:
+        """The form of the option `parallel`."""
+        return "hcp" if self.sequence is None else "scp" if self.heads is None else "hybrid"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedSequence:
+    """The ranks that share the queries of a site. The site then has the queries of one rank."""
+
+    ranks: Ranks
+    parts: tuple[int, ...]
+    """The parts of the whole sequence, see `parallel.shares.flat`."""
+    each: int = 1
+    """The number of neighbouring shares of tokens that one of these ranks has here."""
+    asks: bool = False
+    """Whether the site asks other ranks for keys itself. Then ranks share the work for queries of other tokens too:
+    each reads its own keys for them. Otherwise the graph fetches keys, and each rank has these queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +142,8 @@ class SharedHeads:
     ranks: Ranks
     heads: int
     """Query heads of all ranks."""
+    kv_heads: int
+    """Key heads of all ranks."""
     balance: Balance = "off"
     """When heads move between ranks, as in `config.Parallel`."""
     own_tables: bool = False
@@ -198,8 +224,17 @@ class AttentionPlan:
     """Share of the query-key token pairs that are computed; None where every call decides it."""
     sharing: SharedHeads | None = None
     """The ranks that share its heads; None where one process has all."""
+    sequence: SharedSequence | None = None
+    """The ranks that share its queries; None where one process has all."""
     reason: str
     """The reasons for the method, or for full attention, and for the provider."""
+
+    @property
+    def whole_site(self) -> AttentionSite:
+        """The site with the heads of all ranks."""
+        if self.sharing is None:
+            return self.site
+        return replace(self.site, heads=self.sharing.heads, kv_heads=self.sharing.kv_heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -270,6 +305,8 @@ class Analysis:
     """The plans of attentions outside every graph, which stay dense."""
     by_values: bool = False
     """Whether it depends on values of the arguments, such as the mask of a prompt, and not on shapes alone."""
+    captures_sizes: bool = False
+    """Whether attention is in graphs only if Dynamo captures sizes that depend on values."""
     failure: str = ""
     """Why the model could not be analysed; empty if it was."""
 

@@ -97,6 +97,13 @@ class BlockTable:
         read = torch.where(bounds.diff(dim=-1) > 0, self.kv_num_blocks, 0)
         return replace(self, q_bounds=bounds, q_order=order, kv_num_blocks=read)
 
+    def keys_read(self) -> Tensor:
+        """[B|1, H|1, Sk] bool: whether a query reads each key."""
+        block = self.block_of_token("kv")
+        read = self.block_mask() & (self.q_bounds.diff(dim=-1) > 0)[..., None]
+        lead = torch.broadcast_shapes(read.shape[:2], block.shape[:2])
+        return read.any(-2).expand(*lead, -1).gather(-1, block.expand(*lead, -1))
+
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""
         return self.of(*(t if t is None else t.to(device) for t in self.tensors().values()))
@@ -144,7 +151,7 @@ class BlockTable:
 
     def mask(self) -> Tensor:
         """[B|1, H|1, Sq, Sk] bool: the dense mask of this table. It is the oracle of every test."""
-        q_block, kv_block = self._block_of_token("q"), self._block_of_token("kv")
+        q_block, kv_block = self.block_of_token("q"), self.block_of_token("kv")
         blocks = self.block_mask()
         lead = torch.broadcast_shapes(blocks.shape[:2], q_block.shape[:2], kv_block.shape[:2])
         blocks = blocks.expand(*lead, -1, -1)
@@ -169,7 +176,7 @@ class BlockTable:
         kept = (listed * used).sum(-1)
         return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
 
-    def _block_of_token(self, side: str) -> Tensor:
+    def block_of_token(self, side: str) -> Tensor:
         """[B|1, H|1, S] int64: the block of each token."""
         bounds = getattr(self, f"{side}_bounds").long()
         order = getattr(self, f"{side}_order")

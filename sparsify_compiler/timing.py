@@ -10,13 +10,15 @@ import torch
 Result = TypeVar("Result")
 
 
-def timed(function: Callable[[], Result], device: str = "cpu") -> tuple[float, Result]:
+def timed(
+    function: Callable[[], Result], device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, Result]:
     """(seconds of one call, with all work that it starts on the device; the result of the call)."""
     _synchronise(device)
-    begin = time.perf_counter()
+    begin = clock()
     result = function()
     _synchronise(device)
-    return time.perf_counter() - begin, result
+    return clock() - begin, result
 
 
 def interleaved_medians(

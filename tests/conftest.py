@@ -4,6 +4,7 @@ One thread: most tests run many small operations, in each of which two threads w
 the machine is busy. Tests of kernels that divide work among threads ask for several.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -21,6 +22,13 @@ torch.set_num_threads(1)
 
 settings.register_profile("sparsify", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("sparsify")
+
+
+def pytest_collection_finish() -> None:
+    """Search for garbage less often: imported modules live to the end, and traced graphs live long."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -20,7 +20,7 @@ LAYERS = (
     {"cli"},
     {"lab"},
     {"__init__", "hosts", "run", "spawned"}
-    | {"doctor", "diffusers_model", "explanation", "training", "exporting"},
+    | {"doctor", "diffusers_model", "explanation", "training", "exporting", "clusters"},
     {"backend", "measured"},
     {"passes", "uncompiled"},
     {"runtime", "policy", "options"},

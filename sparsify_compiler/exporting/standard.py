@@ -4,7 +4,7 @@ A site is a selection, one node that attends under a table, and the far field:
 
     table      = constants, or chosen by the means of blocks
     out, lse   = sparsify::BlockSparseAttention(query, key, value, *table, key_bias)
-    out        = out, merged with a virtual key for each block that is not read (`mean`)
+    out        = out, merged with a virtual key for each block that is not read (`mean`, `linear`)
 
 The node has a body in standard operators (`RowsBody`, `CubesBody`), so a runtime needs nothing of ours. A library
 may run a kernel in its place: the table says all that it needs. All sizes are constants, except that of the batch.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.far_field import FAR_FIELDS
+from sparsify_compiler.kernels.far_field.virtual_keys import MOST_SECOND_ORDER
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.grid import cut
@@ -34,8 +34,14 @@ _LEAST = -1e30
 """A bias that hides a key."""
 _HIDDEN = -1e29
 
-FIXED = "'top_p': None, 'min_gain': None, 'min_kv_ratio': share"
-"""The options that give cubes a fixed number of blocks."""
+FIXED = "'kv_budget': share"
+"""The option that gives cubes a fixed number of blocks."""
+
+REFUSED = {
+    "svg2": "its k-means takes longer in standard operators than it saves",
+    "keys": "its clusters of queries have no constant sizes, and to choose keys takes longer than all of 'cubes'",
+}
+"""Methods that have no form, with the reason."""
 
 OPERATOR = "sparsify::BlockSparseAttention"
 
@@ -51,25 +57,15 @@ def check(plan: AttentionPlan) -> None:
             )
         return
     if not isinstance(method, Cubes):
-        clusters = plan.method in ("svg2", "keys")
-        slower = (
-            " its k-means takes longer in standard operators than it saves"
-            if clusters
-            else " its choice of single keys has no constant sizes"
-        )
+        why = REFUSED.get(plan.method, "its choice of single keys has no constant sizes")
         raise OptionError(
-            f"attention {name} has method {plan.method!r}, which ONNX does not have:{slower}. Take 'tile', 'sta', "
+            f"attention {name} has method {plan.method!r}, which ONNX does not have: {why}. Take 'tile', 'sta', "
             f"or 'cubes' with {{{FIXED}}}; or format='aoti', which has every method"
         )
     if method.top_p is not None or method.min_gain is not None:
         raise OptionError(
             f"attention {name} has method 'cubes' without a fixed number of blocks, and all sizes in ONNX are "
             f"fixed: give options={{'method': 'cubes', {FIXED}}}"
-        )
-    if plan.far_field not in ("drop", "mean"):
-        raise OptionError(
-            f"attention {name} has far_field={plan.far_field!r}, which ONNX does not have: take "
-            f"{' or '.join(repr(one) for one in FAR_FIELDS[:2])}"
         )
 
 
@@ -100,7 +96,7 @@ class Bodies:
             else Kind(one.dtype, tuple(size if isinstance(size, int) else None for size in one.shape))
             for one in inputs
         ]
-        key = plan.settings, plan.layout, plan.site.scale, tuple(kinds)
+        key = plan.settings, plan.layout, plan.site.scale, merges(plan), tuple(kinds)
         self.found.setdefault(key, (plan, kinds))
         return [*self.found].index(key)
 
@@ -122,26 +118,44 @@ class Attend(nn.Module):
         value: Tensor,
         table: Sequence[Tensor | None],
         key_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(out [B, H, S, Dv], lse [B, H, S] fp32)."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out [B, H, S, Dv], lse [B, H, S] fp32); lse is None if nothing is merged with the output."""
         inputs = [query, key, value, *table, key_bias]
         if self.bodies is None:
             return body_of(self.plan)(*inputs)
+        kinds = [(query.dtype, [*query.shape[:3], value.shape[3]]), (torch.float32, [*query.shape[:3]])]
+        kinds = kinds if merges(self.plan) else kinds[:1]
         outputs = torch.onnx.ops.symbolic_multi_out(
             OPERATOR,
             inputs,
             {"scale": self.plan.site.scale, "body": self.bodies.number(self.plan, inputs)},
-            dtypes=[query.dtype, torch.float32],
-            shapes=[[*query.shape[:3], value.shape[3]], query.shape[:3]],
+            dtypes=[dtype for dtype, _ in kinds],
+            shapes=[shape for _, shape in kinds],
             version=1,
         )
-        return outputs[0], outputs[1]
+        return outputs[0], outputs[1] if merges(self.plan) else None
+
+
+def merges(plan: AttentionPlan) -> bool:
+    """Whether a far field is merged with the output of the node, for which the node has a second output, lse."""
+    return plan.far_field != "drop"
 
 
 class Body(nn.Module):
     """The computation of a node in standard operators."""
 
-    scale: float
+    def __init__(self, scale: float, lse: bool) -> None:
+        """Args:
+        lse: whether to compute it: no runtime removes it from a function whose caller does not read it.
+        """
+        super().__init__()
+        self.scale, self.lse = scale, lse
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_attend`."""
+        return _attend(query, key, value, bias, self.scale, lse=self.lse)
 
     def forward(
         self,
@@ -155,8 +169,8 @@ class Body(nn.Module):
         q_order: Tensor | None,
         kv_order: Tensor | None,
         key_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), as `kernels.attention` returns them."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, lse), as `kernels.attention` returns them; lse is None unless it is computed."""
         raise NotImplementedError
 
 
@@ -166,8 +180,8 @@ class _Rows:
 
     queries: Tensor
     """[n, tokens] int64"""
-    keys: Tensor | None
-    """[n, tokens] int64; None for all keys in order."""
+    keys: Tensor
+    """[n, tokens] int64"""
 
 
 class RowsBody(Body):
@@ -179,11 +193,10 @@ class RowsBody(Body):
     places: Tensor
 
     def __init__(self, table: BlockTable, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
+        super().__init__(scale, lse=False)
         self._per_head = table.kv_indices.shape[1] > 1
         rows = _rows(table)
-        self._all_keys = [one.keys is None for one in rows]
+        self._groups = len(rows)
         for place, one in enumerate(rows):
             self.register_buffer(f"queries_{place}", one.queries, persistent=False)
             self.register_buffer(f"keys_{place}", one.keys, persistent=False)
@@ -192,7 +205,7 @@ class RowsBody(Body):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         key_bias, heads = rest[-1], query.shape[1]
         key, value = (_of_heads(tensor, heads) for tensor in (key, value))
         if self._per_head:
@@ -200,21 +213,15 @@ class RowsBody(Body):
             key_bias = (
                 key_bias if key_bias is None else key_bias.expand(-1, heads, -1).flatten(1).unsqueeze(1)
             )
-        outs, lses = [], []
-        for place, all_keys in enumerate(self._all_keys):
-            rows = _take(query, getattr(self, f"queries_{place}"))
-            keys = getattr(self, f"keys_{place}")
-            k, v = (t.unsqueeze(2) if all_keys else _take(t, keys) for t in (key, value))
-            bias = None
-            if key_bias is not None:
-                bias = (key_bias.unsqueeze(2) if all_keys else _take(key_bias, keys)).unsqueeze(3)
-            out, lse = _attend(rows, k, v, bias, self.scale)
+        outs = []
+        for place in range(self._groups):
+            rows, keys = _take(query, getattr(self, f"queries_{place}")), getattr(self, f"keys_{place}")
+            bias = None if key_bias is None else _take(key_bias, keys).unsqueeze(3)
+            # All keys are taken too: a copy is faster than the transpose that runtimes make of keys as they lie.
+            out, _ = self.attend(rows, _take(key, keys), _take(value, keys), bias)
             outs.append(out.flatten(2, 3))
-            lses.append(lse.flatten(2))
-        out, lse = (torch.cat(parts, 2).index_select(2, self.places) for parts in (outs, lses))
-        if self._per_head:
-            out, lse = (t.squeeze(1).unflatten(1, (heads, -1)) for t in (out, lse))
-        return out, lse
+        out = torch.cat(outs, 2).index_select(2, self.places)
+        return out.squeeze(1).unflatten(1, (heads, -1)) if self._per_head else out, None
 
 
 def _rows(table: BlockTable) -> list[_Rows]:
@@ -239,11 +246,7 @@ def _rows(table: BlockTable) -> list[_Rows]:
                 group = found.setdefault((len(asks), len(read)), ([], []))
                 group[0].append(asks)
                 group[1].append(read)
-    every = torch.arange(tokens)
-    return [
-        _Rows(torch.stack(asks), None if heads == 1 and read[0].equal(every) else torch.stack(read))
-        for asks, read in found.values()
-    ]
+    return [_Rows(torch.stack(asks), torch.stack(read)) for asks, read in found.values()]
 
 
 def _members(order: Tensor | None, bounds: Tensor, head: int) -> list[Tensor]:
@@ -253,7 +256,7 @@ def _members(order: Tensor | None, bounds: Tensor, head: int) -> list[Tensor]:
     return [tokens[first:last] for first, last in pairwise(own)]
 
 
-def body_of(plan: AttentionPlan) -> "Body":
+def body_of(plan: AttentionPlan) -> Body:
     """The body of the node of a site."""
     method = plan.settings
     if isinstance(method, StaticMethod):
@@ -275,6 +278,8 @@ class CubeBlocks(nn.Module):
     kv_order: Tensor
     q_bounds: Tensor
     kv_bounds: Tensor
+    places: Tensor
+    """The place of each token of the video among those of all blocks of queries."""
 
     def __init__(self, plan: AttentionPlan) -> None:
         super().__init__()
@@ -293,6 +298,10 @@ class CubeBlocks(nn.Module):
             around = Blocks(blocks.order, blocks.bounds).among(layout, plan.site.heads)
             self.register_buffer(f"{side}_order", around.order, persistent=False)
             self.register_buffer(f"{side}_bounds", around.bounds, persistent=False)
+        places, full = torch.zeros(layout.tokens, dtype=torch.long), self.q_real.flatten()
+        places[self.q_tokens.flatten()[full]] = full.nonzero()[:, 0]
+        last = layout.tokens - layout.after
+        self.register_buffer("places", places[layout.before : last], persistent=False)
         self.read = floor_blocks(method.min_kv_ratio, len(self.kv_tokens))
         """K"""
         self.others = int(layout.before > 0) + int(layout.after > 0)
@@ -300,20 +309,9 @@ class CubeBlocks(nn.Module):
         self.is_cut = not bool(self.kv_real.all())
         """Whether a block of keys is filled up."""
 
-    def means(self, tensor: Tensor, side: str, weights: Tensor | None = None) -> Tensor:
-        """[B, H, N, D] fp32 means of the tokens of each block, weighted by [B|1, H|1, N, tokens] if given."""
-        real = getattr(self, f"{side}_real").float()
-        weights = real if weights is None else weights
-        rows = _take(tensor, getattr(self, f"{side}_tokens")).float()
-        sums = (weights.unsqueeze(-2) @ rows).squeeze(-2)
-        return sums / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-
-    def weights(self, key_bias: Tensor) -> tuple[Tensor, Tensor]:
-        """exp(bias - b) of each key, 0 for those that fill up; and b [B|1, H|1, N, 1], the largest of a block."""
-        bias = _take(key_bias.float().clamp(min=_LEAST), self.kv_tokens)
-        bias = torch.where(self.kv_real, bias, _LEAST)
-        top = bias.amax(-1, keepdim=True)
-        return torch.where(bias > _HIDDEN, (bias - top).exp(), 0.0), top
+    def in_sequence(self, rows: Tensor) -> Tensor:
+        """[B, H, V, ...], the tokens of the video, from [B, H, Nq, tokens, ...]."""
+        return rows.flatten(2, 3).index_select(2, self.places)
 
 
 class CubesBody(Body):
@@ -322,24 +320,18 @@ class CubesBody(Body):
 
     others: Tensor
     """The tokens that are none of the video's."""
-    places: Tensor
-    """The place of each token of the video among those of all blocks."""
 
     def __init__(self, plan: AttentionPlan) -> None:
-        super().__init__()
-        self.scale, self.blocks, layout = plan.site.scale, CubeBlocks(plan), plan.layout
+        super().__init__(plan.site.scale, merges(plan))
+        self.blocks, layout = CubeBlocks(plan), plan.layout
         tokens = torch.arange(layout.tokens)
         last = layout.tokens - layout.after
         self.before = layout.before
         self.register_buffer("others", torch.cat([tokens[: layout.before], tokens[last:]]), persistent=False)
-        real = self.blocks.q_real.flatten()
-        places = torch.zeros(layout.tokens, dtype=torch.long)
-        places[self.blocks.q_tokens.flatten()[real]] = real.nonzero()[:, 0]
-        self.register_buffer("places", places[layout.before : last], persistent=False)
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         blocks, key_bias, indices = self.blocks, rest[-1], rest[3]
         assert indices is not None
         key, value = (_of_heads(tensor, query.shape[1]) for tensor in (key, value))
@@ -349,15 +341,15 @@ class CubesBody(Body):
         if not len(self.others):
             return out, lse
         bias = None if key_bias is None else key_bias.unsqueeze(2)
-        more, more_lse = _attend(query.index_select(2, self.others), key, value, bias, self.scale)
-        return (
-            torch.cat([more[:, :, : self.before], out, more[:, :, self.before :]], 2),
-            torch.cat([more_lse[:, :, : self.before], lse, more_lse[:, :, self.before :]], 2),
-        )
+        more, more_lse = self.attend(query.index_select(2, self.others), key, value, bias)
+        out = torch.cat([more[:, :, : self.before], out, more[:, :, self.before :]], 2)
+        if lse is None or more_lse is None:
+            return out, None
+        return out, torch.cat([more_lse[:, :, : self.before], lse, more_lse[:, :, self.before :]], 2)
 
     def _video(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, chosen: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """(out, lse) of the video's queries. `chosen`: [B, H, Nq, K] int64, the blocks of keys that they read."""
         blocks = self.blocks
         batch, heads, rows, _ = chosen.shape
@@ -384,11 +376,8 @@ class CubesBody(Body):
             if len(self.others):
                 of_others = of_key.index_select(2, self.others).expand(batch, heads, -1)
                 bias = torch.cat([of_others[:, :, None, None].expand(-1, -1, rows, -1, -1), bias], 4)
-        out, lse = _attend(_take(query, blocks.q_tokens), gathered(key), gathered(value), bias, self.scale)
-        return (
-            out.flatten(2, 3).index_select(2, self.places),
-            lse.flatten(2).index_select(2, self.places),
-        )
+        out, lse = self.attend(_take(query, blocks.q_tokens), gathered(key), gathered(value), bias)
+        return blocks.in_sequence(out), None if lse is None else blocks.in_sequence(lse)
 
 
 class StaticSite(nn.Module):
@@ -406,67 +395,145 @@ class StaticSite(nn.Module):
         return _laid_out(self.attend(query, key, value, table, key_bias)[0])
 
 
+class Statistics(NamedTuple):
+    """Statistics of N blocks of keys in fp32, as `kernels.statistics` has them."""
+
+    log_weight: Tensor
+    """[B|1, G|1, N]; a large negative number for blocks without visible keys."""
+    key_mean: Tensor
+    """[B, G, N, D]; values have Dv."""
+    value_mean: Tensor
+    key_variance: Tensor
+    """[B, G, N, D]; empty without the linear far field, as the rest."""
+    value_variance: Tensor
+    covariance: Tensor
+    """[B, G, N, D * Dv]"""
+
+
 class CubesSite(nn.Module):
     """A site of method `cubes` with a fixed number of blocks."""
 
     sample: Tensor
-    """The tokens that are computed exactly, to decide whether the far field is used."""
-    row_of_token: Tensor
-    """The block of queries of each token."""
+    """The tokens of the video that are computed exactly, to decide whether the far field is used."""
+    sample_places: Tensor
+    """Their places among those of all blocks of queries."""
     other_columns: Tensor
     """The blocks of tokens that are none of the video's."""
+    sizes: Tensor
+    """The number of keys of each block that `_columns` has, fp32."""
 
     def __init__(self, attend: Attend, plan: AttentionPlan) -> None:
         super().__init__()
-        self.attend, self.blocks = attend, CubeBlocks(plan)
+        self.attend, self.blocks, layout = attend, CubeBlocks(plan), plan.layout
+        assert isinstance(plan.settings, Cubes)
         self.scale, self.far_field = plan.site.scale, plan.far_field
-        rows = min(GUARD_ROWS, plan.layout.tokens)
-        positions = (torch.arange(rows) * 2 + 1) * plan.layout.tokens // (2 * rows)
-        self.register_buffer("sample", self.blocks.q_order[0, 0, positions].long(), persistent=False)
-        block = (
-            torch.searchsorted(self.blocks.q_bounds[0, 0], torch.arange(plan.layout.tokens), right=True) - 1
-        )
-        first = int(plan.layout.before > 0)
-        of_token = torch.zeros(plan.layout.tokens, dtype=torch.long)
-        of_token[self.blocks.q_order[0, 0].long()] = (block - first).clamp(0, len(self.blocks.q_tokens) - 1)
-        self.register_buffer("row_of_token", of_token, persistent=False)
-        last = len(self.blocks.kv_tokens) + self.blocks.others - 1
-        columns = torch.tensor([0] * first + [last] * int(plan.layout.after > 0), dtype=torch.int64)
+        self.by_gain = plan.settings.reads_by_gain(plan.far_field)
+        rows, tokens = min(GUARD_ROWS, layout.tokens), layout.tokens
+        positions = (torch.arange(rows) * 2 + 1) * tokens // (2 * rows)
+        sample = self.blocks.q_order[0, 0, positions].long() - layout.before
+        sample = sample[
+            (sample >= 0) & (sample < layout.video_tokens)
+        ]  # no far field changes the other tokens
+        self.register_buffer("sample", sample + layout.before, persistent=False)
+        self.register_buffer("sample_places", self.blocks.places[sample], persistent=False)
+        first, last = int(layout.before > 0), len(self.blocks.kv_tokens) + self.blocks.others - 1
+        columns = torch.tensor([0] * first + [last] * int(layout.after > 0), dtype=torch.int64)
         self.register_buffer("other_columns", columns, persistent=False)
+        runs = [torch.arange(layout.before), torch.arange(tokens - layout.after, tokens)]
+        self._other_runs = [run for run in runs if len(run)]
+        sizes = self.blocks.kv_bounds[0, 0].diff().float()
+        self.register_buffer("sizes", sizes, persistent=False)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None) -> Tensor:
-        heads = query.shape[1]
-        scores, chosen = self._choose(query, key, key_bias)
+        rows, heads = _take(query, self.blocks.q_tokens), query.shape[1]
+        if self.far_field == "drop":
+            chosen = self._by_mass(rows, key, key_bias)
+            return _laid_out(self.attend(query, key, value, self._table(chosen), key_bias)[0])
+        found = self._statistics(key, value, key_bias, self.blocks.kv_tokens, self.blocks.kv_real)
+        found = Statistics(*(_of_heads(one, heads) for one in found))
+        bias = found.log_weight
+        if self.far_field == "linear":
+            mean_of_all = query.float().square().mean(2, keepdim=True)
+            bias = bias + self._second_order(mean_of_all, found)
+            scores = self._scores(rows, found, bias)
+        if self.by_gain:
+            chosen = self._by_gain(rows, found, scores, mean_of_all, key, value, key_bias)
+        else:
+            chosen = self._by_mass(rows, key, key_bias)
         out, lse = self.attend(query, key, value, self._table(chosen), key_bias)
-        if self.far_field == "mean":
-            far = self._far(query, key, value, key_bias, torch.zeros_like(scores).scatter(-1, chosen, 1.0))
-            merged = self._merge(query, out, lse, *far)
-            exact, _ = _attend(
-                query.index_select(2, self.sample),
-                _of_heads(key, heads),
-                _of_heads(value, heads),
-                None if key_bias is None else key_bias.unsqueeze(2),
-                self.scale,
-            )
-            with_far, without = (
-                (one.index_select(2, self.sample).float() - exact.float()).square().sum((2, 3), keepdim=True)
-                for one in (merged, out)
-            )
-            out = torch.where(with_far <= without, merged, out)
-        return _laid_out(out)
+        assert lse is not None
+        near = out, lse
 
-    def _choose(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(scores [B, H, Nq, Nk], the K largest as [B, H, Nq, K] int64)."""
-        blocks, heads = self.blocks, query.shape[1]
-        means = blocks.means(query, "q"), _of_heads(blocks.means(key, "kv"), heads)
+        bias = bias.unsqueeze(2).expand(*chosen.shape[:2], chosen.shape[2], -1)
+        bias = bias.scatter(-1, chosen, _LEAST)
+        scaled = rows * self.scale
+        key_mean, value_mean = (one.to(query.dtype) for one in (found.key_mean, found.value_mean))
+        far, far_lse = self._far(scaled, key_mean, value_mean, bias)
+        term = None
+        if self.far_field == "linear":
+            shares = scores.scatter(-1, chosen, _LEAST).softmax(-1)
+            narrow = (shares.to(query.dtype), _narrow(found.covariance, query.dtype))
+            matrices = (narrow[0] @ narrow[1]).unflatten(-1, (query.shape[3], -1))
+            tiny = torch.finfo(torch.float32).tiny
+            limits = (shares @ found.value_variance).clamp(min=tiny).sqrt().unsqueeze(3)
+            term = torch.minimum(torch.maximum((scaled @ matrices).float(), -limits), limits)
+        return _laid_out(self._merged(query, key, value, key_bias, near, far, far_lse, term))
+
+    def _by_mass(self, rows: Tensor, key: Tensor, key_bias: Tensor | None) -> Tensor:
+        """[B, H, Nq, K] int64, the blocks with the largest mass, as `BlockMethod` defines it."""
+        blocks = self.blocks
+        means = _mean(_take(key, blocks.kv_tokens), blocks.kv_real)
         counts = blocks.kv_real.sum(-1).float()
         if key_bias is not None:
             layout = blocks.layout
             video = key_bias[..., layout.before : layout.tokens - layout.after].float().clamp(min=_LEAST)
             whole = pad((video - video.amax(-1, keepdim=True)).exp(), (layout.before, layout.after))
             counts = (_take(whole, blocks.kv_tokens) * blocks.kv_real).sum(-1).round().unsqueeze(2)
-        scores = self.scale * (means[0] @ means[1].transpose(2, 3)) + counts.log()
-        return scores, scores.topk(blocks.read, -1, sorted=False).indices
+        products = _mean(rows, blocks.q_real) @ _of_heads(means, rows.shape[1]).transpose(2, 3)
+        # Equal counts add nothing, so they round nothing either.
+        return (
+            (self.scale * products + (counts / counts.amax(-1, keepdim=True)).log())
+            .topk(blocks.read, -1, sorted=False)
+            .indices
+        )
+
+    def _by_gain(
+        self,
+        rows: Tensor,
+        found: Statistics,
+        scores: Tensor,
+        mean_of_all: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+    ) -> Tensor:
+        """[B, H, Nq, K] int64, the blocks with the largest gain, as `kernels.far_field.virtual_keys.gains`.
+
+        The power of the output, by which gains are divided, is the same for all blocks of a row.
+        """
+        heads, layout = rows.shape[1], self.blocks.layout
+        parts, every = [found], [scores]
+        for run in self._other_runs:
+            one = self._statistics(
+                key, value, key_bias, run[None], torch.ones_like(run[None], dtype=torch.bool)
+            )
+            other = Statistics(*(_of_heads(tensor, heads) for tensor in one))
+            place = 0 if layout.before and run[0] == 0 else len(parts)
+            parts.insert(place, other)
+            bias = other.log_weight + self._second_order(mean_of_all, other)
+            every.insert(place, self._scores(rows, other, bias))
+        _, _, value_mean, key_variance, value_variance, _ = (
+            torch.cat(tensors, 2) for tensors in zip(*(one for one in parts), strict=True)
+        )
+        shares = torch.cat(every, 3).softmax(-1)
+        spread = _mean(rows.float().square(), self.blocks.q_real) @ key_variance.transpose(2, 3)
+        out = shares @ value_mean
+        of_values = (value_mean.square() + value_variance).sum(-1).unsqueeze(2)
+        apart = out.square().sum(-1, keepdim=True) - 2 * (out @ value_mean.transpose(2, 3)) + of_values
+        gain = (shares * spread * self.scale**2).square() * apart.clamp(min=0) / self.sizes
+        first = int(layout.before > 0)
+        gain = gain[..., first : first + len(self.blocks.kv_tokens)]
+        return gain.topk(self.blocks.read, -1, sorted=False).indices
 
     def _table(self, chosen: Tensor) -> list[Tensor | None]:
         """The tensors of the table, in the order of the op's arguments."""
@@ -483,42 +550,132 @@ class CubesSite(nn.Module):
             counts = pad(counts, (before, after), value=columns)
         return [blocks.q_bounds, blocks.kv_bounds, counts, rows.int(), blocks.q_order, blocks.kv_order]
 
-    def _far(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, listed: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(keys [B, H, N, D], values [B, H, N, Dv], biases [B, H, Nq, N]) of the virtual keys."""
-        blocks, heads = self.blocks, query.shape[1]
-        weights, log_weight = None, blocks.kv_real.sum(-1).float().log()
-        if key_bias is not None:
-            weights, top = blocks.weights(key_bias)
-            total = weights.sum(-1)
-            log_weight = torch.where(total > 0, total.log() + top.squeeze(-1), _LEAST).unsqueeze(2)
-        means = (_of_heads(blocks.means(one, "kv", weights), heads).to(query.dtype) for one in (key, value))
-        return *means, torch.where(listed > 0, _LEAST, log_weight)  # type: ignore[return-value]
+    def _statistics(
+        self, key: Tensor, value: Tensor, key_bias: Tensor | None, tokens: Tensor, real: Tensor
+    ) -> Statistics:
+        """Statistics of blocks of keys.
 
-    def _merge(
-        self, query: Tensor, out: Tensor, lse: Tensor, far_key: Tensor, far_value: Tensor, far_bias: Tensor
+        Args:
+            tokens: [N, n] int64, the keys of each block, filled up to one number.
+            real: [N, n] bool, whether it is a key of the block.
+        """
+        weights, log_weight = real.float(), real.sum(-1).float().log()[None, None]
+        if key_bias is not None:
+            bias = torch.where(real, _take(key_bias.float().clamp(min=_LEAST), tokens), _LEAST)
+            top = bias.amax(-1, keepdim=True)
+            weights = torch.where(bias > _HIDDEN, (bias - top).exp(), 0.0)
+            total = weights.sum(-1)
+            log_weight = torch.where(total > 0, total.log() + top.squeeze(-1), _LEAST)
+        keys, values = (_take(one, tokens).float() for one in (key, value))
+        key_mean, value_mean = (_mean(one, weights) for one in (keys, values))
+        if self.far_field != "linear":
+            none = key_mean.new_zeros(*key_mean.shape[:3], 0)
+            return Statistics(log_weight, key_mean, value_mean, none, none, none)
+        keys, values = keys - key_mean.unsqueeze(3), values - value_mean.unsqueeze(3)
+        share = (
+            weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        ).unsqueeze(-1)
+        covariance = (share * keys).transpose(3, 4) @ values
+        key_variance, value_variance = (_mean(one.square(), weights) for one in (keys, values))
+        return Statistics(
+            log_weight, key_mean, value_mean, key_variance, value_variance, covariance.flatten(3)
+        )
+
+    def _second_order(self, mean_of_all: Tensor, found: Statistics) -> Tensor:
+        """[B, H, N], the second order of the scores of virtual keys."""
+        products = mean_of_all @ found.key_variance.transpose(2, 3)
+        return (self.scale**2 / 2 * products.squeeze(2)).clamp(max=MOST_SECOND_ORDER)
+
+    def _scores(self, rows: Tensor, found: Statistics, bias: Tensor) -> Tensor:
+        """[B, H, Nq, N], the scores of the mean of each block of queries."""
+        products = _mean(rows, self.blocks.q_real) @ found.key_mean.transpose(2, 3)
+        return self.scale * products + bias.unsqueeze(2)
+
+    def _far(self, scaled: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(out [B, H, Nq, tokens, Dv], lse [B, H, Nq, tokens]) of the virtual keys, fp32.
+
+        Args:
+            scaled: [B, H, Nq, tokens, D], the queries times the scale.
+            bias: [B, H, Nq, N]
+        """
+        sizes = scaled.shape[2:4]
+        products = scaled.flatten(2, 3) @ key.transpose(2, 3)
+        scores = products.float().unflatten(2, sizes) + bias.unsqueeze(3)
+        shares = scores.softmax(-1)
+        out = shares.to(value.dtype).flatten(2, 3) @ value
+        return out.float().unflatten(2, sizes), _lse(scores, shares)
+
+    def _merged(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        near: tuple[Tensor, Tensor],
+        far: Tensor,
+        far_lse: Tensor,
+        term: Tensor | None,
     ) -> Tensor:
-        """`out` with the virtual keys: the near field counts as one key of score `lse` and value `out`."""
-        scores = ((query * self.scale) @ far_key.transpose(2, 3)).float() + far_bias.index_select(
-            2, self.row_of_token
-        )
-        shares = torch.cat([lse.unsqueeze(-1), scores], -1).softmax(-1)
-        layout = self.blocks.layout
-        far = (shares[..., 1:].to(out.dtype) @ far_value).float()
-        merged = (shares[..., :1] * out.float() + far).to(out.dtype)
-        last = layout.tokens - layout.after
-        return torch.cat(
-            [out[:, :, : layout.before], merged[:, :, layout.before : last], out[:, :, last:]], 2
-        )
+        """The output of the node, merged with the far field where that helps the head; `term`: its first order."""
+        blocks, layout, heads = self.blocks, self.blocks.layout, query.shape[1]
+        first, last = layout.before, layout.tokens - layout.after
+        gate = None
+        if len(self.sample):
+            exact, _ = _attend(
+                query.index_select(2, self.sample),
+                _of_heads(key, heads),
+                _of_heads(value, heads),
+                None if key_bias is None else key_bias.unsqueeze(2),
+                self.scale,
+                lse=False,
+            )
+
+            def error(out: Tensor) -> Tensor:
+                return (out.float() - exact.float()).square().sum((2, 3), keepdim=True)
+
+            def sampled(rows: Tensor) -> Tensor:
+                return rows.flatten(2, 3).index_select(2, self.sample_places)
+
+            out, lse = (one.index_select(2, self.sample) for one in near)
+            least = error(_merge(out, lse, sampled(far), sampled(far_lse)))
+            if term is not None:
+                whole = error(_merge(out, lse, sampled(far) + sampled(term), sampled(far_lse)))
+                term = torch.where((whole <= least).unsqueeze(4), term, 0.0)
+                least = torch.minimum(whole, least)
+            gate = least <= error(out)
+        far = far if term is None else far + term
+        out, lse = near
+        video = out[:, :, first:last]
+        merged = _merge(video, lse[:, :, first:last], blocks.in_sequence(far), blocks.in_sequence(far_lse))
+        merged = merged if gate is None else torch.where(gate, merged, video)
+        return torch.cat([out[:, :, :first], merged, out[:, :, last:]], 2) if blocks.others else merged
+
+
+def _merge(out: Tensor, lse: Tensor, far: Tensor, far_lse: Tensor) -> Tensor:
+    """Near and far field, by their lse, in the dtype of `out`."""
+    share = (far_lse - lse).sigmoid().unsqueeze(-1)
+    return (out.float() + share * (far - out.float())).to(out.dtype)
+
+
+def _mean(rows: Tensor, weights: Tensor) -> Tensor:
+    """[..., N, D] fp32 means of [..., N, tokens, D], weighted by [..., N, tokens]; 0 where all weights are 0."""
+    weights = weights.float()
+    sums = (weights.unsqueeze(-2) @ rows.float()).squeeze(-2)
+    return sums / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype, clamped to its range."""
+    most = torch.finfo(dtype).max
+    return tensor.clamp(-most, most).to(dtype) if dtype == torch.float16 else tensor.to(dtype)
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *, lse: bool
+) -> tuple[Tensor, Tensor | None]:
     """(out, lse fp32) of [..., queries, D] and [..., keys, D]; `bias` [..., 1, keys] is added to the scores.
 
-    Where all keys are hidden, out is 0 and lse is -inf.
+    Where all keys are hidden, out is 0 and lse is -inf. Without `lse` it is None.
     """
     scores = (query * scale) @ key.transpose(-1, -2)
     if bias is not None:
@@ -527,12 +684,17 @@ def _attend(
         scores = scores + bias
     shares = scores.softmax(-1)
     out = shares @ value
-    lse = scores.amax(-1).float() - shares.amax(-1).float().log()
+    weight = _lse(scores, shares) if lse else None
     if bias is not None:
         hidden = bias.amax(-1, keepdim=True) <= least
         out = torch.where(hidden, 0.0, out)
-        lse = torch.where(hidden.squeeze(-1), -torch.inf, lse)
-    return out, lse
+        weight = weight if weight is None else torch.where(hidden.squeeze(-1), -torch.inf, weight)
+    return out, weight
+
+
+def _lse(scores: Tensor, shares: Tensor) -> Tensor:
+    """The log of the sum of exp(scores) over the last dimension, fp32, by their softmax."""
+    return scores.amax(-1).float() - shares.amax(-1).float().log()
 
 
 def _take(tensor: Tensor, places: Tensor) -> Tensor:

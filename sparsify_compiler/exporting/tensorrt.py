@@ -30,21 +30,20 @@ def engines(captured: Captured, path: Path) -> Exported:
         SparsifyError: a library is missing, the parser refuses a node, or the build fails.
     """
     check_methods(captured)
-    trt = _library()
+    trt = library()
     with writing(path) as folder:
         for phase in phases(captured):
             with TemporaryDirectory() as scratch:
                 file = Path(scratch, f"{phase}.onnx")
                 write_model(captured, phase, file, OPSETS[0])
-                _inline(file)
-                (folder / f"{phase}.engine").write_bytes(_engine(trt, file, captured.batch))
+                (folder / f"{phase}.engine").write_bytes(engine(trt, file, captured.batch))
         content = plan_of(captured, "tensorrt", functional(captured, phase))
         content["built by"] = f"{trt.__name__} {trt.__version__}"
         (folder / PLAN).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return folder_of(captured, path, "tensorrt")
 
 
-def _library() -> Any:
+def library() -> Any:
     """The module of TensorRT. Raises SparsifyError where there is none."""
     for name in LIBRARIES:
         try:
@@ -67,12 +66,17 @@ def _inline(file: Path) -> None:
     onnx.save(onnx.inliner.inline_local_functions(model), file)
 
 
-def _engine(trt: Any, file: Path, batch: int | None) -> bytes:
-    """The engine of an ONNX file, in the data types of the file.
+def engine(trt: Any, file: Path, batch: int | None) -> bytes:
+    """The engine of an ONNX file, in the data types of the file. The bodies of its nodes are inlined in the file.
 
     Args:
+        trt: the module of TensorRT.
         batch: the largest batch, and the one to optimise for, where it is free.
+
+    Raises:
+        SparsifyError: the parser refuses a node, or the build fails.
     """
+    _inline(file)
     logger, errors = _logger(trt)
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag

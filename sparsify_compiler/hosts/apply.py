@@ -202,8 +202,8 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             for block in blocks[name]:
                 changes.compile_apart(block)
             run = call_of
-        elif blocks[name]:
-            run = WholeOrBlocks(model, changes)
+        elif config.parallel is None:
+            run = WholeOrBlocks(model, changes, by_blocks=bool(blocks[name]))
         else:
             run = changes.compiled(module)
         changes.put(module, Hook(model, run))

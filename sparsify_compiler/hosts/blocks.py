@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.names import COMPILED_CALL
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.runtime.call import AppliedModel, open_call
 
 log = logging.getLogger("sparsify_compiler")
@@ -93,8 +94,14 @@ class WholeOrBlocks:
     Dynamo finds out before any code of the model runs, so such a call begins anew.
     """
 
-    def __init__(self, model: AppliedModel, changes: Changes) -> None:
-        self._model, self._changes = model, changes
+    def __init__(self, model: AppliedModel, changes: Changes, *, by_blocks: bool = True) -> None:
+        """Compile nothing yet.
+
+        Args:
+            by_blocks: whether blocks are compiled where there is no single graph. Otherwise all graphs are that
+                Dynamo makes of the whole model.
+        """
+        self._model, self._changes, self._by_blocks = model, changes, by_blocks
         self._run = self._as_one_graph
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -102,23 +109,30 @@ class WholeOrBlocks:
         return self._run(module, args, kwargs)
 
     def _as_one_graph(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = open_call()
+        assert call is not None, "the hook of the model runs this"
+        call.as_one_graph = True
         try:
             return self._changes.compiled(module, one_graph=True)(module, args, kwargs)
+        except NotKnownBefore as error:
+            why: str | None = f"its sizes are known only at run time: {str(error).partition(chr(10))[0]}"
         except Exception as error:
             why = _torch.why_not_one_graph(error)
             if why is None:
                 raise
-        call = open_call()
-        assert call is not None, "the hook of the model runs this"
-        by_blocks = not self._model.analysed(call).failure
+        finally:
+            call.as_one_graph = False
+        analysis = self._model.analysed(call)
+        by_blocks = self._by_blocks and not analysis.failure
         self._model.parts_only = by_blocks
-        blocks = repeated_blocks(module)
+        blocks = repeated_blocks(module) if by_blocks else []
         if by_blocks:
             for block in blocks:
                 self._changes.compile_apart(block)
         run = call_of if by_blocks else self._changes.compiled(module)
         try:
-            result = run(module, args, kwargs)
+            with _torch.run_time_sizes(self._model.captures_sizes):
+                result = run(module, args, kwargs)
         except BaseException:  # perhaps the error ended the graph
             self._model.parts_only = False
             if by_blocks:

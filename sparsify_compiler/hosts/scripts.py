@@ -83,6 +83,10 @@ class Script:
 
     def watch(self) -> None:
         """Watch the classes of modules that are made from now on, and `torch.compile`."""
+        if self.options.get("parallel") is not None:
+            from sparsify_compiler.parallel.group import start_rank
+
+            start_rank()
         first_call = _FirstCall(self)
 
         def init_subclass(cls: type[nn.Module], **kwargs: Any) -> None:
@@ -186,6 +190,10 @@ class Script:
         from sparsify_compiler.hosts.apply import apply
 
         log_lines()
+        if self.options.get("parallel") is not None:
+            from sparsify_compiler.parallel.group import join_ranks
+
+            join_ranks()
         alike: list[tuple[dict[str, Any], dict[str, nn.Module]]] = []
         """(arguments of `apply`, models that get them), which share one clock."""
         for name, one in self._experts(module).items():

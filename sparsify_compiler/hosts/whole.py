@@ -5,7 +5,7 @@ model does not change.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
@@ -27,8 +27,10 @@ from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.layout import check_grid
 from sparsify_compiler.passes.places import find_places, likeness
 from sparsify_compiler.passes.planning import decide, dense_steps
+from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
 from sparsify_compiler.runtime.call import Arguments
+from sparsify_compiler.runtime.program import Place
 from sparsify_compiler.uncompiled import BetweenGraphs, Uncompiled
 
 _META = torch.device("meta")
@@ -62,7 +64,13 @@ def analyse(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> 
         )
         for (site, layout), (entry, reason) in zip(found.sites, decisions, strict=True)
     )
-    return Analysis(parts, dense_steps(decisions, config), outside=found.outside, by_values=found.by_values)
+    return Analysis(
+        parts,
+        dense_steps(decisions, config),
+        outside=found.outside,
+        by_values=found.by_values,
+        captures_sizes=found.captures_sizes,
+    )
 
 
 def _values(module: nn.Module, twin: nn.Module, real: Arguments, meta: Arguments) -> Values:
@@ -93,6 +101,7 @@ class Found(NamedTuple):
     outside: tuple[AttentionPlan, ...] = ()
     """The plans of those outside."""
     by_values: bool = False
+    captures_sizes: bool = False
     failure: str = ""
     """As in `Analysis`."""
 
@@ -108,16 +117,29 @@ class _Way(NamedTuple):
     meta_is_usual: bool = False
     """Whether new tensors without a device are on the meta device. A model on the CPU may leave out their device;
     but Dynamo knows fewer operators so."""
+    captures_sizes: bool = False
+    """Whether Dynamo captures sizes that depend on values, where it would end a graph otherwise."""
 
 
-_WAYS = (_Way(by_blocks=True), _Way(), _Way(strict=False), _Way(strict=False, meta_is_usual=True))
+_WAYS = (
+    _Way(by_blocks=True),
+    _Way(),
+    _Way(strict=False),
+    _Way(strict=False, meta_is_usual=True),
+    _Way(by_blocks=True, captures_sizes=True),
+    _Way(captures_sizes=True),
+)
 """The fastest first."""
 
 
 def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> Found:
     device = _device_type(arguments)
-    best, failure = None, ""
+    best, failure, found_all = None, "", False
     for way in _WAYS:
+        if way.captures_sizes and (best is None or not best.outside):
+            continue
+        if not way.captures_sizes and found_all:
+            continue
         if way.meta_is_usual and (best is not None or device != "cpu"):
             continue
         try:
@@ -127,7 +149,8 @@ def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> F
                 continue
             values = _values(module, twin, arguments, given)
             usual: Any = torch.device(_META) if way.meta_is_usual else nullcontext()
-            with _torch.autocast_on_meta(device), usual, values:
+            captured = _torch.run_time_sizes(way.captures_sizes)
+            with _torch.autocast_on_meta(device), usual, values, captured:
                 sites, outside = _traced(twin, *given, config, strict=way.strict, blocks=blocks)
         except SparsifyError:
             raise
@@ -135,9 +158,11 @@ def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> F
             if not way.meta_is_usual:
                 failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             continue
-        best = Found(sites, outside, values.were_read)
-        if not blocks or (sites and not outside):  # else attention outside of blocks may lie in a graph
-            break
+        if way.captures_sizes and best is not None and len(outside) >= len(best.outside):
+            continue
+        best = Found(sites, outside, values.were_read, way.captures_sizes)
+        # Attention outside of blocks may lie in a graph.
+        found_all = not blocks or bool(sites and not outside)
     return Found(failure=failure) if best is None else best
 
 
@@ -171,10 +196,20 @@ def _traced(
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        captured = pipeline.captured(gm, config)
-        places = find_places(captured, gm)
+        try:
+            sizes = pipeline.sizes_by_values(gm, config, part=True)
+        except NotKnownBefore:
+            sizes = None
+        known: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule, tuple[Place, ...]]] = {}
 
         def run(*inputs: Any) -> Any:
+            inputs = inputs if sizes is None else sizes.all_inputs(inputs)
+            key = None if sizes is None else sizes.key(inputs)
+            if key not in known:
+                graph = gm if sizes is None else sizes.specialised(inputs)
+                captured = pipeline.captured(graph, config)
+                known[key] = graph, captured, find_places(captured, graph)
+            graph, captured, places = known[key]
             try:
                 analysed = pipeline.follow(captured, config, tracker, inputs)
             except SparsifyError as error:
@@ -191,7 +226,7 @@ def _traced(
                 counts[name] += 1
                 name = name if counts[name] == 1 else f"{name}#{counts[name]}"
                 found.append((replace(site, name=name), layout))
-            outputs = gm.forward(*inputs)
+            outputs = graph.forward(*inputs)
             for tensors, ends in zip((inputs, outputs), analysed.meta["ends"][:2], strict=True):
                 for tensor, end in zip(tensors, ends, strict=True):
                     if isinstance(tensor, Tensor) and end is not None:

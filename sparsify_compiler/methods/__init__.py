@@ -69,7 +69,7 @@ class LearningMethod(DynamicMethod, Protocol):
 
     @property
     def learns(self) -> bool:
-        """As in `TrainedMethod`. If false, only `trained` of the functions below is called."""
+        """As in `TrainedMethod`. If false, only `trained` and `rows_of` of the functions below are called."""
 
     def settle(self, choice: Any) -> Self:
         """The method with the choice of training for a site; None before training chose."""
@@ -79,6 +79,14 @@ class LearningMethod(DynamicMethod, Protocol):
 
     def observed(self, site: AttentionSite) -> dict[str, Tensor]:
         """Name -> first value, on the CPU, of the tensors that `learn` writes."""
+
+    def rows_of(self, name: str, heads: Tensor, site: AttentionSite) -> tuple[int, Tensor]:
+        """(dimension of a trained or observed tensor, places there) of the numbers of some query heads.
+
+        Args:
+            heads: [n] int64. Each gets the numbers of its key head for itself, as in a site with n key heads.
+            site: the site with all heads.
+        """
 
     def learn(self, tokens: Tokens, *, signal: Tensor, **tensors: Any) -> tuple[Tensor, ...]:
         """New values of these tensors after a call in training. Runs as one opaque op, so it may read `signal`:

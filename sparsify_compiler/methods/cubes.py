@@ -6,14 +6,24 @@ the selection (`BlockMethod`) is made at every call. Tokens outside the grid (te
 are seen by everything.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.statistics import block_means
 from sparsify_compiler.methods.grid import Cube, check_cube, cut
-from sparsify_compiler.methods.selection import BlockMethod, Blocks, Selection, State, Tokens
+from sparsify_compiler.methods.selection import (
+    BlockMethod,
+    Blocks,
+    Selection,
+    State,
+    Tokens,
+    check_share,
+    floor_blocks,
+    table_around,
+)
 from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 
@@ -25,6 +35,10 @@ class Cubes(BlockMethod):
     """(frames, rows, columns) of a block of keys. The edges of the grid cut blocks off."""
     query_cube: Cube = (4, 8, 8)
     """(frames, rows, columns) of a block of queries."""
+    kv_budget: float | None = None
+    """The share of the key blocks, in (0, 1], that every block of queries reads: those with the largest gains
+    with the linear far field, otherwise those with the largest mass. It takes the place of `top_p`,
+    `min_kv_ratio` and `min_gain`. None sets none."""
 
     name: ClassVar[str] = "cubes"
 
@@ -32,6 +46,15 @@ class Cubes(BlockMethod):
         BlockMethod.__post_init__(self)  # slots leave no super()
         for name in ("cube", "query_cube"):
             object.__setattr__(self, name, check_cube(name, getattr(self, name)))
+        if self.kv_budget is not None:
+            budget = check_share("kv_budget", self.kv_budget, zero=False)
+            for name, value in (
+                ("kv_budget", budget),
+                ("min_kv_ratio", budget),
+                ("top_p", None),
+                ("min_gain", None),
+            ):
+                object.__setattr__(self, name, value)
 
     def fit(self, site: AttentionSite, layout: TokenLayout) -> Self:
         """The same: every cube fits every grid, whose edges cut it off."""
@@ -67,8 +90,24 @@ class Cubes(BlockMethod):
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """The selection of this call, and no state."""
         query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
+        if self.reads_by_gain(tokens.far_field):
+            return self._by_gain(tokens, query, key), ()
         q_means, kv_means = (
-            block_means(points, blocks.bounds, blocks.order, provider=tokens.provider)[0]
+            tokens.block_means(points, blocks)
             for points, blocks in zip(tokens.video(), (query, key), strict=True)
         )
         return self.choose(tokens, query, key, q_means, kv_means), ()
+
+    def reads_by_gain(self, far_field: str) -> bool:
+        """Whether every block of queries reads a fixed number of blocks, by their gain."""
+        return self.kv_budget is not None and far_field == "linear"
+
+    def _by_gain(self, tokens: Tokens, query: Blocks, key: Blocks) -> Selection:
+        """A table without blocks of the video, to which the far field adds those with the largest gains."""
+        lead = (*tokens.query.shape[:2], query.bounds.shape[-1] - 1)
+        every = torch.arange(key.bounds.shape[-1] - 1, dtype=torch.int32, device=key.bounds.device)
+        none, heads = every.new_zeros(lead), lead[1]
+        table = table_around(tokens.layout, query, key, none, every.expand(*lead, -1), heads)
+        unknown = tokens.query.new_full((1, 1, 1), torch.nan)
+        best = floor_blocks(self.min_kv_ratio, len(every))
+        return Selection(table, unknown, min_gain=math.inf, best=best)

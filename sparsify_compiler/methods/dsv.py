@@ -199,6 +199,13 @@ class FittedDsv(Dsv):
         }
         return {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
 
+    def rows_of(self, name: str, heads: Tensor, site: AttentionSite) -> tuple[int, Tensor]:
+        """As `LearningMethod` says: weights and gradients have rows for query heads, then for key heads."""
+        if name in ("weights", "gradients"):
+            key_heads = heads // (site.heads // site.kv_heads)
+            return 0, torch.cat([heads, site.heads + key_heads])
+        return ("shares", "observed").index(name), heads
+
     def observe(self, tokens: Tokens, state: State, **tensors: Tensor) -> tuple[Tensor, ...]:
         """Empty: a dense step changes no state."""
         return ()

@@ -13,9 +13,11 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.clustering import top_p_blocks
+from sparsify_compiler.kernels.clustering import kmeans, top_p_blocks
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
+from sparsify_compiler.kernels.statistics import block_means
 from sparsify_compiler.methods.base import VideoMethod
+from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -35,11 +37,27 @@ class Tokens:
     """[B|1, H|1, S] added to the scaled scores; -inf hides a key."""
     far_field: str = "drop"
     """The approximation of the keys that are not read."""
+    shared: SharedTokens | None = None
+    """The video's tokens, where `query` and `key` have a rank's share of them; otherwise None."""
 
     def video(self) -> tuple[Tensor, Tensor]:
         """The query and key of the video tokens alone."""
-        start, stop = self.layout.before, self.layout.tokens - self.layout.after
+        start, stop = self.layout.before, self.query.shape[2] - self.layout.after
         return self.query[:, :, start:stop], self.key[:, :, start:stop]
+
+    def block_means(self, points: Tensor, blocks: "Blocks") -> Tensor:
+        """[B, H, N, D] fp32: the means of blocks of all ranks' tokens, from a part of what `video` returns."""
+        if self.shared is not None:
+            return self.shared.block_means(points, blocks.order, blocks.bounds)
+        return block_means(points, blocks.bounds, blocks.order, provider=self.provider)[0]
+
+    def kmeans(
+        self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, *, first: int, later: int
+    ) -> tuple[Tensor, Tensor]:
+        """(centroids, labels) of all ranks' tokens, from a part of what `video` returns, as `clustering.kmeans`."""
+        if self.shared is not None:
+            return self.shared.kmeans(points, centroids, start, warm, first=first, later=later)
+        return kmeans(points, centroids, start, warm, first=first, later=later, provider=self.provider)
 
 
 class State(NamedTuple):
@@ -63,6 +81,8 @@ class Selection(NamedTuple):
     """With the linear far field: blocks of a larger gain are read too (`kernels.far_field.virtual_keys.gains`)."""
     far_blocks: FarBlocks | None = None
     """With a far field, where the table reads single keys: the blocks that approximate the other keys."""
+    best: int = 0
+    """With `min_gain`, the number of other blocks, those with the largest gains, that each row reads too."""
 
 
 class Blocks(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
+from sparsify_compiler.kernels.clustering import sort_by_label
 from sparsify_compiler.methods.selection import (
     BlockMethod,
     Blocks,
@@ -116,15 +116,7 @@ class FittedSvg2(Svg2):
         """(centroids, labels) of the queries and of the keys."""
         first, later = self.kmeans_iters
         return [
-            kmeans(
-                points,
-                centroids,
-                start,
-                state.initialised,
-                first=first,
-                later=later,
-                provider=tokens.provider,
-            )
+            tokens.kmeans(points, centroids, start, state.initialised, first=first, later=later)
             for points, centroids, start in zip(
                 tokens.video(), state.tensors, (q_start, kv_start), strict=True
             )

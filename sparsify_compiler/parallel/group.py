@@ -1,9 +1,13 @@
 """The ranks that run a model together, and the comparison of their programs before the first call of each."""
 
+import atexit
 import functools
 import json
 import logging
+import multiprocessing
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +20,45 @@ from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.plan import Ranks
 
 log = logging.getLogger(__name__)
+
+
+def start_rank() -> None:
+    """Give a process that torchrun started its GPU, as the one that `"cuda"` means, and the seed of all ranks."""
+    import torch.distributed as dist
+
+    if not _is_rank():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, _, _ = next(dist.rendezvous("env://"))
+    torch.manual_seed(int(store.compare_set("sparsify_seed", "", str(torch.seed()))))
+
+
+def join_ranks() -> None:
+    """Join the process group of torchrun, until the process ends: gloo for tensors on CPUs, NCCL for those on GPUs.
+
+    Does nothing in a process that torchrun did not start, or where there is a group already.
+    """
+    import torch.distributed as dist
+
+    if _is_rank() and not dist.is_initialized():
+        dist.init_process_group()
+        atexit.register(_leave_ranks)
+
+
+def _is_rank() -> bool:
+    """Whether torchrun started this process itself; processes that a rank starts have the same environment."""
+    import torch.distributed as dist
+
+    of_torchrun = dist.is_available() and dist.is_torchelastic_launched()
+    return of_torchrun and multiprocessing.parent_process() is None
+
+
+def _leave_ranks() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():  # the script may have left them
+        dist.destroy_process_group()
 
 
 def ranks_of(asked: Parallel | None) -> Ranks | None:
@@ -36,8 +79,30 @@ def ranks_of(asked: Parallel | None) -> Ranks | None:
             )
         log.warning("parallel='auto' does nothing: there is no process group, so one process runs the model")
         return None
-    group: Any = dist.group.WORLD if asked.mesh is None else asked.mesh.get_group()
-    return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
+    mesh = asked.mesh
+
+    def among(group: Any) -> Ranks:
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), group.group_name, float(asked.timeout))
+
+    if mesh is None or mesh.ndim == 1:
+        ranks = among(dist.group.WORLD if mesh is None else mesh.get_group())
+        return replace(ranks, sequence=ranks) if asked.form == "scp" else ranks
+    members = mesh.mesh.flatten().tolist()
+    if members != sorted(members):
+        raise OptionError(
+            f"parallel's mesh must have its ranks in rising order, got {mesh!r}: they are in the order of "
+            "their tokens"
+        )
+    every = dist.group.WORLD if len(members) == dist.get_world_size() else _group_of(*members)
+    return replace(among(every), sequence=among(mesh.get_group(0)), heads=among(mesh.get_group(1)))
+
+
+@functools.cache
+def _group_of(*members: int) -> Any:
+    """The process group of these ranks, which alone call this."""
+    import torch.distributed as dist
+
+    return dist.new_group(members, use_local_synchronization=True)
 
 
 def compared_first(

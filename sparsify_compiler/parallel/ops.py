@@ -18,25 +18,26 @@ each rank. So every op takes an *order*, a tensor without dimensions, as the las
 another one for the next op. The gradients of orders chain the backward pass.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.parallel.exchange import exchange
+from sparsify_compiler.parallel.exchange import Transfer, transfer
 from sparsify_compiler.parallel.shares import (
+    HeadRun,
     Part,
     Piece,
     alike,
     flat,
+    head_runs,
     heads_of,
-    key_heads_of,
     local_length,
     owners_of,
     parts_of,
     pieces,
+    queries_of,
     whole_length,
 )
 from sparsify_compiler.plan import Ranks
@@ -76,47 +77,39 @@ def to_heads(
         RankError: another rank failed, left, or runs another op.
     """
     *given, order = tensors
-    own, owned = _pieces(parts, rank, size), owners.tolist()
-    mine = heads_of(owned, rank)
-    assert len(mine) <= slots, f"rank {rank} owns {len(mine)} heads and has room for {slots}"
-    read = [[key_heads_of(owned, x.shape[1], peer) for peer in range(size)] for x in given]
-    messages = [
-        [_rows(x[:, heads], [one.local for one in own if one.shared or sums]) for heads in each]
-        for x, each in zip(given, read, strict=True)
-    ]
-    lengths = [
-        sum(_length(one.local) for one in _pieces(parts, peer, size) if one.shared or sums)
-        for peer in range(size)
-    ]
-    shapes = [
-        [(x.shape[0], len(each[rank]), length, x.shape[3]) for length in lengths]
-        for x, each in zip(given, read, strict=True)
-    ]
-    results = []
-    received = exchange(
-        messages, shapes, Ranks(rank, size, group, timeout), f"to_heads of attention {site!r}"
-    )
-    for x, each, blocks in zip(given, read, received, strict=True):
-        keys = each[rank]
-        whole = x.new_zeros(x.shape[0], len(keys), whole_length(parts_of(parts)), x.shape[3])
-        whole = _for_sums(whole) if sums else whole
-        for peer, block in enumerate(blocks):
-            at = 0
-            for one in _pieces(parts, peer, size):
-                if one.shared or sums:
-                    whole[:, :, one.whole] += block[:, :, at : at + _length(one.local)]
-                    at += _length(one.local)
-                elif peer == rank:
-                    whole[:, :, one.whole] = x[:, keys, one.local]
-        out = x.new_zeros(x.shape[0], slots, *whole.shape[2:])
-        queries = len(owned) // x.shape[1]
-        out[:, : len(mine)] = whole[:, [keys.index(head // queries) for head in mine]]
-        if sums:
-            for slots_alike, run in alike(owned, rank, out.shape[2]):
-                out[:, slots_alike, : run.start] = 0
-                out[:, slots_alike, run.stop :] = 0
+    owned, peers = owners.tolist(), range(size)
+    most = len(heads_of(owned, rank))
+    assert most <= slots, f"rank {rank} owns {most} heads and has room for {slots}"
+    places = [_pieces(parts, peer, size) for peer in peers]
+    tokens = [[one for one in each if one.shared] for each in places]
+    text = [[one for one in places[rank] if not one.shared and (sums or peer == rank)] for peer in peers]
+    results, transfers = [], []
+    for x in given:
+        runs = [head_runs(owned, x.shape[1], peer) for peer in peers]
+        mine = [run.slots for run in runs[rank]]
+        out = x.new_empty(x.shape[0], slots, whole_length(parts_of(parts)), x.shape[3])
+        out = _for_sums(out, sums)
+        for adds, sent, received in ((False, [tokens[rank]] * size, tokens), (sums, text, text)):
+            transfers.append(
+                Transfer(
+                    x.dtype,
+                    [_at(x, _heads(runs[peer]), [one.local for one in sent[peer]]) for peer in peers],
+                    [_at(out, mine, [one.whole for one in received[peer]]) for peer in peers],
+                    adds,
+                )
+            )
+        for one in text[rank] if sums else ():
+            out[:, :, one.whole] = 0
+        out[:, most:] = 0
         results.append(out)
-    return [*results, order.clone()]
+    transfer(transfers, Ranks(rank, size, group, timeout), f"to_heads of attention {site!r}")
+    for x, out in zip(given, results, strict=True):
+        for run in head_runs(owned, x.shape[1], rank):
+            out[:, run.more] = out[:, run.slots.stop - 1 : run.slots.stop]
+        for at, rows in alike(owned, rank, out.shape[2]) if sums else ():
+            out[:, at, : rows.start] = 0
+            out[:, at, rows.stop :] = 0
+    return [*(out.to(x.dtype) for x, out in zip(given, results, strict=True)), order.clone()]
 
 
 @torch.library.custom_op("sparsify::to_tokens", mutates_args=(), tags=_TAGS)
@@ -148,55 +141,48 @@ def to_tokens(
         RankError: as in `to_heads`.
     """
     *given, order = tensors
-    own, owned = _pieces(parts, rank, size), owners.tolist()
-    read = [[key_heads_of(owned, number, peer) for peer in range(size)] for number in heads]
-    folded = [
-        _fold(x, heads_of(owned, rank), each[rank], len(owned) // number)
-        for x, each, number in zip(given, read, heads, strict=True)
-    ]
-    total = whole_length(parts_of(parts))
+    owned, peers, total = owners.tolist(), range(size), whole_length(parts_of(parts))
+    of_peer = [_pieces(parts, peer, size) for peer in peers]
 
-    def blocks_of(owner: int, number: int, to: int) -> list[tuple[slice, list[Piece]]]:
-        """(places among the heads of `owner`, runs of the rows that go to a rank), for each block of a message."""
-        runs = [one for one in _pieces(parts, to, size) if one.shared or sends]
-        if not sends or number < len(owned):  # gradients: all that ranks computed of one head adds up
-            return [(slice(0, len(key_heads_of(owned, number, owner))), runs)]
-        return [(slots, _within(runs, rows)) for slots, rows in alike(owned, owner, total)]
+    def rows(run: HeadRun, owner: int, to: int, computed: bool) -> list[Piece]:
+        """The rows of a run of heads that a rank sends to another: all, or those that it computed."""
+        found = [one for one in of_peer[to] if one.shared or sends or owner == to]
+        return _within(found, queries_of(owned, run.heads.start, owner, total)) if computed else found
 
-    def elements(x: Tensor, owner: int, number: int) -> int:
-        rows = sum((at.stop - at.start) * _rows_in(runs) for at, runs in blocks_of(owner, number, rank))
-        return x.shape[0] * rows * x.shape[3]
-
-    messages = [
-        [
-            _flat(x, [_rows(x[:, at], [one.whole for one in runs]) for at, runs in blocks if runs])
-            for blocks in (blocks_of(rank, number, peer) for peer in range(size))
-        ]
-        for x, number in zip(folded, heads, strict=True)
-    ]
-    shapes = [
-        [(elements(x, peer, number),) for peer in range(size)] for x, number in zip(given, heads, strict=True)
-    ]
-    received = exchange(
-        messages, shapes, Ranks(rank, size, group, timeout), f"to_tokens of attention {site!r}"
-    )
-    results = []
-    for x, mine, each, blocks, number in zip(given, folded, read, received, heads, strict=True):
-        adds = number < len(owned) or (not sends and any(len(owners_of(owned, i)) > 1 for i in range(number)))
-        out = _for_sums(_blank_tokens(x, parts, number, rank, size).zero_(), adds)
-        for peer, (keys, message) in enumerate(zip(each, blocks, strict=True)):
-            for slots, runs in blocks_of(peer, number, rank):
-                shape = x.shape[0], slots.stop - slots.start, _rows_in(runs), x.shape[3]
-                block, message = message[: math.prod(shape)].view(shape), message[math.prod(shape) :]
-                at = 0
-                for one in runs:
-                    out[:, keys[slots], one.local] += block[:, :, at : at + _length(one.local)]
-                    at += _length(one.local)
-        for one in own:
-            if not (one.shared or sends):
-                out[:, each[rank], one.local] = mine[:, :, one.whole].to(out.dtype)
-        results.append(out.to(x.dtype))
-    return [*results, order.clone()]
+    results, transfers = [], []
+    for x, number in zip(given, heads, strict=True):
+        runs, folds = [head_runs(owned, number, peer) for peer in peers], number < len(owned)
+        source, computed = _fold(x, runs[rank]) if folds else x, sends and not folds
+        # In a gradient, all that ranks computed of one head adds up.
+        adds = folds or (not sends and any(len(owners_of(owned, head)) > 1 for head in range(number)))
+        out = _for_sums(_blank_tokens(x, parts, number, rank, size), adds)
+        if adds or not sends:
+            out.zero_()
+        transfers.append(
+            Transfer(
+                x.dtype,
+                [
+                    [
+                        source[:, run.slots, one.whole]
+                        for run in runs[rank]
+                        for one in rows(run, rank, peer, computed)
+                    ]
+                    for peer in peers
+                ],
+                [
+                    [
+                        out[:, run.heads, one.local]
+                        for run in runs[peer]
+                        for one in rows(run, peer, rank, computed)
+                    ]
+                    for peer in peers
+                ],
+                adds,
+            )
+        )
+        results.append(out)
+    transfer(transfers, Ranks(rank, size, group, timeout), f"to_tokens of attention {site!r}")
+    return [*(out.to(x.dtype) for x, out in zip(given, results, strict=True)), order.clone()]
 
 
 @torch.library.custom_op("sparsify::gather_tokens", mutates_args=(), tags=_TAGS)
@@ -224,24 +210,20 @@ def gather_tokens(
         RankError: as in `to_heads`.
     """
     x, order = tensors
-    share = x.movedim(dim, 0)
-    mine = torch.cat([share[one.local] for one in _pieces(parts, rank, size) if one.shared])
-    lengths = [
-        sum(_length(one.local) for one in _pieces(parts, peer, size) if one.shared) for peer in range(size)
-    ]
-    shapes = [[(length, *share.shape[1:]) for length in lengths]]
-    ranks = Ranks(rank, size, group, timeout)
-    (blocks,) = exchange([[mine] * size], shapes, ranks, f"gather_tokens for {site}")
-    out = share.new_empty(whole_length(parts_of(parts)), *share.shape[1:])
-    for peer, block in enumerate(blocks):
-        at = 0
-        for one in _pieces(parts, peer, size):
-            if one.shared:
-                out[one.whole] = block[at : at + _length(one.local)]
-                at += _length(one.local)
-            elif peer == rank:
-                out[one.whole] = share[one.local]
-    return [out.movedim(0, dim).contiguous(), order.clone()]
+    shape = list(x.shape)
+    shape[dim] = whole_length(parts_of(parts))
+    out = x.new_empty(shape)
+    own, peers = _pieces(parts, rank, size), range(size)
+    one = Transfer(
+        x.dtype,
+        [_along(x, dim, [one.local for one in own if one.shared or peer == rank]) for peer in peers],
+        [
+            _along(out, dim, [one.whole for one in _pieces(parts, peer, size) if one.shared or peer == rank])
+            for peer in peers
+        ],
+    )
+    transfer([one], Ranks(rank, size, group, timeout), f"gather_tokens for {site}")
+    return [out, order.clone()]
 
 
 @torch.library.custom_op("sparsify::sum_tokens", mutates_args=(), tags=_TAGS)
@@ -268,41 +250,39 @@ def sum_tokens(
         RankError: as in `to_heads`.
     """
     x, order = tensors
-    whole = x.movedim(dim, 0)
-    own = _pieces(parts, rank, size)
-    messages = [
-        torch.cat([whole[one.whole] for one in _pieces(parts, peer, size) if one.shared])
-        for peer in range(size)
-    ]
-    ranks, shapes = Ranks(rank, size, group, timeout), [[tuple(messages[rank].shape)] * size]
-    (blocks,) = exchange([messages], shapes, ranks, f"the gradient of gather_tokens for {site}")
-    total = sum(map(_for_sums, blocks[1:]), start=_for_sums(blocks[0])).to(x.dtype)
-    out, at = whole.new_empty(local_length(parts_of(parts), rank, size), *whole.shape[1:]), 0
-    for one in own:
-        if one.shared:
-            out[one.local] = total[at : at + _length(one.local)]
-            at += _length(one.local)
-        else:
-            out[one.local] = whole[one.whole]
-    return [out.movedim(0, dim).contiguous(), order.clone()]
+    shape = list(x.shape)
+    shape[dim] = local_length(parts_of(parts), rank, size)
+    out = _for_sums(x.new_zeros(shape))
+    own, peers = _pieces(parts, rank, size), range(size)
+    one = Transfer(
+        x.dtype,
+        [
+            _along(x, dim, [one.whole for one in _pieces(parts, peer, size) if one.shared or peer == rank])
+            for peer in peers
+        ],
+        [_along(out, dim, [one.local for one in own if one.shared or peer == rank]) for peer in peers],
+        adds=True,
+    )
+    transfer([one], Ranks(rank, size, group, timeout), f"the gradient of gather_tokens for {site}")
+    return [out.to(x.dtype), order.clone()]
 
 
 def _pieces(parts: Sequence[int], rank: int, size: int) -> list[Piece]:
     return list(pieces(parts_of(parts), rank, size))
 
 
-def _length(run: slice) -> int:
-    return int(run.stop - run.start)
+def _heads(runs: Sequence[HeadRun]) -> list[slice]:
+    return [run.heads for run in runs]
 
 
-def _flat(like: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """All elements of tensors, one after the other."""
-    flat = [one.flatten() for one in tensors]
-    return flat[0] if len(flat) == 1 else torch.cat([like.new_empty(0), *flat])
+def _at(x: Tensor, heads: Sequence[slice], tokens: Sequence[slice]) -> list[Tensor]:
+    """Views of [B, H, S, D]."""
+    return [x[:, some, run] for some in heads for run in tokens]
 
 
-def _rows_in(runs: Sequence[Piece]) -> int:
-    return sum(_length(one.local) for one in runs)
+def _along(x: Tensor, dim: int, runs: Sequence[slice]) -> list[Tensor]:
+    """Views along one dimension."""
+    return [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
 
 
 def _within(runs: Sequence[Piece], rows: slice) -> list[Piece]:
@@ -316,23 +296,16 @@ def _within(runs: Sequence[Piece], rows: slice) -> list[Piece]:
     return found
 
 
-def _rows(x: Tensor, runs: Sequence[slice]) -> Tensor:
-    """The positions in `runs` of [B, h, S, D]."""
-    return torch.cat([x[:, :, run] for run in runs], 2)
-
-
 def _for_sums(x: Tensor, adds: bool = True) -> Tensor:
     """A tensor in the type in which sums over ranks and heads are taken."""
     return x.float() if adds and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _fold(x: Tensor, mine: Sequence[int], keys: Sequence[int], queries: int) -> Tensor:
-    """[B, slots, S, D], a slot for each head of `mine` -> [B, len(keys), S, D]; slots of one key head add up."""
-    if queries == 1:
-        return x[:, : len(mine)]
-    total = _for_sums(x.new_zeros(x.shape[0], len(keys), *x.shape[2:]))
-    for slot, head in enumerate(mine):
-        total[:, keys.index(head // queries)] += x[:, slot]
+def _fold(x: Tensor, runs: Sequence[HeadRun]) -> Tensor:
+    """[B, slots, S, D], where the first slot of each key head has the sum of all slots of that head."""
+    total = _for_sums(x).clone()
+    for run in runs:
+        total[:, run.slots.start] += total[:, run.more].sum(1)
     return total.to(x.dtype)
 
 

@@ -21,9 +21,13 @@ class Part(NamedTuple):
         """The number of positions of all ranks."""
         return max(self.tokens, 1) * self.width
 
-    def local(self, rank: int, size: int) -> int:
+    def local(self, rank: int, size: int, each: int = 1) -> int:
         """The number of positions that a rank has."""
-        return share(self.tokens, rank, size) * self.width if self.tokens else self.width
+        return share(self.tokens, rank, size, each) * self.width if self.tokens else self.width
+
+    def of_rank(self, rank: int, size: int, each: int = 1) -> "Part":
+        """The part that a rank has, of the same width."""
+        return Part(share(self.tokens, rank, size, each), self.width)
 
 
 class Piece(NamedTuple):
@@ -35,14 +39,19 @@ class Piece(NamedTuple):
     local: slice
 
 
-def share(total: int, rank: int, size: int) -> int:
-    """The number of tokens of a rank: `total` divided evenly, the first ranks one more."""
-    return total // size + (rank < total % size)
+def share(total: int, rank: int, size: int, each: int = 1) -> int:
+    """The number of tokens of a rank: `total` divided evenly, the first ranks one more.
+
+    Args:
+        each: the number of neighbouring shares that a rank has; then `total` is divided among `size * each`.
+    """
+    return start(total, rank + 1, size, each) - start(total, rank, size, each)
 
 
-def start(total: int, rank: int, size: int) -> int:
+def start(total: int, rank: int, size: int, each: int = 1) -> int:
     """The first token of a rank."""
-    return total // size * rank + min(rank, total % size)
+    shares, first = size * each, rank * each
+    return total // shares * first + min(first, total % shares)
 
 
 def parts_of(numbers: Sequence[int]) -> list[Part]:
@@ -60,18 +69,18 @@ def whole_length(parts: Sequence[Part]) -> int:
     return sum(part.whole for part in parts)
 
 
-def local_length(parts: Sequence[Part], rank: int, size: int) -> int:
+def local_length(parts: Sequence[Part], rank: int, size: int, each: int = 1) -> int:
     """Size of a rank's share of a dimension."""
-    return sum(part.local(rank, size) for part in parts)
+    return sum(part.local(rank, size, each) for part in parts)
 
 
-def pieces(parts: Sequence[Part], rank: int, size: int) -> Iterator[Piece]:
+def pieces(parts: Sequence[Part], rank: int, size: int, each: int = 1) -> Iterator[Piece]:
     """The runs of a dimension that a rank has, in order."""
     whole = local = 0
     for part in parts:
-        first, length = whole, part.local(rank, size)
+        first, length = whole, part.local(rank, size, each)
         if part.tokens:
-            first += start(part.tokens, rank, size) * part.width
+            first += start(part.tokens, rank, size, each) * part.width
         yield Piece(part.tokens > 0, slice(first, first + length), slice(local, local + length))
         whole += part.whole
         local += length
@@ -105,12 +114,6 @@ def heads_of(owners: Owners, rank: int) -> list[int]:
     return [head for head, units in enumerate(owners) if units[rank] < units[rank + 1]]
 
 
-def key_heads_of(owners: Owners, key_heads: int, rank: int) -> list[int]:
-    """The key heads that the query heads of a rank read, each once, in order."""
-    queries = len(owners) // key_heads
-    return sorted({head // queries for head in heads_of(owners, rank)})
-
-
 def queries_of(owners: Owners, head: int, rank: int, total: int) -> slice:
     """The queries of a head that a rank computes, of a sequence of `total`."""
     first, last = owners[head][rank : rank + 2]
@@ -126,3 +129,31 @@ def alike(owners: Owners, rank: int, total: int) -> list[tuple[slice, slice]]:
             found.append((slice(first, slot), queries[first]))
             first = slot
     return found
+
+
+class HeadRun(NamedTuple):
+    """Neighbouring heads of a rank: their place among the heads of a tensor and among the slots of the rank."""
+
+    heads: slice
+    slots: slice
+    more: slice
+    """Further slots that have the last of these heads: several queries may read one key head."""
+
+
+def head_runs(owners: Owners, heads: int, rank: int) -> list[HeadRun]:
+    """The heads of a tensor that the query heads of a rank read; slot i is for query head i of the rank.
+
+    Where each query head reads its own, the rank computes the same queries of all heads of a run.
+    """
+    queries = len(owners) // heads
+    readers: dict[int, list[int]] = {}
+    for slot, head in enumerate(heads_of(owners, rank)):
+        readers.setdefault(head // queries, []).append(slot)
+    runs: list[HeadRun] = []
+    for head, slots in readers.items():
+        neighbours = queries == 1 and runs and head == runs[-1].heads.stop
+        joins = neighbours and owners[head][rank : rank + 2] == owners[head - 1][rank : rank + 2]
+        first, at = (runs[-1].heads.start, runs[-1].slots.start) if joins else (head, slots[0])
+        run = HeadRun(slice(first, head + 1), slice(at, slots[0] + 1), slice(slots[0] + 1, slots[-1] + 1))
+        runs[-1 if joins else len(runs) :] = [run]
+    return runs

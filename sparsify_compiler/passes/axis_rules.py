@@ -9,6 +9,7 @@ inference finds nothing, which is safe, and never something wrong.
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from sparsify_compiler.passes.axes import (
     length,
     pick,
     reshape,
+    single,
     unknown,
 )
 from sparsify_compiler.passes.axis_writes import Known
@@ -52,8 +54,14 @@ class Tracker(Protocol):
     def take(self, positions: Iterable[Atom]) -> None:
         """Record that the output is taken from these positions, along axes that it does not have."""
 
+    def keep(self, operand: Tensor, positions: Iterable[Atom]) -> None:
+        """Record that the output has these positions of an operand, as parts of longer runs."""
+
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
         """Record that the operator sums over `summed` with weights, at every position of `kept`."""
+
+    def taken_from(self, label: Label, index: Tensor) -> Label:
+        """The label of a dimension of positions that an index takes from a dimension."""
 
     def is_table(self, tensor: Tensor) -> bool:
         """Whether a tensor is a weight or a table of at most two dimensions."""
@@ -222,11 +230,22 @@ def _cat(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) 
     dim %= output.dim()  # ATen accepts an empty 1-D tensor
     tensors = [t for t in tensors if t.dim() == output.dim() and t.shape[dim]] or tensors[:1]
     each = [tracker.known(t) for t in tensors]
-    column = [known.labels[dim] for known in each]
+    column = [known.labels[dim] or (() if dim else _in_batch(known)) for known in each]
+    for one, label in zip(tensors, column, strict=True):
+        tracker.keep(one, single([label]))
     rest = [Known([*known.labels[:dim], *known.labels[dim + 1 :]], known.taken) for known in each]
     labels = _side_by_side(rest)
     labels.insert(dim, cat(_named(column) if dim == 0 and len(column) > 1 else column))
     return labels
+
+
+def _in_batch(known: Known) -> Label:
+    """The one position of a batch that all tokens are from; empty if they are from several, or it is not known."""
+    claims = {claim for run in known.fixed if run.of_batch for claim in run.claims if claim.of_batch}
+    if len({(one.base, one.stride, one.extent, one.offset) for one in claims}) != 1:
+        return ()
+    first = min(claims, key=lambda one: (one.source.serial, one.dim))
+    return (replace(first, also=frozenset(claims - {first})),)
 
 
 def _side_by_side(each: Sequence[Known]) -> list[Label]:
@@ -261,6 +280,13 @@ def _named(labels: Sequence[Label]) -> list[Label]:
 def _stack(tracker: Tracker, output: Tensor, tensors: list[Tensor], dim: int = 0) -> list[Label]:
     each = [tracker.known(t) for t in tensors]
     labels = _side_by_side(each)
+    places = [_in_batch(known) for known in each]
+    along = cat(places)
+    if length(along) == len(tensors) > 1 and all(places) and isinstance(along[0], Atom):
+        for one, place in zip(tensors, places, strict=True):
+            tracker.keep(one, single([place]))
+        labels.insert(dim % output.dim(), along)
+        return labels
     alike = all(_without_features(known) == _without_features(each[0]) for known in each)
     labels.insert(dim % output.dim(), fresh(len(tensors), "opaque" if alike else "part"))
     return labels
@@ -364,10 +390,23 @@ def _embedding(
 
 @rule("index")
 def _index(tracker: Tracker, output: Tensor, x: Tensor, indices: list[Tensor | None]) -> list[Label]:
-    """A lookup of rows in a table: the result runs over the axes of the index."""
-    if not tracker.is_table(x) or len(indices) != 1 or indices[0] is None:
+    """A lookup of rows in a table: the result runs over the axes of the index. Or positions of one dimension."""
+    if tracker.is_table(x) and len(indices) == 1 and indices[0] is not None:
+        return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
+    given = [(dim, one) for dim, one in enumerate(indices) if one is not None]
+    if len(given) != 1 or given[0][1].dim() != 1:
         return []
-    return [*tracker.of(indices[0]), *tracker.of(x)[1:]]
+    return _index_select(tracker, output, x, *given[0])
+
+
+@rule("index_select")
+def _index_select(tracker: Tracker, output: Tensor, x: Tensor, dim: int, index: Tensor) -> list[Label]:
+    """Positions of one dimension, which are the same wherever one index takes them from the same axes."""
+    labels = list(tracker.of(x))
+    if not labels or index.dim() != 1 or index.dtype in (torch.bool, torch.uint8):
+        return []
+    labels[dim] = tracker.taken_from(labels[dim], index)
+    return labels
 
 
 @rule("convolution")

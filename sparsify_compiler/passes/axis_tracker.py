@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -58,8 +58,12 @@ class AxisTracker(TorchDispatchMode):
         """Storage -> the tensors seen in it."""
         self._taken: frozenset[Atom] = frozenset()
         """The positions from which the current rule takes its output."""
+        self._kept: dict[int, set[Atom]] = {}
+        """Identity of an operand -> its positions that the output of the current rule has in longer runs."""
         self.positions: dict[int, Source] = {}
         """Length -> its source: a mesh made once for queries and once for keys is the same mesh."""
+        self._taken_by = WeakTensorKeyDictionary()
+        """Index -> (label of a dimension, version of the index) -> label of the positions that it takes from it."""
         self.alike = AlikeSlices()
         """The slices of every tensor that are equal: a mask whose rows are alike is a mask of keys."""
         self.embeddings: set[Embedding] = set()
@@ -101,6 +105,15 @@ class AxisTracker(TorchDispatchMode):
     def take(self, positions: Iterable[Atom]) -> None:
         """Record, for a rule, the positions from which its output is taken, along axes that it does not have."""
         self._taken = self._taken.union(positions)
+
+    def keep(self, operand: Tensor, positions: Iterable[Atom]) -> None:
+        """Record, for a rule, the positions of an operand that its output has as parts of longer runs."""
+        self._kept.setdefault(id(operand), set()).update(positions)
+
+    def taken_from(self, label: Label, index: Tensor) -> Label:
+        """The label of the positions that an index takes from a dimension, the same for the same index."""
+        known: dict[Any, Label] = self._taken_by.setdefault(index, {})
+        return known.setdefault((label, index._version), unknown(len(index), label, *self.of(index)))
 
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
         """Record, for a rule, that it multiplies weights into `summed`, at every position of `kept`."""
@@ -170,14 +183,19 @@ class AxisTracker(TorchDispatchMode):
         each = [self.known(t) for t in operands]
         constant = all(known.constant for known in each)
         here = {run for run in self._taken if _distinguishes(run)}
-        self._taken = frozenset()
-        own = [{*known.fixed, *filter(_distinguishes, single(known.labels))} for known in each]
+        kept = [self._kept.get(id(t), ()) for t in operands]
+        each = [_without(known, runs) if runs else known for known, runs in zip(each, kept, strict=True)]
+        own = [
+            {*known.fixed, *filter(_distinguishes, single(known.labels).difference(runs))}
+            for known, runs in zip(each, kept, strict=True)
+        ]
+        self._taken, self._kept = frozenset(), {}
         taken = here.union(*own, *(known.taken for known in each))
         if not taken:
             return Known(labels, constant=constant)
         fixed = {run for runs in own for run in runs if _of_all(run, own, each)}
-        kept = single(labels)
-        return Known(labels, frozenset(taken - kept), frozenset((here | fixed) - kept), constant)
+        there = single(labels)
+        return Known(labels, frozenset(taken - there), frozenset((here | fixed) - there), constant)
 
     def _lost(self, operands: Sequence[Tensor], size: int) -> Label:
         """A label for an output whose relation to its inputs is unknown: `lost` if video tokens went in."""
@@ -289,6 +307,13 @@ def _inputs(labels: Sequence[Label]) -> frozenset[Atom]:
     """The runs of labels along axes of graph inputs."""
     runs = [claim for label in labels for atom in atoms(label) for claim in atom.claims]
     return frozenset(claim for claim in runs if claim.source.kind == "input")
+
+
+def _without(known: Known, runs: Iterable[Atom]) -> Known:
+    """Knowledge without the positions from which a tensor was taken, as far as these runs claim them."""
+    claims = {claim for run in runs for claim in run.claims}
+    taken = frozenset(run for run in known.taken if not run.claims <= claims)
+    return replace(known, taken=taken, fixed=known.fixed & taken)
 
 
 def _of_all(run: Atom, fixed: Sequence[set[Atom]], each: Sequence[Known]) -> bool:

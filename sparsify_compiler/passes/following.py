@@ -224,5 +224,6 @@ class _Follower(fx.Interpreter):
         has_rows = mask is not None and mask.dim() >= 2
         self.found[n] = Site(q, k, self.tracker.alike.of(mask)[-2] if mask is not None and has_rows else ())
         out = query.new_empty(*query.shape[:3], value.shape[3])
-        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], q.taken | k.taken | v.taken))
+        taken, fixed = q.taken | k.taken | v.taken, q.fixed & k.fixed & v.fixed
+        self.tracker.put(out, Known([*q.labels[:3], v.labels[3]], taken, fixed))
         return out

@@ -30,6 +30,8 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
+from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
+from sparsify_compiler.parallel.sequence import queries_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
@@ -45,6 +47,7 @@ from sparsify_compiler.runtime.site_inputs import (
     trained_tensors,
 )
 from sparsify_compiler.runtime.state import Trained
+from sparsify_compiler.table import BlockTable
 
 _LEAST = -1e30
 """Lowest finite bias: large enough to swamp any score that it is added to."""
@@ -54,6 +57,8 @@ _CHOICES = tuple(
     for name in ("kmeans", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
 )
 """Ops that decide which keys a site reads, and the op that learns from them."""
+_EXCHANGES = (TO_HEADS, TO_TOKENS, GATHER_TOKENS)
+"""Ops in which ranks take part: none of them runs again while others are in backward."""
 
 _Request = Callable[[str, Tensor | Trained], fx.Node]
 """(name, source) -> the node of a constant or trained tensor in the current graph."""
@@ -112,11 +117,14 @@ class _Lowering:
     def constants(self, plan: AttentionPlan, device: torch.device) -> dict[str, tuple[str, Tensor | None]]:
         """Field -> (name that is unique in the graph, tensor), in the order of the method's fields."""
         method, layout = settled(plan, self.choices.get(plan.site.name)), plan.layout
-        key = layout, method, device
+        key = layout, method, plan.sequence, device
         if key not in self._known:
             # On real tensors, also where the compiler has set a fake or device mode.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
                 built = constants_of(method, layout)
+                if plan.sequence is not None and not plan.sequence.asks:
+                    places = queries_of(plan.sequence, plan.sequence.ranks.rank)
+                    built = BlockTable.of(*built.values()).of_queries(places).tensors()
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
             self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
         name, tensors = self._known[key]
@@ -160,7 +168,10 @@ def _lower_module(
             if plan.site.spelling != "unfused":  # the inner backend drops the rest of attention by hand
                 outputs = original.all_input_nodes if plan.site.spelling == "flex" else []
                 for one in (original, *outputs):  # FlexAttention has several outputs
+                    sources = one.all_input_nodes
                     gm.graph.erase_node(one)
+                    for source in sources:
+                        _erase_inserted(gm.graph, source)
     lowered: dict[int, list[tuple[str, Tensor | Trained]]] = {}
     for body in list(bodies(gm)):
         module = body.module
@@ -168,8 +179,9 @@ def _lower_module(
             lowered[id(module)] = _lower_module(
                 module, lowering, partial(_add_placeholder_for, module.graph), None
             )
-            if any(isinstance(part, (SparseSite, Observer)) for part in module.modules()):
-                _torch.keep_results(module, _CHOICES)
+            chooses = any(isinstance(part, (SparseSite, Observer)) for part in module.modules())
+            if chooses or any(one.target in _EXCHANGES for one in module.graph.nodes):
+                _torch.keep_results(module, (*_CHOICES, *_EXCHANGES))
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked
 
@@ -177,7 +189,9 @@ def _lower_module(
 def _is_static(plan: AttentionPlan) -> bool:
     """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
     takes_heads = plan.sharing is not None and plan.sharing.own_tables
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and not takes_heads
+    asks = plan.sequence is not None and plan.sequence.asks
+    alone = not takes_heads and not asks
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
@@ -218,15 +232,17 @@ def _operands(
             for found in trained_tensors(plan, device, trains=lowering.variant.trains)
         )
     owners = [node.meta["owners"]] if plan.sharing is not None and not _is_static(plan) else []
+    orders = [node.meta["order"]] if plan.sequence is not None and not _is_static(plan) else []
     names = SiteInputs(
         owners=bool(owners),
+        order=bool(orders),
         constants=tuple(constants),
         trained=tuple(trained),
         observed=tuple(observed),
         state=tuple(state_shapes(plan)) if state else (),
         remembers=bool(state),
     )
-    return names, bias, [*owners, *constants.values(), *trained.values(), *observed.values(), *state]
+    return names, bias, [*owners, *orders, *constants.values(), *trained.values(), *observed.values(), *state]
 
 
 def _identifier(name: str) -> str:

@@ -17,8 +17,9 @@ from sparsify_compiler.passes.capture import capture
 from sparsify_compiler.passes.fx import copy_graph, modules
 from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
-from sparsify_compiler.passes.planning import as_parts, plan_sites, plans_within
+from sparsify_compiler.passes.planning import as_parts, graph_plan, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
+from sparsify_compiler.passes.run_time_sizes import RunTimeSizes, depends_on_values, run_time_sizes
 from sparsify_compiler.passes.sharding import shard
 from sparsify_compiler.passes.sizes import fix_sizes
 from sparsify_compiler.plan import Parts, Ranks
@@ -64,6 +65,19 @@ def analyse(
     return run(copy_graph(gm), analysis(config, device, part=part, ends=ends), config)
 
 
+def sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig, *, part: bool = False) -> RunTimeSizes | None:
+    """The sizes of a Dynamo graph that depend on values, if an attention of it depends on them; else None.
+
+    Raises:
+        NotKnownBefore: an attention depends on values that cannot be computed before the graph runs.
+    """
+    if not depends_on_values(gm):
+        return None
+    plans = graph_plan(analyse(gm, replace(config, dump=None), part=part))
+    needed = any(one.site.refusal or (one.layout.grid is None and one.site.kind != "cross") for one in plans)
+    return run_time_sizes(gm) if needed else None
+
+
 def captured(gm: fx.GraphModule, config: SparsifyConfig) -> fx.GraphModule:
     """A copy of a Dynamo graph with its sites, for `follow`."""
     return run(copy_graph(gm), [capture], config)
@@ -106,7 +120,9 @@ def share(
         trains: whether it is for training, where heads stay on their ranks.
     """
     balance = "off" if trains or config.parallel is None else config.parallel.balance
-    passes = [partial(shard, ranks=ranks, balance=balance)]
+    passes = [
+        partial(shard, ranks=ranks, balance=balance, measure_recall=config.measure_recall, trains=trains)
+    ]
     return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 

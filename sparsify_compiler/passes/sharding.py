@@ -10,19 +10,24 @@
              out = to_tokens([out], owners)                  [B, H, s, D]
              video = unpatchify(gather_tokens(linear(tokens)))
 
+    or       k, v = fetch_keys([k, v], read, asked)          [B, H, S, D]: the keys that the rank's queries read
+             out = attention(q, k, v, m, scale)              [B, H, s, D]: its site and plan have the rank's queries
+
+The second form is that of sequences; a hybrid has `to_heads` and `to_tokens` around it, for the ranks of one host.
+
 Two runs of the labels (`token_axis.py`) show where the tokens are. The first finds the sequences of the captured
 sites. The second has one axis for the tokens, which begins at every value that first lies along such a sequence.
 Then each node is decided in order. A node whose operators keep tokens apart works on the rank's tokens: its literal
-sizes become local ones, and operands that every rank has are cut where they meet tokens. Any other node gets its
-tokens gathered and runs on all ranks alike. All ranks decide the same, since each decision is tried with the shapes
-of every rank. Tokens of text stay on all ranks.
+sizes become local ones, and operands that every rank has are cut where they meet tokens (`localizing.py`). Any
+other node gets its tokens gathered and runs on all ranks alike. All ranks decide the same, since each decision is
+tried with the shapes of every rank. Tokens of text stay on all ranks.
 
 Nothing here runs a collective; the ops are in `parallel/ops.py`.
 """
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,18 +38,19 @@ from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
+from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
+from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
     Owners,
-    Part,
     even_owners,
     flat,
     heads_of,
     local_length,
     pieces,
     share,
+    whole_length,
 )
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -52,8 +58,10 @@ from sparsify_compiler.passes.axes import (
     atoms,
     length,
 )
+from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
+from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, needs_all_queries
 from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
@@ -65,11 +73,12 @@ from sparsify_compiler.passes.fx import (
     value_of,
     written_by,
 )
+from sparsify_compiler.passes.localizing import Localizer, Place, View
 from sparsify_compiler.passes.meeting import implies
-from sparsify_compiler.passes.planning import graph_plan
+from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -82,7 +91,11 @@ class Sharding:
     tokens: int = 0
     """The number of tokens that they share; 0 where every rank runs the whole graph."""
     sites: tuple[str, ...] = ()
-    """Names of the attention calls whose heads they share."""
+    """Names of the attention calls that they share."""
+    form: str = "hcp"
+    """The form of the option `parallel`."""
+    by_heads: tuple[tuple[str, str], ...] = ()
+    """(attention call, the reason why ranks share its heads alone), in a form that shares sequences."""
     gathered: tuple[tuple[str, str], ...] = ()
     """(operator and its module, the reason why it runs on all tokens), in order."""
     reason: str = ""
@@ -92,55 +105,62 @@ class Sharding:
         if self.reason:
             return f"every one of {self.size} ranks runs the whole graph: {self.reason}"
         places = "; ".join(f"{name}: {why}" for name, why in self.gathered)
+        heads = f"the heads of {len(self.sites)} attention calls"
+        if self.form != "hcp":
+            number, kept = len(self.by_heads), "; ".join(f"{name}: {why}" for name, why in self.by_heads)
+            queries = f"the queries of {len(self.sites) - number} attention calls (form {self.form!r})"
+            heads = f"{queries}, and the heads of {number} ({kept})" if number else queries
         return (
-            f"{self.size} ranks share {self.tokens} tokens, and the heads of {len(self.sites)} attention calls; "
+            f"{self.size} ranks share {self.tokens} tokens, and {heads}; "
             f"all tokens are gathered {len(self.gathered)} times ({places})"
         )
 
 
-def shard(gm: fx.GraphModule, *, ranks: Ranks, balance: Balance = "off") -> fx.GraphModule:
+def shard(
+    gm: fx.GraphModule,
+    *,
+    ranks: Ranks,
+    balance: Balance = "off",
+    measure_recall: float = 0.0,
+    trains: bool = False,
+) -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
     Args:
         ranks: the ranks, and the one that the graph is for.
         balance: when heads may move between ranks; the graph needs room for them.
+        measure_recall: as in `lower`.
+        trains: whether the graph runs in training.
 
     Raises:
         OptionError: the graph has something that ranks cannot share and must not repeat.
     """
-    for module in modules(gm):
-        if module is not gm and attention_nodes(module):
-            raise OptionError(
-                "parallel needs attention outside of higher-order operators: turn activation checkpointing and "
-                "nested compile regions off"
-            )
-    if trained := [one.site.name for one in graph_plan(gm) if isinstance(one.settings, LearningMethod)]:
-        raise OptionError(
-            f"parallel does not share the predictors of method 'dsv' yet, which {trained[0]!r} has"
-        )
     twin = copy_graph(gm)
+    inline(twin)
+    for module in modules(twin):
+        if module is not twin and attention_nodes(module):
+            raise OptionError(
+                "parallel shares attention in checkpoints and nested compile regions, but in no other "
+                f"higher-order operator, got {attention_nodes(module)[0].meta['site'].name!r} in one"
+            )
     try:
-        found = _Sharder(twin, ranks, balance).run()
+        found = _Sharder(twin, ranks, balance, measures=measure_recall > 0, trains=trains).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
+    outline(twin)
     twin.meta["sharding"] = found
     return twin
-
-
-@dataclass(slots=True)
-class _View:
-    """One rank's side of the graph: the local values of nodes that have tokens."""
-
-    rank: int
-    values: dict[fx.Node, Any] = field(default_factory=dict)
 
 
 class _Sharder:
     """Rewrites one graph in place."""
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks, balance: Balance) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, ranks: Ranks, balance: Balance, *, measures: bool, trains: bool
+    ) -> None:
         self.gm, self.graph, self.ranks, self.balance = gm, gm.graph, ranks, balance
+        self.measures, self.trains = measures, trains
         for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
             sizes = value.shape if isinstance(value, Tensor) else [value]
             for size in sizes:
@@ -188,30 +208,34 @@ class _Sharder:
             self.whole[node] = value
 
         follow(gm, tracker=self.tracker, see=see)
+        self.local = Localizer(self.tracker, self.whole, self.pointwise, ranks.size)
         counts = {share(self.tokens, rank, ranks.size): rank for rank in (*range(ranks.size), ranks.rank)}
-        self.views = [_View(counts[count]) for count in sorted(counts)]
+        self.views = [View(counts[count]) for count in sorted(counts)]
         """A rank for every number of tokens, this one among them."""
         self.here = next(view for view in self.views if view.rank == ranks.rank)
         self.written = {
             _memory(one)
             for node in gm.graph.nodes
             for to in written_by(node, node.args, node.kwargs)
-            for one in self._leaves(self.whole.get(to) if isinstance(to, fx.Node) else None)
+            for one in tensors_in(self.whole.get(to) if isinstance(to, fx.Node) else None)
         }
         """Memory that some node writes to."""
         self.gathers: dict[fx.Node, fx.Node] = {}
         self.gathered: list[tuple[str, str]] = []
         self.sites: list[str] = []
+        self.by_heads: list[tuple[str, str]] = []
         self.contexts: dict[fx.Node, Any] = {}
         self.order: fx.Node | None = None
         self.constants: dict[str, fx.Node] = {}
+        self.reads: dict[Any, tuple[fx.Node, fx.Node]] = {}
+        """Table -> the keys that this rank reads, and those that each rank reads of its tokens."""
         self.first = next(node for node in gm.graph.nodes if node.op != "placeholder")
 
     def run(self) -> Sharding:
         """Rewrite the graph."""
         shared = self._prepare()
         mode = next(
-            one.fake_mode for one in self._leaves(list(self.whole.values())) if isinstance(one, FakeTensor)
+            one.fake_mode for one in tensors_in(list(self.whole.values())) if isinstance(one, FakeTensor)
         )
         with mode, torch.no_grad():
             for node in list(self.graph.nodes):
@@ -230,6 +254,8 @@ class _Sharder:
             size=self.ranks.size,
             tokens=self.tokens,
             sites=tuple(self.sites),
+            form=self.ranks.form,
+            by_heads=tuple(self.by_heads),
             gathered=tuple(self.gathered),
         )
 
@@ -252,101 +278,177 @@ class _Sharder:
 
     def _shares_heads(self, node: fx.Node) -> bool:
         """Whether query, key and value have all tokens in their sequence, in order, and in no other dimension."""
-        found = [self._place(self.whole[node_of(one)]) for one in node.args[:3]]
+        found = [self.local.place(self.whole[node_of(one)]) for one in node.args[:3]]
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
 
-    def _place(self, value: Any) -> tuple[int, int, list[Part]] | None:
-        """(dimension, repeats, parts) of a tensor that has tokens in one dimension, all and in order."""
-        labels = self.tracker.of(value)
-        dims = [dim for dim, label in enumerate(labels) if self.tracker.has(label)]
-        if len(dims) != 1 or (parts := self.tracker.parts(labels[dims[0]])) is None:
-            return None
-        return dims[0], *parts
-
     def _attention(self, node: fx.Node) -> None:
-        """Share the heads of a site."""
+        """Share the heads of a site, or its queries, or both."""
         tensors: list[Any] = [*node.args[:3]]
         mask, scale = node.args[3:]
-        site, plan, ranks = node.meta["site"], node.meta["plan"], self.ranks
+        site, plan, sequence = node.meta["site"], node.meta["plan"], self.ranks.sequence
         wholes = [self.whole[one] for one in tensors]
-        place = self._place(wholes[0])
+        place = self.local.place(wholes[0])
         assert place is not None
-        moves = self.balance != "off" and heads_differ(plan)
-        known = densities_of_heads(plan)
-        sharing = SharedHeads(
-            ranks=ranks,
-            heads=site.heads,
-            balance=self.balance if moves else "off",
-            own_tables=known is not None,
-        )
-        own, room = even_owners(site.heads, ranks.size), capacity(site.heads, ranks.size)
-        if known is not None and self.balance != "off":
-            own = balanced(known, ranks.size, room)
-        parts, slots = (
-            place[2],
-            room if moves else max(len(heads_of(own, rank)) for rank in range(ranks.size)),
-        )
-        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, site.name)
+        parts = place[2]
+        if sequence is not None:
+            hybrid = self.ranks.heads is not None
+            why = needs_all_queries(plan, parts, hybrid=hybrid, measures=self.measures, trains=self.trains)
+            if why:
+                self.by_heads.append((site.name, why))
+                sequence = None
+        heads = self.ranks if sequence is None else self.ranks.heads
+        each = 1 if heads is None or sequence is None else heads.size
+        rows, length = parts, whole_length(parts)
+        if sequence is not None:
+            # The tokens of `each` neighbouring ranks.
+            rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
+            length = local_length(parts, sequence.rank, sequence.size, each)
+        slots, key_slots, sharing = site.heads, site.kv_heads, None
+        moves = self.balance != "off" and sequence is None and heads_differ(plan)
+        if heads is not None:
+            known = densities_of_heads(plan)
+            own, room = even_owners(site.heads, heads.size), capacity(site.heads, heads.size)
+            if known is not None and self.balance != "off":
+                own = balanced(known, heads.size, room)
+            most = max(len(heads_of(own, rank)) for rank in range(heads.size))
+            slots = key_slots = room if moves else most
+            sharing = SharedHeads(
+                ranks=heads,
+                heads=site.heads,
+                kv_heads=site.kv_heads,
+                balance=self.balance if moves else "off",
+                own_tables=known is not None,
+            )
+        owners: fx.Node | None = None
         with self.graph.inserting_before(node):
-            owners = self._owners(site, own)
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
+            if heads is not None:
+                owners = self._owners(site, own)
             if isinstance(mask, fx.Node):
-                mask = self._mask(site, mask, owners, slots)
-            by_heads = self._communicate(TO_HEADS, tensors, (owners, flat(parts), slots, False, *of_rank))
-        with self.graph.inserting_after(
-            node
-        ):  # an observer of the call reads the bias, which is made at the node
-            if not moves:
-                call = self.graph.call_function(
-                    F.scaled_dot_product_attention, tuple(by_heads), {"attn_mask": mask, "scale": scale}
+                mask = self._mask(mask, owners, heads, slots)
+            if heads is not None:
+                of_rank = (heads.rank, heads.size, heads.group, heads.timeout, site.name)
+                others = (owners, flat(rows), slots, False, *of_rank)
+                tensors = self._communicate(TO_HEADS, tensors, others)
+                node.meta["owners"] = owners
+            dtype = getattr(torch, site.dtype)
+            attended = _lies_by_tokens(wholes[0], (site.batch, slots, length, site.value_dim), dtype)
+            keys, full = length, tensors
+            if sequence is not None:
+                shared = SharedSequence(
+                    ranks=sequence,
+                    parts=tuple(flat(parts)),
+                    each=each,
+                    asks=asks(plan, parts, trains=self.trains),
                 )
+                plan = replace(plan, sequence=shared)
+                full, keys = self._with_fetched_keys(plan, shared, tensors, node), whole_length(parts)
+            counts = slots, key_slots, key_slots
+            for one, size, count, whole in zip(full, (length, keys, keys), counts, wholes, strict=True):
+                value = self.here.values.get(one)
+                if value is None:
+                    value = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
+                one.meta["example_value"] = value
+            if "order" in node.meta:  # the site asks for keys itself
+                keys = length
             else:
-                call = self.graph.call_function(
-                    torch.ops.sparsify.attend_owned.default, (*by_heads, mask, owners, ranks.rank, scale)
-                )
-        for one, whole in zip(by_heads, wholes, strict=True):
-            one.meta["example_value"] = whole.new_empty(whole.shape[0], slots, *whole.shape[2:])
+                tensors = full
         local = replace(
             plan,
-            site=replace(site, heads=slots, kv_heads=slots, spelling="sdpa"),
+            site=replace(
+                site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
+            ),
             sharing=sharing,
         )
-        recorded, users = tensor_of(node), list(node.users)
-        dtype = getattr(torch, site.dtype)
-        attended = _lies_by_tokens(wholes[0], (site.batch, slots, site.q_tokens, site.value_dim), dtype)
-        call.meta = {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+        recorded, users, after = tensor_of(node), list(node.users), node.next
+        with self.graph.inserting_before(after):
+            if moves and heads is not None:
+                op = torch.ops.sparsify.attend_owned.default
+                call = self.graph.call_function(op, (*full, mask, owners, heads.rank, scale))
+            else:
+                call = self._full_attention(full, mask, scale, attended)
+        call.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         call.meta["example_value"] = node.meta["example_value"] = attended
-        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node, "owners": owners}
-        node.args = (*by_heads, mask, scale)
-        with self.graph.inserting_before(call.next):
-            (out,) = self._communicate(
-                TO_TOKENS,
-                [node],
-                (owners, flat(parts), [site.heads], True, *of_rank),
-            )
+        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
+        node.args = (*tensors, mask, scale)
+        out = node
+        with self.graph.inserting_before(after):
+            if "order" in node.meta:
+                self.order = self.graph.call_function(AFTER, (node.meta["order"], [node]))
+            if heads is not None:
+                others = (owners, flat(rows), [site.heads], True, *of_rank)
+                (out,) = self._communicate(TO_TOKENS, [node], others)
             for view in self.views:
-                rows = local_length(parts, view.rank, ranks.size)
-                shape = site.batch, site.heads, rows, site.value_dim
+                size = local_length(parts, view.rank, self.ranks.size)
+                shape = site.batch, site.heads, size, site.value_dim
                 view.values[out] = _lies_by_tokens(wholes[0], shape, dtype)
             if recorded is not None:
                 out = self._laid_as(out, recorded)
-        self._take_over(node, out, users)
+        if out is not node:
+            self._take_over(node, out, users)
         self.sites.append(site.name)
+
+    def _with_fetched_keys(
+        self, plan: AttentionPlan, shared: SharedSequence, tensors: Sequence[fx.Node], node: fx.Node
+    ) -> list[fx.Node]:
+        """Query, and the keys and values that its rows of the table read; all of them for a site that asks itself,
+        which needs the order of `node.meta`."""
+        static = plan.settings if isinstance(plan.settings, StaticMethod) and not shared.asks else None
+        known = static, plan.layout, shared
+        if known not in self.reads:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+                read = keys_read(None if static is None else static.table(plan.layout), shared)
+                read = [of_key_heads(one, plan.site.kv_heads) for one in read]
+                name = f"sparsify_{{}}{len(self.reads)}".format
+                self.reads[known] = (
+                    self._constant(name("read"), read[shared.ranks.rank].contiguous()),
+                    self._constant(name("asked"), asked_of(read, shared).contiguous()),
+                )
+        ranks = shared.ranks
+        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, plan.site.name)
+        query, *keys = tensors
+        others = (*self.reads[known], list(shared.parts), shared.each, *of_rank)
+        if not shared.asks:
+            return [query, *self._communicate(FETCH_KEYS, keys, others)]
+        # The dense variant has these; the sparse variant erases them.
+        node.meta["order"] = self._first_order()
+        fetch = self.graph.call_function(FETCH_KEYS, ([*keys, node.meta["order"]], *others))
+        fetched = [self.graph.call_function(operator.getitem, (fetch, i)) for i in range(2)]
+        for one in (fetch, *fetched):
+            one.meta["inserted"] = True
+        return [query, *fetched]
+
+    def _full_attention(self, tensors: Sequence[fx.Node], mask: Any, scale: Any, attended: Tensor) -> fx.Node:
+        """The dense attention of a site, which lies in memory as `attended`."""
+        options: dict[str, Any] = {"attn_mask": mask, "scale": scale}
+        query, key, value = (one.meta["example_value"].to(attended.dtype) for one in tensors)
+        if query.shape[1] != key.shape[1]:
+            options["enable_gqa"] = True
+        call = self.graph.call_function(F.scaled_dot_product_attention, tuple(tensors), options)
+        if isinstance(mask, fx.Node):
+            bias = mask.meta["example_value"]
+            options["attn_mask"] = bias if bias.dtype == torch.bool else bias.to(attended.dtype)
+        with quiet_fakes():
+            found = F.scaled_dot_product_attention(query, key, value, **options)
+        if found.stride() == attended.stride():
+            return call
+        call.meta["inserted"] = True
+        return self.graph.call_function(torch.ops.sparsify.lay_out.default, (call, attended.stride()))
 
     def _owners(self, site: AttentionSite, owners: Owners) -> fx.Node:
         """The owners of the heads of a site, in the graph."""
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
             return self._constant(f"sparsify_owners{site.index}", torch.tensor(owners))
 
-    def _mask(self, site: AttentionSite, mask: fx.Node, owners: fx.Node, slots: int) -> fx.Node:
+    def _mask(self, mask: fx.Node, owners: fx.Node | None, ranks: Ranks | None, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
         value = self.whole[mask]
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
-        if value.dim() > 2 and value.shape[-3] > 1:
+        if ranks is not None and value.dim() > 2 and value.shape[-3] > 1:
             op = torch.ops.sparsify.heads_in_slots.default
-            places = self.graph.call_function(op, (owners, self.ranks.rank, slots))
+            places = self.graph.call_function(op, (owners, ranks.rank, slots))
             places = self.graph.call_method("to", (places, value.device))
             new = self.graph.call_method("index_select", (new, -3, places))
             value = value.narrow(-3, 0, 1).expand(*value.shape[:-3], slots, -1, -1)
@@ -372,10 +474,12 @@ class _Sharder:
         """Decide one node: on this rank's tokens, or on all of them."""
         whole = self.whole.get(node)
         shared = [one for one in node.all_input_nodes if one in self.here.values]
-        tensors = self._leaves(whole)
-        into = [one for of in node.all_input_nodes for one in self._leaves(self.whole.get(of))]
+        tensors = tensors_in(whole)
+        into = [one for of in node.all_input_nodes for one in tensors_in(self.whole.get(of))]
         if not into and node.op != "placeholder" and node not in self.starts:
-            shared += [node for one in tensors if self._has_tokens(one)]  # tokens are written to it later
+            shared += [
+                node for one in tensors if self.local.has_tokens(one)
+            ]  # tokens are written to it later
         if not shared:
             self._begin(node)
             return
@@ -399,15 +503,15 @@ class _Sharder:
             return "an attention or a body that is not shared"
         if any(isinstance(one, Unknown) for one in tree_leaves(whole)):
             return "its result could not be followed"
-        if any(self._has_tokens(one) and self._place(one) is None for one in tensors):
+        if any(self.local.has_tokens(one) and self.local.place(one) is None for one in tensors):
             return "its result has only some tokens, or tokens in another order"
         return ""
 
     def _run_here(self, node: fx.Node, whole: Any) -> str:
         """Let a node work on this rank's tokens if every rank can; else the reason."""
         try:
-            cuts = self._cuts(node, whole)
-            tried = [self._tried(node, whole, cuts, view) for view in self.views]
+            cuts = self.local.cuts(node, whole, self.here.values)
+            tried = [self.local.run(node, whole, cuts, view) for view in self.views]
         except LookupError as why:
             return str(why.args[0])
         args, kwargs, _ = tried[self.views.index(self.here)]
@@ -416,175 +520,15 @@ class _Sharder:
         node.args, node.kwargs = fx.node.map_arg((args, kwargs), lambda one: new.get(one, one))
         if written_by(node, node.args, node.kwargs):
             self.gathers.clear()
-        if any(map(self._has_tokens, self._leaves(whole))):
+        if any(map(self.local.has_tokens, tensors_in(whole))):
             for view, (_, _, result) in zip(self.views, tried, strict=True):
                 view.values[node] = result
             node.meta["example_value"] = self.here.values[node]
         return ""
 
-    def _tried(
-        self, node: fx.Node, whole: Any, cuts: dict[fx.Node, "_Place"], view: _View
-    ) -> tuple[Any, Any, Any]:
-        """(args, kwargs, result) of a node on a rank's tokens; raises LookupError where it is not that rank's share
-        of the result."""
-        args, kwargs = self._local_arguments(node, whole, view)
-
-        def value(one: fx.Node) -> Any:
-            if one in view.values:
-                return view.values[one]
-            return self._share_of(self.whole[one], cuts[one], view.rank) if one in cuts else self.whole[one]
-
-        try:
-            with quiet_fakes():
-                result = run_call(node, *fx.node.map_arg((args, kwargs), value))
-        except Exception as error:
-            raise LookupError(f"it fails on a share of the tokens: {error}") from None
-        got, wanted = tree_leaves(result), tree_leaves(whole)
-        fits = len(got) == len(wanted) and all(
-            tuple(one.shape) == self._local_shape(of, view.rank) and one.dtype == of.dtype
-            for one, of in zip(got, wanted, strict=True)
-            if isinstance(of, Tensor)
-        )
-        if not fits:
-            raise LookupError("its sizes do not follow the tokens")
-        return args, kwargs, result
-
-    def _cuts(self, node: fx.Node, whole: Any) -> dict[fx.Node, "_Place"]:
-        """The operands that every rank has and of which this node needs a share, with the place of the tokens."""
-        if node.target is operator.setitem:
-            if not isinstance(node.args[2], fx.Node) or not isinstance(self.whole[node.args[2]], Tensor):
-                return {}
-            target, index = self.whole[node_of(node.args[0])], node.args[1]
-            if any(isinstance(one, fx.Node) for one in tree_leaves(index)):
-                raise LookupError("it writes at places that are computed")
-            with self.tracker:
-                labels, operands = self.tracker.of(target[index]), [node.args[2]]
-            along = None
-        else:
-            joins = node.target in (torch.cat, torch.concat)
-            if not isinstance(whole, Tensor) or not (node in self.pointwise or joins):
-                return {}
-            labels, operands = self.tracker.of(whole), node.all_input_nodes
-            along = _dim_of(node) % whole.dim() if joins else None
-        written = written_by(node, node.args, node.kwargs)
-        cuts: dict[fx.Node, _Place] = {}
-        for one in operands:
-            x = self.whole[one]
-            if one in self.here.values or not isinstance(x, Tensor):
-                continue
-            for dim in range(x.dim()):
-                at = dim + len(labels) - x.dim()
-                if at < 0 or at == along or not self.tracker.has(labels[at]) or x.shape[dim] == 1:
-                    continue
-                parts = self.tracker.parts(labels[at])
-                if parts is None or x.shape[dim] != length(labels[at]) or one in cuts or one in written:
-                    raise LookupError("an operand of all tokens cannot be cut")
-                cuts[one] = dim, *parts
-        return cuts
-
-    # Arguments
-
-    def _local_arguments(
-        self, node: fx.Node, whole: Any, view: _View
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a node, with the literal sizes and places that a rank's share has."""
-        args: tuple[Any, ...] = node.args
-        kwargs: dict[str, Any] = dict(node.kwargs)
-        name = getattr(node.target, "__name__", node.target)
-        shapes = [self._local_shape(one, view.rank) for one in self._leaves(whole)]
-        if name in ("getitem", "setitem") and isinstance(x := self.whole[args[0]], Tensor):
-            return (args[0], self._local_index(x, args[1], view), *args[2:]), kwargs
-        if name in ("view", "reshape", "expand") and len(args) > 1 and not isinstance(args[1], torch.dtype):
-            return (args[0], *_sizes_like(args[1:], shapes[0])), kwargs
-        if name in ("new_zeros", "new_ones", "new_empty"):
-            return (args[0], *_sizes_like(args[1:], shapes[0])), kwargs
-        if node.target in (torch.zeros, torch.ones, torch.empty):
-            return _sizes_like(args, shapes[0]), kwargs
-        if node.target is torch.full or name == "new_full":
-            before = args[:-2]
-            return (*before, shapes[0], args[-1]), kwargs
-        if name == "unflatten":
-            x, dim, sizes = args
-            dim %= self.whole[x].dim()
-            return (x, dim, shapes[0][dim : dim + len(sizes)]), kwargs
-        if name in ("split", "split_with_sizes", "narrow"):
-            dim = kwargs.get("dim", args[2] if len(args) > 2 else 0) if name != "narrow" else args[1]
-            label = self.tracker.of(self.whole[args[0]])[dim]
-            if self.tracker.has(label):
-                if name != "narrow":
-                    return (args[0], [shape[dim] for shape in shapes], *args[2:]), kwargs
-                first, last = (self._boundary(label, at, view) for at in (args[2], args[2] + args[3]))
-                return (args[0], dim, first, last - first), kwargs
-        return args, kwargs
-
-    def _local_index(self, x: Tensor, index: Any, view: _View) -> Any:
-        """An index of a tensor, with places among the tokens as a rank has them."""
-        items = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(one, fx.Node) for one in tree_leaves(items)):
-            if self._has_tokens(x):
-                raise LookupError("it takes tokens at places that are computed")
-            return index
-        labels, dim, local = self.tracker.of(x), 0, []
-        used = sum(one is not None and one is not Ellipsis for one in items)
-        for one in items:
-            if one is Ellipsis:
-                dim += x.dim() - used
-            elif one is not None:
-                if isinstance(one, slice) and one != slice(None) and self.tracker.has(labels[dim]):
-                    first, last, step = one.indices(x.shape[dim])
-                    if step != 1:
-                        raise LookupError("it takes every n-th token")
-                    one = slice(*(self._boundary(labels[dim], at, view) for at in (first, max(first, last))))
-                dim += 1
-            local.append(one)
-        return tuple(local) if isinstance(index, tuple) else local[0]
-
-    def _boundary(self, label: Label, position: int, view: _View) -> int:
-        """A position of the whole dimension as one of a rank's share."""
-        found = self.tracker.parts(label)
-        if found is None or found[0] > 1:
-            raise LookupError("a slice cuts repeated tokens")
-        whole = local = 0
-        for part in found[1]:
-            if position == whole or (not part.tokens and whole <= position < whole + part.whole):
-                return local + position - whole
-            whole += part.whole
-            local += part.local(view.rank, self.ranks.size)
-        if position == whole:
-            return local
-        raise LookupError("a slice cuts the tokens")
-
-    # Values
-
-    @staticmethod
-    def _leaves(whole: Any) -> list[Tensor]:
-        """The tensors in a value."""
-        return [one for one in tree_leaves(whole) if isinstance(one, Tensor)]
-
-    def _has_tokens(self, value: Tensor) -> bool:
-        return any(map(self.tracker.has, self.tracker.of(value)))
-
-    def _local_shape(self, value: Tensor, rank: int) -> tuple[int, ...]:
-        """The sizes of a rank's share of a tensor."""
-        sizes = []
-        for label, size in zip(self.tracker.of(value), value.shape, strict=True):
-            found = self.tracker.parts(label) if self.tracker.has(label) else None
-            sizes.append(size if found is None else found[0] * local_length(found[1], rank, self.ranks.size))
-        return tuple(sizes)
-
-    def _share_of(self, value: Tensor, place: "_Place", rank: int) -> Tensor:
-        """A rank's share of a tensor of all tokens."""
-        dim, repeats, parts = place
-        split = value.unflatten(dim, (repeats, -1)) if repeats > 1 else value
-        at = dim + (repeats > 1)
-        runs = [one.whole for one in pieces(parts, rank, self.ranks.size)]
-        cut = [split.narrow(at, run.start, run.stop - run.start) for run in runs]
-        joined_ = torch.cat(cut, at) if len(cut) > 1 else cut[0]
-        return joined_.flatten(dim, at) if repeats > 1 else joined_
-
     # Nodes
 
-    def _cut(self, node: fx.Node, place: "_Place") -> fx.Node:
+    def _cut(self, node: fx.Node, place: Place) -> fx.Node:
         """A new node, at the current place, for this rank's share of a node of all tokens."""
         dim, repeats, parts = place
         at, x = dim + (repeats > 1), node
@@ -596,14 +540,14 @@ class _Sharder:
         if repeats > 1:
             new = self.graph.call_method("flatten", (new, dim, at))
         for view in self.views:
-            view.values[new] = self._share_of(self.whole[node], place, view.rank)
+            view.values[new] = self.local.share_of(self.whole[node], place, view.rank)
         return new
 
     def _begin(self, node: fx.Node) -> None:
         """Cut the result of a node that runs on all tokens, if it has them: its users get this rank's share."""
         whole, users = self.whole.get(node), list(node.users)
-        place = self._place(whole) if isinstance(whole, Tensor) else None
-        if place is None or not users or _memory(self._leaves(whole)[0]) in self.written:
+        place = self.local.place(whole) if isinstance(whole, Tensor) else None
+        if place is None or not users or _memory(tensors_in(whole)[0]) in self.written:
             return
         with self.graph.inserting_before(self.first if node.op == "placeholder" else node.next):
             new = self._cut(node, place)
@@ -632,7 +576,7 @@ class _Sharder:
         if node in self.gathers:
             return self.gathers[node]
         whole, ranks = self.whole[node], self.ranks
-        place = self._place(whole) if isinstance(whole, Tensor) else None
+        place = self.local.place(whole) if isinstance(whole, Tensor) else None
         if place is None:
             raise CannotShareError(
                 f"{_name_of(user or node)} needs all tokens, which cannot be gathered: {why}"
@@ -653,14 +597,18 @@ class _Sharder:
 
     def _communicate(self, op: Any, tensors: Sequence[fx.Node], others: tuple[Any, ...]) -> list[fx.Node]:
         """The results of an op in which ranks take part, after the op before it."""
-        if self.order is None:
-            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-                self.order = self._constant("sparsify_order", torch.zeros((), dtype=torch.float32))
-        call = self.graph.call_function(op, ([*tensors, self.order], *others))
+        call = self.graph.call_function(op, ([*tensors, self._first_order()], *others))
         *results, self.order = (
             self.graph.call_function(operator.getitem, (call, i)) for i in range(len(tensors) + 1)
         )
         return results
+
+    def _first_order(self) -> fx.Node:
+        """The order that the next op gets."""
+        if self.order is None:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
+                self.order = self._constant("sparsify_order", torch.zeros((), dtype=torch.float32))
+        return self.order
 
     def _constant(self, name: str, value: Tensor) -> fx.Node:
         """A constant of the graph, before all other nodes."""
@@ -688,38 +636,8 @@ class _Sharder:
             self._erase(source)
 
 
-def heads_differ(plan: AttentionPlan) -> bool:
-    """Whether the heads of a site may need different numbers of keys, so that they may move between ranks."""
-    return isinstance(plan.settings, DynamicMethod) and not isinstance(plan.settings, LearningMethod)
-
-
-def densities_of_heads(plan: AttentionPlan) -> list[float] | None:
-    """The density of each head of a site whose heads have tables of their own before it runs; else None."""
-    if not isinstance(plan.settings, StaticMethod):
-        return None
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-        densities = plan.settings.table(plan.layout).densities()
-        return densities[0].tolist() if densities.shape[1] > 1 else None
-
-
-_Place = tuple[int, int, list[Part]]
-"""(dimension, repeats outside of the parts, parts) of the tokens of a tensor."""
-
-
 def _memory(value: Tensor) -> int:
     return value.untyped_storage()._cdata
-
-
-def _dim_of(node: fx.Node) -> int:
-    """The dimension along which a call joins tensors."""
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-    assert isinstance(dim, int)
-    return dim
-
-
-def _sizes_like(args: Sequence[Any], shape: Sequence[int]) -> tuple[Any, ...]:
-    """Sizes in the form in which a call gets them: as one argument, or one for each."""
-    return (tuple(shape),) if len(args) == 1 and isinstance(args[0], (tuple, list)) else tuple(shape)
 
 
 def _lies_by_tokens(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ def may_be_written(gm: fx.GraphModule, tensor: fx.Node, reader: fx.Node, place: 
     Args:
         reader, place: nodes of the graph of `gm`, in this order.
     """
-    held = _storages(tensor)
+    held = storages_of(tensor)
     node = place
     while node is not reader:
         node = node.prev
@@ -43,6 +43,13 @@ def may_be_written(gm: fx.GraphModule, tensor: fx.Node, reader: fx.Node, place: 
         if written and written & (inputs := _inputs(gm)) and held & inputs:
             return True
     return False
+
+
+def written_in(gm: fx.GraphModule) -> frozenset[int] | None:
+    """The storages that the nodes of a graph may write to, and those that may overlap them; None if all may."""
+    written = _union(_written(gm, node) for node in gm.graph.nodes)
+    inputs = _inputs(gm)
+    return written | inputs if written is not None and written & inputs else written
 
 
 def reshaping_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -71,7 +78,7 @@ def _reshapes(node: fx.Node) -> bool:
     )
 
 
-def _storages(node: fx.Node) -> frozenset[int] | None:
+def storages_of(node: fx.Node) -> frozenset[int] | None:
     """The storages of all tensors that Dynamo recorded for a node; None if a tensor has none."""
     leaves = [leaf for leaf in tree_leaves(value_of(node)) if isinstance(leaf, Tensor)]
     found = [storage for leaf in leaves if (storage := _torch.storage_of(leaf)) is not None]
@@ -79,14 +86,14 @@ def _storages(node: fx.Node) -> frozenset[int] | None:
 
 
 def _inputs(gm: fx.GraphModule) -> frozenset[int]:
-    return _union(_storages(node) for node in gm.graph.nodes if node.op == "placeholder") or frozenset()
+    return _union(storages_of(node) for node in gm.graph.nodes if node.op == "placeholder") or frozenset()
 
 
 def _written(gm: fx.GraphModule, node: fx.Node) -> frozenset[int] | None:
     """The storages that a node may write to; None if it may write to any."""
     if _only_reads(node):
         return frozenset()
-    touched = _union(_storages(one) for one in node.all_input_nodes)
+    touched = _union(storages_of(one) for one in node.all_input_nodes)
     if touched is None or any(_is_unrecorded(gm, one) for one in node.all_input_nodes):
         return None
     if not touched:

@@ -61,6 +61,8 @@ class AppliedModel:
     """Opens the generation that a call belongs to, where its caller's scheduler says the number of steps."""
     parts_only: bool = False
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
+    captures_sizes: bool = False
+    """Whether Dynamo captures operators whose results have sizes that depend on values."""
     checks_grid: bool = False
     """Whether a grid was given. The analysis raises an error if it fits no attention."""
     state: ModelState = field(init=False)
@@ -97,6 +99,7 @@ class AppliedModel:
     def analysed(self, call: "ModelCall") -> Analysis:
         """The analysis for the shapes of a call."""
         self.analysis = next(self.analyses(call))
+        self.captures_sizes |= self.analysis.captures_sizes
         return self.analysis
 
     def analyses(self, call: "ModelCall") -> Iterator[Analysis]:
@@ -195,6 +198,8 @@ class ModelCall:
         self.graphs: list[GraphPlan] = []
         self.analysed_again = False
         """Whether the model was analysed for the values of this call."""
+        self.as_one_graph = False
+        """Whether the model is compiled as one graph now, and by its parts if that fails."""
         self._attentions = 0
         self._by_order = False
         self._counts: Counter[str] = Counter()
@@ -379,7 +384,7 @@ class Hook:
                 if not call.trains:
                     call.tick()
                 call.begin()
-                with _torch.many_programs():
+                with _torch.many_programs(), _torch.run_time_sizes(self.model.captures_sizes):
                     result = self.run(module, args, kwargs)
                 call.finish()
         finally:

@@ -8,7 +8,7 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -19,13 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
+from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
-from sparsify_compiler.parallel.shares import alike, heads_of
+from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
+from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -111,7 +114,10 @@ class Observer(nn.Module):
             if bound.observed:
                 function.learn(query, key, key_bias, bound, self.site.name)
             else:
-                _write(bound.state, function.observe(query, key, bound, self.site.name))
+                state = function.observe(query, key, bound, self.site.name)
+                _write(bound.state, state)
+                if function.plan.sequence is not None and state:
+                    out = torch.ops.sparsify.after(out, state)
         return out
 
 
@@ -153,7 +159,7 @@ class SiteFunction:
     def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
         """Update the observed tensors from a call of training."""
         bias = None if key_bias is None else key_bias.detach()
-        inputs = [*bound.read.values(), *bound.observed.values()]
+        inputs = self.inputs.to_learn(bound)
         updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
         _write(list(bound.observed.values())[:-1], updated)
 
@@ -210,23 +216,29 @@ class SiteFunction:
         """[out, report, *state], op by op. `computed`: as in `attention_with_far_field`, of all tokens."""
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
-        all_heads = self._all_heads(self.inputs.owners_in(inputs))
+        owners = self.inputs.owners_in(inputs)
+        read = read | self._trained_of_rank(read, owners, query.shape[1])
+        all_heads = self._all_heads(owners)
+        shared = self._shared_tokens()
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
-        whole, min_gain, far_blocks = True, None, None
+        whole, min_gain, far_blocks, best = True, None, None, 0
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole, min_gain, far_blocks), state = method.select(
-                    self._tokens(query, key, key_bias), before, **read
+                (table, kept, whole, min_gain, far_blocks, best), state = method.select(
+                    self._tokens(query, key, key_bias, shared), before, **read
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
             if plan.sharing is not None and plan.sharing.own_tables:
-                owners, rank = self.inputs.owners_in(inputs), plan.sharing.ranks.rank
-                heads = torch.ops.sparsify.heads_in_slots(owners, rank, query.shape[1])
+                heads = torch.ops.sparsify.heads_in_slots(owners, plan.sharing.ranks.rank, query.shape[1])
                 table = table.of_heads(heads.to(query.device))
+        of_all_ranks = table
+        if shared is not None:
+            table, key, value = self._fetched(table, key, value)
+            whole = False
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
-        last = plan.layout.tokens - plan.layout.after
+        last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
         out, _, known = attention_with_far_field(
@@ -236,6 +248,7 @@ class SiteFunction:
             table,
             far_field=plan.far_field,
             min_gain=min_gain,
+            best=best,
             far_blocks=far_blocks,
             key_bias=key_bias,
             scale=plan.site.scale,
@@ -245,34 +258,92 @@ class SiteFunction:
             computed=computed,
         )
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
-            out = self._with_others(out, query, key, value, key_bias)
+            out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None else known.kept
-            rows = (known.density, estimated, known.recall, known.gate)
+            density = known.density if shared is None else of_all_ranks.densities()
+            rows = (density, estimated, known.recall, known.gate)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows], 2)
             if all_heads is not None and self.inputs.remembers:
                 report = all_heads(report)
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
 
+    def _shared_tokens(self) -> SharedTokens | None:
+        """The video's tokens, where ranks share the queries of a site."""
+        plan, sequence = self.plan, self.plan.sequence
+        if sequence is None:
+            return None
+        part = next(one for one in parts_of(sequence.parts) if one.tokens)
+        return SharedTokens(part.whole, sequence.ranks, part, sequence.each, self._names, plan.provider)
+
+    @property
+    def _names(self) -> str:
+        """The name of the sites that run the function, for errors of ranks."""
+        return f"{self.plan.site.name}, or one with the same plan"
+
+    def _fetched(self, table: BlockTable, key: Tensor, value: Tensor) -> tuple[BlockTable, Tensor, Tensor]:
+        """(the table of the video's queries of this rank, the keys and values that they read)."""
+        sequence = self.plan.sequence
+        assert sequence is not None
+        ranks = sequence.ranks
+        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self._names
+        table = table.of_queries(queries_of(sequence, ranks.rank))
+        read = of_key_heads(table.keys_read(), key.shape[1])
+        asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
+        given = [key, value, torch.zeros((), device="cpu")]
+        key, value, _ = torch.ops.sparsify.fetch_keys(
+            given, read, asked, sequence.parts, sequence.each, *place
+        )
+        return table, key, value
+
     def _all_heads(self, owners: Tensor | None) -> Callable[[Tensor], Tensor] | None:
         """The function that makes numbers of all heads, [B, H, n], of those of this rank's, [B, slots, n]."""
         sharing = self.plan.sharing
         if owners is None or sharing is None:
             return None
-        ranks, name = sharing.ranks, f"{self.plan.site.name}, or one with the same plan"
-        return partial(numbers_of_all_heads, owners=owners, ranks=ranks, site=name)
+        return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=self._names)
+
+    def _trained_of_rank(
+        self, read: dict[str, Tensor | None], owners: Tensor | None, slots: int
+    ) -> dict[str, Tensor | None]:
+        """The trained tensors of a rank's heads, and of other heads in slots without a head."""
+        sharing = self.plan.sharing
+        if owners is None or sharing is None or not self.inputs.trained:
+            return {}
+        heads = torch.ops.sparsify.heads_in_slots(owners, sharing.ranks.rank, slots)
+        return {**self._rows(read, self.inputs.trained, heads)}
+
+    def _rows(
+        self, tensors: dict[str, Tensor | None], names: Iterable[str], heads: Tensor
+    ) -> dict[str, Tensor]:
+        """The numbers of some heads in trained or observed tensors of all heads."""
+        method, found = cast(LearningMethod, self.plan.settings), dict[str, Tensor]()
+        for name in names:
+            tensor = tensors[name]
+            assert tensor is not None
+            dim, rows = method.rows_of(name, heads.to(tensor.device), self.plan.whole_site)
+            found[name] = tensor.index_select(dim, rows)
+        return found
 
     def _with_others(
-        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        shared: SharedTokens | None,
     ) -> Tensor:
         """`out` of the video's tokens, between the output of the other tokens, which read everything."""
-        layout = self.plan.layout
-        places = torch.arange(layout.tokens, device=query.device)
-        others = torch.cat([places[: layout.before], places[layout.tokens - layout.after :]])
-        read, _ = exact_rows(
-            query, key, value, others[None, None], key_bias, self.plan.site.scale, provider=self.plan.provider
-        )
+        layout, scale, tokens = self.plan.layout, self.plan.site.scale, query.shape[2]
+        if shared is None:
+            places = torch.arange(tokens, device=query.device)
+            others = torch.cat([places[: layout.before], places[tokens - layout.after :]])[None, None]
+            read, _ = exact_rows(query, key, value, others, key_bias, scale, provider=self.plan.provider)
+        else:
+            rows = torch.cat([query[:, :, : layout.before], query[:, :, tokens - layout.after :]], 2)
+            read = shared.attend(rows, key, value, key_bias, scale, layout.before)
         parts = read[:, :, : layout.before], out, read[:, :, layout.before :]
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
@@ -280,7 +351,8 @@ class SiteFunction:
         """`observe`, op by op."""
         read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
         method = cast(DynamicMethod, self.plan.settings)
-        return list(method.observe(self._tokens(query, key, None), before, **read))
+        tokens = self._tokens(query, key, None, self._shared_tokens())
+        return list(method.observe(tokens, before, **read))
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
@@ -288,15 +360,33 @@ class SiteFunction:
         """`learn`, op by op."""
         bound = self.inputs.bind(inputs)
         named: dict[str, Any] = bound.read | bound.observed
-        method = cast(LearningMethod, self.plan.settings)
-        return list(method.learn(self._tokens(query, key, key_bias), **named))
+        method, sharing = cast(LearningMethod, self.plan.settings), self.plan.sharing
+        if bound.owners is None or sharing is None:
+            return list(method.learn(self._tokens(query, key, key_bias), **named))
+        mine, written = heads_of(bound.owners.tolist(), sharing.ranks.rank), list(bound.observed)[:-1]
+        heads = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        results = [named[name].clone() for name in written]
+        if not mine:
+            return results
+        of_rank = self._rows(named, (*self.inputs.trained, *written), heads)
+        blank = {name: torch.zeros_like(of_rank[name]) for name in written}
+        tokens = self._tokens(query[:, : len(mine)], key[:, : len(mine)], key_bias)
+        for name, whole, new in zip(
+            written, results, method.learn(tokens, **(named | of_rank | blank)), strict=True
+        ):
+            dim, rows = method.rows_of(name, heads.to(whole.device), self.plan.whole_site)
+            # A trainer takes the mean over ranks, and each head has one rank that learns.
+            whole.index_add_(dim, rows, new, alpha=sharing.ranks.size)
+        return results
 
     def fake_learn(self, inputs: list[Tensor | None]) -> list[Tensor]:
         """Uninitialised results of `trace_learn`: one for every observed tensor except the signal."""
         *written, _ = self.inputs.bind(inputs).observed.values()
         return [t.new_empty(t.shape) for t in written if t is not None]
 
-    def _tokens(self, query: Tensor, key: Tensor, key_bias: Tensor | None) -> Tokens:
+    def _tokens(
+        self, query: Tensor, key: Tensor, key_bias: Tensor | None, shared: SharedTokens | None = None
+    ) -> Tokens:
         plan = self.plan
         return Tokens(
             query=query.detach(),
@@ -306,6 +396,7 @@ class SiteFunction:
             provider=plan.provider,
             key_bias=None if key_bias is None else key_bias.detach(),
             far_field=plan.far_field,
+            shared=shared,
         )
 
 
@@ -316,7 +407,7 @@ _functions: WeakValueDictionary[str, SiteFunction] = WeakValueDictionary()
 def _function(plan: AttentionPlan, inputs: SiteInputs, choice: Any, sampled_rows: int) -> SiteFunction:
     """The arithmetic of a site, one object for all sites with the same plan."""
     site, method = plan.site, settled(plan, choice)
-    shape = site.heads, site.kv_heads, site.head_dim, site.scale, plan.sharing
+    shape = site.heads, site.kv_heads, site.head_dim, site.scale, plan.sharing, plan.sequence
     text = repr((plan.settings, method, plan.layout, plan.far_field, shape, plan.provider, inputs))
     name = hashlib.sha256(f"{text} {sampled_rows}".encode()).hexdigest()[:16]
     function = _functions.get(name)
@@ -330,7 +421,7 @@ def functions_of(module: nn.Module) -> set[SiteFunction]:
     return {part.function for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
-@torch.library.custom_op("sparsify::site", mutates_args=())
+@custom_op("sparsify::site")
 def _site(
     query: Tensor,
     key: Tensor,
@@ -344,7 +435,7 @@ def _site(
         return _functions[function].run(query, key, value, key_bias, inputs)
 
 
-@torch.library.custom_op("sparsify::observe_site", mutates_args=())
+@custom_op("sparsify::observe_site")
 def _observe_site(
     query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
@@ -352,7 +443,7 @@ def _observe_site(
         return _functions[function].run_observe(query, key, inputs)
 
 
-@torch.library.custom_op("sparsify::learn_site", mutates_args=())
+@custom_op("sparsify::learn_site")
 def _learn_site(
     query: Tensor,
     key: Tensor,
@@ -370,7 +461,7 @@ _observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*ar
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
-@torch.library.custom_op("sparsify::attend_owned", mutates_args=())
+@custom_op("sparsify::attend_owned")
 def _attend_owned(
     query: Tensor,
     key: Tensor,
@@ -401,7 +492,7 @@ def _attend_owned_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Te
     return query.new_empty(batch, tokens, slots, value.shape[3]).transpose(1, 2)
 
 
-@torch.library.custom_op("sparsify::lay_out", mutates_args=())
+@custom_op("sparsify::lay_out")
 def _lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     """A copy with these strides."""
     return _lay_out_fake(tensor, strides).copy_(tensor)

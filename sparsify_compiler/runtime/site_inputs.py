@@ -3,6 +3,7 @@
 | slot          | holds                                              | in a lowered graph               |
 | ------------- | -------------------------------------------------- | -------------------------------- |
 | `owners`      | the owners of heads, where ranks share them        | on the CPU; an input if heads move |
+| `order`       | the order of ops, where ranks share queries        | the result of an op, on the CPU  |
 | `constants`   | the table of a method, or other inputs of `select` | a constant, shared by sites      |
 | `trained`     | tensors that a trainer writes and `select` reads   | an input                         |
 | `observed`    | tensors that `learn` writes, `signal` last         | an input                         |
@@ -40,6 +41,7 @@ class Bound(NamedTuple):
     """The tensors of one call of a site, by slot."""
 
     owners: Tensor | None
+    order: Tensor | None
     read: dict[str, Tensor | None]
     """Constants and trained tensors, by the names that the method gives them."""
     observed: dict[str, Tensor | None]
@@ -53,6 +55,7 @@ class SiteInputs:
     """The names of a site's tensors, slot by slot."""
 
     owners: bool = False
+    order: bool = False
     constants: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     observed: tuple[str, ...] = ()
@@ -65,19 +68,28 @@ class SiteInputs:
         read, rest = self._read(tensors)
         observed = dict(zip(self.observed, rest, strict=False))
         if not self.remembers:
-            return Bound(self.owners_in(tensors), read, observed, None, (), None)
+            return Bound(*self._of_ranks(tensors), read, observed, None, (), None)
         initialised, *state, report = rest[len(observed) :]
         kept = tuple(t for t in state if t is not None)
-        return Bound(self.owners_in(tensors), read, observed, initialised, kept, report)
+        return Bound(*self._of_ranks(tensors), read, observed, initialised, kept, report)
 
     def to_select(self, bound: Bound) -> list[Tensor | None]:
         """The tensors for an op that selects or observes: all except `observed` and `report`."""
         state = [bound.initialised, *bound.state] if self.remembers else []
-        return [*([bound.owners] if self.owners else []), *bound.read.values(), *state]
+        given = [bound.owners] * self.owners + [bound.order] * self.order
+        return [*given, *bound.read.values(), *state]
+
+    def to_learn(self, bound: Bound) -> list[Tensor | None]:
+        """The tensors for an op that learns."""
+        return [*([bound.owners] if self.owners else []), *bound.read.values(), *bound.observed.values()]
 
     def owners_in(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """The rank of each head, from the tensors of a call or from the list that `to_select` returned."""
-        return tensors[0] if self.owners else None
+        return self._of_ranks(tensors)[0]
+
+    def _of_ranks(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+        """(owners, order)."""
+        return tensors[0] if self.owners else None, tensors[self.owners] if self.order else None
 
     def of_heads(self, tensors: Sequence[Tensor | None], heads: int) -> list[Tensor | None]:
         """The list that `to_select` returned, with the state of the first slots only."""
@@ -101,7 +113,7 @@ class SiteInputs:
         self, tensors: Sequence[Tensor | None]
     ) -> tuple[dict[str, Tensor | None], Sequence[Tensor | None]]:
         """(constants and trained tensors by name, the tensors after them)."""
-        names, tensors = (*self.constants, *self.trained), tensors[self.owners :]
+        names, tensors = (*self.constants, *self.trained), tensors[self.owners + self.order :]
         return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
 
 
@@ -121,10 +133,12 @@ def trained_tensors(
 ) -> tuple[dict[str, Trained], dict[str, Trained]]:
     """(tensors that the method reads, tensors that it observes), by name; empty for a method without training.
 
+    Where ranks share the heads of a site, every rank has these tensors of all heads.
+
     Args:
         trains: whether this graph runs in training. Only there a method observes.
     """
-    method, site = plan.settings, plan.site
+    method, site = plan.settings, plan.whole_site
     if not isinstance(method, LearningMethod):
         return {}, {}
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
@@ -239,8 +253,7 @@ class InputBuilder:
             replace(one, state=places, report=self._reports[site.name]) if one.name == site.name else one
             for one in self._moving
         ]
-        heads = site.heads if plan.sharing is None else plan.sharing.heads
-        tensors = {**shapes, "report": (len(REPORT), site.batch, heads)}
+        tensors = {**shapes, "report": (len(REPORT), site.batch, plan.whole_site.heads)}
         for name, shape in tensors.items():
             self._specs.append((f"{site.name}.{name}", shape, device))
             self._state.append(add_placeholder(self._graph, f"sparsify_{name}{site.index}"))

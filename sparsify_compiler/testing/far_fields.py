@@ -113,7 +113,7 @@ def query_side(query: Tensor, key: Tensor, value: Tensor, table: BlockTable) -> 
     moments = within + (k - centre)[..., :, None] * (v - middle)[..., None, :]
     c = torch.einsum("bhij,bhjde->bhide", shares, moments)
     c = c - (mu - centre)[..., :, None] * (o - middle)[..., None, :]
-    block = table._block_of_token("q").expand(*query.shape[:2], -1)
+    block = table.block_of_token("q").expand(*query.shape[:2], -1)
 
     def of_token(tensor: Tensor) -> Tensor:
         index = block.reshape(*block.shape, *[1] * (tensor.dim() - 3)).expand(-1, -1, -1, *tensor.shape[3:])

@@ -7,7 +7,7 @@ that real ranks get, and threads exchange real tensors. `compare` is a function 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from sparsify_compiler.backend import configure
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.runtime.program import Variant
+from sparsify_compiler.runtime.program import Phase, Variant
 from sparsify_compiler.runtime.site import functions_of
 from sparsify_compiler.testing.models import output_of, take_gradients
 
@@ -48,6 +48,9 @@ def in_threads(
     size: int,
     *,
     trains: bool = False,
+    form: str = "hcp",
+    hosts: int = 2,
+    phase: Phase = "sparse",
     change: Callable[[fx.GraphModule, Ranks], object] = lambda graph, ranks: None,
 ) -> list[Outcome]:
     """The outcome for each graph that Dynamo makes of a model's call, in order.
@@ -56,10 +59,33 @@ def in_threads(
         options: those of the backend; `parallel` has its defaults.
         size: the number of ranks.
         trains: whether gradients are compared too, of the sum of the sines of all outputs.
+        form: the form of the option `parallel`.
+        hosts: in the form `hybrid`, the number of hosts, in which ranks share heads.
+        phase: that of the variant.
         change: changes the graph of each rank, for tests of the comparison itself.
     """
     graphs = graphs_of(model, inputs, trains=trains)
-    return [compare_graph(graph, options, size, trains=trains, change=change) for graph in graphs]
+    return [
+        compare_graph(graph, options, size, trains=trains, form=form, hosts=hosts, phase=phase, change=change)
+        for graph in graphs
+    ]
+
+
+def ranks_of_threads(rank: int, size: int, form: str = "hcp", hosts: int = 2) -> Ranks:
+    """A rank among threads. The name of a group lists its members."""
+
+    def among(members: Sequence[int]) -> Ranks:
+        return Ranks(members.index(rank), len(members), " ".join(map(str, members)))
+
+    every, inside = range(size), size // hosts
+    if form == "hcp":
+        return among(every)
+    if form == "scp":
+        return replace(among(every), sequence=among(every))
+    host = rank // inside * inside
+    return replace(
+        among(every), sequence=among(every[rank % inside :: inside]), heads=among(every[host : host + inside])
+    )
 
 
 def graphs_of(model: Callable[..., Any], inputs: Mapping[str, Any], *, trains: bool = False) -> list[Graph]:
@@ -85,6 +111,9 @@ def compare_graph(
     size: int,
     *,
     trains: bool = False,
+    form: str = "hcp",
+    hosts: int = 2,
+    phase: Phase = "sparse",
     change: Callable[[fx.GraphModule, Ranks], object] = lambda graph, ranks: None,
 ) -> Outcome:
     """The outcome for one graph; arguments as in `in_threads`."""
@@ -92,13 +121,14 @@ def compare_graph(
     config = configure({"dense_steps": 0, "dense_layers": 0, "parallel": "auto", **options})
     with torch.set_grad_enabled(trains):
         analysed = pipeline.analyse(gm, config)
-        alone = pipeline.rewrite(analysed, config, Variant(trains=trains))
+        variant = Variant(phase=phase, trains=trains)
+        alone = pipeline.rewrite(analysed, config, variant)
         graphs, shardings = [], []
         for rank in range(size):
-            ranks = Ranks(rank, size, "threads")
+            ranks = ranks_of_threads(rank, size, form, hosts)
             shared = pipeline.share(analysed, config, ranks, trains=trains)
             shardings.append(shared.meta["sharding"])
-            graphs.append(pipeline.rewrite(shared, config, Variant(trains=trains)))
+            graphs.append(pipeline.rewrite(shared, config, variant))
             change(graphs[-1], ranks)
     assert len(set(shardings)) == 1, "all ranks must decide the same"
     wanted, gradients = _result(alone, args, trains)
@@ -138,16 +168,20 @@ def all_ranks(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """The results of functions that run in a thread each and exchange tensors; raises the first error."""
     results: list[Any] = [None] * len(functions)
     errors: list[BaseException] = []
-    barrier = threading.Barrier(len(functions), timeout=60)
+    barriers: dict[str, threading.Barrier] = {}
     posted: list[Any] = [None] * len(functions)
-    here = threading.local()
+    here, lock = threading.local(), threading.Lock()
 
     def exchange(
         received: Tensor, sent: Tensor, to_receive: list[int], to_send: list[int], group: str, timeout: float
     ) -> None:
+        members = [int(one) for one in group.split()]
+        with lock:
+            assert not errors, "another rank failed"
+            barrier = barriers.setdefault(group, threading.Barrier(len(members), timeout=60))
         posted[here.rank] = sent.split(to_send)
         barrier.wait()
-        parts = [each[here.rank] for each in posted]
+        parts = [posted[one][members.index(here.rank)] for one in members]
         assert [part.numel() for part in parts] == to_receive, "ranks must agree about what they exchange"
         torch.cat([part.reshape(-1) for part in parts], out=received)
         barrier.wait()
@@ -158,7 +192,9 @@ def all_ranks(functions: Sequence[Callable[[], Any]]) -> list[Any]:
             results[rank] = functions[rank]()
         except BaseException as error:
             errors.append(error)
-            barrier.abort()
+            with lock:
+                for barrier in barriers.values():
+                    barrier.abort()
 
     with patch.object(_torch, "all_to_all", exchange):
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(functions))]
@@ -186,6 +222,7 @@ def compare(
     *,
     trains: bool = False,
     calls: int = 1,
+    form: str = "hcp",
 ) -> tuple[Outcome, int]:
     """Compile a model for these ranks, and for one process, and call both.
 
@@ -193,17 +230,20 @@ def compare(
         build: makes the model, in eval mode, and the inputs of a call. The first input differs from call to call.
         options: those of the backend, without `parallel`.
         calls: number of calls of each compiled model.
+        form: the form of the option `parallel`. For `hybrid`, all processes run this; there are two hosts.
 
     Returns:
         (outcome, with gradients of the parameters; number of graphs that were compiled for these ranks).
     """
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     options = {"dense_steps": 0, "dense_layers": 0, **options}
     model, inputs = build()
     group = _torch.process_group(ranks.group)
-    parallel = {"form": "hcp", "mesh": DeviceMesh.from_group(group, "cpu"), "timeout": ranks.timeout}
+    hosts = (2, ranks.size // 2)
+    mesh = init_device_mesh("cpu", hosts) if form == "hybrid" else DeviceMesh.from_group(group, "cpu")
+    parallel = {"form": form, "mesh": mesh, "timeout": ranks.timeout}
     outputs, gradients = _calls(model, inputs, options, trains, calls)
     with _noted() as shardings:
         found, mean = _calls(model, inputs, {**options, "parallel": parallel}, trains, calls)
@@ -240,8 +280,8 @@ def _noted() -> Iterator[list[Sharding]]:
     found: list[Sharding] = []
     share = pipeline.share
 
-    def noting(*args: Any, **options: Any) -> fx.GraphModule:
-        graph = share(*args, **options)
+    def noting(*args: Any, **others: Any) -> fx.GraphModule:
+        graph = share(*args, **others)
         found.append(graph.meta["sharding"])
         return graph
 

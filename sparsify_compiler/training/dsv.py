@@ -34,8 +34,9 @@ from sparsify_compiler.methods.predictor import SHARES, Trained, save_predictor,
 from sparsify_compiler.methods.single_keys import share_of
 from sparsify_compiler.names import ROOT, align, without_wrappers
 from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.cost import HeadCost
+from sparsify_compiler.runtime.rates import measured_cost
 from sparsify_compiler.runtime.state import Learning, share_state
-from sparsify_compiler.training.cost import Cost, measured_cost
 
 FORMAT = "sparsify-dsv-training-2"
 ENOUGH_OVERLAP = 0.8
@@ -46,6 +47,8 @@ KEEP = 0.9
 """Share of the old profile in the running mean with a new one."""
 PARTS = ("weights", "shares", "gradients", "observed")
 """Trained and observed tensors of a site."""
+STATE = ("format", "steps", "sparse", "learned", "profiles", "choices", "optimizer")
+"""The keys of `DSVTrainer.state_dict`."""
 
 
 @dataclass(slots=True)
@@ -137,7 +140,7 @@ class _Site:
         else:
             self.profile.update(new)
 
-    def choose(self, cost_of: Callable[[Cube], Cost]) -> None:
+    def choose(self, cost_of: Callable[[Cube], HeadCost]) -> None:
         """Choose group and shares by the profile; `cost_of` returns the cost of a group.
 
         With a fixed budget the group is the paper's: the largest whose queries attend to similar keys. Otherwise it
@@ -180,7 +183,7 @@ class DSVTrainer:
         break_even: float | None = None,
     ) -> None:
         """Args:
-            model: the module, compiled or not.
+            model: the module, compiled or not; sharded already, if FSDP2 shards it.
             learning_rate: learning rate of the predictor's AdamW. The paper uses the model's own. On a young model,
                 300 steps with the default came within 4 % of the loss of the best possible projections, those of a
                 singular value decomposition; with 1e-3 the loss was still 1.7 times that.
@@ -213,7 +216,8 @@ class DSVTrainer:
         self.progress: Progress | None = None
         """Progress at the last profile."""
         self._modules = [without_wrappers(name) or ROOT for name, _ in module.named_modules()]
-        self._state = share_state([module, *module.parameters()])
+        outer = model if isinstance(model, nn.Module) else module
+        self._state = share_state([module, *_torch.parameters_in_calls(outer)])
         self._learning = self._state.learning = Learning()
         self._sites: dict[str, _Site] = {}
         self._optimizer: torch.optim.AdamW | None = None
@@ -268,13 +272,15 @@ class DSVTrainer:
         save_predictor(Path(path), trained)
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state to resume training exactly; `torch.save` can write it."""
+        """The whole state to resume training exactly; `torch.save` can write it.
+
+        It is the same on every rank, and for every number of ranks: all ranks call this together.
+        """
         return {
             "format": FORMAT,
-            "world_size": _world_size(),
             "steps": self.steps,
             "sparse": self._learning.sparse,
-            "learned": {name: tensor.clone() for name, tensor in self._state.trained.items()},
+            "learned": {name: _saved(name, tensor) for name, tensor in self._state.trained.items()},
             "profiles": {name: site.profile and asdict(site.profile) for name, site in self._sites.items()},
             "choices": {name: tuple(site.choice) for name, site in self._sites.items() if site.choice},
             "optimizer": self._optimizer and self._optimizer.state_dict(),
@@ -284,18 +290,14 @@ class DSVTrainer:
         """Resume from a `state_dict`, before or after the first call of the model.
 
         Raises:
-            SparsifyError: the state is not from `state_dict`, or has another number of ranks. A state of another
-                model may raise only when the model is called, or at the next `step`.
+            SparsifyError: the state is not from `state_dict`. A state of another model may raise only when the
+                model is called, or at the next `step`.
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise SparsifyError("state must be a result of DSVTrainer.state_dict, got something else")
-        if missing := sorted(self.state_dict().keys() - state.keys()):
+        if missing := sorted({*STATE} - state.keys()):
             raise SparsifyError(
                 f"the state lacks {', '.join(missing)}: give a complete result of DSVTrainer.state_dict"
-            )
-        if state["world_size"] != _world_size():
-            raise SparsifyError(
-                f"the state is from {state['world_size']} ranks, this run has {_world_size()}: use the same number"
             )
         state = self._renamed(state)
         self.steps, self._learning.sparse = state["steps"], state["sparse"]
@@ -437,12 +439,13 @@ class DSVTrainer:
         early, late = self.profile_every
         return step % (early if step < self.early_steps else late) == 0
 
-    def _cost(self, site: _Site, group: Cube) -> Cost:
+    def _cost(self, site: _Site, group: Cube) -> HeadCost:
         """The cost of a group, the same on all ranks."""
         if self.break_even is not None:
-            return Cost(0.0, 1 / self.break_even if self.break_even else math.inf)
+            return HeadCost(0.0, 1 / self.break_even if self.break_even else math.inf)
         measured = measured_cost(site.plan, site.method, group, site.weights.shape[-1])
-        return Cost(*_mean(torch.tensor(measured, dtype=torch.float32)).tolist())
+        numbers = torch.tensor(measured, dtype=torch.float32, device=site.weights.device)
+        return HeadCost(*_mean(numbers).tolist())
 
 
 def _mean(tensor: Tensor) -> Tensor:
@@ -452,6 +455,11 @@ def _mean(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total / _world_size()
+
+
+def _saved(name: str, tensor: Tensor) -> Tensor:
+    """A trained or observed tensor for `state_dict`. What ranks observed is saved as the mean over ranks."""
+    return _mean(tensor) if name.rpartition(".")[2] in ("gradients", "observed") else tensor.clone()
 
 
 def _world_size() -> int:

@@ -1,5 +1,8 @@
 """The custom operator for ONNX Runtime against the reference of the op."""
 
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +83,77 @@ def test_it_is_the_op(dtype: torch.dtype, tolerance: float, orders: bool, bias: 
         assert float((both[0] - both[1]).norm() / both[1].norm()) < tolerance
     (alone,) = run(inputs, 0.3, ("out",))
     assert torch.equal(alone, run(inputs, 0.3)[0])
+
+
+def in_model(sparse: bool, table: BlockTable, shape: tuple[int, ...]) -> bytes:
+    """output = hidden_states * timestep, with attention of the states to themselves in its place where sparse."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    constants = [
+        numpy_helper.from_array(one.numpy(), name) for name, one in table.tensors().items() if one is not None
+    ]
+    names = [name if name in {one.name for one in constants} else "" for name in INPUTS[3:]]
+    attend = helper.make_node(
+        "BlockSparseAttention", ["hidden_states"] * 3 + names, ["attended"], domain="sparsify", scale=0.3
+    )
+    scaled = helper.make_node("Mul", ["attended" if sparse else "hidden_states", "timestep"], ["output"])
+    infos = [
+        helper.make_tensor_value_info("hidden_states", TensorProto.FLOAT, ["batch", *shape[1:]]),
+        helper.make_tensor_value_info("timestep", TensorProto.FLOAT, [1]),
+        helper.make_tensor_value_info("output", TensorProto.FLOAT, None),
+    ]
+    nodes, held = ([attend, scaled], constants) if sparse else ([scaled], [])
+    graph = helper.make_graph(nodes, "model", infos[:2], infos[2:], held)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sparsify", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+
+
+def test_the_program_of_the_documentation_runs_both_phases(tmp_path: Path) -> None:
+    """In C++, against ONNX Runtime's library from its wheel; the first of three steps is dense."""
+    import onnxruntime
+
+    found = sorted(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*"))
+    if not found:
+        pytest.skip("this wheel of onnxruntime has no libonnxruntime.so")
+    kept = torch.rand(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.6
+    sizes = torch.tensor([[[4, 3, 5]]])
+    table, shape = BlockTable.from_block_mask(kept, sizes, sizes), (1, 2, 12, 16)
+    models = tmp_path / "sparse.onnx", tmp_path / "dense.onnx"
+    for file, sparse in zip(models, (True, False), strict=True):
+        file.write_bytes(in_model(sparse, table, shape))
+    here = Path(__file__).parent
+    page = (here.parents[1] / "docs" / "export.md").read_text("utf-8")
+    (program,) = re.findall(r"```cpp\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "generate.cpp").write_text(program)
+    compiler = library.build_info().compiler
+    assert compiler is not None
+    built = tmp_path / "generate"
+    for name in (
+        "libonnxruntime.so",
+        "libonnxruntime.so.1",
+    ):  # the wheel has the full version in the name only
+        (tmp_path / name).symlink_to(found[0])
+    runtime = [f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run(
+        [compiler, "-std=c++17", f"-I{here}", str(tmp_path / "generate.cpp"), *runtime, "-o", str(built)],
+        check=True,
+    )
+    video = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    times = (900.0, 600.0, 200.0)
+    ran = subprocess.run(
+        [built, *models, onnx_custom_ops(), "1", *map(str, times)],
+        input=video.numpy().tobytes(),
+        capture_output=True,
+        check=True,
+    )
+    got = torch.frombuffer(bytearray(ran.stdout), dtype=torch.float32).reshape(shape)
+    wanted = video.double()
+    for step, (time, after) in enumerate(zip(times, (*times[1:], 0.0), strict=True)):
+        out = wanted
+        if step:
+            out, _ = block_sparse_attention(wanted, wanted, wanted, table, scale=0.3, provider="reference")
+        wanted = wanted + (after - time) / 1000 * out * time
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
 
 
 @pytest.mark.parametrize(

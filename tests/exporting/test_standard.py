@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "cubes, drop": {**CUBES, "far_field": "drop"},
     "cubes, mean": {**CUBES, "far_field": "mean"},
+    "cubes, linear": {**CUBES, "far_field": "linear"},
+    "cubes, gain": {**CUBES, "kv_budget": 0.2, "far_field": "linear"},
 }
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Relative RMS error: a few times that of one rounding in each type."""
@@ -96,7 +98,7 @@ def test_every_table_and_mask(method: str, before: int, after: int, kv_heads: in
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", ["tile", "cubes, mean"])
+@pytest.mark.parametrize("method", ["tile", "cubes, mean", "cubes, gain"])
 def test_low_precision(method: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 2, 131, 8).to(dtype)

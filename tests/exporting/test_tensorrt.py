@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from loops import METHODS as OF_TORCH
 from marks import fresh_dynamo, needs_diffusers, needs_onnx, needs_tensorrt, no_warnings
-from test_onnx import METHODS, build
+from test_onnx import METHODS, OF_TENSORRT, build
 from test_torch import CALL, Small
 from torch import Tensor
 
@@ -19,9 +22,10 @@ from sparsify_compiler.testing.models import Inputs
 
 pytestmark = [fresh_dynamo, no_warnings, needs_onnx]
 
-BUILT = ("tile", "cubes, drop", "cubes, mean")
+BUILT = ("tile", "cubes, drop", "cubes, mean", "cubes, linear")
 CASES_OF_TENSORRT = [
-    pytest.param("joint", "cubes, mean", torch.float16),
+    pytest.param("joint", "tile", torch.float32),
+    pytest.param("joint", "cubes, linear", torch.float16),
     *(
         pytest.param(*case, marks=[pytest.mark.nightly, needs_diffusers])
         for case in itertools.product(("wan", "hunyuan_video"), BUILT, (torch.float32, torch.float16))
@@ -54,6 +58,17 @@ def test_engines_are_built(family: str, method: str, dtype: torch.dtype, tmp_pat
 
 
 @needs_tensorrt
+def test_the_list_of_operators_is_the_parsers() -> None:
+    """`OF_TENSORRT`, to which all files are held, has no operator that the parser does not read."""
+    trt = tensorrt.library()
+    logger, _ = tensorrt._logger(trt)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert [one for one in OF_TENSORRT.split() if not parser.supports_operator(one)] == []
+    assert not parser.supports_operator("BlockSparseAttention")
+
+
+@needs_tensorrt
 def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     from onnx import TensorProto, helper, save
 
@@ -68,8 +83,45 @@ def test_the_parsers_error_names_the_node(tmp_path: Path) -> None:
     )
     says = r"TensorRT's parser refuses the node 'here' \(NoSuchOperator\): "
     with pytest.raises(SparsifyError, match=says) as caught:
-        tensorrt._engine(tensorrt._library(), tmp_path / "wrong.onnx", None)
+        tensorrt.engine(tensorrt.library(), tmp_path / "wrong.onnx", None)
     assert "\n" not in str(caught.value)
+
+
+@needs_tensorrt
+def test_the_code_of_the_documentation_switches_the_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With objects that have the attributes of TensorRT's, since engines run on a GPU alone."""
+    trt = tensorrt.library()
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text("utf-8")
+    (code,) = re.findall(r"## TensorRT.*?```python\n(.*?)```", page, re.DOTALL)
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    (folder / "plan.json").write_text('{"dense steps": 2}')
+    contexts = {}
+    for phase in ("dense", "sparse"):
+        (folder / f"{phase}.engine").write_bytes(phase.encode())
+        contexts[phase] = Mock(spec=trt.IExecutionContext)
+
+    def deserialize(content: bytes) -> Mock:
+        found = Mock(spec=trt.ICudaEngine)
+        found.create_execution_context.return_value = contexts[content.decode()]
+        return found
+
+    module = Mock(spec=trt)
+    module.Runtime.return_value = Mock(spec=trt.Runtime)
+    module.Runtime.return_value.deserialize_cuda_engine.side_effect = deserialize
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Mock(cuda_stream=7))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"Path": Path, "torch": torch}
+    exec(compile(code, "TensorRT", "exec"), names)
+    for number in range(5):
+        names["step"](number, {"hidden_states": torch.zeros(1, 3)}, torch.zeros(1))
+    runs = {phase: one.execute_async_v3.call_count for phase, one in contexts.items()}
+    assert runs == {"dense": 2, "sparse": 3}
+    contexts["sparse"].set_input_shape.assert_called_with("hidden_states", (1, 3))
+    contexts["sparse"].execute_async_v3.assert_called_with(7)
 
 
 def test_overloads_are_inlined(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Parts of the far field: what is worth reading, the guard and its exact rows, the merge with the near field."""
 
+import math
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ def test_what_is_worth_reading_is_read(provider, problem, min_gain):
         torch.testing.assert_close(
             one.double(), other, rtol=TOLERANCE[query.dtype], atol=TOLERANCE[query.dtype]
         )
+
+
+@given(problem=problems(), best=st.integers(1, 3))
+@settings(max_examples=EXAMPLES)
+def test_the_blocks_with_the_largest_gains_are_read(problem, best):
+    """Each row reads `best` blocks that the table does not list, and no other block has a larger gain."""
+    query, key, value, table, bias = problem
+    options: dict[str, Any] = {"key_bias": bias, "scale": 0.4, "provider": "reference"}
+    exact, _ = oracles.gains(query, key, value, table, bias, 0.4)
+    listed = table.block_mask().expand(exact.shape)
+    got, *_ = virtual_keys(query, key, value, table, linear=True, min_gain=math.inf, best=best, **options)
+    added = got.block_mask() & ~listed
+    assert got.block_mask()[listed].all()
+    assert torch.equal(added.sum(-1), (~listed).sum(-1).clamp(max=best))
+    left = exact.masked_fill(listed | added, -1.0).amax(-1)
+    worst = exact.masked_fill(~added, torch.inf).amin(-1)
+    slack = {torch.bfloat16: 3e-2, torch.float16: 3e-3}.get(query.dtype, 1e-4) * exact.max().clamp(min=1e-3)
+    assert (left <= worst + slack).all()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a thousand tokens are many for an interpreter")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify_compiler.kernels import block_sparse_attention
+from sparsify_compiler.kernels.far_field.virtual_keys import virtual_keys
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.grid import cut
 from sparsify_compiler.methods.svg2 import Svg2
@@ -98,6 +99,24 @@ def test_top_p_of_one_is_dense(provider, method):
     out, _ = block_sparse_attention(query, key, value, table, provider=provider)
     exact, _ = masked_attention(query, key, value, torch.ones(70, 70, dtype=torch.bool))
     assert torch.allclose(out.double(), exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("far_field", ["drop", "mean", "linear"])
+def test_a_budget_is_the_number_of_blocks(far_field):
+    layout = TokenLayout(tokens=70, grid=(2, 5, 6), before=4, after=6)
+    query, key, value = qkv(2, 4, 2, 70, 70, 16, 16, torch.float32)
+    method = Cubes(cube=(1, 2, 3), query_cube=(2, 2, 3), kv_budget=0.3)  # 4 of 12 blocks
+    (table, _, _, min_gain, _, best), _ = select(method, query, key, layout, "cpu", far_field=far_field)
+    if far_field == "linear":
+        assert best == 4
+        table, *_ = virtual_keys(
+            query, key, value, table, linear=True, min_gain=min_gain, best=best, key_bias=None, scale=0.25,
+            provider="cpu",
+        )  # fmt: skip
+    listed = table.block_mask()
+    assert (listed[:, :, 1:-1, 1:-1].sum(-1) == 4).all()
+    assert listed[:, :, [0, -1]].all()  # text reads everything
+    assert listed[..., [0, -1]].all()
 
 
 def test_cut_puts_every_token_into_its_cube_once():

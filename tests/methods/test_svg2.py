@@ -34,7 +34,7 @@ def test_svg2_reads_what_its_clusters_say(provider, layout, heads, clusters, top
     mask = table.mask()
     video = slice(layout.before, layout.tokens - layout.after)
     q_blocks, kv_blocks = (
-        table._block_of_token(side)[..., video] - int(layout.before > 0) for side in ("q", "kv")
+        table.block_of_token(side)[..., video] - int(layout.before > 0) for side in ("q", "kv")
     )
     for b in range(2):
         for h in range(heads[0]):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler._torch import process_group
-from sparsify_compiler.parallel import ops  # noqa: F401
+from sparsify_compiler.parallel import ops, sequence  # noqa: F401
 from sparsify_compiler.parallel.shares import UNITS, Part, even_owners, flat, whole_owners
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.testing.ranks import Pool
+from sparsify_compiler.testing.ranks import Pool, received_bytes
 
 OPS = torch.ops.sparsify
 ORDER = torch.zeros(())
@@ -179,6 +179,66 @@ def test_a_gathered_dimension_is_whole_and_its_gradient_is_the_sum_over_ranks(
             for at, place in enumerate(places[rank]):
                 expected = (total if shared[place] else weight).select(dim, place)
                 torch.testing.assert_close(gradient.select(dim, at), expected, atol=1e-12, rtol=1e-12)
+
+
+def count(ranks: Ranks, tokens: int, text: int, owners: list[int], dim: int) -> tuple[int, int]:
+    """Bytes that the sockets of this rank receive while query, key and value go to the heads, and a result back."""
+    place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
+    parts = [Part(0, text), Part(tokens, 1)]
+    mine = Sequence(tuple(parts), (0,), 1, 1, 1).tokens(ranks.rank, ranks.size)
+    x = torch.ones(1, len(owners), len(mine), dim)
+    torch.distributed.barrier(process_group(ranks.group))
+    before = received_bytes()
+    of_heads = torch.tensor(whole_owners(owners, ranks.size))
+    q, _, _, order = OPS.to_heads([x, x, x, ORDER], of_heads, flat(parts), 4, False, *place)
+    between = received_bytes()
+    OPS.to_tokens([q, order], of_heads, flat(parts), [len(owners)], True, *place)
+    return between - before, received_bytes() - between
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens", "text", "owners"),
+    [(2, 4000, 0, [0, 0, 1, 1]), (4, 4000, 0, [0, 1, 2, 3]), (3, 3001, 7, [2, 0, 0, 0, 2])],
+)
+def test_the_sockets_carry_what_the_formula_says(
+    pool: Pool, size: int, tokens: int, text: int, owners: list[int]
+) -> None:
+    dim, total = 16, 0
+    found = pool.run(size, count, tokens, text, owners, dim)
+    for rank, (to_heads, to_tokens) in enumerate(found):
+        own = tokens // size + (rank < tokens % size)
+        heads = owners.count(rank)
+        wanted = 3 * heads * (tokens - own) * dim * 4, (len(owners) - heads) * (own + text) * dim * 4
+        if not text:  # the formula of an even share
+            assert sum(wanted) == 4 * len(owners) * tokens * dim * 4 * (size - 1) // size**2
+        for measured, payload in zip((to_heads, to_tokens), wanted, strict=True):
+            # The rest is the first message, of 240 bytes, and what gloo puts around each message.
+            assert 0 <= measured - payload <= (size - 1) * 1000
+        total += sum(wanted)
+    assert total > 1_000_000
+
+
+def count_keys(ranks: Ranks, parts: list[Part], reads: Tensor, dim: int) -> int:
+    """Bytes that the sockets of this rank receive while it gets the keys that it reads."""
+    place = (flat(parts), 1, ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
+    asked = OPS.ask_keys(reads[ranks.rank], *place)
+    mine = Sequence(tuple(parts), (0,), 1, 1, 1).tokens(ranks.rank, ranks.size)
+    torch.distributed.barrier(process_group(ranks.group))
+    before = received_bytes()
+    OPS.fetch_keys([torch.ones(1, reads.shape[2], len(mine), dim), ORDER], reads[ranks.rank], asked, *place)
+    return received_bytes() - before
+
+
+def test_the_sockets_carry_the_keys_that_a_rank_reads(pool: Pool) -> None:
+    size, dim, parts = 3, 16, [Part(0, 7), Part(3001, 1)]
+    case = Sequence(tuple(parts), (0,), 1, 1, 1)
+    reads = torch.rand(size, 1, 4, case.length, generator=torch.Generator().manual_seed(3)) < 0.4
+    for rank, measured in enumerate(pool.run(size, count_keys, parts, reads, dim)):
+        remote = torch.ones(case.length, dtype=torch.bool)
+        remote[case.tokens(rank, size)] = False
+        payload = int((reads[rank] & remote).sum()) * dim * 4
+        assert payload > 100_000
+        assert 0 <= measured - payload <= (size - 1) * 1000
 
 
 def check_ops(ranks: Ranks) -> None:

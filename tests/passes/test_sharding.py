@@ -166,23 +166,6 @@ def test_numbers_drawn_for_tokens_are_refused() -> None:
         in_threads(model, {"x": torch.randn(1, 2, 2, 4, 4)}, {"method": "dense"}, 2, trains=True)
 
 
-def test_attention_inside_checkpointing_is_refused() -> None:
-    class Checkpointed(Around):
-        def forward(self, x: Tensor) -> Tensor:
-            from torch.utils.checkpoint import checkpoint
-
-            return checkpoint(super().forward, x, use_reentrant=False)
-
-    with pytest.raises(OptionError, match="turn activation checkpointing and nested compile regions off"):
-        in_threads(
-            Checkpointed(nn.Identity()),
-            {"x": torch.randn(1, 2, 2, 4, 4)},
-            {"method": "dense"},
-            2,
-            trains=True,
-        )
-
-
 @pytest.mark.parametrize(
     ("model", "x", "why"),
     [

@@ -24,6 +24,7 @@ VIDEO, OTHER = noise(2, 4, 3, 4, 10), noise(2, 4, 3, 4, 10)
 PACKED, TEXT = noise(2, TOKENS, WIDTH), noise(2, 7, WIDTH)
 PERM = torch.randperm(TOKENS, generator=_noise)
 FRAMES = torch.tensor([2, 0, 1])
+SOME, OTHERS = torch.tensor([0, 2, 5]), torch.tensor([0, 3, 5])
 with torch.no_grad():
     volume = nn.Conv3d(4, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
     wide = nn.Conv3d(8, WIDTH, (1, 2, 2), (1, 2, 2)).requires_grad_(False)
@@ -148,6 +149,10 @@ NO_GRID: dict[str, Videos] = {
     ),
     # 6. same axes
     "another video": lambda v, o: attend(embed(v), embed(o)),
+    "text by two indices": lambda v, _: (
+        lambda x: attend(torch.cat([x, TEXT[:, SOME]], 1), torch.cat([x, TEXT[:, OTHERS]], 1))
+    )(embed(v)),
+    "video by an index": lambda v, _: (lambda x: attend(x[:, PERM].sin(), x[:, PERM].cos()))(embed(v)),
     "keys turned round": lambda v, _: attend(embed(v), embed(v).flip(1)),
     "halves of a sequence": lambda v, o: attend(*torch.cat([embed(v), embed(o)], 1).chunk(2, 1)),
     "halves of the channels": lambda v, o: attend(*torch.cat([embed(v), embed(o)], -1).chunk(2, -1)),
@@ -169,6 +174,14 @@ NO_GRID: dict[str, Videos] = {
     "the mean for all": lambda v, _: (lambda x: attend(x, x.mean(0, keepdim=True).expand(2, -1, -1)))(
         embed(v)
     ),
+    "mixed videos, joined": lambda v, _: (lambda x: attend(torch.cat([x[:1] + x[1:], x[1:]])[:1]))(embed(v)),
+    "mixed videos, stacked": lambda v, _: (lambda x: attend(torch.stack([x[0] + x[1], x[1]])[:1]))(embed(v)),
+    "one video and one of videos joined anew": lambda v, _: (
+        lambda x: attend(x[:1], torch.cat([x[1:], x[:1]])[:1])
+    )(embed(v)),
+    "one video and one of videos stacked anew": lambda v, _: (
+        lambda x: attend(x[:1], torch.stack([x[1], x[0]])[:1])
+    )(embed(v)),
     "videos that change places": lambda v, _: (lambda x: attend(x, swapped(x)))(embed(v)),
     "halves of a batch": lambda v, o: attend(*embed(torch.cat([v, o])).chunk(2)),
     "halves of a batch of two": lambda v, o: attend(*embed(torch.cat([v[:1], o[:1]])).chunk(2)),
@@ -222,6 +235,15 @@ GRIDS: dict[str, Videos] = {
     "all of another video": lambda v, _: (lambda x: (x[0].copy_(x[1]), attend(x))[1])(embed(v).clone()),
     "one of the batch": lambda v, _: attend(embed(v)[1:]),
     "one of the batch by index": lambda v, _: attend(embed(v)[1][None]),
+    "one of a batch in parts, joined": lambda v, _: (
+        lambda x: attend(torch.cat([features(x[:1]), features(x[1:])])[:1])
+    )(embed(v)),
+    "one of a batch in parts, stacked": lambda v, _: (
+        lambda x: attend(torch.stack([features(x[0]), features(x[1])])[1:])
+    )(embed(v)),
+    "text by one index": lambda v, _: (
+        lambda x: attend(torch.cat([x, TEXT.sin()[:, SOME]], 1), torch.cat([x, TEXT.cos()[:, SOME]], 1))
+    )(embed(v)),
     "half of a doubled batch": lambda v, _: attend(torch.cat([embed(v)] * 2).chunk(2)[1]),
     "gates first": lambda v, _: attend(v.mean((1, 2, 3, 4))[:, None, None] * embed(v)),
     "clipped": lambda v, _: (lambda x: attend(torch.where(x > 0, x, 0.0)))(embed(v)),

@@ -10,8 +10,8 @@ from sparsify_compiler.methods.dsv import GROUPS, Choice, Dsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.predictor import SHARES
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.cost import HeadCost
 from sparsify_compiler.testing.strategies import site_of
-from sparsify_compiler.training.cost import Cost
 from sparsify_compiler.training.dsv import Profile, _Site
 
 
@@ -37,18 +37,18 @@ def a_profile(needed: list[float], overlaps: list[float]) -> Profile:
     )
 
 
-def no_cost(group: Cube) -> Cost:
+def no_cost(group: Cube) -> HeadCost:
     raise AssertionError("a fixed budget is not weighed")
 
 
 def test_heads_turn_sparse_below_the_break_even_and_back():
     site = a_site()
     site.profile = a_profile([0.1, 0.5], [0.9, 0.9, 0.9, 1.0])
-    site.choose(lambda group: Cost(0.0, 1 / 0.4))
+    site.choose(lambda group: HeadCost(0.0, 1 / 0.4))
     assert site.choice == Choice(GROUPS[0], 0.125, "all")
     torch.testing.assert_close(site.shares, torch.tensor([0.1, 1.0]))
     site.profile = a_profile([0.45, 0.3], [0.9, 0.9, 0.9, 1.0])
-    site.choose(lambda group: Cost(0.0, 1 / 0.4))
+    site.choose(lambda group: HeadCost(0.0, 1 / 0.4))
     assert site.choice == Choice(GROUPS[0], 0.5, "all")
     torch.testing.assert_close(site.shares, torch.tensor([1.0, 0.3]))
 
@@ -70,7 +70,13 @@ def test_with_a_budget_groups_shrink_until_they_overlap_and_do_not_grow():
 def test_the_group_is_the_one_that_costs_least_and_does_not_change_for_little():
     """Small groups need fewer keys, which cost more each. A dense head costs 1, whatever the group."""
     site = a_site()
-    costs = dict(zip(GROUPS, (Cost(0.1, 1.0), Cost(0.1, 2.0), Cost(0.1, 4.0), Cost(0.1, 30.0)), strict=True))
+    costs = dict(
+        zip(
+            GROUPS,
+            (HeadCost(0.1, 1.0), HeadCost(0.1, 2.0), HeadCost(0.1, 4.0), HeadCost(0.1, 30.0)),
+            strict=True,
+        )
+    )
     needed = torch.tensor([[0.9, 0.5], [0.9, 0.2], [0.9, 0.11], [0.8, 0.02]])
     site.profile = Profile(torch.zeros(2), missed_with(needed), torch.zeros(4, 2), torch.ones(4, 2))
     site.choose(costs.__getitem__)

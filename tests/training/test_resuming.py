@@ -57,8 +57,6 @@ def test_states_of_others_are_refused():
     dsv = DSVTrainer(fast)
     with pytest.raises(SparsifyError, match=r"state must be a result of DSVTrainer\.state_dict"):
         dsv.load_state_dict({"weights": 3})
-    with pytest.raises(SparsifyError, match="the state is from 4 ranks, this run has 1"):
-        dsv.load_state_dict(state["dsv"] | {"world_size": 4})
     profiles = dict(list(state["dsv"]["profiles"].items())[:1])
     dsv.load_state_dict(state["dsv"] | {"profiles": profiles})
     step(fast, inputs)

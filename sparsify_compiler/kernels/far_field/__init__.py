@@ -83,6 +83,7 @@ def attention_with_far_field(
     *,
     far_field: str,
     min_gain: float | None = None,
+    best: int = 0,
     far_blocks: FarBlocks | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
@@ -97,6 +98,7 @@ def attention_with_far_field(
         query, key, value, table, key_bias, scale, provider: as in `attention.block_sparse_attention`.
         far_field: `drop`, `mean` or `linear`.
         min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
+        best: with `min_gain`, a row also reads this number of the other blocks, those with the largest gains.
         far_blocks: for a table of single keys, the blocks that approximate the keys that a row does not list. If
             None, the blocks of the table approximate them.
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
@@ -164,6 +166,7 @@ def attention_with_far_field(
             table,
             linear=far_field == "linear",
             min_gain=min_gain,
+            best=best,
             all_heads=all_heads,
             blocks=far_blocks,
             key_bias=key_bias,
@@ -255,7 +258,7 @@ def exact_rows(
     )
     if parts == 1:
         return out, lse
-    return _merged(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
+    return merge_parts(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
 
 
 def _parts(rows: int, keys: int, device: str) -> int:
@@ -264,8 +267,8 @@ def _parts(rows: int, keys: int, device: str) -> int:
     return 1 if device == "cpu" else max(1, min(keys // PART_OF_KEYS, ROWS_AT_ONCE // max(rows, 1)))
 
 
-def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, merged from attention to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
+def merge_parts(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention to all keys, from those of parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
     top = lse.detach().amax(2, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)  # an infinity is not subtracted from itself
     weights = (lse - top).exp()

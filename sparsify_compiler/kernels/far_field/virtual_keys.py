@@ -102,6 +102,7 @@ def virtual_keys(
     *,
     linear: bool,
     min_gain: float | None = None,
+    best: int = 0,
     all_heads: AllHeads | None = None,
     blocks: FarBlocks | None = None,
     key_bias: Tensor | None,
@@ -109,6 +110,9 @@ def virtual_keys(
     provider: str,
 ) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None]:
     """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
+
+    Args:
+        best: with `min_gain`, each row also reads this number of the other blocks, those with the largest gains.
 
     Returns:
         table: the table, with the blocks that `min_gain` adds.
@@ -143,9 +147,12 @@ def virtual_keys(
             with torch.no_grad():
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
                 attention = _shares(scores)
-                listed = listed | (
-                    gains(attention, spread, value_mean, value_variance, table, all_heads) > min_gain
-                )
+                gain = gains(attention, spread, value_mean, value_variance, table, all_heads)
+                more = gain > min_gain
+                if best:
+                    ranked = gain.masked_fill(listed, -1.0).topk(min(best, gain.shape[-1]), sorted=False)
+                    more = more.scatter(-1, ranked.indices, True)
+                listed = listed | more
                 table = table.listing(listed)
                 kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
                     query.shape[2], 1

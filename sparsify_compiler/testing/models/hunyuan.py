@@ -30,6 +30,8 @@ _HUNYUAN = {
     "pooled_projection_dim": 8,
     "rope_axes_dim": (4, 6, 6),
 }
+_IMAGE = 3
+"""Number of tokens of an image."""
 
 
 def _hunyuan_inputs(grid: Grid, batch: int) -> Inputs:
@@ -68,7 +70,8 @@ def hunyuan_video_i2v(grid: Grid, batch: int) -> Made:
 @family(
     lambda grid, batch: (
         [DENSE] * LAYERS
-        + [Expected(grid=grid, before=history(grid, 4, 2, 1), after=3 + TEXT, kind="joint")] * (2 * LAYERS)
+        + [Expected(grid=grid, before=history(grid, 4, 2, 1), after=_IMAGE + TEXT, kind="joint")]
+        * (2 * LAYERS)
     )
 )
 def hunyuan_framepack(grid: Grid, batch: int) -> Made:
@@ -80,7 +83,7 @@ def hunyuan_framepack(grid: Grid, batch: int) -> Made:
     )
     inputs = _hunyuan_inputs(grid, batch)
     inputs["encoder_attention_mask"][0] = 1  # a batch of one is cut to its length, here all of it
-    inputs["image_embeds"] = torch.randn(batch, 3, 8)
+    inputs["image_embeds"] = torch.randn(batch, _IMAGE, 8)
     inputs["indices_latents"] = 7 + torch.arange(grid[0])
     start = 0
     for name, frames in {"history_4x": 4, "history_2x": 2, "clean": 1}.items():
@@ -90,9 +93,14 @@ def hunyuan_framepack(grid: Grid, batch: int) -> Made:
     return model, inputs
 
 
-@family(lambda grid, batch: [DENSE] * LAYERS + [Expected(grid=None, kind="joint")] * LAYERS)
+@family(
+    lambda grid, batch: (
+        [DENSE] * LAYERS + [Expected(grid=grid, after=2 * TEXT + _IMAGE, kind="joint")] * LAYERS
+    )
+)
 def hunyuan_video_15(grid: Grid, batch: int) -> Made:
-    """A mask of query and key, although only keys are padded; text is sorted by boolean indexing."""
+    """A mask of query and key, although only keys are padded; text of two encoders and an image are sorted by
+    boolean indexing, the padding last."""
     from diffusers import HunyuanVideo15Transformer3DModel
 
     model = HunyuanVideo15Transformer3DModel(
@@ -113,6 +121,6 @@ def hunyuan_video_15(grid: Grid, batch: int) -> Made:
         "encoder_attention_mask": padding(batch),
         "encoder_hidden_states_2": torch.randn(batch, TEXT, 8),
         "encoder_attention_mask_2": padding(batch),
-        "image_embeds": torch.randn(batch, 3, 8),
+        "image_embeds": torch.randn(batch, _IMAGE, 8),
         "timestep": torch.full((batch,), 500.0),
     }

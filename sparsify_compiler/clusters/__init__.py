@@ -1,0 +1,1 @@
+"""Plan for a cluster: which form and mesh suit a model, before anything runs."""

@@ -1,0 +1,42 @@
+"""The compiled form of a graph whose sizes depend on values of its inputs: a program for each of its sizes."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any, Protocol
+
+_PROGRAMS = 32
+"""The most programs of a graph. The one that was not used for the longest time is dropped."""
+
+
+class Sizes(Protocol):
+    """The values that decide the sizes of a graph; see `passes/run_time_sizes.py`."""
+
+    def all_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The inputs of the graph for the inputs of Dynamo's graph, with the values at the end."""
+
+    def key(self, inputs: Sequence[Any]) -> Hashable:
+        """Equal for all inputs that one program serves."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class ProgramsByValues:
+    """A graph that has a program for each of its sizes. Dynamo calls it instead of the model's code."""
+
+    sizes: Sizes
+    compile: Callable[[Sequence[Any]], Callable[..., Any]]
+    """Makes the program for inputs of these sizes."""
+    _programs: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
+    """The last used at the end."""
+    _lock: Any = field(default_factory=RLock)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run on the inputs of Dynamo's graph."""
+        inputs = self.sizes.all_inputs(args)
+        key = self.sizes.key(inputs)
+        with self._lock:
+            program = self._programs.pop(key, None) or self.compile(inputs)
+            self._programs[key] = program
+            for old in list(self._programs)[:-_PROGRAMS]:
+                del self._programs[old]
+        return program(*inputs)
