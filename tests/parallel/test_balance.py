@@ -30,7 +30,7 @@ from sparsify_compiler.runtime.program import Variant
 from sparsify_compiler.runtime.site import functions_of
 from sparsify_compiler.runtime.site_inputs import tensor_of
 from sparsify_compiler.runtime.state import blank
-from sparsify_compiler.testing.parallel import Graph, all_ranks, compare_graph, graphs_of
+from sparsify_compiler.testing.parallel import Graph, all_ranks, compare_graph, graphs_of, ranks_of_threads
 from sparsify_compiler.testing.ranks import Pool
 
 
@@ -189,7 +189,7 @@ def calls(method: str, owners: Sequence[Owners], ranks: Ranks | None) -> list[Te
 
 def in_threads(method: str, owners: Sequence[Owners]) -> list[list[Tensor]]:
     """`calls` of three ranks."""
-    return all_ranks([partial(calls, method, owners, Ranks(rank, 3, "threads")) for rank in range(3)])
+    return all_ranks([partial(calls, method, owners, ranks_of_threads(rank, 3)) for rank in range(3)])
 
 
 def of_units(*units: Sequence[int]) -> Owners:
