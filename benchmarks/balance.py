@@ -27,11 +27,11 @@ from sparsify_compiler.lab.sampling import noise, trajectory
 from sparsify_compiler.methods.svg2 import clusters_for
 from sparsify_compiler.parallel.balance import balanced, capacity, lpt, spread
 from sparsify_compiler.parallel.shares import even_owners, heads_of, whole_owners
-from sparsify_compiler.plan import Ranks, SharedHeads
+from sparsify_compiler.plan import SharedHeads
 from sparsify_compiler.runtime.moving import note_loads, place_heads
 from sparsify_compiler.runtime.site_inputs import REPORT, MovingSite
 from sparsify_compiler.runtime.state import Loads, Stream, blank
-from sparsify_compiler.testing.parallel import all_ranks
+from sparsify_compiler.testing.parallel import all_ranks, ranks_of_threads
 
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 GOAL = 1.05
@@ -128,7 +128,7 @@ def cost(ranks: int, sites: int, heads: int, state: Sequence[tuple[int, ...]], e
 
     def run(rank: int) -> float:
         rng = random.Random(1)
-        sharing = SharedHeads(ranks=Ranks(rank, ranks, "threads"), heads=heads, balance=every)
+        sharing = SharedHeads(ranks=ranks_of_threads(rank, ranks), heads=heads, kv_heads=heads, balance=every)
         width = len(state) + 1
         shapes = [*((1, room, *shape) for shape in state), (len(REPORT), 1, heads)]
         specs = [("", shape, device) for shape in shapes] * sites
