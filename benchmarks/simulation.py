@@ -16,6 +16,7 @@ that the paper of DSV (arXiv 2502.07590) measured on up to 128 GPUs.
 
 import argparse
 import json
+import math
 import os
 import time
 import warnings
@@ -101,8 +102,11 @@ def measure(ranks: Ranks, method: str, calls: int) -> tuple[Cluster, list[float]
     return rates, cpu, wall
 
 
-def measured(calls: int, done: Collection[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """The cases of this machine, without those of (method, ranks) that are done."""
+def measured(calls: int, done: Collection[tuple[str, int]], seconds: float) -> Iterator[dict[str, Any]]:
+    """The cases of this machine, without those of (method, ranks) that are done.
+
+    No case but the first begins after a number of seconds.
+    """
     from benchmarks import simulation  # ranks find functions by the name of their module, not in `__main__`
 
     with torch.device("meta"):
@@ -115,6 +119,7 @@ def measured(calls: int, done: Collection[tuple[str, int]]) -> Iterator[dict[str
             for method in ("dense", "tile")
         }
     cores = len(os.sched_getaffinity(0))
+    end = math.inf
     with Pool(4, timeout=300) as pool:
         for method, sites in plans.items():
             densities = {
@@ -122,8 +127,9 @@ def measured(calls: int, done: Collection[tuple[str, int]]) -> Iterator[dict[str
             }
             work = with_densities(counted, densities)
             for size in range(1, 5):
-                if (method, size) in done:
+                if (method, size) in done or time.monotonic() > end:
                     continue
+                end = min(end, time.monotonic() + seconds)
                 found = pool.run(size, simulation.measure, method, calls)
                 rates = found[0][0]
                 predicted = predict(work, Mesh(size, 1), rates)
@@ -214,13 +220,19 @@ def main() -> None:
         "--only", nargs="+", choices=["measured", "h100", "dsv"], default=["measured", "h100", "dsv"]
     )
     parser.add_argument("--calls", type=int, default=6, help="calls of each measured case")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="no measured case but the first begins after this time",
+    )
     parser.add_argument("--out", type=Path, help="JSON file; cases that it has are left out")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cases = json.loads(options.out.read_text())["cases"] if options.out and options.out.exists() else []
     done = {(one["method"], one["ranks"]) for one in cases if one["what"] == "measured"}
-    kinds = {"measured": lambda: measured(options.calls, done), "h100": h100, "dsv": dsv}
+    kinds = {"measured": lambda: measured(options.calls, done, options.seconds), "h100": h100, "dsv": dsv}
     whole = {one["what"] for one in cases} - {"measured"}
     for kind in options.only:
         for case in kinds[kind]() if kind not in whole else ():

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from sparsify_compiler.explanation import Explanation, explain
     from sparsify_compiler.exporting import export
     from sparsify_compiler.exporting.files import Exported
-    from sparsify_compiler.exporting.loaded import Loaded, load
+    from sparsify_compiler.exporting.loaded import Loaded, load, torch_custom_ops
     from sparsify_compiler.exporting.onnx import onnx_custom_ops
     from sparsify_compiler.hosts.apply import Applied, apply
     from sparsify_compiler.measured import RunStats, stats
@@ -96,6 +96,7 @@ __all__ = [
     "onnx_custom_ops",
     "sample_few_steps",
     "stats",
+    "torch_custom_ops",
 ]
 
 
@@ -120,6 +121,7 @@ _LAZY = {
     "generation": "runtime.clock",
     "sample_few_steps": "training.consistency",
     "stats": "measured",
+    "torch_custom_ops": "exporting.loaded",
 }
 
 

@@ -40,6 +40,19 @@ def unwrapped(error: SparsifyError) -> SparsifyError:
     return through
 
 
+def custom_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """`torch.library.custom_op` for an op that changes no argument.
+
+    The op of this name in our C++ library (`kernels/cpu/csrc/torch_op.cpp`) gives way, where that is loaded.
+    """
+    namespace, _, op = name.partition("::")
+    ops = getattr(torch.ops, namespace)
+    if hasattr(ops, "give_way"):
+        ops.give_way(op)
+        vars(ops).pop(op, None)  # PyTorch keeps what it has found
+    return torch.library.custom_op(name, mutates_args=())
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 matrices.
 
@@ -654,6 +667,23 @@ def hooks_under_checkpointing() -> AbstractContextManager[Any]:
     return config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 
 
+def parameters_in_calls(module: Module) -> list[Tensor]:
+    """The Parameters of a module, and those that its calls read instead where FSDP2 shards them.
+
+    All ranks call this together where FSDP2 shards.
+    """
+    found = list(module.parameters())
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.unshard()
+                found += module.parameters()
+                part.reshard()
+    return list({id(one): one for one in found}.values())
+
+
 def process_group(name: str) -> Any:
     """The process group with a name."""
     from torch.distributed.distributed_c10d import _resolve_process_group
@@ -675,6 +705,22 @@ def all_to_all(
     options = dist.AllToAllOptions()
     options.timeout = timedelta(seconds=timeout)
     process_group(group).alltoall_base(received, sent, to_receive, to_send, options).wait()
+
+
+def copy_to_host(tensor: Tensor) -> tuple[Tensor, Any]:
+    """(a copy on the CPU, the event after which it is there): nothing waits. On the CPU the event is None."""
+    if tensor.device.type == "cpu":
+        return tensor.clone(), None
+    copy = tensor.to("cpu", non_blocking=True)
+    event = torch.Event(tensor.device)
+    event.record()
+    return copy, event
+
+
+def wait_for_copy(event: Any) -> None:
+    """Wait until the event of `copy_to_host` has come."""
+    if event is not None:
+        event.synchronize()
 
 
 def device_of_group(name: str) -> torch.device:

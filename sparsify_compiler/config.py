@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, SupportsIndex
 
 from sparsify_compiler.errors import GridError, OptionError, unknown_choice
-from sparsify_compiler.plan import AttentionSite, Entry, Method, TokenLayout
+from sparsify_compiler.plan import AttentionSite, Balance, Entry, Method, TokenLayout
 
 
 class SitePolicy(Protocol):
@@ -30,8 +30,6 @@ class SitePolicy(Protocol):
 
 FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
-_LATER = {"balance": ("video",)}
-"""Option of `parallel` -> values that this version refuses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,20 +44,22 @@ class Parallel:
     mesh: Any = None
     """The `DeviceMesh` of the ranks; None takes the default process group. It has one dimension; for `hybrid` it
     has two, hosts and the ranks of a host."""
-    balance: str = "off"
-    """When heads move between ranks: `off` leaves them where they are, evenly many on every rank."""
+    balance: Balance = "video"
+    """When heads move between ranks, so that all have as much to compute: `video` plans once for each video, an
+    integer n also after every n sparse steps, `off` leaves them where they are, evenly many on every rank."""
     timeout: float = 60.0
     """Seconds after which ranks give up on one that does not take part."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("form", FORMS), ("balance", ("off",))):
-            value = getattr(self, name)
-            if isinstance(value, str) and value in _LATER.get(name, ()):
-                raise OptionError(
-                    f"parallel's {name} {value!r} is not available yet: must be one of {', '.join(allowed)}"
-                )
-            if not isinstance(value, str) or value not in allowed:
-                raise unknown_choice(f"{name} of parallel", value, allowed)
+        if self.form not in FORMS:
+            raise unknown_choice("form of parallel", self.form, FORMS)
+        steps = integer(self.balance)
+        if steps is not None and steps < 1:
+            raise OptionError(f"parallel's balance must be at least 1 step, got {self.balance!r}")
+        if steps is not None:
+            object.__setattr__(self, "balance", steps)
+        elif self.balance not in ("video", "off"):
+            raise unknown_choice("balance of parallel", self.balance, ("video", "off", "a number of steps"))
         dims, hybrid = getattr(self.mesh, "ndim", None), self.form == "hybrid"
         if hybrid and dims != 2:
             raise OptionError(

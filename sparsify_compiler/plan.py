@@ -95,6 +95,10 @@ class TokenLayout:
         return self.grid[1] * self.grid[2]
 
 
+Balance = Literal["video", "off"] | int
+"""When heads move between ranks: at each new video, never, or also every so many steps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Ranks that run one model together, and the place of one of them."""
@@ -126,6 +130,9 @@ class SharedSequence:
     """The parts of the whole sequence, see `parallel.shares.flat`."""
     each: int = 1
     """The number of neighbouring shares of tokens that one of these ranks has here."""
+    asks: bool = False
+    """Whether the site asks other ranks for keys itself. Then ranks share the work for queries of other tokens too:
+    each reads its own keys for them. Otherwise the graph fetches keys, and each rank has these queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,6 +144,10 @@ class SharedHeads:
     """Query heads of all ranks."""
     kv_heads: int
     """Key heads of all ranks."""
+    balance: Balance = "off"
+    """When heads move between ranks, as in `config.Parallel`."""
+    own_tables: bool = False
+    """Whether each head has a table of its own, before it runs. Then owners are balanced once."""
 
 
 class FittedMethod(Protocol):

@@ -82,6 +82,11 @@ class BlockTable:
             kv_order=kv_order,
         )
 
+    def of_heads(self, heads: slice | Tensor) -> "BlockTable":
+        """The table of some of its heads, a run of them or their numbers."""
+        tensors = self.tensors().values()
+        return self.of(*(t if t is None or t.shape[1] == 1 else t[:, heads] for t in tensors))
+
     def of_queries(self, places: Tensor) -> "BlockTable":
         """The table of some of its queries. Rows without a query read nothing.
 

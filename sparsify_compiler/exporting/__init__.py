@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
 from sparsify_compiler.errors import OptionError, unknown_choice
-from sparsify_compiler.exporting.capture import capture
+from sparsify_compiler.exporting.capture import capture, check_device
 from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
 from sparsify_compiler.exporting.loaded import Loaded, load
 from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
@@ -34,6 +35,7 @@ def export(
     *,
     format: str = "torch",
     options: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
     opset: int = OPSETS[0],
 ) -> Exported:
     """Write a model with sparse attention to files.
@@ -48,10 +50,12 @@ def export(
         format: `torch` (programs of torch.export), `aoti` (packages of AOTInductor, which need a C++ compiler here
             and none where they run), `onnx`, or `tensorrt` (engines).
         options: the options of torch.compile; if None, those that `model` was compiled with.
+        device: the device on which the files run. The model and `kwargs` must be there, since the plan of the
+            attentions, with their kernels, is made for it. If None, their device.
         opset: with `onnx`, the version of the standard operators, 20 or 23.
 
     Raises:
-        OptionError: options, arguments, path or format are wrong.
+        OptionError: options, arguments, path, format or device are wrong.
         SparsifyError: the model cannot be captured as one graph, an operator has no form in the format, or a
             compiler or a library is missing.
     """
@@ -62,6 +66,7 @@ def export(
     target = check_path(path)
     options = _torch.options_of(model) if options is None else options
     module: Any = _torch.uncompiled(model)
+    check_device(module, kwargs, device)
     captured = capture(module, kwargs, configure(options), free_batch=format in ("onnx", "tensorrt"))
     if format == "onnx":
         return onnx_file(captured, target, opset=opset)

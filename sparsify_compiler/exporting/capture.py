@@ -179,6 +179,33 @@ def _check(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
                 )
 
 
+def check_device(model: nn.Module, kwargs: Mapping[str, Any], device: str | torch.device | None) -> None:
+    """Raise OptionError unless the model and the arguments of a call are on a device."""
+    if device is None:
+        return
+    wanted = device_of(device)
+    tensors = (*model.parameters(), *model.buffers(), *tree_leaves(dict(kwargs)))
+    others = {leaf.device.type for leaf in tensors if isinstance(leaf, Tensor)} - {wanted.type}
+    if others:
+        raise OptionError(
+            f"device must be that of the model and its arguments, {' and '.join(sorted(others))}, "
+            f"got {str(device)!r}: move both with .to({str(device)!r}) before the export"
+        )
+
+
+def device_of(device: str | torch.device) -> torch.device:
+    """A device of this machine. Raises OptionError if it has none of this name."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise OptionError(
+            f"device must be one of this machine, where the model runs while it is exported, got {str(device)!r}: "
+            "export where there is one"
+        ) from error
+    return found
+
+
 def has_tensor(value: Any) -> bool:
     """Whether a value is a tensor or holds one."""
     return any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))

@@ -20,6 +20,7 @@ def export(
     options: Annotated[
         list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile")
     ] = None,
+    device: Annotated[str, typer.Option(help="the device on which the files run")] = "cpu",
     opset: Annotated[int, typer.Option(help="version of the standard operators of ONNX: 20 or 23")] = 20,
     check: Annotated[
         int, typer.Option(help="calls on random inputs in which the files are compared with PyTorch", min=0)
@@ -30,9 +31,12 @@ def export(
 ) -> None:
     """Write a diffusers model with sparse attention to files that other programs load."""
     from rich.console import Console
+    from torch import Tensor
+    from torch.utils._pytree import tree_map
 
     from sparsify_compiler import diffusers_model
     from sparsify_compiler.exporting import export as exported_as
+    from sparsify_compiler.exporting.capture import device_of
     from sparsify_compiler.exporting.files import check_path
 
     chosen = {
@@ -40,10 +44,12 @@ def export(
         for name, text in diffusers_model.assignments(options or (), "--option").items()
     }
     check_path(out)
+    place = device_of(device)
     calls = diffusers_model.read_calls(inputs)
-    model = diffusers_model.load(checkpoint, diffusers_model.dtype_of(calls)).eval()
+    model = diffusers_model.load(checkpoint, diffusers_model.dtype_of(calls)).eval().to(place)
+    call = tree_map(lambda leaf: leaf.to(place) if isinstance(leaf, Tensor) else leaf, calls[0])
     console = Console(soft_wrap=True)
-    exported = exported_as(model, calls[0], out, format=format, options=chosen, opset=opset)
+    exported = exported_as(model, call, out, format=format, options=chosen, device=device, opset=opset)
     console.print(str(exported))
     if check and format != "tensorrt":
         console.print(str(exported.check(check)))

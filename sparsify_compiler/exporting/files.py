@@ -3,17 +3,22 @@
     plan.json     the plan, the step rule, the arguments, the state, versions
     weights.pt    the tensors of all programs, by their names in the model; torch.load and torch::pickle_load
                   read it
+    state.pt      the state before the first call; it takes no memory, and a program takes a contiguous copy of it
     dense.pt2     the program of the dense phase, where steps of a generation stay dense
     sparse.pt2    the program of the sparse phase
 
-A folder is written under another name and then renamed, so no folder of this name is ever half written.
+A folder is written under another name and then renamed, so no folder of this name is ever half written. What a
+killed process leaves under the other name is removed by the next export to the same path.
 """
 
+import fcntl
+import glob
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -34,7 +39,7 @@ from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
 
 FORMAT = "sparsify-compiler export 1"
-PLAN, WEIGHTS = "plan.json", "weights.pt"
+PLAN, WEIGHTS, STATE = "plan.json", "weights.pt", "state.pt"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -140,6 +145,7 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
             module = functional(captured, phase)
             weights |= write(_program(module, captured), folder / f"{phase}.pt2", phase)
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
+        torch.save([_without_memory(tensor) for tensor in module.first()], folder / STATE)
         content = json.dumps(plan_of(captured, format, module), indent=1)
         (folder / PLAN).write_text(content + "\n", "utf-8")
     return folder_of(captured, path, format)
@@ -169,7 +175,7 @@ def _program(module: Functional, captured: Captured) -> torch.export.ExportedPro
 
 def _without_memory(tensor: Tensor) -> Tensor:
     """A tensor of the same shape and type whose elements are one number: a file holds this number alone."""
-    small = torch.zeros(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+    small = torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
     return nn.Parameter(small, requires_grad=False) if isinstance(tensor, nn.Parameter) else small
 
 
@@ -250,10 +256,37 @@ def writing(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
     except OSError as error:
         raise OptionError(f"path must be writable, got {str(path)!r}: {error.strerror}") from error
+    own = _hold(folder)
     try:
+        _remove_abandoned(path, folder)
         yield folder
         folder.chmod(0o755)  # a temporary folder is private
         folder.rename(path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        os.close(own)
+
+
+def _remove_abandoned(path: Path, folder: Path) -> None:
+    """Remove the folders that killed processes began for `path`. Nobody holds them; `folder` is our own."""
+    for other in map(Path, glob.glob(f"{glob.escape(f'{path.parent}/.{path.name}-')}*")):
+        if other == folder or not other.is_dir():
+            continue
+        descriptor = os.open(other, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other, ignore_errors=True)
+        except OSError:  # another process writes it, or the file system has no locks
+            pass
+        finally:
+            os.close(descriptor)
+
+
+def _hold(folder: Path) -> int:
+    """A descriptor of a folder that shows other processes, until it is closed, that this one writes it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor

@@ -5,6 +5,7 @@ The clock, the streams and their state are those of compiled models (`runtime/st
 
 import importlib
 import json
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparsify_compiler.exporting.arguments import bind
 from sparsify_compiler.exporting.capture import first_line, has_tensor
 from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS
 from sparsify_compiler.exporting.state import name_in_model
+from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.call import read_arguments
 from sparsify_compiler.runtime.clock import Tick
@@ -98,6 +100,25 @@ def load(path: str | Path) -> Loaded:
     except (OSError, RuntimeError, KeyError) as error:
         raise OptionError(f"{str(path)!r} is damaged: {first_line(error)} Export the model again") from error
     return Loaded(content, programs)
+
+
+def torch_custom_ops() -> Path:
+    """The library of the ops that exported programs call on the CPU, for programs without Python.
+
+        dlopen(path, RTLD_NOW)    // before a package is loaded
+
+    It needs the library of the kernels, `attention-*.so` in the same folder: copy both. It is built at its first
+    use, for this CPU and this version of PyTorch. In a process with Python's ops, those run.
+
+    Raises:
+        SparsifyError: it cannot be built here.
+    """
+    try:
+        return library.torch_ops()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise SparsifyError(
+            f"the library needs a C++ compiler: {first_line(OSError(library.words(error)))} Install g++"
+        ) from error
 
 
 def _torch_program(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels import clustering, statistics
+from sparsify_compiler.kernels import attention, clustering, statistics
+from sparsify_compiler.kernels.far_field import merge_parts
 from sparsify_compiler.parallel.shares import Part, flat, share, start
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.table import blocks_of_places
+from sparsify_compiler.table import BlockTable, blocks_of_places
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
@@ -43,6 +44,40 @@ class SharedTokens:
         order, bounds = blocks_of_places(order, bounds, self._places().to(order.device))
         means, _ = statistics.block_means(points, bounds, order, provider=self.provider)
         return self._mean_of_ranks(means, bounds.diff(dim=-1))[0]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        scale: float,
+        before: int,
+    ) -> Tensor:
+        """[B, H, R, Dv]: attention to all keys, of queries that every rank has.
+
+        Each rank attends to its own tokens, the first also to those that every rank has; the results are merged.
+
+        Args:
+            query: [B, H, R, D].
+            key, value: [B, Hkv, S, D] and [B, Hkv, S, Dv], with the tokens of this rank.
+            key_bias, scale: as in `attention.block_sparse_attention`.
+            before: the number of tokens before the video.
+        """
+        first, count = self._run()
+        first, last = first + before, before + self.tokens
+        cuts = [0, before, first, first + count, last, key.shape[2]]
+        listed = [2] if self.ranks.rank else [0, 2, 4]
+        bounds, rows, indices, counts = (
+            torch.tensor(numbers, dtype=torch.int32, device=query.device)
+            for numbers in ([[cuts]], [[[0, query.shape[2]]]], [[[listed]]], [[[len(listed)]]])
+        )
+        table = BlockTable(q_bounds=rows, kv_bounds=bounds, kv_indices=indices, kv_num_blocks=counts)
+        out, lse = attention.block_sparse_attention(
+            query, key, value, table, key_bias=key_bias, scale=scale, provider=self.provider
+        )
+        found = self._of_ranks(torch.cat([out.to(lse.dtype), lse[..., None]], -1)).movedim(0, 2)
+        return merge_parts(found[..., :-1], found[..., -1])[0].to(out.dtype)
 
     def kmeans(
         self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, *, first: int, later: int
@@ -81,10 +116,14 @@ class SharedTokens:
             centroids = torch.where(total > 0, means, centroids)
         return centroids, self._every_token(labels)
 
+    def _run(self) -> tuple[int, int]:
+        """(first token, number of tokens) of this rank."""
+        numbers = self.part.tokens, self.ranks.rank, self.ranks.size, self.each
+        return start(*numbers) * self.part.width, share(*numbers) * self.part.width
+
     def _places(self) -> Tensor:
         """[n] int64: the tokens of this rank."""
-        numbers = self.part.tokens, self.ranks.rank, self.ranks.size, self.each
-        first, count = (function(*numbers) * self.part.width for function in (start, share))
+        first, count = self._run()
         return torch.arange(first, first + count)
 
     def _mean_of_ranks(self, means: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

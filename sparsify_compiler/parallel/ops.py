@@ -9,8 +9,9 @@ The first two are each other's adjoint, and so are the last two: the backward pa
 gradients of all ranks are those of the sum of their losses. The mean of a gradient over ranks, which data
 parallelism takes anyway, is then the gradient of one process.
 
-The owner of each head is an element of a small CPU tensor, so heads move without a new program, and no device is
-waited for. Slots that hold no head are zero.
+The owners of heads are a small CPU tensor (`shares.Owners`), so heads move without a new program, and no device is
+waited for. Slots that hold no head are zero. Ranks may share the queries of a head: each gets all its tokens, and
+`to_tokens` takes from each rank the rows that it computes.
 
 Ranks must run their ops in one order, but a compiler may order ops that do not depend on each other differently on
 each rank. So every op takes an *order*, a tensor without dimensions, as the last tensor of its list, and returns
@@ -28,12 +29,15 @@ from sparsify_compiler.parallel.shares import (
     HeadRun,
     Part,
     Piece,
+    alike,
     flat,
     head_runs,
     heads_of,
     local_length,
+    owners_of,
     parts_of,
     pieces,
+    queries_of,
     whole_length,
 )
 from sparsify_compiler.plan import Ranks
@@ -58,10 +62,11 @@ def to_heads(
 
     Args:
         tensors: [B, Hi, local tokens, Di] each, then the order. Hi divides the number of query heads H.
-        owners: [H] int64 on the CPU, the rank of each query head.
+        owners: [H, size + 1] int64 on the CPU, see `shares.Owners`; H query heads.
         parts: the parts of the sequence, see `shares.flat`.
         slots: number of heads of each result; no rank may own more query heads.
-        sums: whether tokens that every rank has are summed over ranks; otherwise a rank takes its own.
+        sums: whether tokens that every rank has are summed over ranks, and rows that others compute are zero;
+            otherwise a rank takes its own, and all rows.
         rank, size, group, timeout: the fields of `Ranks`.
         site: name of the attention, for errors.
 
@@ -101,6 +106,9 @@ def to_heads(
     for x, out in zip(given, results, strict=True):
         for run in head_runs(owned, x.shape[1], rank):
             out[:, run.more] = out[:, run.slots.stop - 1 : run.slots.stop]
+        for at, rows in alike(owned, rank, out.shape[2]) if sums else ():
+            out[:, at, : rows.start] = 0
+            out[:, at, rows.stop :] = 0
     return [*(out.to(x.dtype) for x, out in zip(given, results, strict=True)), order.clone()]
 
 
@@ -133,28 +141,40 @@ def to_tokens(
         RankError: as in `to_heads`.
     """
     *given, order = tensors
-    owned, peers = owners.tolist(), range(size)
+    owned, peers, total = owners.tolist(), range(size), whole_length(parts_of(parts))
     of_peer = [_pieces(parts, peer, size) for peer in peers]
+
+    def rows(run: HeadRun, owner: int, to: int, computed: bool) -> list[Piece]:
+        """The rows of a run of heads that a rank sends to another: all, or those that it computed."""
+        found = [one for one in of_peer[to] if one.shared or sends or owner == to]
+        return _within(found, queries_of(owned, run.heads.start, owner, total)) if computed else found
+
     results, transfers = [], []
     for x, number in zip(given, heads, strict=True):
-        runs, adds = [head_runs(owned, number, peer) for peer in peers], number < len(owned)
-        folded, mine = _fold(x, runs[rank]) if adds else x, [run.slots for run in runs[rank]]
+        runs, folds = [head_runs(owned, number, peer) for peer in peers], number < len(owned)
+        source, computed = _fold(x, runs[rank]) if folds else x, sends and not folds
+        # In a gradient, all that ranks computed of one head adds up.
+        adds = folds or (not sends and any(len(owners_of(owned, head)) > 1 for head in range(number)))
         out = _for_sums(_blank_tokens(x, parts, number, rank, size), adds)
         if adds or not sends:
             out.zero_()
-
-        def goes(one: Piece, peer: int) -> bool:
-            return one.shared or sends or peer == rank
-
         transfers.append(
             Transfer(
                 x.dtype,
                 [
-                    _at(folded, mine, [one.whole for one in of_peer[peer] if goes(one, peer)])
+                    [
+                        source[:, run.slots, one.whole]
+                        for run in runs[rank]
+                        for one in rows(run, rank, peer, computed)
+                    ]
                     for peer in peers
                 ],
                 [
-                    _at(out, _heads(runs[peer]), [one.local for one in of_peer[rank] if goes(one, peer)])
+                    [
+                        out[:, run.heads, one.local]
+                        for run in runs[peer]
+                        for one in rows(run, peer, rank, computed)
+                    ]
                     for peer in peers
                 ],
                 adds,
@@ -265,6 +285,17 @@ def _along(x: Tensor, dim: int, runs: Sequence[slice]) -> list[Tensor]:
     return [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
 
 
+def _within(runs: Sequence[Piece], rows: slice) -> list[Piece]:
+    """The part of each run that lies in `rows` of the whole dimension."""
+    found = []
+    for one in runs:
+        first, last = max(one.whole.start, rows.start), min(one.whole.stop, rows.stop)
+        if first < last:
+            to_local = one.local.start - one.whole.start
+            found.append(Piece(one.shared, slice(first, last), slice(first + to_local, last + to_local)))
+    return found
+
+
 def _for_sums(x: Tensor, adds: bool = True) -> Tensor:
     """A tensor in the type in which sums over ranks and heads are taken."""
     return x.float() if adds and x.dtype in (torch.float16, torch.bfloat16) else x
@@ -366,6 +397,22 @@ sum_tokens.register_autograd(
     lambda ctx, grads: (torch.ops.sparsify.gather_tokens(grads, *ctx.others), *[None] * 7),
     setup_context=_keep,
 )
+
+
+@torch.library.custom_op("sparsify::heads_in_slots", mutates_args=())
+def heads_in_slots(owners: Tensor, rank: int, slots: int) -> Tensor:
+    """[slots] int64 on the CPU: the head in each slot of a rank; any head where a slot has none.
+
+    Args:
+        owners, rank: as in `to_heads`.
+    """
+    mine = heads_of(owners.tolist(), rank)
+    return torch.tensor([*mine, *[0] * (slots - len(mine))], device="cpu")
+
+
+@heads_in_slots.register_fake
+def _heads_in_slots_fake(owners: Tensor, rank: int, slots: int) -> Tensor:
+    return owners.new_empty(slots)
 
 
 TO_HEADS = torch.ops.sparsify.to_heads.default

@@ -25,10 +25,20 @@ from sparsify_compiler.table import BlockTable
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
-def places_of(sequence: SharedSequence, rank: int) -> Tensor:
-    """[n] int64: the places in the whole sequence of the tokens that a rank has, rising."""
+def places_of(sequence: SharedSequence, rank: int, *, shared: bool = False) -> Tensor:
+    """[n] int64: the places in the whole sequence of the tokens that a rank has, rising.
+
+    Args:
+        shared: whether to leave out tokens that every rank has.
+    """
     found = pieces(parts_of(sequence.parts), rank, sequence.ranks.size, sequence.each)
-    return torch.cat([torch.arange(one.whole.start, one.whole.stop) for one in found])
+    runs = (one.whole for one in found if one.shared or not shared)
+    return torch.cat([torch.arange(run.start, run.stop) for run in runs])
+
+
+def queries_of(sequence: SharedSequence, rank: int) -> Tensor:
+    """[n] int64: the places of the queries that read keys of other ranks."""
+    return places_of(sequence, rank, shared=sequence.asks)
 
 
 def keys_read(table: BlockTable | None, sequence: SharedSequence) -> list[Tensor]:
@@ -40,7 +50,7 @@ def keys_read(table: BlockTable | None, sequence: SharedSequence) -> list[Tensor
     if table is None:
         every = torch.ones(1, 1, whole_length(parts_of(sequence.parts)), dtype=torch.bool)
         return [every] * sequence.ranks.size
-    return [table.of_queries(places_of(sequence, rank)).keys_read() for rank in range(sequence.ranks.size)]
+    return [table.of_queries(queries_of(sequence, rank)).keys_read() for rank in range(sequence.ranks.size)]
 
 
 def asked_of(read: Sequence[Tensor], sequence: SharedSequence) -> Tensor:

@@ -5,6 +5,7 @@ sequence of parts. A rank's share of a dimension has the same parts, each cut to
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -85,14 +86,49 @@ def pieces(parts: Sequence[Part], rank: int, size: int, each: int = 1) -> Iterat
         local += length
 
 
-def even_owners(heads: int, size: int) -> list[int]:
-    """The owner of each head where all heads cost the same: runs of neighbours, the first ranks one more."""
-    return [rank for rank in range(size) for _ in range(share(heads, rank, size))]
+UNITS = 1 << 16
+"""Units in which ranks share the queries of one head."""
+
+Owners = Sequence[Sequence[int]]
+"""The owners of heads, [query heads, ranks + 1]: rank r computes the queries of a head from unit [head][r] to unit
+[head][r + 1]. A rank owns a head if it computes any of its queries."""
 
 
-def heads_of(owners: Sequence[int], rank: int) -> list[int]:
-    """The heads of a rank, in order."""
-    return [head for head, owner in enumerate(owners) if owner == rank]
+def whole_owners(ranks: Sequence[int], size: int) -> list[list[int]]:
+    """The owners of heads that no ranks share, from the rank of each head."""
+    return [[UNITS * (rank > owner) for rank in range(size + 1)] for owner in ranks]
+
+
+def even_owners(heads: int, size: int) -> list[list[int]]:
+    """The owners where all heads cost the same: runs of neighbours, the first ranks one more."""
+    return whole_owners([rank for rank in range(size) for _ in range(share(heads, rank, size))], size)
+
+
+def owners_of(owners: Owners, head: int) -> list[int]:
+    """The ranks that own a head, in order."""
+    return [rank for rank, (first, last) in enumerate(pairwise(owners[head])) if first < last]
+
+
+def heads_of(owners: Owners, rank: int) -> list[int]:
+    """The heads that a rank owns, in order."""
+    return [head for head, units in enumerate(owners) if units[rank] < units[rank + 1]]
+
+
+def queries_of(owners: Owners, head: int, rank: int, total: int) -> slice:
+    """The queries of a head that a rank computes, of a sequence of `total`."""
+    first, last = owners[head][rank : rank + 2]
+    return slice(total * first // UNITS, total * last // UNITS)
+
+
+def alike(owners: Owners, rank: int, total: int) -> list[tuple[slice, slice]]:
+    """(slots, queries) of a rank: neighbouring slots of which it computes the same queries, in order."""
+    queries = [queries_of(owners, head, rank, total) for head in heads_of(owners, rank)]
+    found, first = list[tuple[slice, slice]](), 0
+    for slot in range(1, len(queries) + 1):
+        if slot == len(queries) or queries[slot] != queries[first]:
+            found.append((slice(first, slot), queries[first]))
+            first = slot
+    return found
 
 
 class HeadRun(NamedTuple):
@@ -104,15 +140,19 @@ class HeadRun(NamedTuple):
     """Further slots that have the last of these heads: several queries may read one key head."""
 
 
-def head_runs(owners: Sequence[int], heads: int, rank: int) -> list[HeadRun]:
-    """The heads of a tensor that the query heads of a rank read; slot i is for query head i of the rank."""
+def head_runs(owners: Owners, heads: int, rank: int) -> list[HeadRun]:
+    """The heads of a tensor that the query heads of a rank read; slot i is for query head i of the rank.
+
+    Where each query head reads its own, the rank computes the same queries of all heads of a run.
+    """
     queries = len(owners) // heads
     readers: dict[int, list[int]] = {}
     for slot, head in enumerate(heads_of(owners, rank)):
         readers.setdefault(head // queries, []).append(slot)
     runs: list[HeadRun] = []
     for head, slots in readers.items():
-        joins = queries == 1 and runs and head == runs[-1].heads.stop
+        neighbours = queries == 1 and runs and head == runs[-1].heads.stop
+        joins = neighbours and owners[head][rank : rank + 2] == owners[head - 1][rank : rank + 2]
         first, at = (runs[-1].heads.start, runs[-1].slots.start) if joins else (head, slots[0])
         run = HeadRun(slice(first, head + 1), slice(at, slots[0] + 1), slice(slots[0] + 1, slots[-1] + 1))
         runs[-1 if joins else len(runs) :] = [run]

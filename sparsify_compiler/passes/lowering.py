@@ -2,6 +2,8 @@
 
     before   out = attention(q, k, v, m, scale)            meta["plan"]
 
+    ranks    owners = placeholder                          in place of a constant, where heads move
+
     sparse   constants = get_attr(...)                     tables and other tensors, a set for each distinct plan
     variant  bias = where(m, 0, -inf)
              out = TableSite(q, k, v, bias, *constants)    a table and one op
@@ -29,7 +31,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler import _torch
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
-from sparsify_compiler.parallel.sequence import places_of
+from sparsify_compiler.parallel.sequence import queries_of
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.fx import bodies, node_of, recorded
 from sparsify_compiler.passes.planning import learns
@@ -82,10 +84,22 @@ def lower(
         with gm.graph.inserting_before(first):
             return gm.graph.get_attr(name)
 
+    if not variant.trains:
+        _give_owners(gm, inputs)
     lowering = _Lowering(variant, measure_recall)
     _lower_module(gm, lowering, operand, None if variant.trains else inputs)
     gm.meta["extra"], gm.meta["variant"] = inputs.built(), variant
     return gm
+
+
+def _give_owners(gm: fx.GraphModule, inputs: InputBuilder) -> None:
+    """Make the owners of heads inputs of the graph where heads move between ranks."""
+    for node in attention_nodes(gm):
+        plan = node.meta["plan"]
+        if plan.sharing is not None and plan.sharing.balance != "off":
+            constant, node.meta["owners"] = node.meta["owners"], inputs.owners(plan)
+            constant.replace_all_uses_with(node.meta["owners"])
+            gm.graph.erase_node(constant)
 
 
 def _is_sparse(node: fx.Node) -> bool:
@@ -108,8 +122,8 @@ class _Lowering:
             # On real tensors, also where the compiler has set a fake or device mode.
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
                 built = constants_of(method, layout)
-                if plan.sequence is not None and isinstance(method, StaticMethod):
-                    places = places_of(plan.sequence, plan.sequence.ranks.rank)
+                if plan.sequence is not None and not plan.sequence.asks:
+                    places = queries_of(plan.sequence, plan.sequence.ranks.rank)
                     built = BlockTable.of(*built.values()).of_queries(places).tensors()
                 moved = {field: None if t is None else t.to(device) for field, t in built.items()}
             self._known[key] = f"sparsify_{plan.method}{len(self._known)}", moved
@@ -174,7 +188,10 @@ def _lower_module(
 
 def _is_static(plan: AttentionPlan) -> bool:
     """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop"
+    takes_heads = plan.sharing is not None and plan.sharing.own_tables
+    asks = plan.sequence is not None and plan.sequence.asks
+    alone = not takes_heads and not asks
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:

@@ -100,8 +100,15 @@ def plan_within(
 def share(
     analysed: fx.GraphModule, config: SparsifyConfig, ranks: Ranks, *, trains: bool = False
 ) -> fx.GraphModule:
-    """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes."""
-    passes = [partial(shard, ranks=ranks, measure_recall=config.measure_recall, trains=trains)]
+    """A copy of the result of `analyse` whose tokens these ranks share, as `shard` describes.
+
+    Args:
+        trains: whether it is for training, where heads stay on their ranks.
+    """
+    balance = "off" if trains or config.parallel is None else config.parallel.balance
+    passes = [
+        partial(shard, ranks=ranks, balance=balance, measure_recall=config.measure_recall, trains=trains)
+    ]
     return run(copy_graph(analysed, alike=plans_within), passes, config)
 
 

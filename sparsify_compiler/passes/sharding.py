@@ -39,17 +39,17 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods import StaticMethod
-from sparsify_compiler.methods.selection import BlockMethod
+from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
-    Part,
+    Owners,
     even_owners,
     flat,
+    heads_of,
     local_length,
     pieces,
     share,
-    start,
     whole_length,
 )
 from sparsify_compiler.passes.axes import (
@@ -61,6 +61,7 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
+from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, needs_all_queries
 from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
@@ -77,7 +78,7 @@ from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, Ranks, SharedHeads, SharedSequence
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 
@@ -116,12 +117,18 @@ class Sharding:
 
 
 def shard(
-    gm: fx.GraphModule, *, ranks: Ranks, measure_recall: float = 0.0, trains: bool = False
+    gm: fx.GraphModule,
+    *,
+    ranks: Ranks,
+    balance: Balance = "off",
+    measure_recall: float = 0.0,
+    trains: bool = False,
 ) -> fx.GraphModule:
     """Share the tokens of a planned graph; see the module's picture. `meta["sharding"]` is then a `Sharding`.
 
     Args:
         ranks: the ranks, and the one that the graph is for.
+        balance: when heads may move between ranks; the graph needs room for them.
         measure_recall: as in `lower`.
         trains: whether the graph runs in training.
 
@@ -137,7 +144,7 @@ def shard(
                 f"higher-order operator, got {attention_nodes(module)[0].meta['site'].name!r} in one"
             )
     try:
-        found = _Sharder(twin, ranks, measures=measure_recall > 0, trains=trains).run()
+        found = _Sharder(twin, ranks, balance, measures=measure_recall > 0, trains=trains).run()
     except CannotShareError as why:
         gm.meta["sharding"] = Sharding(size=ranks.size, reason=str(why))
         return gm
@@ -149,8 +156,10 @@ def shard(
 class _Sharder:
     """Rewrites one graph in place."""
 
-    def __init__(self, gm: fx.GraphModule, ranks: Ranks, *, measures: bool, trains: bool) -> None:
-        self.gm, self.graph, self.ranks = gm, gm.graph, ranks
+    def __init__(
+        self, gm: fx.GraphModule, ranks: Ranks, balance: Balance, *, measures: bool, trains: bool
+    ) -> None:
+        self.gm, self.graph, self.ranks, self.balance = gm, gm.graph, ranks, balance
         self.measures, self.trains = measures, trains
         for value in map(value_of, gm.graph.nodes):  # shares of tokens are numbers, so every size is fixed
             sizes = value.shape if isinstance(value, Tensor) else [value]
@@ -281,9 +290,12 @@ class _Sharder:
         place = self.local.place(wholes[0])
         assert place is not None
         parts = place[2]
-        if sequence is not None and (why := self._needs_all_queries(plan, parts)):
-            self.by_heads.append((site.name, why))
-            sequence = None
+        if sequence is not None:
+            hybrid = self.ranks.heads is not None
+            why = needs_all_queries(plan, parts, hybrid=hybrid, measures=self.measures, trains=self.trains)
+            if why:
+                self.by_heads.append((site.name, why))
+                sequence = None
         heads = self.ranks if sequence is None else self.ranks.heads
         each = 1 if heads is None or sequence is None else heads.size
         rows, length = parts, whole_length(parts)
@@ -291,15 +303,30 @@ class _Sharder:
             # The tokens of `each` neighbouring ranks.
             rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
             length = local_length(parts, sequence.rank, sequence.size, each)
-        slots, key_slots = (
-            (site.heads, site.kv_heads) if heads is None else [share(site.heads, 0, heads.size)] * 2
-        )
+        slots, key_slots, sharing = site.heads, site.kv_heads, None
+        moves = self.balance != "off" and sequence is None and heads_differ(plan)
+        if heads is not None:
+            known = densities_of_heads(plan)
+            own, room = even_owners(site.heads, heads.size), capacity(site.heads, heads.size)
+            if known is not None and self.balance != "off":
+                own = balanced(known, heads.size, room)
+            most = max(len(heads_of(own, rank)) for rank in range(heads.size))
+            slots = key_slots = room if moves else most
+            sharing = SharedHeads(
+                ranks=heads,
+                heads=site.heads,
+                kv_heads=site.kv_heads,
+                balance=self.balance if moves else "off",
+                own_tables=known is not None,
+            )
+        owners: fx.Node | None = None
         with self.graph.inserting_before(node):
             tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
-            if isinstance(mask, fx.Node):
-                mask = self._mask(site, mask, slots, heads)
             if heads is not None:
-                owners = self._owners(site.heads, heads)
+                owners = self._owners(site, own)
+            if isinstance(mask, fx.Node):
+                mask = self._mask(mask, owners, heads, slots)
+            if heads is not None:
                 of_rank = (heads.rank, heads.size, heads.group, heads.timeout, site.name)
                 others = (owners, flat(rows), slots, False, *of_rank)
                 tensors = self._communicate(TO_HEADS, tensors, others)
@@ -308,14 +335,21 @@ class _Sharder:
             attended = _lies_by_tokens(wholes[0], (site.batch, slots, length, site.value_dim), dtype)
             keys, full = length, tensors
             if sequence is not None:
-                shared = SharedSequence(ranks=sequence, parts=tuple(flat(parts)), each=each)
+                shared = SharedSequence(
+                    ranks=sequence,
+                    parts=tuple(flat(parts)),
+                    each=each,
+                    asks=asks(plan, parts, trains=self.trains),
+                )
                 plan = replace(plan, sequence=shared)
                 full, keys = self._with_fetched_keys(plan, shared, tensors, node), whole_length(parts)
-            for one, size, count, whole in zip(
-                full, (length, keys, keys), (slots, key_slots, key_slots), wholes, strict=True
-            ):
-                one.meta["example_value"] = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
-            if "order" in node.meta:  # the site fetches keys itself
+            counts = slots, key_slots, key_slots
+            for one, size, count, whole in zip(full, (length, keys, keys), counts, wholes, strict=True):
+                value = self.here.values.get(one)
+                if value is None:
+                    value = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
+                one.meta["example_value"] = value
+            if "order" in node.meta:  # the site asks for keys itself
                 keys = length
             else:
                 tensors = full
@@ -324,13 +358,15 @@ class _Sharder:
             site=replace(
                 site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
             ),
-            sharing=None
-            if heads is None
-            else SharedHeads(ranks=heads, heads=site.heads, kv_heads=site.kv_heads),
+            sharing=sharing,
         )
         recorded, users, after = tensor_of(node), list(node.users), node.next
         with self.graph.inserting_before(after):
-            call = self._full_attention(full, mask, scale, attended)
+            if moves and heads is not None:
+                op = torch.ops.sparsify.attend_owned.default
+                call = self.graph.call_function(op, (*full, mask, owners, heads.rank, scale))
+            else:
+                call = self._full_attention(full, mask, scale, attended)
         call.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         call.meta["example_value"] = node.meta["example_value"] = attended
         node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
@@ -352,34 +388,12 @@ class _Sharder:
             self._take_over(node, out, users)
         self.sites.append(site.name)
 
-    def _needs_all_queries(self, plan: AttentionPlan, parts: Sequence[Part]) -> str:
-        """The reason why a rank must have all queries of a head; else empty."""
-        if plan.site.mask == "query":
-            return "its mask depends on the query"
-        if plan.method == "dense":
-            return ""
-        if plan.far_field != "drop":
-            return f"its far field {plan.far_field!r} reads all keys"
-        if isinstance(plan.settings, StaticMethod):
-            return ""
-        if self.measures:
-            return "its recall is measured over all keys"
-        if self.trains:
-            return f"method {plan.method!r} has no gradient across ranks"
-        if not isinstance(plan.settings, BlockMethod):
-            return f"method {plan.method!r} compares its queries with all keys"
-        before = plan.layout.before
-        video = [one for one in parts if one.tokens]
-        if len(video) != 1 or _run_of(parts, video[0]) != (before, plan.layout.video_tokens):
-            return f"ranks share other tokens than the video's {plan.layout.video_tokens}"
-        return ""
-
     def _with_fetched_keys(
         self, plan: AttentionPlan, shared: SharedSequence, tensors: Sequence[fx.Node], node: fx.Node
     ) -> list[fx.Node]:
-        """Query, and the keys and values that its rows of the table read; all of them for a dynamic method, whose
-        site fetches what it selects and needs the order of `node.meta`."""
-        static = plan.settings if isinstance(plan.settings, StaticMethod) else None
+        """Query, and the keys and values that its rows of the table read; all of them for a site that asks itself,
+        which needs the order of `node.meta`."""
+        static = plan.settings if isinstance(plan.settings, StaticMethod) and not shared.asks else None
         known = static, plan.layout, shared
         if known not in self.reads:
             with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
@@ -394,7 +408,7 @@ class _Sharder:
         of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, plan.site.name)
         query, *keys = tensors
         others = (*self.reads[known], list(shared.parts), shared.each, *of_rank)
-        if plan.method == "dense" or static is not None:
+        if not shared.asks:
             return [query, *self._communicate(FETCH_KEYS, keys, others)]
         # The dense variant has these; the sparse variant erases them.
         node.meta["order"] = self._first_order()
@@ -421,24 +435,23 @@ class _Sharder:
         call.meta["inserted"] = True
         return self.graph.call_function(torch.ops.sparsify.lay_out.default, (call, attended.stride()))
 
-    def _owners(self, heads: int, ranks: Ranks) -> fx.Node:
-        """The owner of each head."""
-        name = f"sparsify_owners{heads}_{ranks.size}"
+    def _owners(self, site: AttentionSite, owners: Owners) -> fx.Node:
+        """The owners of the heads of a site, in the graph."""
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
-            return self._constant(name, torch.tensor(even_owners(heads, ranks.size)))
+            return self._constant(f"sparsify_owners{site.index}", torch.tensor(owners))
 
-    def _mask(self, site: AttentionSite, mask: fx.Node, slots: int, ranks: Ranks | None) -> fx.Node:
+    def _mask(self, mask: fx.Node, owners: fx.Node | None, ranks: Ranks | None, slots: int) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
         value = self.whole[mask]
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
         if ranks is not None and value.dim() > 2 and value.shape[-3] > 1:
-            first, own = start(site.heads, ranks.rank, ranks.size), share(site.heads, ranks.rank, ranks.size)
-            runs = [(first, own), (0, slots - own)]  # a slot without a head takes any mask
-            cut = [self.graph.call_method("narrow", (new, -3, at, length)) for at, length in runs if length]
-            new = self.graph.call_function(torch.cat, (cut, -3)) if len(cut) > 1 else cut[0]
-            value = value.narrow(-3, 0, slots)
+            op = torch.ops.sparsify.heads_in_slots.default
+            places = self.graph.call_function(op, (owners, ranks.rank, slots))
+            places = self.graph.call_method("to", (places, value.device))
+            new = self.graph.call_method("index_select", (new, -3, places))
+            value = value.narrow(-3, 0, 1).expand(*value.shape[:-3], slots, -1, -1)
         new.meta["example_value"] = value
         return new
 
@@ -621,12 +634,6 @@ class _Sharder:
         self.graph.erase_node(node)
         for source in sources:
             self._erase(source)
-
-
-def _run_of(parts: Sequence[Part], part: Part) -> tuple[int, int]:
-    """(first, number) of the positions of a part."""
-    at = parts.index(part)
-    return whole_length(parts[:at]), part.whole
 
 
 def _memory(value: Tensor) -> int:

@@ -13,12 +13,13 @@ Every message is a product: a rank gives one number of rows, and a peer takes a 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsify_compiler.parallel.shares import even_owners, head_runs, heads_of, share
+from sparsify_compiler.parallel.shares import UNITS, Owners, even_owners, head_runs, heads_of, share
 from sparsify_compiler.plan import AttentionPlan
 from sparsify_compiler.table import BlockTable
 
@@ -243,12 +244,12 @@ def exchange(
 
 
 def attention_traffic(
-    attention: Attention, mesh: Mesh, gpus: int, owners: Sequence[int] | None = None
+    attention: Attention, mesh: Mesh, gpus: int, owners: Owners | None = None
 ) -> list[list[Traffic]]:
     """The exchanges around an attention, each with the traffic of every rank, in the order of ranks.
 
     Args:
-        owners: the rank of each head in a group; None shares heads evenly.
+        owners: the owners of heads in a group; None shares heads evenly.
     """
     one, size = attention, mesh.size
     owned = even_owners(one.heads, mesh.heads) if owners is None else owners
@@ -278,12 +279,13 @@ def attention_traffic(
     return found
 
 
-def attention_loads(attention: Attention, mesh: Mesh, owners: Sequence[int] | None = None) -> list[float]:
+def attention_loads(attention: Attention, mesh: Mesh, owners: Owners | None = None) -> list[float]:
     """The products of an attention on every rank, in the order of ranks; arguments as in `attention_traffic`."""
     owned = even_owners(attention.heads, mesh.heads) if owners is None else owners
     of_heads = [0.0] * mesh.heads
-    for place, flops in zip(owned, attention.flops, strict=True):
-        of_heads[place] += flops
+    for units, flops in zip(owned, attention.flops, strict=True):
+        for place, (first, last) in enumerate(pairwise(units)):
+            of_heads[place] += flops * (last - first) / UNITS
     rows = _tokens_of_groups(attention.tokens, mesh)
     others = attention.others
     return [

@@ -12,6 +12,7 @@ from sparsify_compiler.names import ROOT
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Parts
 from sparsify_compiler.runtime.call import ModelCall, open_call, read
 from sparsify_compiler.runtime.clock import Prints, Tick, Times
+from sparsify_compiler.runtime.moving import note_loads, place_heads
 from sparsify_compiler.runtime.recomputing import Mark, Ran, find
 from sparsify_compiler.runtime.site import SiteFunction
 from sparsify_compiler.runtime.site_inputs import GraphInputs
@@ -359,9 +360,13 @@ class Program:
             variant = replace(variant, phase="dense")
         stream = state.stream(planned.extra.state, tick.stream, names)
         initialised = stream.calls > 0 and tick.remembers
-        extra = planned.extra.bind(trained, stream.tensors, initialised=initialised)
+        moving, sparse = planned.extra.moving, variant.phase == "sparse"
+        owners = place_heads(moving, stream, sparse=sparse, initialised=initialised) if moving else ()
+        extra = planned.extra.bind(trained, stream.tensors, initialised=initialised, owners=owners)
         result = planned.run(variant, [*args, *extra])
         stream.calls += 1
+        if moving and sparse:
+            note_loads(moving, stream)
         reports = planned.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
         if call is None:
             state.record(self.options, planned.plan, tick, variant.phase, reports)

@@ -15,9 +15,11 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify_compiler import _torch
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
@@ -25,8 +27,8 @@ from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
-from sparsify_compiler.parallel.sequence import of_key_heads, places_of
-from sparsify_compiler.parallel.shares import heads_of, parts_of
+from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
+from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
@@ -161,14 +163,62 @@ class SiteFunction:
         updated = torch.ops.sparsify.learn_site(query.detach(), key.detach(), bias, inputs, self.name, site)
         _write(list(bound.observed.values())[:-1], updated)
 
-    def trace(
+    def run(
         self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
     ) -> list[Tensor]:
-        """[out, report, *state], op by op."""
+        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero."""
+        used, slots = self._used(inputs), query.shape[1]
+        computed = self._computed(inputs)
+        if used == slots:
+            return self.trace(query, key, value, key_bias, inputs, computed)
+        bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
+        q, k, v = (one[:, :used] for one in (query, key, value))
+        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), computed)
+        of_all = query.new_zeros(out.shape[0], out.shape[2], slots, out.shape[3]).transpose(1, 2)
+        of_all[:, :used] = out
+        if report.shape[2] == used and not self.inputs.remembers:
+            report = _filled_up(report, 2, slots)
+        return [of_all, report, *(_filled_up(one, 1, slots) for one in state)]
+
+    def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+        """`trace_observe` of the slots that hold a head."""
+        used, slots = self._used(inputs), query.shape[1]
+        if used == slots:
+            return self.trace_observe(query, key, inputs)
+        state = self.trace_observe(query[:, :used], key[:, :used], self.inputs.of_heads(inputs, used))
+        return [_filled_up(one, 1, slots) for one in state]
+
+    def _used(self, inputs: list[Tensor | None]) -> int:
+        """The number of slots to compute: those that hold a head, and one where none does."""
+        owners, sharing = self.inputs.owners_in(inputs), self.plan.sharing
+        if owners is None or sharing is None:
+            return self.plan.site.heads
+        return max(1, len(heads_of(owners.tolist(), sharing.ranks.rank)))
+
+    def _computed(self, inputs: list[Tensor | None]) -> list[tuple[slice, slice]] | None:
+        """(slots, queries) that this rank computes; None where it computes all queries of its heads."""
+        owners, sharing = self.inputs.owners_in(inputs), self.plan.sharing
+        if owners is None or sharing is None:
+            return None
+        tokens = self.plan.layout.tokens
+        found = alike(owners.tolist(), sharing.ranks.rank, tokens)
+        return None if all(rows == slice(0, tokens) for _, rows in found) else found
+
+    def trace(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        computed: Sequence[tuple[slice, slice]] | None = None,
+    ) -> list[Tensor]:
+        """[out, report, *state], op by op. `computed`: as in `attention_with_far_field`, of all tokens."""
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
-        all_heads, read = self._all_heads(owners), read | self._trained_of_rank(read, owners)
+        read = read | self._trained_of_rank(read, owners, query.shape[1])
+        all_heads = self._all_heads(owners)
         shared = self._shared_tokens()
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
@@ -180,11 +230,17 @@ class SiteFunction:
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
+            if plan.sharing is not None and plan.sharing.own_tables:
+                heads = torch.ops.sparsify.heads_in_slots(owners, plan.sharing.ranks.rank, query.shape[1])
+                table = table.of_heads(heads.to(query.device))
         of_all_ranks = table
         if shared is not None:
             table, key, value = self._fetched(table, key, value)
+            whole = False
         guarded = GUARD_ROWS if plan.far_field != "drop" else 0
-        last = plan.layout.tokens - plan.layout.after
+        last = query.shape[2] - plan.layout.after
+        if computed is not None and not whole:
+            computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
         out, _, known = attention_with_far_field(
             query if whole else query[:, :, plan.layout.before : last],
             key,
@@ -198,9 +254,10 @@ class SiteFunction:
             provider=plan.provider,
             sampled_rows=max(guarded, self.sampled_rows),
             all_heads=all_heads,
+            computed=computed,
         )
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
-            out = self._with_others(out, query, key, value, key_bias)
+            out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
@@ -225,12 +282,12 @@ class SiteFunction:
         return f"{self.plan.site.name}, or one with the same plan"
 
     def _fetched(self, table: BlockTable, key: Tensor, value: Tensor) -> tuple[BlockTable, Tensor, Tensor]:
-        """(the table of this rank's queries, keys and values of all tokens that it reads)."""
+        """(the table of the video's queries of this rank, the keys and values that they read)."""
         sequence = self.plan.sequence
         assert sequence is not None
         ranks = sequence.ranks
         place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self._names
-        table = table.of_queries(places_of(sequence, ranks.rank))
+        table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
         given = [key, value, torch.zeros((), device="cpu")]
@@ -247,15 +304,14 @@ class SiteFunction:
         return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=self._names)
 
     def _trained_of_rank(
-        self, read: dict[str, Tensor | None], owners: Tensor | None
+        self, read: dict[str, Tensor | None], owners: Tensor | None, slots: int
     ) -> dict[str, Tensor | None]:
         """The trained tensors of a rank's heads, and of other heads in slots without a head."""
         sharing = self.plan.sharing
         if owners is None or sharing is None or not self.inputs.trained:
             return {}
-        others = (owners != sharing.ranks.rank).int()
-        rows = self._rows(read, self.inputs.trained, others.argsort(stable=True)[: self.plan.site.heads])
-        return {**rows}
+        heads = torch.ops.sparsify.heads_in_slots(owners, sharing.ranks.rank, slots)
+        return {**self._rows(read, self.inputs.trained, heads)}
 
     def _rows(
         self, tensors: dict[str, Tensor | None], names: Iterable[str], heads: Tensor
@@ -270,15 +326,23 @@ class SiteFunction:
         return found
 
     def _with_others(
-        self, out: Tensor, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        shared: SharedTokens | None,
     ) -> Tensor:
         """`out` of the video's tokens, between the output of the other tokens, which read everything."""
-        layout = self.plan.layout
-        places = torch.arange(layout.tokens, device=query.device)
-        others = torch.cat([places[: layout.before], places[layout.tokens - layout.after :]])
-        read, _ = exact_rows(
-            query, key, value, others[None, None], key_bias, self.plan.site.scale, provider=self.plan.provider
-        )
+        layout, scale, tokens = self.plan.layout, self.plan.site.scale, query.shape[2]
+        if shared is None:
+            places = torch.arange(tokens, device=query.device)
+            others = torch.cat([places[: layout.before], places[tokens - layout.after :]])[None, None]
+            read, _ = exact_rows(query, key, value, others, key_bias, scale, provider=self.plan.provider)
+        else:
+            rows = torch.cat([query[:, :, : layout.before], query[:, :, tokens - layout.after :]], 2)
+            read = shared.attend(rows, key, value, key_bias, scale, layout.before)
         parts = read[:, :, : layout.before], out, read[:, :, layout.before :]
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
@@ -356,7 +420,7 @@ def functions_of(module: nn.Module) -> set[SiteFunction]:
     return {part.function for part in module.modules() if isinstance(part, (SparseSite, Observer))}
 
 
-@torch.library.custom_op("sparsify::site", mutates_args=())
+@custom_op("sparsify::site")
 def _site(
     query: Tensor,
     key: Tensor,
@@ -367,18 +431,18 @@ def _site(
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].trace(query, key, value, key_bias, inputs)
+        return _functions[function].run(query, key, value, key_bias, inputs)
 
 
-@torch.library.custom_op("sparsify::observe_site", mutates_args=())
+@custom_op("sparsify::observe_site")
 def _observe_site(
     query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].trace_observe(query, key, inputs)
+        return _functions[function].run_observe(query, key, inputs)
 
 
-@torch.library.custom_op("sparsify::learn_site", mutates_args=())
+@custom_op("sparsify::learn_site")
 def _learn_site(
     query: Tensor,
     key: Tensor,
@@ -396,7 +460,38 @@ _observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*ar
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
-@torch.library.custom_op("sparsify::lay_out", mutates_args=())
+@custom_op("sparsify::attend_owned")
+def _attend_owned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    owners: Tensor,
+    rank: int,
+    scale: float | None,
+) -> Tensor:
+    """Dense attention of the slots that hold a head; the result of the others is zero.
+
+    Args:
+        query, key, value, mask, scale: those of `scaled_dot_product_attention`.
+        owners, rank: as in `to_heads`.
+    """
+    out, used = _attend_owned_fake(query, key, value).zero_(), len(heads_of(owners.tolist(), rank))
+    if mask is not None and mask.dim() > 2 and mask.shape[-3] > 1:
+        mask = mask[..., :used, :, :]
+    q, k, v = (one[:, :used] for one in (query, key, value))
+    if used:
+        out[:, :used] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out
+
+
+@_attend_owned.register_fake
+def _attend_owned_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    batch, slots, tokens = query.shape[:3]
+    return query.new_empty(batch, tokens, slots, value.shape[3]).transpose(1, 2)
+
+
+@custom_op("sparsify::lay_out")
 def _lay_out(tensor: Tensor, strides: Sequence[int]) -> Tensor:
     """A copy with these strides."""
     return _lay_out_fake(tensor, strides).copy_(tensor)
@@ -450,6 +545,19 @@ def settled(plan: AttentionPlan, choice: Any) -> FittedMethod:
     method = plan.settings
     assert method is not None
     return method.settle(choice) if isinstance(method, LearningMethod) and method.learns else method
+
+
+def _within(rows: slice, first: int, last: int) -> slice:
+    """The part of rows from first to last, counted from first."""
+    start, stop = (min(max(place, first), last) - first for place in (rows.start, rows.stop))
+    return slice(start, stop)
+
+
+def _filled_up(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """A tensor with zeros after the elements of one dimension."""
+    shape = list(tensor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
 def _write(held: Sequence[Tensor | None], new: Sequence[Tensor]) -> None:

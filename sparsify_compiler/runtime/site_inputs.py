@@ -2,7 +2,7 @@
 
 | slot          | holds                                              | in a lowered graph               |
 | ------------- | -------------------------------------------------- | -------------------------------- |
-| `owners`      | the rank of each head, where ranks share heads     | a constant, on the CPU           |
+| `owners`      | the owners of heads, where ranks share them        | on the CPU; an input if heads move |
 | `order`       | the order of ops, where ranks share queries        | the result of an op, on the CPU  |
 | `constants`   | the table of a method, or other inputs of `select` | a constant, shared by sites      |
 | `trained`     | tensors that a trainer writes and `select` reads   | an input                         |
@@ -11,9 +11,9 @@
 | `state`       | tensors kept from call to call, fp32               | an input that the site writes to |
 | `report`      | the site's report on a call, see `REPORT`          | an input that the site writes to |
 
-A lowered graph gets its own inputs first, then `trained` and `observed` of all sites, then `initialised`, then
-`state` and `report`, site by site. `SiteInputs` names the slots of one site, `GraphInputs` describes the extra
-inputs of one graph, and `InputBuilder` adds them to it.
+A lowered graph gets its own inputs first, then `owners` of sites whose heads move, then `trained` and `observed` of
+all sites, then `initialised`, then `state` and `report`, site by site. `SiteInputs` names the slots of one site,
+`GraphInputs` describes the extra inputs of one graph, and `InputBuilder` adds them to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,8 @@ from torch import Tensor, fx
 
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.selection import State
-from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.parallel.shares import Owners, even_owners
+from sparsify_compiler.plan import AttentionPlan, SharedHeads
 from sparsify_compiler.runtime.state import Spec, Trained, blank
 
 REPORT = ("density", "kept", "recall", "far_field")
@@ -90,6 +91,12 @@ class SiteInputs:
         """(owners, order)."""
         return tensors[0] if self.owners else None, tensors[self.owners] if self.order else None
 
+    def of_heads(self, tensors: Sequence[Tensor | None], heads: int) -> list[Tensor | None]:
+        """The list that `to_select` returned, with the state of the first slots only."""
+        state = tensors[len(tensors) - len(self.state) :]
+        kept = [None if one is None else one[:, :heads] for one in state]
+        return [*tensors[: len(tensors) - len(self.state)], *kept]
+
     def selecting(
         self, tensors: Sequence[Tensor | None], plan: AttentionPlan, batch: int, device: torch.device
     ) -> tuple[dict[str, Tensor | None], State]:
@@ -108,6 +115,11 @@ class SiteInputs:
         """(constants and trained tensors by name, the tensors after them)."""
         names, tensors = (*self.constants, *self.trained), tensors[self.owners + self.order :]
         return dict(zip(names, tensors, strict=False)), tensors[len(names) :]
+
+
+def tensor_of(owners: Owners) -> Tensor:
+    """Owners of heads as the tensor that a graph gets."""
+    return torch.tensor(owners, dtype=torch.int64, device="cpu")
 
 
 def state_shapes(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
@@ -143,9 +155,23 @@ def trained_tensors(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MovingSite:
+    """A site whose heads move between ranks."""
+
+    name: str
+    sharing: SharedHeads
+    state: tuple[int, ...]
+    """Places in `GraphInputs.state` of the tensors that a head takes along, [B, slots, ...]."""
+    report: int
+    """The place of its report there, which has all heads."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GraphInputs:
     """The extra inputs of a lowered graph."""
 
+    moving: tuple[MovingSite, ...] = ()
+    """The sites that get `owners` as an input."""
     trained: tuple[Trained, ...] = ()
     """`trained` and `observed` of all sites, each tensor once."""
     initialised: bool = False
@@ -157,12 +183,22 @@ class GraphInputs:
 
     def __len__(self) -> int:
         """The number of these inputs."""
-        return len(self.trained) + self.initialised + len(self.state)
+        return len(self.moving) + len(self.trained) + self.initialised + len(self.state)
 
-    def bind(self, trained: Sequence[Tensor], state: Sequence[Tensor], *, initialised: bool) -> list[Tensor]:
-        """The extra inputs of a call, in order."""
+    def bind(
+        self,
+        trained: Sequence[Tensor],
+        state: Sequence[Tensor],
+        *,
+        initialised: bool,
+        owners: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The extra inputs of a call, in order. `owners`: those of the moving sites; None: evenly many heads."""
         flag = [_INITIALISED if initialised else _BLANK] if self.initialised else []
-        return [*trained, *flag, *state]
+        if owners is None:
+            shared = [one.sharing for one in self.moving]
+            owners = [tensor_of(even_owners(one.heads, one.ranks.size)) for one in shared]
+        return [*owners, *trained, *flag, *state]
 
     def blank(self) -> list[Tensor]:
         """The extra inputs of a first call: trained tensors with their initial values, and a blank state."""
@@ -171,8 +207,9 @@ class GraphInputs:
 
     def later(self, first: Sequence[Tensor]) -> list[Tensor]:
         """The extra inputs of a call that continues after the call with the inputs `first`."""
-        trained, state = first[: len(self.trained)], first[len(first) - len(self.state) :]
-        return self.bind(trained, state, initialised=True)
+        owners, rest = first[: len(self.moving)], first[len(self.moving) :]
+        trained, state = rest[: len(self.trained)], rest[len(rest) - len(self.state) :]
+        return self.bind(trained, state, initialised=True, owners=owners)
 
     def reports_in(self, state: Sequence[Tensor]) -> dict[str, Tensor]:
         """Site -> its report, [4, B, H], from the state tensors of a call."""
@@ -189,6 +226,14 @@ class InputBuilder:
         self._specs: list[Spec] = []
         self._reports: dict[str, int] = {}
         self._trained: list[Trained] = []
+        self._moving: list[MovingSite] = []
+
+    def owners(self, plan: AttentionPlan) -> fx.Node:
+        """Add an input for the owners of the heads of a site, before all other inputs of sites."""
+        assert plan.sharing is not None, "only shared heads move"
+        shared = MovingSite(name=plan.site.name, sharing=plan.sharing, state=(), report=0)
+        self._moving.append(shared)
+        return add_placeholder(self._graph, f"sparsify_owners_of{plan.site.index}")
 
     def trained(self, name: str, source: Trained) -> fx.Node:
         """Add an input for a tensor that a trainer writes."""
@@ -202,7 +247,12 @@ class InputBuilder:
         if shapes and self._initialised is None:
             first = self._state[0] if self._state else None
             self._initialised = add_placeholder(self._graph, "sparsify_initialised", before=first)
+        places = tuple(range(len(self._specs), len(self._specs) + len(shapes)))
         self._reports[site.name] = len(self._specs) + len(shapes)
+        self._moving = [
+            replace(one, state=places, report=self._reports[site.name]) if one.name == site.name else one
+            for one in self._moving
+        ]
         tensors = {**shapes, "report": (len(REPORT), site.batch, plan.whole_site.heads)}
         for name, shape in tensors.items():
             self._specs.append((f"{site.name}.{name}", shape, device))
@@ -212,6 +262,7 @@ class InputBuilder:
     def built(self) -> GraphInputs:
         """The inputs that were added."""
         return GraphInputs(
+            moving=tuple(self._moving),
             trained=tuple(self._trained),
             initialised=self._initialised is not None,
             state=tuple(self._specs),

@@ -15,12 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
+from sparsify_compiler.parallel.shares import Owners
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 
 REMEMBERED = 1000
 """Number of calls whose reports are kept."""
+LOADS = 8
+"""Number of calls whose loads of heads count, the last ones."""
+LEAST_LOADS = 2
+"""Calls of which loads must be known before heads move."""
 
 Spec = tuple[str, tuple[int, ...], torch.device]
 """Name, shape and device of an fp32 tensor."""
@@ -52,12 +58,46 @@ class Learning:
 
 
 @dataclass(slots=True, eq=False)
+class Loads:
+    """The loads of heads in the last sparse calls of a stream; kept from video to video.
+
+    Copies to the host begin at once and nothing waits for them. Numbers are read at a later call.
+    """
+
+    copies: deque[tuple[Tensor, Any]] = field(default_factory=lambda: deque(maxlen=LOADS + 1))
+    """(a load for each head, on the CPU; the event after which they are there), for each call."""
+
+    def note(self, loads: Tensor) -> None:
+        """Keep the loads of a call, on the device."""
+        self.copies.append(_torch.copy_to_host(loads))
+
+    def mean(self) -> Tensor | None:
+        """The mean load of each head, fp64, without the last call; None until enough calls are known."""
+        known = list(self.copies)[:-1]
+        if len(known) < LEAST_LOADS:
+            return None
+        for _, arrived in known:
+            _torch.wait_for_copy(arrived)
+        return torch.stack([loads.double() for loads, _ in known]).mean(0)
+
+
+@dataclass(slots=True, eq=False)
 class Stream:
     """The state of one stream of a model in one program."""
 
     tensors: list[Tensor]
     calls: int = 0
     """Calls since the video began; at 0 the tensors hold nothing yet."""
+    owners: Sequence[Owners] = ()
+    """The owners of heads by which `tensors` are arranged, for each site whose heads move (`runtime/moving.py`)."""
+    owner_tensors: list[Tensor] = field(default_factory=list)
+    """The same, as programs get them."""
+    planned: Sequence[Owners] | None = None
+    """Those of sparse calls, once they are planned."""
+    sparse_calls: int = 0
+    """Sparse calls since the video began."""
+    loads: Loads = field(default_factory=Loads)
+    """The loads of the heads of these sites, one site after the other."""
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +152,8 @@ class ModelState:
     """Progress of training; None if no trainer has the model."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Name -> tensor. Kept from video to video, and shared by streams and programs."""
+    loads: dict[StreamKey, Loads] = field(default_factory=dict)
+    """The loads of heads of each stream, by which heads move between ranks. Kept from video to video."""
     sites: dict[str, tuple[AttentionPlan, int]] = field(default_factory=dict)
     """Name of a site that learns -> (plan of the last program that called it, id of that program's owner)."""
     clocks: PerGeneration[StepClock] = field(default_factory=lambda: PerGeneration(StepClock))
@@ -181,7 +223,7 @@ class ModelState:
             with torch.inference_mode(
                 False
             ):  # tensors made in inference mode cannot be written outside of it
-                streams[key] = Stream(blank(specs))
+                streams[key] = Stream(blank(specs), loads=self.loads.setdefault(key, Loads()))
         return streams[key]
 
     def new_video(self) -> None:

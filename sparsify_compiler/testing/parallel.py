@@ -56,7 +56,7 @@ def in_threads(
     """The outcome for each graph that Dynamo makes of a model's call, in order.
 
     Args:
-        options: those of the backend.
+        options: those of the backend; `parallel` has its defaults.
         size: the number of ranks.
         trains: whether gradients are compared too, of the sum of the sines of all outputs.
         form: the form of the option `parallel`.
@@ -118,7 +118,7 @@ def compare_graph(
 ) -> Outcome:
     """The outcome for one graph; arguments as in `in_threads`."""
     gm, args = graph
-    config = configure({"dense_steps": 0, "dense_layers": 0, **options})
+    config = configure({"dense_steps": 0, "dense_layers": 0, "parallel": "auto", **options})
     with torch.set_grad_enabled(trains):
         analysed = pipeline.analyse(gm, config)
         variant = Variant(phase=phase, trains=trains)

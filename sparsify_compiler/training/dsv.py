@@ -183,7 +183,7 @@ class DSVTrainer:
         break_even: float | None = None,
     ) -> None:
         """Args:
-            model: the module, compiled or not.
+            model: the module, compiled or not; sharded already, if FSDP2 shards it.
             learning_rate: learning rate of the predictor's AdamW. The paper uses the model's own. On a young model,
                 300 steps with the default came within 4 % of the loss of the best possible projections, those of a
                 singular value decomposition; with 1e-3 the loss was still 1.7 times that.
@@ -216,7 +216,8 @@ class DSVTrainer:
         self.progress: Progress | None = None
         """Progress at the last profile."""
         self._modules = [without_wrappers(name) or ROOT for name, _ in module.named_modules()]
-        self._state = share_state([module, *module.parameters()])
+        outer = model if isinstance(model, nn.Module) else module
+        self._state = share_state([module, *_torch.parameters_in_calls(outer)])
         self._learning = self._state.learning = Learning()
         self._sites: dict[str, _Site] = {}
         self._optimizer: torch.optim.AdamW | None = None

@@ -33,6 +33,9 @@ def test_a_checkpoint_is_exported_checked_and_measured(format: str, tmp_path: Pa
     assert first.startswith(f"{out}: {format}, sparse, 2 of 2 attentions sparse")
     assert check.startswith("sparse, 2 calls: relative RMS error")
     assert [line.partition(":")[0] for line in times] == ["PyTorch, dense", "file, sparse"]
+    ran = sparsify(*where[:3], "--out", tmp_path / "other.onnx", "--device", "cpuu")
+    assert ran.stderr.startswith("sparsify: device must be one of this machine")
+    assert len(ran.stderr.splitlines()) == 1
     ran = sparsify(*where)
     assert ran.returncode == 2
     assert ran.stderr.startswith("sparsify: path must be new")

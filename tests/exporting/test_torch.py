@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import sparsify_compiler
 from sparsify_compiler import OptionError, SparsifyError, export, load
 from sparsify_compiler.errors import OperandError
+from sparsify_compiler.exporting.files import writing
 from sparsify_compiler.testing.models import CASES, Made
 
 pytestmark = [fresh_dynamo, no_warnings]
@@ -69,7 +70,9 @@ def test_a_method_with_state_runs_in_a_fresh_process(tmp_path: Path) -> None:
     path = tmp_path / "out"
     exported = export(model, inputs, path, options=options)
     assert [plan.method for plan in exported.plan.sparse] == ["svg2"]
-    assert {file.name for file in path.iterdir()} == {"dense.pt2", "plan.json", "sparse.pt2", "weights.pt"}
+    assert {file.name for file in path.iterdir()} == {
+        "dense.pt2", "plan.json", "sparse.pt2", "state.pt", "weights.pt",
+    }  # fmt: skip
     assert exported.phases == ("dense", "sparse")
 
     torch.save(list(generation(inputs, 3)), tmp_path / "calls.pt")
@@ -150,12 +153,20 @@ def test_a_file_holds_the_weights_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["tile", "svg2"])
 def test_packages_of_aotinductor(wan: Made, method: str, tmp_path: Path) -> None:
     model, inputs = wan
-    export(model, inputs, tmp_path / "out", format="aoti", options=METHODS[method])
+    exported = export(model, inputs, tmp_path / "out", format="aoti", options=METHODS[method])
     torch._dynamo.reset()
     fast = torch.compile(model, backend="sparsify", options=METHODS[method])
     got, expected = (outputs(one, inputs, 3) for one in (load(tmp_path / "out"), fast))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    report = exported.check(2, seed=1)
+    assert report.errors.keys() == {*exported.phases} == exported.benchmark(1).files.keys()
+    assert all(one.relative < 1e-5 for one in report.errors.values()), str(report)
+    file = exported.file("sparse")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(OptionError, match=r"is damaged: .* Export the model again") as caught:
+        load(tmp_path / "out")
+    assert "\n" not in str(caught.value)
 
 
 # Calls and files that do not fit
@@ -321,6 +332,41 @@ def test_paths_and_formats_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         export(model, CALL, tmp_path / "out", options={"method": "tile"})
     assert not list(tmp_path.iterdir()), "nothing half written is left"
+
+
+def test_devices_that_do_not_fit(tmp_path: Path) -> None:
+    model = Small().eval()
+    with pytest.raises(OptionError, match=r"device must be one of this machine, .* got 'cpuu'"):
+        export(model, CALL, tmp_path / "out", device="cpuu")
+    with pytest.raises(OptionError, match=r"that of the model and its arguments, cpu, got 'meta': move both"):
+        export(model, CALL, tmp_path / "out", device="meta")
+    if not torch.cuda.is_available():
+        with pytest.raises(
+            OptionError, match=r"one of this machine, .* got 'cuda': export where there is one"
+        ):
+            export(model, CALL, tmp_path / "out", device="cuda")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "out[1]"
+    script = (
+        "import os, sys; from pathlib import Path; from sparsify_compiler.exporting.files import writing\n"
+        "with writing(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'plan.json').write_text('half')\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, path])
+    assert killed.returncode == -9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out[1]-")
+    with writing(path) as alive:
+        assert {*tmp_path.iterdir()} == {alive}
+        with writing(path) as other:
+            assert {*tmp_path.iterdir()} == {alive, other}
+        assert {*tmp_path.iterdir()} == {alive, path}
+        path.rmdir()
+    assert {*tmp_path.iterdir()} == {path}
 
 
 def test_a_missing_compiler_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.parallel import ops, sequence  # noqa: F401
-from sparsify_compiler.parallel.shares import Part, even_owners, flat
+from sparsify_compiler.parallel.shares import UNITS, Part, even_owners, flat, whole_owners
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.ranks import Pool, received_bytes
 
@@ -24,7 +25,8 @@ class Sequence:
     """A sequence of a case: runs of whole positions of each rank, by plain counting."""
 
     parts: tuple[Part, ...]
-    owners: tuple[int, ...]
+    owners: tuple[tuple[int, ...], ...]
+    """The units of each head that each rank computes."""
     slots: int
     key_heads: int
     batch: int
@@ -52,7 +54,18 @@ class Sequence:
         return [not tokens for tokens, width in self.parts for _ in range((tokens or 1) * width)]
 
     def heads(self, rank: int) -> list[int]:
-        return [head for head, owner in enumerate(self.owners) if owner == rank]
+        return [head for head, units in enumerate(self.owners) if units[rank]]
+
+    def rows(self, head: int, rank: int) -> slice:
+        """The queries of a head that a rank computes."""
+        units = self.owners[head]
+        first, last = (sum(units[:end]) * self.length // UNITS for end in (rank, rank + 1))
+        return slice(first, last)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The owners as an op gets them."""
+        return torch.tensor([[0, *accumulate(units)] for units in self.owners])
 
 
 def draw(seed: int, size: int) -> Sequence:
@@ -67,8 +80,11 @@ def draw(seed: int, size: int) -> Sequence:
     ]
     queries = rng.choice([1, 1, 2, 3])
     key_heads = rng.randint(1, 3)
-    owners = [rng.randrange(size) for _ in range(key_heads * queries)]
-    most = max(owners.count(rank) for rank in range(size))
+    owners = []
+    for _ in range(key_heads * queries):
+        ends = sorted(rng.choice([0, UNITS, UNITS, rng.randint(0, UNITS)]) for _ in range(size - 1))
+        owners.append(tuple(b - a for a, b in pairwise([0, *ends, UNITS])))
+    most = max(sum(units[rank] > 0 for units in owners) for rank in range(size))
     return Sequence(
         tuple(rng.choice(shapes)), tuple(owners), most + rng.randint(0, 1), key_heads, rng.choice([1, 3])
     )
@@ -90,13 +106,17 @@ def exchange(ranks: Ranks, case: Sequence, seed: int, dtype: torch.dtype) -> Any
     whole = tensors(case, seed, dtype)
     given = [x[:, :, mine].requires_grad_() for x in whole]
     place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
-    owners = torch.tensor(case.owners)
+    owners = case.tensor
     *by_heads, order = OPS.to_heads([*given, ORDER], owners, flat(case.parts), case.slots, False, *place)
     weights = [
         torch.randn(x.shape, generator=torch.Generator().manual_seed(9 + i)).to(dtype)
         for i, x in enumerate(by_heads)
     ]
-    back, _ = OPS.to_tokens([by_heads[0], order], owners, flat(case.parts), [len(owners)], True, *place)
+    computed = torch.full_like(by_heads[0], torch.nan)  # rows that other ranks compute never travel
+    for slot, head in enumerate(case.heads(ranks.rank)):
+        rows = case.rows(head, ranks.rank)
+        computed[:, slot, rows] = by_heads[0][:, slot, rows]
+    back, _ = OPS.to_tokens([computed, order], owners, flat(case.parts), [len(owners)], True, *place)
     loss = sum((x * w).sum() for x, w in zip(by_heads, weights, strict=True))
     loss = loss + (back * (1 + ranks.rank)).sum()
     return [x.detach() for x in by_heads], back.detach(), weights, torch.autograd.grad(loss, given)
@@ -119,7 +139,7 @@ def test_heads_and_tokens_go_where_they_belong_and_gradients_come_back(pool: Poo
                 for slot, head in enumerate(mine):
                     gradient[:, head // each] += weight[:, slot]
             assert torch.equal(back, whole[0][:, :, case.tokens(rank, size)])
-        # Every rank adds (1 + rank) for the positions that it has, to the rank that owns the head.
+        # Every rank adds (1 + rank) for the positions that it has, to the rank that computes the row.
         for rank in range(size):
             wanted[0][:, :, case.tokens(rank, size)] += 1 + rank
         for number, gradient in enumerate(wanted):
@@ -149,7 +169,7 @@ def test_a_gathered_dimension_is_whole_and_its_gradient_is_the_sum_over_ranks(
     pool: Pool, size: int, dim: int
 ) -> None:
     for parts in ([Part(9, 1)], [Part(0, 2), Part(5, 2), Part(0, 1)]):
-        case = Sequence(tuple(parts), (0,), 1, 1, 1)
+        case = Sequence(tuple(parts), ((UNITS,),), 1, 1, 1)
         places = [case.tokens(rank, size) for rank in range(size)]
         results = pool.run(size, gather, parts, dim, places)
         total = sum(weight for *_, weight in results)
@@ -169,9 +189,10 @@ def count(ranks: Ranks, tokens: int, text: int, owners: list[int], dim: int) -> 
     x = torch.ones(1, len(owners), len(mine), dim)
     torch.distributed.barrier(process_group(ranks.group))
     before = received_bytes()
-    q, _, _, order = OPS.to_heads([x, x, x, ORDER], torch.tensor(owners), flat(parts), 4, False, *place)
+    of_heads = torch.tensor(whole_owners(owners, ranks.size))
+    q, _, _, order = OPS.to_heads([x, x, x, ORDER], of_heads, flat(parts), 4, False, *place)
     between = received_bytes()
-    OPS.to_tokens([q, order], torch.tensor(owners), flat(parts), [len(owners)], True, *place)
+    OPS.to_tokens([q, order], of_heads, flat(parts), [len(owners)], True, *place)
     return between - before, received_bytes() - between
 
 
@@ -243,7 +264,7 @@ def attend_compiled(ranks: Ranks) -> Any:
 
     place = (ranks.rank, ranks.size, ranks.group, ranks.timeout, "a site")
     parts, heads = [Part(9, 1)], 3
-    mine = Sequence(tuple(parts), (0,), 1, 1, 1).tokens(ranks.rank, ranks.size)
+    mine = Sequence(tuple(parts), ((UNITS,),), 1, 1, 1).tokens(ranks.rank, ranks.size)
     whole = torch.randn(2, heads, 9, 8, generator=torch.Generator().manual_seed(2))
     weight = torch.full((8, 8), 0.3, requires_grad=True)
 
@@ -262,7 +283,7 @@ def attend_compiled(ranks: Ranks) -> Any:
     compiled = torch.compile(shared, backend=counter, dynamic=False)
     errors = []
     for owners in ([0, 1, 0], [1, 1, 1], [0, 0, 1]):
-        out = compiled(whole[:, :, mine], torch.tensor(owners))
+        out = compiled(whole[:, :, mine], torch.tensor(whole_owners(owners, ranks.size)))
         (found,) = torch.autograd.grad(out.sin().sum(), weight)
         torch.distributed.all_reduce(found, group=process_group(ranks.group))
         errors += [float((out - wanted[:, :, mine]).abs().max()), float((found - gradient).abs().max())]

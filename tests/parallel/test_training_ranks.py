@@ -27,7 +27,7 @@ from sparsify_compiler.methods import predictor
 from sparsify_compiler.parallel import ops
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
-from sparsify_compiler.testing.parallel import in_threads
+from sparsify_compiler.testing.parallel import compare, in_threads
 from sparsify_compiler.testing.ranks import Pool
 from sparsify_compiler.testing.videos import Video, latents
 
@@ -265,3 +265,17 @@ def test_the_mean_over_ranks_is_the_gradient_of_one_process(pool: Pool, way: str
     for errors in pool.run(2, wrapped, way):
         assert errors["mean"] <= BOUND
         assert errors["sum"] > 0.5, "the sum over ranks is another gradient"
+
+
+def streams() -> tuple[nn.Module, Mapping[str, Any]]:
+    return Streams("checkpoint"), {"video": VIDEO}
+
+
+def test_inductor_trains_streams_that_do_not_read_each_other(pool: Pool) -> None:
+    """Every exchange compares its name with those of the other ranks, so another order would raise."""
+    options = {"method": "cubes", "provider": "reference"}
+    for outcome, programs in pool.run(2, partial(compare, build=streams, options=options, trains=True)):
+        assert outcome.output <= BOUND
+        assert outcome.gradient <= BOUND
+        assert len(outcome.sharding.sites) == 2
+        assert programs == 1

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsify_compiler.parallel.shares import whole_owners
 from sparsify_compiler.runtime.cost import (
     Attention,
     Cluster,
@@ -136,7 +137,7 @@ def test_loads_of_ranks_add_up_to_one_process(
     owners = data.draw(st.lists(st.integers(0, mesh_heads - 1), min_size=heads, max_size=heads))
     one = attention(heads, tokens + 1, densities=densities)
     whole = sum(4 * 3 * (tokens + 1) ** 2 * density for density in densities)
-    for given_owners in (None, owners):
+    for given_owners in (None, whole_owners(owners, mesh_heads)):
         loads = attention_loads(one, Mesh(mesh_heads, sequence), given_owners)
         assert len(loads) == mesh_heads * sequence
         assert sum(loads) == pytest.approx(whole)

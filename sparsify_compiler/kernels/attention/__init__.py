@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.kernels.statistics import no_second_derivative, wide
@@ -96,7 +97,7 @@ AUTOCAST = ("cpu", "cuda")
 """Devices whose autocast the op follows."""
 
 
-@torch.library.custom_op("sparsify::block_sparse_attention", mutates_args=())
+@custom_op("sparsify::block_sparse_attention")
 def _op(
     query: Tensor,
     key: Tensor,
@@ -131,7 +132,7 @@ def empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(batch, heads, tokens, dtype=wide(query.dtype))
 
 
-@torch.library.custom_op("sparsify::block_sparse_attention_backward", mutates_args=())
+@custom_op("sparsify::block_sparse_attention_backward")
 def _backward_op(
     grad_out: Tensor,
     grad_lse: Tensor,

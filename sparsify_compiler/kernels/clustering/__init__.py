@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_range
@@ -157,7 +158,7 @@ def _choose(provider: str, tensor: Tensor) -> str:
     ).name
 
 
-@torch.library.custom_op("sparsify::kmeans", mutates_args=())
+@custom_op("sparsify::kmeans")
 def _kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int, provider: str
 ) -> tuple[Tensor, Tensor]:
@@ -181,7 +182,7 @@ def empty_kmeans(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return centroids.new_empty(centroids.shape), points.new_empty(points.shape[:3], dtype=torch.int32)
 
 
-@torch.library.custom_op("sparsify::sort_by_label", mutates_args=())
+@custom_op("sparsify::sort_by_label")
 def _sort_by_label(labels: Tensor, clusters: int, provider: str) -> tuple[Tensor, Tensor]:
     _check_sort(labels, clusters)
     if providers.checks_values(provider, labels.device):
@@ -200,7 +201,7 @@ def empty_sort(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labels.shape), labels.new_empty(*labels.shape[:2], clusters + 1)
 
 
-@torch.library.custom_op("sparsify::top_p_blocks", mutates_args=())
+@custom_op("sparsify::top_p_blocks")
 def _top_p_blocks(
     q_centroids: Tensor,
     kv_centroids: Tensor,

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Data types in the order of `enum Dtype` in csrc/view.h."""
 
 _SOURCES = Path(__file__).parent / "csrc"
+_TORCH_OPS = "torch_op.cpp"
+"""The only source that includes headers of torch. It has a library of its own."""
 _COMPILERS = ("g++", "clang++", "c++")
 _FLAGS = [
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w"),
@@ -85,7 +87,7 @@ def build_info() -> BuildInfo:
         reason = f"{'found' if cached else 'built'} with {compiler}"
     except (OSError, subprocess.SubprocessError) as error:
         library = None
-        reason = _words(error)
+        reason = words(error)
     seconds = time.perf_counter() - start
     if library is None:
         logger.warning("the CPU kernel could not be built, packed SDPA runs instead: %s", reason)
@@ -123,25 +125,69 @@ def _build(compiler: str) -> tuple[Path, bool]:
     def run(*arguments: str) -> bytes:
         return subprocess.run([compiler, *_FLAGS, *arguments], capture_output=True, check=True).stdout
 
-    sources = sorted(_SOURCES.iterdir())
+    sources = sorted(source for source in _SOURCES.iterdir() if source.name != _TORCH_OPS)
     predefined = run("-dM", "-E", "-x", "c++", os.devnull)
     parts = [compiler.encode(), " ".join(_FLAGS).encode(), predefined, *(s.read_bytes() for s in sources)]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    library = _cache_dir() / f"attention-{key}.so"
+
+    def make(built: Path) -> None:
+        objects = {f"{built.parent}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
+        run(*objects, "-o", str(built))
+
+    return _cached(_cache_dir() / f"attention-{_key(parts)}.so", "the CPU attention kernel", compiler, make)
+
+
+def torch_ops() -> Path:
+    """The library of the ops for PyTorch without Python, next to the library of the kernels, which it needs.
+
+    Raises:
+        OSError: there is no compiler, or no library of the kernels.
+        CalledProcessError: the compiler fails; with its stderr.
+    """
+    kernels = build_info()
+    if kernels.library is None or kernels.compiler is None:
+        raise OSError(kernels.reason)
+    source, torch_folder = _SOURCES / _TORCH_OPS, Path(torch.__file__).parent
+    command = [
+        *(
+            kernels.compiler,
+            *_FLAGS,
+            "-O1",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ),
+        *(f"-I{torch_folder}/include", str(source), f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10"),
+        *(f"-L{kernels.library.parent}", f"-l:{kernels.library.name}", "-Wl,-rpath,$ORIGIN"),
+    ]
+
+    def make(built: Path) -> None:
+        subprocess.run([*command, "-o", str(built)], capture_output=True, check=True)
+
+    parts = [kernels.library.name.encode(), torch.__version__.encode(), source.read_bytes()]
+    library = kernels.library.with_name(f"torch-{_key(parts)}.so")
+    return _cached(library, "the CPU kernels' ops for PyTorch", kernels.compiler, make)[0]
+
+
+def _key(parts: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cached(library: Path, what: str, compiler: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+    """(library, whether it was there already). `make` writes it to a path in a new folder."""
     if _is_whole(library):
         return library, True
     with _alone(library.parent):
         if _is_whole(library):  # another process built it meanwhile
             return library, True
         if library.exists():
-            logger.warning("the cached CPU attention kernel is damaged and is built again: %s", library)
-        logger.warning("building the CPU attention kernel with %s, once for this machine", compiler)
+            logger.warning(
+                "the cached %s is damaged and is built again: %s", what.removeprefix("the "), library
+            )
+        logger.warning("building %s with %s, once for this machine", what, compiler)
         # Built in the same folder and moved in one step: no process reads a part of it.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch, ThreadPoolExecutor() as pool:
-            objects = {f"{scratch}/{s.stem}.o": str(s) for s in sources if s.suffix == ".cpp"}
-            list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch, "built.so")
-            run(*objects, "-o", str(built))
+            make(built)
             with built.open("ab") as file:
                 file.write(_digest(built.read_bytes()))
             os.replace(built, library)
@@ -179,7 +225,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _words(error: OSError | subprocess.SubprocessError) -> str:
+def words(error: OSError | subprocess.SubprocessError) -> str:
     """The compiler's own message if there is one, else the error's."""
     said = getattr(error, "stderr", None) or b""
     return said.decode(errors="replace").strip() or str(error)

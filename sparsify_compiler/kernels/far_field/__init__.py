@@ -9,8 +9,9 @@ value back from the device.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -88,6 +89,7 @@ def attention_with_far_field(
     provider: str = "auto",
     sampled_rows: int = 16,
     all_heads: AllHeads | None = None,
+    computed: Sequence[tuple[slice, slice]] | None = None,
 ) -> tuple[Tensor, Tensor, Report]:
     """Attention in which the blocks that a row of `table` does not list are dropped or approximated.
 
@@ -101,6 +103,8 @@ def attention_with_far_field(
             the table. A head does not use the first order of `linear`, or the far field at all, if it raises their
             summed squared error. 0: no guard, no recall.
         all_heads: where `query` has some heads of a site, makes numbers of all its heads, [B, H, n], of theirs.
+        computed: (heads, queries) to compute, where `key` has as many heads as `query`; None: all. Other rows are
+            0, with lse -inf. Decisions and reports do not depend on it.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
@@ -132,15 +136,26 @@ def attention_with_far_field(
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
             report = _report(table, torch.zeros_like(nothing), nothing, nothing)
-            out, lse = attention.block_sparse_attention(
-                query, key, value, table, key_bias=key_bias, scale=scale, provider=provider
-            )
+
+            def near(query: Tensor, heads: slice, table: BlockTable) -> tuple[Tensor, Tensor]:
+                bias = _of_some(key_bias, heads)
+                return attention.block_sparse_attention(
+                    *(query, key[:, heads], value[:, heads], table),
+                    key_bias=bias,
+                    scale=scale,
+                    provider=provider,
+                )
+
+            out, lse = _computed(near, query, value, table, computed=computed)
             if sample is not None:
                 with torch.no_grad():
                     _, exact_lse = exact_rows(
                         query, key, value, sample.rows, key_bias, scale, provider=provider
                     )
-                    report = report._replace(recall=_recall(sample.take(lse), exact_lse))
+                    read = sample.take(lse)
+                    if computed is not None:  # sampled rows may be others
+                        _, read = near(sample.take(query), slice(None), sample.rows_of(table))
+                    report = report._replace(recall=_recall(read, exact_lse))
             return out, lse, report
         table, far, others, kept = virtual_keys.virtual_keys(
             query,
@@ -162,10 +177,45 @@ def attention_with_far_field(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
-        out, lse = near_and_far.near_and_far(
-            query, key, value, table, far, others=others, key_bias=key_bias, scale=scale, provider=provider
-        )
+
+        def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
+            return near_and_far.near_and_far(
+                *(query, key[:, heads], value[:, heads], tables[0]),
+                VirtualKeys(*(_of_some(one, heads) for one in far)),
+                others=tables[1] if len(tables) > 1 else None,
+                key_bias=_of_some(key_bias, heads),
+                scale=scale,
+                provider=provider,
+            )
+
+        tables = (table,) if others is None else (table, others)
+        out, lse = _computed(near_and_others, query, value, *tables, computed=computed)
     return out, lse, report
+
+
+def _of_some(tensor: Any, heads: slice) -> Any:
+    """Some heads of [B, H|1, ...], or None."""
+    return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
+
+
+def _computed(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    value: Tensor,
+    *tables: BlockTable,
+    computed: Sequence[tuple[slice, slice]] | None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of some rows of some heads, by a function of queries, their heads and the tables of these rows."""
+    if computed is None:
+        return attend(query, slice(None), *tables)
+    out, lse = attention.empty_outputs(query, value)
+    out, lse = out.zero_(), lse.fill_(-torch.inf)
+    for heads, queries in computed:
+        places = torch.arange(queries.start, queries.stop, device=query.device)
+        if len(places):
+            of_rows = (table.of_heads(heads).of_queries(places) for table in tables)
+            out[:, heads, queries], lse[:, heads, queries] = attend(query[:, heads, queries], heads, *of_rows)
+    return out, lse
 
 
 def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
@@ -205,7 +255,7 @@ def exact_rows(
     )
     if parts == 1:
         return out, lse
-    return _merged(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
+    return merge_parts(out.unflatten(2, (parts, count)), lse.unflatten(2, (parts, count)))
 
 
 def _parts(rows: int, keys: int, device: str) -> int:
@@ -214,8 +264,8 @@ def _parts(rows: int, keys: int, device: str) -> int:
     return 1 if device == "cpu" else max(1, min(keys // PART_OF_KEYS, ROWS_AT_ONCE // max(rows, 1)))
 
 
-def _merged(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to all keys, merged from attention to parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
+def merge_parts(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of attention to all keys, from those of parts of them: [B, H, P, R, Dv] and [B, H, P, R]."""
     top = lse.detach().amax(2, keepdim=True)
     top = top.masked_fill(top.isinf(), 0.0)  # an infinity is not subtracted from itself
     weights = (lse - top).exp()

@@ -79,7 +79,7 @@ def merge(
 
 
 class _Problem(ctypes.Structure):
-    """`struct Problem`."""
+    """`struct Merge`."""
 
     _fields_ = (
         *((name, library.View) for name in ("query", "near_out", "near_lse", "far_out", "far_lse")),

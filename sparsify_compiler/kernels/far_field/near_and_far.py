@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
@@ -71,7 +72,7 @@ def in_parts(
     return merge(query, *near, *rest, far.matrices, far.limits, table.q_bounds, table.q_order, scale)
 
 
-@torch.library.custom_op("sparsify::near_and_far", mutates_args=())
+@custom_op("sparsify::near_and_far")
 def _near_and_far_op(
     query: Tensor,
     key: Tensor,
@@ -182,7 +183,7 @@ def merge_far_field(
     )
 
 
-@torch.library.custom_op("sparsify::merge_far_field", mutates_args=())
+@custom_op("sparsify::merge_far_field")
 def _merge_op(
     query: Tensor,
     near_out: Tensor,
@@ -221,7 +222,7 @@ def _merge_fake(
     return attention.empty_outputs(query, near_out)
 
 
-@torch.library.custom_op("sparsify::merge_far_field_backward", mutates_args=())
+@custom_op("sparsify::merge_far_field_backward")
 def _merge_backward_op(
     grad_out: Tensor,
     grad_lse: Tensor,

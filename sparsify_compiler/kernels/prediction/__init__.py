@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_bounds
@@ -102,7 +103,7 @@ def _choose(provider: str, query: Tensor) -> str:
     ).name
 
 
-@torch.library.custom_op("sparsify::top_k_keys", mutates_args=())
+@custom_op("sparsify::top_k_keys")
 def _top_k_keys(
     query: Tensor,
     key: Tensor,

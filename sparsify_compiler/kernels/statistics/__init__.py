@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_blocks
@@ -102,7 +103,7 @@ def block_statistics(
     )
 
 
-@torch.library.custom_op("sparsify::block_means", mutates_args=())
+@custom_op("sparsify::block_means")
 def _means_op(tokens: Tensor, bounds: Tensor, order: Tensor | None, provider: str) -> tuple[Tensor, Tensor]:
     _check_means(tokens, bounds, order)
     if providers.checks_values(provider, tokens.device):
@@ -124,7 +125,7 @@ def empty_means(tokens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("sparsify::block_statistics", mutates_args=())
+@custom_op("sparsify::block_statistics")
 def _statistics_op(
     key: Tensor,
     value: Tensor,
@@ -180,7 +181,7 @@ def empty_statistics(
     )
 
 
-@torch.library.custom_op("sparsify::block_means_backward", mutates_args=())
+@custom_op("sparsify::block_means_backward")
 def _means_backward_op(grad: Tensor, tokens: Tensor, bounds: Tensor, order: Tensor | None) -> Tensor:
     from sparsify_compiler.kernels.statistics import reference
 
@@ -207,7 +208,7 @@ def _means_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _means_op.register_autograd(_means_backward, setup_context=_means_setup)
 
 
-@torch.library.custom_op("sparsify::block_statistics_backward", mutates_args=())
+@custom_op("sparsify::block_statistics_backward")
 def _statistics_backward_op(
     grad_key_mean: Tensor,
     grad_value_mean: Tensor,

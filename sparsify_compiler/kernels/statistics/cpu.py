@@ -73,7 +73,7 @@ def _launch(
 
 
 class _Problem(ctypes.Structure):
-    """`struct Problem`."""
+    """`struct Statistics`."""
 
     _fields_ = (
         *((name, library.View) for name in ("key", "value", "bounds", "order", "key_bias")),

@@ -19,14 +19,9 @@
 #include <vector>
 
 #include "few.h"
+#include "interface.h"
 
 namespace {
-
-// Each block of keys as one virtual key: see kernels/far_field/virtual_keys.py.
-struct FarField {
-  View key, value, bias, matrices, limits;
-  int64_t heads, blocks;
-};
 
 // Keys and values, numbered by tokens or by blocks. `bias` is null without a bias.
 template <class T>

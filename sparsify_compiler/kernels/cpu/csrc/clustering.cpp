@@ -24,7 +24,7 @@
 #include <vector>
 
 #include "check.h"
-#include "view.h"
+#include "interface.h"
 #include "product.h"
 
 namespace {
@@ -66,12 +66,6 @@ UintVec lane_numbers() {
 
 // ---- The order of tokens by label ------------------------------------------------------------------------
 
-struct Sort {
-  View labels, order, bounds;
-  int64_t batch, heads, tokens, clusters;
-  int32_t threads;
-};
-
 // A stable counting sort of the tokens of one head. bounds[c + 1] first holds the size of cluster c, then the place of
 // its next token, and in the end the place after its last token.
 void sort_tokens(const int32_t* labels, int64_t stride, int64_t tokens, int64_t clusters, int32_t* order,
@@ -84,12 +78,6 @@ void sort_tokens(const int32_t* labels, int64_t stride, int64_t tokens, int64_t 
 }
 
 // ---- K-means ---------------------------------------------------------------------------------------------
-
-struct KMeans {
-  View points, centroids, labels;  // centroids: those to start from, then the result
-  int64_t batch, heads, tokens, clusters, head_dim;
-  int32_t iterations, dtype, threads;
-};
 
 // The centroids of one head as lanes, [strip][words][vector], and their biases.
 template <class Math>
@@ -274,15 +262,6 @@ bool run_kmeans(const KMeans& p) {
 }
 
 // ---- The choice of key clusters --------------------------------------------------------------------------
-
-struct TopP {
-  View q_centroids, kv_centroids, kv_sizes, kv_num_blocks, kv_indices, kept;
-  int64_t batch, heads, kv_heads, rows, clusters, head_dim;
-  int64_t floor;  // least number of clusters to keep
-  double top_p;
-  float scale;
-  int32_t threads;
-};
 
 // Selects for kStripLanes rows at a time, which are the lanes of its products.
 class Selector {

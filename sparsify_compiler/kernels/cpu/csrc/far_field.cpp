@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "check.h"
-#include "view.h"
+#include "interface.h"
 #include "product.h"
 
 namespace {
@@ -20,19 +20,12 @@ constexpr int kStripVecs = 2;  // vectors of value channels that a product cover
 constexpr int kStripChannels = kStripVecs * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-struct Problem {
-  View query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, out, lse;
-  int64_t batch, heads, tokens, q_blocks, head_dim, value_dim;
-  float scale;
-  int32_t dtype, threads;
-};
-
 // Positions first..last of query block `block`.
 struct Tile {
   int64_t batch, head, block, first, last;
 };
 
-std::vector<Tile> plan_tiles(const Problem& p) {
+std::vector<Tile> plan_tiles(const Merge& p) {
   std::vector<Tile> tiles;
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads; ++h) {
@@ -50,7 +43,7 @@ std::vector<Tile> plan_tiles(const Problem& p) {
 template <class T>
 class Worker {
  public:
-  explicit Worker(const Problem& problem)
+  explicit Worker(const Merge& problem)
       : p_(problem),
         width_((p_.value_dim + kStripChannels - 1) / kStripChannels * kStripChannels),
         queries_(new float[kTileQueries * p_.head_dim]),
@@ -137,14 +130,14 @@ class Worker {
     *lse = top + std::log(total);
   }
 
-  const Problem& p_;
+  const Merge& p_;
   const int64_t width_;  // value channels, padded to whole strips
   std::unique_ptr<float[]> queries_;
   std::unique_ptr<Vec[]> terms_, strip_;
 };
 
 template <class T>
-bool run(const Problem& problem) {
+bool run(const Merge& problem) {
   if (!bounds_fit(problem.q_bounds, problem.batch, problem.heads, problem.q_blocks, problem.tokens) ||
       !order_fits(problem.q_order, problem.batch, problem.heads, problem.tokens)) {
     return false;
@@ -162,7 +155,7 @@ bool run(const Problem& problem) {
 
 }  // namespace
 
-extern "C" bool sparsify_merge_far_field(const Problem* problem) {
+extern "C" bool sparsify_merge_far_field(const Merge* problem) {
   switch (problem->dtype) {
     case kFloat32: return run<float>(*problem);
     case kFloat16: return run<Half>(*problem);

@@ -15,7 +15,7 @@
 #include <memory>
 
 #include "check.h"
-#include "view.h"
+#include "interface.h"
 #include "product.h"
 
 namespace {
@@ -29,13 +29,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
-
-struct TopK {
-  View query, key, budget, q_bounds, key_bias, kv_num_blocks, kv_indices;  // q_bounds and key_bias may have no data
-  int64_t batch, heads, kv_heads, queries, groups, tokens, rank, width;
-  float scale;
-  int32_t dtype, threads;
-};
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -10,7 +10,7 @@
 #include <memory>
 
 #include "check.h"
-#include "view.h"
+#include "interface.h"
 #include "product.h"
 
 namespace {
@@ -20,18 +20,10 @@ constexpr int kStripVecs = 2;  // vectors of value channels that a product cover
 constexpr int kStripChannels = kStripVecs * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Results that are not needed have no data; without values, value_dim is 0.
-struct Problem {
-  View key, value, bounds, order, key_bias;
-  View log_weight, key_mean, key_mean_square, value_mean, key_variance, value_variance, covariance;
-  int64_t batch, heads, kv_heads, tokens, blocks, head_dim, value_dim;
-  int32_t dtype, threads;
-};
-
 template <class T>
 class Worker {
  public:
-  explicit Worker(const Problem& problem)
+  explicit Worker(const Statistics& problem)
       : p_(problem),
         value_vecs_((p_.value_dim + kStripChannels - 1) / kStripChannels * kStripVecs),
         keys_(new float[kChunkTokens * p_.head_dim]),
@@ -178,7 +170,7 @@ class Worker {
     });
   }
 
-  const Problem& p_;
+  const Statistics& p_;
   const int value_vecs_;  // vectors of a row of values, padded with zeros to whole strips
   const int32_t* order_;
   const float* bias_;
@@ -191,7 +183,7 @@ class Worker {
 };
 
 template <class T>
-bool run(const Problem& problem) {
+bool run(const Statistics& problem) {
   if (!bounds_fit(problem.bounds, problem.batch, problem.heads, problem.blocks, problem.tokens) ||
       !order_fits(problem.order, problem.batch, problem.heads, problem.tokens)) {
     return false;
@@ -211,7 +203,7 @@ bool run(const Problem& problem) {
 
 }  // namespace
 
-extern "C" bool sparsify_block_statistics(const Problem* problem) {
+extern "C" bool sparsify_block_statistics(const Statistics* problem) {
   switch (problem->dtype) {
     case kFloat32: return run<float>(*problem);
     case kFloat16: return run<Half>(*problem);

@@ -1,0 +1,74 @@
+// The C interface of the kernels: the description of a problem that each one takes, and its function.
+//
+// A function returns false, and computes nothing, if an index lies outside the tensor that it indexes. A tensor that is
+// not there has no data.
+
+#pragma once
+
+#include <cstdint>
+
+#include "view.h"
+
+struct Problem;
+
+// Each block of keys as one virtual key: see kernels/far_field/virtual_keys.py.
+struct FarField {
+  View key, value, bias, matrices, limits;
+  int64_t heads, blocks;
+};
+
+// `far_field.cpp`: the merge of near and far field.
+struct Merge {
+  View query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, out, lse;
+  int64_t batch, heads, tokens, q_blocks, head_dim, value_dim;
+  float scale;
+  int32_t dtype, threads;
+};
+
+// `statistics.cpp`. Results that are not needed have no data; without values, value_dim is 0.
+struct Statistics {
+  View key, value, bounds, order, key_bias;
+  View log_weight, key_mean, key_mean_square, value_mean, key_variance, value_variance, covariance;
+  int64_t batch, heads, kv_heads, tokens, blocks, head_dim, value_dim;
+  int32_t dtype, threads;
+};
+
+// `clustering.cpp`, as are the next two.
+struct KMeans {
+  View points, centroids, labels;  // centroids: those to start from, then the result
+  int64_t batch, heads, tokens, clusters, head_dim;
+  int32_t iterations, dtype, threads;
+};
+
+struct Sort {
+  View labels, order, bounds;
+  int64_t batch, heads, tokens, clusters;
+  int32_t threads;
+};
+
+struct TopP {
+  View q_centroids, kv_centroids, kv_sizes, kv_num_blocks, kv_indices, kept;
+  int64_t batch, heads, kv_heads, rows, clusters, head_dim;
+  int64_t floor;  // least number of clusters to keep
+  double top_p;
+  float scale;
+  int32_t threads;
+};
+
+// `prediction.cpp`. q_bounds and key_bias may have no data.
+struct TopK {
+  View query, key, budget, q_bounds, key_bias, kv_num_blocks, kv_indices;
+  int64_t batch, heads, kv_heads, queries, groups, tokens, rank, width;
+  float scale;
+  int32_t dtype, threads;
+};
+
+extern "C" {
+bool sparsify_attention(const Problem* problem, const FarField* far);  // `far` is null without a far field
+bool sparsify_merge_far_field(const Merge* problem);
+bool sparsify_block_statistics(const Statistics* problem);
+bool sparsify_kmeans(const KMeans* problem);
+bool sparsify_sort_by_label(const Sort* problem);
+bool sparsify_top_p_blocks(const TopP* problem);
+bool sparsify_top_k_keys(const TopK* problem);
+}
