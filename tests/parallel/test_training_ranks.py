@@ -271,6 +271,7 @@ def streams() -> tuple[nn.Module, Mapping[str, Any]]:
     return Streams("checkpoint"), {"video": VIDEO}
 
 
+@pytest.mark.nightly  # two processes compile four graphs each
 def test_inductor_trains_streams_that_do_not_read_each_other(pool: Pool) -> None:
     """Every exchange compares its name with those of the other ranks, so another order would raise."""
     options = {"method": "cubes", "provider": "reference"}
