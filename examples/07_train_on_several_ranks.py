@@ -1,4 +1,4 @@
-"""Train a diffusers video transformer with method `dsv` on several ranks, with FSDP2, and continue on another number.
+"""Train a diffusers video transformer with method `dsv` and FSDP2 on several ranks, and continue on another number.
 
     torchrun --nproc-per-node 2 examples/07_train_on_several_ranks.py checkpoint
     torchrun --nproc-per-node 3 examples/07_train_on_several_ranks.py checkpoint

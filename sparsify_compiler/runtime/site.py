@@ -217,13 +217,14 @@ class SiteFunction:
         if owners is None or sharing is None or not self.inputs.trained:
             return {}
         others = (owners != sharing.ranks.rank).int()
-        return self._rows(read, self.inputs.trained, others.argsort(stable=True)[: self.plan.site.heads])
+        heads = others.argsort(stable=True)[: self.plan.site.heads]
+        return {**self._rows(read, self.inputs.trained, heads)}
 
     def _rows(
         self, tensors: dict[str, Tensor | None], names: Iterable[str], heads: Tensor
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Tensor]:
         """The numbers of some heads in trained or observed tensors of all heads."""
-        method, found = cast(LearningMethod, self.plan.settings), dict[str, Tensor | None]()
+        method, found = cast(LearningMethod, self.plan.settings), dict[str, Tensor]()
         for name in names:
             tensor = tensors[name]
             assert tensor is not None
