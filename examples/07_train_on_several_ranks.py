@@ -1,4 +1,4 @@
-"""Train a diffusers video transformer with method `dsv` on several ranks, with FSDP2, then on another number.
+"""Train a diffusers video transformer with method `dsv` and FSDP2 on several ranks, and continue on another number.
 
     torchrun --nproc-per-node 2 examples/07_train_on_several_ranks.py checkpoint
     torchrun --nproc-per-node 3 examples/07_train_on_several_ranks.py checkpoint
@@ -25,7 +25,7 @@ STEPS = 6
 
 
 class Predictors:
-    """The state of a trainer as one object, since its keys change while training goes on."""
+    """The state of a trainer as one object, since its keys change in training."""
 
     def __init__(self, trainer: DSVTrainer) -> None:
         self.trainer = trainer

@@ -123,7 +123,7 @@ def share(
     passes = [
         partial(shard, ranks=ranks, balance=balance, measure_recall=config.measure_recall, trains=trains)
     ]
-    return run(copy_graph(analysed, alike=plans_within), passes, config)
+    return run(copy_graph(analysed), passes, config)
 
 
 def rewrite(

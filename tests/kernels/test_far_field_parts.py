@@ -221,6 +221,19 @@ def test_opcheck_with_strided_views(provider, grad):
         )
 
 
+def test_gradients_are_contiguous_whatever_the_layout_of_the_gradient_that_comes():
+    batch, heads, _ = FEW
+    query, near, far = qkv(batch, heads, heads, 40, 40, 24, 24, torch.float32)
+    table, lse = some_table(), torch.randn(3, batch, heads, 40)
+    for grad in (torch.randn(batch, heads, 24, 40).mT, torch.randn(batch, 40, heads, 24).transpose(1, 2)):
+        operands = (grad, lse[0], near, lse[1], query, near, lse[1], far, lse[2], None, None)
+        torch.library.opcheck(
+            torch.ops.sparsify.merge_far_field_backward.default,
+            (*operands, table.q_bounds, table.q_order, 0.3),
+            test_utils="test_faketensor",
+        )
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("linear", [False, True])
 def test_opcheck_of_both_fields(provider, linear):

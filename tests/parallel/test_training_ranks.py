@@ -204,7 +204,8 @@ def assert_alike(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         torch.testing.assert_close(found["learned"][name], tensor, atol=1e-4, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("cut", [2, 5])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("cut", [pytest.param(2, marks=pytest.mark.nightly), 5])
 def test_two_stages_are_those_of_one_process_and_go_on_with_other_ranks(cut: int, tmp_path: Path) -> None:
     """Saved on two ranks, between two profiles; loaded on three, of which one has no head, and on one."""
     losses, wanted = train(None, 7)
@@ -271,6 +272,7 @@ def streams() -> tuple[nn.Module, Mapping[str, Any]]:
     return Streams("checkpoint"), {"video": VIDEO}
 
 
+@pytest.mark.nightly  # two processes compile four graphs each
 def test_inductor_trains_streams_that_do_not_read_each_other(pool: Pool) -> None:
     """Every exchange compares its name with those of the other ranks, so another order would raise."""
     options = {"method": "cubes", "provider": "reference"}

@@ -49,7 +49,7 @@ def backward(
     q, k, v, bias = _widen(query, key, value, key_bias)
     do = grad_out.to(q.dtype)
     delta = (do * out.to(q.dtype)).sum(-1) - grad_lse.to(q.dtype)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     for at, rows, columns in query_blocks(table):
         queries, keys = q[at][:, :, rows], k[at][:, :, columns]
         scores = scale * (queries @ keys.mT) + bias[at][:, :, None, columns]

@@ -87,7 +87,8 @@ def merge_backward(
             d_term = scale * d_rows.masked_fill(clamped, 0.0)
             d_query[at][:, :, rows] = d_term @ matrix.mT
             d_matrices[at][:, :, block] = queries.mT @ d_term
-    d_query, d_near, d_far = (t.to(query.dtype) for t in (d_query, d_near, d_far))
+    # The layout of `grad_out` must not show: a compiler expects contiguous gradients.
+    d_query, d_near, d_far = (t.to(query.dtype).contiguous() for t in (d_query, d_near, d_far))
     return d_query, d_near, d_near_lse, d_far, d_far_lse, d_matrices, d_limits
 
 

@@ -69,7 +69,7 @@ def block_statistics_backward(
     dk = w (dE[k] + 2 (k - E k) dvar[k] + dC (v - E v)),  dv = w (dE[v] + 2 (v - E v) dvar[v] + dCᵀ (k - E k)).
     """
     k, v, bias = _widen(key, value, key_bias, grad_key_mean.shape[1])
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    dk, dv = (t.new_zeros(t.shape) for t in (k, v))
     for at, block, members in blocks(bounds, order, key.shape[2]):
         weights, _ = _weights(bias[at][:, :, members])
         keys, values = (_visible(t[at][:, :, members], weights) for t in (k, v))
