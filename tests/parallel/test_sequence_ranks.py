@@ -107,7 +107,7 @@ def test_ranks_compute_what_one_process_computes(
     assert found.output <= BOUND
     assert found.gradient <= BOUND
     assert found.sharding.form == form
-    assert len(found.sharding.sites) == 2
+    assert len(found.sharding.sites) == (4 if model == "hunyuan_video" else 2)
     assert found.sharding.by_heads == ()
 
 
