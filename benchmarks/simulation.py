@@ -111,21 +111,14 @@ def measured(calls: int, done: Collection[tuple[str, int]], seconds: float) -> I
 
     with torch.device("meta"):
         model, inputs = small()
-        counted = count(model, inputs, fuses=False)
-        plans = {
-            method: explain(
-                model, options={"method": method, "dense_layers": 0}, device="cpu", **inputs
-            ).plans
-            for method in ("dense", "tile")
-        }
-    cores = len(os.sched_getaffinity(0))
-    end = math.inf
+    counted = count(model, inputs, fuses=False)
+    cores, end = len(os.sched_getaffinity(0)), math.inf
     with Pool(4, timeout=300) as pool:
-        for method, sites in plans.items():
-            densities = {
-                one.site.name: [one.density or 1.0] for one in sites if one.site.name in counted.names
-            }
-            work = with_densities(counted, densities)
+        for method in ("dense", "tile"):
+            options = {"method": method, "dense_layers": 0}
+            sites = explain(model, options=options, device="cpu", **inputs).plans
+            found_densities = {one.site.name: [one.density or 1.0] for one in sites}
+            work = with_densities(counted, {name: found_densities[name] for name in counted.names})
             for size in range(1, 5):
                 if (method, size) in done or time.monotonic() > end:
                     continue
