@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
 
 
 def calls_of_programs(folder: Path) -> list[tuple[str, list[Any], list[Tensor]]]:
-    """The calls of the ops in a program of `svg2`, whose state is cold and then warm, and of the ops that only other
+    """The calls of the ops in a program of `svg2`, whose state is cold and then warm, and of those that only other
     programs call."""
     model, inputs = joint(GRID, 1)
     export(model, inputs, folder / "out", options=METHODS["svg2"] | {"dense_steps": 0})
