@@ -82,7 +82,7 @@ def build(family: str, batch: int, seed: int = 0) -> tuple[Any, Inputs]:
 
 
 CASES_OF_ONNX = [
-    ("joint", "cubes, mean", 20),
+    ("joint", "cubes, linear", 20),
     *(
         pytest.param(*case, marks=[pytest.mark.nightly, needs_diffusers])
         for case in itertools.product(FAMILIES, METHODS, (20, 23))
