@@ -138,7 +138,7 @@ def copy_sources(old: fx.GraphModule, new: fx.GraphModule, inputs: Iterable[tupl
     """
     for one, other in inputs:
         if (source := getattr(one, "_dynamo_source", None)) is not None:
-            other._dynamo_source = source  # type: ignore[attr-defined]
+            other._dynamo_source = source
     if (reason := getattr(old, "compile_subgraph_reason", None)) is not None:
         new.compile_subgraph_reason = reason
 

@@ -51,7 +51,6 @@ from sparsify_compiler.outputs import make_folder
 from sparsify_compiler.policy import Policy
 from sparsify_compiler.progress import bars
 from sparsify_compiler.runtime.clock import generation
-from sparsify_compiler.runtime.program import Program
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.timing import interleaved_medians
 
@@ -121,7 +120,7 @@ class Switch:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Return a function that runs the graph with the current options."""
-        last: list[tuple[Mapping[str, Any], Program]] = []
+        last: list[tuple[Mapping[str, Any], Callable[..., Any]]] = []
 
         def run(*args: Any) -> Any:
             if not last or last[0][0] is not self.options:

@@ -63,7 +63,7 @@ class AxisTracker(TorchDispatchMode):
         self.positions: dict[int, Source] = {}
         """Length -> its source: a mesh made once for queries and once for keys is the same mesh."""
         self._taken_by = WeakTensorKeyDictionary()
-        """Index -> (label of a dimension, version of the index) -> label of the positions that it takes from it."""
+        """Index, until it is written to -> label of a dimension -> label of the positions that it takes from it."""
         self.alike = AlikeSlices()
         """The slices of every tensor that are equal: a mask whose rows are alike is a mask of keys."""
         self.embeddings: set[Embedding] = set()
@@ -112,8 +112,8 @@ class AxisTracker(TorchDispatchMode):
 
     def taken_from(self, label: Label, index: Tensor) -> Label:
         """The label of the positions that an index takes from a dimension, the same for the same index."""
-        known: dict[Any, Label] = self._taken_by.setdefault(index, {})
-        return known.setdefault((label, index._version), unknown(len(index), label, *self.of(index)))
+        known: dict[Label, Label] = self._taken_by.setdefault(index, {})
+        return known.setdefault(label, unknown(len(index), label, *self.of(index)))
 
     def embed(self, kept: Sequence[Label], summed: Label) -> None:
         """Record, for a rule, that it multiplies weights into `summed`, at every position of `kept`."""
@@ -129,6 +129,7 @@ class AxisTracker(TorchDispatchMode):
         """Record a write to `tensors`, whose new elements are made of `operands` in an unknown way."""
         lost = [Known([self._lost([tensor, *operands], size) for size in tensor.shape]) for tensor in tensors]
         for tensor, after in zip(tensors, lost, strict=True):
+            self._forget(tensor)
             self._spread(tensor, after)
             self.alike.lose(tensor)
 
@@ -205,6 +206,7 @@ class AxisTracker(TorchDispatchMode):
         self, target: Tensor, number: int, func: Any, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> None:
         """Update the labels after a write to `target`, number `number` of the operator's written arguments."""
+        self._forget(target)
         if func.namespace != "aten":
             operands = tensors_in(args, kwargs)
             self._spread(target, Known([self._lost(operands, size) for size in target.shape]))
@@ -233,6 +235,11 @@ class AxisTracker(TorchDispatchMode):
             labels = self._labelled(func, target, operands, args, given)
         others = [self.known(t) for t in operands if t is not target] if met else None
         self._spread(target, self._found(operands, labels), others)
+
+    def _forget(self, target: Tensor) -> None:
+        """Note that an index may have other values from now on."""
+        for one in self._sharing(target) if len(self._taken_by) else ():
+            self._taken_by.pop(one, None)
 
     def _moves(self, value: Any, target: Tensor) -> bool:
         """Whether `value` may bring elements from other places: it is no constant, and not `target` itself."""

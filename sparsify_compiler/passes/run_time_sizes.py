@@ -319,15 +319,13 @@ class _Recorder(fx.Interpreter):
 
 def _fold_numbers(graph: fx.Graph) -> None:
     """Write numbers in the place of nodes that have a number as their value, and drop what only checks numbers."""
+    numbers: dict[fx.Node, Any] = {}
     for node in graph.nodes:
+        node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: numbers.get(one, one))
         value = node.meta.get("example_value")
-        if node.target in _ASSERTIONS and not isinstance(node.args[0], fx.Node):
+        if node.op != "output" and type(value) in (int, bool, float):
+            numbers[node] = value
+    for node in reversed(graph.nodes):
+        checks = node.target in _ASSERTIONS and not isinstance(node.args[0], fx.Node)
+        if checks or (node in numbers and node.op != "placeholder"):
             graph.erase_node(node)
-        elif node.op != "output" and type(value) in (int, bool, float):
-            for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, user.kwargs),
-                    lambda one, node=node, value=value: value if one is node else one,
-                )
-            if node.op != "placeholder":
-                graph.erase_node(node)

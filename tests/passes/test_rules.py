@@ -60,6 +60,8 @@ CASES: dict[str, Case] = {
     "linear": (lambda x: aten.linear(x, WEIGHT), "ab."),
     "embedding": (lambda x: aten.embedding(WEIGHT, (x > 0).long()), "abc."),
     "index": (lambda x: aten.index(WEIGHT, [(x > 0).long()]), "abc."),
+    "index of one dimension": (lambda x: aten.index(x, [None, torch.tensor([2, 0])]), "a.c"),
+    "index_select": (lambda x: aten.index_select(x, 0, torch.tensor([2, 0])), ".bc"),
     "convolution": (
         lambda x: aten.convolution(
             aten.expand(x, [3, 3, 3, 3, 3]), KERNEL, None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1

@@ -152,6 +152,9 @@ NO_GRID: dict[str, Videos] = {
     "text by two indices": lambda v, _: (
         lambda x: attend(torch.cat([x, TEXT[:, SOME]], 1), torch.cat([x, TEXT[:, OTHERS]], 1))
     )(embed(v)),
+    "text by an index that changes": lambda v, _: (
+        lambda x, i: attend(torch.cat([x, TEXT[:, i]], 1), torch.cat([x, TEXT[:, i.copy_(OTHERS)]], 1))
+    )(embed(v), SOME.clone()),
     "video by an index": lambda v, _: (lambda x: attend(x[:, PERM].sin(), x[:, PERM].cos()))(embed(v)),
     "keys turned round": lambda v, _: attend(embed(v), embed(v).flip(1)),
     "halves of a sequence": lambda v, o: attend(*torch.cat([embed(v), embed(o)], 1).chunk(2, 1)),

@@ -17,6 +17,7 @@ from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.testing.fuzzing.cases import Case, Level, Verdict
 from sparsify_compiler.testing.fuzzing.machines import Call, Masked, Numbers, Places, Program, scale_of
 from sparsify_compiler.testing.fuzzing.tracing import record
@@ -91,6 +92,7 @@ def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[...
 
     def planned(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
         made = sparsify(gm, inputs, options=options)
+        assert not isinstance(made, ProgramsByValues), "no size of these programs depends on values"
         plans.extend(made.plan)
         return made
 
