@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sparsify_compiler.parallel.shares import UNITS, Owners, even_owners, head_runs, heads_of, share
 from sparsify_compiler.plan import AttentionPlan
-from sparsify_compiler.table import BlockTable
 
 
 class HeadCost(NamedTuple):
@@ -308,30 +307,6 @@ def _tokens_of_groups(tokens: int, mesh: Mesh) -> list[int]:
     """The tokens of every group of ranks that share heads."""
     counts = [share(tokens, rank, mesh.size) for rank in range(mesh.size)]
     return [sum(counts[first : first + mesh.heads]) for first in range(0, mesh.size, mesh.heads)]
-
-
-def remote_keys(table: BlockTable, size: int) -> Tensor:
-    """[B, H, size, size] int64: the number of keys of another rank (last) that the queries of a rank read.
-
-    Ranks have even runs of the sequence. The diagonal has a rank's own keys.
-    """
-    tokens = int(table.q_bounds[0, 0, -1])
-    rank = torch.tensor([of for of in range(size) for _ in range(share(tokens, of, size))])
-    blocks = table.block_mask()
-    q_block, kv_block = table.block_of_token("q"), table.block_of_token("kv")
-    lead = torch.broadcast_shapes(blocks.shape[:2], q_block.shape[:2], kv_block.shape[:2])
-
-    def counts(block: Tensor, number: int) -> Tensor:
-        """[B, H, size, number]: tokens of each rank in each block."""
-        empty = torch.zeros(*lead, size * number, dtype=torch.float64)
-        place = (rank * number + block).expand(*lead, -1)
-        return empty.scatter_add_(-1, place, torch.ones(place.shape, dtype=torch.float64)).unflatten(
-            -1, (size, number)
-        )
-
-    queries, keys = counts(q_block, blocks.shape[-2]), counts(kv_block, blocks.shape[-1])
-    read = (queries > 0).double() @ blocks.expand(*lead, -1, -1).double() > 0
-    return (read.double() @ keys.mT).round().long()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

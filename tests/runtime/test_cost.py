@@ -23,9 +23,7 @@ from sparsify_compiler.runtime.cost import (
     choose_form,
     meshes,
     predict,
-    remote_keys,
 )
-from sparsify_compiler.testing.strategies import tables
 
 CLUSTER = Cluster(
     hosts=2, gpus=2, memory=1e9, products=100.0, attention=50.0, sparse=25.0, traffic=10.0, inside=8.0,
@@ -155,19 +153,6 @@ def test_sharing_the_sequence_sends_less_where_less_than_two_of_ranks_keys_are_r
                 for mesh in (Mesh(1, size), Mesh(size, 1))
             ]
             assert (sent[0] < sent[1]) == better
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data(), st.integers(1, 12), st.integers(1, 4))
-def test_remote_keys_are_the_union_over_the_rows_of_a_rank(
-    data: st.DataObject, tokens: int, size: int
-) -> None:
-    table = data.draw(tables(batch=2, heads=2, q_tokens=tokens, kv_tokens=tokens))
-    found, mask, own = remote_keys(table, size), table.mask(), runs(tokens, size)
-    assert found.shape == (*mask.shape[:2], size, size)
-    for b, h, reads, has in itertools.product(*map(range, found.shape)):
-        union = {key for row in own[reads] for key in range(tokens) if mask[b, h, row, key]}
-        assert int(found[b, h, reads, has]) == len(union & {*own[has]})
 
 
 def test_a_prediction_by_hand() -> None:
