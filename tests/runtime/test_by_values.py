@@ -270,14 +270,14 @@ def test_the_number_of_programs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_sizes_that_are_not_known_before_leave_the_parts(caplog: pytest.LogCaptureFixture) -> None:
-    """The model's own code runs around them, and the reason is told."""
+    """The model's own code runs around them, and the log gives the reason."""
     model, twin = Prompted(by_a_parameter), Prompted(by_a_parameter)
     with caplog.at_level(logging.INFO, "sparsify_compiler"):
         sparsify_compiler.apply(model, **EXACT)
         check(model, twin, LENGTHS[0])
-    told = [line for line in caplog.messages if "does not give one graph" in line]
-    assert len(told) == 1
-    assert re.search("known only at run time: they depend on the parameter .*score", told[0])
+    lines = [line for line in caplog.messages if "does not give one graph" in line]
+    assert len(lines) == 1
+    assert re.search("known only at run time: they depend on the parameter .*score", lines[0])
 
 
 @needs_diffusers
