@@ -110,7 +110,7 @@ def _read(path: Path, what: str) -> dict[str, Any]:
                 import yaml
             except ImportError as error:
                 raise SparsifyError(
-                    f"{what} {path} needs PyYAML: try pip install 'sparsify-compiler[diffusers]', or write a "
+                    f"{what} {path} needs PyYAML: try pip install 'sparsify-compiler[clusters]', or write a "
                     ".json file"
                 ) from error
             try:

@@ -136,13 +136,13 @@ class SharedTokens:
 
     def _of_ranks(self, numbers: Tensor) -> Tensor:
         """[ranks, ...]: the numbers of every rank."""
-        part, order = Part(self.ranks.size, 1), torch.zeros((), device="cpu")
+        part, order = Part(self.ranks.size, 1), torch.zeros((), dtype=torch.float32, device="cpu")
         found, _ = torch.ops.sparsify.gather_tokens([numbers[None], order], 0, flat([part]), *self._place())
         return found
 
     def _every_token(self, numbers: Tensor) -> Tensor:
         """[B, H, V], from [B, H, n] of this rank's tokens."""
-        order = torch.zeros((), device="cpu")
+        order = torch.zeros((), dtype=torch.float32, device="cpu")
         read = torch.ones(1, 1, self.tokens, dtype=torch.bool, device="cpu")
         asked = read.new_ones(self.ranks.size, 1, 1, numbers.shape[2])
         parts = flat([self.part]), self.each

@@ -433,7 +433,7 @@ def numbers_of_all_heads(numbers: Tensor, *, owners: Tensor, ranks: Ranks, site:
     Raises:
         RankError: as in `to_heads`.
     """
-    order = torch.zeros((), device="cpu")
+    order = torch.zeros((), dtype=torch.float32, device="cpu")
     place = ranks.rank, ranks.size, ranks.group, ranks.timeout, site
     # Like one position of a sequence that all ranks have.
     given = [numbers[:, :, None].contiguous(), order]

@@ -291,7 +291,7 @@ class SiteFunction:
         table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
-        given = [key, value, torch.zeros((), device="cpu")]
+        given = [key, value, torch.zeros((), dtype=torch.float32, device="cpu")]
         key, value, _ = torch.ops.sparsify.fetch_keys(
             given, read, asked, sequence.parts, sequence.each, *place
         )
