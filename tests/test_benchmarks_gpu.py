@@ -34,17 +34,32 @@ def test_without_a_gpu_it_says_so():
     assert run.stderr == "benchmarks.gpu needs a CUDA GPU, and torch sees none\n"
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory):
-    """(printed output, records, folder) of every step, run once."""
+def run_dry(out, *arguments):
+    """(printed output, records, folder) of a dry run."""
     pytest.importorskip("triton", minversion="3.7")  # of 3.6 the interpreter does not know NumPy 2.4
-    out = tmp_path_factory.mktemp("gpu")
-    run = command_line("--dry-run", "--out", str(out), "--seconds", "3600")
+    run = command_line("--dry-run", "--out", str(out), "--seconds", "3600", *arguments)
     assert run.returncode == 0, run.stdout + run.stderr
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return run.stdout, records, out
 
 
+def test_a_step_of_each_group_runs_dry(tmp_path):
+    steps = ["forward float32", "site dsv", "speed dsv"]
+    _, records, _ = run_dry(tmp_path, "--only", *steps)
+    assert {r["step"] for r in records} == set(steps)
+    for record in records:
+        assert record["status"] == "ok"
+        assert record["cases"]
+        assert all(case["ok"] and case["launched"] for case in record["cases"])
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The dry run of every step, run once."""
+    return run_dry(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.mark.nightly
 def test_every_step_runs_dry(dry_run):
     from benchmarks.gpu.steps import STEPS
 
@@ -66,6 +81,7 @@ def test_every_step_runs_dry(dry_run):
 NO_KERNEL = ("device", "ceilings")
 
 
+@pytest.mark.nightly
 def test_every_kernel_is_checked_in_every_type(dry_run):
     from benchmarks.gpu.runner import SPEED
     from benchmarks.kernels import kernels
@@ -87,6 +103,7 @@ def test_every_kernel_is_checked_in_every_type(dry_run):
             assert types == {"float32", "float16", "bfloat16"}
 
 
+@pytest.mark.nightly
 def test_every_method_has_a_site(dry_run):
     sites = {r["step"].removeprefix("site ") for r in dry_run[1] if r["step"].startswith("site ")}
     assert sites == METHODS.keys() - {"dense"}

@@ -250,8 +250,9 @@ def _rates(
     query = torch.ones(1, heads, tokens, dim, dtype=dtype, device=device)
     flops = 4.0 * heads * tokens**2 * dim
     yield flops / seconds(lambda: scaled_dot_product_attention(query, query, query))
-    blocks = torch.rand(1, 1, tokens // _BLOCK, tokens // _BLOCK, generator=torch.Generator().manual_seed(0))
-    sizes = torch.full((1, 1, tokens // _BLOCK), _BLOCK)
+    shape, draw = (1, 1, tokens // _BLOCK, tokens // _BLOCK), torch.Generator().manual_seed(0)
+    blocks = torch.rand(shape, generator=draw, dtype=torch.float32)
+    sizes = torch.full(shape[:3], _BLOCK, dtype=torch.int64)
     table = BlockTable.from_block_mask(blocks < _DENSITY, sizes, sizes)
     table = table.to(device)
     taken = seconds(lambda: block_sparse_attention(query, query, query, table, provider=provider))
