@@ -399,6 +399,42 @@ def distillation() -> str:
     return f"{filled(cases, columns)}\n\nA video takes: {times}. `sparsify distill --out DIR`; {record['machine']}."
 
 
+def two_ranks() -> str:
+    """Real times of two ranks against one process."""
+    record = results("ranks-cpu")
+    cases = [
+        {
+            **case,
+            **{key: max(one[key] for one in case["cpu_of_ranks"]) for key in ("computing", "communicating")},
+        }
+        for case in record["cases"]
+    ]
+    columns = {
+        "method": "`{method}`",
+        "density": "{density:.2f}",
+        "one process": "{wall[alone]:.2f} s",
+        "the same again": "{wall[again]:.2f} s",
+        "two ranks": "{wall[ranks]:.2f} s",
+        "faster": "{speed_up:.2f}x",
+        "CPU time of a rank, computing": "{computing:.2f} s",
+        "communicating": "{communicating:.2f} s",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
+def onnx_speed() -> str:
+    """CPU times of exported attention and of a whole model in ONNX Runtime."""
+    record = results("export-onnx")
+    cases = [{**case, "faster": case["times faster than dense"]} for case in record["speed"]]
+    columns = {
+        "form": "{form}",
+        "density": "{density:.2f}",
+        "CPU time": "{milliseconds:,.0f} ms",
+        "against dense": "{faster:.2f}x",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "whole models": whole_models,
     "model compilation": model_compilation,
@@ -409,6 +445,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "far-field costs": far_field_costs,
     "prediction": prediction,
     "distillation": distillation,
+    "two ranks": two_ranks,
+    "ONNX speed": onnx_speed,
 }
 
 
