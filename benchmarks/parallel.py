@@ -32,8 +32,8 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Form -> method -> its options. A far field needs all keys, so ranks would share heads for it."""
 METHODS["hybrid"] = METHODS["scp"]
-TRAINED = ("dense", "tile")
-"""Methods whose gradients are compared."""
+TRAINED = {"hcp": tuple(METHODS["hcp"]), "scp": ("dense", "tile"), "hybrid": ("dense", "tile")}
+"""Form -> methods whose gradients are compared. In the others, dynamic methods share heads in training."""
 BOUND = 1e-5
 """Rounding of float32: a product of fewer rows may add in another order."""
 BOUNDS = {"kandinsky5": 1e-3}
@@ -78,7 +78,7 @@ def of_family(family: str, form: str, turn: int) -> list[dict[str, Any]]:
         model, inputs = CASES[family].build()
         graphs = graphs_of(model, inputs, trains=trains)
         for number, graph in enumerate(graphs):
-            for method in TRAINED if trains else METHODS[form]:
+            for method in TRAINED[form] if trains else METHODS[form]:
                 ranks = 4 if form == "hybrid" else 2 + (turn + len(cases)) % 3
                 case = {"family": family, "form": form, "graph": number, "method": method, "ranks": ranks}
                 case["trains"] = trains
