@@ -13,7 +13,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.options import DEFAULT_METHOD, configure
-from sparsify_compiler.parallel.group import compared_first, ranks_of
+from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
@@ -30,8 +30,6 @@ from sparsify_compiler.runtime.rates import in_best_form
 from sparsify_compiler.runtime.site import functions_of
 
 log = logging.getLogger(__name__)
-_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""Modes of torch.compile that make CUDA graphs."""
 FOLLOWS = "sparsify_compiler.apply(model) follows the tokens through all graphs of a model"
 
 
@@ -118,9 +116,9 @@ def _program(
     Args:
         inputs: the inputs that distinguish calls, if they are known.
     """
+    if config.parallel is not None:
+        config.parallel.check_mode(mode)
     ranks = ranks_of(config.parallel)
-    if ranks is not None and mode in _CUDA_GRAPHS:
-        raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
     shares = ranks is not None  # then each graph gathers its tokens at its end
@@ -140,7 +138,8 @@ def _program(
     def planned_as(analysed: fx.GraphModule, trains: bool) -> PlannedGraph:
         if ranks is not None and config.parallel is not None:
             form = "hcp" if trains else config.parallel.form  # with gradients, methods share heads
-            placed = in_best_form(graph_plan(analysed), ranks, form, measure=True)
+            recall = config.measure_recall > 0
+            placed = in_best_form(graph_plan(analysed), ranks, form, recall=recall, measure=True)
             analysed = pipeline.share(analysed, config, placed, trains=trains)
             log.info("%s", analysed.meta["sharding"])
         plan, first = graph_plan(analysed), Variant(trains=trains)
@@ -156,8 +155,10 @@ def _program(
             if ranks is None:
                 return run
             facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
-            names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-            return compared_first(run, ranks, facts, names)
+            inputs_of_graph = [node for node in gm.graph.nodes if node.op == "placeholder"]
+            names = [node.name for node in inputs_of_graph]
+            changing = [node.name for node in inputs_of_graph if not _torch.is_model_tensor(node)]
+            return compared(run, ranks, facts, names, changing)
 
         return PlannedGraph(
             plan=plan,

@@ -28,6 +28,8 @@ class SitePolicy(Protocol):
         """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes of torch.compile that make CUDA graphs."""
 FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
 
@@ -49,6 +51,13 @@ class Parallel:
     integer n also after every n sparse steps, `off` leaves them where they are, evenly many on every rank."""
     timeout: float = 60.0
     """Seconds after which ranks give up on one that does not take part."""
+
+    def check_mode(self, mode: str | None, *, regional: bool | None = None) -> None:
+        """Raise OptionError where ranks cannot run what these arguments of `apply` compile."""
+        if mode in _CUDA_GRAPHS:
+            raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
+        if regional:
+            raise OptionError("parallel shares a whole model, got regional=True: leave out one")
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:

@@ -16,14 +16,17 @@ from sparsify_compiler.backend import FOLLOWS, configure, reads_more_or_less
 from sparsify_compiler.config import SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
 from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.names import COMPILED_CALL
 from sparsify_compiler.parallel.group import ranks_of
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.forms import needs_all_queries
 from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
 from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
+from sparsify_compiler.runtime.call import Hook
 from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, work_of
 from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
@@ -179,7 +182,7 @@ def explain(
     """
     if not callable(model):
         raise SparsifyError(f"explain needs a module or function that it can call, got {model!r}")
-    options = _torch.options_of(model) if options is None else options
+    options = _options_of(model) if options is None else options
     config = configure(options)
     device = _device_type(device)
     plans: list[GraphPlan] = []
@@ -219,9 +222,10 @@ def explain(
                 passes.append(analysed.meta["reports"])
                 if ranks is not None and config.parallel is not None:
                     asked, plan = config.parallel.form, plans[number]
-                    placed = in_best_form(plan, ranks, asked, measure=False)
+                    recall = config.measure_recall > 0
+                    placed = in_best_form(plan, ranks, asked, recall=recall, measure=False)
                     sharing.append(pipeline.share(analysed, config, placed).meta["sharding"])
-                    forms.append(_form(plan, asked, placed))
+                    forms.append(_form(plan, asked, placed, recall=recall))
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -261,19 +265,31 @@ def explain(
     )
 
 
-def _form(plan: GraphPlan, asked: str, ranks: Ranks) -> str:
+def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool) -> str:
     """The form in which ranks share a graph, and the reason.
 
     Args:
         asked: the form of the option `parallel`.
+        recall: whether the recall of dynamic methods is measured.
     """
     if ranks.size == 1:
         return "one 1x1: there is one rank"
-    forms = OF_ONE_GROUP if asked == "auto" and ranks.form != "hybrid" else (ranks.form,)
+    forms: tuple[str, ...] = (ranks.form,)
+    why = "the form that the option names"
+    if asked == "auto" and ranks.form != "hybrid":
+        why = next(filter(None, (needs_all_queries(one, recall=recall) for one in plan)), "")
+        why = f"of an attention {why}" if why else ""
+        forms = forms if why else OF_ONE_GROUP
     of_sequence = 1 if ranks.sequence is None else ranks.sequence.size
     dtypes = {one.site.dtype for one in plan}
     cluster = known_cluster(ranks, dtypes.pop()) if len(dtypes) == 1 else None
-    return form_text(work_of(plan), Mesh(ranks.size // of_sequence, of_sequence), forms, cluster)
+    return form_text(work_of(plan), Mesh(ranks.size // of_sequence, of_sequence), forms, cluster, why)
+
+
+def _options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
+    """The options that torch.compile or `apply` got for a model; None if neither did."""
+    hook = getattr(model, "__dict__", {}).get(COMPILED_CALL)
+    return hook.model.options if isinstance(hook, Hook) else _torch.options_of(model)
 
 
 def _device_type(device: str | None) -> str | None:

@@ -91,7 +91,9 @@ def parse(words: Sequence[str]) -> Command:
         from sparsify_compiler.options import assignments, configure, parse_option
 
         options = {name: parse_option(text) for name, text in assignments(given.option, "--option").items()}
-        configure(options)
+        parallel = configure(options).parallel
+        if parallel is not None:
+            parallel.check_mode(given.mode, regional=given.regional)
     if given.mode is not None:
         from sparsify_compiler._torch import check_mode
 

@@ -290,6 +290,8 @@ def test_the_log_says_once_how_much_is_sparse(caplog: pytest.LogCaptureFixture) 
     why = "1 among the first layers, which stay dense (dense_layers)"
     assert line == f"Video: 2 of 3 video attentions sparse, 1 dense: {why}"
     assert "1 graph, 2 of 3 attention calls sparse" in str(changed.explain())
+    again = sparsify_compiler.explain(model, latents(GRID), torch.tensor([1.0]))
+    assert [plan.method for plan in again.plans] == [plan.method for plan in changed.explain().plans]
 
 
 def test_attention_over_few_text_tokens_is_no_video_attention(caplog: pytest.LogCaptureFixture) -> None:

@@ -131,6 +131,11 @@ def test_stats_of_a_script_without_torch(tmp_path: Path) -> None:
         (["--option", "tile", "x.py"], "--option must be written name=value, got 'tile'"),
         (["--option", "method=tile", "--option", "top_p=0.5", "x.py"], "top_p"),
         (["--mode", "fast", "x.py"], "unknown mode 'fast'"),
+        (["--regional", "--option", "parallel=auto", "x.py"], "parallel shares a whole model"),
+        (
+            ["--mode", "reduce-overhead", "--option", "parallel=auto", "x.py"],
+            "does not work with CUDA graphs",
+        ),
         (["--stats"], "a script must be given"),
         (["--option"], "--option option requires 1 argument"),
     ],

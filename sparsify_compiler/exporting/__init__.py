@@ -67,7 +67,10 @@ def export(
     options = _torch.options_of(model) if options is None else options
     module: Any = _torch.uncompiled(model)
     check_device(module, kwargs, device)
-    captured = capture(module, kwargs, configure(options), free_batch=format in ("onnx", "tensorrt"))
+    config = configure(options)
+    if config.parallel is not None:
+        raise OptionError("a file is for one process, got the option parallel: leave it out")
+    captured = capture(module, kwargs, config, free_batch=format in ("onnx", "tensorrt"))
     if format == "onnx":
         return onnx_file(captured, target, opset=opset)
     if format == "tensorrt":

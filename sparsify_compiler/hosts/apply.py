@@ -161,9 +161,9 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
     config = configure(options)
     if regional not in (None, True, False):
         raise OptionError(f"regional must be True, False or None, got {regional!r}")
-    if regional and config.parallel is not None:
-        raise OptionError("parallel shares a whole model, got regional=True: leave out one")
     _torch.check_mode(mode)
+    if config.parallel is not None:
+        config.parallel.check_mode(mode, regional=regional)
     found = _video_transformers(target)
     for name, module in found.items():
         _check_unchanged(name or type(module).__name__, module)
@@ -196,6 +196,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             video_of,
             parts_only=bool(regional),
             checks_grid=config.grid is not None,
+            options=options,
         )
         run: Callable[..., Any]
         if regional:

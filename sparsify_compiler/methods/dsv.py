@@ -70,7 +70,7 @@ class Dsv(VideoMethod):
 
     rank: int | None = None
     """The dimension in which the predictor compares queries and keys, from 1 to the head dim, where it is
-    exact. None takes 16, or the rank in the predictor's file."""
+    exact. None takes 16, at most the head dim, or the rank in the predictor's file."""
     mass: float = 0.9
     """The attention mass that a head keeps, in (0, 1]. The mass that it misses, 1 - `mass`, is a root mean
     square over the queries."""
@@ -110,7 +110,7 @@ class Dsv(VideoMethod):
         """Fill in a rank, and the values in the predictor's file where there is one."""
         check_fits(self.kv_budget, layout)
         if self.predictor is None:
-            rank = self.rank or RANK
+            rank = self.rank or min(RANK, site.head_dim)
             if rank > site.head_dim:
                 raise OptionError(f"rank must be at most the head dim {site.head_dim}, got {rank}")
             return self.filled(FittedDsv, rank=rank)

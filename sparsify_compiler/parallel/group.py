@@ -6,7 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -105,27 +105,41 @@ def _group_of(*members: int) -> Any:
     return dist.new_group(members, use_local_synchronization=True)
 
 
-def compared_first(
-    run: Callable[..., Any], ranks: Ranks, facts: Mapping[str, object], names: Sequence[str]
+BETWEEN_COMPARISONS = 8
+"""The calls from one comparison of inputs to the next on a GPU, where each waits for the device."""
+
+
+def compared(
+    run: Callable[..., Any],
+    ranks: Ranks,
+    facts: Mapping[str, object],
+    names: Sequence[str],
+    changing: Sequence[str] = (),
 ) -> Callable[..., Any]:
-    """`run`, which compares itself with the other ranks in its first call.
+    """`run`, which compares itself and all its inputs with the other ranks in its first call, and the inputs that
+    change in later ones: in every call on a CPU, in every eighth on a GPU.
 
     Args:
         facts: what must be the same on all ranks: name -> anything with a text.
         names: names of the inputs; their sizes, types and elements must be the same too.
+        changing: names of the inputs that are not the model's own.
 
     Raises:
         RankError: ranks differ.
     """
-    compared = False
+    every = 1 if _torch.device_of_group(ranks.group).type == "cpu" else BETWEEN_COMPARISONS
+    texts = {name: str(fact) for name, fact in facts.items()}
+    calls = 0
 
     @functools.wraps(run)
     def checked(*inputs: Any) -> Any:
-        nonlocal compared
-        if not compared:
+        nonlocal calls
+        first, again = calls == 0, bool(changing) and calls % every == 0
+        calls += 1
+        if first or again:
             with torch.no_grad():
-                agree(ranks, {**_inputs(names, inputs), **{name: str(fact) for name, fact in facts.items()}})
-            compared = True
+                given = [one for one in zip(names, inputs, strict=False) if first or one[0] in changing]
+                agree(ranks, {**_inputs(given), **(texts if first else {})})
         return run(*inputs)
 
     return checked
@@ -164,10 +178,10 @@ def _short(text: str, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
-def _inputs(names: Sequence[str], inputs: Sequence[Any]) -> dict[str, str]:
+def _inputs(given: Iterable[tuple[str, Any]]) -> dict[str, str]:
     """Name -> sizes, type and sums of an input, or a number."""
     facts: dict[str, str] = {}
-    for name, value in zip(names, inputs, strict=False):
+    for name, value in given:
         if not isinstance(value, Tensor):
             facts[f"input {name}"] = str(value)
             continue

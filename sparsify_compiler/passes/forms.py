@@ -14,16 +14,11 @@ from sparsify_compiler.parallel.shares import Part, whole_length
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 
 
-def needs_all_queries(
-    plan: AttentionPlan, parts: Sequence[Part], *, hybrid: bool, measures: bool, trains: bool
-) -> str:
-    """The reason why a rank must have all queries of a head; else empty.
+def needs_all_queries(plan: AttentionPlan, *, recall: bool) -> str:
+    """The reason why a rank must have all queries of a head, in inference; else empty.
 
     Args:
-        parts: the parts of the sequence.
-        hybrid: whether neighbours share heads.
-        measures: whether the recall of dynamic methods is measured.
-        trains: whether the graph runs in training.
+        recall: whether the recall of dynamic methods is measured.
     """
     if plan.site.mask == "query":
         return "its mask depends on the query"
@@ -32,14 +27,34 @@ def needs_all_queries(
     if plan.far_field != "drop":
         return f"its far field {plan.far_field!r} reads all keys"
     if isinstance(plan.settings, StaticMethod):
-        own = hybrid and densities_of_heads(plan) is not None
-        return "each of its heads has a table of its own" if own else ""
-    if measures:
+        return ""
+    if recall:
         return "its recall is measured over all keys"
-    if trains:
-        return f"method {plan.method!r} has no gradient across ranks"
     if not isinstance(plan.settings, BlockMethod):
         return f"method {plan.method!r} compares its queries with all keys"
+    return ""
+
+
+def shares_heads(
+    plan: AttentionPlan, parts: Sequence[Part], *, hybrid: bool, recall: bool, trains: bool
+) -> str:
+    """The reason why ranks share the heads of a site in a form in which they share queries; else empty.
+
+    Args:
+        parts: the parts of the sequence.
+        hybrid: whether neighbours share heads.
+        recall: as in `needs_all_queries`.
+        trains: whether the graph runs in training.
+    """
+    if why := needs_all_queries(plan, recall=recall):
+        return why
+    if plan.method == "dense":
+        return ""
+    if isinstance(plan.settings, StaticMethod):
+        own = hybrid and densities_of_heads(plan) is not None
+        return "each of its heads has a table of its own" if own else ""
+    if trains:
+        return f"method {plan.method!r} has no gradient across ranks"
     if not _share_video(parts, plan.layout):
         return f"ranks share other tokens than the video's {plan.layout.video_tokens}"
     return ""

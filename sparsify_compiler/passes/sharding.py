@@ -61,7 +61,7 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
-from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, needs_all_queries
+from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, shares_heads
 from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
@@ -292,7 +292,7 @@ class _Sharder:
         parts = place[2]
         if sequence is not None:
             hybrid = self.ranks.heads is not None
-            why = needs_all_queries(plan, parts, hybrid=hybrid, measures=self.measures, trains=self.trains)
+            why = shares_heads(plan, parts, hybrid=hybrid, recall=self.measures, trains=self.trains)
             if why:
                 self.by_heads.append((site.name, why))
                 sequence = None

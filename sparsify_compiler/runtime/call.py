@@ -63,6 +63,8 @@ class AppliedModel:
     """Whether only parts of the model are compiled, so that every graph needs the analysis."""
     captures_sizes: bool = False
     """Whether Dynamo captures operators whose results have sizes that depend on values."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The options of the backend."""
     checks_grid: bool = False
     """Whether a grid was given. The analysis raises an error if it fits no attention."""
     state: ModelState = field(init=False)

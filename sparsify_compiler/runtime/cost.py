@@ -465,16 +465,17 @@ def heads_suffice(work: Work, size: int) -> bool:
     return not sends_more and most(by_heads) <= most(by_queries) * 1.01  # tokens do not divide evenly
 
 
-def form_text(work: Work, mesh: Mesh, forms: Sequence[str], cluster: Cluster | None) -> str:
+def form_text(work: Work, mesh: Mesh, forms: Sequence[str], cluster: Cluster | None, only: str) -> str:
     """The form of a mesh, with the reason for it and predicted numbers.
 
     Args:
         mesh: the mesh on which ranks run the work.
         forms: the forms among which they choose.
         cluster: None where no rates were measured; then bytes and loads are predicted, but no times.
+        only: the reason why there is one form to choose from.
     """
     if len(forms) == 1:
-        why = "the form that the option names"
+        why = only
     elif heads_suffice(work, mesh.size):
         why = "no other form sends less or computes less"
     elif cluster is None:

@@ -26,6 +26,7 @@ from sparsify_compiler.methods.dsv import FittedDsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.parallel.exchange import exchange
+from sparsify_compiler.passes.forms import needs_all_queries
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.cost import (
     OF_ONE_GROUP,
@@ -210,12 +211,13 @@ def measured_cluster(
     return _known[key]
 
 
-def in_best_form(plan: GraphPlan, ranks: Ranks, form: str, *, measure: bool) -> Ranks:
+def in_best_form(plan: GraphPlan, ranks: Ranks, form: str, *, recall: bool, measure: bool) -> Ranks:
     """The ranks of a graph, in the form that takes least time where the option leaves the form open.
 
     Args:
         plan: the plan of the graph in one process.
         form: the form of the option `parallel`.
+        recall: whether the recall of dynamic methods is measured.
         measure: whether the ranks of the group call this together, and may measure their rates. Otherwise ranks
             that have not measured them share heads.
     """
@@ -223,7 +225,7 @@ def in_best_form(plan: GraphPlan, ranks: Ranks, form: str, *, measure: bool) -> 
     if form != "auto" or ranks.size == 1 or ranks.sequence is not None or len(dtypes) != 1:
         return ranks
     work, dtype = work_of(plan), dtypes.pop()
-    if heads_suffice(work, ranks.size):
+    if heads_suffice(work, ranks.size) or any(needs_all_queries(one, recall=recall) for one in plan):
         return ranks
     cluster = measured_cluster(ranks, dtype) if measure else known_cluster(ranks, dtype)
     if cluster is None or choose_form(work, cluster, ranks.size, OF_ONE_GROUP).form == "hcp":

@@ -26,7 +26,7 @@ from torch import fx
 
 from sparsify_compiler.backend import configure
 from sparsify_compiler.parallel import ops
-from sparsify_compiler.parallel.group import compared_first
+from sparsify_compiler.parallel.group import compared
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.runtime.program import Variant
@@ -242,7 +242,7 @@ def _rank(
         else:
             next(one for one in args if one.dim() == 2 and one.requires_grad).data[0, 0] += 1e-3
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    run = compared_first(graph, Ranks(rank, size, "0", timeout), {"options": options}, names)
+    run = compared(graph, Ranks(rank, size, "0", timeout), {"options": options}, names)
     try:
         with patch.object(ops, "transfer", faulty), torch.no_grad():
             for _ in range(2):

@@ -322,6 +322,8 @@ def test_paths_and_formats_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
         export(model, CALL, tmp_path / "none" / "out")
     with pytest.raises(OptionError, match=r"unknown format 'torhc'.* Did you mean 'torch'"):
         export(model, CALL, tmp_path / "out", format="torhc")
+    with pytest.raises(OptionError, match="a file is for one process, got the option parallel"):
+        export(model, CALL, tmp_path / "out", options={"parallel": "auto"})
     with torch.autocast("cpu"), pytest.raises(OptionError, match="must run outside of autocast"):
         export(model, CALL, tmp_path / "out")
 

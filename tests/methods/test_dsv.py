@@ -334,7 +334,8 @@ def test_options_that_do_not_fit_the_site():
     layout = TokenLayout(tokens=20, grid=(1, 4, 5))
     site = site_of(torch.empty(1, 2, 20, 8))
     with pytest.raises(OptionError, match="rank must be at most the head dim 8, got 16"):
-        Dsv().fit(site, layout)
+        Dsv(rank=16).fit(site, layout)
+    assert Dsv().fit(site, layout).rank == 8
     with pytest.raises(OptionError, match="kv_budget must be at most the 20 tokens of the video, got 21"):
         Dsv(rank=4, kv_budget=21).fit(site, layout)
 

@@ -14,10 +14,13 @@ import sparsify_compiler.backend
 from sparsify_compiler import OptionError
 from sparsify_compiler._torch import process_group
 from sparsify_compiler.errors import RankError
+from sparsify_compiler.options import configure
+from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.plan import Ranks
-from sparsify_compiler.runtime.rates import measured_cluster
+from sparsify_compiler.runtime.rates import in_best_form, measured_cluster
 from sparsify_compiler.testing.dits import Attend
-from sparsify_compiler.testing.parallel import compare
+from sparsify_compiler.testing.parallel import compare, graphs_of
 from sparsify_compiler.testing.ranks import Pool
 
 VIDEO = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(1))
@@ -152,6 +155,32 @@ def test_explain_and_stats_show_all_heads_on_every_rank(pool: Pool) -> None:
         )
         assert shared.numel() == 2
         assert torch.equal(shared, alone)
+
+
+def of_a_second_video(ranks: Ranks) -> str:
+    """The error where ranks draw other noise for a second video."""
+    torch._dynamo.reset()
+    options = {"method": "tile", "inner_backend": "eager", "parallel": parallel(ranks)}
+    compiled = torch.compile(attend()[0], backend="sparsify", options=options, dynamic=False)
+    with torch.no_grad():
+        compiled(VIDEO)
+        compiled(VIDEO.flip(-1))
+        try:
+            compiled(VIDEO + ranks.rank)
+        except RankError as error:
+            return str(error)
+    return "no error"
+
+
+def test_inputs_are_compared_in_every_call(pool: Pool) -> None:
+    for message in pool.run(2, of_a_second_video):
+        assert "ranks must have the same input l_video_, got [1, 4, 3, 4, 6] float32 with sums" in message
+
+
+def test_ranks_share_heads_where_attention_needs_all_queries() -> None:
+    plan = graph_plan(pipeline.analyse(graphs_of(*attend())[0][0], configure({"method": "cubes"})))
+    ranks = Ranks(0, 3, "no group, so nothing can be measured")
+    assert in_best_form(plan, ranks, "auto", recall=False, measure=True) is ranks
 
 
 def choosing(ranks: Ranks) -> tuple[str, str, float]:
