@@ -19,7 +19,6 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.names import COMPILED_CALL
 from sparsify_compiler.parallel.group import ranks_of
 from sparsify_compiler.passes import pipeline
-from sparsify_compiler.passes.forms import needs_all_queries
 from sparsify_compiler.passes.handover import Handover, may_leave, may_receive
 from sparsify_compiler.passes.planning import graph_plan
 from sparsify_compiler.passes.reports import PassReport
@@ -27,7 +26,7 @@ from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.call import Hook
-from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, work_of
+from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, needs_all_queries, work_of
 from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled

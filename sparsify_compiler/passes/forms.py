@@ -9,30 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
-from sparsify_compiler.methods.selection import BlockMethod
 from sparsify_compiler.parallel.shares import Part, whole_length
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
-
-
-def needs_all_queries(plan: AttentionPlan, *, recall: bool) -> str:
-    """The reason why a rank must have all queries of a head, in inference; else empty.
-
-    Args:
-        recall: whether the recall of dynamic methods is measured.
-    """
-    if plan.site.mask == "query":
-        return "its mask depends on the query"
-    if plan.method == "dense":
-        return ""
-    if plan.far_field != "drop":
-        return f"its far field {plan.far_field!r} reads all keys"
-    if isinstance(plan.settings, StaticMethod):
-        return ""
-    if recall:
-        return "its recall is measured over all keys"
-    if not isinstance(plan.settings, BlockMethod):
-        return f"method {plan.method!r} compares its queries with all keys"
-    return ""
+from sparsify_compiler.runtime.cost import needs_all_queries
 
 
 def shares_heads(

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.methods.selection import BlockMethod
 from sparsify_compiler.parallel.shares import UNITS, Owners, even_owners, head_runs, heads_of, share
 from sparsify_compiler.plan import AttentionPlan
 
@@ -450,6 +452,27 @@ def choose_form(work: Work, cluster: Cluster, size: int, executable: Collection[
     if others:
         text += f", against {'; '.join(f'{one.mesh.form} {one.mesh}: {_text(one)}' for one in others)}"
     return Choice(first.mesh, text, (first, *others))
+
+
+def needs_all_queries(plan: AttentionPlan, *, recall: bool) -> str:
+    """The reason why a rank must have all queries of a head, in inference; else empty.
+
+    Args:
+        recall: whether the recall of dynamic methods is measured.
+    """
+    if plan.site.mask == "query":
+        return "its mask depends on the query"
+    if plan.method == "dense":
+        return ""
+    if plan.far_field != "drop":
+        return f"its far field {plan.far_field!r} reads all keys"
+    if isinstance(plan.settings, StaticMethod):
+        return ""
+    if recall:
+        return "its recall is measured over all keys"
+    if not isinstance(plan.settings, BlockMethod):
+        return f"method {plan.method!r} compares its queries with all keys"
+    return ""
 
 
 def heads_suffice(work: Work, size: int) -> bool:

@@ -26,7 +26,6 @@ from sparsify_compiler.methods.dsv import FittedDsv
 from sparsify_compiler.methods.grid import Cube
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.parallel.exchange import exchange
-from sparsify_compiler.passes.forms import needs_all_queries
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.cost import (
     OF_ONE_GROUP,
@@ -34,6 +33,7 @@ from sparsify_compiler.runtime.cost import (
     HeadCost,
     choose_form,
     heads_suffice,
+    needs_all_queries,
     work_of,
 )
 from sparsify_compiler.runtime.site import GUARD_ROWS
