@@ -277,7 +277,10 @@ class _Sharder:
         return shared
 
     def _shares_heads(self, node: fx.Node) -> bool:
-        """Whether query, key and value have all tokens in their sequence, in order, and in no other dimension."""
+        """Whether query, key and value have all tokens in their sequence, in order, and in no other dimension, and
+        the mask, if there is one, is the same for all queries."""
+        if node.meta["site"].mask == "query":
+            return False
         found = [self.local.place(self.whole[node_of(one)]) for one in node.args[:3]]
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
 
