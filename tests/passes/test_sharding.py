@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
+from sparsify_compiler.testing.models import CASES
 from sparsify_compiler.testing.parallel import Outcome, in_threads
 
 PLAIN = Recipe(
@@ -181,3 +182,11 @@ def test_a_graph_that_cannot_be_shared_runs_whole_with_the_reason(model: Any, x:
     assert found.output == 0
     assert why in found.sharding.reason
     assert "runs the whole graph" in str(found.sharding)
+
+
+@pytest.mark.nightly
+def test_a_mask_that_depends_on_the_query_is_read_whole() -> None:
+    """Padded text of HunyuanVideo 1.5 has other rows of the mask than valid text."""
+    model, inputs = CASES["hunyuan_video_15"].build()
+    for found in in_threads(model, inputs, {"method": "dense"}, 2):
+        assert found.output <= BOUND
