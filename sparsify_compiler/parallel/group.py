@@ -129,17 +129,18 @@ def compared(
     """
     every = 1 if _torch.device_of_group(ranks.group).type == "cpu" else BETWEEN_COMPARISONS
     texts = {name: str(fact) for name, fact in facts.items()}
+    later = [place for place, name in enumerate(names) if name in changing]
     calls = 0
 
     @functools.wraps(run)
     def checked(*inputs: Any) -> Any:
         nonlocal calls
-        first, again = calls == 0, bool(changing) and calls % every == 0
-        calls += 1
-        if first or again:
+        first, places = calls == 0, later if calls else range(len(names))
+        if first or (later and calls % every == 0):
             with torch.no_grad():
-                given = [one for one in zip(names, inputs, strict=False) if first or one[0] in changing]
-                agree(ranks, {**_inputs(given), **(texts if first else {})})
+                found = _inputs((names[place], inputs[place]) for place in places)
+                agree(ranks, {**found, **texts} if first else found)
+        calls += 1
         return run(*inputs)
 
     return checked

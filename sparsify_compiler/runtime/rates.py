@@ -151,9 +151,9 @@ def _time(forward: Callable[[], Tensor], inputs: list[Tensor]) -> float:
 _known: dict[tuple[str, str, Clock], Cluster] = {}
 """(group, data type, clock) -> the cluster that its ranks measured."""
 _MESSAGE = 1 << 22
-"""Bytes of a message of which the time is taken."""
+"""Bytes of the message that is timed."""
 _PRODUCTS = 1024
-"""Rows and columns of the matrices of which the product is timed."""
+"""Rows and columns of the matrices whose product is timed."""
 _VALUES = 1 << 23
 """Numbers whose copy is timed: more than a cache holds."""
 _DENSITY = 0.25

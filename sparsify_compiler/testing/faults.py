@@ -211,7 +211,7 @@ def _rank(
     port: int,
     folder: Path,
 ) -> None:
-    """Two calls of a rank's graph, of which the first has the fault."""
+    """Call a rank's graph twice; the first call has the fault."""
     import torch.distributed as dist
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the traceback is in the error
