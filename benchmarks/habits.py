@@ -346,7 +346,7 @@ _SHORT = ("nothing", "block_offload", "sequential_offload", "fp8", "first_block_
 
 
 class Attentions(TorchFunctionMode):
-    """Notes the module of every attention over as many tokens as the video has, with its text."""
+    """Notes the modules of a model that attend over as many tokens as the video has, with its text."""
 
     def __init__(self, model: nn.Module, tokens: set[int]) -> None:
         super().__init__()
@@ -362,12 +362,13 @@ class Attentions(TorchFunctionMode):
                     id(one) in self.paths for one in frame.f_locals.values() if isinstance(one, nn.Module)
                 ):
                     frame = frame.f_back
-                owner = next(
-                    one
-                    for one in frame.f_locals.values()
-                    if isinstance(one, nn.Module) and id(one) in self.paths
-                )
-                self.found.add(self.paths[id(owner)])
+                if frame is not None:
+                    owner = next(
+                        one
+                        for one in frame.f_locals.values()
+                        if isinstance(one, nn.Module) and id(one) in self.paths
+                    )
+                    self.found.add(self.paths[id(owner)])
         return func(*args, **(kwargs or {}))
 
 

@@ -59,6 +59,8 @@ class Pipeline:
     sizes: Sequence[tuple[int, int]]
     tokens: Callable[[int, int], int]
     """(height, width) -> the number of tokens of the video."""
+    several: bool
+    """Whether the pipeline itself can make two videos of one prompt."""
 
 
 PIPELINES: dict[str, Pipeline] = {}
@@ -70,11 +72,12 @@ def pipeline(
     *,
     sizes: Sequence[tuple[int, int]] = SIZES,
     tokens: Callable[[int, int], int] | None = None,
+    several: bool = True,
 ) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], dict[str, Any]]]:
     """Add a pipeline, whose components the function makes, under the name of its class."""
 
     def add(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-        PIPELINES[name] = Pipeline(make, call, sizes, tokens or _tokens())
+        PIPELINES[name] = Pipeline(make, call, sizes, tokens or _tokens(), several)
         return make
 
     return add
@@ -164,9 +167,7 @@ def flow(**named: Any) -> Any:
 def unipc() -> Any:
     from diffusers import UniPCMultistepScheduler
 
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def ddim() -> Any:
@@ -233,7 +234,7 @@ def _wan_5b() -> dict[str, Any]:
     return _wan() | {"expand_timesteps": True}
 
 
-@pipeline("WanImageToVideoPipeline", text(**WITH_IMAGE))
+@pipeline("WanImageToVideoPipeline", text(**WITH_IMAGE), several=False)
 def _wan_i2v() -> dict[str, Any]:
     return _wan() | clip_image() | {"transformer": transformer("wan_i2v", in_channels=12)}
 
@@ -243,7 +244,9 @@ def _wan_v2v() -> dict[str, Any]:
     return _wan() | {"scheduler": unipc()}
 
 
-@pipeline("WanVACEPipeline", text(**WAN, video=video, reference_images=image))
+@pipeline(
+    "WanVACEPipeline", text(**WAN, video=video, reference_images=image), tokens=_tokens(6), several=False
+)
 def _wan_vace() -> dict[str, Any]:
     return _wan() | {"transformer": transformer("wan_vace", vace_in_channels=8 + 64)}
 
@@ -260,18 +263,22 @@ def _wan_vace() -> dict[str, Any]:
     tokens=_tokens(frames=6),
 )
 def _wan_animate() -> dict[str, Any]:
-    return _wan() | clip_image() | {
-        "transformer": transformer("wan_animate", image_dim=WIDTH, added_kv_proj_dim=32),
-        "scheduler": unipc(),
-    }
+    return (
+        _wan()
+        | clip_image()
+        | {
+            "transformer": transformer("wan_animate", image_dim=WIDTH, added_kv_proj_dim=32),
+            "scheduler": unipc(),
+        }
+    )
 
 
-@pipeline("LucyEditPipeline", text(**WAN, video=video))
+@pipeline("LucyEditPipeline", text(**WAN, video=video), several=False)
 def _lucy() -> dict[str, Any]:
     return _wan() | {"transformer": transformer("wan", in_channels=8)}
 
 
-@pipeline("ChronoEditPipeline", text(**WITH_IMAGE))
+@pipeline("ChronoEditPipeline", text(**WITH_IMAGE), tokens=_tokens(2), several=False)
 def _chronoedit() -> dict[str, Any]:
     model = transformer("chronoedit", in_channels=12, image_dim=WIDTH, added_kv_proj_dim=24)
     return _wan() | clip_image() | {"transformer": model}
@@ -282,7 +289,7 @@ def _skyreels() -> dict[str, Any]:
     return _wan() | {"transformer": transformer("skyreels_v2"), "scheduler": unipc()}
 
 
-@pipeline("SkyReelsV2ImageToVideoPipeline", text(**WITH_IMAGE))
+@pipeline("SkyReelsV2ImageToVideoPipeline", text(**WITH_IMAGE), several=False)
 def _skyreels_i2v() -> dict[str, Any]:
     from transformers import CLIPVisionModelWithProjection
 
@@ -415,9 +422,15 @@ def _hunyuan() -> dict[str, Any]:
 
 def _negative(prompt: int, height: int, width: int) -> dict[str, Any]:
     given = embedded(prompt, height, width)
-    return given | {f"negative_{name}": given[name] * 0 for name in given if name.startswith("p") and "mask" not in name} | {
-        "negative_prompt_attention_mask": given["prompt_attention_mask"]
-    }
+    return (
+        given
+        | {
+            f"negative_{name}": given[name] * 0
+            for name in given
+            if name.startswith("p") and "mask" not in name
+        }
+        | {"negative_prompt_attention_mask": given["prompt_attention_mask"]}
+    )
 
 
 @pipeline(
@@ -438,8 +451,10 @@ def _hunyuan_i2v() -> dict[str, Any]:
 
 @pipeline(
     "HunyuanVideoFramepackPipeline",
-    lambda prompt, height, width: embedded(prompt, height, width)
-    | {"image": image(height, width), "image_embeds": random(1, 3, 8, seed=3), "latent_window_size": 5},
+    lambda prompt, height, width: (
+        embedded(prompt, height, width)
+        | {"image": image(height, width), "image_embeds": random(1, 3, 8, seed=3), "latent_window_size": 5}
+    ),
 )
 def _framepack() -> dict[str, Any]:
     return _hunyuan() | {
@@ -513,9 +528,7 @@ def _mochi() -> dict[str, Any]:
     return t5() | {"vae": vae, "scheduler": flow(), "transformer": model}
 
 
-@pipeline(
-    "AllegroPipeline", text(**WAN | {"num_frames": 16, "clean_caption": False}), tokens=_tokens(4)
-)
+@pipeline("AllegroPipeline", text(**WAN | {"num_frames": 16, "clean_caption": False}), tokens=_tokens(4))
 def _allegro() -> dict[str, Any]:
     from diffusers import AutoencoderKLAllegro
 
@@ -581,6 +594,8 @@ def _planes(height: int, width: int) -> Tensor:
 class NoChecker(nn.Module):
     """In the place of Cosmos' safety checker, whose package is not on PyPI."""
 
+    device, dtype = torch.device("cpu"), torch.float32
+
     def check_text_safety(self, prompt: str) -> bool:
         return True
 
@@ -615,7 +630,11 @@ def _cosmos() -> dict[str, Any]:
 @pipeline("Cosmos2VideoToWorldPipeline", text(**WAN, image=image))
 def _cosmos2() -> dict[str, Any]:
     model = transformer(
-        "cosmos", concat_padding_mask=True, in_channels=5, extra_pos_embed_type=None, rope_scale=(1.0, 4.0, 4.0)
+        "cosmos",
+        concat_padding_mask=True,
+        in_channels=5,
+        extra_pos_embed_type=None,
+        rope_scale=(1.0, 4.0, 4.0),
     )
     return t5() | {
         "vae": wan_vae(),
@@ -684,15 +703,17 @@ def measure(name: str, inner: str) -> Row:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = str(error).strip().splitlines()[:1]
-        row.fault = f"{type(error).__name__}: {''.join(message)[:300]} ({Path(place.filename).name}:{place.lineno})"
+        row.fault = (
+            f"{type(error).__name__}: {''.join(message)[:300]} ({Path(place.filename).name}:{place.lineno})"
+        )
         traceback.print_exc()
     row.seconds = round(time.perf_counter() - start, 1)
     return row
 
 
 def _load(kind: Any, folder: Path, parts: dict[str, Any]) -> Any:
-    """The saved pipeline. A checker of safety is not saved."""
-    named = {name: part for name, part in parts.items() if isinstance(part, NoChecker)}
+    """The saved pipeline. A checker of safety is not saved, and components that are None have to be given again."""
+    named = {name: part for name, part in parts.items() if part is None or isinstance(part, NoChecker)}
     pipe = kind.from_pretrained(folder, **named)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -714,11 +735,6 @@ def _latents(pipe: Any, given: dict[str, Any], count: int = 1) -> Tensor:
     return result.clone()
 
 
-def _makes_several(kind: Any) -> bool:
-    """Whether a pipeline makes two videos of one prompt."""
-    return kind.__name__ not in ("WanVACEPipeline", "WanAnimatePipeline")
-
-
 def _measure(row: Row, what: Pipeline, folder: Path, inner: str) -> None:
     import diffusers
 
@@ -729,7 +745,7 @@ def _measure(row: Row, what: Pipeline, folder: Path, inner: str) -> None:
     models = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
     (height, width), *others = what.sizes
     calls = [(0, height, width, 1), (1, height, width, 1), *((1, *size, 1) for size in others)]
-    if _makes_several(kind):
+    if what.several:
         calls.append((0, height, width, 2))
     changed = sparsify_compiler.apply(pipe, **EXACT, inner_backend=inner)
     got, plans, before = [], [], 0
