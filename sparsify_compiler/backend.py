@@ -121,10 +121,9 @@ def _program(
     ranks = ranks_of(config.parallel)
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
-    shares = ranks is not None  # then each graph gathers its tokens at its end
-    leaves = not in_a_model and not shares and may_leave(gm)
+    leaves = not in_a_model and may_leave(gm)
     analysed = pipeline.analyse(gm, config, part=in_a_model, ends=leaves)
-    receives = not in_a_model and not shares and may_receive(analysed)
+    receives = not in_a_model and may_receive(analysed)
     if in_a_model or receives:
         fix_tokens(analysed)
     if leaves:
