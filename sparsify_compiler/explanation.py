@@ -187,7 +187,7 @@ def explain(
     plans: list[GraphPlan] = []
     passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
-    ranks, sharing, forms = ranks_of(config.parallel), list[Sharding](), list[str]()
+    ranks, sharing, forms = ranks_of(config.parallel), dict[int, Sharding](), dict[int, str]()
 
     model = _torch.uncompiled(model)
     uncompiled = Uncompiled(model)
@@ -210,6 +210,16 @@ def explain(
 
         return uncompiled.in_graph()(run)
 
+    def note_sharing(number: int, analysed: fx.GraphModule) -> None:
+        if ranks is None or config.parallel is None:
+            return
+        trains = torch.is_grad_enabled()
+        asked, recall = "hcp" if trains else config.parallel.form, config.measure_recall > 0
+        plan = graph_plan(analysed)
+        placed = in_best_form(plan, ranks, asked, recall=recall, measure=False)
+        sharing[number] = pipeline.share(analysed, config, placed, trains=trains).meta["sharding"]
+        forms[number] = _form(plan, config.parallel.form, placed, recall=recall, trains=trains)
+
     def recorded(gm: fx.GraphModule) -> Callable[..., Any]:
         try:
             try:
@@ -219,12 +229,7 @@ def explain(
                 number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
-                if ranks is not None and config.parallel is not None:
-                    asked, plan = config.parallel.form, plans[number]
-                    recall = config.measure_recall > 0
-                    placed = in_best_form(plan, ranks, asked, recall=recall, measure=False)
-                    sharing.append(pipeline.share(analysed, config, placed).meta["sharding"])
-                    forms.append(_form(plan, asked, placed, recall=recall))
+                note_sharing(number, analysed)
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -241,7 +246,9 @@ def explain(
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            plans[number], passes[number] = graph_plan(graph), graph.meta["reports"]
+            if graph is not analysed:
+                plans[number], passes[number] = graph_plan(graph), graph.meta["reports"]
+                note_sharing(number, graph)
             outputs = gm.forward(*inputs)
             handover.leave(graph, inputs, outputs)
             return outputs
@@ -259,23 +266,26 @@ def explain(
         tuple(_hints(plans, config, options or {})),
         tuple(uncompiled.plans),
         tuple(passes) if verbose else (),
-        tuple(sharing),
-        tuple(forms),
+        tuple(sharing.values()),
+        tuple(forms.values()),
     )
 
 
-def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool) -> str:
+def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool, trains: bool) -> str:
     """The form in which ranks share a graph, and the reason.
 
     Args:
         asked: the form of the option `parallel`.
         recall: whether the recall of dynamic methods is measured.
+        trains: whether the model trains.
     """
     if ranks.size == 1:
         return "one 1x1: there is one rank"
     forms: tuple[str, ...] = (ranks.form,)
     why = "the form that the option names"
-    if asked == "auto" and ranks.form != "hybrid":
+    if asked == "auto" and ranks.form != "hybrid" and trains:
+        why = "in training ranks share heads"
+    elif asked == "auto" and ranks.form != "hybrid":
         why = next(filter(None, (needs_all_queries(one, recall=recall) for one in plan)), "")
         why = f"of an attention {why}" if why else ""
         forms = forms if why else OF_ONE_GROUP
@@ -286,9 +296,9 @@ def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool) -> str:
 
 
 def _options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The options that torch.compile or `apply` got for a model; None if neither did."""
+    """The options that torch.compile, `Module.compile` or `apply` got for a model; None if none of them did."""
     hook = getattr(model, "__dict__", {}).get(COMPILED_CALL)
-    return hook.model.options if isinstance(hook, Hook) else _torch.options_of(model)
+    return hook.model.options if isinstance(hook, Hook) else _torch.options_of(hook or model)
 
 
 def _device_type(device: str | None) -> str | None:
