@@ -89,8 +89,8 @@ class ClusterPlan:
         for number, sharing in enumerate(self.sharings):
             if sharing.reason:
                 yield f"Graph {number}: every rank runs the whole graph: {sharing.reason}."
-            for place in folded(sharing.gathered):
-                yield f"Graph {number} gathers all tokens for {place}."
+            for where in folded(sharing.gathered):
+                yield f"Graph {number} gathers all tokens for {where}."
 
 
 def plan_parallel(

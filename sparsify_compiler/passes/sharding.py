@@ -82,7 +82,6 @@ from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, 
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
-
 _NUMBER = re.compile(r"(?<![A-Za-z_])\d+")
 """A number in the path of a module."""
 
@@ -122,12 +121,12 @@ class Sharding:
 
 
 def folded(places: Iterable[tuple[str, str]]) -> list[str]:
-    """`name: reason` of each place; those that differ in numbers alone are one: `view in blocks.* (40 times): ...`."""
+    """`name: reason` of places. Those that differ in numbers alone are one: `view in blocks.*: ... (40 times)`."""
     names: dict[tuple[str, str], list[str]] = {}
     for name, why in places:
         names.setdefault((_NUMBER.sub("*", name), why), []).append(name)
     return [
-        f"{each[0] if len({*each}) == 1 else name}{f' ({len(each)} times)' if len(each) > 1 else ''}: {why}"
+        f"{each[0] if len({*each}) == 1 else name}: {why}{f' ({len(each)} times)' if len(each) > 1 else ''}"
         for (name, why), each in names.items()
     ]
 

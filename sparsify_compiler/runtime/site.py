@@ -468,8 +468,8 @@ def _learn_site(
         return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], args[-1]))
-_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], args[-1]))
+_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], site=args[-1]))
+_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], site=args[-1]))
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 

@@ -200,4 +200,4 @@ def test_places_that_differ_in_numbers_alone_are_one() -> None:
         ("conv3d", "other"),
         ("view", "why"),
     ]
-    assert folded(places) == ["view in blocks.*.attn1 (2 times): why", "conv3d: other", "view: why"]
+    assert folded(places) == ["view in blocks.*.attn1: why (2 times)", "conv3d: other", "view: why"]
