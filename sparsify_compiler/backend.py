@@ -15,7 +15,7 @@ from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.options import DEFAULT_METHOD, configure
 from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
-from sparsify_compiler.passes.fx import value_of
+from sparsify_compiler.passes.fx import input_path, value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
@@ -155,8 +155,8 @@ def _program(
                 return run
             facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
             inputs_of_graph = [node for node in gm.graph.nodes if node.op == "placeholder"]
-            names = [node.name for node in inputs_of_graph]
-            changing = [node.name for node in inputs_of_graph if not _torch.is_model_tensor(node)]
+            names = [input_path(node) for node in inputs_of_graph]
+            changing = [input_path(node) for node in inputs_of_graph if not _torch.is_model_tensor(node)]
             return compared(run, ranks, facts, names, changing)
 
         return PlannedGraph(

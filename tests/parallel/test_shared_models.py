@@ -152,9 +152,9 @@ def disagree(ranks: Ranks, about: str) -> str:
     [
         ("options", "options, got {'method': 'tile', 'reference_frames': 1"),
         ("seed", "seed, got 0 on rank 0 and 1 on rank 2"),
-        ("weights", "input l_self_modules_qkv_parameters_weight_, got [96, 32] float32 with sums"),
-        ("values", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
-        ("sizes", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
+        ("weights", "input self.qkv.weight, got [96, 32] float32 with sums"),
+        ("values", "input video, got [1, 4, 3, 4, 6] float32 with sums"),
+        ("sizes", "input video, got [1, 4, 3, 4, 6] float32 with sums"),
     ],
 )
 def test_ranks_that_differ_say_so_before_they_exchange_anything(pool: Pool, about: str, named: str) -> None:
@@ -211,7 +211,7 @@ def of_a_second_video(ranks: Ranks) -> str:
 
 def test_inputs_are_compared_in_every_call(pool: Pool) -> None:
     for message in pool.run(2, of_a_second_video):
-        assert "ranks must have the same input l_video_, got [1, 4, 3, 4, 6] float32 with sums" in message
+        assert "ranks must have the same input video, got [1, 4, 3, 4, 6] float32 with sums" in message
 
 
 def test_ranks_share_heads_where_attention_needs_all_queries() -> None:
