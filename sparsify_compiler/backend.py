@@ -25,6 +25,7 @@ from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.call import open_call
+from sparsify_compiler.runtime.guard import Guard
 from sparsify_compiler.runtime.program import Inputs, PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.rates import in_best_form
 from sparsify_compiler.runtime.site import functions_of
@@ -160,8 +161,12 @@ def _program(
             changing = [node.name for node in inputs_of_graph if not _torch.is_model_tensor(node)]
             return compared(run, ranks, facts, names, changing)
 
+        guard = Guard.of(
+            plan, config.guard, recall=config.measure_recall, ranks=ranks, mode=mode, trains=trains
+        )
         return PlannedGraph(
             plan=plan,
+            guard=guard,
             sizes=sizes if plan.sparse else {},
             extra=sparse.meta["extra"],
             functions=functions,

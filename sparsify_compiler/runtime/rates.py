@@ -10,9 +10,11 @@ the straight line through the two.
 import functools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -47,6 +49,15 @@ REPEATS = 3
 Clock = Callable[[], float]
 NOTHING = State(torch.tensor(False, device="cpu"), ())
 """The empty state of `dsv`."""
+
+
+def cpu_model() -> str:
+    """Name of the CPU that Linux gives, else the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> HeadCost:
