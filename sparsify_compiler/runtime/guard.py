@@ -46,41 +46,18 @@ from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.outputs import cache_folder
 from sparsify_compiler.parallel.exchange import exchange
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, Ranks
-from sparsify_compiler.runtime.rates import cpu_model
+from sparsify_compiler.runtime.cost import Times, predicted_times
+from sparsify_compiler.runtime.rates import cpu_model, measured_speeds
 from sparsify_compiler.runtime.site import is_table_alone
 
 log = logging.getLogger("sparsify_compiler")
 
 RUNS = 3
 """The most runs of sparse and of dense attention of a distinct site."""
-MARGIN = 0.97
-"""A site runs dense if dense attention takes less than this share of the time of sparse attention."""
 _CLEAR = 3.0
 """Ratio of the two times at which one run of each is enough, on a CPU."""
 _LONG = 0.01
 """Seconds; shorter runs are always repeated."""
-
-
-class Times(NamedTuple):
-    """Seconds of one attention call."""
-
-    dense: float
-    sparse: float
-    """With the selection and the far field."""
-
-    @property
-    def dense_wins(self) -> bool:
-        """Whether the site runs dense."""
-        return self.dense < MARGIN * self.sparse
-
-    def __str__(self) -> str:
-        return f"dense: {_milliseconds(self.dense)} here, {_milliseconds(self.sparse)} sparse"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Three significant digits, without an exponent."""
-    number = 1e3 * seconds
-    return f"{number:.0f} ms" if number >= 1000 else f"{number:.3g} ms"
 
 
 def case_of(plan: AttentionPlan, recall: float, device: str | None = None) -> str | None:
@@ -527,7 +504,7 @@ def as_dense(plan: AttentionPlan, times: Times) -> AttentionPlan:
 
 
 def known_plan(plan: GraphPlan, option: str | None, recall: float, device: str | None) -> GraphPlan:
-    """A plan as it runs by the times that are known now, for `explain`; nothing is timed.
+    """A plan as it runs by the times that are known now, for `explain`. Other times are predicted.
 
     Args:
         option, recall: as in `Guard.of`.
@@ -542,7 +519,10 @@ def _known(
     for one in plans:
         case = case_of(one, recall, device) if option != "off" else None
         times = None if case is None else store().get(case)
-        if times is None:
+        if times is None and case is not None and option == "measured":
+            speeds = measured_speeds(one.site.dtype, device or one.site.device, one.provider)
+            yield replace(one, reason=f"{one.reason}; predicted: {predicted_times(one, speeds)}")
+        elif times is None:
             yield one
         else:
             yield as_dense(one, times) if times.dense_wins else replace(one, reason=f"{one.reason}; {times}")

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import multiprocessing
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 import sparsify_compiler
 from sparsify_compiler import OptionError, explain, generation, stats
 from sparsify_compiler.runtime import guard
-from sparsify_compiler.runtime.guard import RUNS, Stopwatch, Store, Times
-from sparsify_compiler.testing.videos import CHANNELS, Video, latents
+from sparsify_compiler.runtime.cost import Speeds, Times, predicted_times
+from sparsify_compiler.runtime.guard import RUNS, Stopwatch, Store
+from sparsify_compiler.testing.videos import Video, latents
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -333,16 +335,29 @@ def test_stats_and_explain_have_the_times(paced: Callable[[Pace], Counter[tuple[
     paced(dense_wins)
     model = compiled(Video(2))
     given = latents(GRID), torch.tensor([900.0])
-    assert all(plan.method == "tile" for plan in explain(model, *given).plans)
+    plans = explain(model, *given).plans
+    assert all(plan.method == "tile" for plan in plans)
+    assert re.search(r"; predicted: dense: [\d.]+ ms here, [\d.]+ ms sparse$", plans[0].reason)
     video(model)
     assert "The guard ran blocks.0, blocks.1 dense. Dense: 1 ms here, 2 ms sparse." in str(stats(model))
     assert f"{STEPS - 2} dense and 2 sparse calls" in str(stats(model))
     plans = explain(model, *given).plans
     assert [plan.method for plan in plans] == ["dense"] * 2
     assert "dense: 1 ms here, 2 ms sparse (tile)" in plans[0].reason
-    assert all(
-        plan.method == "tile" for plan in explain(Video(2), *given, options=options(guard="off")).plans
-    )
+    (plan,) = explain(Video(1), *given, options=options(guard="off")).plans
+    assert plan.method == "tile"
+    assert "dense:" not in plan.reason
+
+
+def test_predicted_times() -> None:
+    """60 tokens, 2 heads of 16: 2 * 2 * 60 * 60 * (16 + 16) operations of dense attention."""
+    given, speeds = (latents(GRID), torch.tensor([900.0])), Speeds(dense=230_400, sparse=460_800)
+    (plan,) = explain(Video(1), *given, options=options(guard="off")).plans
+    assert plan.density == pytest.approx(7 / 9)
+    assert predicted_times(plan, speeds) == "dense: 2000 ms here, 778 ms sparse"
+    speeds = Speeds(dense=460_800, sparse=230_400)
+    (plan,) = explain(Video(1), *given, options=options("svg2", guard="off")).plans
+    assert "below a density of 0.5" in predicted_times(plan, speeds)
 
 
 def test_explain_says_where_sparse_attention_is_faster(
@@ -371,11 +386,11 @@ def entry(store: Store) -> dict[str, Any]:
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Iterator[Store]:
+def kept(tmp_path: Path) -> Store:
     """A store whose file has one case."""
     store = Store(tmp_path / "guard.json", "this machine, version 1")
     store.add({"a": Times(1.0, 2.0)})
-    yield store
+    return store
 
 
 def read(store: Store, machine: str = "this machine, version 1") -> Times | None:
