@@ -15,6 +15,7 @@ from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.options import DEFAULT_METHOD, configure
 from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
+from sparsify_compiler.passes.capture import all_sites
 from sparsify_compiler.passes.fx import value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
@@ -162,7 +163,13 @@ def _program(
             return compared(run, ranks, facts, names, changing)
 
         guard = Guard.of(
-            plan, config.guard, recall=config.measure_recall, ranks=ranks, mode=mode, trains=trains
+            plan,
+            [node.meta["plan"] for node in all_sites(analysed) if "plan" in node.meta],
+            config.guard,
+            recall=config.measure_recall,
+            ranks=ranks,
+            mode=mode,
+            trains=trains,
         )
         return PlannedGraph(
             plan=plan,

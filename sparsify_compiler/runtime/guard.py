@@ -360,8 +360,9 @@ class Guard:
     """The decisions for the sites of one graph under one plan."""
 
     plan: GraphPlan
+    """The plan of all ranks."""
     sites: tuple[_Site, ...]
-    """The sparse sites that are timed."""
+    """The sparse sites that are timed, with their plans on this rank."""
     ranks: Ranks | None
     settled: bool
     """Whether nothing more is timed."""
@@ -376,6 +377,7 @@ class Guard:
     def of(
         cls,
         plan: GraphPlan,
+        here: Iterable[AttentionPlan],
         option: str | None,
         *,
         recall: float,
@@ -388,12 +390,14 @@ class Guard:
         All ranks that share a model call this together; then rank 0 decides.
 
         Args:
+            plan: the plan of all ranks.
+            here: the plans of its sites as they run on this rank.
             option: the option `guard`.
             recall: the option `measure_recall`.
             mode: the mode of torch.compile. CUDA graphs leave no call in which ops could be timed.
             trains: whether the graph runs in training.
         """
-        cases = [(one, case_of(one, recall)) for one in plan.sparse] if option != "off" else []
+        cases = [(one, case_of(one, recall)) for one in here] if option != "off" else []
         sites = tuple(_Site(one, case) for one, case in cases if case is not None)
         never = trains or mode in CUDA_GRAPHS or torch.are_deterministic_algorithms_enabled()
         guard = cls(plan, sites, ranks, settled=option != "measured" or never)
@@ -455,7 +459,8 @@ class Guard:
         wins = {case for case, times in self.times.items() if times.dense_wins}
         self.dense = tuple(one.plan.site.name for one in self.sites if one.case in wins)
         # Heads move by the loads that sites report, and a site that runs dense reports none.
-        moving = any(one.sharing is not None and one.sharing.balance != "off" for one in self.plan.sparse)
+        shared = [one.plan.sharing for one in self.sites]
+        moving = any(one is not None and one.balance != "off" for one in shared)
         if moving and not self.all_dense:
             self.dense = ()
 
