@@ -278,10 +278,10 @@ def cost(site: Site) -> dict[str, Any]:
     spent = list[float]()
     timing = guard.Stopwatch._run
 
-    def counted(self: guard.Stopwatch, *args: Any) -> Any:
+    def counted(self: guard.Stopwatch, *args: Any, **options: Any) -> Any:
         begin = time.perf_counter()
         try:
-            return timing(self, *args)
+            return timing(self, *args, **options)
         finally:
             spent.append(time.perf_counter() - begin)
 

@@ -3,7 +3,8 @@
 Every distinct site is timed once, on the tensors of a real call: its second sparse call, when k-means has started
 and everything is compiled. `Stopwatch` is a dispatch mode that is active during this call alone. It sees the ops
 of sites, and runs each again, and dense attention on the same query, key and value: at most three times each, in
-turns. So no op of a graph times anything, and no other call pays for it. `Guard` decides between calls, for all
+turns. On a CPU, long attention runs on an eighth of the queries first, which is enough where the difference is
+clear. So no op of a graph times anything, and no other call pays for it. `Guard` decides between calls, for all
 sites of a graph together: `Program` then takes the variant in which these sites run the model's own call. A
 decision holds as long as the process, and a file keeps the times for later ones (`Times` of a case, a text of all
 that they depend on).
@@ -54,10 +55,12 @@ log = logging.getLogger("sparsify_compiler")
 
 RUNS = 3
 """The most runs of sparse and of dense attention of a distinct site."""
-_CLEAR = 3.0
-"""Ratio of the two times at which one run of each is enough, on a CPU."""
 _LONG = 0.01
-"""Seconds; shorter runs are always repeated."""
+"""Seconds of sparse attention on a CPU from which dense attention is timed on a part of the queries first."""
+_PARTS = 8
+"""This part is one of as many."""
+_CLEAR = 3.0
+"""Ratio of the two times, by the part, at which nothing more is timed."""
 
 
 def case_of(plan: AttentionPlan, recall: float, device: str | None = None) -> str | None:
@@ -271,16 +274,20 @@ class Stopwatch(TorchDispatchMode):
         self._cases.add(site.case)
         again = _repeatable(func, args)
         query, key, value = args[:3]
-        dense = functools.partial(_dense, site.plan.site, query, key, value, _bias(func, args))
-        result, taken = self._run(site.case, "sparse", args[0].device, lambda: func(*args, **kwargs))
+        dense = functools.partial(_dense, site.plan.site, key=key, value=value, bias=_bias(func, args))
+        run = functools.partial(self._run, site.case, device=query.device)
+        result, taken = run("sparse", function=lambda: func(*args, **kwargs))
+        if taken is not None and taken > _LONG and not self._alike:
+            rows = -(-query.shape[2] // _PARTS)
+            part = functools.partial(dense, query[:, :, :rows])
+            _, of_dense = run("dense", function=part, scale=query.shape[2] / rows)
+            if of_dense is not None and max(of_dense / taken, taken / of_dense) > _CLEAR:
+                return result
+            self._runs.pop()
         for number in range(RUNS):
             if number:
-                _, taken = self._run(site.case, "sparse", args[0].device, lambda: func(*again, **kwargs))
-            _, of_dense = self._run(site.case, "dense", args[0].device, dense)
-            if not self._alike and taken and of_dense and min(taken(), of_dense()) > _LONG:
-                ratio = taken() / of_dense()
-                if max(ratio, 1 / ratio) > _CLEAR:
-                    break
+                run("sparse", function=lambda: func(*again, **kwargs))
+            run("dense", function=functools.partial(dense, query))
         return result
 
     def _site(self, func: torch._ops.OpOverload, args: Any) -> _Site | None:
@@ -304,21 +311,26 @@ class Stopwatch(TorchDispatchMode):
         return None
 
     def _run(
-        self, case: str, how: str, device: torch.device, function: Callable[[], Any]
-    ) -> tuple[Any, Callable[[], float] | None]:
-        """(the result of a run, a function that gives its seconds, if they are known now)."""
+        self,
+        case: str,
+        how: str,
+        device: torch.device,
+        function: Callable[[], Any],
+        scale: float = 1.0,
+    ) -> tuple[Any, float | None]:
+        """(the result of a run, its seconds times `scale` if they are known now)."""
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             result = function()
             end.record()
-            self._runs.append((case, how, lambda: begin.elapsed_time(end) / 1e3))
+            self._runs.append((case, how, lambda: scale * begin.elapsed_time(end) / 1e3))
             return result, None
         wall, cpu = time.perf_counter(), time.process_time()
         result = function()
-        seconds = max(1e-9, min(time.perf_counter() - wall, time.process_time() - cpu))
+        seconds = scale * max(1e-9, min(time.perf_counter() - wall, time.process_time() - cpu))
         self._runs.append((case, how, lambda: seconds))
-        return result, lambda: seconds
+        return result, seconds
 
 
 def _captures(device: torch.device) -> bool:
@@ -341,7 +353,7 @@ def _bias(func: torch._ops.OpOverload, args: Sequence[Any]) -> Tensor | None:
     return bias
 
 
-def _dense(site: AttentionSite, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+def _dense(site: AttentionSite, query: Tensor, *, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """Dense attention, as far as it is spelled as in the model: by hand, or one op."""
     mask = None if bias is None else bias[:, :, None].to(query.dtype)
     groups = query.shape[1] // key.shape[1]

@@ -28,9 +28,9 @@ def videos(ranks: Ranks, dense_on_rank_0: bool, form: str, method: str) -> list[
     """Two videos, by two programs: the difference of each step from the dense model. Ranks measure other times."""
     pace = {"dense": 1e-3 if dense_on_rank_0 == (ranks.rank == 0) else 3e-3, "sparse": 2e-3}
 
-    def run(self: Any, case: str, how: str, device: torch.device, function: Callable[[], Any]) -> Any:
+    def run(self: Any, case: str, how: str, *, function: Callable[[], Any], **_: Any) -> Any:
         self._runs.append((case, how, lambda: pace[how]))
-        return function(), lambda: pace[how]
+        return function(), pace[how]
 
     mesh = DeviceMesh.from_group(process_group(ranks.group), "cpu")
     options = {
