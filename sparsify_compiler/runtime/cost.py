@@ -61,7 +61,7 @@ class Speeds(NamedTuple):
 
     dense: float
     sparse: float
-    """Of the pairs that it reads, without a selection."""
+    """It counts the pairs that are read, without a selection."""
 
 
 def predicted_times(plan: AttentionPlan, speeds: Speeds) -> str:

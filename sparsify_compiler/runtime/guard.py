@@ -119,7 +119,7 @@ class Store:
     machine: str
     _known: dict[str, Times] | None = None
     _told: bool = False
-    """Whether the log has named what is wrong in the file."""
+    """Whether the log has named the errors in the file."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, case: str) -> Times | None:
