@@ -27,6 +27,7 @@ from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.call import Hook
 from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, needs_all_queries, work_of
+from sparsify_compiler.runtime.guard import known_plan
 from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
@@ -261,6 +262,8 @@ def explain(
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without the text that Dynamo appends
+    if ranks is None:
+        plans = [known_plan(one, config.guard, config.measure_recall, device) for one in plans]
     return Explanation(
         tuple(plans),
         tuple(_hints(plans, config, options or {})),

@@ -50,7 +50,9 @@ class RunStats:
 
     measurements: tuple[Measurement, ...]
     dense_calls: int
-    """Calls of the model that ran in the dense phase."""
+    """Calls of the model that ran in the dense phase, or in which the guard ran everything dense."""
+    guarded: tuple[tuple[str, str], ...] = ()
+    """(site, times) of each site that the guard ran dense, by the times of its last call."""
 
     @property
     def density(self) -> float:
@@ -85,7 +87,13 @@ class RunStats:
             means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
             rows.append((some[0].method, str(len(some)), *cells))
-        yield from fitting(console, options, names, headings, rows)
+        if rows or not self.guarded:
+            yield from fitting(console, options, names, headings, rows)
+        times: dict[str, list[str]] = {}
+        for site, text in self.guarded:
+            times.setdefault(text, []).append(site)
+        for text, sites in times.items():
+            yield f"The guard ran {', '.join(sites)} dense. {text.capitalize()}."
         calls = len({one.call for one in self.measurements})
         density = _text(self.density)
         yield f"{self.dense_calls} dense and {calls} sparse calls; mean density of the sparse ones {density}."
@@ -174,7 +182,9 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
     sparse = (
         measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
     )
-    return RunStats(tuple(sparse), len({record.call for record in records if record.phase == "dense"}))
+    dense = {record.call for record in records if record.phase == "dense" or not record.plan.sparse}
+    guarded = {one.site.name: one.guarded for record in records for one in record.plan if one.guarded}
+    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()))
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:

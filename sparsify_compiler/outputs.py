@@ -1,10 +1,25 @@
 """Checks that a command can write its outputs, made before its work: a run of hours must not fail at a path."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
 
+import torch
+
 from sparsify_compiler.errors import OptionError
+
+
+@functools.cache
+def cache_folder() -> Path:
+    """The folder for what later processes use: next to torch.hub's directory, or one for this process if that is
+    read-only."""
+    path = Path(torch.hub.get_dir()).parent / "sparsify_compiler"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))
+    return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))
 
 
 def make_folder(out: Path, *names: str) -> None:

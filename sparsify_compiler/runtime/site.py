@@ -23,7 +23,7 @@ from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
-from sparsify_compiler.methods import DynamicMethod, LearningMethod
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.methods.selection import Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
@@ -35,6 +35,14 @@ from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
+
+
+def is_table_alone(plan: AttentionPlan) -> bool:
+    """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
+    takes_heads = plan.sharing is not None and plan.sharing.own_tables
+    asks = plan.sequence is not None and plan.sequence.asks
+    alone = not takes_heads and not asks
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 class TableSite(nn.Module):
