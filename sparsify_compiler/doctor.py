@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from importlib import metadata
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -48,7 +49,7 @@ def versions() -> Iterator[tuple[str, str]]:
 def devices() -> Iterator[tuple[str, str]]:
     """(device, description)."""
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    yield "cpu", f"{cpu_model()}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         yield (
@@ -63,6 +64,15 @@ def devices() -> Iterator[tuple[str, str]]:
             f"cuda:{index}",
             f"{found.name}, {found.total_memory / 2**30:.0f} GiB, sm_{found.major}{found.minor}",
         )
+
+
+def cpu_model() -> str:
+    """Name of the CPU that Linux gives, else the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def compiler() -> tuple[str, str]:

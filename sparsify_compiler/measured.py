@@ -16,7 +16,7 @@ from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
-from sparsify_compiler.runtime.state import ModelState, Record, states_of
+from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -44,6 +44,22 @@ class Measurement:
     """1 where the far field was on, 0 where it was dropped."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTime:
+    """The time of one call of a model that `apply` changed. Nothing waits for a GPU."""
+
+    call: int
+    """As in `Measurement`."""
+    step: int | None
+    stream: int
+    phase: str
+    """`dense` or `sparse`."""
+    wall: float
+    """Seconds on the clock of the host. On a GPU, the call ends when its work is queued."""
+    cpu: float
+    """Seconds of all threads of the process in the meantime."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RunStats:
     """Measurements of a model's attention since the last video began."""
@@ -51,16 +67,20 @@ class RunStats:
     measurements: tuple[Measurement, ...]
     dense_calls: int
     """Calls of the model that ran in the dense phase."""
+    times: tuple[CallTime, ...] = ()
+    """The times of all calls, in order, model by model; empty unless `apply` changed the models."""
+    reading: Reading | None = None
+    """An example of what a dynamic site read; None unless `apply` changed its model."""
 
     @property
     def density(self) -> float:
         """Mean density of the calls that ran sparse; NaN if there are none."""
-        return self._mean("density")
+        return self.mean("density")
 
     @property
     def recall(self) -> float:
         """Mean attention mass truly kept, over sampled queries; NaN if none was sampled."""
-        return self._mean("recall")
+        return self.mean("recall")
 
     def of(self, method: str) -> "RunStats":
         """The measurements of one method, if programs of several methods ran."""
@@ -79,10 +99,10 @@ class RunStats:
 
         others = (name.replace("_", " ") for name in REPORT[1:])
         headings = ("method", "calls", "density", "lowest head", "highest head", *others)
-        names, rows = list(self._by_site()), []
-        for some in self._by_site().values():
+        names, rows = list(self.by_site()), []
+        for some in self.by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
-            means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
+            means = [RunStats(tuple(some), 0).mean(field) for field in REPORT]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
             rows.append((some[0].method, str(len(some)), *cells))
         yield from fitting(console, options, names, headings, rows)
@@ -96,7 +116,7 @@ class RunStats:
         Raises:
             SparsifyError: nothing ran sparse; matplotlib is missing; the path cannot be written to.
         """
-        sites = self._by_site()
+        sites = self.by_site()
         if not sites:
             raise SparsifyError("there is nothing to draw: nothing ran sparse since the last video began")
         calls = sorted({one.call for one in self.measurements})
@@ -115,7 +135,7 @@ class RunStats:
         figure.colorbar(drawn, ax=axes)
         return pictures.save(figure, path)
 
-    def _by_site(self) -> dict[str, list[Measurement]]:
+    def by_site(self) -> dict[str, list[Measurement]]:
         """Site -> its measurements; a site that several methods ran has one entry for each."""
         methods: dict[str, set[str]] = {}
         for one in self.measurements:
@@ -126,7 +146,8 @@ class RunStats:
             sites.setdefault(name, []).append(one)
         return sites
 
-    def _mean(self, field: str) -> float:
+    def mean(self, field: str) -> float:
+        """The mean of a field of `Measurement` over calls, batches and heads, without NaN; NaN if there is none."""
         values = [getattr(one, field).mean() for one in self.measurements]
         return float(torch.stack(values).nanmean()) if values else math.nan
 
@@ -174,7 +195,21 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
     sparse = (
         measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
     )
-    return RunStats(tuple(sparse), len({record.call for record in records if record.phase == "dense"}))
+    times = (
+        CallTime(
+            call=record.call,
+            step=record.tick.step,
+            stream=record.tick.stream,
+            phase=record.phase,
+            wall=record.wall,
+            cpu=record.cpu,
+        )
+        for record in records
+        if not math.isnan(record.wall)
+    )
+    dense = len({record.call for record in records if record.phase == "dense"})
+    reading = next((record.reading for record in records if record.reading is not None), None)
+    return RunStats(tuple(sparse), dense, tuple(times), reading)
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:

@@ -30,6 +30,7 @@ from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
 from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
+from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
@@ -164,13 +165,23 @@ class SiteFunction:
         _write(list(bound.observed.values())[:-1], updated)
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        site: str,
     ) -> list[Tensor]:
-        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero."""
+        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero.
+
+        Args:
+            site: its name in the graph.
+        """
         used, slots = self._used(inputs), query.shape[1]
         computed = self._computed(inputs)
         if used == slots:
-            return self.trace(query, key, value, key_bias, inputs, computed)
+            return self.trace(query, key, value, key_bias, inputs, computed, self._look(site))
         bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
         q, k, v = (one[:, :used] for one in (query, key, value))
         out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), computed)
@@ -212,8 +223,14 @@ class SiteFunction:
         key_bias: Tensor | None,
         inputs: list[Tensor | None],
         computed: Sequence[tuple[slice, slice]] | None = None,
+        look: Callable[[BlockTable, int], None] | None = None,
     ) -> list[Tensor]:
-        """[out, report, *state], op by op. `computed`: as in `attention_with_far_field`, of all tokens."""
+        """[out, report, *state], op by op.
+
+        Args:
+            computed: as in `attention_with_far_field`, of all tokens.
+            look: gets the table that was read, and the number of tokens before its queries.
+        """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
@@ -257,6 +274,8 @@ class SiteFunction:
             all_heads=all_heads,
             computed=computed,
         )
+        if look is not None:
+            look(known.table, 0 if whole else plan.layout.before)
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
@@ -268,6 +287,14 @@ class SiteFunction:
                 report = all_heads(report)
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
+
+    def _look(self, site: str) -> Callable[[BlockTable, int], None] | None:
+        """What the open call of an applied model keeps as an example; None without one, or on several ranks."""
+        call = open_call()
+        on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
+        if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
+            return None
+        return partial(call.look, site, self.plan.layout)
 
     def _shared_tokens(self) -> SharedTokens | None:
         """The video's tokens, where ranks share the queries of a site."""
@@ -432,7 +459,7 @@ def _site(
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].run(query, key, value, key_bias, inputs)
+        return _functions[function].run(query, key, value, key_bias, inputs, site)
 
 
 @custom_op("sparsify::observe_site")
