@@ -39,7 +39,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-generate, words = script("generate"), script("words")
+generate, words, messages = script("generate"), script("words"), script("messages")
 PAGES = [path for path in generate.FILES if path.suffix == ".md"]
 NAMING = [*PAGES, ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"]
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -477,6 +477,73 @@ def check_subcommand(args: list[str]) -> None:
     known = {option for parameter in command.params for option in parameter.opts}
     for option in (word for word in args if word.startswith("--")):
         assert option in known, f"sparsify {command.name} has no {option}"
+
+
+# messages
+
+
+def test_every_error_and_warning_has_an_entry() -> None:
+    found, patterns = list(messages.messages()), messages.patterns()
+    assert len(found) > 300
+    without = [one for one in found if not any(messages.fits(pattern, one.text) for pattern in patterns)]
+    assert without == [], "docs/troubleshooting.md needs an entry for each"
+    texts = [one.text for one in found] + LATER
+    assert [one for one in patterns if not any(messages.fits(one, text) for text in texts)] == []
+    few = [one for one in patterns if len(re.findall(r"[a-zA-Z_]{2,}", one)) < 2]
+    assert few == ["attention ...: ...", "policy ...: ..."], "these begin with their word"
+
+
+LATER = [
+    *("no call of this model was recorded", "no call of this model's last video was recorded"),
+    *("calls of a graph show no time step",),
+    *(
+        "no sparse call: ",
+        "no sparse call of ... was recorded",
+        "no sparse call of ...: all ... calls",
+        "no report: ...",
+    ),
+]
+"""Parts of messages that are put together from variables, or printed by `sparsify run`."""
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('raise OptionError(f"{name} must be {a + 1}, got {b!r}")', ["... must be ..., got ..."]),
+        ('raise Own("one " "two" + three)\nclass Own(GridError): ...', ["one two..."]),
+        ('log.warning("%s lasts %.1f s", a, b)', ["... lasts ... s"]),
+        ('warn_once(text)\nraise ValueError("foreign")\nlog.info("none")', []),
+    ],
+)
+def test_messages_are_found(tmp_path: Path, code: str, found: list[str]) -> None:
+    (tmp_path / "errors.py").write_text(
+        "class SparsifyError(ValueError): ...\nclass OptionError(SparsifyError): ...\n"
+    )
+    (tmp_path / "code.py").write_text(f"class GridError(OptionError): ...\n{code}")
+    assert [one.text for one in messages.messages(tmp_path)] == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "fits"),
+    [
+        ("... must be ..., got ...", "grid must be three integers, got ...", True),
+        ("... must be ..., got ...", "grid must be three integers", False),
+        ("grid must be", "grid must be three", True),
+        ("grid must be", "the grid must be three", False),
+        ("a ... c", "a c", True),
+    ],
+)
+def test_patterns_fit(pattern: str, text: str, fits: bool) -> None:
+    assert messages.fits(pattern, text) == fits
+
+
+def test_reasons_of_plans_are_in_the_code() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", messages.PAGE.read_text().split(messages.REASONS)[1], re.MULTILINE)
+    sources = "".join(path.read_text() for path in messages.PACKAGE.rglob("*.py"))
+    assert len(rows) > 5
+    for reason in re.findall(r"`(.*?)`", "".join(rows)):
+        start = re.sub(r"its (scores|weights) are ", " are ", reason.split("...")[0].strip())
+        assert start in sources, reason
 
 
 # the README, and words
