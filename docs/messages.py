@@ -2,7 +2,7 @@
 
     python docs/messages.py    # messages that have no entry
 
-A message is the text in a call that makes an error, warns, or logs a warning; `...` stands for what is filled in.
+A message is the text in a call that makes an error, warns, or logs a warning; `...` stands for a value.
 An entry is a row of a table, whose first cell has patterns in inline code, in which `...` is any text.
 `tests/test_docs.py` fails where a message has no entry, where a pattern fits no message, and where it has fewer
 than two words of its own, so that it would fit almost everything.
@@ -11,6 +11,7 @@ than two words of its own, so that it would fit almost everything.
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,21 +38,19 @@ def messages(package: Path = PACKAGE) -> Iterator[Message]:
     files = [
         path for path in sorted(package.rglob("*.py")) if path.relative_to(package).parts[0] not in LEFT_OUT
     ]
-    trees = {path: ast.parse(path.read_text()) for path in files}
-    errors = {"SparsifyError"}
-    for tree in (*trees.values(), *trees.values()):  # a subclass may stand before its base
-        errors |= {
-            node.name
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ClassDef) and any(_name(base) in errors for base in node.bases)
-        }
-    for path, tree in trees.items():
+    nodes = {path: [*ast.walk(ast.parse(path.read_text()))] for path in files}
+    classes = [node for some in nodes.values() for node in some if isinstance(node, ast.ClassDef)]
+    errors, before = {"SparsifyError"}, 0
+    while len(errors) > before:
+        before = len(errors)
+        errors |= {one.name for one in classes if any(_name(base) in errors for base in one.bases)}
+    for path, some in nodes.items():
         texts = {
             _name(node.targets[0]): node.value.value
-            for node in ast.walk(tree)
+            for node in some
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
         }
-        for node in ast.walk(tree):
+        for node in some:
             if isinstance(node, ast.Call) and node.args and _name(node.func) in {*errors, *WARNS}:
                 text = re.sub(r"%[.\w]*[srdf]", FILLED_IN, _template(node.args[0], texts))
                 if text.replace(FILLED_IN, "").strip(" .:"):
@@ -66,9 +65,14 @@ def patterns(page: Path = PAGE) -> list[str]:
 
 
 def fits(pattern: str, text: str) -> bool:
-    """Whether a message is one that a pattern describes; a message may go on after it."""
+    """Whether a message is one that a pattern describes; a message may be longer."""
+    return _expression(pattern).match(text) is not None
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
     words = (re.escape(part.strip()) for part in pattern.split(FILLED_IN))
-    return re.match(r"\s*.*?\s*".join(words), text, re.DOTALL) is not None
+    return re.compile(r"\s*.*?".join(words), re.DOTALL)
 
 
 def _name(node: ast.expr) -> str:
@@ -76,13 +80,13 @@ def _name(node: ast.expr) -> str:
 
 
 def _template(node: ast.expr, texts: Mapping[str, object]) -> str:
-    """The text of an expression, with `...` for what is filled in. `texts`: name -> value of constants."""
+    """The text of an expression, with `...` for values. `texts`: name -> value of constants."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.Name) and isinstance(texts.get(node.id), str):
         return str(texts[node.id])
     if isinstance(node, ast.FormattedValue):
-        return _template(node.value, texts)
+        return _template(node.value, texts) if isinstance(node.value, ast.Name) else FILLED_IN
     if isinstance(node, ast.JoinedStr):
         return "".join(_template(part, texts) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):

@@ -252,7 +252,7 @@ def _measured(stats: RunStats) -> Iterator[str]:
     yield _table("Means of each attention over all its sparse calls", headings, rows, "numbers")
 
 
-# what is read
+# keys that are read
 
 
 def _readings(run: ModelRun) -> Iterator[str]:

@@ -8,7 +8,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -326,14 +326,80 @@ def both_blocks_were_sparse(found: Mapping[str, Any]) -> None:
     )
 
 
-USES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
-    "Apply it to a pipeline": (piped, both_blocks_were_sparse),
-    "A method for each layer": (searched, policy_is_used),
-    "Train with dsv": (trained, training_reaches_both_stages),
-    "Distil many steps into few": (distilled_steps, latents_are_finite),
-    "Distil a sparse model": (distilled_sparsity, gradients_are_there),
+Use = tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]
+"""The names that a code block uses, and what must hold after it."""
+
+
+def reported() -> dict[str, Any]:
+    found = piped()
+    found["sparsify_compiler"].apply = partial(found["sparsify_compiler"].apply, dense_layers=0)
+    return found
+
+
+def a_page_was_written(found: Mapping[str, Any]) -> None:
+    assert "blocks.0" in Path("page.html").read_text()
+
+
+def extending() -> dict[str, Any]:
+    model, inputs = video()
+    names = (
+        "VideoMethod",
+        "cut",
+        "static_table",
+        "check_count",
+        "METHODS",
+        "AttentionSite",
+        "TokenLayout",
+        "BlockTable",
+    )
+    places = [
+        "methods.base",
+        "methods.grid",
+        "methods.grid",
+        "methods.selection",
+        "methods",
+        "plan",
+        "plan",
+        "table",
+    ]
+    found = {
+        name: getattr(importlib.import_module(f"sparsify_compiler.{place}"), name)
+        for name, place in zip(names, places, strict=True)
+    }
+    return {
+        "torch": torch,
+        "dataclass": dataclass,
+        "ClassVar": ClassVar,
+        "model": model,
+        "inputs": inputs,
+        **found,
+    }
+
+
+def frames_read_their_neighbours(found: Mapping[str, Any]) -> None:
+    """Of 6 frames, each reads 3, the first and the last 2."""
+    try:
+        with torch.no_grad():
+            found["fast"](**found["inputs"])
+        measured = sparsify_compiler.stats(found["fast"])
+        assert measured.density == pytest.approx(16 / 36)
+        assert {one.method for one in measured.measurements} == {"near_frames"}
+    finally:
+        del METHODS["near_frames"]
+
+
+USES: dict[str, dict[str, Use]] = {
+    "index.md": {"Or one line in Python": (reported, a_page_was_written)},
+    "usage.md": {"Apply it to a pipeline": (piped, both_blocks_were_sparse)},
+    "training.md": {"Train with dsv": (trained, training_reaches_both_stages)},
+    "distillation.md": {
+        "A method for each layer": (searched, policy_is_used),
+        "Distil many steps into few": (distilled_steps, latents_are_finite),
+        "Distil a sparse model": (distilled_sparsity, gradients_are_there),
+    },
+    "extending.md": {"A method of your own": (extending, frames_read_their_neighbours)},
 }
-"""Heading -> the names that its code uses, and what must hold after it."""
+"""Page -> heading -> the code block below it."""
 
 
 def code_below(path: Path) -> dict[str, str]:
@@ -357,18 +423,17 @@ def output_is_that_of_the_model(found: Mapping[str, Any]) -> None:
     assert found["output"][0].shape[-3:] == found["inputs"]["hidden_states"].shape[-3:]
 
 
-EXPORTS: dict[str, Any] = {
+USES["export.md"] = {
     "PyTorch": (exporting, output_is_that_of_the_model),
     "AOTInductor": (exporting, output_is_that_of_the_model),
     "ONNX Runtime": (exporting, output_is_that_of_the_model),
 }
-"""The same for the page about exports."""
 
 ENGINES = ("TensorRT", "The kernel as a plugin")
 """Code of the same page that tests/exporting run, with substitutes for what needs a GPU."""
 
 CODE = [
-    *(("usage.md", heading) for heading in USES),
+    *((page, heading) for page, uses in USES.items() if page != "export.md" for heading in uses),
     ("export.md", "PyTorch"),
     pytest.param("export.md", "AOTInductor", marks=pytest.mark.nightly),
     pytest.param("export.md", "ONNX Runtime", marks=[pytest.mark.nightly, needs_onnx]),
@@ -378,11 +443,8 @@ CODE = [
 
 def test_all_code_is_run() -> None:
     for path in PAGES:
-        run = {
-            "README.md": ["sparsify-compiler"],
-            "usage.md": [*USES],
-            "export.md": [*EXPORTS, *ENGINES],
-        }.get(path.name, [])
+        run = ["sparsify-compiler"] if path.name == "README.md" else [*USES.get(path.name, [])]
+        run += ENGINES if path.name == "export.md" else []
         assert list(code_below(path)) == run, f"{path.name} has code that no test runs"
 
 
@@ -390,7 +452,7 @@ def test_all_code_is_run() -> None:
 @pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
 @pytest.mark.parametrize(("page", "heading"), CODE)
 def test_code_runs(page: str, heading: str) -> None:
-    names, check = (USES | EXPORTS)[heading]
+    names, check = USES[page][heading]
     found = names()
     exec(compile(code_below(ROOT / "docs" / page)[heading], heading, "exec"), found)
     check(found)

@@ -289,7 +289,7 @@ class SiteFunction:
         return [out, report, *state]
 
     def _look(self, site: str) -> Callable[[BlockTable, int], None] | None:
-        """What the open call of an applied model keeps as an example; None without one, or on several ranks."""
+        """The function of the open call that keeps an example; None without a call, or on several ranks."""
         call = open_call()
         on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
         if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
