@@ -221,9 +221,10 @@ def watch(command: Command) -> Callable[[], None]:
         lines = ["sparsify: no sparse call: the script does not import torch"]
         if scripts:
             lines = [scripts[0].report()] if command.stats else []
-            if command.report is not None:
+            if command.report is not None and os.environ.get("RANK", "0") == "0":  # one file for all ranks
                 lines.append(scripts[0].write_page(command.report))
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        if lines:
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
     after_import("torch", watch_torch)
     after_import("multiprocessing.spawn", partial(_watch_children, command))
