@@ -81,6 +81,16 @@ class Explanation:
         total = sum(map(_operations, self.plans))
         return sum((plan.density or 1.0) * _operations(plan) for plan in self.plans) / total if total else 1.0
 
+    @property
+    def summary(self) -> str:
+        """The numbers of graphs and of attention calls, and the density, in a sentence."""
+        sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
+        most = "at most " if any(plan.density is None for plan in self.plans) else ""
+        return (
+            f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
+            f"{most}{self.density:.1%} of the query-key pairs are computed."
+        )
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -96,27 +106,22 @@ class Explanation:
         rows = fold(self.plans)
         if options.max_width >= NARROW:
             table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-            for heading in ("site", *_COLUMNS):
+            for heading in ("site", *COLUMNS):
                 table.add_column(heading, no_wrap=heading != "reason")
             for name, plan in rows:
-                table.add_row(_broken_path(name), *(cell(plan) for cell in _COLUMNS.values()))
+                table.add_row(_broken_path(name), *(cell(plan) for cell in COLUMNS.values()))
             yield table
         else:
             from sparsify_compiler.tables import fitting
 
-            columns = {heading: cell for heading, cell in _COLUMNS.items() if heading not in _WIDE_ONLY}
+            columns = {heading: cell for heading, cell in COLUMNS.items() if heading not in _WIDE_ONLY}
             cells = [[cell(plan) for cell in columns.values()] for _, plan in rows]
             yield from fitting(console, options, [name for name, _ in rows], [*columns], cells)
             for name, plan in rows:
                 provider = f"{plan.provider}, " if plan.provider else ""
                 yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
             yield ""
-        sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
-        most = "at most " if any(plan.density is None for plan in self.plans) else ""
-        yield (
-            f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
-            f"{most}{self.density:.1%} of the query-key pairs are computed."
-        )
+        yield self.summary
         for number, one in enumerate(self.sharing):
             yield f"Graph {number}: {one}."
             if not one.reason:
@@ -424,7 +429,7 @@ def _tokens_text(plan: AttentionPlan) -> str:
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 
-_COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
+COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
     "kind": lambda plan: plan.site.kind,
     "tokens": _tokens_text,
     "heads x dim": _heads_text,
@@ -434,6 +439,7 @@ _COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
     "density": density_text,
     "reason": lambda plan: plan.reason,
 }
+"""Heading of a column -> its text for a plan."""
 _WIDE_ONLY = ("heads x dim", "provider", "reason")
 
 

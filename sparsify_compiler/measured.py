@@ -16,7 +16,7 @@ from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
-from sparsify_compiler.runtime.state import ModelState, Record, states_of
+from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -44,6 +44,22 @@ class Measurement:
     """1 where the far field was on, 0 where it was dropped."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTime:
+    """The time of one call of a model that `apply` changed. Nothing waits for a GPU."""
+
+    call: int
+    """As in `Measurement`."""
+    step: int | None
+    stream: int
+    phase: str
+    """`dense` or `sparse`."""
+    wall: float
+    """Seconds on the clock of the host. On a GPU, the call ends when its work is queued."""
+    cpu: float
+    """Seconds of all threads of the process in the meantime."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RunStats:
     """Measurements of a model's attention since the last video began."""
@@ -53,16 +69,20 @@ class RunStats:
     """Calls of the model that ran in the dense phase, or in which the guard ran everything dense."""
     guarded: tuple[tuple[str, str], ...] = ()
     """(site, times) of each site that the guard ran dense, by the times of its last call."""
+    times: tuple[CallTime, ...] = ()
+    """The times of all calls, in order, model by model; empty unless `apply` changed the models."""
+    reading: Reading | None = None
+    """An example of what a dynamic site read; None unless `apply` changed its model."""
 
     @property
     def density(self) -> float:
         """Mean density of the calls that ran sparse; NaN if there are none."""
-        return self._mean("density")
+        return self.mean("density")
 
     @property
     def recall(self) -> float:
         """Mean attention mass truly kept, over sampled queries; NaN if none was sampled."""
-        return self._mean("recall")
+        return self.mean("recall")
 
     def of(self, method: str) -> "RunStats":
         """The measurements of one method, if programs of several methods ran."""
@@ -81,10 +101,10 @@ class RunStats:
 
         others = (name.replace("_", " ") for name in REPORT[1:])
         headings = ("method", "calls", "density", "lowest head", "highest head", *others)
-        names, rows = list(self._by_site()), []
-        for some in self._by_site().values():
+        names, rows = list(self.by_site()), []
+        for some in self.by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
-            means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
+            means = [RunStats(tuple(some), 0).mean(field) for field in REPORT]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
             rows.append((some[0].method, str(len(some)), *cells))
         if rows or not self.guarded:
@@ -104,7 +124,7 @@ class RunStats:
         Raises:
             SparsifyError: nothing ran sparse; matplotlib is missing; the path cannot be written to.
         """
-        sites = self._by_site()
+        sites = self.by_site()
         if not sites:
             raise SparsifyError("there is nothing to draw: nothing ran sparse since the last video began")
         calls = sorted({one.call for one in self.measurements})
@@ -123,7 +143,7 @@ class RunStats:
         figure.colorbar(drawn, ax=axes)
         return pictures.save(figure, path)
 
-    def _by_site(self) -> dict[str, list[Measurement]]:
+    def by_site(self) -> dict[str, list[Measurement]]:
         """Site -> its measurements; a site that several methods ran has one entry for each."""
         methods: dict[str, set[str]] = {}
         for one in self.measurements:
@@ -134,7 +154,8 @@ class RunStats:
             sites.setdefault(name, []).append(one)
         return sites
 
-    def _mean(self, field: str) -> float:
+    def mean(self, field: str) -> float:
+        """The mean of a field of `Measurement` over calls, batches and heads, without NaN; NaN if there is none."""
         values = [getattr(one, field).mean() for one in self.measurements]
         return float(torch.stack(values).nanmean()) if values else math.nan
 
@@ -184,7 +205,20 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
     )
     dense = {record.call for record in records if record.phase == "dense" or not record.plan.sparse}
     guarded = {one.site.name: one.guarded for record in records for one in record.plan if one.guarded}
-    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()))
+    times = (
+        CallTime(
+            call=record.call,
+            step=record.tick.step,
+            stream=record.tick.stream,
+            phase=record.phase,
+            wall=record.wall,
+            cpu=record.cpu,
+        )
+        for record in records
+        if not math.isnan(record.wall)
+    )
+    reading = next((record.reading for record in records if record.reading is not None), None)
+    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), reading)
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:

@@ -43,6 +43,33 @@ def make_folder(out: Path, *names: str) -> None:
             )
 
 
+def check_page(path: str | Path) -> Path:
+    """Check that an HTML page can be written to a path. Return it.
+
+    Raises:
+        OptionError: the suffix is another, the folder does not exist, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OptionError(
+            f"the report must be a file, got the folder {str(path)!r}: try {path / 'report.html'}"
+        )
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OptionError(
+            f"the report is an HTML page, so its name must end in .html, got {str(path)!r}: try "
+            f"{path.with_suffix('.html') if path.name else 'report.html'}"
+        )
+    if not path.parent.is_dir():
+        raise OptionError(f"the folder of the report must exist, got {str(path)!r}: make {path.parent} first")
+    try:
+        check_file(path)
+    except OSError as error:
+        raise OptionError(
+            f"the report must be a file that can be written, got {str(path)!r}: {error}. Try another folder"
+        ) from error
+    return path
+
+
 def check_file(path: Path) -> None:
     """Check that a file can be written; a file that exists does not change.
 

@@ -30,6 +30,7 @@ from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
 from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
+from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
@@ -180,11 +181,15 @@ class SiteFunction:
         inputs: list[Tensor | None],
         site: str,
     ) -> list[Tensor]:
-        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero."""
+        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero.
+
+        Args:
+            site: its name in the graph.
+        """
         used, slots = self._used(inputs), query.shape[1]
         computed = self._computed(inputs)
         if used == slots:
-            return self.trace(query, key, value, key_bias, inputs, site, computed)
+            return self.trace(query, key, value, key_bias, inputs, site, computed, self._look(site))
         bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
         q, k, v = (one[:, :used] for one in (query, key, value))
         out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), site, computed)
@@ -228,12 +233,14 @@ class SiteFunction:
         inputs: list[Tensor | None],
         site: str,
         computed: Sequence[tuple[slice, slice]] | None = None,
+        look: Callable[[BlockTable, int], None] | None = None,
     ) -> list[Tensor]:
         """[out, report, *state], op by op.
 
         Args:
             site: name of the site, for errors of ranks.
             computed: as in `attention_with_far_field`, of all tokens.
+            look: gets the table that was read, and the number of tokens before its queries.
         """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
@@ -278,6 +285,8 @@ class SiteFunction:
             all_heads=all_heads,
             computed=computed,
         )
+        if look is not None:
+            look(known.table, 0 if whole else plan.layout.before)
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
@@ -289,6 +298,14 @@ class SiteFunction:
                 report = all_heads(report)
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
+
+    def _look(self, site: str) -> Callable[[BlockTable, int], None] | None:
+        """The function of the open call that keeps an example; None without a call, or on several ranks."""
+        call = open_call()
+        on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
+        if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
+            return None
+        return partial(call.look, site, self.plan.layout)
 
     def _shared_tokens(self, site: str) -> SharedTokens | None:
         """The video's tokens, where ranks share the queries of a site."""

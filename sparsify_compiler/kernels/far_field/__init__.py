@@ -63,7 +63,7 @@ class Provider(Protocol):
 
 
 class Report(NamedTuple):
-    """Measurements of a call for each head: fp32 tensors [B, H] on the device."""
+    """Measurements of a call for each head: fp32 tensors [B, H] on the device; and the table."""
 
     density: Tensor
     """Share of the query-key pairs that were read."""
@@ -73,6 +73,8 @@ class Report(NamedTuple):
     """Mean share of the true attention mass in the near field, over sampled rows; NaN if no row is sampled."""
     kept: Tensor
     """The same share, estimated from the means of blocks for all queries; NaN without `min_gain`."""
+    table: BlockTable
+    """The blocks that were read."""
 
 
 def attention_with_far_field(
@@ -222,7 +224,7 @@ def _computed(
 
 
 def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
+    return Report(table.densities().float().expand_as(gate), gate, recall, kept, table)
 
 
 def exact_rows(
