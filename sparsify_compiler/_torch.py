@@ -581,10 +581,12 @@ def why_not_one_graph(error: Exception) -> str | None:
 
     if isinstance(error, exc.FailOnRecompileLimitHit):
         return "it has as many programs as Dynamo's recompile limit allows"
-    if not isinstance(error, exc.Unsupported):
+    # A size that depends on values may be the user's error, in Dynamo's view, and an error of Dynamo ends no call.
+    if not isinstance(error, exc.Unsupported | exc.UserError | exc.InternalTorchDynamoError):
         return None
-    ours = [place for place in error.real_stack if not place.filename.startswith(DIRECTORY)]
-    why = error.msg.strip().partition("\n")[0].rstrip(".")
+    stack = getattr(error, "real_stack", ())
+    ours = [place for place in stack if not place.filename.startswith(DIRECTORY)]
+    why = str(getattr(error, "msg", error)).strip().partition("\n")[0].rstrip(".")
     return f"{why} at {place_text(ours[-1].filename, ours[-1].lineno or 0)}" if ours else why
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sparsify_compiler
 from sparsify_compiler.errors import GridError, OptionError, SparsifyError
@@ -46,6 +46,35 @@ def test_restore_leaves_the_model_as_it_was(regional: bool) -> None:
     again = sparsify_compiler.apply(model, regional=regional, **TILE)
     steps(model, latents(GRID), 1)
     assert again.stats().measurements
+
+
+class SizesOfATensor(Video):
+    """Positions by the sizes of the video, which the model reads from a tensor."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor | float, scale: float = 1.0) -> Tensor:
+        sizes = torch.stack([torch.tensor(one.shape[1:]) for one in hidden_states])
+        tables = torch.linspace(0, 1, 192).view(32, 6).split([2, 2, 2], 1)
+        for frames, height, width in sizes.tolist():
+            sides = (frames, 1, 1), (1, height, 1), (1, 1, width)
+            turned = [
+                table[:size].view(*side, -1).expand(frames, height, width, -1)
+                for table, side, size in zip(tables, sides, (frames, height, width), strict=True)
+            ]
+            places = torch.cat(turned, -1).reshape(frames * height * width, 1, -1)
+        return super().forward(hidden_states + places.mean(), timestep, scale)
+
+
+@regional
+def test_sizes_that_dynamo_cannot_follow_end_no_call(regional: bool) -> None:
+    """Dynamo does not refuse such a graph, but ends in an error about a guard."""
+    model, twin = SizesOfATensor(), SizesOfATensor()
+    changed = sparsify_compiler.apply(model, regional=regional, **TILE)
+    got = steps(model, latents(GRID), 2)
+    with TileAttention(5, 2, 63):
+        expected = steps(twin, latents(GRID), 2)
+    for one, other in zip(got, expected, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+    assert sum(plan.method == "tile" for plan in changed.models[0].plans) == 3
 
 
 @pytest.mark.parametrize("breaks", ["nowhere", "before", "around"])

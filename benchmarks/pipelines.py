@@ -1,0 +1,818 @@
+"""Video pipelines of diffusers with `apply`: `python -m benchmarks.pipelines --out FILE`.
+
+Each pipeline has all its components, small and with random weights: text encoders, tokenizers made of a few words, a
+VAE, a scheduler, a transformer of `testing/models`. Where a text encoder is a large language model, the call gets
+embeddings in its place. The pipeline is saved, and loaded twice. One runs with `apply`, before its twin runs without
+it, uncompiled. The options select every key, so that both give the same latents. A row is right if
+
+- in every model, the sparse attentions are those over the video that the twin ran, by name;
+- latents are the twin's within rounding, at one resolution, then at another one, then for two videos at once;
+- a second call with another prompt compiles nothing.
+
+Every row runs in a process of its own. Rows that the file has already are kept. Needs the extra `pipelines`.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sparsify_compiler
+from benchmarks.habits import EXACT, Attentions
+from benchmarks.harness import write_json
+from sparsify_compiler.testing.models import CASES
+from sparsify_compiler.testing.models.case import NOISE
+
+ROUNDING = 2e-5
+"""The largest relative error of latents in float32."""
+WIDTH, POOLED, TEXT = 16, 8, 16
+"""Width of text embeddings, of pooled ones, and the number of tokens of a prompt."""
+STEPS = 3
+WORDS = "a an the red blue cat dog runs jumps sleeps on in over under grass water table slowly".split()
+PROMPTS = ("a red cat runs over the grass", "the blue dog sleeps")
+SIZES = ((112, 144), (96, 80))
+"""(height, width) in pixels, where the VAE makes one latent of 8 x 8 pixels."""
+FRAMES = 17
+"""Frames of a video, where the VAE makes one latent frame of the first one and of every further 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How to make a pipeline, and how to call it."""
+
+    make: Callable[[], dict[str, Any]]
+    """The components that the class takes."""
+    call: Callable[[int, int, int], dict[str, Any]]
+    """(prompt, height, width) -> arguments of a call for one video, except those of `_COMMON`."""
+    sizes: Sequence[tuple[int, int]]
+    tokens: Callable[[int, int], int]
+    """(height, width) -> the number of tokens of the video."""
+
+
+PIPELINES: dict[str, Pipeline] = {}
+
+
+def pipeline(
+    name: str,
+    call: Callable[[int, int, int], dict[str, Any]],
+    *,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    tokens: Callable[[int, int], int] | None = None,
+) -> Callable[[Callable[[], dict[str, Any]]], Callable[[], dict[str, Any]]]:
+    """Add a pipeline, whose components the function makes, under the name of its class."""
+
+    def add(make: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+        PIPELINES[name] = Pipeline(make, call, sizes, tokens or _tokens())
+        return make
+
+    return add
+
+
+def _tokens(frames: int = (FRAMES - 1) // 4 + 1, pixels: int = 16) -> Callable[[int, int], int]:
+    return lambda height, width: frames * (height // pixels) * (width // pixels)
+
+
+# ---- components
+
+
+def transformer(family: str, **changes: Any) -> nn.Module:
+    """The model of a family of `testing/models`, with changes of its configuration; its weights are random."""
+    model, _ = CASES[family].build(batch=1)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}  # type: ignore
+    made = type(model).from_config({**config, **changes})  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for weight in made.parameters():
+            weight.add_(torch.randn_like(weight), alpha=NOISE)
+    return made.eval()  # type: ignore[no-any-return]
+
+
+def words(kind: str) -> Any:
+    """A tokenizer of `transformers` that knows `WORDS`."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def t5(kind: str = "T5") -> dict[str, Any]:
+    """A text encoder of the family T5, with its tokenizer."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=WIDTH, d_kv=8, d_ff=32, num_heads=2, num_layers=1, vocab_size=len(WORDS) + 3
+    )
+    encoder = getattr(transformers, f"{kind}EncoderModel")(config).eval()
+    return {"text_encoder": encoder, "tokenizer": words(kind)}
+
+
+def clip_image() -> dict[str, Any]:
+    """An encoder of images, with its processor."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    from transformers.models.clip import CLIPImageProcessorPil
+
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        projection_dim=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    processor = CLIPImageProcessorPil(crop_size=8, size=8)
+    return {"image_encoder": CLIPVisionModel(config).eval(), "image_processor": processor}
+
+
+def wan_vae(channels: int = 4) -> Any:
+    """A VAE with latents of 4 frames x 8 x 8 pixels."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=3,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    ).eval()
+
+
+def flow(**named: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **named})
+
+
+def unipc() -> Any:
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+
+
+def ddim() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler()
+
+
+# ---- arguments of calls
+
+
+def image(height: int, width: int, seed: int = 0) -> Any:
+    """A picture of random colours."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def video(height: int, width: int, frames: int = FRAMES) -> list[Any]:
+    """Pictures of random colours."""
+    return [image(height, width, seed) for seed in range(frames)]
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_text(prompt: int, height: int, width: int) -> dict[str, Any]:
+    return {"prompt": PROMPTS[prompt], "negative_prompt": "the", "height": height, "width": width}
+
+
+def text(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    """Arguments of a call by text, and further ones; functions among them get height and width."""
+
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        more = {name: value(height, width) if callable(value) else value for name, value in named.items()}
+        return by_text(prompt, height, width) | more
+
+    return call
+
+
+WAN = {"num_frames": FRAMES, "max_sequence_length": TEXT}
+WITH_IMAGE = {"num_frames": FRAMES, "max_sequence_length": 512, "image": image}
+"""Wan takes the last 512 tokens for the text's where an image comes before."""
+
+# ---- Wan and the families built on it
+
+
+@pipeline("WanPipeline", text(**WAN))
+def _wan() -> dict[str, Any]:
+    return t5("UMT5") | {"vae": wan_vae(), "scheduler": flow(), "transformer": transformer("wan")}
+
+
+@pipeline("WanPipeline, two experts", text(**WAN))
+def _wan_22() -> dict[str, Any]:
+    return _wan() | {"transformer_2": transformer("wan"), "boundary_ratio": 0.875, "scheduler": unipc()}
+
+
+@pipeline("WanPipeline, a time for each token", text(**WAN))
+def _wan_5b() -> dict[str, Any]:
+    return _wan() | {"expand_timesteps": True}
+
+
+@pipeline("WanImageToVideoPipeline", text(**WITH_IMAGE))
+def _wan_i2v() -> dict[str, Any]:
+    return _wan() | clip_image() | {"transformer": transformer("wan_i2v", in_channels=12)}
+
+
+@pipeline("WanVideoToVideoPipeline", text(max_sequence_length=TEXT, video=video, strength=0.9))
+def _wan_v2v() -> dict[str, Any]:
+    return _wan() | {"scheduler": unipc()}
+
+
+@pipeline("WanVACEPipeline", text(**WAN, video=video, reference_images=image))
+def _wan_vace() -> dict[str, Any]:
+    return _wan() | {"transformer": transformer("wan_vace", vace_in_channels=8 + 64)}
+
+
+@pipeline(
+    "WanAnimatePipeline",
+    text(
+        image=image,
+        pose_video=video,
+        face_video=lambda height, width: video(16, 16),
+        segment_frame_length=FRAMES,
+        max_sequence_length=512,
+    ),
+    tokens=_tokens(frames=6),
+)
+def _wan_animate() -> dict[str, Any]:
+    return _wan() | clip_image() | {
+        "transformer": transformer("wan_animate", image_dim=WIDTH, added_kv_proj_dim=32),
+        "scheduler": unipc(),
+    }
+
+
+@pipeline("LucyEditPipeline", text(**WAN, video=video))
+def _lucy() -> dict[str, Any]:
+    return _wan() | {"transformer": transformer("wan", in_channels=8)}
+
+
+@pipeline("ChronoEditPipeline", text(**WITH_IMAGE))
+def _chronoedit() -> dict[str, Any]:
+    model = transformer("chronoedit", in_channels=12, image_dim=WIDTH, added_kv_proj_dim=24)
+    return _wan() | clip_image() | {"transformer": model}
+
+
+@pipeline("SkyReelsV2Pipeline", text(**WAN))
+def _skyreels() -> dict[str, Any]:
+    return _wan() | {"transformer": transformer("skyreels_v2"), "scheduler": unipc()}
+
+
+@pipeline("SkyReelsV2ImageToVideoPipeline", text(**WITH_IMAGE))
+def _skyreels_i2v() -> dict[str, Any]:
+    from transformers import CLIPVisionModelWithProjection
+
+    parts = clip_image()
+    parts["image_encoder"] = CLIPVisionModelWithProjection(parts["image_encoder"].config).eval()
+    model = transformer("skyreels_v2", in_channels=12, image_dim=WIDTH, added_kv_proj_dim=32)
+    return _skyreels() | parts | {"transformer": model}
+
+
+@pipeline("SkyReelsV2DiffusionForcingPipeline", text(**WAN, base_num_frames=FRAMES))
+def _skyreels_df() -> dict[str, Any]:
+    return _skyreels()
+
+
+@pipeline("SkyReelsV2DiffusionForcingImageToVideoPipeline", text(**WAN, image=image, base_num_frames=FRAMES))
+def _skyreels_df_i2v() -> dict[str, Any]:
+    return _skyreels()
+
+
+@pipeline(
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+    text(
+        max_sequence_length=TEXT,
+        num_frames=25,
+        video=lambda height, width: video(height, width, 9),
+        base_num_frames=FRAMES,
+        overlap_history=9,
+    ),
+    tokens=_tokens(frames=3),
+)
+def _skyreels_df_v2v() -> dict[str, Any]:
+    return _skyreels()
+
+
+@pipeline("AnyFlowPipeline", text(**WAN))
+def _anyflow() -> dict[str, Any]:
+    from diffusers import FlowMapEulerDiscreteScheduler
+
+    return _wan() | {"transformer": transformer("anyflow"), "scheduler": FlowMapEulerDiscreteScheduler()}
+
+
+@pipeline("HeliosPipeline", text(**WAN, history_sizes=[4, 2, 1], num_latent_frames_per_chunk=5))
+def _helios() -> dict[str, Any]:
+    from diffusers import HeliosScheduler
+
+    return _wan() | {"transformer": transformer("helios"), "scheduler": HeliosScheduler()}
+
+
+# ---- LTX
+
+
+@pipeline(
+    "LTXPipeline",
+    text(num_frames=33, max_sequence_length=TEXT),
+    sizes=((224, 288), (192, 160)),
+    tokens=_tokens(5, 32),
+)
+def _ltx() -> dict[str, Any]:
+    from diffusers import AutoencoderKLLTXVideo
+
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+    ).eval()
+    return t5() | {"vae": vae, "scheduler": flow(), "transformer": transformer("ltx")}
+
+
+@pipeline(
+    "LTXImageToVideoPipeline",
+    text(num_frames=33, max_sequence_length=TEXT, image=image),
+    sizes=((224, 288), (192, 160)),
+    tokens=_tokens(5, 32),
+)
+def _ltx_i2v() -> dict[str, Any]:
+    return _ltx()
+
+
+@pipeline(
+    "LTXConditionPipeline",
+    text(num_frames=33, max_sequence_length=TEXT, image=image),
+    sizes=((224, 288), (192, 160)),
+    tokens=_tokens(5, 32),
+)
+def _ltx_condition() -> dict[str, Any]:
+    return _ltx()
+
+
+# ---- HunyuanVideo
+
+
+def hunyuan_vae() -> Any:
+    """A VAE with latents of 4 frames x 8 x 8 pixels."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
+    ).eval()
+
+
+def embedded(prompt: int, height: int, width: int) -> dict[str, Any]:
+    mask = torch.ones(1, TEXT, dtype=torch.long)
+    mask[:, 9 - 3 * prompt :] = 0
+    return {
+        "prompt_embeds": random(1, TEXT, WIDTH, seed=prompt),
+        "pooled_prompt_embeds": random(1, POOLED, seed=prompt),
+        "prompt_attention_mask": mask,
+        "height": height,
+        "width": width,
+        "num_frames": FRAMES,
+    }
+
+
+@pipeline("HunyuanVideoPipeline", embedded)
+def _hunyuan() -> dict[str, Any]:
+    return {
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "vae": hunyuan_vae(),
+        "scheduler": flow(),
+        "transformer": transformer("hunyuan_video"),
+    }
+
+
+def _negative(prompt: int, height: int, width: int) -> dict[str, Any]:
+    given = embedded(prompt, height, width)
+    return given | {f"negative_{name}": given[name] * 0 for name in given if name.startswith("p") and "mask" not in name} | {
+        "negative_prompt_attention_mask": given["prompt_attention_mask"]
+    }
+
+
+@pipeline(
+    "HunyuanSkyreelsImageToVideoPipeline",
+    lambda prompt, height, width: _negative(prompt, height, width) | {"image": image(height, width)},
+)
+def _hunyuan_skyreels() -> dict[str, Any]:
+    return _hunyuan() | {"transformer": transformer("hunyuan_video", in_channels=8, guidance_embeds=False)}
+
+
+@pipeline(
+    "HunyuanVideoImageToVideoPipeline",
+    lambda prompt, height, width: embedded(prompt, height, width) | {"image": image(height, width)},
+)
+def _hunyuan_i2v() -> dict[str, Any]:
+    return _hunyuan() | {"transformer": transformer("hunyuan_video_i2v"), "image_processor": None}
+
+
+@pipeline(
+    "HunyuanVideoFramepackPipeline",
+    lambda prompt, height, width: embedded(prompt, height, width)
+    | {"image": image(height, width), "image_embeds": random(1, 3, 8, seed=3), "latent_window_size": 5},
+)
+def _framepack() -> dict[str, Any]:
+    return _hunyuan() | {
+        "transformer": transformer("hunyuan_framepack"),
+        "image_encoder": None,
+        "feature_extractor": None,
+    }
+
+
+# ---- CogVideoX
+
+COG: dict[str, Any] = {"num_frames": FRAMES, "max_sequence_length": TEXT}
+
+
+def cog_vae() -> Any:
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+
+
+def cog(**changes: Any) -> dict[str, Any]:
+    changes = {"max_text_seq_length": TEXT, "sample_width": 18, "sample_height": 14, **changes}
+    return t5() | {
+        "vae": cog_vae(),
+        "scheduler": ddim(),
+        "transformer": transformer("cogvideox_rope", **changes),
+    }
+
+
+@pipeline("CogVideoXPipeline", text(**COG))
+def _cog() -> dict[str, Any]:
+    return cog()
+
+
+@pipeline("CogVideoXImageToVideoPipeline", text(**COG, image=image), sizes=SIZES[:1])
+def _cog_i2v() -> dict[str, Any]:
+    return cog(in_channels=8)
+
+
+@pipeline("CogVideoXVideoToVideoPipeline", text(max_sequence_length=TEXT, video=video, strength=0.9))
+def _cog_v2v() -> dict[str, Any]:
+    return cog()
+
+
+@pipeline("CogVideoXFunControlPipeline", text(max_sequence_length=TEXT, control_video=video))
+def _cog_control() -> dict[str, Any]:
+    return cog(in_channels=8)
+
+
+# ---- others
+
+
+@pipeline("MochiPipeline", text(**WAN | {"num_frames": 25}))
+def _mochi() -> dict[str, Any]:
+    from diffusers import AutoencoderKLMochi
+
+    vae = AutoencoderKLMochi(
+        latent_channels=12,
+        encoder_block_out_channels=(32, 32, 32, 32),
+        decoder_block_out_channels=(32, 32, 32, 32),
+        layers_per_block=(1, 1, 1, 1, 1),
+    ).eval()
+    model = transformer("mochi", in_channels=12, max_sequence_length=TEXT)
+    return t5() | {"vae": vae, "scheduler": flow(), "transformer": model}
+
+
+@pipeline(
+    "AllegroPipeline", text(**WAN | {"num_frames": 16, "clean_caption": False}), tokens=_tokens(4)
+)
+def _allegro() -> dict[str, Any]:
+    from diffusers import AutoencoderKLAllegro
+
+    vae = AutoencoderKLAllegro(
+        down_block_types=("AllegroDownBlock3D",) * 4,
+        up_block_types=("AllegroUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+    vae.enable_tiling()
+    return t5() | {"vae": vae, "scheduler": ddim(), "transformer": transformer("allegro")}
+
+
+def easyanimate_vae() -> Any:
+    from diffusers import AutoencoderKLMagvit
+
+    return AutoencoderKLMagvit(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=["SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3],
+        up_block_types=["SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3],
+        layers_per_block=1,
+        norm_num_groups=2,
+    ).eval()
+
+
+def qwen(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    """Arguments of a call with embeddings of a language model, and further ones as in `text`."""
+
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        more = {name: value(height, width) if callable(value) else value for name, value in named.items()}
+        given = embedded(prompt, height, width)
+        both = {name: given[name] for name in ("prompt_embeds", "prompt_attention_mask")}
+        negative = {f"negative_{name}": value.roll(1, 1) for name, value in both.items()}
+        return both | negative | {"height": height, "width": width} | more
+
+    return call
+
+
+@pipeline("EasyAnimatePipeline", qwen(num_frames=FRAMES))
+def _easyanimate() -> dict[str, Any]:
+    return {
+        "text_encoder": None,
+        "tokenizer": None,
+        "vae": easyanimate_vae(),
+        "scheduler": flow(),
+        "transformer": transformer("easyanimate"),
+    }
+
+
+@pipeline("EasyAnimateControlPipeline", qwen(num_frames=FRAMES, control_video=lambda h, w: _planes(h, w)))
+def _easyanimate_control() -> dict[str, Any]:
+    return _easyanimate() | {"transformer": transformer("easyanimate", in_channels=8)}
+
+
+def _planes(height: int, width: int) -> Tensor:
+    """[1, 3, F, height, width] in 0..1."""
+    return torch.rand(1, 3, FRAMES, height, width, generator=torch.Generator().manual_seed(0))
+
+
+class NoChecker(nn.Module):
+    """In the place of Cosmos' safety checker, whose package is not on PyPI."""
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, video: Any) -> Any:
+        return video
+
+
+@pipeline("CosmosTextToWorldPipeline", text(**WAN))
+def _cosmos() -> dict[str, Any]:
+    from diffusers import AutoencoderKLCosmos, EDMEulerScheduler
+
+    vae = AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        patch_size=4,
+        spatial_compression_ratio=8,
+        temporal_compression_ratio=4,
+        latents_mean=None,
+        latents_std=None,
+    ).eval()
+    scheduler = EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+    )
+    model = transformer("cosmos", concat_padding_mask=True)
+    return t5() | {"vae": vae, "scheduler": scheduler, "transformer": model, "safety_checker": NoChecker()}
+
+
+@pipeline("Cosmos2VideoToWorldPipeline", text(**WAN, image=image))
+def _cosmos2() -> dict[str, Any]:
+    model = transformer(
+        "cosmos", concat_padding_mask=True, in_channels=5, extra_pos_embed_type=None, rope_scale=(1.0, 4.0, 4.0)
+    )
+    return t5() | {
+        "vae": wan_vae(),
+        "scheduler": flow(use_karras_sigmas=True),
+        "transformer": model,
+        "safety_checker": NoChecker(),
+    }
+
+
+def _kandinsky(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        more = {name: value(height, width) if callable(value) else value for name, value in named.items()}
+        lengths = torch.tensor([0, TEXT], dtype=torch.int32)
+        return {
+            "prompt_embeds_qwen": random(1, TEXT, WIDTH, seed=prompt),
+            "prompt_embeds_clip": random(1, POOLED, seed=prompt),
+            "negative_prompt_embeds_qwen": random(1, TEXT, WIDTH, seed=9),
+            "negative_prompt_embeds_clip": random(1, POOLED, seed=9),
+            "prompt_cu_seqlens": lengths,
+            "negative_prompt_cu_seqlens": lengths,
+            "height": height,
+            "width": width,
+            "num_frames": FRAMES,
+        } | more
+
+    return call
+
+
+@pipeline("Kandinsky5T2VPipeline", _kandinsky())
+def _kandinsky5() -> dict[str, Any]:
+    return _hunyuan() | {"transformer": transformer("kandinsky5")}
+
+
+@pipeline("Kandinsky5I2VPipeline", _kandinsky(image=image))
+def _kandinsky5_i2v() -> dict[str, Any]:
+    return _hunyuan() | {"transformer": transformer("kandinsky5", visual_cond=True)}
+
+
+# ---- measuring
+
+
+@dataclass(kw_only=True, slots=True)
+class Row:
+    """A result."""
+
+    pipeline: str
+    video_attentions: int = 0
+    """Attentions over the video that the twin ran, in all models, at the first resolution."""
+    sparse: int = 0
+    graphs: int = 0
+    """Graphs of a call of the first model."""
+    errors: list[float] = field(default_factory=list)
+    """Relative errors of latents: first resolution, another prompt, another resolution, two videos."""
+    compiled_again: int = 0
+    """Graphs that Dynamo compiled in the second call, with another prompt of another length."""
+    seconds: float = 0.0
+    fault: str = ""
+
+
+def measure(name: str, inner: str) -> Row:
+    """One row."""
+    row, start = Row(pipeline=name), time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _measure(row, PIPELINES[name], Path(folder), inner)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = str(error).strip().splitlines()[:1]
+        row.fault = f"{type(error).__name__}: {''.join(message)[:300]} ({Path(place.filename).name}:{place.lineno})"
+        traceback.print_exc()
+    row.seconds = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _load(kind: Any, folder: Path, parts: dict[str, Any]) -> Any:
+    """The saved pipeline. A checker of safety is not saved."""
+    named = {name: part for name, part in parts.items() if isinstance(part, NoChecker)}
+    pipe = kind.from_pretrained(folder, **named)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _latents(pipe: Any, given: dict[str, Any], count: int = 1) -> Tensor:
+    """The latents that a pipeline makes."""
+    names = inspect.signature(type(pipe).__call__).parameters
+    common = {
+        "num_inference_steps": STEPS,
+        "num_videos_per_prompt": count,
+        "num_images_per_prompt": count,
+        "generator": torch.Generator().manual_seed(1),
+        "output_type": "latent",
+    }
+    known = {name: value for name, value in (given | common).items() if name in names}
+    result = pipe(**known, return_dict=False)[0]
+    assert isinstance(result, Tensor), type(result)
+    return result.clone()
+
+
+def _makes_several(kind: Any) -> bool:
+    """Whether a pipeline makes two videos of one prompt."""
+    return kind.__name__ not in ("WanVACEPipeline", "WanAnimatePipeline")
+
+
+def _measure(row: Row, what: Pipeline, folder: Path, inner: str) -> None:
+    import diffusers
+
+    torch.manual_seed(0)
+    kind, parts = getattr(diffusers, row.pipeline.partition(",")[0]), what.make()
+    kind(**parts).save_pretrained(folder)
+    pipe, twin = (_load(kind, folder, parts) for _ in range(2))
+    models = [name for name in ("transformer", "transformer_2") if getattr(pipe, name, None) is not None]
+    (height, width), *others = what.sizes
+    calls = [(0, height, width, 1), (1, height, width, 1), *((1, *size, 1) for size in others)]
+    if _makes_several(kind):
+        calls.append((0, height, width, 2))
+    changed = sparsify_compiler.apply(pipe, **EXACT, inner_backend=inner)
+    got, plans, before = [], [], 0
+    for number, (prompt, h, w, count) in enumerate(calls):
+        got.append(_latents(pipe, what.call(prompt, h, w), count))
+        if number == 0:
+            plans = [[*model.plans, *model.outside] for model in changed.models]
+            row.graphs = len(changed.models[0].graphs)
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if number == 1:
+            row.compiled_again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    for number, (prompt, h, w, count) in enumerate(calls):
+        seen = [Attentions(getattr(twin, name), AtLeast(what.tokens(h, w))) for name in models]
+        with seen[0], seen[-1]:
+            expected = _latents(twin, what.call(prompt, h, w), count)
+        row.errors.append(float((got[number] - expected).norm() / expected.norm()))
+        if number == 0:
+            ran = [one.found for one in seen]
+    row.video_attentions = sum(map(len, ran))
+    for model, found in zip(plans, ran, strict=True):
+        sparse = {plan.site.name for plan in model if plan.method != "dense"}
+        row.sparse += len(sparse & found)
+        if sparse != found:
+            reasons = {plan.site.name: plan.reason for plan in model if plan.site.name in found - sparse}
+            row.fault = f"ran {sorted(found)}, sparse {sorted(sparse)}: {reasons}"
+    if not max(row.errors) <= ROUNDING:
+        row.fault = f"errors {row.errors}; {row.fault}"
+    elif not row.video_attentions:
+        row.fault = "the twin ran no attention over the video"
+    elif row.compiled_again:
+        row.fault = f"{row.compiled_again} graphs compiled again; {row.fault}"
+
+
+class AtLeast(set[int]):
+    """All numbers of at least one."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__()
+        self.least = least
+
+    def __ge__(self, others: Any) -> bool:
+        return min(others) >= self.least
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the rows that are missing. Returns 1 if a row is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", default=[*PIPELINES], metavar="PIPELINE")
+    parser.add_argument("--out", type=Path, help="JSON file for the result; rows in it are kept")
+    parser.add_argument("--again", action="store_true", help="repeat rows of the file that are wrong")
+    parser.add_argument("--inner-backend", default="eager")
+    parser.add_argument("--here", action="store_true", help="run one row in this process, and print it")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    if args.here:
+        print(json.dumps(asdict(measure(args.only[0], args.inner_backend))))
+        return 0
+    done: dict[str, Row] = {}
+    if args.out is not None and args.out.exists():
+        found = (Row(**case) for case in json.loads(args.out.read_text())["cases"])
+        done = {row.pipeline: row for row in found if not (args.again and row.fault)}
+    for name in args.only:
+        if name in done:
+            continue
+        command = [sys.executable, "-m", "benchmarks.pipelines", "--here", "--only", name]
+        ran = subprocess.run(
+            [*command, "--inner-backend", args.inner_backend], capture_output=True, text=True, check=False
+        )
+        try:
+            done[name] = row = Row(**json.loads(ran.stdout.splitlines()[-1]))
+        except (IndexError, ValueError):
+            done[name] = row = Row(pipeline=name, fault=(ran.stderr or "no output").strip()[-300:])
+        print(
+            f"{name}: {row.sparse} of {row.video_attentions} sparse, {row.graphs} graphs, errors "
+            f"{', '.join(f'{one:.1e}' for one in row.errors)}, {row.seconds} s: {row.fault or 'right'}",
+            flush=True,
+        )
+        if args.out is not None:
+            write_json(args.out, [asdict(one) for one in done.values()], lines=True)
+    wrong = [row for row in done.values() if row.fault]
+    print(f"{len(done)} pipelines, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
