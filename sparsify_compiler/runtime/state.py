@@ -114,7 +114,7 @@ class Record:
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [len(REPORT), B, H], see `runtime/site.py`; empty in the dense phase."""
 
     def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
         """Add another program that ran in the same call."""
