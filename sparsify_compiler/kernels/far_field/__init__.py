@@ -364,9 +364,9 @@ def _target_report(
     measured = torch.where(error == 0, 0.0, error / whole).float()
     remains = remains.float()
     estimated = (remains * target.corrections(all_heads)).nan_to_num()
-    return TargetReport(
-        of_all(estimated).sum(1).sqrt(), of_all(measured).sum(1).sqrt(), target.measured(remains, measured)
-    )
+    of_site = of_all(measured).sum(1)
+    state = target.measured(remains, measured, of_site)
+    return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
 @dataclass(frozen=True, slots=True)

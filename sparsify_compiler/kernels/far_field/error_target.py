@@ -32,12 +32,15 @@ KEPT = 0.7
 FIRST = 0.008
 """Correction before the first measurement, times the target, as on the evaluation model."""
 TRUSTED = 1.0
-"""Weight of the first correction, as an estimated squared error in units of the squared target."""
+"""Weight of the first correction, as an estimated squared error in units of the squared target. It decays like the
+sums."""
 POWER = 0.7
 """Power of the estimate with which the true error grows, where the threshold of gains changes. Estimates of blocks
 with large gains are too large, those of blocks with small ones too small."""
 MOST_STEP = 16.0
 """Largest factor of a squared error by which `POWER` counts."""
+MOST_COUNTED = 2.0
+"""Error of a call, in units of the target, above which it counts no more than a call with this error."""
 POOLED = 0.5
 """Weight of the mean over all heads in the correction of a head, against 1 of its own measurements."""
 AIM = 0.78
@@ -70,7 +73,7 @@ class ErrorTarget(NamedTuple):
         _, measured, estimated = self.state.unbind(-1)
         sums = self.state if all_heads is None else all_heads(self.state)
         heads = sums.shape[1]
-        trusted = TRUSTED * self.most**2
+        trusted = TRUSTED * self.most**2 * KEPT ** sums[..., 0].amax(1)
         of_site = sums.sum(1)
         pooled = (of_site[:, 1] + FIRST / self.most * trusted) / (of_site[:, 2] + trusted)
         others = POOLED * (of_site[:, 2] + trusted) / heads
@@ -120,18 +123,21 @@ class ErrorTarget(NamedTuple):
         remaining = torch.where(count > 0, remaining, 0.0)
         return more & unread, remaining * aim / correction
 
-    def measured(self, estimated: Tensor, error: Tensor) -> Tensor:
+    def measured(self, estimated: Tensor, error: Tensor, of_site: Tensor) -> Tensor:
         """The state after a call: [B, H, STATE].
 
         Args:
             estimated: [B, H], the estimates of `reading`.
             error: [B, H], the measured parts of the relative squared error. Heads with numbers that are not finite
                 keep their sums.
+            of_site: [B], the sum of `error` over the heads of all ranks.
         """
         count, *sums = self.state.unbind(-1)
-        known = error.isfinite() & estimated.isfinite()
+        known = error.isfinite() & estimated.isfinite() & of_site.isfinite()[:, None]
+        most = (MOST_COUNTED * self.most) ** 2
+        weight = (most / of_site.clamp(min=most))[:, None]
         new = (
-            torch.where(known, KEPT * old + now, old)
+            torch.where(known, KEPT * old + weight * now, old)
             for old, now in zip(sums, (error, estimated), strict=True)
         )
         return torch.stack([count + 1, *new], -1)
