@@ -40,7 +40,26 @@ ROUNDING = 2e-5
 WIDTH, POOLED, TEXT = 16, 8, 16
 """Width of text embeddings, of pooled ones, and the number of tokens of a prompt."""
 STEPS = 3
-WORDS = "a an the red blue cat dog runs jumps sleeps on in over under grass water table slowly".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "runs",
+    "jumps",
+    "sleeps",
+    "on",
+    "in",
+    "over",
+    "under",
+    "grass",
+    "water",
+    "table",
+    "slowly",
+]
 PROMPTS = ("a red cat runs over the grass", "the blue dog sleeps")
 SIZES = ((112, 144), (96, 80))
 """(height, width) in pixels, where the VAE makes one latent of 8 x 8 pixels."""
@@ -164,9 +183,7 @@ def flow(**named: Any) -> Any:
 def unipc() -> Any:
     from diffusers import UniPCMultistepScheduler
 
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def ddim() -> Any:
@@ -260,10 +277,14 @@ def _wan_vace() -> dict[str, Any]:
     tokens=_tokens(frames=6),
 )
 def _wan_animate() -> dict[str, Any]:
-    return _wan() | clip_image() | {
-        "transformer": transformer("wan_animate", image_dim=WIDTH, added_kv_proj_dim=32),
-        "scheduler": unipc(),
-    }
+    return (
+        _wan()
+        | clip_image()
+        | {
+            "transformer": transformer("wan_animate", image_dim=WIDTH, added_kv_proj_dim=32),
+            "scheduler": unipc(),
+        }
+    )
 
 
 @pipeline("LucyEditPipeline", text(**WAN, video=video))
@@ -415,9 +436,15 @@ def _hunyuan() -> dict[str, Any]:
 
 def _negative(prompt: int, height: int, width: int) -> dict[str, Any]:
     given = embedded(prompt, height, width)
-    return given | {f"negative_{name}": given[name] * 0 for name in given if name.startswith("p") and "mask" not in name} | {
-        "negative_prompt_attention_mask": given["prompt_attention_mask"]
-    }
+    return (
+        given
+        | {
+            f"negative_{name}": given[name] * 0
+            for name in given
+            if name.startswith("p") and "mask" not in name
+        }
+        | {"negative_prompt_attention_mask": given["prompt_attention_mask"]}
+    )
 
 
 @pipeline(
@@ -438,8 +465,10 @@ def _hunyuan_i2v() -> dict[str, Any]:
 
 @pipeline(
     "HunyuanVideoFramepackPipeline",
-    lambda prompt, height, width: embedded(prompt, height, width)
-    | {"image": image(height, width), "image_embeds": random(1, 3, 8, seed=3), "latent_window_size": 5},
+    lambda prompt, height, width: (
+        embedded(prompt, height, width)
+        | {"image": image(height, width), "image_embeds": random(1, 3, 8, seed=3), "latent_window_size": 5}
+    ),
 )
 def _framepack() -> dict[str, Any]:
     return _hunyuan() | {
@@ -513,9 +542,7 @@ def _mochi() -> dict[str, Any]:
     return t5() | {"vae": vae, "scheduler": flow(), "transformer": model}
 
 
-@pipeline(
-    "AllegroPipeline", text(**WAN | {"num_frames": 16, "clean_caption": False}), tokens=_tokens(4)
-)
+@pipeline("AllegroPipeline", text(**WAN | {"num_frames": 16, "clean_caption": False}), tokens=_tokens(4))
 def _allegro() -> dict[str, Any]:
     from diffusers import AutoencoderKLAllegro
 
@@ -615,7 +642,11 @@ def _cosmos() -> dict[str, Any]:
 @pipeline("Cosmos2VideoToWorldPipeline", text(**WAN, image=image))
 def _cosmos2() -> dict[str, Any]:
     model = transformer(
-        "cosmos", concat_padding_mask=True, in_channels=5, extra_pos_embed_type=None, rope_scale=(1.0, 4.0, 4.0)
+        "cosmos",
+        concat_padding_mask=True,
+        in_channels=5,
+        extra_pos_embed_type=None,
+        rope_scale=(1.0, 4.0, 4.0),
     )
     return t5() | {
         "vae": wan_vae(),
@@ -684,7 +715,9 @@ def measure(name: str, inner: str) -> Row:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = str(error).strip().splitlines()[:1]
-        row.fault = f"{type(error).__name__}: {''.join(message)[:300]} ({Path(place.filename).name}:{place.lineno})"
+        row.fault = (
+            f"{type(error).__name__}: {''.join(message)[:300]} ({Path(place.filename).name}:{place.lineno})"
+        )
         traceback.print_exc()
     row.seconds = round(time.perf_counter() - start, 1)
     return row

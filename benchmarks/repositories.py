@@ -141,7 +141,9 @@ def _hunyuan(folder: Path) -> tuple[nn.Module, Call]:
 
     def segments(text_mask: Tensor, video: int) -> Tensor:
         length = text_mask.sum(1, dtype=torch.int32) + video
-        return torch.stack([length * 0, length[0:1].sum().expand(1), length * 0 + video + text_mask.shape[1]])[:, 0]
+        return torch.stack(
+            [length * 0, length[0:1].sum().expand(1), length * 0 + video + text_mask.shape[1]]
+        )[:, 0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **_: Any) -> Tensor:
         segment = torch.arange(q.shape[1]) >= cu_seqlens_q[1]
@@ -416,7 +418,9 @@ def _measure(row: Row, what: Repository, folder: Path, inner: str) -> None:
     twin, _ = what.make(clone)
     with torch.no_grad():
         for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-            one.copy_(torch.randn(one.shape) * one.shape[-1] ** -0.5 if one.dim() > 1 else torch.randn(one.shape))
+            one.copy_(
+                torch.randn(one.shape) * one.shape[-1] ** -0.5 if one.dim() > 1 else torch.randn(one.shape)
+            )
             other.copy_(one)
     model.eval(), twin.eval()
     with torch.no_grad():
@@ -462,7 +466,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     rows = []
     for name in args.only:
-        command = [sys.executable, "-m", "benchmarks.repositories", str(args.folder), "--here", "--only", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.repositories",
+            str(args.folder),
+            "--here",
+            "--only",
+            name,
+        ]
         ran = subprocess.run(
             [*command, "--inner-backend", args.inner_backend], capture_output=True, text=True, check=False
         )

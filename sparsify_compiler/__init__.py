@@ -27,8 +27,8 @@ Options of one method:
 
     tile             reference_frames
     sta              tile, window
-    svg2             top_p, min_kv_ratio, min_gain, q_clusters, kv_clusters, kmeans_iters, seed
-    cubes            top_p, min_kv_ratio, min_gain, cube, query_cube, kv_budget
+    svg2             top_p, min_kv_ratio, max_error, min_gain, q_clusters, kv_clusters, kmeans_iters, seed
+    cubes            top_p, min_kv_ratio, max_error, min_gain, cube, query_cube, kv_budget
     keys             kv_budget, q_clusters, kmeans_iters, seed
     dsv              rank, mass, query_group, chosen_by, kv_budget, predictor
 """

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
 from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
@@ -42,6 +43,13 @@ class Measurement:
     """Attention mass truly kept, mean over sampled queries; NaN if none was sampled."""
     far_field: Tensor
     """1 where the far field was on, 0 where it was dropped."""
+    asked_error: float
+    """`max_error` of the site; NaN without."""
+    estimated_error: Tensor
+    """With `max_error`, the relative error of the output of all heads, by the estimate that chose the blocks;
+    otherwise NaN. Equal for all heads."""
+    measured_error: Tensor
+    """The same error, measured on sampled queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,12 +107,14 @@ class RunStats:
         """A row for each site, with means over calls, batches and heads; a long name stands above its row."""
         from sparsify_compiler.tables import fitting
 
-        others = (name.replace("_", " ") for name in REPORT[1:])
+        asked = any(not math.isnan(one.asked_error) for one in self.measurements)
+        fields = (*REPORT[:4], "asked_error", *REPORT[4:]) if asked else REPORT[:4]
+        others = (name.replace("_", " ") for name in fields[1:])
         headings = ("method", "calls", "density", "lowest head", "highest head", *others)
         names, rows = list(self.by_site()), []
         for some in self.by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
-            means = [RunStats(tuple(some), 0).mean(field) for field in REPORT]
+            means = [RunStats(tuple(some), 0).mean(field) for field in fields]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
             rows.append((some[0].method, str(len(some)), *cells))
         if rows or not self.guarded:
@@ -156,7 +166,7 @@ class RunStats:
 
     def mean(self, field: str) -> float:
         """The mean of a field of `Measurement` over calls, batches and heads, without NaN; NaN if there is none."""
-        values = [getattr(one, field).mean() for one in self.measurements]
+        values = [torch.as_tensor(getattr(one, field)).mean() for one in self.measurements]
         return float(torch.stack(values).nanmean()) if values else math.nan
 
 
@@ -248,6 +258,7 @@ def _measurements(record: Record) -> list[Measurement]:
                 call=record.call,
                 step=record.tick.step,
                 stream=record.tick.stream,
+                asked_error=math.nan if (most := max_error_of(plan.settings)) is None else most,
                 **reported,
             )
         )

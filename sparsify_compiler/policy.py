@@ -63,6 +63,14 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
     far_field = far_field or kind.far_field
     if own.get("min_gain") is not None and far_field != "linear":
         raise OptionError(f"min_gain needs the linear far field, got far_field={far_field!r}: try top_p")
+    if own.get("max_error") is not None:
+        if far_field != "linear":
+            raise OptionError(
+                f"max_error needs the linear far field, got far_field={far_field!r}: the others do not estimate "
+                "the error of what they do not read"
+            )
+        if others := [other for other in ("top_p", "min_gain", "kv_budget") if own.get(other) is not None]:
+            raise OptionError(f"max_error takes the place of {', '.join(others)}: leave out one of them")
     return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
 
 

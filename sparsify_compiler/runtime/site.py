@@ -23,8 +23,10 @@ from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
+from sparsify_compiler.kernels.far_field.error_target import ErrorTarget
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
-from sparsify_compiler.methods.selection import Tokens
+from sparsify_compiler.methods.base import max_error_of
+from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
@@ -36,6 +38,8 @@ from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
+TARGET_ROWS = 32
+"""The same where they also measure the error, for `max_error`."""
 
 
 def is_table_alone(plan: AttentionPlan) -> bool:
@@ -250,6 +254,7 @@ class SiteFunction:
         shared = self._shared_tokens(site)
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
+        before, target = self._target(before)
         whole, min_gain, far_blocks, best = True, None, None, 0
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
@@ -265,7 +270,7 @@ class SiteFunction:
         if shared is not None:
             table, key, value = self._fetched(table, key, value, site)
             whole = False
-        guarded = GUARD_ROWS if plan.far_field != "drop" else 0
+        guarded = 0 if plan.far_field == "drop" else GUARD_ROWS if target is None else TARGET_ROWS
         last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
@@ -277,6 +282,7 @@ class SiteFunction:
             far_field=plan.far_field,
             min_gain=min_gain,
             best=best,
+            target=target,
             far_blocks=far_blocks,
             key_bias=key_bias,
             scale=plan.site.scale,
@@ -290,9 +296,13 @@ class SiteFunction:
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
-            estimated = kept.mean(-1) if min_gain is None else known.kept
+            estimated = kept.mean(-1) if min_gain is None and target is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
-            rows = (density, estimated, known.recall, known.gate)
+            errors = [query.new_full((1, 1), torch.nan)] * 2
+            if known.target is not None:
+                errors = [known.target.estimated[:, None], known.target.measured[:, None]]
+                state = (*state, known.target.state)
+            rows = (density, estimated, known.recall, known.gate, *errors)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows], 2)
             if all_heads is not None and self.inputs.remembers:
                 report = all_heads(report)
@@ -306,6 +316,15 @@ class SiteFunction:
         if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
             return None
         return partial(call.look, site, self.plan.layout)
+
+    def _target(self, state: State) -> tuple[State, ErrorTarget | None]:
+        """(the state of the method, the target with its own state)."""
+        most = max_error_of(self.method)
+        if most is None:
+            return state, None
+        *own, errors = state.tensors
+        # State that is not initialised is finite, but may be that of an earlier video.
+        return state._replace(tensors=tuple(own)), ErrorTarget(most, errors * state.initialised)
 
     def _shared_tokens(self, site: str) -> SharedTokens | None:
         """The video's tokens, where ranks share the queries of a site."""
@@ -389,7 +408,9 @@ class SiteFunction:
         read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
         method = cast(DynamicMethod, self.plan.settings)
         tokens = self._tokens(query, key, None, self._shared_tokens(site))
-        return list(method.observe(tokens, before, **read))
+        before, target = self._target(before)
+        of_target = [] if target is None else [target.state.clone()]
+        return [*method.observe(tokens, before, **read), *of_target]
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
@@ -493,8 +514,8 @@ def _learn_site(
         return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], site=args[-1]))
-_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], site=args[-1]))
+_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], args[-1]))
+_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], args[-1]))
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 

@@ -127,7 +127,7 @@ class Record:
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [len(REPORT), B, H], see `runtime/site.py`; empty in the dense phase."""
     wall: float = math.nan
     """Seconds of the call on the clock of the host; NaN where no applied model was called."""
     cpu: float = math.nan
