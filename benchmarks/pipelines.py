@@ -40,7 +40,26 @@ ROUNDING = 2e-5
 WIDTH, POOLED, TEXT = 16, 8, 16
 """Width of text embeddings, of pooled ones, and the number of tokens of a prompt."""
 STEPS = 3
-WORDS = "a an the red blue cat dog runs jumps sleeps on in over under grass water table slowly".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "blue",
+    "cat",
+    "dog",
+    "runs",
+    "jumps",
+    "sleeps",
+    "on",
+    "in",
+    "over",
+    "under",
+    "grass",
+    "water",
+    "table",
+    "slowly",
+]
 PROMPTS = ("a red cat runs over the grass", "the blue dog sleeps")
 SIZES = ((112, 144), (96, 80))
 """(height, width) in pixels, where the VAE makes one latent of 8 x 8 pixels."""

@@ -337,6 +337,27 @@ def quality() -> str:
     return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
+def method_choice() -> str:
+    """The best far field of each method at density 0.2: PSNR and speed."""
+    record = results("quality-cpu")
+    found = {(row["line"], row["target"]): row for row in record["rows"] if row["line"]}
+    cases = []
+    for method, words in METHOD_WORDS.items():
+        far_fields = {one: found[f"{method} {one}", 0.2] for one in ("drop", "mean", "linear")}
+        best = max(far_fields, key=lambda one: far_fields[one]["psnr"])
+        row = far_fields[best]
+        speed = row["dense_seconds"] / row["seconds"]
+        cases.append({"words": words, "best": best, "speed": speed, "psnr": row["psnr"]})
+    columns = {
+        "method": "{words}",
+        "far field": "`{best}`",
+        "PSNR": "{psnr:.1f} dB",
+        "times as fast as dense": "{speed:.2f}",
+    }
+    cases.sort(key=lambda case: case["psnr"])
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
 def method_costs() -> str:
     """The cost of choosing and of the far field, for svg2 and cubes."""
     columns = {
@@ -441,6 +462,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "attention": attention,
     "attention in training": attention_training,
     "quality": quality,
+    "methods": method_choice,
     "method costs": method_costs,
     "far-field costs": far_field_costs,
     "prediction": prediction,

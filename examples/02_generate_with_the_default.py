@@ -21,7 +21,9 @@ def main() -> None:
     latents = torch.randn(1, 16, 9, 24, 32)  # 9 frames of 24 x 32, in patches of 2 x 2
     prompt, empty = torch.randn(1, 32, 64), torch.zeros(1, 32, 64)
 
-    fast = torch.compile(model, backend="sparsify", options={"measure_recall": 0.02})
+    # The guard would run so few tokens dense where that is faster.
+    options = {"measure_recall": 0.02, "guard": "off"}
+    fast = torch.compile(model, backend="sparsify", options=options)
     # Guidance in two calls. Without `generation`, a first video counts as one of 50 steps, a fifth of them dense.
     with torch.no_grad(), sparsify_compiler.generation(steps=STEPS, streams=2):
         for step in range(STEPS):

@@ -19,6 +19,7 @@ Options of every method:
     measure_recall   share of the queries on which stats measures the attention mass kept
     offload_indices  in training, keep long lists of keys in host memory between forward and backward
     parallel         several ranks run one model: auto, or a dict of form, mesh, balance and timeout
+    guard            measured, cached or off: attention runs dense where dense is faster here
     inner_backend    inductor, eager or aot_eager: the compiler of the rewritten graph
     dump             folder for the graph after each pass, and its time
 
@@ -26,8 +27,8 @@ Options of one method:
 
     tile             reference_frames
     sta              tile, window
-    svg2             top_p, min_kv_ratio, min_gain, q_clusters, kv_clusters, kmeans_iters, seed
-    cubes            top_p, min_kv_ratio, min_gain, cube, query_cube, kv_budget
+    svg2             top_p, min_kv_ratio, max_error, min_gain, q_clusters, kv_clusters, kmeans_iters, seed
+    cubes            top_p, min_kv_ratio, max_error, min_gain, cube, query_cube, kv_budget
     keys             kv_budget, q_clusters, kmeans_iters, seed
     dsv              rank, mass, query_group, chosen_by, kv_budget, predictor
 """

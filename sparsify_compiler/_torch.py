@@ -722,12 +722,18 @@ def wrapped(module: Module) -> Module:
 
 
 def options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The options that torch.compile got, if `model` is a module that it compiled with this backend; else None."""
-    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+    """The options that torch.compile got, if `model` is the result of it with this backend; else None."""
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext, innermost_backend
 
-    if not isinstance(model, OptimizedModule):
-        return None
-    callback: Any = model.dynamo_ctx.callback
+    if isinstance(model, OptimizedModule):
+        context: Any = model.dynamo_ctx
+    else:  # a function holds its context in a closure only
+        cells = getattr(getattr(model, "get_compiler_config", None), "__closure__", None) or ()
+        found = (cell.cell_contents for cell in cells)
+        context = next((one for one in found if isinstance(one, _TorchDynamoContext)), None)
+        if context is None:
+            return None
+    callback: Any = context.callback
     backend: Any = innermost_backend(callback)
     ours = getattr(backend, "compiler_name", None) == "sparsify"
     return backend.kwargs.get("options") or {} if ours else None

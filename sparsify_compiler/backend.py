@@ -15,7 +15,8 @@ from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.options import DEFAULT_METHOD, configure
 from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
-from sparsify_compiler.passes.fx import value_of
+from sparsify_compiler.passes.capture import all_sites
+from sparsify_compiler.passes.fx import input_path, value_of
 from sparsify_compiler.passes.handover import Handover, fix_videos, may_leave, may_receive
 from sparsify_compiler.passes.inputs import find_inputs
 from sparsify_compiler.passes.offload import long_lists
@@ -25,6 +26,7 @@ from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
 from sparsify_compiler.plan import GraphPlan
 from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.call import open_call
+from sparsify_compiler.runtime.guard import Guard
 from sparsify_compiler.runtime.program import Inputs, PlannedGraph, Program, Sizes, Variant
 from sparsify_compiler.runtime.rates import in_best_form
 from sparsify_compiler.runtime.site import functions_of
@@ -121,10 +123,9 @@ def _program(
     ranks = ranks_of(config.parallel)
     marked = _torch.marked_dynamic(example_inputs)
     in_a_model = open_call() is not None
-    shares = ranks is not None  # then each graph gathers its tokens at its end
-    leaves = not in_a_model and not shares and may_leave(gm)
+    leaves = not in_a_model and may_leave(gm)
     analysed = pipeline.analyse(gm, config, part=in_a_model, ends=leaves)
-    receives = not in_a_model and not shares and may_receive(analysed)
+    receives = not in_a_model and may_receive(analysed)
     if in_a_model or receives:
         fix_tokens(analysed)
     if leaves:
@@ -156,12 +157,22 @@ def _program(
                 return run
             facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
             inputs_of_graph = [node for node in gm.graph.nodes if node.op == "placeholder"]
-            names = [node.name for node in inputs_of_graph]
-            changing = [node.name for node in inputs_of_graph if not _torch.is_model_tensor(node)]
+            names = [input_path(node) for node in inputs_of_graph]
+            changing = [input_path(node) for node in inputs_of_graph if not _torch.is_model_tensor(node)]
             return compared(run, ranks, facts, names, changing)
 
+        guard = Guard.of(
+            plan,
+            [node.meta["plan"] for node in all_sites(analysed) if "plan" in node.meta],
+            config.guard,
+            recall=config.measure_recall,
+            ranks=ranks,
+            mode=mode,
+            trains=trains,
+        )
         return PlannedGraph(
             plan=plan,
+            guard=guard,
             sizes=sizes if plan.sparse else {},
             extra=sparse.meta["extra"],
             functions=functions,

@@ -28,8 +28,10 @@ class SitePolicy(Protocol):
         """(entry, reason) of each site of a graph; raises PolicyError."""
 
 
-_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that make CUDA graphs."""
+GUARDS = ("measured", "cached", "off")
+"""Choices of the option `guard`, the default first."""
 FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
 
@@ -54,7 +56,7 @@ class Parallel:
 
     def check_mode(self, mode: str | None, *, regional: bool | None = None) -> None:
         """Raise OptionError where ranks cannot run what these arguments of `apply` compile."""
-        if mode in _CUDA_GRAPHS:
+        if mode in CUDA_GRAPHS:
             raise OptionError(f"parallel does not work with CUDA graphs, got mode={mode!r}: leave out mode")
         if regional:
             raise OptionError("parallel shares a whole model, got regional=True: leave out one")
@@ -130,6 +132,12 @@ class SparsifyConfig:
     parallel: Parallel | None = None
     """Several ranks run one model: `"auto"`, or a dict of `form`, `mesh`, `balance` and `timeout`. All ranks call
     the model with the same inputs and get its whole output. None leaves the model to one process."""
+    guard: str | None = None
+    """Whether attention runs dense where that takes less time. `measured` times dense and sparse attention of
+    every distinct site at its second sparse call, and keeps the times in a file for this machine. `cached` decides
+    by this file alone and never times, as `measured` does in training, with CUDA graphs, and where torch must be
+    deterministic. `off` runs sparse what the other options make sparse. None takes the environment variable
+    `SPARSIFY_GUARD`, and `measured` where it is not set."""
     inner_backend: str = "inductor"
     """The backend that compiles the rewritten graph: `inductor`, or `eager` and `aot_eager` for debugging."""
     dump: Path | None = None
@@ -151,6 +159,10 @@ class SparsifyConfig:
             raise OptionError(f"measure_recall must be a share in [0, 1], got {self.measure_recall!r}")
         if not isinstance(self.offload_indices, bool):
             raise OptionError(f"offload_indices must be True or False, got {self.offload_indices!r}")
+        if self.guard is None:
+            object.__setattr__(self, "guard", os.environ.get("SPARSIFY_GUARD") or GUARDS[0])
+        if self.guard not in GUARDS:
+            raise unknown_choice("guard", self.guard, GUARDS)
         if self.offload_indices and self.inner_backend != "inductor":
             raise OptionError(
                 f"offload_indices needs inner_backend='inductor', which moves the lists, got {self.inner_backend!r}"

@@ -14,6 +14,7 @@ from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.methods.tile import FittedTile
 from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.runtime.rates import cpu_model
 from sparsify_compiler.testing.oracles import assert_close_to_float64
 
 PACKAGES = ("torch", "triton", "diffusers", "matplotlib")
@@ -48,7 +49,7 @@ def versions() -> Iterator[tuple[str, str]]:
 def devices() -> Iterator[tuple[str, str]]:
     """(device, description)."""
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    yield "cpu", f"{cpu_model()}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         yield (

@@ -27,6 +27,7 @@ from sparsify_compiler.passes.sharding import Sharding
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Ranks, TokenLayout
 from sparsify_compiler.runtime.call import Hook
 from sparsify_compiler.runtime.cost import OF_ONE_GROUP, Mesh, form_text, needs_all_queries, work_of
+from sparsify_compiler.runtime.guard import known_plan
 from sparsify_compiler.runtime.rates import in_best_form, known_cluster
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.uncompiled import Uncompiled
@@ -80,6 +81,16 @@ class Explanation:
         total = sum(map(_operations, self.plans))
         return sum((plan.density or 1.0) * _operations(plan) for plan in self.plans) / total if total else 1.0
 
+    @property
+    def summary(self) -> str:
+        """The numbers of graphs and of attention calls, and the density, in a sentence."""
+        sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
+        most = "at most " if any(plan.density is None for plan in self.plans) else ""
+        return (
+            f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
+            f"{most}{self.density:.1%} of the query-key pairs are computed."
+        )
+
     def __str__(self) -> str:
         from rich.console import Console
 
@@ -95,27 +106,22 @@ class Explanation:
         rows = fold(self.plans)
         if options.max_width >= NARROW:
             table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-            for heading in ("site", *_COLUMNS):
+            for heading in ("site", *COLUMNS):
                 table.add_column(heading, no_wrap=heading != "reason")
             for name, plan in rows:
-                table.add_row(_broken_path(name), *(cell(plan) for cell in _COLUMNS.values()))
+                table.add_row(_broken_path(name), *(cell(plan) for cell in COLUMNS.values()))
             yield table
         else:
             from sparsify_compiler.tables import fitting
 
-            columns = {heading: cell for heading, cell in _COLUMNS.items() if heading not in _WIDE_ONLY}
+            columns = {heading: cell for heading, cell in COLUMNS.items() if heading not in _WIDE_ONLY}
             cells = [[cell(plan) for cell in columns.values()] for _, plan in rows]
             yield from fitting(console, options, [name for name, _ in rows], [*columns], cells)
             for name, plan in rows:
                 provider = f"{plan.provider}, " if plan.provider else ""
                 yield f"{name}: {provider}{_heads_text(plan)}; {plan.reason}."
             yield ""
-        sparse, calls = sum(len(graph.sparse) for graph in self.graph_plans), len(self.plans)
-        most = "at most " if any(plan.density is None for plan in self.plans) else ""
-        yield (
-            f"{_count(self.graphs, 'graph')}, {sparse} of {_count(calls, 'attention call')} sparse: "
-            f"{most}{self.density:.1%} of the query-key pairs are computed."
-        )
+        yield self.summary
         for number, one in enumerate(self.sharing):
             yield f"Graph {number}: {one}."
             if not one.reason:
@@ -187,7 +193,7 @@ def explain(
     plans: list[GraphPlan] = []
     passes: list[tuple[PassReport, ...]] = []
     errors: list[SparsifyError] = []
-    ranks, sharing, forms = ranks_of(config.parallel), list[Sharding](), list[str]()
+    ranks, sharing, forms = ranks_of(config.parallel), dict[int, Sharding](), dict[int, str]()
 
     model = _torch.uncompiled(model)
     uncompiled = Uncompiled(model)
@@ -210,6 +216,16 @@ def explain(
 
         return uncompiled.in_graph()(run)
 
+    def note_sharing(number: int, analysed: fx.GraphModule) -> None:
+        if ranks is None or config.parallel is None:
+            return
+        trains = torch.is_grad_enabled()
+        asked, recall = "hcp" if trains else config.parallel.form, config.measure_recall > 0
+        plan = graph_plan(analysed)
+        placed = in_best_form(plan, ranks, asked, recall=recall, measure=False)
+        sharing[number] = pipeline.share(analysed, config, placed, trains=trains).meta["sharding"]
+        forms[number] = _form(plan, config.parallel.form, placed, recall=recall, trains=trains)
+
     def recorded(gm: fx.GraphModule) -> Callable[..., Any]:
         try:
             try:
@@ -219,12 +235,7 @@ def explain(
                 number = len(plans)
                 plans.append(graph_plan(analysed))
                 passes.append(analysed.meta["reports"])
-                if ranks is not None and config.parallel is not None:
-                    asked, plan = config.parallel.form, plans[number]
-                    recall = config.measure_recall > 0
-                    placed = in_best_form(plan, ranks, asked, recall=recall, measure=False)
-                    sharing.append(pipeline.share(analysed, config, placed).meta["sharding"])
-                    forms.append(_form(plan, asked, placed, recall=recall))
+                note_sharing(number, analysed)
             except OSError as error:
                 if config.dump is None:
                     raise
@@ -241,7 +252,9 @@ def explain(
             except SparsifyError as error:
                 errors.append(error)
                 raise
-            plans[number], passes[number] = graph_plan(graph), graph.meta["reports"]
+            if graph is not analysed:
+                plans[number], passes[number] = graph_plan(graph), graph.meta["reports"]
+                note_sharing(number, graph)
             outputs = gm.forward(*inputs)
             handover.leave(graph, inputs, outputs)
             return outputs
@@ -254,28 +267,33 @@ def explain(
             call(model, args, kwargs)
     except SparsifyError:
         raise errors[0] from None  # without the text that Dynamo appends
+    if ranks is None:
+        plans = [known_plan(one, config.guard, config.measure_recall, device) for one in plans]
     return Explanation(
         tuple(plans),
         tuple(_hints(plans, config, options or {})),
         tuple(uncompiled.plans),
         tuple(passes) if verbose else (),
-        tuple(sharing),
-        tuple(forms),
+        tuple(sharing.values()),
+        tuple(forms.values()),
     )
 
 
-def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool) -> str:
+def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool, trains: bool) -> str:
     """The form in which ranks share a graph, and the reason.
 
     Args:
         asked: the form of the option `parallel`.
         recall: whether the recall of dynamic methods is measured.
+        trains: whether the model trains.
     """
     if ranks.size == 1:
         return "one 1x1: there is one rank"
     forms: tuple[str, ...] = (ranks.form,)
     why = "the form that the option names"
-    if asked == "auto" and ranks.form != "hybrid":
+    if asked == "auto" and ranks.form != "hybrid" and trains:
+        why = "in training ranks share heads"
+    elif asked == "auto" and ranks.form != "hybrid":
         why = next(filter(None, (needs_all_queries(one, recall=recall) for one in plan)), "")
         why = f"of an attention {why}" if why else ""
         forms = forms if why else OF_ONE_GROUP
@@ -286,9 +304,9 @@ def _form(plan: GraphPlan, asked: str, ranks: Ranks, *, recall: bool) -> str:
 
 
 def _options_of(model: Callable[..., Any]) -> Mapping[str, Any] | None:
-    """The options that torch.compile or `apply` got for a model; None if neither did."""
+    """The options that torch.compile, `Module.compile` or `apply` got for a model; None if none of them did."""
     hook = getattr(model, "__dict__", {}).get(COMPILED_CALL)
-    return hook.model.options if isinstance(hook, Hook) else _torch.options_of(model)
+    return hook.model.options if isinstance(hook, Hook) else _torch.options_of(hook or model)
 
 
 def _device_type(device: str | None) -> str | None:
@@ -411,7 +429,7 @@ def _tokens_text(plan: AttentionPlan) -> str:
     return str(q_tokens) if q_tokens == kv_tokens else f"{q_tokens}\nto {kv_tokens}"
 
 
-_COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
+COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
     "kind": lambda plan: plan.site.kind,
     "tokens": _tokens_text,
     "heads x dim": _heads_text,
@@ -421,6 +439,7 @@ _COLUMNS: dict[str, Callable[[AttentionPlan], str]] = {
     "density": density_text,
     "reason": lambda plan: plan.reason,
 }
+"""Heading of a column -> its text for a plan."""
 _WIDE_ONLY = ("heads x dim", "provider", "reason")
 
 

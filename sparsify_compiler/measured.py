@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch, pictures
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.methods import StaticMethod
+from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
-from sparsify_compiler.runtime.state import ModelState, Record, states_of
+from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -42,6 +43,29 @@ class Measurement:
     """Attention mass truly kept, mean over sampled queries; NaN if none was sampled."""
     far_field: Tensor
     """1 where the far field was on, 0 where it was dropped."""
+    asked_error: float
+    """`max_error` of the site; NaN without."""
+    estimated_error: Tensor
+    """With `max_error`, the relative error of the output of all heads, by the estimate that chose the blocks;
+    otherwise NaN. Equal for all heads."""
+    measured_error: Tensor
+    """The same error, measured on sampled queries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTime:
+    """The time of one call of a model that `apply` changed. Nothing waits for a GPU."""
+
+    call: int
+    """As in `Measurement`."""
+    step: int | None
+    stream: int
+    phase: str
+    """`dense` or `sparse`."""
+    wall: float
+    """Seconds on the clock of the host. On a GPU, the call ends when its work is queued."""
+    cpu: float
+    """Seconds of all threads of the process in the meantime."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,17 +74,23 @@ class RunStats:
 
     measurements: tuple[Measurement, ...]
     dense_calls: int
-    """Calls of the model that ran in the dense phase."""
+    """Calls of the model that ran in the dense phase, or in which the guard ran everything dense."""
+    guarded: tuple[tuple[str, str], ...] = ()
+    """(site, times) of each site that the guard ran dense, by the times of its last call."""
+    times: tuple[CallTime, ...] = ()
+    """The times of all calls, in order, model by model; empty unless `apply` changed the models."""
+    reading: Reading | None = None
+    """An example of what a dynamic site read; None unless `apply` changed its model."""
 
     @property
     def density(self) -> float:
         """Mean density of the calls that ran sparse; NaN if there are none."""
-        return self._mean("density")
+        return self.mean("density")
 
     @property
     def recall(self) -> float:
         """Mean attention mass truly kept, over sampled queries; NaN if none was sampled."""
-        return self._mean("recall")
+        return self.mean("recall")
 
     def of(self, method: str) -> "RunStats":
         """The measurements of one method, if programs of several methods ran."""
@@ -77,15 +107,23 @@ class RunStats:
         """A row for each site, with means over calls, batches and heads; a long name stands above its row."""
         from sparsify_compiler.tables import fitting
 
-        others = (name.replace("_", " ") for name in REPORT[1:])
+        asked = any(not math.isnan(one.asked_error) for one in self.measurements)
+        fields = (*REPORT[:4], "asked_error", *REPORT[4:]) if asked else REPORT[:4]
+        others = (name.replace("_", " ") for name in fields[1:])
         headings = ("method", "calls", "density", "lowest head", "highest head", *others)
-        names, rows = list(self._by_site()), []
-        for some in self._by_site().values():
+        names, rows = list(self.by_site()), []
+        for some in self.by_site().values():
             heads = torch.stack([one.density.mean(0) for one in some]).mean(0)
-            means = [RunStats(tuple(some), 0)._mean(field) for field in REPORT]
+            means = [RunStats(tuple(some), 0).mean(field) for field in fields]
             cells = (_text(x) for x in (means[0], float(heads.min()), float(heads.max()), *means[1:]))
             rows.append((some[0].method, str(len(some)), *cells))
-        yield from fitting(console, options, names, headings, rows)
+        if rows or not self.guarded:
+            yield from fitting(console, options, names, headings, rows)
+        times: dict[str, list[str]] = {}
+        for site, text in self.guarded:
+            times.setdefault(text, []).append(site)
+        for text, sites in times.items():
+            yield f"The guard ran {', '.join(sites)} dense. {text.capitalize()}."
         calls = len({one.call for one in self.measurements})
         density = _text(self.density)
         yield f"{self.dense_calls} dense and {calls} sparse calls; mean density of the sparse ones {density}."
@@ -96,7 +134,7 @@ class RunStats:
         Raises:
             SparsifyError: nothing ran sparse; matplotlib is missing; the path cannot be written to.
         """
-        sites = self._by_site()
+        sites = self.by_site()
         if not sites:
             raise SparsifyError("there is nothing to draw: nothing ran sparse since the last video began")
         calls = sorted({one.call for one in self.measurements})
@@ -115,7 +153,7 @@ class RunStats:
         figure.colorbar(drawn, ax=axes)
         return pictures.save(figure, path)
 
-    def _by_site(self) -> dict[str, list[Measurement]]:
+    def by_site(self) -> dict[str, list[Measurement]]:
         """Site -> its measurements; a site that several methods ran has one entry for each."""
         methods: dict[str, set[str]] = {}
         for one in self.measurements:
@@ -126,8 +164,9 @@ class RunStats:
             sites.setdefault(name, []).append(one)
         return sites
 
-    def _mean(self, field: str) -> float:
-        values = [getattr(one, field).mean() for one in self.measurements]
+    def mean(self, field: str) -> float:
+        """The mean of a field of `Measurement` over calls, batches and heads, without NaN; NaN if there is none."""
+        values = [torch.as_tensor(getattr(one, field)).mean() for one in self.measurements]
         return float(torch.stack(values).nanmean()) if values else math.nan
 
 
@@ -174,7 +213,22 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
     sparse = (
         measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
     )
-    return RunStats(tuple(sparse), len({record.call for record in records if record.phase == "dense"}))
+    dense = {record.call for record in records if record.phase == "dense" or not record.plan.sparse}
+    guarded = {one.site.name: one.guarded for record in records for one in record.plan if one.guarded}
+    times = (
+        CallTime(
+            call=record.call,
+            step=record.tick.step,
+            stream=record.tick.stream,
+            phase=record.phase,
+            wall=record.wall,
+            cpu=record.cpu,
+        )
+        for record in records
+        if not math.isnan(record.wall)
+    )
+    reading = next((record.reading for record in records if record.reading is not None), None)
+    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), reading)
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:
@@ -204,6 +258,7 @@ def _measurements(record: Record) -> list[Measurement]:
                 call=record.call,
                 step=record.tick.step,
                 stream=record.tick.stream,
+                asked_error=math.nan if (most := max_error_of(plan.settings)) is None else most,
                 **reported,
             )
         )

@@ -9,7 +9,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_options
 from sparsify_compiler.errors import OptionError, unknown_choice
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.policy import ALL_OPTIONS, Policy, entry_of
+from sparsify_compiler.policy import Policy, all_options, entry_of
 
 DEFAULT_METHOD = "svg2"
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
@@ -40,8 +40,8 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
             f"preset {options['preset']!r} has method {of!r}, got method={name!r}: leave out one"
         )
     for option in own:
-        if option not in ALL_OPTIONS:
-            raise unknown_choice("option", option, (*GENERAL, *ALL_OPTIONS))
+        if option not in all_options():
+            raise unknown_choice("option", option, (*GENERAL, *all_options()))
     entry = entry_of({**own, "method": name, "far_field": general.get("far_field")})
     return SparsifyConfig(method=entry.method, **general)
 
@@ -49,7 +49,7 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
 def _policy(options: Mapping[str, Any]) -> Policy:
     """The requested policy. No other option may decide what sites do."""
     for option in options:
-        if option not in (*GENERAL, *ALL_OPTIONS):
+        if option not in (*GENERAL, *all_options()):
             raise unknown_choice("option with a policy", option, WITH_A_POLICY)
         if option not in ("policy", *WITH_A_POLICY):
             raise OptionError(

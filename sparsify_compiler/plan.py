@@ -226,6 +226,8 @@ class AttentionPlan:
     """The ranks that share its heads; None where one process has all."""
     sequence: SharedSequence | None = None
     """The ranks that share its queries; None where one process has all."""
+    guarded: str = ""
+    """The times by which the guard runs a sparse site dense; empty for any other site."""
     reason: str
     """The reasons for the method, or for full attention, and for the provider."""
 

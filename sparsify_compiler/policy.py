@@ -57,17 +57,26 @@ def entry_of(options: Mapping[str, Any]) -> Entry:
                     f"option {option!r} belongs to method {' and '.join(map(repr, others))}, got method={name!r}: "
                     f"try {{'method': {others[0]!r}, {option!r}: ...}}"
                 )
-            raise unknown_choice("option", option, ("method", "far_field", *ALL_OPTIONS))
+            raise unknown_choice("option", option, ("method", "far_field", *all_options()))
     if far_field not in (None, *FAR_FIELDS):
         raise unknown_choice("far_field", far_field, FAR_FIELDS)
     far_field = far_field or kind.far_field
     if own.get("min_gain") is not None and far_field != "linear":
         raise OptionError(f"min_gain needs the linear far field, got far_field={far_field!r}: try top_p")
+    if own.get("max_error") is not None:
+        if far_field != "linear":
+            raise OptionError(
+                f"max_error needs the linear far field, got far_field={far_field!r}: the others do not estimate "
+                "the error of what they do not read"
+            )
+        if others := [other for other in ("top_p", "min_gain", "kv_budget") if own.get(other) is not None]:
+            raise OptionError(f"max_error takes the place of {', '.join(others)}: leave out one of them")
     return Entry(method=kind(**{**kind.otherwise.get(far_field, {}), **own}), far_field=far_field)
 
 
-ALL_OPTIONS = frozenset(option for kind in METHODS.values() for option in option_names(kind))
-"""The options of all methods."""
+def all_options() -> frozenset[str]:
+    """The options of all methods, with those that a user added to `METHODS`."""
+    return frozenset(option for kind in METHODS.values() for option in option_names(kind))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -41,6 +41,8 @@ class Command:
     regional: bool | None
     mode: str | None
     stats: bool
+    report: str | None
+    """The absolute path of the page to write at the end."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -72,6 +74,7 @@ def parser() -> OptionParser:
     add("--regional", action="store_true", dest="regional", help="compile the repeated blocks of each model")
     add("--mode", help="mode of torch.compile; that of the script's own torch.compile by default")
     add("--stats", action="store_true", default=False, help="print the densities at the end, to stderr")
+    add("--report", metavar="PAGE.html", help="write a page on the last video of each model at the end")
     add("-m", action="store_true", default=False, dest="is_module", help="SCRIPT is the name of a module")
     return parser
 
@@ -98,7 +101,14 @@ def parse(words: Sequence[str]) -> Command:
         from sparsify_compiler._torch import check_mode
 
         check_mode(given.mode)
-    return Command(rest[0], rest[1:], given.is_module, options, given.regional, given.mode, given.stats)
+    report = None
+    if given.report is not None:
+        from sparsify_compiler.outputs import check_page
+
+        report = os.path.abspath(check_page(given.report))
+    return Command(
+        rest[0], rest[1:], given.is_module, options, given.regional, given.mode, given.stats, report
+    )
 
 
 @dataclass(slots=True)
@@ -170,7 +180,7 @@ def execute(command: Command, program: Program | None) -> None:
         program: the script; None for a module, which is found on the way.
     """
     report = watch(command)
-    if command.stats:
+    if command.stats or command.report is not None:
         process = os.getpid()
         atexit.register(lambda: report() if os.getpid() == process else None)
     module = ModuleType("__main__")
@@ -202,15 +212,19 @@ def watch(command: Command) -> Callable[[], None]:
     def watch_torch(torch: ModuleType) -> None:
         from sparsify_compiler.hosts.scripts import Script
 
-        script = Script(command.options, command.regional, command.mode, reports=command.stats)
+        wanted = command.stats or command.report is not None
+        script = Script(command.options, command.regional, command.mode, reports=wanted)
         script.watch()
         scripts.append(script)
 
     def report() -> None:
-        lines = (
-            scripts[0].report() if scripts else "sparsify: no sparse call: the script does not import torch"
-        )
-        print(lines, file=sys.stderr, flush=True)
+        lines = ["sparsify: no sparse call: the script does not import torch"]
+        if scripts:
+            lines = [scripts[0].report()] if command.stats else []
+            if command.report is not None and os.environ.get("RANK", "0") == "0":  # one file for all ranks
+                lines.append(scripts[0].write_page(command.report))
+        if lines:
+            print("\n".join(lines), file=sys.stderr, flush=True)
 
     after_import("torch", watch_torch)
     after_import("multiprocessing.spawn", partial(_watch_children, command))

@@ -104,6 +104,21 @@ class BlockTable:
         lead = torch.broadcast_shapes(read.shape[:2], block.shape[:2])
         return read.any(-2).expand(*lead, -1).gather(-1, block.expand(*lead, -1))
 
+    def row_of(self, query: int) -> tuple[Tensor, Tensor]:
+        """[Sq] and [Sk] bool: the queries in the block of a query, and the keys that they read, in the first batch
+        element and head.
+
+        Args:
+            query: the token, counted from 0.
+        """
+        first = self.of(*(t if t is None else t[:1, :1] for t in self.tensors().values()))
+        q_block, kv_block = first.block_of_token("q")[0, 0], first.block_of_token("kv")[0, 0]
+        row = q_block[query]
+        listed = torch.arange(first.kv_indices.shape[-1], device=row.device) < first.kv_num_blocks[0, 0, row]
+        read = torch.zeros(first.kv_bounds.shape[-1] - 1, dtype=torch.int32, device=row.device)
+        read.scatter_add_(0, first.kv_indices[0, 0, row].long() * listed, listed.int())
+        return q_block == row, read[kv_block] > 0
+
     def to(self, device: torch.device | str) -> "BlockTable":
         """The same table on another device."""
         return self.of(*(t if t is None else t.to(device) for t in self.tensors().values()))

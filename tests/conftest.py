@@ -1,5 +1,7 @@
 """One hypothesis profile for all tests: no deadline (kernels compile), and the same examples always in CI.
 
+The guard is off: on tiny tensors dense attention is faster, and most tests are about sparse attention.
+
 One thread: most tests run many small operations, in each of which two threads wait for each other, for long where
 the machine is busy. Tests of kernels that divide work among threads ask for several.
 """
@@ -9,6 +11,8 @@ import os
 import subprocess
 import sys
 from typing import Any
+
+os.environ["SPARSIFY_GUARD"] = "off"
 
 import pytest
 import torch

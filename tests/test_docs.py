@@ -8,7 +8,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +39,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-generate, words = script("generate"), script("words")
+generate, words, messages = script("generate"), script("words"), script("messages")
 PAGES = [path for path in generate.FILES if path.suffix == ".md"]
 NAMING = [*PAGES, ROOT / "DESIGN.md", ROOT / "CONTRIBUTING.md"]
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -326,14 +326,80 @@ def both_blocks_were_sparse(found: Mapping[str, Any]) -> None:
     )
 
 
-USES: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]] = {
-    "Apply it to a pipeline": (piped, both_blocks_were_sparse),
-    "A method for each layer": (searched, policy_is_used),
-    "Train with dsv": (trained, training_reaches_both_stages),
-    "Distil many steps into few": (distilled_steps, latents_are_finite),
-    "Distil a sparse model": (distilled_sparsity, gradients_are_there),
+Use = tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], None]]
+"""The names that a code block uses, and what must hold after it."""
+
+
+def reported() -> dict[str, Any]:
+    found = piped()
+    found["sparsify_compiler"].apply = partial(found["sparsify_compiler"].apply, dense_layers=0)
+    return found
+
+
+def a_page_was_written(found: Mapping[str, Any]) -> None:
+    assert "blocks.0" in Path("page.html").read_text()
+
+
+def extending() -> dict[str, Any]:
+    model, inputs = video()
+    names = (
+        "VideoMethod",
+        "cut",
+        "static_table",
+        "check_count",
+        "METHODS",
+        "AttentionSite",
+        "TokenLayout",
+        "BlockTable",
+    )
+    places = [
+        "methods.base",
+        "methods.grid",
+        "methods.grid",
+        "methods.selection",
+        "methods",
+        "plan",
+        "plan",
+        "table",
+    ]
+    found = {
+        name: getattr(importlib.import_module(f"sparsify_compiler.{place}"), name)
+        for name, place in zip(names, places, strict=True)
+    }
+    return {
+        "torch": torch,
+        "dataclass": dataclass,
+        "ClassVar": ClassVar,
+        "model": model,
+        "inputs": inputs,
+        **found,
+    }
+
+
+def frames_read_their_neighbours(found: Mapping[str, Any]) -> None:
+    """Of 6 frames, each reads 3, the first and the last 2."""
+    try:
+        with torch.no_grad():
+            found["fast"](**found["inputs"])
+        measured = sparsify_compiler.stats(found["fast"])
+        assert measured.density == pytest.approx(16 / 36)
+        assert {one.method for one in measured.measurements} == {"near_frames"}
+    finally:
+        del METHODS["near_frames"]
+
+
+USES: dict[str, dict[str, Use]] = {
+    "index.md": {"Or one line in Python": (reported, a_page_was_written)},
+    "usage.md": {"Apply it to a pipeline": (piped, both_blocks_were_sparse)},
+    "training.md": {"Train with dsv": (trained, training_reaches_both_stages)},
+    "distillation.md": {
+        "A method for each layer": (searched, policy_is_used),
+        "Distil many steps into few": (distilled_steps, latents_are_finite),
+        "Distil a sparse model": (distilled_sparsity, gradients_are_there),
+    },
+    "extending.md": {"A method of your own": (extending, frames_read_their_neighbours)},
 }
-"""Heading -> the names that its code uses, and what must hold after it."""
+"""Page -> heading -> the code block below it."""
 
 
 def code_below(path: Path) -> dict[str, str]:
@@ -357,18 +423,17 @@ def output_is_that_of_the_model(found: Mapping[str, Any]) -> None:
     assert found["output"][0].shape[-3:] == found["inputs"]["hidden_states"].shape[-3:]
 
 
-EXPORTS: dict[str, Any] = {
+USES["export.md"] = {
     "PyTorch": (exporting, output_is_that_of_the_model),
     "AOTInductor": (exporting, output_is_that_of_the_model),
     "ONNX Runtime": (exporting, output_is_that_of_the_model),
 }
-"""The same for the page about exports."""
 
 ENGINES = ("TensorRT", "The kernel as a plugin")
 """Code of the same page that tests/exporting run, with substitutes for what needs a GPU."""
 
 CODE = [
-    *(("usage.md", heading) for heading in USES),
+    *((page, heading) for page, uses in USES.items() if page != "export.md" for heading in uses),
     ("export.md", "PyTorch"),
     pytest.param("export.md", "AOTInductor", marks=pytest.mark.nightly),
     pytest.param("export.md", "ONNX Runtime", marks=[pytest.mark.nightly, needs_onnx]),
@@ -378,11 +443,8 @@ CODE = [
 
 def test_all_code_is_run() -> None:
     for path in PAGES:
-        run = {
-            "README.md": ["sparsify-compiler"],
-            "usage.md": [*USES],
-            "export.md": [*EXPORTS, *ENGINES],
-        }.get(path.name, [])
+        run = ["sparsify-compiler"] if path.name == "README.md" else [*USES.get(path.name, [])]
+        run += ENGINES if path.name == "export.md" else []
         assert list(code_below(path)) == run, f"{path.name} has code that no test runs"
 
 
@@ -390,7 +452,7 @@ def test_all_code_is_run() -> None:
 @pytest.mark.filterwarnings("ignore::sparsify_compiler.errors.SparsifyWarning")
 @pytest.mark.parametrize(("page", "heading"), CODE)
 def test_code_runs(page: str, heading: str) -> None:
-    names, check = (USES | EXPORTS)[heading]
+    names, check = USES[page][heading]
     found = names()
     exec(compile(code_below(ROOT / "docs" / page)[heading], heading, "exec"), found)
     check(found)
@@ -477,6 +539,73 @@ def check_subcommand(args: list[str]) -> None:
     known = {option for parameter in command.params for option in parameter.opts}
     for option in (word for word in args if word.startswith("--")):
         assert option in known, f"sparsify {command.name} has no {option}"
+
+
+# messages
+
+
+def test_every_error_and_warning_has_an_entry() -> None:
+    found, patterns = list(messages.messages()), messages.patterns()
+    assert len(found) > 300
+    without = [one for one in found if not any(messages.fits(pattern, one.text) for pattern in patterns)]
+    assert without == [], "docs/troubleshooting.md needs an entry for each"
+    texts = [one.text for one in found] + LATER
+    assert [one for one in patterns if not any(messages.fits(one, text) for text in texts)] == []
+    few = [one for one in patterns if len(re.findall(r"[a-zA-Z_]{2,}", one)) < 2]
+    assert few == ["attention ...: ...", "policy ...: ..."], "these begin with their word"
+
+
+LATER = [
+    *("no call of this model was recorded", "no call of this model's last video was recorded"),
+    *("calls of a graph show no time step",),
+    *(
+        "no sparse call: ",
+        "no sparse call of ... was recorded",
+        "no sparse call of ...: all ... calls",
+        "no report: ...",
+    ),
+]
+"""Parts of messages that are put together from variables, or printed by `sparsify run`."""
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('raise OptionError(f"{name} must be {a + 1}, got {b!r}")', ["... must be ..., got ..."]),
+        ('raise Own("one " "two" + three)\nclass Own(GridError): ...', ["one two..."]),
+        ('log.warning("%s lasts %.1f s", a, b)', ["... lasts ... s"]),
+        ('warn_once(text)\nraise ValueError("foreign")\nlog.info("none")', []),
+    ],
+)
+def test_messages_are_found(tmp_path: Path, code: str, found: list[str]) -> None:
+    (tmp_path / "errors.py").write_text(
+        "class SparsifyError(ValueError): ...\nclass OptionError(SparsifyError): ...\n"
+    )
+    (tmp_path / "code.py").write_text(f"class GridError(OptionError): ...\n{code}")
+    assert [one.text for one in messages.messages(tmp_path)] == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "fits"),
+    [
+        ("... must be ..., got ...", "grid must be three integers, got ...", True),
+        ("... must be ..., got ...", "grid must be three integers", False),
+        ("grid must be", "grid must be three", True),
+        ("grid must be", "the grid must be three", False),
+        ("a ... c", "a c", True),
+    ],
+)
+def test_patterns_fit(pattern: str, text: str, fits: bool) -> None:
+    assert messages.fits(pattern, text) == fits
+
+
+def test_reasons_of_plans_are_in_the_code() -> None:
+    rows = re.findall(r"^\| (`.*?`) \|", messages.PAGE.read_text().split(messages.REASONS)[1], re.MULTILINE)
+    sources = "".join(path.read_text() for path in messages.PACKAGE.rglob("*.py"))
+    assert len(rows) > 5
+    for reason in re.findall(r"`(.*?)`", "".join(rows)):
+        start = re.sub(r"its (scores|weights) are ", " are ", reason.split("...")[0].strip())
+        assert start in sources, reason
 
 
 # the README, and words

@@ -20,7 +20,7 @@ LAYERS = (
     {"cli"},
     {"lab"},
     {"__init__", "hosts", "run", "spawned"}
-    | {"doctor", "diffusers_model", "explanation", "training", "exporting", "clusters"},
+    | {"doctor", "diffusers_model", "explanation", "training", "exporting", "clusters", "page"},
     {"backend", "measured"},
     {"passes", "uncompiled"},
     {"runtime", "policy", "options"},

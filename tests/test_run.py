@@ -137,6 +137,10 @@ def test_stats_of_a_script_without_torch(tmp_path: Path) -> None:
             "does not work with CUDA graphs",
         ),
         (["--stats"], "a script must be given"),
+        (["--report", "nowhere/page.html", "x.py"], "make nowhere first"),
+        (["--report", ".", "x.py"], "got the folder '.': try report.html"),
+        (["--report", "page.pdf", "x.py"], "must end in .html, got 'page.pdf': try page.html"),
+        (["--report", "/proc/page.html", "x.py"], "must be a file that can be written"),
         (["--option"], "--option option requires 1 argument"),
     ],
 )
@@ -311,7 +315,7 @@ raise RuntimeError("at the end")
 def test_pipelines_are_sparse_however_they_are_made(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     (tmp_path / "script.py").write_text(PIPELINES)
-    options = [*TILE, "--option", "dense_steps=0.25", "--stats"]
+    options = [*TILE, "--option", "dense_steps=0.25", "--stats", "--report", "page.html"]
     under = python("script.py", run=True, cwd=tmp_path, options=options)
     both = "transformer True ddss {8} transformer_2 False ssss {8}\n"
     assert under.stdout == both * 2 + "transformer False dsss {4}\n", under.stderr
@@ -324,6 +328,11 @@ def test_pipelines_are_sparse_however_they_are_made(tmp_path: Path) -> None:
     last = "sparsify: the last video of transformer (WanTransformer3DModel)"
     assert lines[first + 4] == last
     assert lines.count(last) == 2
+    assert lines[-1] == f"sparsify: report: {tmp_path / 'page.html'}"
+    page = (tmp_path / "page.html").read_text()
+    for name in ("transformer (WanTransformer3DModel)", "transformer_2 (WanTransformer3DModel)"):
+        assert f"<h2>{name}</h2>" in page
+    assert page.count("The last video has 2 dense and 2 sparse calls.") == 1
 
 
 SPAWN = """

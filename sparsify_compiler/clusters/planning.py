@@ -10,7 +10,7 @@ from torch import nn
 from sparsify_compiler.clusters.counting import Counted, count
 from sparsify_compiler.config import share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.passes.sharding import Sharding
+from sparsify_compiler.passes.sharding import Sharding, folded
 from sparsify_compiler.runtime.cost import BOUNDS, Cluster, Mesh, Prediction, Work, choose_form, predict
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ class ClusterPlan:
         for number, sharing in enumerate(self.sharings):
             if sharing.reason:
                 yield f"Graph {number}: every rank runs the whole graph: {sharing.reason}."
-            for name, why in sharing.gathered:
-                yield f"Graph {number} gathers all tokens for {name}: {why}."
+            for where in folded(sharing.gathered):
+                yield f"Graph {number} gathers all tokens for {where}."
 
 
 def plan_parallel(

@@ -62,7 +62,7 @@ def check(plan: AttentionPlan) -> None:
             f"attention {name} has method {plan.method!r}, which ONNX does not have: {why}. Take 'tile', 'sta', "
             f"or 'cubes' with {{{FIXED}}}; or format='aoti', which has every method"
         )
-    if method.top_p is not None or method.min_gain is not None:
+    if any(one is not None for one in (method.top_p, method.min_gain, method.max_error)):
         raise OptionError(
             f"attention {name} has method 'cubes' without a fixed number of blocks, and all sizes in ONNX are "
             f"fixed: give options={{'method': 'cubes', {FIXED}}}"

@@ -8,11 +8,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from sparsify_compiler import _torch
+from sparsify_compiler import _torch, page
 from sparsify_compiler.backend import configure, sparsify
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
@@ -103,11 +104,16 @@ class Applied:
                 continue
             prefix = f"{model.name}." if len(self.models) > 1 else ""
             measured = tuple(replace(m, site=prefix + m.site) for m in one.measurements)
-            found.append(RunStats(measured, one.dense_calls))
+            guarded = tuple((prefix + site, times) for site, times in one.guarded)
+            found.append(replace(one, measurements=measured, guarded=guarded))
         if not found:
             raise errors[0]
         return RunStats(
-            tuple(m for one in found for m in one.measurements), sum(one.dense_calls for one in found)
+            tuple(m for one in found for m in one.measurements),
+            sum(one.dense_calls for one in found),
+            tuple(site for one in found for site in one.guarded),
+            tuple(time for one in found for time in one.times),
+            next((one.reading for one in found if one.reading is not None), None),
         )
 
     def explain(self) -> Explanation:
@@ -128,6 +134,25 @@ class Applied:
             graphs += [replace(graph, plans=tuple(map(named, graph))) for graph in model.graphs if len(graph)]
             outside += map(named, model.outside)
         return Explanation(tuple(graphs), outside=tuple(outside))
+
+    def report(self, path: str | Path) -> Path:
+        """Write a page on the last video: times, densities, masks, what stayed dense, and why.
+
+        Args:
+            path: an HTML file in a folder that exists. The page is one file, and loads nothing from elsewhere.
+
+        Returns:
+            The path.
+
+        Raises:
+            OptionError: the path cannot be written to.
+            SparsifyError: no model was called yet.
+        """
+        kinds = (one.kind for one in self._attention)
+        named = zip(self.models, kinds, strict=True)
+        return page.write(
+            path, [page.run_of(one, f"{one.name} ({kind})" if one.name else kind) for one, kind in named]
+        )
 
     def restore(self) -> None:
         """Make the models what they were before `apply`. A second call does nothing."""

@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType, SimpleNamespace
@@ -27,6 +27,11 @@ from torch import Tensor, nn
 from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 
 log = logging.getLogger("sparsify_compiler")
+_NO_CALL = (
+    "sparsify: no sparse call: the script called no video transformer, that is, no module with repeated blocks, "
+    "a time step and a video among its inputs. Models that the script itself gives to sparsify, or calls in "
+    "functions that it compiles, are not counted"
+)
 
 
 class _FirstCall:
@@ -48,13 +53,20 @@ class _Changed:
     name: str
     model: Any
     """Its `AppliedModel`; None once it exists no longer."""
-    report: str = ""
-    """Its report, once it exists no longer."""
+    ended: Any = None
+    """Its last video, a `ModelRun`, once it exists no longer."""
+
+    @property
+    def last_run(self) -> Any:
+        """Its last video, a `ModelRun`."""
+        from sparsify_compiler.page import run_of
+
+        return self.ended if self.model is None else run_of(self.model, self.name)
 
     def end(self, wanted: bool) -> None:
-        """Write the report, if it is wanted, and drop the state of the model."""
+        """Keep the last video, if it is wanted, and drop the state of the model."""
         if self.model is not None:
-            self.report = _report(self.name, self.model) if wanted else ""
+            self.ended = self.last_run if wanted else None
             self.model = None
 
 
@@ -107,15 +119,19 @@ class Script:
 
     def report(self) -> str:
         """The measurements of all models, or why there are none."""
-        found = [one.report if one.model is None else _report(one.name, one.model) for one in self.changed]
-        return "\n".join(
-            found
-            or [
-                "sparsify: no sparse call: the script called no video transformer, that is, no module with "
-                "repeated blocks, a time step and a video among its inputs. Models that the script itself gives to "
-                "sparsify, or calls in functions that it compiles, are not counted"
-            ]
-        )
+        return "\n".join([_report(one.last_run) for one in self.changed] or [_NO_CALL])
+
+    def write_page(self, path: str) -> str:
+        """Write the page on all models. Return a line for the log."""
+        from sparsify_compiler.errors import SparsifyError
+        from sparsify_compiler.page import write
+
+        if not self.changed:
+            return _NO_CALL
+        try:
+            return f"sparsify: report: {write(path, [one.last_run for one in self.changed])}"
+        except (SparsifyError, OSError) as error:
+            return f"sparsify: no report: {error}"
 
     def first_call(self, module: nn.Module) -> Callable[..., Any] | None:
         """The function that runs a call of a module about which nothing is decided; None to run it as it is."""
@@ -358,25 +374,20 @@ def log_lines() -> None:
         log.propagate = False
 
 
-def _report(name: str, model: Any) -> str:
-    """The measurements of a model, or why there are none."""
-    from sparsify_compiler.errors import SparsifyError
-    from sparsify_compiler.measured import stats_of
-
-    try:
-        found = stats_of([model.state])
-    except SparsifyError:
-        return f"sparsify: no sparse call of {name} was recorded: {_why(model)}"
-    if not found.measurements:
+def _report(run: Any) -> str:
+    """The measurements of a model, or why there are none. `run`: its last video, a `ModelRun`."""
+    if run.stats is None:
+        return f"sparsify: no sparse call of {run.name} was recorded: {_why(run.explanation.plans)}"
+    if not run.stats.measurements:
         return (
-            f"sparsify: no sparse call of {name}: all {found.dense_calls} calls of its last video are among the "
-            "first steps, which stay dense (--option dense_steps=)"
+            f"sparsify: no sparse call of {run.name}: all {run.stats.dense_calls} calls of its last video are "
+            "among the first steps, which stay dense (--option dense_steps=)"
         )
-    return f"sparsify: the last video of {name}\n{found}"
+    return f"sparsify: the last video of {run.name}\n{run.stats}"
 
 
-def _why(model: Any) -> str:
-    plans = [*model.plans, *model.outside]
+def _why(plans: Iterable[Any]) -> str:
+    plans = list(plans)
     if any(plan.method != "dense" for plan in plans):
         return "the calls need gradients, under which nothing is measured; use torch.no_grad()"
     reasons = dict.fromkeys(plan.reason for plan in plans)

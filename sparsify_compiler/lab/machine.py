@@ -5,7 +5,6 @@ import platform
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from sparsify_compiler._torch import multiplies_bfloat16
+from sparsify_compiler.runtime.rates import cpu_model
 
 
 def machine() -> dict[str, Any]:
@@ -78,12 +78,3 @@ def origin() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
     }
-
-
-def cpu_model() -> str:
-    """Name of the CPU that Linux gives, else the architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )

@@ -126,7 +126,7 @@ def dense_model(model: nn.Module) -> Callable[..., Any]:
 
 def sparse_model(model: nn.Module, policy: Policy) -> Callable[..., Any]:
     """Compile a model that is sparse at every step, since it has few steps."""
-    options: dict[str, Any] = {"policy": policy, "dense_steps": 0, "inner_backend": INNER}
+    options: dict[str, Any] = {"policy": policy, "dense_steps": 0, "inner_backend": INNER, "guard": "off"}
     return torch.compile(model, backend="sparsify", options=options, dynamic=False)
 
 

@@ -9,6 +9,12 @@ from sparsify_compiler.plan import TokenLayout
 Fitted = TypeVar("Fitted")
 
 
+def max_error_of(method: object) -> float | None:
+    """The largest relative error of an attention's output that a method promises; None if it promises none."""
+    most: float | None = getattr(method, "max_error", None)
+    return most
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoMethod:
     """Options of a method that needs the grid of the video. A site without one stays dense."""

@@ -13,6 +13,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods.grid import Cube, check_cube, cut
 from sparsify_compiler.methods.selection import (
     BlockMethod,
@@ -47,6 +48,10 @@ class Cubes(BlockMethod):
         for name in ("cube", "query_cube"):
             object.__setattr__(self, name, check_cube(name, getattr(self, name)))
         if self.kv_budget is not None:
+            if self.max_error is not None:
+                raise OptionError(
+                    f"max_error decides how much is read, got kv_budget={self.kv_budget!r} too: leave out one"
+                )
             budget = check_share("kv_budget", self.kv_budget, zero=False)
             for name, value in (
                 ("kv_budget", budget),

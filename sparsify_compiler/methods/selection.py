@@ -124,7 +124,8 @@ class BlockMethod(VideoMethod):
 
     A block of queries reads the blocks of keys with the largest P until their sum passes `top_p`, never fewer than
     the share `min_kv_ratio` of them. With the linear far field it also reads every block with a gain above
-    `min_gain` (`kernels.far_field.virtual_keys.gains`).
+    `min_gain` (`kernels.far_field.virtual_keys.gains`), or as many blocks as `max_error` needs
+    (`kernels.far_field.error_target`).
     """
 
     top_p: float | None = None
@@ -132,6 +133,11 @@ class BlockMethod(VideoMethod):
     everything, None sets no limit."""
     min_kv_ratio: float = 0.03
     """The share of the key blocks, in [0, 1], that every block of queries keeps at least."""
+    max_error: float | None = None
+    """With the linear far field, the largest relative error of an attention's output, in (0, 1): the root mean
+    square over all tokens and heads. Every call reads as much as it needs, by the gain of blocks and by the error
+    of a few rows that earlier calls computed exactly. It takes the place of `min_gain` and `top_p`. None sets
+    no limit."""
     min_gain: float | None = 0.02
     """With the linear far field, a block of queries also keeps every block of keys with a larger gain. The
     gain is the relative squared error of the output that reading the block saves, as estimated, divided by
@@ -152,6 +158,13 @@ class BlockMethod(VideoMethod):
         object.__setattr__(self, "top_p", top_p)
         object.__setattr__(self, "min_kv_ratio", check_share("min_kv_ratio", self.min_kv_ratio, zero=True))
         object.__setattr__(self, "min_gain", check_gain(self.min_gain))
+        if self.max_error is not None:
+            object.__setattr__(self, "max_error", check_error(self.max_error))
+            object.__setattr__(self, "min_gain", None)
+            if self.top_p is not None:
+                raise OptionError(
+                    f"max_error takes the place of top_p, got both: leave out top_p={self.top_p}"
+                )
 
     def choose(
         self, tokens: Tokens, query: "Blocks", key: "Blocks", q_means: Tensor, kv_means: Tensor
@@ -232,6 +245,17 @@ def check_gain(value: object) -> float | None:
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not 0 <= number < math.inf:
         raise OptionError(f"min_gain must be a number of at least 0, or None, got {value!r}")
+    return number
+
+
+def check_error(value: object) -> float:
+    """`value` as a float above 0 and below 1; raises OptionError if it is not."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number < 1:
+        raise OptionError(
+            f"max_error must be a number above 0 and below 1, or None, got {value!r}: 0.1 allows the output of "
+            "an attention a tenth of its own size; for exact attention take method='dense'"
+        )
     return number
 
 

@@ -265,13 +265,23 @@ def input_name(node: fx.Node) -> str:
     return re.sub(r"_+$", "", name)
 
 
+def input_path(node: fx.Node) -> str:
+    """An input of a graph as the caller knows it, e.g. `timestep` or `self.blocks.0.attn1.to_q.weight`."""
+    source = _torch.source_name(node)
+    return re.sub(r"^L\.(kwargs\.)?", "", _as_path(source)) if source else str(node.target)
+
+
+def _as_path(expression: str) -> str:
+    """An expression by which Dynamo reads something, as a path: `L.self.blocks.0`."""
+    path = re.sub(r"\.__dict__\['_modules'\]|\._(modules|parameters|buffers)", "", expression)
+    path = re.sub(r"\['(\w+)'\]", r".\1", path)
+    return re.sub(r"\[(\d+)\]", r".\1", path)
+
+
 def module_path(node: fx.Node) -> str:
     """The path of the module a node was traced in, e.g. `blocks.0.attn1`; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next((path for path, _ in reversed(stack.values())), "")
-    path = re.sub(r"\.__dict__\['_modules'\]|\._modules", "", path)
-    path = re.sub(r"\['(\w+)'\]", r".\1", path)
-    path = re.sub(r"\[(\d+)\]", r".\1", path)
+    path = _as_path(next((path for path, _ in reversed(stack.values())), ""))
     path = re.sub(r"^L?\.?self\.?|^L\.\w+\.?", "", path)
     return without_wrappers(path)
 

@@ -449,11 +449,14 @@ def _is_padding(run: Atom) -> bool:
 
 
 def _claims(label: Label) -> Iterator[Atom]:
-    """Every claim of a label, and of the labels from which convolutions made it."""
-    for run in atoms(label):
-        yield from run.claims
-        for of in run.source.of:
-            yield from _claims(of)
+    """Every claim of a label, and of the labels from which convolutions made it; those of a convolution once."""
+    left, seen = [label], set[Source]()
+    while left:
+        for run in atoms(left.pop()):
+            yield from run.claims
+            if run.source not in seen:
+                seen.add(run.source)
+                left += run.source.of
 
 
 def _lengths(label: Label) -> Iterator[Atom]:

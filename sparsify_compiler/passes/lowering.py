@@ -13,10 +13,10 @@
     dense    out = scaled_dot_product_attention(q, k, v, ...)         the model's own call
     variant  out = Observer(out, q, k, bias, *tensors)     where a method learns from dense steps
 
-A site with a dense plan gets the model's own call back. Tensors that trainers write and sites keep are new inputs
-of the graph, which `meta["extra"]` describes. Constants and trained tensors reach the bodies of higher-order
-operators as extra operands. A site there keeps no state, since a body may run again (in backward) and must then
-read the same tensors; its choices are kept for the second run.
+A site with a dense plan gets the model's own call back, and so does one that the guard runs dense. Tensors that
+trainers write and sites keep are new inputs of the graph, which `meta["extra"]` describes. Constants and trained
+tensors reach the bodies of higher-order operators as extra operands. A site there keeps no state, since a body may
+run again (in backward) and must then read the same tensors; its choices are kept for the second run.
 """
 
 import re
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod, constants_of
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, constants_of
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import queries_of
 from sparsify_compiler.passes.capture import attention_nodes
@@ -38,7 +38,7 @@ from sparsify_compiler.passes.planning import learns
 from sparsify_compiler.passes.strides import lay_out, strides_to_restore
 from sparsify_compiler.plan import AttentionPlan, AttentionSite
 from sparsify_compiler.runtime.program import Variant
-from sparsify_compiler.runtime.site import Observer, SparseSite, TableSite, settled
+from sparsify_compiler.runtime.site import Observer, SparseSite, TableSite, is_table_alone, settled
 from sparsify_compiler.runtime.site_inputs import (
     InputBuilder,
     SiteInputs,
@@ -153,7 +153,8 @@ def _lower_module(
     restored = {} if dense else strides_to_restore(gm)
     for node in attention_nodes(gm):
         original, result, plan = node.meta["original"], node.meta["result"], node.meta["plan"]
-        if not _is_sparse(node) or dense:
+        guarded = plan.site.name in lowering.variant.guarded
+        if not _is_sparse(node) or dense or guarded:
             out = original
             if _is_sparse(node) and (kept is not None or learns(plan)):
                 out = _emit_observer(gm, node, lowering, request, kept)
@@ -184,14 +185,6 @@ def _lower_module(
                 _torch.keep_results(module, (*_CHOICES, *_EXCHANGES))
         body.call.args = (*body.call.args, *(request(*table) for table in lowered[id(module)]))
     return asked
-
-
-def _is_static(plan: AttentionPlan) -> bool:
-    """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
-    takes_heads = plan.sharing is not None and plan.sharing.own_tables
-    asks = plan.sequence is not None and plan.sequence.asks
-    alone = not takes_heads and not asks
-    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 def _erase_inserted(graph: fx.Graph, node: fx.Node) -> None:
@@ -231,8 +224,8 @@ def _operands(
             {field: request(f"sparsify_{field}_{_identifier(one.name)}", one) for field, one in found.items()}
             for found in trained_tensors(plan, device, trains=lowering.variant.trains)
         )
-    owners = [node.meta["owners"]] if plan.sharing is not None and not _is_static(plan) else []
-    orders = [node.meta["order"]] if plan.sequence is not None and not _is_static(plan) else []
+    owners = [node.meta["owners"]] if plan.sharing is not None and not is_table_alone(plan) else []
+    orders = [node.meta["order"]] if plan.sequence is not None and not is_table_alone(plan) else []
     names = SiteInputs(
         owners=bool(owners),
         order=bool(orders),
@@ -255,7 +248,7 @@ def _emit_site(
     plan: AttentionPlan = node.meta["plan"]
     inputs, bias, tensors = _operands(gm, node, lowering, request, _kept_by(node, kept))
     site: nn.Module = TableSite(plan)
-    if not _is_static(plan):
+    if not is_table_alone(plan):
         site = SparseSite(
             plan,
             inputs,
@@ -315,14 +308,18 @@ def _dense(graph: fx.Graph, site: AttentionSite, operands: Sequence[fx.Node]) ->
 def _emit_observer(
     gm: fx.GraphModule, node: fx.Node, lowering: _Lowering, request: _Request, kept: InputBuilder | None
 ) -> fx.Node:
-    """The output of the model's own call, after an observer of its query and key if the site needs one."""
+    """The output of the model's own call, after an observer of its query and key if the site needs one.
+
+    A site that the guard runs dense needs none: it runs dense for the rest of the video too.
+    """
     plan: AttentionPlan = node.meta["plan"]
     original = node.meta["original"]
     state = _kept_by(node, kept)  # all variants of a program have the same inputs
-    if not state_shapes(plan) and not isinstance(plan.settings, LearningMethod):
+    guarded = plan.site.name in lowering.variant.guarded
+    if (guarded or not state_shapes(plan)) and not isinstance(plan.settings, LearningMethod):
         return original
     inputs, bias, tensors = _operands(gm, node, lowering, request, state)
-    if not inputs.state and not inputs.observed:
+    if guarded or (not inputs.state and not inputs.observed):
         return original
     name = f"sparsify_site{plan.site.index}"
     gm.add_submodule(name, Observer(plan, inputs))

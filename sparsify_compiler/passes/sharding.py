@@ -26,6 +26,7 @@ Nothing here runs a collective; the ops are in `parallel/ops.py`.
 """
 
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,9 @@ from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, 
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
+_NUMBER = re.compile(r"(?<![A-Za-z_])\d+")
+"""A number in the path of a module."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sharding:
@@ -104,16 +108,27 @@ class Sharding:
     def __str__(self) -> str:
         if self.reason:
             return f"every one of {self.size} ranks runs the whole graph: {self.reason}"
-        places = "; ".join(f"{name}: {why}" for name, why in self.gathered)
+        places = "; ".join(folded(self.gathered))
         heads = f"the heads of {len(self.sites)} attention calls"
         if self.form != "hcp":
-            number, kept = len(self.by_heads), "; ".join(f"{name}: {why}" for name, why in self.by_heads)
+            number, kept = len(self.by_heads), "; ".join(folded(self.by_heads))
             queries = f"the queries of {len(self.sites) - number} attention calls (form {self.form!r})"
             heads = f"{queries}, and the heads of {number} ({kept})" if number else queries
         return (
             f"{self.size} ranks share {self.tokens} tokens, and {heads}; "
             f"all tokens are gathered {len(self.gathered)} times ({places})"
         )
+
+
+def folded(places: Iterable[tuple[str, str]]) -> list[str]:
+    """`name: reason` of places. Those that differ in numbers alone are one: `view in blocks.*: ... (40 times)`."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, why in places:
+        names.setdefault((_NUMBER.sub("*", name), why), []).append(name)
+    return [
+        f"{each[0] if len({*each}) == 1 else name}: {why}{f' ({len(each)} times)' if len(each) > 1 else ''}"
+        for (name, why), each in names.items()
+    ]
 
 
 def shard(

@@ -8,6 +8,7 @@ an analysis of the whole model. Programs ask `open_call` for it.
 
 import inspect
 import logging
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -27,7 +28,8 @@ from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 from sparsify_compiler.runtime.recomputing import Log, new_log
-from sparsify_compiler.runtime.state import ModelState, Record, state_of
+from sparsify_compiler.runtime.state import ModelState, Reading, Record, state_of
+from sparsify_compiler.table import BlockTable
 
 log = logging.getLogger("sparsify_compiler")
 
@@ -181,6 +183,10 @@ class Placed(Protocol):
     """The place of an attention in a model, as far as a graph shows it; see `runtime/program.py`."""
 
     @property
+    def name(self) -> str:
+        """Its name in its graph."""
+
+    @property
     def like(self) -> tuple[Any, ...]:
         """Heads, tokens and sizes."""
 
@@ -207,6 +213,9 @@ class ModelCall:
         self._counts: Counter[str] = Counter()
         self._tick: Tick | None = None
         self._record: Record | None = None
+        self._reading: Reading | None = None
+        self._full_names: dict[str, str] = {}
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
         self.trains = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
         """Whether gradients are needed. If so, nothing is kept from call to call."""
         self.log: Log | None = new_log(self) if self.trains else None
@@ -281,6 +290,7 @@ class ModelCall:
             name = place.name_in(path)
             self._counts[name] += 1
             found.append(name if self._counts[name] == 1 else f"{name}#{self._counts[name]}")
+        self._full_names = {place.name: name for place, name in zip(places, found, strict=True)}
         return tuple(found)
 
     def parts(self, places: Sequence[Placed], names: Sequence[str]) -> tuple[tuple[str, ...], Parts | None]:
@@ -333,9 +343,37 @@ class ModelCall:
         else:
             self._record.add(plan, phase, reports)
 
+    @cached_property
+    def _looks(self) -> bool:
+        """Whether no call of this video has an example yet of what a dynamic site reads."""
+        return self.model.state.last_reading is None
+
+    def look(self, site: str, layout: TokenLayout, table: BlockTable, before: int) -> None:
+        """Keep the keys that the token in the middle of the video reads, as an example of a dynamic site.
+
+        Args:
+            site: the name of the attention in its graph.
+            table: the blocks that were read.
+            before: the number of tokens before the first query of the table.
+        """
+        if self._reading is not None or not self._looks or layout.grid is None:
+            return
+        frames, height, width = layout.grid
+        middle = (frames // 2 * height + height // 2) * width + width // 2
+        queries, keys = table.row_of(layout.before + middle - before)
+        whole = torch.zeros_like(keys)
+        whole[before : before + len(queries)] = queries
+        self._reading = Reading(
+            site=self._full_names.get(site, site), layout=layout, queries=whole, keys=keys
+        )
+
     def finish(self) -> None:
         """Keep what the call has shown about the model, and say once how much of it is sparse."""
         model = self.model
+        if self._record is not None:
+            self._record.wall = time.perf_counter() - self._wall
+            self._record.cpu = time.process_time() - self._cpu
+            self._record.reading = self._reading
         model.graphs = tuple(self.graphs)
         if not model.told and not any(graph.sparse for graph in self.graphs):
             model.analysed(self)

@@ -12,7 +12,7 @@ Every message is a product: a rank gives one number of rows, and a peer takes a 
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,6 +34,50 @@ class HeadCost(NamedTuple):
     def of(self, share: Tensor) -> Tensor:
         """The cost of heads that read these shares. Below 1, sparse is faster than dense."""
         return self.fixed + self.by_share * share
+
+
+MARGIN = 0.97
+"""A site runs dense if dense attention takes less than this share of the time of sparse attention."""
+
+
+class Times(NamedTuple):
+    """Seconds of one attention call."""
+
+    dense: float
+    sparse: float
+    """With the selection and the far field."""
+
+    @property
+    def dense_wins(self) -> bool:
+        """Whether the site runs dense."""
+        return self.dense < MARGIN * self.sparse
+
+    def __str__(self) -> str:
+        return f"dense: {_milliseconds(self.dense)} here, {_milliseconds(self.sparse)} sparse"
+
+
+class Speeds(NamedTuple):
+    """FLOP/s of attention on one device."""
+
+    dense: float
+    sparse: float
+    """It counts the pairs that are read, without a selection."""
+
+
+def predicted_times(plan: AttentionPlan, speeds: Speeds) -> str:
+    """The times of a site, in words; the density at which they are equal where each call decides what it reads."""
+    flops = sum(attention_of(replace(plan, density=1.0), plan.site.q_tokens).flops)
+    dense, least = flops / speeds.dense, flops / speeds.sparse
+    if plan.density is not None:
+        return str(Times(dense, plan.density * least))
+    share = f"{min(1.0, dense / least):.2g}, without its selection"
+    return f"dense: {_milliseconds(dense)} here, sparse takes less below a density of {share}"
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three significant digits, without an exponent."""
+    number = 1e3 * seconds
+    return f"{number:.0f} ms" if number >= 1000 else f"{number:.3g} ms"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

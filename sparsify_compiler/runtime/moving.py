@@ -51,6 +51,7 @@ def place_heads(
                 _planned(site, of_heads, owners)
                 for site, of_heads, owners in zip(sites, known, now, strict=True)
             ]
+            _log_moves(known, now, stream.planned)
         stream.sparse_calls += 1
     wanted = stream.planned if sparse and stream.planned is not None else even
     if wanted != stream.owners:
@@ -75,14 +76,21 @@ def _loads(sites: Sequence[MovingSite], stream: Stream) -> list[list[float]] | N
 
 def _planned(site: MovingSite, loads: Sequence[float], now: Owners) -> Owners:
     """The owners of a site's heads for these loads; those of now if they are good."""
-    size, before = site.sharing.ranks.size, spread(loads, now)
-    if before <= GOOD:
-        return now
-    owners = balanced(loads, size, capacity(site.sharing.heads, size))
-    log.info(
-        "heads of %s move: largest load of a rank %.2f -> %.2f", site.name, before, spread(loads, owners)
-    )
-    return owners
+    size = site.sharing.ranks.size
+    good = spread(loads, now) <= GOOD
+    return now if good else balanced(loads, size, capacity(site.sharing.heads, size))
+
+
+def _log_moves(loads: Sequence[Sequence[float]], before: Sequence[Owners], after: Sequence[Owners]) -> None:
+    """Log the balance of all attention calls, in one line, if any heads move."""
+    pairs = zip(loads, before, after, strict=True)
+    moved = [(spread(of_heads, old), spread(of_heads, new)) for of_heads, old, new in pairs if old != new]
+    if moved:
+        worst, left = map(max, zip(*moved, strict=True))
+        log.info(
+            "heads of %d of %d attention calls move: largest load of a rank %.2f times the mean before, %.2f after",
+            len(moved), len(loads), worst, left,
+        )  # fmt: skip
 
 
 def move(

@@ -12,6 +12,7 @@ from sparsify_compiler.names import ROOT
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Parts
 from sparsify_compiler.runtime.call import ModelCall, open_call, read
 from sparsify_compiler.runtime.clock import Prints, Tick, Times
+from sparsify_compiler.runtime.guard import Guard
 from sparsify_compiler.runtime.moving import note_loads, place_heads
 from sparsify_compiler.runtime.recomputing import Mark, Ran, find
 from sparsify_compiler.runtime.site import SiteFunction
@@ -39,6 +40,8 @@ class Variant:
     trains: bool = False
     """Whether it runs in training: there sites keep no state, and methods that learn observe."""
     choices: Choices = ()
+    guarded: tuple[str, ...] = ()
+    """The names of the sites that the guard runs dense. They observe nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +141,8 @@ class PlannedGraph:
     """The functions that its graphs call by name. They live as long as the plan."""
     compile: Callable[[Variant, Sequence[Any]], Run]
     """Compiles a variant for given inputs."""
+    guard: Guard
+    """Decides which sites run dense."""
     trains: bool
     """Whether gradients are needed. If so, nothing is kept from call to call."""
     learning_sites: tuple[AttentionPlan, ...] = ()
@@ -173,7 +178,7 @@ class PlannedGraph:
         if self.learning_sites:  # the sparse variant depends on the choices of training
             phases = ("dense",)
         for phase in phases:
-            variant = Variant(phase, self.trains)
+            variant = self.guarded(Variant(phase, self.trains))
             self.compiled[variant, ()] = self.compile(variant, inputs)
 
     def chosen(self, state: ModelState) -> Variant:
@@ -194,6 +199,20 @@ class PlannedGraph:
         return replace(
             dense, phase="sparse", choices=tuple((name, choices[name]) for name in names if name in choices)
         )
+
+    def guarded(self, variant: Variant) -> Variant:
+        """A variant with the sites that the guard runs dense."""
+        dense = self.guard.dense
+        if not dense or variant.guarded:
+            return variant
+        if self.guard.all_dense:  # then the phases differ in nothing
+            variant = replace(variant, phase="sparse")
+        return replace(variant, guarded=dense)
+
+    def ready(self, variant: Variant, inputs: Sequence[Any]) -> bool:
+        """Whether a variant is compiled for these inputs."""
+        numbers = tuple(value for value in inputs if isinstance(value, int))
+        return (variant, ()) in self.compiled or (variant, numbers) in self.compiled
 
     def run(self, variant: Variant, inputs: Sequence[Any]) -> Any:
         """Run a variant on all its inputs. It is compiled when it is first needed."""
@@ -245,7 +264,9 @@ class Program:
     tell: Callable[[GraphPlan], None] | None = None
     """Warns about dense attention, at the first call of a graph that may receive labels."""
     _planned: dict[Hashable, PlannedGraph] = field(default_factory=dict)
-    _renamed: dict[tuple[PlannedGraph, tuple[str, ...]], GraphPlan] = field(default_factory=dict)
+    _renamed: dict[tuple[PlannedGraph, tuple[str, ...], tuple[str, ...]], GraphPlan] = field(
+        default_factory=dict
+    )
 
     @property
     def plan(self) -> GraphPlan:
@@ -338,10 +359,12 @@ class Program:
             state: the state of the applied model; without a call, the graph runs again in backward.
         """
         planned.check_sizes(args)
+        planned.guard.look()
+        shown = self._as_named(planned, names)
         if call is not None:
-            call.count(self._as_named(planned, names))
+            call.count(shown)
         if not planned.remembers and not planned.extra.trained:
-            return planned.run(Variant(trains=planned.trains), args)
+            return planned.run(planned.guarded(Variant(trains=planned.trains)), args)
         owner: object = call and call.model
         if owner is None:
             owner = self if self.inputs.owner is None else args[self.inputs.owner]
@@ -349,31 +372,39 @@ class Program:
         state = state_of(owner) if state is None else state
         if planned.learning_sites and not repeats:
             state.enter(planned.learning_sites, 0 if owner is self else id(owner))
-        variant = planned.chosen(state)
+        variant = planned.guarded(planned.chosen(state))
         trained = state.trained_tensors(planned.extra.trained)
         if repeats:  # observed once, in forward
             trained = [one.clone() for one in trained]
         if not planned.remembers:
             return planned.run(variant, [*args, *planned.extra.bind(trained, (), initialised=False)])
         tick = self._tick(planned, state, args) if call is None else call.tick()
-        if planned.plan.runs_dense(tick.step, tick.steps):
-            variant = replace(variant, phase="dense")
+        phase: Phase = "dense" if planned.plan.runs_dense(tick.step, tick.steps) else variant.phase
+        if not planned.guard.all_dense:
+            variant = replace(variant, phase=phase)
         stream = state.stream(planned.extra.state, tick.stream, names)
         initialised = stream.calls > 0 and tick.remembers
-        moving, sparse = planned.extra.moving, variant.phase == "sparse"
+        moving, sparse = planned.extra.moving, phase == "sparse" and not planned.guard.all_dense
         owners = place_heads(moving, stream, sparse=sparse, initialised=initialised) if moving else ()
         extra = planned.extra.bind(trained, stream.tensors, initialised=initialised, owners=owners)
-        result = planned.run(variant, [*args, *extra])
+        inputs = [*args, *extra]
+        if sparse:
+            warm = planned.ready(variant, inputs) and (initialised or not tick.remembers)
+            with planned.guard.watching(warm=warm):
+                result = planned.run(variant, inputs)
+        else:
+            result = planned.run(variant, inputs)
         stream.calls += 1
         if moving and sparse:
             note_loads(moving, stream)
-        reports = planned.extra.reports_in(stream.tensors) if variant.phase == "sparse" else {}
+        reports = planned.extra.reports_in(stream.tensors) if sparse else {}
+        reports = {site: report for site, report in reports.items() if site not in variant.guarded}
         if call is None:
-            state.record(self.options, planned.plan, tick, variant.phase, reports)
+            state.record(self.options, shown, tick, phase, reports)
         else:
             own = (one.site.name for one in planned.plan)
             named = {name: reports[site] for name, site in zip(names, own, strict=True) if site in reports}
-            call.record(self.options, self._as_named(planned, names), variant.phase, named)
+            call.record(self.options, shown, phase, named)
         return result
 
     def _tick(self, planned: PlannedGraph, state: ModelState, args: Sequence[Any]) -> Tick:
@@ -387,13 +418,14 @@ class Program:
         return tick
 
     def _as_named(self, planned: PlannedGraph, names: tuple[str, ...]) -> GraphPlan:
-        """The plan with the names of the attentions in the whole model."""
-        key = planned, names
+        """The plan that runs, with the names of the attentions in the whole model, if they are given."""
+        key = planned, names, planned.guard.dense
         if key not in self._renamed:
-            plans = zip(planned.plan, names, strict=True)
+            plan = planned.guard.shown()
+            named = zip(plan, names or [one.site.name for one in plan], strict=True)
             self._renamed[key] = replace(
-                planned.plan,
-                plans=tuple(replace(one, site=replace(one.site, name=name)) for one, name in plans),
+                plan,
+                plans=tuple(replace(one, site=replace(one.site, name=name)) for one, name in named),
             )
         return self._renamed[key]
 

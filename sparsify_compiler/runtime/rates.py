@@ -2,6 +2,8 @@
 
 `measured_cluster` is a cluster with the rates of the ranks of a group.
 
+`measured_speeds` are the speeds of dense and of sparse attention, without a selection.
+
 `measured_cost` is the cost of sparse attention relative to dense. It is the time of forward and backward on random
 tokens: of dense SDPA, and of method `dsv` at two densities, with its selection. The cost at other densities lies on
 the straight line through the two.
@@ -10,9 +12,11 @@ the straight line through the two.
 import functools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -31,6 +35,7 @@ from sparsify_compiler.runtime.cost import (
     OF_ONE_GROUP,
     Cluster,
     HeadCost,
+    Speeds,
     choose_form,
     heads_suffice,
     needs_all_queries,
@@ -47,6 +52,15 @@ REPEATS = 3
 Clock = Callable[[], float]
 NOTHING = State(torch.tensor(False, device="cpu"), ())
 """The empty state of `dsv`."""
+
+
+def cpu_model() -> str:
+    """Name of the CPU that Linux gives, else the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def measured_cost(plan: AttentionPlan, method: FittedDsv, group: Cube, rank: int) -> HeadCost:
@@ -246,21 +260,41 @@ def _rates(
         yield torch.cuda.mem_get_info(device)[1]
     else:
         yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    tokens, heads, dim = (8192, 8, 128) if device.type == "cuda" else (1024, 2, 64)
     matrix = torch.ones(_PRODUCTS, _PRODUCTS, dtype=dtype, device=device)
     yield 2 * _PRODUCTS**3 / seconds(lambda: matrix @ matrix)
+    yield from _speeds(device, dtype, provider, seconds)
+    values = torch.ones(_VALUES, dtype=dtype, device=device)
+    yield 2 * values.nbytes / seconds(values.clone)
+
+
+def measured_speeds(dtype: str, device: str, provider: str) -> Speeds:
+    """The speeds of attention on a device of this process, measured once; it takes about a tenth of a second."""
+    return _measured_speeds(dtype, device, provider, torch.get_num_threads())
+
+
+@functools.cache
+def _measured_speeds(dtype: str, device: str, provider: str, threads: int) -> Speeds:
+    def seconds(function: Callable[[], object]) -> float:
+        function()
+        return min(timed(function, device)[0] for _ in range(REPEATS))
+
+    return _speeds(torch.device(device), getattr(torch, dtype), provider, seconds)
+
+
+def _speeds(
+    device: torch.device, dtype: torch.dtype, provider: str, seconds: Callable[[Callable[[], object]], float]
+) -> Speeds:
+    tokens, heads, dim = (8192, 8, 128) if device.type == "cuda" else (1024, 2, 64)
     query = torch.ones(1, heads, tokens, dim, dtype=dtype, device=device)
     flops = 4.0 * heads * tokens**2 * dim
-    yield flops / seconds(lambda: scaled_dot_product_attention(query, query, query))
+    dense = seconds(lambda: scaled_dot_product_attention(query, query, query))
     shape, draw = (1, 1, tokens // _BLOCK, tokens // _BLOCK), torch.Generator().manual_seed(0)
     blocks = torch.rand(shape, generator=draw, dtype=torch.float32)
     sizes = torch.full(shape[:3], _BLOCK, dtype=torch.int64)
     table = BlockTable.from_block_mask(blocks < _DENSITY, sizes, sizes)
     table = table.to(device)
-    taken = seconds(lambda: block_sparse_attention(query, query, query, table, provider=provider))
-    yield flops * table.density() / taken
-    values = torch.ones(_VALUES, dtype=dtype, device=device)
-    yield 2 * values.nbytes / seconds(values.clone)
+    sparse = seconds(lambda: block_sparse_attention(query, query, query, table, provider=provider))
+    return Speeds(flops / dense, flops * table.density() / sparse)
 
 
 def _links(

@@ -23,18 +23,31 @@ from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import attention
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
-from sparsify_compiler.methods import DynamicMethod, LearningMethod
-from sparsify_compiler.methods.selection import Tokens
+from sparsify_compiler.kernels.far_field.error_target import ErrorTarget
+from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
+from sparsify_compiler.methods.base import max_error_of
+from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
 from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, FittedMethod
+from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
 GUARD_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
+TARGET_ROWS = 32
+"""The same where they also measure the error, for `max_error`."""
+
+
+def is_table_alone(plan: AttentionPlan) -> bool:
+    """Whether a site is a table and one op: it decides nothing at run time, and approximates nothing."""
+    takes_heads = plan.sharing is not None and plan.sharing.own_tables
+    asks = plan.sequence is not None and plan.sequence.asks
+    alone = not takes_heads and not asks
+    return isinstance(plan.settings, StaticMethod) and plan.far_field == "drop" and alone
 
 
 class TableSite(nn.Module):
@@ -146,14 +159,14 @@ class SiteFunction:
         inputs = self.inputs.to_select(bound)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
         if learns or torch.compiler.is_exporting():  # a file has no functions of this process
-            return self.trace(query, key, value, key_bias, inputs)
+            return self.trace(query, key, value, key_bias, inputs, site)
         return torch.ops.sparsify.site(query, key, value, key_bias, inputs, self.name, site)
 
     def observe(self, query: Tensor, key: Tensor, bound: Bound, site: str) -> list[Tensor]:
         """The state after a dense call."""
         inputs = self.inputs.to_select(bound)
         if torch.compiler.is_exporting():
-            return self.trace_observe(query, key, inputs)
+            return self.trace_observe(query, key, inputs, site)
         return torch.ops.sparsify.observe_site(query.detach(), key.detach(), inputs, self.name, site)
 
     def learn(self, query: Tensor, key: Tensor, key_bias: Tensor | None, bound: Bound, site: str) -> None:
@@ -164,28 +177,39 @@ class SiteFunction:
         _write(list(bound.observed.values())[:-1], updated)
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        site: str,
     ) -> list[Tensor]:
-        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero."""
+        """`trace` of the slots that hold a head, and of this rank's rows of shared heads; the rest is zero.
+
+        Args:
+            site: its name in the graph.
+        """
         used, slots = self._used(inputs), query.shape[1]
         computed = self._computed(inputs)
         if used == slots:
-            return self.trace(query, key, value, key_bias, inputs, computed)
+            return self.trace(query, key, value, key_bias, inputs, site, computed, self._look(site))
         bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
         q, k, v = (one[:, :used] for one in (query, key, value))
-        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), computed)
+        out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), site, computed)
         of_all = query.new_zeros(out.shape[0], out.shape[2], slots, out.shape[3]).transpose(1, 2)
         of_all[:, :used] = out
         if report.shape[2] == used and not self.inputs.remembers:
             report = _filled_up(report, 2, slots)
         return [of_all, report, *(_filled_up(one, 1, slots) for one in state)]
 
-    def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+    def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str) -> list[Tensor]:
         """`trace_observe` of the slots that hold a head."""
         used, slots = self._used(inputs), query.shape[1]
         if used == slots:
-            return self.trace_observe(query, key, inputs)
-        state = self.trace_observe(query[:, :used], key[:, :used], self.inputs.of_heads(inputs, used))
+            return self.trace_observe(query, key, inputs, site)
+        of_heads = self.inputs.of_heads(inputs, used)
+        state = self.trace_observe(query[:, :used], key[:, :used], of_heads, site)
         return [_filled_up(one, 1, slots) for one in state]
 
     def _used(self, inputs: list[Tensor | None]) -> int:
@@ -211,17 +235,26 @@ class SiteFunction:
         value: Tensor,
         key_bias: Tensor | None,
         inputs: list[Tensor | None],
+        site: str,
         computed: Sequence[tuple[slice, slice]] | None = None,
+        look: Callable[[BlockTable, int], None] | None = None,
     ) -> list[Tensor]:
-        """[out, report, *state], op by op. `computed`: as in `attention_with_far_field`, of all tokens."""
+        """[out, report, *state], op by op.
+
+        Args:
+            site: name of the site, for errors of ranks.
+            computed: as in `attention_with_far_field`, of all tokens.
+            look: gets the table that was read, and the number of tokens before its queries.
+        """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
         read = read | self._trained_of_rank(read, owners, query.shape[1])
-        all_heads = self._all_heads(owners)
-        shared = self._shared_tokens()
+        all_heads = self._all_heads(owners, site)
+        shared = self._shared_tokens(site)
         kept = query.new_full((1, 1, 1), torch.nan)
         state: tuple[Tensor, ...] = ()
+        before, target = self._target(before)
         whole, min_gain, far_blocks, best = True, None, None, 0
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
@@ -235,9 +268,9 @@ class SiteFunction:
                 table = table.of_heads(heads.to(query.device))
         of_all_ranks = table
         if shared is not None:
-            table, key, value = self._fetched(table, key, value)
+            table, key, value = self._fetched(table, key, value, site)
             whole = False
-        guarded = GUARD_ROWS if plan.far_field != "drop" else 0
+        guarded = 0 if plan.far_field == "drop" else GUARD_ROWS if target is None else TARGET_ROWS
         last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
@@ -249,6 +282,7 @@ class SiteFunction:
             far_field=plan.far_field,
             min_gain=min_gain,
             best=best,
+            target=target,
             far_blocks=far_blocks,
             key_bias=key_bias,
             scale=plan.site.scale,
@@ -257,37 +291,57 @@ class SiteFunction:
             all_heads=all_heads,
             computed=computed,
         )
+        if look is not None:
+            look(known.table, 0 if whole else plan.layout.before)
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
-            estimated = kept.mean(-1) if min_gain is None else known.kept
+            estimated = kept.mean(-1) if min_gain is None and target is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
-            rows = (density, estimated, known.recall, known.gate)
+            errors = [query.new_full((1, 1), torch.nan)] * 2
+            if known.target is not None:
+                errors = [known.target.estimated[:, None], known.target.measured[:, None]]
+                state = (*state, known.target.state)
+            rows = (density, estimated, known.recall, known.gate, *errors)
             report = torch.stack([row.float().expand(query.shape[:2]) for row in rows], 2)
             if all_heads is not None and self.inputs.remembers:
                 report = all_heads(report)
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
 
-    def _shared_tokens(self) -> SharedTokens | None:
+    def _look(self, site: str) -> Callable[[BlockTable, int], None] | None:
+        """The function of the open call that keeps an example; None without a call, or on several ranks."""
+        call = open_call()
+        on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
+        if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
+            return None
+        return partial(call.look, site, self.plan.layout)
+
+    def _target(self, state: State) -> tuple[State, ErrorTarget | None]:
+        """(the state of the method, the target with its own state)."""
+        most = max_error_of(self.method)
+        if most is None:
+            return state, None
+        *own, errors = state.tensors
+        # State that is not initialised is finite, but may be that of an earlier video.
+        return state._replace(tensors=tuple(own)), ErrorTarget(most, errors * state.initialised)
+
+    def _shared_tokens(self, site: str) -> SharedTokens | None:
         """The video's tokens, where ranks share the queries of a site."""
         plan, sequence = self.plan, self.plan.sequence
         if sequence is None:
             return None
         part = next(one for one in parts_of(sequence.parts) if one.tokens)
-        return SharedTokens(part.whole, sequence.ranks, part, sequence.each, self._names, plan.provider)
+        return SharedTokens(part.whole, sequence.ranks, part, sequence.each, site, plan.provider)
 
-    @property
-    def _names(self) -> str:
-        """The name of the sites that run the function, for errors of ranks."""
-        return f"{self.plan.site.name}, or one with the same plan"
-
-    def _fetched(self, table: BlockTable, key: Tensor, value: Tensor) -> tuple[BlockTable, Tensor, Tensor]:
+    def _fetched(
+        self, table: BlockTable, key: Tensor, value: Tensor, site: str
+    ) -> tuple[BlockTable, Tensor, Tensor]:
         """(the table of the video's queries of this rank, the keys and values that they read)."""
         sequence = self.plan.sequence
         assert sequence is not None
         ranks = sequence.ranks
-        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self._names
+        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, site
         table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
@@ -297,12 +351,12 @@ class SiteFunction:
         )
         return table, key, value
 
-    def _all_heads(self, owners: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    def _all_heads(self, owners: Tensor | None, site: str) -> Callable[[Tensor], Tensor] | None:
         """The function that makes numbers of all heads, [B, H, n], of those of this rank's, [B, slots, n]."""
         sharing = self.plan.sharing
         if owners is None or sharing is None:
             return None
-        return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=self._names)
+        return partial(numbers_of_all_heads, owners=owners, ranks=sharing.ranks, site=site)
 
     def _trained_of_rank(
         self, read: dict[str, Tensor | None], owners: Tensor | None, slots: int
@@ -347,12 +401,16 @@ class SiteFunction:
         parts = read[:, :, : layout.before], out, read[:, :, layout.before :]
         return torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
 
-    def trace_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
+    def trace_observe(
+        self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str
+    ) -> list[Tensor]:
         """`observe`, op by op."""
         read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
         method = cast(DynamicMethod, self.plan.settings)
-        tokens = self._tokens(query, key, None, self._shared_tokens())
-        return list(method.observe(tokens, before, **read))
+        tokens = self._tokens(query, key, None, self._shared_tokens(site))
+        before, target = self._target(before)
+        of_target = [] if target is None else [target.state.clone()]
+        return [*method.observe(tokens, before, **read), *of_target]
 
     def trace_learn(
         self, query: Tensor, key: Tensor, key_bias: Tensor | None, inputs: list[Tensor | None]
@@ -432,7 +490,7 @@ def _site(
     site: str,
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].run(query, key, value, key_bias, inputs)
+        return _functions[function].run(query, key, value, key_bias, inputs, site)
 
 
 @custom_op("sparsify::observe_site")
@@ -440,7 +498,7 @@ def _observe_site(
     query: Tensor, key: Tensor, inputs: list[Tensor | None], function: str, site: str
 ) -> list[Tensor]:
     with _named(site):
-        return _functions[function].run_observe(query, key, inputs)
+        return _functions[function].run_observe(query, key, inputs, site)
 
 
 @custom_op("sparsify::learn_site")
@@ -456,8 +514,8 @@ def _learn_site(
         return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2]))
-_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2]))
+_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], args[-1]))
+_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], args[-1]))
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 

@@ -23,16 +23,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from sparsify_compiler.kernels.far_field import error_target
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
+from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.methods.selection import State
 from sparsify_compiler.parallel.shares import Owners, even_owners
 from sparsify_compiler.plan import AttentionPlan, SharedHeads
 from sparsify_compiler.runtime.state import Spec, Trained, blank
 
-REPORT = ("density", "kept", "recall", "far_field")
+REPORT = ("density", "kept", "recall", "far_field", "estimated_error", "measured_error")
 """The report of a dynamic site on each call, for every batch and head: share of the token pairs computed; mean
 attention mass that the method estimates to be kept; mean mass truly kept on sampled rows, NaN without sampled rows;
-whether the far field is on, 1 or 0."""
+whether the far field is on, 1 or 0; with `max_error` the relative error of the site's output, by the estimate that
+chose the blocks and on sampled rows, else NaN."""
+
+TARGET = "errors"
+"""The name of the last tensor of a state that has one: `ErrorTarget.state`."""
 
 _INITIALISED, _BLANK = (torch.tensor(flag, dtype=torch.bool, device="cpu") for flag in (True, False))
 
@@ -123,9 +129,16 @@ def tensor_of(owners: Owners) -> Tensor:
 
 
 def state_shapes(plan: AttentionPlan) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors that a site keeps from call to call."""
+    """Name -> shape of the tensors that a site keeps from call to call: of its method, then of its target."""
     method = plan.settings
-    return method.state(plan.site, plan.layout) if isinstance(method, DynamicMethod) else {}
+    if not isinstance(method, DynamicMethod):
+        return {}
+    of_target = (
+        {}
+        if max_error_of(method) is None
+        else {TARGET: (plan.site.batch, plan.site.heads, error_target.STATE)}
+    )
+    return {**method.state(plan.site, plan.layout), **of_target}
 
 
 def trained_tensors(
@@ -212,7 +225,7 @@ class GraphInputs:
         return self.bind(trained, state, initialised=True, owners=owners)
 
     def reports_in(self, state: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Site -> its report, [4, B, H], from the state tensors of a call."""
+        """Site -> its report, [len(REPORT), B, H], from the state tensors of a call."""
         return {site: state[place] for site, place in self.reports.items()}
 
 

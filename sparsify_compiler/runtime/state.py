@@ -5,6 +5,7 @@ model has several programs. The call of an applied model names the model. In oth
 inputs of the program identifies it. The state is freed with its owner.
 """
 
+import math
 import threading
 import weakref
 from collections import deque
@@ -18,7 +19,7 @@ from torch import Tensor
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.parallel.shares import Owners
-from sparsify_compiler.plan import AttentionPlan, GraphPlan
+from sparsify_compiler.plan import AttentionPlan, GraphPlan, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 
 REMEMBERED = 1000
@@ -100,6 +101,18 @@ class Stream:
     """The loads of the heads of these sites, one site after the other."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Reading:
+    """The keys that one block of queries read in a call, in the first batch element and head."""
+
+    site: str
+    layout: TokenLayout
+    queries: Tensor
+    """[S] bool: the tokens of the block."""
+    keys: Tensor
+    """[S] bool: the tokens that they read."""
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """One call of a program, or of an applied model with all its programs."""
@@ -114,7 +127,13 @@ class Record:
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Dynamic site -> [4, B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [len(REPORT), B, H], see `runtime/site.py`; empty in the dense phase."""
+    wall: float = math.nan
+    """Seconds of the call on the clock of the host; NaN where no applied model was called."""
+    cpu: float = math.nan
+    """Seconds of all threads of the process in the meantime."""
+    reading: Reading | None = None
+    """An example of the choice of a dynamic site, in the first such call of a video."""
 
     def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
         """Add another program that ran in the same call."""
@@ -233,6 +252,12 @@ class ModelState:
         with self._lock:
             self.video += 1
             timeline.video, timeline.calls = self.video, 0
+
+    @property
+    def last_reading(self) -> Reading | None:
+        """The example of a dynamic site in this generation's last video, if a call has kept one."""
+        video = self._timelines.current.video
+        return next((one.reading for one in self.history if one.video == video and one.reading), None)
 
     def record(
         self,

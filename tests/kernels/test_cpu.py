@@ -254,7 +254,7 @@ def small_sources(tmp_path, monkeypatch, caplog):
         folder.mkdir()
     (sources / "small.cpp").write_text('extern "C" int answer() { return 42; }')
     monkeypatch.setattr(library, "_SOURCES", sources)
-    monkeypatch.setattr(library, "_cache_dir", lambda: cache)
+    monkeypatch.setattr(library, "cache_folder", lambda: cache)
     caplog.set_level("WARNING", "sparsify_compiler")
     return cache
 

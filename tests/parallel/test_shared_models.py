@@ -81,6 +81,42 @@ def test_every_size_of_the_video_gets_its_own_shares(pool: Pool) -> None:
             torch.testing.assert_close(output, wanted, atol=1e-5, rtol=1e-5)
 
 
+class Broken(nn.Module):
+    """Two attentions with a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+        self.qkv = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))
+
+    def attend(self, x: Tensor, layer: int) -> Tensor:
+        q, k, v = self.qkv[layer](x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return x + nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.attend(self.patch(video).flatten(2).transpose(1, 2), 0)
+        torch._dynamo.graph_break()
+        return self.attend(x, 1)
+
+
+def broken() -> tuple[nn.Module, Mapping[str, Any]]:
+    return Broken(), {"video": VIDEO}
+
+
+def test_attention_after_a_graph_break_is_sparse_on_ranks_too(pool: Pool) -> None:
+    options = {
+        "method": "cubes",
+        "inner_backend": "eager",
+        "provider": "reference",
+        "cube": (1, 2, 2),
+        "top_p": 0.3,
+    }
+    for outcome, programs in pool.run(2, partial(compare, build=broken, options=options, calls=2)):
+        assert outcome.output <= 1e-5
+        assert programs == 3, "the second graph has a program under the labels of the first, and one without"
+
+
 def parallel(ranks: Ranks) -> dict[str, Any]:
     mesh = DeviceMesh.from_group(process_group(ranks.group), "cpu")
     return {"form": "hcp", "mesh": mesh, "timeout": ranks.timeout}
@@ -116,9 +152,9 @@ def disagree(ranks: Ranks, about: str) -> str:
     [
         ("options", "options, got {'method': 'tile', 'reference_frames': 1"),
         ("seed", "seed, got 0 on rank 0 and 1 on rank 2"),
-        ("weights", "input l_self_modules_qkv_parameters_weight_, got [96, 32] float32 with sums"),
-        ("values", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
-        ("sizes", "input l_video_, got [1, 4, 3, 4, 6] float32 with sums"),
+        ("weights", "input self.qkv.weight, got [96, 32] float32 with sums"),
+        ("values", "input video, got [1, 4, 3, 4, 6] float32 with sums"),
+        ("sizes", "input video, got [1, 4, 3, 4, 6] float32 with sums"),
     ],
 )
 def test_ranks_that_differ_say_so_before_they_exchange_anything(pool: Pool, about: str, named: str) -> None:
@@ -133,7 +169,8 @@ def explained(ranks: Ranks) -> tuple[str, Tensor, Tensor]:
     torch._dynamo.reset()
     model, inputs = attend()
     options = {"method": "svg2", "inner_backend": "eager", "dense_steps": 0, "dense_layers": 0}
-    text = str(sparsify_compiler.explain(model, **inputs, options={**options, "parallel": parallel(ranks)}))
+    model.compile(backend="sparsify", options={**options, "parallel": parallel(ranks)})
+    text = str(sparsify_compiler.explain(model, **inputs))
     found = []
     for more in ({"parallel": parallel(ranks)}, {}):
         torch._dynamo.reset()
@@ -174,7 +211,7 @@ def of_a_second_video(ranks: Ranks) -> str:
 
 def test_inputs_are_compared_in_every_call(pool: Pool) -> None:
     for message in pool.run(2, of_a_second_video):
-        assert "ranks must have the same input l_video_, got [1, 4, 3, 4, 6] float32 with sums" in message
+        assert "ranks must have the same input video, got [1, 4, 3, 4, 6] float32 with sums" in message
 
 
 def test_ranks_share_heads_where_attention_needs_all_queries() -> None:

@@ -111,7 +111,7 @@ def test_checkpoints_are_shared_and_exchange_nothing_twice(way: str, method: str
     assert found.gradient <= BOUND
     orders = [[one[7:] for one in exchanges if one.startswith(f"rank {rank}")] for rank in range(3)]
     assert orders[0] == orders[1] == orders[2]
-    numbers = [one for one in orders[0] if "one with the same plan" in one]
+    numbers = [one for one in orders[0] if "(numbers of its heads)" in one]
     assert len(numbers) == (2 if method == "svg2" else 0), "the choice is made once"
     # Two layers, to heads and back, and the gathering of the result; each has a gradient.
     assert len(orders[0]) - len(numbers) == (1 + trains) * (2 * 2 + 1)

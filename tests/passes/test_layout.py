@@ -238,6 +238,19 @@ def test_tokens_that_are_not_moved_do_get_their_grid() -> None:
         assert plan.site.kind == "self"
 
 
+def test_a_deep_stack_of_convolutions_is_followed_in_linear_time() -> None:
+    """Each of five dimensions of 16 convolutions comes from five others: more paths than could be walked."""
+    kernel = torch.ones(4, 4, 1, 1, 1)
+
+    def function(video: Tensor) -> Tensor:
+        for _ in range(16):
+            video = F.conv3d(video.sin(), kernel)
+        return attend(embed(video))
+
+    (plan,) = planned(function, VIDEO)
+    assert plan.layout.grid == GRID
+
+
 def test_the_same_mesh_on_other_tokens_is_cross_attention() -> None:
     def function(a: Tensor, b: Tensor) -> Tensor:
         return F.scaled_dot_product_attention((a * mesh())[:, None], (b * mesh())[:, None], b[:, None])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from sparsify_compiler.errors import OptionError
+from sparsify_compiler.passes.sharding import folded
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
 from sparsify_compiler.testing.models import CASES
@@ -190,3 +191,13 @@ def test_a_mask_that_depends_on_the_query_is_read_whole() -> None:
     model, inputs = CASES["hunyuan_video_15"].build()
     for found in in_threads(model, inputs, {"method": "dense"}, 2):
         assert found.output <= BOUND
+
+
+def test_places_that_differ_in_numbers_alone_are_one() -> None:
+    places = [
+        ("view in blocks.0.attn1", "why"),
+        ("view in blocks.1.attn1", "why"),
+        ("conv3d", "other"),
+        ("view", "why"),
+    ]
+    assert folded(places) == ["view in blocks.*.attn1: why (2 times)", "conv3d: other", "view: why"]

@@ -28,6 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparsify_compiler.outputs import cache_folder
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Data types in the order of `enum Dtype` in csrc/view.h."""
 
@@ -135,7 +137,7 @@ def _build(compiler: str) -> tuple[Path, bool]:
             list(pool.map(lambda to: run("-c", objects[to], "-o", to), objects))
         run(*objects, "-o", str(built))
 
-    return _cached(_cache_dir() / f"attention-{_key(parts)}.so", "the CPU attention kernel", compiler, make)
+    return _cached(cache_folder() / f"attention-{_key(parts)}.so", "the CPU attention kernel", compiler, make)
 
 
 def torch_ops() -> Path:
@@ -229,13 +231,3 @@ def words(error: OSError | subprocess.SubprocessError) -> str:
     """The compiler's own message if there is one, else the error's."""
     said = getattr(error, "stderr", None) or b""
     return said.decode(errors="replace").strip() or str(error)
-
-
-def _cache_dir() -> Path:
-    """The folder for libraries: next to torch.hub's directory; if that is read-only, a folder for this process."""
-    path = Path(torch.hub.get_dir()).parent / "sparsify_compiler"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))
-    return path if os.access(path, os.W_OK) else Path(tempfile.mkdtemp(prefix="sparsify_compiler-"))

@@ -19,8 +19,9 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
+from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget
 from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
-from sparsify_compiler.kernels.far_field.virtual_keys import AllHeads, FarBlocks, VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -63,7 +64,7 @@ class Provider(Protocol):
 
 
 class Report(NamedTuple):
-    """Measurements of a call for each head: fp32 tensors [B, H] on the device."""
+    """Measurements of a call for each head: fp32 tensors [B, H] on the device; and the table."""
 
     density: Tensor
     """Share of the query-key pairs that were read."""
@@ -72,7 +73,22 @@ class Report(NamedTuple):
     recall: Tensor
     """Mean share of the true attention mass in the near field, over sampled rows; NaN if no row is sampled."""
     kept: Tensor
-    """The same share, estimated from the means of blocks for all queries; NaN without `min_gain`."""
+    """The same share, estimated from the means of blocks for all queries; NaN without `min_gain` or `target`."""
+    table: BlockTable
+    """The blocks that were read."""
+    target: "TargetReport | None" = None
+    """The errors of a call with a target."""
+
+
+class TargetReport(NamedTuple):
+    """The errors of a call with a target, each the relative error of the output of all heads; [B] fp32."""
+
+    estimated: Tensor
+    """By the estimate that chose the blocks."""
+    measured: Tensor
+    """On sampled rows."""
+    state: Tensor
+    """The state of the next call."""
 
 
 def attention_with_far_field(
@@ -84,6 +100,7 @@ def attention_with_far_field(
     far_field: str,
     min_gain: float | None = None,
     best: int = 0,
+    target: ErrorTarget | None = None,
     far_blocks: FarBlocks | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
@@ -99,6 +116,8 @@ def attention_with_far_field(
         far_field: `drop`, `mean` or `linear`.
         min_gain: with `linear`, a row also reads the blocks whose gain (`gains`) is above this.
         best: with `min_gain`, a row also reads this number of the other blocks, those with the largest gains.
+        target: with `linear`, in place of `min_gain`: a row also reads blocks until the error is below a target.
+            It needs sampled rows, whose places then differ from call to call.
         far_blocks: for a table of single keys, the blocks that approximate the keys that a row does not list. If
             None, the blocks of the table approximate them.
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
@@ -118,7 +137,12 @@ def attention_with_far_field(
         raise OperandError(
             f"min_gain must be at least 0, with far_field='linear', got {min_gain} and {far_field!r}"
         )
-    if far_blocks is not None and (far_field == "drop" or min_gain is not None):
+    if target is not None and (far_field != "linear" or min_gain is not None or sampled_rows < 1):
+        raise OperandError(
+            "a target needs far_field='linear' and sampled rows, without min_gain, got "
+            f"{far_field!r}, {sampled_rows} rows and min_gain={min_gain}"
+        )
+    if far_blocks is not None and (far_field == "drop" or min_gain is not None or target is not None):
         raise OperandError(
             f"far_blocks are for a far field, without min_gain, got {far_field!r} and min_gain={min_gain}"
         )
@@ -134,7 +158,8 @@ def attention_with_far_field(
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with attention.without_autocast(device):
-        sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
+        offset = None if target is None else target.offset()
+        sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]), offset)
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
             report = _report(table, torch.zeros_like(nothing), nothing, nothing)
@@ -159,7 +184,7 @@ def attention_with_far_field(
                         _, read = near(sample.take(query), slice(None), sample.rows_of(table))
                     report = report._replace(recall=_recall(read, exact_lse))
             return out, lse, report
-        table, far, others, kept = virtual_keys.virtual_keys(
+        table, far, others, kept, remains = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -167,19 +192,23 @@ def attention_with_far_field(
             linear=far_field == "linear",
             min_gain=min_gain,
             best=best,
+            target=target,
             all_heads=all_heads,
             blocks=far_blocks,
             key_bias=key_bias,
             scale=scale,
             provider=provider,
         )
-        gate, recall = torch.ones_like(nothing), nothing
+        gate, recall, errors = torch.ones_like(nothing), nothing, None
         if sample is not None:
             with torch.no_grad():
-                far, gate, recall = _guard(
+                far, gate, recall, errors = _guard(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
+        if target is not None and remains is not None and errors is not None:
+            with torch.no_grad():
+                report = report._replace(target=_target_report(target, remains, *errors, all_heads))
 
         def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
             return near_and_far.near_and_far(
@@ -222,7 +251,7 @@ def _computed(
 
 
 def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
+    return Report(table.densities().float().expand_as(gate), gate, recall, kept, table)
 
 
 def exact_rows(
@@ -290,8 +319,9 @@ def _guard(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[VirtualKeys, Tensor, Tensor]:
-    """(`far` without the terms that raise the error of a head's sampled rows, gate and recall as in `Report`)."""
+) -> tuple[VirtualKeys, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(`far` without the terms that raise the error of a head's sampled rows, gate and recall as in `Report`, the
+    squared error and the squared output of these rows [B, H])."""
     rows, table = sample.take(query), sample.rows_of(table)
     exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
     near, near_lse = attention.block_sparse_attention(
@@ -317,9 +347,28 @@ def _guard(
         least = torch.where(helps, whole, least)
         far = far._replace(limits=far.limits * helps[..., None, None])
     # A NaN error is no improvement.
-    gate = least <= _error(near, exact)
+    dropped = _error(near, exact)
+    gate = least <= dropped
     far = far._replace(bias=far.bias.masked_fill(~gate[..., None], -torch.inf))
-    return far, gate.float(), _recall(near_lse, exact_lse)
+    errors = torch.where(gate, least, dropped), _error(torch.zeros_like(exact), exact)
+    return far, gate.float(), _recall(near_lse, exact_lse), errors
+
+
+def _target_report(
+    target: ErrorTarget, remains: Tensor, error: Tensor, output: Tensor, all_heads: AllHeads | None
+) -> TargetReport:
+    """The errors of a call, by its estimate and by the squared error and squared output of sampled rows, [B, H]."""
+
+    def of_all(numbers: Tensor) -> Tensor:
+        return numbers if all_heads is None else all_heads(numbers[..., None])[..., 0]
+
+    whole = of_all(output).sum(1, keepdim=True)
+    measured = torch.where(error == 0, 0.0, error / whole).float()
+    remains = remains.float()
+    estimated = (remains * target.corrections(all_heads)).nan_to_num()
+    of_site = of_all(measured).sum(1)
+    state = target.measured(remains, measured, of_site)
+    return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,14 +381,24 @@ class _Sample:
     """[B|1, H|1, Nq+1] int32."""
 
     @classmethod
-    def of(cls, query: Tensor, table: BlockTable, count: int) -> "_Sample | None":
-        """The positions in the middle of `count` equal parts of the sequence."""
+    def of(cls, query: Tensor, table: BlockTable, count: int, offset: Tensor | None) -> "_Sample | None":
+        """The positions in the middle of `count` equal parts of the sequence, or at an offset.
+
+        Args:
+            offset: [B, H] in [0, 1), the place of each position in its part.
+        """
         if count == 0:
             return None
-        tokens = query.shape[2]
-        positions = (torch.arange(count, device=query.device) * 2 + 1) * tokens // (2 * count)
-        rows = positions[None, None] if table.q_order is None else table.q_order[:, :, positions].long()
-        before = positions[:, None] < table.q_bounds[:, :, None, :]
+        tokens, numbers = query.shape[2], torch.arange(count, device=query.device)
+        if offset is None:
+            positions = ((numbers * 2 + 1) * tokens // (2 * count))[None, None]
+        else:
+            positions = ((numbers + offset[..., None]) * (tokens / count)).long().clamp(max=tokens - 1)
+        rows = positions
+        if table.q_order is not None:
+            lead = torch.broadcast_shapes(positions.shape[:2], table.q_order.shape[:2])
+            rows = table.q_order.expand(*lead, -1).gather(-1, positions.expand(*lead, -1)).long()
+        before = positions[..., None] < table.q_bounds[:, :, None, :]
         return cls(rows, before.sum(2, dtype=torch.int32))
 
     def take(self, tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ approximates these, with the weight of m_ij keys: score + log m_ij - log n_j. To
 the means would need sums over the keys of every row.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import statistics
+from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget
 from sparsify_compiler.table import BlockTable
-
-AllHeads = Callable[[Tensor], Tensor]
-"""Makes numbers of all heads of a site, [B, H, n], of those of some."""
 
 MOST_SECOND_ORDER = 0.5
 """Largest second-order term of a score. Above it, the third order is no smaller than the second."""
+MOST_SPREAD = 8.0
+"""Largest variance of scores that an estimate of an error counts in full. exp of half of it is 55."""
 
 
 class FarBlocks(NamedTuple):
@@ -103,23 +103,27 @@ def virtual_keys(
     linear: bool,
     min_gain: float | None = None,
     best: int = 0,
+    target: ErrorTarget | None = None,
     all_heads: AllHeads | None = None,
     blocks: FarBlocks | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None]:
+) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None, Tensor | None]:
     """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
 
     Args:
         best: with `min_gain`, each row also reads this number of the other blocks, those with the largest gains.
+        target: in place of `min_gain`, the largest error of the output. Blocks are read until the error that is
+            estimated to remain is below it.
 
     Returns:
-        table: the table, with the blocks that `min_gain` adds.
+        table: the table, with the blocks that `min_gain` or `target` adds.
         far: the virtual keys.
         others: a table of the virtual keys that each row reads. None if they are the table's blocks: then a row
             reads those that it does not list.
-        kept: with `min_gain`, the attention mass that queries are estimated to read, [B, H].
+        kept: with `min_gain` or `target`, the attention mass that queries are estimated to read, [B, H].
+        remains: with `target`, the estimate of the squared error that remains, as `ErrorTarget.reading` returns it.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -128,7 +132,7 @@ def virtual_keys(
         key, value, bounds, order, key_bias, covariance=linear, provider=provider
     )
     bias = _of_heads(log_weight, query.shape[1])
-    matrices = limits = kept = None
+    matrices = limits = kept = remains = None
     if linear:
         mean_query, mean_square = statistics.block_means(
             query, table.q_bounds, table.q_order, provider=provider
@@ -143,12 +147,19 @@ def virtual_keys(
             scores = (scores + share.log()).masked_fill(share == 0, -torch.inf)
         else:
             listed = table.block_mask()
-        if min_gain is not None:
+        if min_gain is not None or target is not None:
             with torch.no_grad():
                 spread = scale**2 * _per_query_block(mean_square, key_variance.mT)
                 attention = _shares(scores)
+                if target is not None:
+                    spread = _all_orders(spread)
                 gain = gains(attention, spread, value_mean, value_variance, table, all_heads)
-                more = gain > min_gain
+                if target is not None:
+                    more, remains = target.reading(
+                        gain, _shares_of_pairs(table, gain.dtype), ~listed, all_heads
+                    )
+                else:
+                    more = gain > (math.inf if min_gain is None else min_gain)
                 if best:
                     ranked = gain.masked_fill(listed, -1.0).topk(min(best, gain.shape[-1]), sorted=False)
                     more = more.scatter(-1, ranked.indices, True)
@@ -166,8 +177,8 @@ def virtual_keys(
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
     if blocks is None:
-        return table, far, None, kept
-    return table, *_for_each_number(far, table, blocks), kept
+        return table, far, None, kept, remains
+    return table, *_for_each_number(far, table, blocks), kept, remains
 
 
 def _for_each_number(
@@ -235,6 +246,22 @@ def gains(
     part = (keys / keys.sum(-1, keepdim=True).clamp(min=1))[:, :, None]
     error = (shares * spread).square() * apart.clamp(min=0) / power.clamp(min=tiny)[:, None, None, None]
     return (error / part.clamp(min=tiny)).masked_fill(part == 0, 0.0)
+
+
+def _shares_of_pairs(table: BlockTable, dtype: torch.dtype) -> Tensor:
+    """[B|1, H|1, Nq, N]: the share of each pair of blocks in all pairs of queries and keys."""
+    queries, keys = (bounds.diff(dim=-1).to(dtype) for bounds in (table.q_bounds, table.kv_bounds))
+    queries, keys = (sizes / sizes.sum(-1, keepdim=True).clamp(min=1) for sizes in (queries, keys))
+    return queries[..., None] * keys[:, :, None]
+
+
+def _all_orders(spread: Tensor) -> Tensor:
+    """The error of a weight, in place of its second order: 2 (exp(spread / 2) - 1), for Gaussian scores.
+
+    It ranks blocks by gain as the second order does where scores spread little. Where they spread more, the second
+    order leaves the errors of wide blocks out, and the sum of its estimates differs more from the true error.
+    """
+    return 2 * torch.expm1(spread.clamp(max=MOST_SPREAD) / 2)
 
 
 def _shares(scores: Tensor) -> Tensor:

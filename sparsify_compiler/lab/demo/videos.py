@@ -80,7 +80,8 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
     torch.compiler.reset()  # otherwise the shapes of an earlier model make those of this one dynamic
     model = load().to(device)
     # Neither uses Inductor: it would compile for longer than these few videos take.
-    sparse = torch.compile(model, backend="sparsify", options={"method": "svg2", "inner_backend": "eager"})
+    options: dict[str, Any] = {"method": "svg2", "inner_backend": "eager", "guard": "off"}
+    sparse = torch.compile(model, backend="sparsify", options=options)
     programs: dict[str, Velocity] = {"dense": model, "svg2": sparse}
     warm_up, seconds, videos = {}, {}, {}
     make = partial(generate, prompts=prompts, size=size, device=device)

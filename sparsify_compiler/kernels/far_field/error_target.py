@@ -1,0 +1,143 @@
+"""Reading until the estimated error of a site's output is below a target.
+
+The gain of a block (`virtual_keys.gains`) times its share of the keys estimates the squared error of the output
+that the block causes where it is not read. The estimates of all unread blocks add up to that of the site. They rank
+blocks well, but their sum may be wrong by a factor of ten, which differs by head and by sharpness of the attention.
+So each call also measures the error of the rows that are computed exactly. Later calls multiply the estimates of a
+head by the ratio of measured and estimated error: a correction. A call uses measurements of earlier calls only.
+Their rows lie elsewhere at every call, so in time they reach all parts of a sequence.
+
+All heads of a site share one threshold of the corrected gain, the largest that keeps the sum of the corrected
+estimates below the target. So keys are read where they save most error.
+
+Errors here are relative and squared: parts of |out - dense|² / |dense|², summed over the tokens and heads of one
+batch element. Nothing reads a value back from the device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+AllHeads = Callable[[Tensor], Tensor]
+"""Makes numbers of all heads of a site, [B, H, n], of those of some."""
+
+STATE = 3
+"""Numbers of a head in the state: number of calls, and the sums of measured and of estimated errors, in which older
+calls count less. All zero: no call yet."""
+KEPT = 0.7
+"""Weight of the sums of all earlier calls, against 1 of the last call."""
+FIRST = 0.008
+"""Correction before the first measurement, times the target, as on the evaluation model."""
+TRUSTED = 1.0
+"""Weight of the first correction, as an estimated squared error in units of the squared target. It decays like the
+sums."""
+POWER = 0.7
+"""Power of the estimate with which the true error grows, where the threshold of gains changes. Estimates of blocks
+with large gains are too large, those of blocks with small ones too small."""
+MOST_STEP = 16.0
+"""Largest factor of a squared error by which `POWER` counts."""
+MOST_COUNTED = 2.0
+"""Error of a call, in units of the target, above which it counts no more than a call with this error."""
+POOLED = 0.5
+"""Weight of the mean over all heads in the correction of a head, against 1 of its own measurements."""
+AIM = 0.78
+"""Error that is aimed at, in units of the target: few rows measure too low an error more often than too high."""
+
+BINS = 192
+"""Bins of gains, four for each factor of two."""
+LOWEST = -32
+"""Logarithm to base 2 of the gains of the lowest bin. Smaller gains are in it too."""
+UNIT = 2.0**-24
+"""Unit of errors in a bin, in units of the squared target. Sums of whole numbers do not depend on their order."""
+TURN = (math.sqrt(5) - 1) / 2
+"""Step, in units of the distance of sampled rows, by which they move from call to call: no two calls come near."""
+
+
+class ErrorTarget(NamedTuple):
+    """The largest relative error of a site's output, and the measurements so far."""
+
+    most: float
+    """Root mean square over tokens, relative to the output: above 0, below 1."""
+    state: Tensor
+    """[B, H, STATE] fp32."""
+
+    def offset(self) -> Tensor:
+        """[B, H] fp32 in [0, 1): places of the sampled rows of this call, in units of their distance."""
+        return (0.5 + self.state[..., 0] * TURN) % 1.0
+
+    def corrections(self, all_heads: AllHeads | None) -> Tensor:
+        """[B, H]: the ratio of true and estimated squared error of each head, by earlier calls."""
+        _, measured, estimated = self.state.unbind(-1)
+        sums = self.state if all_heads is None else all_heads(self.state)
+        heads = sums.shape[1]
+        trusted = TRUSTED * self.most**2 * KEPT ** sums[..., 0].amax(1)
+        of_site = sums.sum(1)
+        pooled = (of_site[:, 1] + FIRST / self.most * trusted) / (of_site[:, 2] + trusted)
+        others = POOLED * (of_site[:, 2] + trusted) / heads
+        return (measured + (pooled * others)[:, None]) / (estimated + others[:, None])
+
+    def aim(self, all_heads: AllHeads | None) -> Tensor:
+        """[B]: the sum of corrected estimates that is aimed at.
+
+        The corrections hold for errors as large as those of earlier calls. Others are on a curve through them.
+        """
+        sums = self.state if all_heads is None else all_heads(self.state)
+        calls, measured = sums[..., 0].amax(1), sums[..., 1].sum(1)
+        weight = (1 - KEPT**calls) / (1 - KEPT)
+        aim = (AIM * self.most) ** 2
+        step = torch.where(measured > 0, aim * weight / measured, 1.0).clamp(1 / MOST_STEP, MOST_STEP)
+        return aim * step ** (1 / POWER - 1)
+
+    def reading(
+        self, gain: Tensor, shares: Tensor, unread: Tensor, all_heads: AllHeads | None
+    ) -> tuple[Tensor, Tensor]:
+        """The blocks to read, and the estimates of the errors that remain.
+
+        Args:
+            gain: [B, H, Nq, N], gains without correction.
+            shares: [B|1, H|1, Nq, N], the share of each pair of blocks in the pairs of queries and keys of a head.
+            unread: [B, H, Nq, N] bool, the blocks that no one reads yet.
+
+        Returns:
+            more: [B, H, Nq, N] bool, blocks to read too. Those whose gain is not finite are among them.
+            remains: [B, H], the estimated squared error of each head, without correction.
+        """
+        correction = self.corrections(all_heads)
+        aim = self.aim(all_heads)[:, None]
+        gain = gain * correction[..., None, None]
+        error = gain * shares
+        place = ((gain.log2() - LOWEST) * 4).nan_to_num(BINS, BINS, 0).clamp(0, BINS).long()
+        parts = (error / (aim[..., None, None] * UNIT)).nan_to_num().masked_fill(~unread, 0)
+        # Far above the target a number need not be exact, but its sums must fit.
+        units = parts.clamp(max=2.0**34).round().long()
+        bins = units.new_zeros(*units.shape[:2], BINS + 1)
+        bins.scatter_add_(-1, place.flatten(2), units.flatten(2))
+        below = bins.cumsum(-1)[..., :BINS].to(error.dtype) * UNIT
+        of_site = (below if all_heads is None else all_heads(below)).sum(1)
+        count = (of_site <= 1).sum(-1)[:, None]  # the number of lowest bins that need not be read
+        more = place >= count[..., None, None]
+        remaining = below.gather(-1, (count - 1).clamp(min=0)[..., None].expand(*below.shape[:2], 1))[..., 0]
+        remaining = torch.where(count > 0, remaining, 0.0)
+        return more & unread, remaining * aim / correction
+
+    def measured(self, estimated: Tensor, error: Tensor, of_site: Tensor) -> Tensor:
+        """The state after a call: [B, H, STATE].
+
+        Args:
+            estimated: [B, H], the estimates of `reading`.
+            error: [B, H], the measured parts of the relative squared error. Heads with numbers that are not finite
+                keep their sums.
+            of_site: [B], the sum of `error` over the heads of all ranks.
+        """
+        count, *sums = self.state.unbind(-1)
+        known = error.isfinite() & estimated.isfinite() & of_site.isfinite()[:, None]
+        most = (MOST_COUNTED * self.most) ** 2
+        weight = (most / of_site.clamp(min=most))[:, None]
+        new = (
+            torch.where(known, KEPT * old + weight * now, old)
+            for old, now in zip(sums, (error, estimated), strict=True)
+        )
+        return torch.stack([count + 1, *new], -1)
