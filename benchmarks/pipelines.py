@@ -1,8 +1,8 @@
 """Video pipelines of diffusers with `apply`: `python -m benchmarks.pipelines --out FILE`.
 
-Each pipeline has all its components, small and with random weights: text encoders, tokenizers made of a few words, a
-VAE, a scheduler, a transformer of `testing/models`. Where a text encoder is a large language model, the call gets
-embeddings in its place. The pipeline is saved, and loaded twice. One runs with `apply`, before its twin runs without
+Each pipeline has all its components, small and with random weights: text encoders, tokenizers made of a few words,
+a VAE, a scheduler, a transformer of `testing/models`. Where a text encoder is a large language model, the call gets
+embeddings in its place. The pipeline is saved and loaded twice. One runs with `apply`, before its twin runs without
 it, uncompiled. The options select every key, so that both give the same latents. A row is right if
 
 - in every model, the sparse attentions are those over the video that the twin ran, by name;

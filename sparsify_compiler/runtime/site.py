@@ -514,8 +514,12 @@ def _learn_site(
         return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], args[-1]))
-_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], args[-1]))
+_site.register_fake(
+    lambda q, k, v, bias, inputs, name, site: _functions[name].trace(q, k, v, bias, inputs, site)
+)
+_observe_site.register_fake(
+    lambda q, k, inputs, name, site: _functions[name].trace_observe(q, k, inputs, site)
+)
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
