@@ -297,7 +297,7 @@ class SiteFunction:
         sequence = self.plan.sequence
         assert sequence is not None
         ranks = sequence.ranks
-        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, site
+        place = *ranks.fields, site
         table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
@@ -468,8 +468,14 @@ def _learn_site(
         return _functions[function].trace_learn(query, key, key_bias, inputs)
 
 
-_site.register_fake(lambda *args: _functions[args[-2]].trace(*args[:-2], site=args[-1]))
-_observe_site.register_fake(lambda *args: _functions[args[-2]].trace_observe(*args[:-2], site=args[-1]))
+_site.register_fake(
+    lambda query, key, value, key_bias, inputs, function, site: _functions[function].trace(
+        query, key, value, key_bias, inputs, site
+    )
+)
+_observe_site.register_fake(
+    lambda query, key, inputs, function, site: _functions[function].trace_observe(query, key, inputs, site)
+)
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 
 
