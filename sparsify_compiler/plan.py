@@ -116,6 +116,11 @@ class Ranks:
     """With `sequence`: the neighbours that share heads inside of it; None where a rank has all heads."""
 
     @property
+    def fields(self) -> tuple[int, int, str, float]:
+        """The ranks as an op takes them: rank, size, group, timeout."""
+        return self.rank, self.size, self.group, self.timeout
+
+    @property
     def form(self) -> str:
         """The form of the option `parallel`."""
         return "hcp" if self.sequence is None else "scp" if self.heads is None else "hybrid"

@@ -88,11 +88,9 @@ class SharedTokens:
             points: [B, H, n, D], the tokens of this rank.
             centroids, start, warm, first, later: as in `clustering.kmeans`; `start` names tokens of all ranks.
         """
-        ranks, part = self.ranks, [*self.part, self.each]
-        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, self.site, self.provider
-        numbers = [first, later]
+        part, place = [*self.part, self.each], (*self._place(), self.provider)
         return torch.ops.sparsify.kmeans_of_ranks(
-            points.detach(), centroids.detach(), start, warm, numbers, part, *place
+            points.detach(), centroids.detach(), start, warm, [first, later], part, *place
         )
 
     def clustered(
@@ -152,8 +150,7 @@ class SharedTokens:
         return found[..., 0]
 
     def _place(self) -> tuple[int, int, str, float, str]:
-        ranks = self.ranks
-        return ranks.rank, ranks.size, ranks.group, ranks.timeout, self.site
+        return *self.ranks.fields, self.site
 
 
 @torch.library.custom_op("sparsify::kmeans_of_ranks", mutates_args=(), tags=_TAGS)

@@ -434,7 +434,7 @@ def numbers_of_all_heads(numbers: Tensor, *, owners: Tensor, ranks: Ranks, site:
         RankError: as in `to_heads`.
     """
     order = torch.zeros((), dtype=torch.float32, device="cpu")
-    place = ranks.rank, ranks.size, ranks.group, ranks.timeout, f"{site} (numbers of its heads)"
+    place = *ranks.fields, f"{site} (numbers of its heads)"
     # Like one position of a sequence that all ranks have.
     given = [numbers[:, :, None].contiguous(), order]
     found, _ = torch.ops.sparsify.to_tokens(given, owners, flat([Part(0, 1)]), [len(owners)], True, *place)

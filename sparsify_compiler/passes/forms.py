@@ -5,13 +5,111 @@ Heads that need different numbers of keys are placed by what they need.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
-from sparsify_compiler.parallel.shares import Part, whole_length
-from sparsify_compiler.plan import AttentionPlan, TokenLayout
+from sparsify_compiler.parallel.balance import balanced, capacity
+from sparsify_compiler.parallel.shares import (
+    Owners,
+    Part,
+    even_owners,
+    flat,
+    heads_of,
+    local_length,
+    whole_length,
+)
+from sparsify_compiler.plan import AttentionPlan, Balance, Ranks, SharedHeads, SharedSequence, TokenLayout
 from sparsify_compiler.runtime.cost import needs_all_queries
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedSite:
+    """The part of an attention call that one rank computes."""
+
+    plan: AttentionPlan
+    """The plan of the rank: with `sharing` where ranks share heads, with `sequence` where they share queries, with
+    both in a hybrid."""
+    parts: Sequence[Part]
+    """The parts of the sequence of all ranks."""
+    rows: Sequence[Part]
+    """The parts of the sequence that the ranks which share heads have together."""
+    owners: Owners = ()
+    """The owners of heads, where ranks share them."""
+    why_heads: str = ""
+    """The reason why ranks share its heads in a form in which they share queries; else empty."""
+
+    @property
+    def queries(self) -> int:
+        """The number of queries of a rank's heads."""
+        return self.plan.site.q_tokens
+
+    @property
+    def keys(self) -> int:
+        """The number of keys that full attention reads."""
+        return whole_length(self.rows if self.plan.sequence is None else self.parts)
+
+    @property
+    def moves(self) -> bool:
+        """Whether heads move between ranks."""
+        return self.plan.sharing is not None and self.plan.sharing.balance != "off"
+
+
+def share_site(
+    plan: AttentionPlan, parts: Sequence[Part], ranks: Ranks, *, balance: Balance, recall: bool, trains: bool
+) -> SharedSite:
+    """The part of a rank in an attention call, in the form of the ranks, or by heads if the call needs it.
+
+    Args:
+        parts: the parts of the sequence.
+        balance: when heads may move.
+        recall, trains: as in `shares_heads`.
+    """
+    plan = replace(plan, site=replace(plan.site, spelling="sdpa"))  # the call of the rank
+    why, sequence, heads = "", ranks.sequence, ranks.heads
+    if sequence is not None:
+        why = shares_heads(plan, parts, hybrid=heads is not None, recall=recall, trains=trains)
+    if sequence is None or why:
+        shared, owners = _by_heads(plan, ranks, balance)
+        return SharedSite(plan=shared, parts=parts, rows=parts, owners=owners, why_heads=why)
+    each = 1 if heads is None else heads.size
+    rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
+    shared, owners = _by_queries(plan, parts, sequence, each, trains), []
+    if heads is not None:
+        shared, owners = _by_heads(shared, heads, "off")
+    return SharedSite(plan=shared, parts=parts, rows=rows, owners=owners)
+
+
+def _by_heads(plan: AttentionPlan, ranks: Ranks, balance: Balance) -> tuple[AttentionPlan, Owners]:
+    """(plan of a rank that has all tokens of its heads, owners of heads)."""
+    site, known = plan.site, densities_of_heads(plan)
+    room = capacity(site.heads, ranks.size)
+    if known is None or balance == "off":
+        owners = even_owners(site.heads, ranks.size)
+    else:
+        owners = balanced(known, ranks.size, room)
+    moves = balance != "off" and heads_differ(plan)
+    slots = room if moves else max(len(heads_of(owners, rank)) for rank in range(ranks.size))
+    sharing = SharedHeads(
+        ranks=ranks,
+        heads=site.heads,
+        kv_heads=site.kv_heads,
+        balance=balance if moves else "off",
+        own_tables=known is not None,
+    )
+    return replace(plan, site=replace(site, heads=slots, kv_heads=slots), sharing=sharing), owners
+
+
+def _by_queries(
+    plan: AttentionPlan, parts: Sequence[Part], ranks: Ranks, each: int, trains: bool
+) -> AttentionPlan:
+    """The plan of a rank that has the queries of its tokens. `each`: the neighbours that have them together."""
+    asked = asks(plan, parts, trains=trains)
+    queries = local_length(parts, ranks.rank, ranks.size, each)
+    site = replace(plan.site, q_tokens=queries, kv_tokens=queries if asked else whole_length(parts))
+    shared = SharedSequence(ranks=ranks, parts=tuple(flat(parts)), each=each, asks=asked)
+    return replace(plan, site=site, sequence=shared)
 
 
 def shares_heads(

@@ -93,7 +93,7 @@ class Localizer:
             if not isinstance(node.args[2], fx.Node) or not isinstance(self.whole[node.args[2]], Tensor):
                 return {}
             target, index = self.whole[node_of(node.args[0])], node.args[1]
-            if any(isinstance(one, fx.Node) for one in tree_leaves(index)):
+            if _has_nodes(index):
                 raise LookupError("it writes at places that are computed")
             with self.tracker:
                 labels, operands = self.tracker.of(target[index]), [node.args[2]]
@@ -182,7 +182,7 @@ class Localizer:
     def _index(self, x: Tensor, index: Any, rank: int) -> Any:
         """An index of a tensor, with places among the tokens as a rank has them."""
         items = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(one, fx.Node) for one in tree_leaves(items)):
+        if _has_nodes(items):
             if self.has_tokens(x):
                 raise LookupError("it takes tokens at places that are computed")
             return index
@@ -215,6 +215,13 @@ class Localizer:
         if position == whole:
             return local
         raise LookupError("a slice cuts the tokens")
+
+
+def _has_nodes(index: Any) -> bool:
+    """Whether a place of an index is computed."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(index, found.append)
+    return bool(found)
 
 
 def _dim_of(node: fx.Node) -> int:

@@ -40,18 +40,13 @@ from torch.utils._pytree import tree_leaves
 from sparsify_compiler._torch import quiet_fakes
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods import StaticMethod
-from sparsify_compiler.parallel.balance import balanced, capacity
 from sparsify_compiler.parallel.ops import GATHER_TOKENS, TO_HEADS, TO_TOKENS
 from sparsify_compiler.parallel.sequence import AFTER, FETCH_KEYS, asked_of, keys_read, of_key_heads
 from sparsify_compiler.parallel.shares import (
     Owners,
-    even_owners,
     flat,
-    heads_of,
-    local_length,
     pieces,
     share,
-    whole_length,
 )
 from sparsify_compiler.passes.axes import (
     Atom,
@@ -62,7 +57,7 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_rules import tensors_in
 from sparsify_compiler.passes.capture import attention, attention_nodes
 from sparsify_compiler.passes.following import Unknown, follow
-from sparsify_compiler.passes.forms import asks, densities_of_heads, heads_differ, shares_heads
+from sparsify_compiler.passes.forms import SharedSite, share_site
 from sparsify_compiler.passes.fx import (
     copy_graph,
     module_path,
@@ -79,7 +74,7 @@ from sparsify_compiler.passes.meeting import implies
 from sparsify_compiler.passes.regions import inline, outline
 from sparsify_compiler.passes.strides import AUTOCAST
 from sparsify_compiler.passes.token_axis import CannotShareError, TokenTracker, find_tokens
-from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks, SharedHeads, SharedSequence
+from sparsify_compiler.plan import AttentionPlan, AttentionSite, Balance, Ranks
 from sparsify_compiler.runtime import site as _ops_of_sites  # noqa: F401
 
 _NUMBER = re.compile(r"(?<![A-Za-z_])\d+")
@@ -111,7 +106,7 @@ class Sharding:
         places = "; ".join(folded(self.gathered))
         heads = f"the heads of {len(self.sites)} attention calls"
         if self.form != "hcp":
-            number, kept = len(self.by_heads), "; ".join(folded(self.by_heads))
+            number, kept = len(self.by_heads), "; ".join(f"{name}: {why}" for name, why in self.by_heads)
             queries = f"the queries of {len(self.sites) - number} attention calls (form {self.form!r})"
             heads = f"{queries}, and the heads of {number} ({kept})" if number else queries
         return (
@@ -300,117 +295,90 @@ class _Sharder:
         return found[0] is not None and found[0][:2] == (2, 1) and found[0] == found[1] == found[2]
 
     def _attention(self, node: fx.Node) -> None:
-        """Share the heads of a site, or its queries, or both."""
-        tensors: list[Any] = [*node.args[:3]]
-        mask, scale = node.args[3:]
-        site, plan, sequence = node.meta["site"], node.meta["plan"], self.ranks.sequence
-        wholes = [self.whole[one] for one in tensors]
+        """Share the heads of a site, or its queries, or both; see the picture of the module."""
+        site, operands = node.meta["site"], [*map(node_of, node.args[:3])]
+        wholes = [self.whole[one] for one in operands]
         place = self.local.place(wholes[0])
         assert place is not None
-        parts = place[2]
-        if sequence is not None:
-            hybrid = self.ranks.heads is not None
-            why = shares_heads(plan, parts, hybrid=hybrid, recall=self.measures, trains=self.trains)
-            if why:
-                self.by_heads.append((site.name, why))
-                sequence = None
-        heads = self.ranks if sequence is None else self.ranks.heads
-        each = 1 if heads is None or sequence is None else heads.size
-        rows, length = parts, whole_length(parts)
-        if sequence is not None:
-            # The tokens of `each` neighbouring ranks.
-            rows = [one.of_rank(sequence.rank, sequence.size, each) for one in parts]
-            length = local_length(parts, sequence.rank, sequence.size, each)
-        slots, key_slots, sharing = site.heads, site.kv_heads, None
-        moves = self.balance != "off" and sequence is None and heads_differ(plan)
-        if heads is not None:
-            known = densities_of_heads(plan)
-            own, room = even_owners(site.heads, heads.size), capacity(site.heads, heads.size)
-            if known is not None and self.balance != "off":
-                own = balanced(known, heads.size, room)
-            most = max(len(heads_of(own, rank)) for rank in range(heads.size))
-            slots = key_slots = room if moves else most
-            sharing = SharedHeads(
-                ranks=heads,
-                heads=site.heads,
-                kv_heads=site.kv_heads,
-                balance=self.balance if moves else "off",
-                own_tables=known is not None,
-            )
+        shared = share_site(
+            node.meta["plan"],
+            place[2],
+            self.ranks,
+            balance=self.balance,
+            recall=self.measures,
+            trains=self.trains,
+        )
+        plan = shared.plan
+        self.sites.append(site.name)
+        if shared.why_heads:
+            self.by_heads.append((site.name, shared.why_heads))
+        mask, scale = node.args[3:]
+        recorded, users = tensor_of(node), list(node.users)
         owners: fx.Node | None = None
         with self.graph.inserting_before(node):
-            tensors = [one if one in self.here.values else self._cut(one, place) for one in tensors]
-            if heads is not None:
-                owners = self._owners(site, own)
+            given = [one if one in self.here.values else self._cut(one, place) for one in operands]
+            if plan.sharing is not None:
+                owners = node.meta["owners"] = self._owners(site, shared.owners)
             if isinstance(mask, fx.Node):
-                mask = self._mask(mask, owners, heads, slots)
-            if heads is not None:
-                of_rank = (heads.rank, heads.size, heads.group, heads.timeout, site.name)
-                others = (owners, flat(rows), slots, False, *of_rank)
-                tensors = self._communicate(TO_HEADS, tensors, others)
-                node.meta["owners"] = owners
-            dtype = getattr(torch, site.dtype)
-            attended = _lies_by_tokens(wholes[0], (site.batch, slots, length, site.value_dim), dtype)
-            keys, full = length, tensors
-            if sequence is not None:
-                shared = SharedSequence(
-                    ranks=sequence,
-                    parts=tuple(flat(parts)),
-                    each=each,
-                    asks=asks(plan, parts, trains=self.trains),
-                )
-                plan = replace(plan, sequence=shared)
-                full, keys = self._with_fetched_keys(plan, shared, tensors, node), whole_length(parts)
-            counts = slots, key_slots, key_slots
-            for one, size, count, whole in zip(full, (length, keys, keys), counts, wholes, strict=True):
-                value = self.here.values.get(one)
-                if value is None:
-                    value = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
-                one.meta["example_value"] = value
-            if "order" in node.meta:  # the site asks for keys itself
-                keys = length
-            else:
-                tensors = full
-        local = replace(
-            plan,
-            site=replace(
-                site, heads=slots, kv_heads=key_slots, q_tokens=length, kv_tokens=keys, spelling="sdpa"
-            ),
-            sharing=sharing,
-        )
-        recorded, users, after = tensor_of(node), list(node.users), node.next
-        with self.graph.inserting_before(after):
-            if moves and heads is not None:
-                op = torch.ops.sparsify.attend_owned.default
-                call = self.graph.call_function(op, (*full, mask, owners, heads.rank, scale))
-            else:
-                call = self._full_attention(full, mask, scale, attended)
-        call.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-        call.meta["example_value"] = node.meta["example_value"] = attended
-        node.meta |= {"site": local.site, "plan": local, "original": call, "result": node}
-        node.args = (*tensors, mask, scale)
-        out = node
-        with self.graph.inserting_before(after):
-            if "order" in node.meta:
+                mask = self._mask(mask, owners, plan)
+            if owners is not None:
+                given = self._to_heads(shared, owners, given)
+            read = given if plan.sequence is None else self._with_fetched_keys(plan, given, node)
+        self._note_shapes(shared, read, wholes)
+        shape = site.batch, plan.site.heads, shared.queries, site.value_dim
+        attended = _lies_by_tokens(wholes[0], shape, getattr(torch, site.dtype))
+        asks = "order" in node.meta
+        with self.graph.inserting_before(node.next):
+            call = self._dense_attention(shared, read, mask, owners, scale, attended)
+            call.meta |= {
+                key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta
+            }
+            call.meta["example_value"] = node.meta["example_value"] = attended
+            node.meta |= {"site": plan.site, "plan": plan, "original": call, "result": node}
+            node.args = (*(given if asks else read), mask, scale)
+            if asks:
                 self.order = self.graph.call_function(AFTER, (node.meta["order"], [node]))
-            if heads is not None:
-                others = (owners, flat(rows), [site.heads], True, *of_rank)
-                (out,) = self._communicate(TO_TOKENS, [node], others)
+            out = node if owners is None else self._to_tokens(shared, owners, node)
             for view in self.views:
-                size = local_length(parts, view.rank, self.ranks.size)
-                shape = site.batch, site.heads, size, site.value_dim
-                view.values[out] = _lies_by_tokens(wholes[0], shape, dtype)
+                shape = site.batch, site.heads, self.local.shape(wholes[0], view.rank)[2], site.value_dim
+                view.values[out] = _lies_by_tokens(wholes[0], shape, attended.dtype)
             if recorded is not None:
                 out = self._laid_as(out, recorded)
         if out is not node:
             self._take_over(node, out, users)
-        self.sites.append(site.name)
+
+    def _to_heads(self, shared: SharedSite, owners: fx.Node, tensors: Sequence[fx.Node]) -> list[fx.Node]:
+        """Query, key and value of the rank's heads, with all tokens of the ranks that share heads."""
+        site, sharing = shared.plan.site, shared.plan.sharing
+        assert sharing is not None
+        others = (owners, flat(shared.rows), site.heads, False, *sharing.ranks.fields, site.name)
+        return self._communicate(TO_HEADS, tensors, others)
+
+    def _to_tokens(self, shared: SharedSite, owners: fx.Node, out: fx.Node) -> fx.Node:
+        """The output of a site, with all heads of the rank's tokens."""
+        sharing = shared.plan.sharing
+        assert sharing is not None
+        place = *sharing.ranks.fields, shared.plan.site.name
+        others = (owners, flat(shared.rows), [sharing.heads], True, *place)
+        return self._communicate(TO_TOKENS, [out], others)[0]
+
+    def _note_shapes(self, shared: SharedSite, read: Sequence[fx.Node], wholes: Sequence[Tensor]) -> None:
+        """Give query, key and value of the dense call of a site an example."""
+        heads, kv_heads = shared.plan.site.heads, shared.plan.site.kv_heads
+        sizes = (heads, shared.queries), (kv_heads, shared.keys), (kv_heads, shared.keys)
+        for one, (count, size), whole in zip(read, sizes, wholes, strict=True):
+            value = self.here.values.get(one)
+            if value is None:
+                value = whole.new_empty(whole.shape[0], count, size, whole.shape[3])
+            one.meta["example_value"] = value
 
     def _with_fetched_keys(
-        self, plan: AttentionPlan, shared: SharedSequence, tensors: Sequence[fx.Node], node: fx.Node
+        self, plan: AttentionPlan, tensors: Sequence[fx.Node], node: fx.Node
     ) -> list[fx.Node]:
         """Query, and the keys and values that its rows of the table read; all of them for a site that asks itself,
         which needs the order of `node.meta`."""
+        shared = plan.sequence
+        assert shared is not None
         static = plan.settings if isinstance(plan.settings, StaticMethod) and not shared.asks else None
         known = static, plan.layout, shared
         if known not in self.reads:
@@ -422,10 +390,9 @@ class _Sharder:
                     self._constant(name("read"), read[shared.ranks.rank].contiguous()),
                     self._constant(name("asked"), asked_of(read, shared).contiguous()),
                 )
-        ranks = shared.ranks
-        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, plan.site.name)
         query, *keys = tensors
-        others = (*self.reads[known], list(shared.parts), shared.each, *of_rank)
+        place = *shared.ranks.fields, plan.site.name
+        others = (*self.reads[known], list(shared.parts), shared.each, *place)
         if not shared.asks:
             return [query, *self._communicate(FETCH_KEYS, keys, others)]
         # The dense variant has these; the sparse variant erases them.
@@ -436,8 +403,20 @@ class _Sharder:
             one.meta["inserted"] = True
         return [query, *fetched]
 
-    def _full_attention(self, tensors: Sequence[fx.Node], mask: Any, scale: Any, attended: Tensor) -> fx.Node:
+    def _dense_attention(
+        self,
+        shared: SharedSite,
+        tensors: Sequence[fx.Node],
+        mask: Any,
+        owners: fx.Node | None,
+        scale: Any,
+        attended: Tensor,
+    ) -> fx.Node:
         """The dense attention of a site, which lies in memory as `attended`."""
+        sharing = shared.plan.sharing
+        if shared.moves and sharing is not None:
+            others = mask, owners, sharing.ranks.rank, scale
+            return self.graph.call_function(torch.ops.sparsify.attend_owned.default, (*tensors, *others))
         options: dict[str, Any] = {"attn_mask": mask, "scale": scale}
         query, key, value = (one.meta["example_value"].to(attended.dtype) for one in tensors)
         if query.shape[1] != key.shape[1]:
@@ -458,15 +437,15 @@ class _Sharder:
         with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.device("cpu"):
             return self._constant(f"sparsify_owners{site.index}", torch.tensor(owners))
 
-    def _mask(self, mask: fx.Node, owners: fx.Node | None, ranks: Ranks | None, slots: int) -> fx.Node:
+    def _mask(self, mask: fx.Node, owners: fx.Node | None, plan: AttentionPlan) -> fx.Node:
         """The mask of a site, which is constant along queries, for one query and this rank's heads."""
-        value = self.whole[mask]
+        value, slots, sharing = self.whole[mask], plan.site.heads, plan.sharing
         new = self._gathered(mask, "it is the mask of an attention")
         if value.dim() > 1:
             new, value = self.graph.call_method("narrow", (new, -2, 0, 1)), value.narrow(-2, 0, 1)
-        if ranks is not None and value.dim() > 2 and value.shape[-3] > 1:
+        if sharing is not None and value.dim() > 2 and value.shape[-3] > 1:
             op = torch.ops.sparsify.heads_in_slots.default
-            places = self.graph.call_function(op, (owners, ranks.rank, slots))
+            places = self.graph.call_function(op, (owners, sharing.ranks.rank, slots))
             places = self.graph.call_method("to", (places, value.device))
             new = self.graph.call_method("index_select", (new, -3, places))
             value = value.narrow(-3, 0, 1).expand(*value.shape[:-3], slots, -1, -1)
@@ -491,6 +470,9 @@ class _Sharder:
     def _node(self, node: fx.Node) -> None:
         """Decide one node: on this rank's tokens, or on all of them."""
         whole = self.whole.get(node)
+        if isinstance(whole, (int, torch.SymInt)):
+            self._replace_by_numbers(node, int(whole) if isinstance(whole, torch.SymInt) else whole)
+            return
         shared = [one for one in node.all_input_nodes if one in self.here.values]
         tensors = tensors_in(whole)
         into = [one for of in node.all_input_nodes for one in tensors_in(self.whole.get(of))]
@@ -603,8 +585,8 @@ class _Sharder:
         x, at = node, dim + (repeats > 1)
         if repeats > 1:
             x = self.graph.call_method("unflatten", (x, dim, (repeats, -1)))
-        of_rank = (ranks.rank, ranks.size, ranks.group, ranks.timeout, _name_of(user or node))
-        (new,) = self._communicate(GATHER_TOKENS, [x], (at, flat(parts), *of_rank))
+        place_of_rank = *ranks.fields, _name_of(user or node)
+        (new,) = self._communicate(GATHER_TOKENS, [x], (at, flat(parts), *place_of_rank))
         if repeats > 1:
             new = self.graph.call_method("flatten", (new, dim, at))
         self.whole[new] = whole
@@ -637,12 +619,13 @@ class _Sharder:
         return self.constants[name]
 
     def _replace_by_numbers(self, node: fx.Node, whole: Any) -> None:
-        """Give users of a node the sizes that it has in one process."""
+        """Give users of a node the numbers that it has in one process."""
         for user in list(node.users):
             user.args, user.kwargs = fx.node.map_arg(
                 (user.args, user.kwargs), lambda one: whole if one is node else one
             )
-        self.graph.erase_node(node)
+        if node.op != "placeholder":
+            self.graph.erase_node(node)
 
     def _erase(self, node: fx.Node) -> None:
         """Erase a node that no other reads, and nodes that only it reads, as far as they only compute."""

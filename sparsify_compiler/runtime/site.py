@@ -341,7 +341,7 @@ class SiteFunction:
         sequence = self.plan.sequence
         assert sequence is not None
         ranks = sequence.ranks
-        place = ranks.rank, ranks.size, ranks.group, ranks.timeout, site
+        place = *ranks.fields, site
         table = table.of_queries(queries_of(sequence, ranks.rank))
         read = of_key_heads(table.keys_read(), key.shape[1])
         asked = torch.ops.sparsify.ask_keys(read, sequence.parts, sequence.each, *place)
@@ -515,10 +515,12 @@ def _learn_site(
 
 
 _site.register_fake(
-    lambda q, k, v, bias, inputs, name, site: _functions[name].trace(q, k, v, bias, inputs, site)
+    lambda query, key, value, key_bias, inputs, function, site: _functions[function].trace(
+        query, key, value, key_bias, inputs, site
+    )
 )
 _observe_site.register_fake(
-    lambda q, k, inputs, name, site: _functions[name].trace_observe(q, k, inputs, site)
+    lambda query, key, inputs, function, site: _functions[function].trace_observe(query, key, inputs, site)
 )
 _learn_site.register_fake(lambda *args: _functions[args[-2]].fake_learn(args[-3]))
 

@@ -224,7 +224,7 @@ def compare(
     calls: int = 1,
     form: str = "hcp",
 ) -> tuple[Outcome, int]:
-    """Compile a model for these ranks, and for one process, and call both.
+    """Compile a model for these ranks, and for one process without Inductor, and call both.
 
     Args:
         build: makes the model, in eval mode, and the inputs of a call. The first input differs from call to call.
@@ -244,7 +244,7 @@ def compare(
     hosts = (2, ranks.size // 2)
     mesh = init_device_mesh("cpu", hosts) if form == "hybrid" else DeviceMesh.from_group(group, "cpu")
     parallel = {"form": form, "mesh": mesh, "timeout": ranks.timeout}
-    outputs, gradients = _calls(model, inputs, options, trains, calls)
+    outputs, gradients = _calls(model, inputs, {**options, "inner_backend": "eager"}, trains, calls)
     with _noted() as shardings:
         found, mean = _calls(model, inputs, {**options, "parallel": parallel}, trains, calls)
     for one in mean:

@@ -298,15 +298,19 @@ def test_inductor_trains_with_the_gradients_of_one_process(pool: Pool) -> None:
         assert found.gradient <= BOUND
 
 
-def explained(ranks: Ranks) -> tuple[str, Tensor, Tensor]:
-    """(the explanation, the density of each head that stats knows on this rank, and in one process)."""
+def explained(ranks: Ranks) -> tuple[str, str, Tensor, Tensor]:
+    """(the explanation, that of training, the density of each head that stats knows on this rank, and in one
+    process)."""
     model, inputs = attend()
     options: dict[str, Any] = {"method": "cubes", "inner_backend": "eager", "dense_steps": 0}
     options |= {"dense_layers": 0, **OPTIONS["cubes"]}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("hosts", "ranks"))
     shared = {**options, "parallel": {"form": "auto", "mesh": mesh, "timeout": ranks.timeout}}
     torch._dynamo.reset()
-    text = str(sparsify_compiler.explain(model, **inputs, options=shared))
+    text, of_training = (
+        str(sparsify_compiler.explain(model.train(trains), **inputs, options=shared))
+        for trains in (False, True)
+    )
     found = []
     for given in (shared, options):
         torch._dynamo.reset()
@@ -314,11 +318,12 @@ def explained(ranks: Ranks) -> tuple[str, Tensor, Tensor]:
         with torch.no_grad():
             torch.compile(again, backend="sparsify", options=given, dynamic=False)(**inputs)
         found.append(torch.as_tensor(sparsify_compiler.stats(again).measurements[0].density))
-    return text, found[0], found[1]
+    return text, of_training, found[0], found[1]
 
 
 def test_explain_names_the_form_and_stats_show_all_heads(pool: Pool) -> None:
-    for text, shared, alone in pool.run(4, explained):
+    for text, of_training, shared, alone in pool.run(4, explained):
+        assert "method 'cubes' has no gradient across ranks" in " ".join(of_training.split())
         assert "4 ranks share 18 tokens, and the queries of 1 attention calls (form 'hybrid')" in text
         assert shared.numel() == 2
         assert torch.equal(shared, alone)

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.passes.sharding import folded
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.testing.dits import Recipe
 from sparsify_compiler.testing.models import CASES
-from sparsify_compiler.testing.parallel import Outcome, in_threads
+from sparsify_compiler.testing.parallel import Outcome, compare_graph, in_threads
 
 PLAIN = Recipe(
     grid=(3, 4, 5), batch=1, patch="conv3d", frames_first=False, position="rope halves", text="none",
@@ -201,3 +202,42 @@ def test_places_that_differ_in_numbers_alone_are_one() -> None:
         ("view", "why"),
     ]
     assert folded(places) == ["view in blocks.*.attn1: why (2 times)", "conv3d: other", "view: why"]
+
+
+class Prompted(nn.Module):
+    """Attention of text and video in a checkpoint, which slices both out of its result again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch = nn.Conv3d(2, 12, (1, 2, 2), (1, 2, 2))
+        self.qkv = nn.Linear(12, 36)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return checkpoint(self.attend, x, text, use_reentrant=False)
+
+    def attend(self, x: Tensor, text: Tensor) -> Tensor:
+        q, k, v = self.qkv(torch.cat([text, x], 1)).unflatten(-1, (3, 3, 4)).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + out[:, text.shape[1] :] * out[:, : text.shape[1]].mean(1, keepdim=True)
+
+
+def test_the_length_of_a_prompt_that_is_free_in_a_checkpoint_is_a_number_of_the_call() -> None:
+    model, x, graphs = Prompted(), torch.randn(1, 2, 2, 6, 10), list[Any]()
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            graphs.append((gm, args))
+            return gm.forward(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
+    for length in (3, 5):
+        compiled(x, torch.randn(1, length, 12))
+    found = compare_graph(graphs[1], {"method": "tile", "provider": "reference"}, 3, trains=True)
+    assert found.output <= BOUND
+    assert found.gradient <= BOUND
+    assert [name for name, _ in found.sharding.gathered] == ["output"]
