@@ -57,6 +57,8 @@ RUNS = 3
 """The most runs of sparse and of dense attention of a distinct site."""
 _LONG = 0.01
 """Seconds of sparse attention on a CPU from which dense attention is timed on a part of the queries first."""
+_SCORES = 1 << 26
+"""The most scores that attention by hand computes at once while it is timed."""
 _PARTS = 8
 """This part is one of as many."""
 _CLEAR = 3.0
@@ -264,7 +266,9 @@ class Stopwatch(TorchDispatchMode):
             torch.cuda.synchronize()
         for case, how, seconds in self._runs:
             found.setdefault(case, {"dense": [], "sparse": []})[how].append(seconds())
-        return {case: Times(min(one["dense"]), min(one["sparse"])) for case, one in found.items()}
+        return {
+            case: Times(min(one["dense"]), min(one["sparse"])) for case, one in found.items() if one["dense"]
+        }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -274,20 +278,33 @@ class Stopwatch(TorchDispatchMode):
         self._cases.add(site.case)
         again = _repeatable(func, args)
         query, key, value = args[:3]
-        dense = functools.partial(_dense, site.plan.site, key=key, value=value, bias=_bias(func, args))
         run = functools.partial(self._run, site.case, device=query.device)
+
+        def dense(rows: int) -> float | None:
+            """Time the first rows, as a part of all; nothing is known where this fails, as where memory lacks."""
+            part = functools.partial(
+                _dense, site.plan.site, query[:, :, :rows], key=key, value=value, bias=_bias(func, args)
+            )
+            try:
+                return run("dense", function=part, scale=query.shape[2] / rows)[1]
+            except RuntimeError as error:
+                log.info("dense attention of %s cannot be timed: %s", site.plan.site.name, error)
+                return None
+
+        rows = query.shape[2]
+        if site.plan.site.spelling == "unfused":  # all scores at once may need more memory than there is
+            rows = max(1, min(rows, _SCORES // (query.shape[0] * query.shape[1] * key.shape[2])))
         result, taken = run("sparse", function=lambda: func(*args, **kwargs))
         if taken is not None and taken > _LONG and not self._alike:
-            rows = -(-query.shape[2] // _PARTS)
-            part = functools.partial(dense, query[:, :, :rows])
-            _, of_dense = run("dense", function=part, scale=query.shape[2] / rows)
-            if of_dense is not None and max(of_dense / taken, taken / of_dense) > _CLEAR:
-                return result
-            self._runs.pop()
+            of_dense = dense(min(rows, -(-query.shape[2] // _PARTS)))
+            if of_dense is not None:
+                if max(of_dense / taken, taken / of_dense) > _CLEAR:
+                    return result
+                self._runs.pop()
         for number in range(RUNS):
             if number:
                 run("sparse", function=lambda: func(*again, **kwargs))
-            run("dense", function=functools.partial(dense, query))
+            dense(rows)
         return result
 
     def _site(self, func: torch._ops.OpOverload, args: Any) -> _Site | None:

@@ -82,9 +82,10 @@ def paced(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Pace], Coun
         runs = Counter[tuple[str, str]]()
 
         def run(self: Stopwatch, case: str, how: str, *, function: Callable[[], Any], **_: Any) -> Any:
+            result = function()
             runs[case, how] += 1
             self._runs.append((case, how, lambda: pace(case, how)))
-            return function(), pace(case, how)
+            return result, pace(case, how)
 
         monkeypatch.setattr(Stopwatch, "_run", run)
         return runs
@@ -277,6 +278,43 @@ def test_long_runs_are_timed_on_a_part_of_the_queries_first(
     video(compiled(Video(2)))
     assert runs == counted
     assert queries == [8, 60, 60, 60][: counted["dense"]]
+
+
+def test_dense_attention_that_fails_leaves_a_site_sparse(
+    paced: Callable[[Pace], Counter[tuple[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks_memory(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    paced(dense_wins)
+    monkeypatch.setattr(guard, "_dense", lacks_memory)
+    got = video(compiled(Video(2)))
+    torch._dynamo.reset()
+    assert all(equal(got, video(compiled(Video(2), guard="off"))))
+
+
+def test_attention_by_hand_never_computes_all_scores_of_a_long_video(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four heads and 60 keys: 1,200 scores are those of 5 queries, a twelfth of all."""
+    queries, scales, dense, run = list[int](), set[float](), guard._dense, Stopwatch._run
+
+    def spy(of: Any, query: Tensor, **others: Any) -> Tensor:
+        queries.append(query.shape[2])
+        return dense(of, query, **others)
+
+    def scaled(self: Stopwatch, case: str, how: str, *, scale: float = 1.0, **others: Any) -> Any:
+        scales.add(scale)
+        return run(self, case, how, scale=scale, **others)
+
+    monkeypatch.setattr(guard, "_SCORES", 1200)
+    monkeypatch.setattr(guard, "_dense", spy)
+    monkeypatch.setattr(Stopwatch, "_run", scaled)
+    model = Video(1)
+    model.blocks[0] = Spelled("by hand")
+    video(compiled(model), steps=2)
+    assert set(queries) == {5}
+    assert scales == {1.0, 12.0}
 
 
 def test_other_shapes_settings_and_threads_are_other_cases(cache: Path) -> None:
