@@ -39,9 +39,9 @@ def test_it_reads_the_blocks_that_save_most_and_no_more_than_needed(target: floa
     measured = target**2 * torch.rand(BATCH, HEADS, generator=generator)
     estimated = target**2 * torch.rand(BATCH, HEADS, generator=generator)
     one = ErrorTarget(target, torch.stack([torch.ones(BATCH, HEADS), measured, estimated], -1))
-    more, remains = one.reading(gain, shares, unread, None)
+    more, remains, _ = one.reading(gain, shares, unread, None)
     assert not (more & ~unread).any()
-    correction, aim = one.corrections(None), one.aim(None)
+    correction, aim = one.corrections(one.state), one.aim(one.state)
     for batch in range(BATCH):
         corrected = (gain[batch] * correction[batch, :, None, None]).double()
         error, left = corrected * shares[0], unread[batch] & ~more[batch]
@@ -62,13 +62,13 @@ def test_the_ends_of_the_bins() -> None:
     gain, shares, unread = problem(2)
     gain[0, 0, 0, 0], gain[0, 0, 0, 1], gain[0, 0, 0, 2] = math.nan, math.inf, 0.0
     unread[0, 0, 0, :3] = True
-    more, remains = blank(0.1).reading(gain, shares, unread, None)
+    more, remains, _ = blank(0.1).reading(gain, shares, unread, None)
     assert more[0, 0, 0, :2].all()
     assert not more[0, 0, 0, 2]
     assert remains.isfinite().all()
-    nothing, remains = blank(0.1).reading(gain.nan_to_num() * 1e-20, shares, unread, None)
+    nothing, *_ = blank(0.1).reading(gain.nan_to_num() * 1e-20, shares, unread, None)
     assert not nothing.flatten(2)[:, 1:].any()
-    more, remains = blank(0.1).reading(torch.full_like(gain, 1e30), shares, unread, None)
+    more, remains, _ = blank(0.1).reading(torch.full_like(gain, 1e30), shares, unread, None)
     assert torch.equal(more, unread)
     assert not remains.any()
 
@@ -77,7 +77,7 @@ def test_heads_on_several_ranks_read_what_they_read_on_one() -> None:
     gain, shares, unread = problem(3)
     state = torch.rand(BATCH, HEADS, STATE, generator=torch.Generator().manual_seed(4)) * 0.01
     whole = ErrorTarget(0.1, state)
-    expected, _ = whole.reading(gain, shares, unread, None)
+    expected, *_ = whole.reading(gain, shares, unread, None)
     of_all = {STATE: state, BINS: sums_by_bin(whole, gain, shares, unread)}
     for part in (slice(0, 1), slice(1, HEADS)):
 
@@ -87,7 +87,7 @@ def test_heads_on_several_ranks_read_what_they_read_on_one() -> None:
             return found
 
         one = ErrorTarget(0.1, state[:, part])
-        more, _ = one.reading(gain[:, part], shares[:, part], unread[:, part], all_heads)
+        more, *_ = one.reading(gain[:, part], shares[:, part], unread[:, part], all_heads)
         assert torch.equal(more, expected[:, part])
 
 
@@ -111,7 +111,7 @@ def test_corrections_find_the_target(factor: float) -> None:
     factors = factor * torch.tensor([0.2, 1.0, 3.0, 1.0])
     one, errors = blank(0.1), []
     for _ in range(12):
-        _, remains = one.reading(gain, shares, unread, None)
+        _, remains, _ = one.reading(gain, shares, unread, None)
         true = remains * factors
         errors.append((true.sum(1).sqrt() / 0.1).tolist())
         one = ErrorTarget(0.1, one.measured(remains, true, true.sum(1)))
@@ -120,7 +120,9 @@ def test_corrections_find_the_target(factor: float) -> None:
 
 
 def test_before_any_measurement_the_correction_is_the_first_one() -> None:
-    torch.testing.assert_close(blank(0.1).corrections(None), torch.full((BATCH, HEADS), FIRST / 0.1))
+    torch.testing.assert_close(
+        blank(0.1).corrections(blank(0.1).state), torch.full((BATCH, HEADS), FIRST / 0.1)
+    )
 
 
 def test_what_is_not_finite_is_not_remembered() -> None:

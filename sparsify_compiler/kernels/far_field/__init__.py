@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
-from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget
+from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
 from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
 from sparsify_compiler.table import BlockTable
@@ -184,7 +184,7 @@ def attention_with_far_field(
                         _, read = near(sample.take(query), slice(None), sample.rows_of(table))
                     report = report._replace(recall=_recall(read, exact_lse))
             return out, lse, report
-        table, far, others, kept, remains = virtual_keys.virtual_keys(
+        table, far, others, kept, reading = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -206,9 +206,9 @@ def attention_with_far_field(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
         report = _report(table, gate, recall, nothing if kept is None else kept.float())
-        if target is not None and remains is not None and errors is not None:
+        if target is not None and reading is not None and errors is not None:
             with torch.no_grad():
-                report = report._replace(target=_target_report(target, remains, *errors, all_heads))
+                report = report._replace(target=_target_report(target, reading, *errors, all_heads))
 
         def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
             return near_and_far.near_and_far(
@@ -355,7 +355,7 @@ def _guard(
 
 
 def _target_report(
-    target: ErrorTarget, remains: Tensor, error: Tensor, output: Tensor, all_heads: AllHeads | None
+    target: ErrorTarget, reading: Reading, error: Tensor, output: Tensor, all_heads: AllHeads | None
 ) -> TargetReport:
     """The errors of a call, by its estimate and by the squared error and squared output of sampled rows, [B, H]."""
 
@@ -364,8 +364,8 @@ def _target_report(
 
     whole = of_all(output).sum(1, keepdim=True)
     measured = torch.where(error == 0, 0.0, error / whole).float()
-    remains = remains.float()
-    estimated = (remains * target.corrections(all_heads)).nan_to_num()
+    remains = reading.remains.float()
+    estimated = (remains * reading.correction).float().nan_to_num()
     of_site = of_all(measured).sum(1)
     state = target.measured(remains, measured, of_site)
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)

@@ -56,6 +56,17 @@ TURN = (math.sqrt(5) - 1) / 2
 """Step, in units of the distance of sampled rows, by which they move from call to call: no two calls come near."""
 
 
+class Reading(NamedTuple):
+    """The blocks to read, and the estimates of the errors that remain."""
+
+    more: Tensor
+    """[B, H, Nq, N] bool, blocks to read too. Those whose gain is not finite are among them."""
+    remains: Tensor
+    """[B, H], the estimated squared error of each head, without correction."""
+    correction: Tensor
+    """[B, H], as `ErrorTarget.corrections` returns it."""
+
+
 class ErrorTarget(NamedTuple):
     """The largest relative error of a site's output, and the measurements so far."""
 
@@ -68,10 +79,13 @@ class ErrorTarget(NamedTuple):
         """[B, H] fp32 in [0, 1): places of the sampled rows of this call, in units of their distance."""
         return (0.5 + self.state[..., 0] * TURN) % 1.0
 
-    def corrections(self, all_heads: AllHeads | None) -> Tensor:
-        """[B, H]: the ratio of true and estimated squared error of each head, by earlier calls."""
+    def corrections(self, sums: Tensor) -> Tensor:
+        """[B, H]: the ratio of true and estimated squared error of each head, by earlier calls.
+
+        Args:
+            sums: the states of the heads of all ranks.
+        """
         _, measured, estimated = self.state.unbind(-1)
-        sums = self.state if all_heads is None else all_heads(self.state)
         heads = sums.shape[1]
         trusted = TRUSTED * self.most**2 * KEPT ** sums[..., 0].amax(1)
         of_site = sums.sum(1)
@@ -79,34 +93,27 @@ class ErrorTarget(NamedTuple):
         others = POOLED * (of_site[:, 2] + trusted) / heads
         return (measured + (pooled * others)[:, None]) / (estimated + others[:, None])
 
-    def aim(self, all_heads: AllHeads | None) -> Tensor:
-        """[B]: the sum of corrected estimates that is aimed at.
+    def aim(self, sums: Tensor) -> Tensor:
+        """[B]: the sum of corrected estimates that is aimed at. `sums`: the states of the heads of all ranks.
 
         The corrections hold for errors as large as those of earlier calls. Others are on a curve through them.
         """
-        sums = self.state if all_heads is None else all_heads(self.state)
         calls, measured = sums[..., 0].amax(1), sums[..., 1].sum(1)
         weight = (1 - KEPT**calls) / (1 - KEPT)
         aim = (AIM * self.most) ** 2
         step = torch.where(measured > 0, aim * weight / measured, 1.0).clamp(1 / MOST_STEP, MOST_STEP)
         return aim * step ** (1 / POWER - 1)
 
-    def reading(
-        self, gain: Tensor, shares: Tensor, unread: Tensor, all_heads: AllHeads | None
-    ) -> tuple[Tensor, Tensor]:
-        """The blocks to read, and the estimates of the errors that remain.
+    def reading(self, gain: Tensor, shares: Tensor, unread: Tensor, all_heads: AllHeads | None) -> Reading:
+        """The blocks to read.
 
         Args:
             gain: [B, H, Nq, N], gains without correction.
             shares: [B|1, H|1, Nq, N], the share of each pair of blocks in the pairs of queries and keys of a head.
-            unread: [B, H, Nq, N] bool, the blocks that no one reads yet.
-
-        Returns:
-            more: [B, H, Nq, N] bool, blocks to read too. Those whose gain is not finite are among them.
-            remains: [B, H], the estimated squared error of each head, without correction.
+            unread: [B, H, Nq, N] bool, the blocks that the table does not list.
         """
-        correction = self.corrections(all_heads)
-        aim = self.aim(all_heads)[:, None]
+        sums = self.state if all_heads is None else all_heads(self.state)
+        correction, aim = self.corrections(sums), self.aim(sums)[:, None]
         gain = gain * correction[..., None, None]
         error = gain * shares
         place = ((gain.log2() - LOWEST) * 4).nan_to_num(BINS, BINS, 0).clamp(0, BINS).long()
@@ -121,7 +128,7 @@ class ErrorTarget(NamedTuple):
         more = place >= count[..., None, None]
         remaining = below.gather(-1, (count - 1).clamp(min=0)[..., None].expand(*below.shape[:2], 1))[..., 0]
         remaining = torch.where(count > 0, remaining, 0.0)
-        return more & unread, remaining * aim / correction
+        return Reading(more & unread, remaining * aim / correction, correction)
 
     def measured(self, estimated: Tensor, error: Tensor, of_site: Tensor) -> Tensor:
         """The state after a call: [B, H, STATE].

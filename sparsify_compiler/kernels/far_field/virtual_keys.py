@@ -35,7 +35,7 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import statistics
-from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget
+from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
 from sparsify_compiler.table import BlockTable
 
 MOST_SECOND_ORDER = 0.5
@@ -109,7 +109,7 @@ def virtual_keys(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None, Tensor | None]:
+) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None, Reading | None]:
     """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
 
     Args:
@@ -123,7 +123,7 @@ def virtual_keys(
         others: a table of the virtual keys that each row reads. None if they are the table's blocks: then a row
             reads those that it does not list.
         kept: with `min_gain` or `target`, the attention mass that queries are estimated to read, [B, H].
-        remains: with `target`, the estimate of the squared error that remains, as `ErrorTarget.reading` returns it.
+        reading: with `target`, the result of `ErrorTarget.reading`.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -132,7 +132,7 @@ def virtual_keys(
         key, value, bounds, order, key_bias, covariance=linear, provider=provider
     )
     bias = _of_heads(log_weight, query.shape[1])
-    matrices = limits = kept = remains = None
+    matrices = limits = kept = reading = None
     if linear:
         mean_query, mean_square = statistics.block_means(
             query, table.q_bounds, table.q_order, provider=provider
@@ -155,9 +155,9 @@ def virtual_keys(
                     spread = _all_orders(spread)
                 gain = gains(attention, spread, value_mean, value_variance, table, all_heads)
                 if target is not None:
-                    more, remains = target.reading(
-                        gain, _shares_of_pairs(table, gain.dtype), ~listed, all_heads
-                    )
+                    shares = _shares_of_pairs(table, gain.dtype)
+                    reading = target.reading(gain, shares, ~listed, all_heads)
+                    more = reading.more
                 else:
                     more = gain > (math.inf if min_gain is None else min_gain)
                 if best:
@@ -177,8 +177,8 @@ def virtual_keys(
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
     if blocks is None:
-        return table, far, None, kept, remains
-    return table, *_for_each_number(far, table, blocks), kept, remains
+        return table, far, None, kept, reading
+    return table, *_for_each_number(far, table, blocks), kept, reading
 
 
 def _for_each_number(
