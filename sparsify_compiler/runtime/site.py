@@ -237,14 +237,14 @@ class SiteFunction:
         inputs: list[Tensor | None],
         site: str,
         computed: Sequence[tuple[slice, slice]] | None = None,
-        look: Callable[[BlockTable, int], None] | None = None,
+        look: Callable[..., None] | None = None,
     ) -> list[Tensor]:
         """[out, report, *state], op by op.
 
         Args:
             site: name of the site, for errors of ranks.
             computed: as in `attention_with_far_field`, of all tokens.
-            look: gets the table that was read, and the number of tokens before its queries.
+            look: gets the table that was read, and `before`, the number of tokens before its queries.
         """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
@@ -290,9 +290,8 @@ class SiteFunction:
             sampled_rows=max(guarded, self.sampled_rows),
             all_heads=all_heads,
             computed=computed,
+            look=None if look is None else partial(look, before=0 if whole else plan.layout.before),
         )
-        if look is not None:
-            look(known.table, 0 if whole else plan.layout.before)
         if not whole and plan.layout.tokens > plan.layout.video_tokens:
             out = self._with_others(out, query, key, value, key_bias, shared)
         with torch.no_grad():
@@ -309,7 +308,7 @@ class SiteFunction:
             report = report.permute(2, 0, 1).contiguous()
         return [out, report, *state]
 
-    def _look(self, site: str) -> Callable[[BlockTable, int], None] | None:
+    def _look(self, site: str) -> Callable[..., None] | None:
         """The function of the open call that keeps an example; None without a call, or on several ranks."""
         call = open_call()
         on_ranks = self.plan.sharing is not None or self.plan.sequence is not None

@@ -64,7 +64,7 @@ class Provider(Protocol):
 
 
 class Report(NamedTuple):
-    """Measurements of a call for each head: fp32 tensors [B, H] on the device; and the table."""
+    """Measurements of a call for each head: fp32 tensors [B, H] on the device."""
 
     density: Tensor
     """Share of the query-key pairs that were read."""
@@ -74,8 +74,6 @@ class Report(NamedTuple):
     """Mean share of the true attention mass in the near field, over sampled rows; NaN if no row is sampled."""
     kept: Tensor
     """The same share, estimated from the means of blocks for all queries; NaN without `min_gain` or `target`."""
-    table: BlockTable
-    """The blocks that were read."""
     target: "TargetReport | None" = None
     """The errors of a call with a target."""
 
@@ -108,6 +106,7 @@ def attention_with_far_field(
     sampled_rows: int = 16,
     all_heads: AllHeads | None = None,
     computed: Sequence[tuple[slice, slice]] | None = None,
+    look: Callable[[BlockTable], None] | None = None,
 ) -> tuple[Tensor, Tensor, Report]:
     """Attention in which the blocks that a row of `table` does not list are dropped or approximated.
 
@@ -126,6 +125,7 @@ def attention_with_far_field(
         all_heads: where `query` has some heads of a site, makes numbers of all its heads, [B, H, n], of theirs.
         computed: (heads, queries) to compute, where `key` has as many heads as `query`; None: all. Other rows are
             0, with lse -inf. Decisions and reports do not depend on it.
+        look: gets the table of the blocks that are read, with those that `min_gain` and `best` add.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
@@ -162,6 +162,8 @@ def attention_with_far_field(
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]), offset)
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
+            if look is not None:
+                look(table)
             report = _report(table, torch.zeros_like(nothing), nothing, nothing)
 
             def near(query: Tensor, heads: slice, table: BlockTable) -> tuple[Tensor, Tensor]:
@@ -199,6 +201,8 @@ def attention_with_far_field(
             scale=scale,
             provider=provider,
         )
+        if look is not None:
+            look(table)
         gate, recall, errors = torch.ones_like(nothing), nothing, None
         if sample is not None:
             with torch.no_grad():
@@ -251,7 +255,7 @@ def _computed(
 
 
 def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall, kept, table)
+    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
 
 
 def exact_rows(
