@@ -1,5 +1,6 @@
 """Tables of sites: at any width of a terminal every name and number is there, whole."""
 
+import math
 from dataclasses import replace
 
 import pytest
