@@ -44,6 +44,9 @@ def stats_of(*names: str) -> RunStats:
                 kept=kept,
                 recall=recall,
                 far_field=far,
+                asked_error=math.nan,
+                estimated_error=torch.full((1, 2), math.nan),
+                measured_error=torch.full((1, 2), math.nan),
             )
         )
     return RunStats(tuple(measurements), 2)
