@@ -224,6 +224,7 @@ def choosing(ranks: Ranks) -> tuple[str, str, float]:
     """(the explanations before and after the first call, the error of its output) where a form is left open."""
     torch._dynamo.reset()
     model, inputs = attend()
+    model.eval()
     options = {"method": "tile", "inner_backend": "eager", "provider": "reference"}
     shared = {**options, "parallel": {**parallel(ranks), "form": "auto"}}
     before = str(sparsify_compiler.explain(model, **inputs, options=shared))
