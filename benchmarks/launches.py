@@ -71,6 +71,7 @@ def examples(arch: int) -> Iterator[Example]:
     yield from _clustering()
     yield from _far_field()
     yield from _prediction()
+    yield from _counts()
 
 
 def _forward(row: int) -> Iterator[Example]:
@@ -214,6 +215,18 @@ def _prediction() -> Iterator[Example]:
                 yield Example("", rank, dtype, launch)
     chosen = empty_top_k(query, bounds, width)
     yield Example("stored scores", None, None, prediction.choose_stored(scores, inputs, *chosen))
+
+
+def _counts() -> Iterator[Example]:
+    """Examples of the counts of listed keys."""
+    table = _table(False)
+    pairs = torch.empty(1, HEADS, BLOCKS, dtype=torch.int64, device="meta")
+    rows = table.q_bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices
+    yield Example("", None, None, statistics.pairs_launch(*rows, pairs))
+    counts, indices = _index(BATCH, HEADS, BLOCKS), _index(BATCH, HEADS, BLOCKS, 4096)
+    left = _index(BATCH, HEADS, BLOCKS, 2048)
+    launch = statistics.left_launch(_index(1, 1, 2048), _index(TOKENS), counts, indices, left)
+    yield Example("", None, None, launch)
 
 
 def _words(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.static --sites`: the launches, operations, host time and memory of one site of every method.
+"""`python -m benchmarks.static --sites`: launches, operations, host time and memory of one site of every method.
 
 Each site runs once as a model calls it, by the provider `triton`, on meta tensors: shapes and launches are real,
 elements are not. A launch of a Triton kernel is recorded and not made. A line gives
@@ -163,9 +163,9 @@ def faked(mode: Counts | None) -> Iterator[Counter[str]]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Launch, "__call__", launch))
-        stack.enter_context(mock.patch.object(provider, "supports", lambda **_: None))
-        stack.enter_context(mock.patch.object(configs, "architecture", lambda _: ARCH))
-        stack.enter_context(mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
+        stack.enter_context(mock.patch.object(provider, "supports", return_value=None))
+        stack.enter_context(mock.patch.object(configs, "architecture", return_value=ARCH))
+        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
         stack.enter_context(_torch.running_on("meta", "sparsify", through))
         yield launched
 

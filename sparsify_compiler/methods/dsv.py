@@ -30,6 +30,7 @@ from sparsify_compiler.methods.single_keys import (
     check_fits,
     far_cubes,
     keys_of,
+    others,
     room,
     share_of,
     single_key_table,
@@ -284,19 +285,19 @@ class FittedDsv(Dsv):
             key.float() @ w_key,
             budget[None],
             q_bounds=voter_bounds,
-            width=self.width(video),
+            width=self.width(video, others(layout)),
             scale=tokens.scale,
             key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
             provider=tokens.provider,
         )
+        left = unread(tokens, counts, indices, is_dense, **far)
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        left = unread(tokens, counts, indices, is_dense, **far)
         return Selection(table, kept, whole=False, far_blocks=left), ()
 
-    def width(self, video: int) -> int:
-        """The capacity of a row of the table, in keys: a power of two."""
-        return room(keys_of(self.kv_budget or 1, video))
+    def width(self, video: int, others: int = 0) -> int:
+        """The capacity of a row of the table, with `others` more blocks than the video's keys."""
+        return room(keys_of(self.kv_budget or 1, video) + others)
 
 
 def most_share(most: float) -> float:

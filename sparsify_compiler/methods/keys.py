@@ -27,6 +27,7 @@ from sparsify_compiler.methods.single_keys import (
     check_fits,
     far_cubes,
     keys_of,
+    others,
     room,
     single_key_table,
     unread,
@@ -104,14 +105,14 @@ class FittedKeys(Keys):
             centroids.to(key.dtype),
             key,
             torch.full((1, 1), budget, dtype=torch.int32, device=key.device),
-            width=room(budget),
+            width=room(budget + others(layout)),
             scale=tokens.scale,
             key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
             provider=tokens.provider,
         )
+        left = unread(tokens, counts, indices, None, **far)
         table = single_key_table(layout, order, bounds, counts, indices)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        left = unread(tokens, counts, indices, None, **far)
         return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
 
     def _cluster(self, tokens: Tokens, state: State, q_start: Tensor) -> tuple[Tensor, Tensor]:

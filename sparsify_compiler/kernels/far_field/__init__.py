@@ -137,7 +137,7 @@ def attention_with_far_field(
         sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]))
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
-            report = _report(table, torch.zeros_like(nothing), nothing, nothing)
+            report = _report(table, torch.zeros_like(nothing), nothing, nothing, provider)
 
             def near(query: Tensor, heads: slice, table: BlockTable) -> tuple[Tensor, Tensor]:
                 bias = _of_some(key_bias, heads)
@@ -179,7 +179,7 @@ def attention_with_far_field(
                 far, gate, recall = _guard(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
-        report = _report(table, gate, recall, nothing if kept is None else kept.float())
+        report = _report(table, gate, recall, nothing if kept is None else kept.float(), provider)
 
         def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
             return near_and_far.near_and_far(
@@ -221,8 +221,10 @@ def _computed(
     return out, lse
 
 
-def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
+def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor, provider: str) -> Report:
+    rows = table.q_bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices
+    pairs = statistics.pairs_read(*rows, provider=provider)
+    return Report(table.densities(pairs).float().expand_as(gate), gate, recall, kept)
 
 
 def exact_rows(

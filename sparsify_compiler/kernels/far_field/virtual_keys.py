@@ -183,16 +183,21 @@ def _for_each_number(
     block = torch.repeat_interleave(sizes[0, 0], output_size=len(tokens) - 1)
     number = tokens[1:] - first[0, 0][block]
     of_one = far.bias - blocks.keys.clamp(min=1).to(far.bias.dtype).log()
-    listed = table.listing(blocks.left > 0)
-    # A number larger than the block counts as all of its keys. No method gives one.
-    column = (first[:, :, None] + torch.minimum(blocks.left, sizes[:, :, None]) - 1).clamp(min=0)
     far = far._replace(
         key=far.key[:, :, block],
         value=far.value[:, :, block],
         bias=of_one[..., block] + number.to(far.bias.dtype).log(),
     )
-    indices = column.gather(-1, listed.kv_indices.long())
-    return far, replace(listed, kv_indices=indices, kv_bounds=tokens[None, None], kv_order=None)
+    # A number larger than the block counts as all of its keys. No method gives one.
+    column = torch.minimum(blocks.left, sizes[:, :, None])
+    column += first[:, :, None] - 1
+    # One more block, without a key, for blocks that have no keys left.
+    column.masked_fill_(blocks.left <= 0, len(tokens) - 1)
+    bounds = torch.nn.functional.pad(tokens, (0, 1), value=len(tokens) - 1)
+    counts = torch.full((1, 1, column.shape[2]), column.shape[3], dtype=torch.int32, device=column.device)
+    return far, replace(
+        table, kv_num_blocks=counts, kv_indices=column, kv_bounds=bounds[None, None], kv_order=None
+    )
 
 
 def gains(

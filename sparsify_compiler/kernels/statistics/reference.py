@@ -6,7 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, wide
+from sparsify_compiler.kernels.statistics import (
+    Statistics,
+    empty_left,
+    empty_means,
+    empty_statistics,
+    wide,
+)
+from sparsify_compiler.table import BlockTable, listed_of_rows
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,6 +57,22 @@ def block_statistics(
             value_variance[at][:, :, block] = (weights * values.square()).sum(2)
             cross[at][:, :, block] = (weights * keys).mT @ values
     return found
+
+
+def pairs_read(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """See `statistics.pairs_read`."""
+    table = BlockTable(
+        q_bounds=q_bounds, kv_bounds=kv_bounds, kv_num_blocks=kv_num_blocks, kv_indices=kv_indices
+    )
+    return table.pairs_read()
+
+
+def keys_left(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+    """See `statistics.keys_left`."""
+    left = empty_left(keys, counts).copy_(keys[:, :, None])
+    for some, listed, used in listed_of_rows(counts, indices):
+        left[:, :, some].scatter_add_(-1, block_of_key.long()[listed], -used.int())
+    return left
 
 
 def block_statistics_backward(
