@@ -204,17 +204,14 @@ def _prediction() -> Iterator[Example]:
                 for count in (groups, TOKENS)
             )
             highest, bounds = torch.empty(BATCH, HEADS, groups, device="meta"), _index(129)
-            scores = prediction.empty_scores(query, key, 128)
             bias = torch.empty(BATCH, 1, TOKENS, dtype=dtype, device="meta")
             inputs = prediction.scored(query, key, _index(1, HEADS), bias, 0.25)
             for launch in (
                 prediction.choose(inputs, *empty_top_k(query, None, width)),
                 prediction.softmax(inputs, highest, highest),
-                prediction.add_up(inputs, highest, highest, bounds, scores),
+                prediction.add_up(inputs, highest, highest, bounds, *empty_top_k(query, bounds, width)),
             ):
                 yield Example("", rank, dtype, launch)
-    chosen = empty_top_k(query, bounds, width)
-    yield Example("stored scores", None, None, prediction.choose_stored(scores, inputs, *chosen))
 
 
 def _counts() -> Iterator[Example]:

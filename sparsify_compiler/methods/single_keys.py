@@ -1,7 +1,7 @@
 """Functions of methods that read single keys of the video: the budget, the table, the far field of cubes."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.kernels.statistics import keys_left
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.grid import Cube, cube_of_token, cut
 from sparsify_compiler.methods.selection import Blocks, Tokens
 from sparsify_compiler.plan import TokenLayout
@@ -21,6 +22,23 @@ FAR_CUBE: Cube = (4, 2, 2)
 
 Budget = int | float
 """The keys that a group of queries reads: a number, or a share of the video's keys."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleKeyMethod(VideoMethod):
+    """Options of a method whose rows list single keys. These lists may take more memory than queries and keys."""
+
+    def rows(self, layout: TokenLayout) -> tuple[int, int]:
+        """(rows of the table of a head, capacity of a row), of a fitted method."""
+        raise NotImplementedError
+
+    def list_bytes(self, layout: TokenLayout, far_field: str) -> int:
+        """The bytes of the lists of a head: the keys that are read, and the cubes that approximate the others."""
+        assert layout.grid is not None
+        rows, width = self.rows(layout)
+        cubes = math.prod(-(-size // edge) for size, edge in zip(layout.grid, FAR_CUBE, strict=True))
+        # Each cube has a number of keys that are left and an entry of the far field's table.
+        return 4 * rows * (width if far_field == "drop" else width + 2 * cubes)
 
 
 def check_budget(value: object) -> Budget:
