@@ -242,3 +242,21 @@ def test_keys_that_rows_do_not_list(provider: str, shared: bool) -> None:
         assert got[b, h, row].tolist() == expected.tolist()
     indices[:, :, 1, 1:] = 10**9
     assert torch.equal(keys_left(keys, block, counts, indices, provider=provider)[:, :, 1], got[:, :, 1])
+
+
+@pytest.mark.skipif("triton" not in PROVIDERS, reason="of the Triton kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_covariances_are_the_wide_ones_rounded(dtype: torch.dtype) -> None:
+    """As on a GPU; those beyond the range of float16 are its largest number."""
+    from sparsify_compiler.kernels.statistics import empty_statistics, triton
+
+    _, key, value = qkv(1, 2, 2, 1, 50, 16, 24, dtype)
+    key, value = key * 500, value * 500
+    bounds = torch.tensor([[[0, 20, 20, 50]]]).int()
+    found = empty_statistics(key, value, bounds, None, None, True)
+    narrow = (*found[:5], found[5].to(dtype))
+    for results in (found, narrow):
+        triton.statistics_launch(key, value, bounds, None, None, results)()
+    most = torch.finfo(dtype).max
+    assert (found[5].abs() > 65504).any()
+    assert torch.equal(narrow[5], found[5].clamp(-most, most).to(dtype))

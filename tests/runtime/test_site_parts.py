@@ -40,7 +40,9 @@ def called(method: Any, far_field: str, kv_heads: int, bias_heads: int) -> tuple
 
 
 @pytest.mark.parametrize("far_field", ["drop", "mean"])
-@pytest.mark.parametrize("method", [Keys(kv_budget=9, q_clusters=5, kmeans_iters=(2, 1)), Dsv(query_group=(2, 2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "method", [Keys(kv_budget=9, q_clusters=5, kmeans_iters=(2, 1)), Dsv(query_group=(2, 2, 2))], ids=str
+)
 def test_parts_are_the_whole(monkeypatch: pytest.MonkeyPatch, method: Any, far_field: str) -> None:
     for kv_heads, bias_heads in ((6, 1), (6 if method.name == "dsv" else 3, 6)):
         monkeypatch.setattr(sites, "SHORT_LISTS", 2**28)

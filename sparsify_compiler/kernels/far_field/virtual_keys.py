@@ -157,10 +157,13 @@ def virtual_keys(
                 kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
                     query.shape[2], 1
                 )
+                del spread, attention, gain, more
         shares = _shares(scores if blocks is not None else scores.masked_fill(listed, -torch.inf))
         # In the dtype of the queries: in fp32 this product would be half of the far field's time on a GPU.
-        narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
-        matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
+        narrow_shares, shape = _narrow(shares, query.dtype), covariance.shape[3:]
+        products = _per_query_block(narrow_shares, _narrow(covariance.flatten(3), query.dtype))
+        del covariance  # the largest tensor of a site
+        matrices = products.to(shares.dtype).unflatten(3, shape)
         # Not 0, since a square root has no gradient there.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))

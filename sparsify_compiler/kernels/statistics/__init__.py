@@ -108,7 +108,8 @@ def block_statistics(
         value_mean: [B, G, N, Dv], E v.
         key_variance: [B, G, N, D], E (k - E k)².
         value_variance: [B, G, N, Dv], E (v - E v)².
-        covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ.
+        covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ. It is the largest result, and products read it in the
+            dtype of the key. So off the CPU it has that dtype, clamped to its range.
     """
     _check_statistics(key, value, bounds, order, key_bias)
     return torch.ops.sparsify.block_statistics(
@@ -268,7 +269,10 @@ def empty_statistics(
         empty(*lead, value_dim),
         empty(*lead, head_dim) if covariance else empty(0),
         empty(*lead, value_dim) if covariance else empty(0),
-        empty(*lead, head_dim, value_dim) if covariance else empty(0),
+        key.new_empty(
+            (*lead, head_dim, value_dim) if covariance else (0,),
+            dtype=wide(key.dtype) if key.device.type == "cpu" else key.dtype,
+        ),
     )
 
 

@@ -55,7 +55,8 @@ def block_statistics(
             keys, values = keys - mean_key, values - mean_value
             key_variance[at][:, :, block] = (weights * keys.square()).sum(2)
             value_variance[at][:, :, block] = (weights * values.square()).sum(2)
-            cross[at][:, :, block] = (weights * keys).mT @ values
+            products, most = (weights * keys).mT @ values, torch.finfo(cross.dtype).max
+            cross[at][:, :, block] = products.clamp(-most, most)
     return found
 
 
@@ -100,7 +101,7 @@ def block_statistics_backward(
         d_value = grad_value_mean[at][:, :, block, None].expand_as(values)
         if grad_covariance.numel():
             keys, values = (t - (weights * t).sum(2, keepdim=True) for t in (keys, values))
-            d_cross = grad_covariance[at][:, :, block]
+            d_cross = grad_covariance[at][:, :, block].to(keys.dtype)
             d_key = d_key + 2 * keys * grad_key_variance[at][:, :, block, None] + values @ d_cross.mT
             d_value = d_value + 2 * values * grad_value_variance[at][:, :, block, None] + keys @ d_cross
         dk[at][:, :, members], dv[at][:, :, members] = weights * d_key, weights * d_value

@@ -154,6 +154,8 @@ def block_statistics_kernel(
             variance_v += tl.sum(weighted_v * v, axis=0)  # [V]
             moment = tl.dot(k.T, weighted_v, moment, input_precision=PRECISION)  # [D, V]
         tl.store(value_variance + at * VALUE_DIM + columns, variance_v, mask=is_column)
+        if covariance.dtype.element_ty == tl.float16:
+            moment = tl.clamp(moment, -65504.0, 65504.0)
         rows = tl.arange(0, _padded(HEAD_DIM))
         elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]  # [D, V]
         tl.store(covariance + elements, moment, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :])
