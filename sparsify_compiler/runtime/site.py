@@ -227,8 +227,8 @@ class SiteFunction:
             some = query[:, heads], key[:, of_keys], value[:, of_keys]
             out[:, heads], report, *state = self.trace(*some, bias, inputs, of_site=heads)
             rest.append((report, *state))
-        report, *state = zip(*rest, strict=True)
-        return [out, torch.cat(report, 2), *(torch.cat(one, 1) for one in state)]
+        reports, *states = zip(*rest, strict=True)
+        return [out, torch.cat(reports, 2), *(torch.cat(one, 1) for one in states)]
 
     def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None]) -> list[Tensor]:
         """`trace_observe` of the slots that hold a head."""

@@ -39,7 +39,8 @@ def merge(
 def merge_into_near(query: Tensor, near_out: Tensor, near_lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """`merge`, whose `out` takes the memory of `near_out`: a program reads what it writes, and no other."""
     lse = torch.empty_like(near_lse)
-    merge_launch(query, near_out, near_lse, *rest, near_out, lse)()
+    arguments: tuple[Any, ...] = (query, near_out, near_lse, *rest, near_out, lse)
+    merge_launch(*arguments)()
     return near_out, lse
 
 
