@@ -71,6 +71,7 @@ def examples(arch: int) -> Iterator[Example]:
     yield from _clustering()
     yield from _far_field()
     yield from _prediction()
+    yield from _counts()
 
 
 def _forward(row: int) -> Iterator[Example]:
@@ -203,17 +204,26 @@ def _prediction() -> Iterator[Example]:
                 for count in (groups, TOKENS)
             )
             highest, bounds = torch.empty(BATCH, HEADS, groups, device="meta"), _index(129)
-            scores = prediction.empty_scores(query, key, 128)
             bias = torch.empty(BATCH, 1, TOKENS, dtype=dtype, device="meta")
             inputs = prediction.scored(query, key, _index(1, HEADS), bias, 0.25)
             for launch in (
                 prediction.choose(inputs, *empty_top_k(query, None, width)),
                 prediction.softmax(inputs, highest, highest),
-                prediction.add_up(inputs, highest, highest, bounds, scores),
+                prediction.add_up(inputs, highest, highest, bounds, *empty_top_k(query, bounds, width)),
             ):
                 yield Example("", rank, dtype, launch)
-    chosen = empty_top_k(query, bounds, width)
-    yield Example("stored scores", None, None, prediction.choose_stored(scores, inputs, *chosen))
+
+
+def _counts() -> Iterator[Example]:
+    """Examples of the counts of listed keys."""
+    table = _table(False)
+    pairs = torch.empty(1, HEADS, BLOCKS, dtype=torch.int64, device="meta")
+    rows = table.q_bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices
+    yield Example("", None, None, statistics.pairs_launch(*rows, pairs))
+    counts, indices = _index(BATCH, HEADS, BLOCKS), _index(BATCH, HEADS, BLOCKS, 4096)
+    left = _index(BATCH, HEADS, BLOCKS, 2048)
+    launch = statistics.left_launch(_index(1, 1, 2048), _index(TOKENS), counts, indices, left)
+    yield Example("", None, None, launch)
 
 
 def _words(*words: str) -> str:

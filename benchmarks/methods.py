@@ -7,7 +7,8 @@
     same run:
               efficiency is speed-up times density, 1 for a kernel that runs at SDPA's rate and selects at no cost
     clusters  error of svg2 by the number of its key clusters, at equal total work
-    memory    memory that such a call allocates in addition to its inputs and output
+    memory    the most memory that the process of a call needs beyond the memory before it and the output, for every
+              method at 32,760 tokens, in 2 heads of 128 bfloat16
 
 Every timed call is first checked against float64 attention under the mask of its own table.
 """
@@ -15,10 +16,13 @@ Every timed call is first checked against float64 attention under the mask of it
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,7 +30,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu.sites import Inputs
+from benchmarks.gpu.sites import Site as GpuSite
 from benchmarks.harness import machine, write_json
+from benchmarks.site_counts import DENSITY, entries
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
@@ -389,31 +396,61 @@ def cost_case(
     }
 
 
-@torch.no_grad()
-def memory_case(name: str, method: Any, grid: Grid, heads: int) -> dict[str, Any]:
-    """Peak memory that one call allocates besides inputs and output, as a multiple of q, k and v together."""
-    from torch.profiler import ProfilerActivity, profile
+MEMORY: tuple[Grid, int] = ((21, 30, 52), 2)
+"""Grid of Wan at 480p, and heads."""
 
-    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
-    query, key, value = planted_video(grid, heads, 64)
-    call = Site(method, "linear", layout, query, key, value).call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        out = call()
-    held = peak = 0
-    for event in sorted(
-        (e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    inputs = sum(t.nbytes for t in (query, key, value))
+
+def memory_cases() -> Iterator[dict[str, Any]]:
+    """The memory of one call of every method and of dense attention, each in a process of its own."""
+    names = ["dense", *(name for name, *_ in entries() if not name.endswith("cold"))]
+    for name in names:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            yield pool.submit(memory_case, name).result()
+
+
+@torch.no_grad()
+def memory_case(name: str) -> dict[str, Any]:
+    """Peak memory of the process in one call, beyond inputs and output, with memory that kernels allocate."""
+    grid, heads = MEMORY
+    one_call(name, (2, 8, 8), heads)()  # loads libraries
+    call = one_call(name, grid, heads)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    out = call()
+    peak = _status("VmHWM") - before
     return {
         "kind": "memory",
-        "method": name,
-        "grid": grid,
+        "site": name,
+        "tokens": math.prod(grid),
         "heads": heads,
-        "peak_beyond_output_over_qkv": round((peak - out.nbytes) / inputs, 3),
+        "peak_beyond_output_over_qkv": round((peak - out.nbytes) / (3 * out.nbytes), 3),
+        "peak_mb": round((peak - out.nbytes) / 1e6),
     }
+
+
+def one_call(name: str, grid: Grid, heads: int) -> Callable[[], Tensor]:
+    """The first call of one of `entries`, or of dense attention."""
+    layout = TokenLayout(tokens=math.prod(grid), grid=grid)
+    query, key, value = (
+        torch.randn(1, layout.tokens, heads, 128, generator=torch.Generator().manual_seed(seed))
+        .to(torch.bfloat16)
+        .transpose(1, 2)
+        for seed in range(3)
+    )
+    if name == "dense":
+        return partial(scaled_dot_product_attention, query, key, value)
+    method, far_field = next((method, far) for found, method, far, _ in entries() if found == name)
+    if hasattr(method, "kmeans_iters"):
+        method = replace(method, kmeans_iters=(1, 1))
+    inputs = Inputs(layout=layout, query=query, key=key, value=value)
+    device: Any = SimpleNamespace(name="cpu")
+    return partial(GpuSite(device, method, DENSITY, far_field, "cpu", inputs).call, warm=False)
+
+
+def _status(name: str) -> int:
+    """A number of bytes of this process that Linux reports."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def methods(density: float) -> dict[str, Any]:
@@ -460,8 +497,8 @@ def main() -> None:
                         )
                     )
     if arguments.only in (None, "memory"):
-        for name, method in methods(0.2).items():
-            add(memory_case(name, method, (16, 32, 32), 8))
+        for case in memory_cases():
+            add(case)
     write_json(arguments.json, cases)
 
 

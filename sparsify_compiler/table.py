@@ -4,6 +4,8 @@ It is the only data structure between methods, which fill it, and kernels, which
 H query heads, S tokens, N blocks, W capacity of a row. Every leading B or H may be 1, which means shared.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +22,7 @@ class BlockTable:
     All tensors are int32. Positions `q_bounds[i] : q_bounds[i+1]` form query block i; the token at position p
     is `q_order[p]`, or p itself if there is no order. The same holds for keys. Query block i reads the key blocks
     `kv_indices[i, : kv_num_blocks[i]]`; the rest of the row is ignored. A block may be empty. A row may list no
-    block (the output of its queries is 0, with lse -inf), and must not list a block twice.
+    block (the output of its queries is 0, with lse -inf), and must not list a block twice, except an empty one.
     """
 
     q_bounds: Tensor
@@ -178,18 +180,29 @@ class BlockTable:
         """Share of the token pairs that are kept: the mean of `mask()`, computed without building it."""
         return float(self.densities().mean())
 
-    def densities(self) -> Tensor:
-        """[B|1, H|1] fp64: the density of each batch and head. Reads nothing back from the device."""
-        q_sizes, kv_sizes = (bounds.diff(dim=-1).double() for bounds in (self.q_bounds, self.kv_bounds))
+    def densities(self, pairs: Any = None) -> Tensor:
+        """[B|1, H|1] fp64: the density of each batch and head. Reads nothing back from the device.
+
+        Args:
+            pairs: the result of `pairs_read`, where it is known.
+        """
+        pairs = self.pairs_read() if pairs is None else pairs
+        q_tokens, kv_tokens = (bounds[..., -1].double() for bounds in (self.q_bounds, self.kv_bounds))
+        return pairs.sum(-1) / (q_tokens * kv_tokens)
+
+    def pairs_read(self) -> Tensor:
+        """[B|1, H|1, Nq] int64: the number of query-key pairs that each row reads."""
+        q_sizes, kv_sizes = (bounds.diff(dim=-1) for bounds in (self.q_bounds, self.kv_bounds))
         lead = torch.broadcast_shapes(
             *(t.shape[:2] for t in (q_sizes, kv_sizes, self.kv_indices, self.kv_num_blocks))
         )
-        columns = torch.arange(self.kv_indices.shape[-1], device=self.kv_indices.device)
-        used = (columns < self.kv_num_blocks.unsqueeze(-1)).expand(*lead, -1, -1)
-        index = torch.where(used, self.kv_indices, 0).long()
-        listed = kv_sizes.unsqueeze(-2).expand(*lead, index.shape[-2], -1).gather(-1, index)
-        kept = (listed * used).sum(-1)
-        return (kept * q_sizes).sum(-1) / (q_sizes.sum(-1) * kv_sizes.sum(-1))
+        kept = torch.zeros(*lead, self.kv_indices.shape[2], dtype=torch.int64, device=q_sizes.device)
+        if kv_sizes.shape[-1]:
+            for some, listed, used in listed_of_rows(self.kv_num_blocks, self.kv_indices):
+                rows = kv_sizes.unsqueeze(-2).expand(*lead, listed.shape[-2], -1)
+                sizes = rows.gather(-1, listed.expand(*lead, -1, -1))
+                kept[:, :, some] = (sizes * used).sum(-1)
+        return kept * q_sizes
 
     def block_of_token(self, side: str) -> Tensor:
         """[B|1, H|1, S] int64: the block of each token."""
@@ -203,6 +216,25 @@ class BlockTable:
         lead = torch.broadcast_shapes(block.shape[:2], order.shape[:2])
         order = order.long().expand(*lead, -1)
         return torch.empty_like(order).scatter_(-1, order, block.expand(*lead, -1))
+
+
+LISTED_AT_ONCE = 2**20
+"""Number of listed blocks that `listed_of_rows` expands at one time; at least a row of each head."""
+
+
+def listed_of_rows(counts: Tensor, indices: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(some rows, the blocks that they list as int64 [B|1, H|1, n, W], whether each entry is used), run by run.
+
+    Args:
+        counts, indices: `kv_num_blocks` and `kv_indices` of a table. Entries that are not used become 0.
+    """
+    *heads, rows, width = indices.shape
+    columns = torch.arange(width, dtype=torch.int32, device=indices.device)
+    step = max(1, LISTED_AT_ONCE // max(1, math.prod(heads) * width))
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
+        used = columns < counts[:, :, some, None]
+        yield some, torch.where(used, indices[:, :, some], 0).long(), used
 
 
 def blocks_of_places(order: Any, bounds: Tensor, places: Tensor) -> tuple[Any, Tensor]:

@@ -124,7 +124,7 @@ def check_groups(device: Device, dtype: torch.dtype, hides: bool) -> dict[str, A
 
 
 def check_several_launches(device: Device) -> dict[str, Any]:
-    """More groups than are stored at one time."""
+    """More groups than programs."""
     query, key, budget = problem(device, 16, torch.float32, device.size(200, 20))
     bounds = torch.arange(0, query.shape[2] + 1, 5, dtype=torch.int32, device=device.name)
     with mock.patch.object(launcher, "SCORES_AT_ONCE", 1):

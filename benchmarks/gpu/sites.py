@@ -131,17 +131,22 @@ class Site:
             tensors = fitted.constants(layout)
         else:
             tensors = {n: t for n, t in fitted.table(layout).tensors().items() if t is not None}
-        choice = None
+        choice, trained = None, dict[str, Tensor]()
         if isinstance(fitted, LearningMethod):
             shares = {"shares": torch.full((site.heads,), density)}
-            tensors = tensors | fitted.trained(site, layout) | shares
+            trained = fitted.trained(site, layout) | shares
             choice = Choice(fitted.groups[0], most_share(density), "all")
         self.method = settled(self.plan, choice)
-        self.operands = {n: t.to(device.name) for n, t in tensors.items()}
+        self.operands = {n: t.to(device.name) for n, t in (tensors | trained).items()}
         shapes = state_shapes(self.plan)
         self.state = [torch.zeros(shape, device=device.name) for shape in shapes.values()]
         self.report = torch.zeros(len(REPORT), 1, site.heads, device=device.name)
-        names = SiteInputs(constants=tuple(self.operands), state=tuple(shapes), remembers=True)
+        names = SiteInputs(
+            constants=tuple(n for n in tensors if n not in trained),
+            trained=tuple(trained),
+            state=tuple(shapes),
+            remembers=True,
+        )
         self.module = SparseSite(self.plan, names, choice=choice)
         self.inputs, self.cold, self.warm = inputs, torch.tensor(False), torch.tensor(True)
 

@@ -22,14 +22,15 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.prediction import top_k_keys
 from sparsify_compiler.methods import predictor
-from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.grid import Cube, check_cube, cut, middle_of_token
 from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_share
 from sparsify_compiler.methods.single_keys import (
+    SingleKeyMethod,
     check_budget,
     check_fits,
     far_cubes,
     keys_of,
+    others,
     room,
     share_of,
     single_key_table,
@@ -65,7 +66,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dsv(VideoMethod):
+class Dsv(SingleKeyMethod):
     """Options of the method."""
 
     rank: int | None = None
@@ -284,19 +285,25 @@ class FittedDsv(Dsv):
             key.float() @ w_key,
             budget[None],
             q_bounds=voter_bounds,
-            width=self.width(video),
+            width=self.rows(layout)[1],
             scale=tokens.scale,
             key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
             provider=tokens.provider,
         )
+        left = unread(tokens, counts, indices, is_dense, **far)
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        left = unread(tokens, counts, indices, is_dense, **far)
         return Selection(table, kept, whole=False, far_blocks=left), ()
 
-    def width(self, video: int) -> int:
-        """The capacity of a row of the table, in keys: a power of two."""
-        return room(keys_of(self.kv_budget or 1, video))
+    def width(self, video: int, others: int = 0) -> int:
+        """The capacity of a row of the table, with `others` more blocks than the video's keys."""
+        return room(keys_of(self.kv_budget or 1, video) + others)
+
+    def rows(self, layout: TokenLayout) -> tuple[int, int]:
+        """See `SingleKeyMethod`."""
+        assert layout.grid is not None
+        groups = math.prod(-(-size // edge) for size, edge in zip(layout.grid, self.groups[0], strict=True))
+        return groups, self.width(layout.video_tokens, others(layout))
 
 
 def most_share(most: float) -> float:

@@ -19,14 +19,15 @@ from torch import Tensor
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.clustering import kmeans, sort_by_label
 from sparsify_compiler.kernels.prediction import top_k_keys
-from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.selection import Selection, State, Tokens, check_count, check_seed
 from sparsify_compiler.methods.single_keys import (
     Budget,
+    SingleKeyMethod,
     check_budget,
     check_fits,
     far_cubes,
     keys_of,
+    others,
     room,
     single_key_table,
     unread,
@@ -36,7 +37,7 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Keys(VideoMethod):
+class Keys(SingleKeyMethod):
     """Options of the method."""
 
     kv_budget: Budget = 0.1
@@ -87,6 +88,10 @@ class FittedKeys(Keys):
         """The centroids: [B, H, q_clusters, D]."""
         return {"q_centroids": (site.batch, site.heads, self.q_clusters, site.head_dim)}
 
+    def rows(self, layout: TokenLayout) -> tuple[int, int]:
+        """See `SingleKeyMethod`."""
+        return self.q_clusters, room(keys_of(self.kv_budget, layout.video_tokens) + others(layout))
+
     def observe(self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor) -> tuple[Tensor, ...]:
         """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
         return (self._cluster(tokens, state, q_start)[0],)
@@ -104,14 +109,14 @@ class FittedKeys(Keys):
             centroids.to(key.dtype),
             key,
             torch.full((1, 1), budget, dtype=torch.int32, device=key.device),
-            width=room(budget),
+            width=self.rows(layout)[1],
             scale=tokens.scale,
             key_bias=None if bias is None else bias[..., layout.before : layout.tokens - layout.after],
             provider=tokens.provider,
         )
+        left = unread(tokens, counts, indices, None, **far)
         table = single_key_table(layout, order, bounds, counts, indices)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        left = unread(tokens, counts, indices, None, **far)
         return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
 
     def _cluster(self, tokens: Tokens, state: State, q_start: Tensor) -> tuple[Tensor, Tensor]:

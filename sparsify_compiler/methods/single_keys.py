@@ -1,7 +1,7 @@
 """Functions of methods that read single keys of the video: the budget, the table, the far field of cubes."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from torch.nn.functional import pad
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
+from sparsify_compiler.kernels.statistics import keys_left
+from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.grid import Cube, cube_of_token, cut
 from sparsify_compiler.methods.selection import Blocks, Tokens
 from sparsify_compiler.plan import TokenLayout
@@ -20,6 +22,23 @@ FAR_CUBE: Cube = (4, 2, 2)
 
 Budget = int | float
 """The keys that a group of queries reads: a number, or a share of the video's keys."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SingleKeyMethod(VideoMethod):
+    """Options of a method whose rows list single keys. These lists may take more memory than queries and keys."""
+
+    def rows(self, layout: TokenLayout) -> tuple[int, int]:
+        """(rows of the table of a head, capacity of a row), of a fitted method."""
+        raise NotImplementedError
+
+    def list_bytes(self, layout: TokenLayout, far_field: str) -> int:
+        """The bytes of the lists of a head: the keys that are read, and the cubes that approximate the others."""
+        assert layout.grid is not None
+        rows, width = self.rows(layout)
+        cubes = math.prod(-(-size // edge) for size, edge in zip(layout.grid, FAR_CUBE, strict=True))
+        # Each cube has a number of keys that are left and an entry of the far field's table.
+        return 4 * rows * (width if far_field == "drop" else width + 2 * cubes)
 
 
 def check_budget(value: object) -> Budget:
@@ -51,17 +70,22 @@ def share_of(budget: Budget, video: int) -> float:
     return budget / video if isinstance(budget, int) else budget
 
 
-def room(keys: int) -> int:
-    """The capacity of a row of the table: the next power of two."""
-    return 1 << (keys - 1).bit_length()
+def room(entries: int) -> int:
+    """The capacity of a row with this number of blocks: the next power of two, or multiple of 512."""
+    return min(1 << (entries - 1).bit_length(), -(-entries // 512) * 512)
+
+
+def others(layout: TokenLayout) -> int:
+    """The number of blocks that every row lists for the tokens before and after the video."""
+    return int(layout.before > 0) + int(layout.after > 0)
 
 
 def far_cubes(layout: TokenLayout) -> dict[str, Tensor]:
     """Order and bounds of the far field's cubes of keys, [1, 1, V] and [1, 1, N+1] int32, and the cube of each
-    token, [V] int64."""
+    token, [V] int32."""
     assert layout.grid is not None
     order, bounds = cut(layout.grid, FAR_CUBE)
-    return {"far_order": order, "far_bounds": bounds, "far_cube": cube_of_token(layout.grid, FAR_CUBE)}
+    return {"far_order": order, "far_bounds": bounds, "far_cube": cube_of_token(layout.grid, FAR_CUBE).int()}
 
 
 def unread(
@@ -86,18 +110,15 @@ def unread(
     layout, seen = tokens.layout, far_bounds.diff(dim=-1)
     if (bias := tokens.key_bias) is not None:
         visible = bias[..., layout.before : layout.tokens - layout.after] != -torch.inf
-        cube = far_cube.expand(visible.shape)
+        cube = far_cube.long().expand(visible.shape)
         seen = visible.new_zeros(*visible.shape[:2], seen.shape[-1], dtype=torch.int32)
         seen = seen.scatter_add(-1, cube, visible.int())
-    columns = torch.arange(indices.shape[-1], dtype=torch.int32, device=indices.device)
-    used = (columns < counts[..., None]).int()
-    read = used.new_zeros(*counts.shape, seen.shape[-1]).scatter_add_(-1, far_cube[indices.long()], used)
-    left = (seen[:, :, None] - read).clamp(min=0)
-    if is_dense is not None:
-        left = left.masked_fill(is_dense[None, :, None, None], 0)
-    others = int(layout.before > 0), int(layout.after > 0)
+    sides = int(layout.before > 0), int(layout.after > 0)
+    unlisted = seen if is_dense is None else seen.masked_fill(is_dense[None, :, None], 0)
+    # Blocks of other tokens have no keys left; a row lists none of them here.
+    left = keys_left(pad(unlisted, sides), far_cube + sides[0], counts, indices, provider=tokens.provider)
     order, bounds = Blocks(far_order, far_bounds).among(layout, counts.shape[1])
-    return FarBlocks(order, bounds, keys=pad(seen, others, value=1), left=pad(left, others))
+    return FarBlocks(order, bounds, keys=pad(seen, sides, value=1), left=left)
 
 
 def single_key_table(
@@ -112,33 +133,37 @@ def single_key_table(
 
     Args:
         q_order, q_bounds: the groups, [1|B, 1|H, V] and [1|B, 1|H, N+1] int32.
-        counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0.
+        counts, indices: [B, H, N] and [B, H, N, W] int32, the video keys that each group reads, from 0. A row has
+            room for `others` after its keys. The table takes the memory of `indices`.
         is_dense: [H] bool, whether a head reads everything. Then its first block of queries, and of keys, has all
-            tokens, and the others are empty.
+            tokens, the others are empty, and `counts` and `indices` are 0.
     """
     before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
     last = tokens - layout.after
     edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
     bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens)
-    others = [torch.full_like(indices[..., :1], 0)] * before
-    others += [torch.full_like(indices[..., :1], bounds.shape[0] - 2)] * after
-    listed = torch.cat([*others, indices + before], -1)
+    around = [0] * before + [bounds.shape[0] - 2] * after
+    if before:
+        indices += before
+    for place, other in enumerate(around):
+        indices.scatter_(-1, (counts + place).long()[..., None], other)
     table = BlockTable(
         q_bounds=q_bounds,
         q_order=q_order,
         kv_bounds=bounds[None, None],
-        kv_num_blocks=counts + before + after,
-        kv_indices=listed,
+        kv_num_blocks=counts + len(around) if around else counts,
+        kv_indices=indices,
     )
     if is_dense is None:
         return table
     dense = is_dense[None, :, None]
+    if around:
+        indices[..., 0].masked_fill_(dense, 0)
     return replace(
         table,
         q_bounds=torch.where(dense, _one_block(q_bounds, layout.video_tokens), q_bounds),
         kv_bounds=torch.where(dense, _one_block(bounds, tokens), bounds),
         kv_num_blocks=torch.where(dense, 1, table.kv_num_blocks),
-        kv_indices=torch.where(dense[..., None], 0, listed),
     )
 
 

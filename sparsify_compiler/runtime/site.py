@@ -8,9 +8,11 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakValueDictionary
 
@@ -28,6 +30,7 @@ from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMetho
 from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.methods.selection import State, Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
+from sparsify_compiler.methods.single_keys import SingleKeyMethod
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
 from sparsify_compiler.parallel.sequence import of_key_heads, queries_of
 from sparsify_compiler.parallel.shares import alike, heads_of, parts_of
@@ -36,6 +39,12 @@ from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
+LISTS = 0.7
+"""Most memory that the lists of single keys take at one time, as a share of query, key and value."""
+SHORT_LISTS = 2**28
+"""Bytes of lists that may always be in memory, 256 MiB."""
+MOST_PARTS = 8
+"""Most parts into which the heads of a site are cut for this."""
 GUARD_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
 TARGET_ROWS = 32
@@ -193,7 +202,10 @@ class SiteFunction:
         used, slots = self._used(inputs), query.shape[1]
         computed = self._computed(inputs)
         if used == slots:
-            return self.trace(query, key, value, key_bias, inputs, site, computed, self._look(site))
+            look = self._look(site)
+            if (parts := self._parts(query, key, value, computed)) > 1:
+                return self._in_parts(parts, query, key, value, key_bias, inputs, site, look)
+            return self.trace(query, key, value, key_bias, inputs, site, computed, look)
         bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, :used]
         q, k, v = (one[:, :used] for one in (query, key, value))
         out, report, *state = self.trace(q, k, v, bias, self.inputs.of_heads(inputs, used), site, computed)
@@ -202,6 +214,48 @@ class SiteFunction:
         if report.shape[2] == used and not self.inputs.remembers:
             report = _filled_up(report, 2, slots)
         return [of_all, report, *(_filled_up(one, 1, slots) for one in state)]
+
+    def _parts(self, query: Tensor, key: Tensor, value: Tensor, computed: object) -> int:
+        """The number of parts in which the heads are computed one after another, so that lists fit `LISTS`."""
+        plan, method = self.plan, self.method
+        shared = computed is not None or plan.sharing is not None or plan.sequence is not None
+        if shared or not isinstance(method, SingleKeyMethod):
+            return 1
+        if isinstance(method, LearningMethod) and key.shape[1] != query.shape[1]:
+            return 1  # `rows_of` has a row of the key head for every query head
+        lists = method.list_bytes(plan.layout, plan.far_field) * query.shape[0] * query.shape[1]
+        if plan.far_field != "drop":  # a virtual key for each key
+            lists += key.nbytes + value.nbytes
+        if lists <= SHORT_LISTS:
+            return 1
+        wanted = math.ceil(lists / (LISTS * (query.nbytes + key.nbytes + value.nbytes)))
+        return min(wanted, MOST_PARTS, key.shape[1])
+
+    def _in_parts(
+        self,
+        parts: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        inputs: list[Tensor | None],
+        site: str,
+        look: Callable[..., None] | None,
+    ) -> list[Tensor]:
+        """`trace` of the heads, part by part; `look` gets the table of the first part."""
+        count, group = key.shape[1], query.shape[1] // key.shape[1]
+        edges = [count * part // parts for part in range(parts + 1)]
+        out, _ = attention.empty_outputs(query, value)
+        rest = []
+        for first, last in pairwise(edges):
+            heads, of_keys = slice(first * group, last * group), slice(first, last)
+            bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, heads]
+            some = query[:, heads], key[:, of_keys], value[:, of_keys]
+            out[:, heads], report, *state = self.trace(*some, bias, inputs, site, None, look, heads)
+            look = None
+            rest.append((report, *state))
+        reports, *states = zip(*rest, strict=True)
+        return [out, torch.cat(reports, 2), *(torch.cat(one, 1) for one in states)]
 
     def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str) -> list[Tensor]:
         """`trace_observe` of the slots that hold a head."""
@@ -238,6 +292,7 @@ class SiteFunction:
         site: str,
         computed: Sequence[tuple[slice, slice]] | None = None,
         look: Callable[..., None] | None = None,
+        of_site: slice | None = None,
     ) -> list[Tensor]:
         """[out, report, *state], op by op.
 
@@ -245,11 +300,16 @@ class SiteFunction:
             site: name of the site, for errors of ranks.
             computed: as in `attention_with_far_field`, of all tokens.
             look: gets the table that was read, and `before`, the number of tokens before its queries.
+            of_site: the heads of the site that `query` has; None: all. `inputs` are those of all heads.
         """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
         read = read | self._trained_of_rank(read, owners, query.shape[1])
+        if of_site is not None:
+            heads = torch.arange(of_site.start, of_site.stop, device=query.device)
+            read = {**read, **self._rows(read, self.inputs.trained, heads)}
+            before = before._replace(tensors=tuple(one[:, of_site] for one in before.tensors))
         all_heads = self._all_heads(owners, site)
         shared = self._shared_tokens(site)
         kept = query.new_full((1, 1, 1), torch.nan)

@@ -15,7 +15,9 @@ OUTPUTS = {
     clustering.empty_sort: (torch.zeros(1, 2, 6, dtype=torch.int32), 3),
     clustering.empty_top_p: (X, X),
     prediction.empty_top_k: (X, None, 3),
+    statistics.empty_left: (BOUNDS, BOUNDS),
     statistics.empty_means: (X, BOUNDS),
+    statistics.empty_pairs: (BOUNDS, BOUNDS, BOUNDS, BOUNDS[..., None]),
     statistics.empty_statistics: (X, X, BOUNDS, None, None, True),
 }
 

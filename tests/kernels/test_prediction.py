@@ -366,7 +366,8 @@ def test_triton_takes_groups_a_few_at_a_time(monkeypatch):
     bounds = torch.tensor([0, 1, 1, 3, 4, 7, 9, 16, 16, 20], dtype=torch.int32, device=device_of("triton"))
     chosen = {"width": 16, "q_bounds": bounds}
     at_once = run("triton", query, key, budgets(11), **chosen)
-    monkeypatch.setattr(providers.load("triton", "prediction"), "SCORES_AT_ONCE", 1)
+    launches = providers.load("triton", "prediction")
+    monkeypatch.setattr(launches, "SCORES_AT_ONCE", 2 * 64)  # two programs
     in_turn = run("triton", query, key, budgets(11), **chosen)
     assert all(torch.equal(got, was) for got, was in zip(in_turn, at_once, strict=True))
 
@@ -382,16 +383,16 @@ def test_triton_writes_no_more_than_was_asked_for_whatever_the_last_pass_finds(m
 
     def changed(*arguments):
         seen.append(arguments)
-        return scores(*arguments) + (1e6 if len(seen) > 16 * 2 else 0.0)
+        return scores(*arguments) + (1e6 if len(seen) > 3 * 2 else 0.0)
 
     monkeypatch.setattr(kernels, "_scores", changed)
-    query, key = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 40, 16)  # two tiles of keys, each seen 17 times
+    query, key = torch.randn(1, 1, 5, 16), torch.randn(1, 1, 40, 16)  # two tiles of keys, each seen 4 times
     counts = torch.full((1, 1, 5), -1, dtype=torch.int32)
     memory = torch.full((1, 1, 5, 64), -1, dtype=torch.int32)
     inputs = launches.scored(query, key, budgets(budget), None, 0.25)
     launches.choose(inputs, counts, memory[..., :4])()
     wanted = min(budget, 4)
-    assert len(seen) == 17 * 2
+    assert len(seen) == 4 * 2
     assert counts.tolist() == [[[wanted] * 5]]
     assert memory[0, 0, :, :wanted].tolist() == [[*range(wanted)]] * 5
     assert (memory[..., wanted:] == -1).all()

@@ -95,8 +95,8 @@ def test_floats_are_added_by_atomics_only_where_asked_for():
 
 
 def test_stored_scores_are_loaded_four_at_a_time():
-    lines = [line for _, example, line in every() if example.case == "stored scores"]
-    assert len(lines) == len(static.GPUS)
+    lines = [line for _, example, line in every() if example.kernel == "add_up_kernel"]
+    assert len(lines) >= len(static.GPUS)
     assert all(line["wide_loads"] for line in lines)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsify_compiler.kernels import cpu
-from sparsify_compiler.kernels.statistics import block_means, block_statistics
+from sparsify_compiler.kernels.statistics import block_means, block_statistics, keys_left, pairs_read
 from sparsify_compiler.testing.strategies import key_biases, qkv, tables
 
 pytestmark = POISONED
@@ -206,3 +206,57 @@ def test_arguments_that_do_not_fit(change, words):
     arguments = {"key": KEY, "value": VALUE, "bounds": BOUNDS, "order": None, "key_bias": None} | change
     with pytest.raises(ValueError, match=words):
         block_statistics(**arguments, covariance=True)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@given(data=st.data())
+@settings(max_examples=EXAMPLES)
+def test_pairs_are_those_of_the_mask(provider: str, data: st.DataObject) -> None:
+    table = data.draw(tables(batch=2, heads=2, q_tokens=data.draw(st.integers(1, 9)), kv_tokens=9))
+    bounds = table.q_bounds
+    got = pairs_read(
+        bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices, provider=provider
+    ).expand(2, 2, -1)
+    mask = table.mask().expand(2, 2, -1, -1).sum(-1)
+    for b, h in itertools.product(range(2), range(2)):
+        rows = members(bounds, table.q_order, b, h, mask.shape[2])
+        assert got[b, h].tolist() == [int(mask[b, h, row].sum()) for row in rows]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_keys_that_rows_do_not_list(provider: str, shared: bool) -> None:
+    """Counted one by one; what follows the listed keys of a row is ignored."""
+    generator = torch.Generator().manual_seed(int(shared))
+    tokens, width, blocks = 2000, 1300, 1100
+    block = torch.randint(blocks, (tokens,), generator=generator).int()
+    keys = torch.randint(50, 60, (1, 1, blocks) if shared else (2, 3, blocks), generator=generator).int()
+    counts = torch.tensor([0, 1, 1024, 1300]).int().expand(2, 3, 4).contiguous()
+    indices = torch.rand(2, 3, 4, tokens, generator=generator).argsort(-1)[..., :width].int()
+    got = keys_left(keys, block, counts, indices, provider=provider)
+    for b, h, row in itertools.product(range(2), range(3), range(4)):
+        read = [int(block[t]) for t in indices[b, h, row, : counts[b, h, row]].tolist()]
+        expected = keys[b % keys.shape[0], h % keys.shape[1]] - torch.tensor(
+            read, dtype=torch.int64
+        ).bincount(minlength=blocks)
+        assert got[b, h, row].tolist() == expected.tolist()
+    indices[:, :, 1, 1:] = 10**9
+    assert torch.equal(keys_left(keys, block, counts, indices, provider=provider)[:, :, 1], got[:, :, 1])
+
+
+@pytest.mark.skipif("triton" not in PROVIDERS, reason="of the Triton kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_covariances_are_the_wide_ones_rounded(dtype: torch.dtype) -> None:
+    """As on a GPU; those beyond the range of float16 are its largest number."""
+    from sparsify_compiler.kernels.statistics import empty_statistics, triton
+
+    _, key, value = qkv(1, 2, 2, 1, 50, 16, 24, dtype)
+    key, value = key * 500, value * 500
+    bounds = torch.tensor([[[0, 20, 20, 50]]]).int()
+    found = empty_statistics(key, value, bounds, None, None, True)
+    narrow = (*found[:5], found[5].to(dtype))
+    for results in (found, narrow):
+        triton.statistics_launch(key, value, bounds, None, None, results)()
+    most = torch.finfo(dtype).max
+    assert (found[5].abs() > 65504).any()
+    assert torch.equal(narrow[5], found[5].clamp(-most, most).to(dtype))

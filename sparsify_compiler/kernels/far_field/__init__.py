@@ -164,7 +164,7 @@ def attention_with_far_field(
         if far_field == "drop":
             if look is not None:
                 look(table)
-            report = _report(table, torch.zeros_like(nothing), nothing, nothing)
+            report = _report(table, torch.zeros_like(nothing), nothing, nothing, provider)
 
             def near(query: Tensor, heads: slice, table: BlockTable) -> tuple[Tensor, Tensor]:
                 bias = _of_some(key_bias, heads)
@@ -209,7 +209,7 @@ def attention_with_far_field(
                 far, gate, recall, errors = _guard(
                     sample, query, key, value, table, far, others, key_bias, scale, provider
                 )
-        report = _report(table, gate, recall, nothing if kept is None else kept.float())
+        report = _report(table, gate, recall, nothing if kept is None else kept.float(), provider)
         if target is not None and reading is not None and errors is not None:
             with torch.no_grad():
                 report = report._replace(target=_target_report(target, reading, *errors, all_heads))
@@ -254,8 +254,10 @@ def _computed(
     return out, lse
 
 
-def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor) -> Report:
-    return Report(table.densities().float().expand_as(gate), gate, recall, kept)
+def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor, provider: str) -> Report:
+    rows = table.q_bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices
+    pairs = statistics.pairs_read(*rows, provider=provider)
+    return Report(table.densities(pairs).float().expand_as(gate), gate, recall, kept)
 
 
 def exact_rows(

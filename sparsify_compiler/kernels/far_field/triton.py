@@ -1,6 +1,7 @@
 """Near and far field: two launches of attention, then the merge, whose kernel is in `triton_kernels.py`."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -35,7 +36,15 @@ def merge(
     return out, lse
 
 
-near_and_far = partial(in_parts, attention.forward, merge)
+def merge_into_near(query: Tensor, near_out: Tensor, near_lse: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """`merge`, whose `out` takes the memory of `near_out`: a program reads what it writes, and no other."""
+    lse = torch.empty_like(near_lse)
+    arguments: tuple[Any, ...] = (query, near_out, near_lse, *rest, near_out, lse)
+    merge_launch(*arguments)()
+    return near_out, lse
+
+
+near_and_far = partial(in_parts, attention.forward, merge_into_near)
 """See `far_field.near_and_far`."""
 
 

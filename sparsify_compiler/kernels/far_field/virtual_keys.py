@@ -168,10 +168,13 @@ def virtual_keys(
                 kept = (sizes @ (attention * listed).sum(-1, keepdim=True))[:, :, 0, 0] / max(
                     query.shape[2], 1
                 )
+                del spread, attention, gain, more
         shares = _shares(scores if blocks is not None else scores.masked_fill(listed, -torch.inf))
         # In the dtype of the queries: in fp32 this product would be half of the far field's time on a GPU.
-        narrow = (_narrow(tensor, query.dtype) for tensor in (shares, covariance.flatten(3)))
-        matrices = _per_query_block(*narrow).to(shares.dtype).unflatten(3, covariance.shape[3:])
+        narrow_shares, shape = _narrow(shares, query.dtype), covariance.shape[3:]
+        products = _per_query_block(narrow_shares, _narrow(covariance.flatten(3), query.dtype))
+        del covariance  # the largest tensor of a site
+        matrices = products.to(shares.dtype).unflatten(3, shape)
         # Not 0, since a square root has no gradient there.
         limits = _per_query_block(shares, value_variance).clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
@@ -194,16 +197,21 @@ def _for_each_number(
     block = torch.repeat_interleave(sizes[0, 0], output_size=len(tokens) - 1)
     number = tokens[1:] - first[0, 0][block]
     of_one = far.bias - blocks.keys.clamp(min=1).to(far.bias.dtype).log()
-    listed = table.listing(blocks.left > 0)
-    # A number larger than the block counts as all of its keys. No method gives one.
-    column = (first[:, :, None] + torch.minimum(blocks.left, sizes[:, :, None]) - 1).clamp(min=0)
     far = far._replace(
         key=far.key[:, :, block],
         value=far.value[:, :, block],
         bias=of_one[..., block] + number.to(far.bias.dtype).log(),
     )
-    indices = column.gather(-1, listed.kv_indices.long())
-    return far, replace(listed, kv_indices=indices, kv_bounds=tokens[None, None], kv_order=None)
+    # A number larger than the block counts as all of its keys. No method gives one.
+    column = torch.minimum(blocks.left, sizes[:, :, None])
+    column += first[:, :, None] - 1
+    # One more block, without a key, for blocks that have no keys left.
+    column.masked_fill_(blocks.left <= 0, len(tokens) - 1)
+    bounds = torch.nn.functional.pad(tokens, (0, 1), value=len(tokens) - 1)
+    counts = torch.full((1, 1, column.shape[2]), column.shape[3], dtype=torch.int32, device=column.device)
+    return far, replace(
+        table, kv_num_blocks=counts, kv_indices=column, kv_bounds=bounds[None, None], kv_order=None
+    )
 
 
 def gains(

@@ -10,8 +10,11 @@ from sparsify_compiler.kernels.prediction import empty_top_k
 from sparsify_compiler.kernels.prediction import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
-SCORES_AT_ONCE = 2**25
-"""Number of scores stored at one time for groups of several queries, 128 MiB; four groups are always stored."""
+SCORES_AT_ONCE = 2**27
+"""Number of scores stored at one time for groups of several queries, 512 MiB. At least a group's are."""
+PROGRAMS = 1024
+"""Most programs of a launch that stores scores or counts: several on every multiprocessor."""
+BINS: int = kernels.BINS.value
 
 
 def top_k_keys(
@@ -32,27 +35,8 @@ def top_k_keys(
         return counts, indices
     highest, part = query.new_empty(2, *query.shape[:3], dtype=torch.float32)
     softmax(inputs, highest, part)()
-    groups, q_bounds = counts.shape[2], q_bounds.contiguous()
-    scores = empty_scores(query, key, groups)
-    for first in range(0, groups, scores.shape[2]):
-        some = slice(first, first + scores.shape[2])
-        rows = scores[:, :, : groups - first]
-        add_up(inputs, highest, part, q_bounds[first:], rows)()
-        choose_stored(rows, inputs, counts[:, :, some], indices[:, :, some])()
+    add_up(inputs, highest, part, q_bounds.contiguous(), counts, indices)()
     return counts, indices
-
-
-def empty_scores(query: Tensor, key: Tensor, groups: int) -> Tensor:
-    """[B, H, groups stored at a time, S rounded up to whole tiles] fp32, uninitialised.
-
-    All groups are stored or a multiple of four, so that the pointers to all have the same alignment and need only
-    one compilation.
-    """
-    batch, heads = query.shape[:2]
-    tile = add_up_tiles(query)[1]
-    room = triton.cdiv(key.shape[2], tile) * tile
-    fours = max(1, SCORES_AT_ONCE // (4 * max(1, batch * heads) * room))
-    return query.new_empty(batch, heads, max(1, min(groups, 4 * fours)), room, dtype=torch.float32)
 
 
 def scored(
@@ -77,32 +61,16 @@ def choose(inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
     group."""
     batch, heads, groups = counts.shape
     block_m, block_n, num_warps, num_stages = tiles(inputs["query"])
+    programs = min(triton.cdiv(groups, block_m) * heads * batch, PROGRAMS)
     arguments = {
         **inputs,
         **with_strides(kv_num_blocks=counts, kv_indices=indices),
-        "groups": groups,
+        "counts": counts.new_empty(programs * block_m * BINS),
+        **{"heads": heads, "batches": batch, "groups": groups},
         "most": min(indices.shape[3], inputs["tokens"]),
-        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
+        **{"BLOCK_M": block_m, "BLOCK_N": block_n, "BINS_AT_ONCE": min(BINS, 4096 // block_m)},
     }
-    grid = (triton.cdiv(groups, block_m), heads, batch)
-    return Launch(kernels.top_k_kernel, grid, arguments, num_warps, num_stages)
-
-
-def choose_stored(scores: Tensor, inputs: dict[str, Any], counts: Tensor, indices: Tensor) -> Launch:
-    """The launch that does the same as `choose`, from rows of scores."""
-    batch, heads, groups, room = scores.shape
-    block_m, block_n, num_warps, num_stages = stored_tiles(scores)
-    arguments = {
-        **inputs,
-        **with_strides(query=scores, kv_num_blocks=counts, kv_indices=indices),
-        **{"key": None, "key_bias": None, "RANK": None},
-        "groups": groups,
-        "tokens": room,
-        "most": min(indices.shape[3], inputs["tokens"]),
-        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
-    }
-    grid = (triton.cdiv(groups, block_m), heads, batch)
-    return Launch(kernels.top_k_kernel, grid, arguments, num_warps, num_stages)
+    return Launch(kernels.top_k_kernel, (programs, 1, 1), arguments, num_warps, num_stages)
 
 
 def softmax(inputs: dict[str, Any], highest: Tensor, part: Tensor) -> Launch:
@@ -118,17 +86,30 @@ def softmax(inputs: dict[str, Any], highest: Tensor, part: Tensor) -> Launch:
     return Launch(kernels.softmax_kernel, grid, arguments, num_warps, num_stages)
 
 
-def add_up(inputs: dict[str, Any], highest: Tensor, part: Tensor, q_bounds: Tensor, scores: Tensor) -> Launch:
-    """The launch that fills `scores` of the first groups of `q_bounds`, except for heads that select nothing."""
-    batch, heads, groups, room = scores.shape
-    block_m, block_n, num_warps, num_stages = add_up_tiles(inputs["query"])
+def add_up(
+    inputs: dict[str, Any],
+    highest: Tensor,
+    part: Tensor,
+    q_bounds: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+) -> Launch:
+    """The launch that does the same as `choose`, for the groups of `q_bounds`."""
+    batch, heads, groups = counts.shape
+    block_m, block_n, at_once, num_warps, num_stages = add_up_tiles(inputs["query"])
+    room = triton.cdiv(inputs["tokens"], at_once) * at_once
+    programs = min(groups * heads * batch, PROGRAMS, max(1, SCORES_AT_ONCE // room))
     arguments = {
         **inputs,
-        **with_strides(highest=highest, part=part, scores=scores),
-        **{"q_bounds": q_bounds, "BLOCK_M": block_m, "BLOCK_N": block_n},
+        **with_strides(highest=highest, part=part, kv_num_blocks=counts, kv_indices=indices),
+        "q_bounds": q_bounds,
+        "scores": highest.new_empty(programs * room),
+        "counts": counts.new_empty(programs * BINS),
+        **{"heads": heads, "batches": batch, "groups": groups, "room": room},
+        "most": min(indices.shape[3], inputs["tokens"]),
+        **{"BLOCK_M": block_m, "BLOCK_N": block_n, "AT_ONCE": at_once},
     }
-    grid = (groups * (room // block_n), heads, batch)
-    return Launch(kernels.add_up_kernel, grid, arguments, num_warps, num_stages)
+    return Launch(kernels.add_up_kernel, (programs, 1, 1), arguments, num_warps, num_stages)
 
 
 # Tiles are (rows, keys, warps, stages). fp32 is multiplied in full, without tensor cores, so in smaller tiles. For
@@ -145,13 +126,6 @@ def tiles(query: Tensor) -> tuple[int, int, int, int]:
     return 64, 32, 8, 3
 
 
-def stored_tiles(scores: Tensor) -> tuple[int, int, int, int]:
-    """Tiles of one row, so that a few groups keep every multiprocessor busy, with many warps, so that a
-    multiprocessor has few rows and its L1 cache may hold them from pass to pass.
-    """
-    return (8, 32, 4, 1) if scores.device.type == "cpu" else (1, 4096, 32, 2)
-
-
 def softmax_tiles(query: Tensor) -> tuple[int, int, int, int]:
     """Tiles of `softmax_kernel`, with many keys: it reduces every tile over its keys, so fewer tiles cost less."""
     if query.device.type == "cpu":
@@ -159,10 +133,10 @@ def softmax_tiles(query: Tensor) -> tuple[int, int, int, int]:
     return (64, 16, 4, 2) if query.dtype == torch.float32 else (64, 64, 4, 3)
 
 
-def add_up_tiles(query: Tensor) -> tuple[int, int, int, int]:
-    """Tiles of `add_up_kernel`: few rows, since groups may be small, and only so many keys that registers are
-    left for five programs of four warps on a multiprocessor.
+def add_up_tiles(query: Tensor) -> tuple[int, int, int, int, int]:
+    """(queries, keys, stored scores that a program takes at one time, warps, stages): few queries, since groups may
+    be small, and only so many keys that registers are left for several programs on a multiprocessor.
     """
     if query.device.type == "cpu":
-        return 16, 32, 4, 1
-    return (16, 64, 8, 2) if query.dtype == torch.float32 else (16, 128, 4, 2)
+        return 16, 32, 64, 4, 1
+    return (16, 64, 2048, 8, 2) if query.dtype == torch.float32 else (16, 128, 2048, 8, 2)

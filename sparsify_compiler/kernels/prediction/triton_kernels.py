@@ -1,16 +1,19 @@
 """The Triton kernels of prediction.
 
-`top_k_kernel`: one program selects for BLOCK_M query groups of one head. It computes their scores again in every
-pass over the keys, which at a low rank costs less than storing them, and keeps only counts. Each of 16 passes finds
-two bits of the groups' thresholds, from the highest down; one more pass lists the keys.
+`top_k_kernel`: one program selects for BLOCK_M query groups of one head at a time. It computes their scores again
+in every pass over the keys, which at a low rank costs less than storing them. There are four passes (`_select`).
+Each of three counts scores by 11 bits, from the highest down, and so finds these bits of the groups' thresholds;
+the last lists the keys.
 
 For groups of several queries, it would cost too much to compute the scores again:
 
     softmax_kernel    queries, keys -> highest, part: the numbers that turn a query's scores into its softmax
-    add_up_kernel     some groups -> rows of their scores, which are stored
-    top_k_kernel      these rows -> the keys of these groups
+    add_up_kernel     a group -> a row of its scores, which is stored -> the keys of the group
 
-Shapes in comments: M = BLOCK_M groups or queries, N = BLOCK_N keys, R = padded RANK.
+`top_k_kernel` and `add_up_kernel` have as many programs as their memory has room for, and each goes through groups
+until none is left. So the number of launches does not depend on the number of groups.
+
+Shapes in comments: M = BLOCK_M groups or queries, N = BLOCK_N keys, R = padded RANK, C = BINS_AT_ONCE counts.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -22,6 +25,9 @@ from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows
 
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 """The largest finite number. In a softmax +inf counts as HIGHEST; a NaN score counts as -HIGHEST."""
+BINS = tl.constexpr(2048)
+"""The numbers of 11 bits: counts of a group's scores in one pass."""
+SIGN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -32,12 +38,15 @@ def top_k_kernel(
     key_bias,
     kv_num_blocks,
     kv_indices,
+    counts,
     query_strides,
     key_strides,
     budget_strides,
     key_bias_strides,
     kv_num_blocks_strides,
     kv_indices_strides,
+    heads,
+    batches,
     groups,
     tokens,
     most,
@@ -46,91 +55,126 @@ def top_k_kernel(
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BINS_AT_ONCE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (tiles of groups, heads, batches). `most`: the most keys that a row can hold. Without a `key`, `query`
-    holds rows of scores [B, H, groups, tokens].
-    """
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    group = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    is_group = group < groups
-    kv_num_blocks = _at(kv_num_blocks, kv_num_blocks_strides, batch, head) + group
-    wanted = tl.minimum(tl.load(_at(budget, budget_strides, batch, head)), most)
-    if wanted <= 0:
-        tl.store(kv_num_blocks, tl.zeros([BLOCK_M], tl.int32), mask=is_group)
-    else:
-        if key_bias is not None:
-            key_bias = _at(key_bias, key_bias_strides, batch, head)
-        query = _at(query, query_strides, batch, head)
-        if key is None:
-            q = query + tl.minimum(group, groups - 1).to(tl.int64) * query_strides[2]  # [M]
-        else:
-            key = _at(key, key_strides, batch, head // queries_per_key_head)
-            q = _load_rows(query, group, is_group, query_strides, RANK, ALIGN)  # [M, R]
-
-        # The largest threshold that at least `wanted` scores reach, as an integer that rises with floats; 0 if
-        # fewer reach every threshold. `beyond`: number of scores above the threshold.
-        threshold = tl.zeros([BLOCK_M], tl.int32)  # [M]
-        beyond = tl.zeros([BLOCK_M], tl.int32)
-        for step in range(16):
-            shift = 30 - 2 * step
-            third = threshold | (tl.full([BLOCK_M], 3, tl.int32) << shift)
-            second = threshold | (tl.full([BLOCK_M], 2, tl.int32) << shift)
-            first = threshold | (tl.full([BLOCK_M], 1, tl.int32) << shift)
-            at_third = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # [M, N]
-            at_second = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-            at_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-            for start in range(0, tokens, BLOCK_N):
-                scores = _scores(
-                    *(q, key, key_bias, start, tokens, scale),
-                    *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
-                )  # [M, N]
-                at_third += (scores >= _float(third)[:, None]).to(tl.int32)
-                at_second += (scores >= _float(second)[:, None]).to(tl.int32)
-                at_first += (scores >= _float(first)[:, None]).to(tl.int32)
-            reach_third = tl.sum(at_third, axis=1)  # [M]
-            reach_second = tl.sum(at_second, axis=1)
-            reach_first = tl.sum(at_first, axis=1)
-            # The order matters: a threshold below all numbers is NaN, which no score reaches.
-            is_third, is_second, is_first = (
-                reach_third >= wanted,
-                reach_second >= wanted,
-                reach_first >= wanted,
+    """Grid: (programs,). `most`: the most keys that a row can hold. `counts`: BLOCK_M * BINS for each program."""
+    counts += tl.program_id(0).to(tl.int64) * BLOCK_M * BINS
+    tiles = tl.cdiv(groups, BLOCK_M)
+    for item in range(tl.program_id(0), tiles * heads * batches, tl.num_programs(0)):
+        head = (item // tiles % heads).to(tl.int64)
+        batch = (item // (tiles * heads)).to(tl.int64)
+        group = item % tiles * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+        is_group = group < groups
+        wanted = tl.minimum(tl.load(_at(budget, budget_strides, batch, head)), most)
+        found = tl.zeros([BLOCK_M], tl.int32)
+        if wanted > 0:
+            keys = _at(key, key_strides, batch, head // queries_per_key_head)
+            bias = None if key_bias is None else _at(key_bias, key_bias_strides, batch, head)
+            q = _load_rows(
+                _at(query, query_strides, batch, head), group, is_group, query_strides, RANK, ALIGN
+            )  # [M, R]
+            indices = _at(kv_indices, kv_indices_strides, batch, head)
+            found = _select(
+                *(q, keys, bias, indices + group.to(tl.int64) * kv_indices_strides[2], is_group, counts),
+                *(wanted, tokens, scale, key_strides, key_bias_strides),
+                *(RANK, BLOCK_M, BLOCK_N, BINS_AT_ONCE, ALIGN),
             )
-            below = tl.where(is_first, reach_second, reach_first)
-            beyond = tl.where(is_third, beyond, tl.where(is_second, reach_third, below))
-            lower = tl.where(is_first, first, threshold)
-            threshold = tl.where(is_third, third, tl.where(is_second, second, lower))
+        tl.store(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + group, found, mask=is_group)
 
-        ties = tl.where(threshold == 0, 0, wanted - beyond)
-        limit = tl.where(threshold == 0, float("-inf"), _float(threshold))
-        above_before = tl.zeros([BLOCK_M], tl.int32)
-        tied_before = tl.zeros([BLOCK_M], tl.int32)
-        # [M]
-        row = _at(kv_indices, kv_indices_strides, batch, head) + group.to(tl.int64) * kv_indices_strides[2]
+
+@triton.jit
+def _select(
+    q,
+    key,
+    key_bias,
+    row,
+    is_group,
+    counts,
+    wanted,
+    tokens,
+    scale,
+    key_strides,
+    key_bias_strides,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BINS_AT_ONCE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Write the `wanted` best keys of BLOCK_M groups to `row`, pointers [M]; return their numbers, [M].
+
+    The threshold of a group is the largest image (`_image`) that at least `wanted` scores reach.
+    """
+    lane = tl.arange(0, BLOCK_M)[:, None] * BINS  # [M, 1]
+    threshold = tl.zeros([BLOCK_M], tl.int32)  # its bits so far
+    needed = tl.zeros([BLOCK_M], tl.int32) + wanted  # number of scores to take among those with these bits
+    is_short = needed < 0  # whether fewer than `wanted` keys are visible
+    for step in range(3):
+        shift = tl.maximum(21 - 11 * step, 0)
+        for first in range(0, BINS, BINS_AT_ONCE):
+            bins = first + tl.arange(0, BINS_AT_ONCE)[None, :]  # [1, C]
+            tl.store(counts + lane + bins, tl.zeros([BLOCK_M, BINS_AT_ONCE], tl.int32))
+        tl.debug_barrier()
         for start in range(0, tokens, BLOCK_N):
             scores = _scores(
                 *(q, key, key_bias, start, tokens, scale),
                 *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
             )  # [M, N]
-            is_above = (scores > limit[:, None]).to(tl.int32)
-            is_tied = (scores == limit[:, None]).to(tl.int32)
-            # One scan counts both, the ties in the upper half.
-            counts = is_above + (is_tied << 16)
-            before = tl.cumsum(counts, axis=1) - counts
-            above = above_before[:, None] + (before & 0xFFFF)
-            tied = tied_before[:, None] + (before >> 16)
-            is_chosen = (is_above | (is_tied & (tied < ties[:, None]).to(tl.int32))) > 0
-            place = above + tl.minimum(tied, ties[:, None])
-            token = (start + tl.arange(0, BLOCK_N))[None, :]  # [1, N]
-            # This pass never writes more than `wanted` keys.
-            has_room = place < wanted
-            tl.store(row[:, None] + place, token, mask=is_chosen & has_room & is_group[:, None])
-            above_before += tl.sum(is_above, axis=1)  # [M]
-            tied_before += tl.sum(is_tied, axis=1)
-        found = tl.minimum(above_before + tl.minimum(tied_before, ties), wanted)
-        tl.store(kv_num_blocks, found, mask=is_group)
+            image = _image(scores) ^ SIGN
+            # The bits above those of this step; of the first step there are none.
+            differs = ((image ^ threshold[:, None]) >> tl.minimum(shift + 11, 31)) != 0
+            is_counted = (scores > float("-inf")) & ((step == 0) | (differs == 0)) & is_group[:, None]
+            bins = BINS - 1 - ((image >> shift) & (BINS - 1))  # the highest first
+            tl.atomic_add(counts + lane + bins, 1, mask=is_counted, sem="relaxed")
+        tl.debug_barrier()
+        before = tl.zeros([BLOCK_M], tl.int32)  # scores in the bins so far
+        above = tl.zeros([BLOCK_M], tl.int32)  # scores above the threshold's bin
+        place = tl.zeros([BLOCK_M], tl.int32)  # the threshold's bin
+        for first in range(0, BINS, BINS_AT_ONCE):
+            bins = first + tl.arange(0, BINS_AT_ONCE)[None, :]
+            count = tl.load(counts + lane + bins, cache_modifier=".cg")  # [M, C]
+            is_above = (before[:, None] + tl.cumsum(count, axis=1)) < needed[:, None]
+            place += tl.sum(is_above.to(tl.int32), axis=1)
+            above += tl.sum(tl.where(is_above, count, 0), axis=1)
+            before += tl.sum(count, axis=1)
+        tl.debug_barrier()  # all counts were read before the next pass clears them
+        is_short = is_short | ((step == 0) & (before < needed))
+        threshold = threshold | ((BINS - 1 - tl.minimum(place, BINS - 1)) << shift)
+        needed -= above
+
+    ties = tl.where(is_short, 0, needed)
+    limit = tl.where(is_short, _image(tl.full([BLOCK_M], float("-inf"), tl.float32)), threshold ^ SIGN)
+    above_before = tl.zeros([BLOCK_M], tl.int32)
+    tied_before = tl.zeros([BLOCK_M], tl.int32)
+    for start in range(0, tokens, BLOCK_N):
+        scores = _scores(
+            *(q, key, key_bias, start, tokens, scale),
+            *(key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN),
+        )  # [M, N]
+        image = _image(scores)
+        is_above = (image > limit[:, None]).to(tl.int32)
+        is_tied = (image == limit[:, None]).to(tl.int32)
+        # One scan counts both, the ties in the upper half.
+        both = is_above + (is_tied << 16)
+        earlier = tl.cumsum(both, axis=1) - both
+        tied = tied_before[:, None] + (earlier >> 16)
+        is_chosen = (is_above | (is_tied & (tied < ties[:, None]).to(tl.int32))) > 0
+        to = above_before[:, None] + (earlier & 0xFFFF) + tl.minimum(tied, ties[:, None])
+        token = (start + tl.arange(0, BLOCK_N))[None, :]  # [1, N]
+        # This pass never writes more than `wanted` keys.
+        has_room = to < wanted
+        tl.store(row[:, None] + to, token, mask=is_chosen & has_room & is_group[:, None])
+        above_before += tl.sum(is_above, axis=1)  # [M]
+        tied_before += tl.sum(is_tied, axis=1)
+    return tl.minimum(above_before + tl.minimum(tied_before, ties), wanted)
+
+
+@triton.jit
+def _image(score):
+    """An integer that rises with floats; -0 and 0 have the same."""
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -194,42 +238,91 @@ def add_up_kernel(
     highest,
     part,
     q_bounds,
+    kv_num_blocks,
+    kv_indices,
     scores,
+    counts,
     query_strides,
     key_strides,
     budget_strides,
     key_bias_strides,
     highest_strides,
     part_strides,
-    scores_strides,
+    kv_num_blocks_strides,
+    kv_indices_strides,
+    heads,
+    batches,
+    groups,
     tokens,
+    room,
+    most,
     queries_per_key_head,
     scale,
     RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Grid: (groups x tiles of keys, heads, batches). `q_bounds` begins with the first of these groups. Rows of
-    `scores` hold whole tiles. Keys are the rows of a product, so a small group leaves little of it empty.
+    """Grid: (programs,). Each program has BINS `counts` and a row of `scores`, of `room` numbers: whole tiles of
+    BLOCK_N and of AT_ONCE keys. Keys are the rows of a product, so a small group leaves little of it empty.
     """
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    if tl.load(_at(budget, budget_strides, batch, head)) <= 0:
-        return
-    tiles = tl.cdiv(tokens, BLOCK_N)
-    group = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * BLOCK_N
-    key = _at(key, key_strides, batch, head // queries_per_key_head)
-    if key_bias is not None:
-        key_bias = _at(key_bias, key_bias_strides, batch, head)
+    counts += tl.program_id(0).to(tl.int64) * BINS
+    scores += tl.program_id(0).to(tl.int64) * room
+    for item in range(tl.program_id(0), groups * heads * batches, tl.num_programs(0)):
+        group = item % groups
+        head = (item // groups % heads).to(tl.int64)
+        batch = (item // (groups * heads)).to(tl.int64)
+        begin, end = tl.load(q_bounds + group), tl.load(q_bounds + group + 1)
+        wanted = tl.minimum(tl.load(_at(budget, budget_strides, batch, head)), most)
+        found = tl.zeros([1], tl.int32)
+        if (wanted > 0) & (begin < end):
+            keys = _at(key, key_strides, batch, head // queries_per_key_head)
+            bias = None if key_bias is None else _at(key_bias, key_bias_strides, batch, head)
+            for start in range(0, room, BLOCK_N):
+                row = _added_up(
+                    *(_at(query, query_strides, batch, head), keys, bias),
+                    *(_at(highest, highest_strides, batch, head), _at(part, part_strides, batch, head)),
+                    *(begin, end, start, tokens, scale, query_strides, key_strides, key_bias_strides),
+                    *(RANK, BLOCK_M, BLOCK_N, ALIGN),
+                )
+                tl.store(scores + start + tl.arange(0, BLOCK_N), row)
+            tl.debug_barrier()
+            indices = _at(kv_indices, kv_indices_strides, batch, head)
+            found = _select(
+                *(scores + tl.zeros([1], tl.int64), None, None),
+                indices + group.to(tl.int64) * kv_indices_strides[2] + tl.zeros([1], tl.int64),
+                *(tl.full([1], 1, tl.int1), counts, wanted, room, scale, None, None),
+                *(None, 1, AT_ONCE, BINS, ALIGN),
+            )
+            tl.debug_barrier()  # the row was read before the next group is written to it
+        place = _at(kv_num_blocks, kv_num_blocks_strides, batch, head) + group
+        tl.store(place + tl.zeros([1], tl.int64), found)
+
+
+@triton.jit
+def _added_up(
+    query,
+    key,
+    key_bias,
+    highest,
+    part,
+    begin,
+    end,
+    start,
+    tokens,
+    scale,
+    query_strides,
+    key_strides,
+    key_bias_strides,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """[N]: the sum of the softmax of queries `begin` to `end`, for the keys from `start` on."""
     # [N, R] and [N]
     k, bias = _load_keys(key, key_bias, start, tokens, key_strides, key_bias_strides, RANK, BLOCK_N, ALIGN)
-    query = _at(query, query_strides, batch, head)
-    highest = _at(highest, highest_strides, batch, head)
-    part = _at(part, part_strides, batch, head)
-
-    begin, end = tl.load(q_bounds + group), tl.load(q_bounds + group + 1)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)  # [N, M]
     for first in range(begin, end, BLOCK_M):
         lane = first + tl.arange(0, BLOCK_M)  # [M]
@@ -238,9 +331,7 @@ def add_up_kernel(
         found = _finished(tl.dot(k, q.T, input_precision="ieee"), bias[:, None], scale)  # [N, M]
         parts = tl.load(part + member, mask=lane < end, other=0.0)
         sums += parts[None, :] * _share(found, tl.load(highest + member)[None, :])
-    row = tl.where((bias != float("-inf")) & (begin < end), tl.sum(sums, axis=1), float("-inf"))  # [N]
-    scores = _at(scores, scores_strides, batch, head) + group.to(tl.int64) * scores_strides[2]
-    tl.store(scores + start + tl.arange(0, BLOCK_N), row)
+    return tl.where(bias != float("-inf"), tl.sum(sums, axis=1), float("-inf"))
 
 
 @triton.jit
@@ -306,9 +397,3 @@ def _finished(products, bias, scale):
     scores = tl.fma(products, scale, bias)  # explicit: the compiler might fuse in only one pass
     scores = tl.where(scores == scores, scores, -HIGHEST)
     return tl.where(bias == float("-inf"), float("-inf"), scores)
-
-
-@triton.jit
-def _float(image):
-    """The float of an integer that, read as unsigned, rises with floats. Beyond the infinities it is NaN."""
-    return tl.where(image < 0, image & 0x7FFFFFFF, ~image).to(tl.float32, bitcast=True)

@@ -1,4 +1,9 @@
-"""Ops on the blocks of a table: `sparsify::block_means` and `sparsify::block_statistics`.
+"""Ops on the blocks of a table.
+
+    sparsify::block_means         tokens -> means of blocks
+    sparsify::block_statistics    keys and values -> moments of blocks
+    sparsify::pairs_read          a table -> the number of query-key pairs of each row
+    sparsify::keys_left           rows of single keys -> the keys of blocks that each row does not list
 
 A far field (`kernels/far_field`) approximates blocks that are not read by these statistics. This file imports only
 torch. A provider's kernels are imported when an op first runs on it. Statistics are fp32 (fp64 for fp64 input),
@@ -36,6 +41,14 @@ class Provider(Protocol):
         covariance: bool,
     ) -> Statistics:
         """The statistics, in the layout of `empty_statistics`."""
+
+    def pairs_read(
+        self, q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor
+    ) -> Tensor:
+        """See `pairs_read`."""
+
+    def keys_left(self, keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+        """See `keys_left`."""
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -95,12 +108,91 @@ def block_statistics(
         value_mean: [B, G, N, Dv], E v.
         key_variance: [B, G, N, D], E (k - E k)².
         value_variance: [B, G, N, Dv], E (v - E v)².
-        covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ.
+        covariance: [B, G, N, D, Dv], E (k - E k) (v - E v)ᵀ. It is the largest result, and products read it in the
+            dtype of the key. So off the CPU it has that dtype, clamped to its range.
     """
     _check_statistics(key, value, bounds, order, key_bias)
     return torch.ops.sparsify.block_statistics(
         key, value, bounds, order, key_bias, covariance, _choose(provider, key, value)
     )
+
+
+def pairs_read(
+    q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, *, provider: str = "auto"
+) -> Tensor:
+    """The number of query-key pairs that each row of a table reads. Takes no memory for the listed blocks.
+
+    Args:
+        q_bounds, kv_bounds, kv_num_blocks, kv_indices: as in `BlockTable`.
+        provider: as in `attention.block_sparse_attention`.
+
+    Returns:
+        [B|1, H|1, Nq] int64.
+    """
+    return _counted("pairs_read", q_bounds, kv_bounds, kv_num_blocks, kv_indices, provider=provider)
+
+
+def keys_left(
+    keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, *, provider: str = "auto"
+) -> Tensor:
+    """The number of keys of each block that a row of single keys does not list.
+
+    Args:
+        keys: [B|1, H|1, N] int32, the number of keys of each block.
+        block_of_key: [V] int32, each in 0..N-1.
+        counts: [B, H, Nq] int32, the number of keys that each row lists.
+        indices: [B, H, Nq, W] int32, these keys, each in 0..V-1; the rest of a row is ignored.
+        provider: as in `attention.block_sparse_attention`.
+
+    Returns:
+        [B, H, Nq, N] int32, `keys` without the listed keys.
+    """
+    return _counted("keys_left", keys, block_of_key, counts, indices, provider=provider)
+
+
+def _counted(name: str, *tensors: Tensor, provider: str) -> Tensor:
+    """The result of an op that counts. While a model is exported, in plain torch: the library of exported programs
+    lacks these ops."""
+    device = tensors[0].device.type
+    provider = providers.choose(provider, device=device, dtype=torch.float32, head_dim=1, value_dim=1).name
+    if torch.compiler.is_exporting():
+        return getattr(providers.load("reference", "statistics"), name)(*tensors)
+    return getattr(torch.ops.sparsify, name)(*tensors, provider)
+
+
+@custom_op("sparsify::pairs_read")
+def _pairs_op(
+    q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, provider: str
+) -> Tensor:
+    return providers.load(provider, "statistics").pairs_read(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
+
+
+@_pairs_op.register_fake
+def _pairs_fake(
+    q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, _: Any
+) -> Tensor:
+    return empty_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
+
+
+def empty_pairs(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """The uninitialised result of `pairs_read`."""
+    lead = torch.broadcast_shapes(*(t.shape[:2] for t in (q_bounds, kv_bounds, kv_num_blocks, kv_indices)))
+    return kv_indices.new_empty(*lead, kv_indices.shape[2], dtype=torch.int64)
+
+
+@custom_op("sparsify::keys_left")
+def _left_op(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, provider: str) -> Tensor:
+    return providers.load(provider, "statistics").keys_left(keys, block_of_key, counts, indices)
+
+
+@_left_op.register_fake
+def _left_fake(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, _: Any) -> Tensor:
+    return empty_left(keys, counts)
+
+
+def empty_left(keys: Tensor, counts: Tensor) -> Tensor:
+    """The uninitialised result of `keys_left`."""
+    return counts.new_empty(*counts.shape, keys.shape[-1])
 
 
 @custom_op("sparsify::block_means")
@@ -177,7 +269,10 @@ def empty_statistics(
         empty(*lead, value_dim),
         empty(*lead, head_dim) if covariance else empty(0),
         empty(*lead, value_dim) if covariance else empty(0),
-        empty(*lead, head_dim, value_dim) if covariance else empty(0),
+        key.new_empty(
+            (*lead, head_dim, value_dim) if covariance else (0,),
+            dtype=wide(key.dtype) if key.device.type == "cpu" else key.dtype,
+        ),
     )
 
 

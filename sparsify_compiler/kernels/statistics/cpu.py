@@ -10,6 +10,8 @@ from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, reference
 from sparsify_compiler.table import check_blocks
 
+pairs_read, keys_left = reference.pairs_read, reference.keys_left
+
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `statistics.block_means`: the kernel's key statistics, without values."""

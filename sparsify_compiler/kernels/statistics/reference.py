@@ -6,7 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, wide
+from sparsify_compiler.kernels.statistics import (
+    Statistics,
+    empty_left,
+    empty_means,
+    empty_statistics,
+    wide,
+)
+from sparsify_compiler.table import BlockTable, listed_of_rows
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,8 +55,25 @@ def block_statistics(
             keys, values = keys - mean_key, values - mean_value
             key_variance[at][:, :, block] = (weights * keys.square()).sum(2)
             value_variance[at][:, :, block] = (weights * values.square()).sum(2)
-            cross[at][:, :, block] = (weights * keys).mT @ values
+            products, most = (weights * keys).mT @ values, torch.finfo(cross.dtype).max
+            cross[at][:, :, block] = products.clamp(-most, most)
     return found
+
+
+def pairs_read(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """See `statistics.pairs_read`."""
+    table = BlockTable(
+        q_bounds=q_bounds, kv_bounds=kv_bounds, kv_num_blocks=kv_num_blocks, kv_indices=kv_indices
+    )
+    return table.pairs_read()
+
+
+def keys_left(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+    """See `statistics.keys_left`."""
+    left = empty_left(keys, counts).copy_(keys[:, :, None])
+    for some, listed, used in listed_of_rows(counts, indices):
+        left[:, :, some].scatter_add_(-1, block_of_key.long()[listed], -used.int())
+    return left
 
 
 def block_statistics_backward(
@@ -77,7 +101,7 @@ def block_statistics_backward(
         d_value = grad_value_mean[at][:, :, block, None].expand_as(values)
         if grad_covariance.numel():
             keys, values = (t - (weights * t).sum(2, keepdim=True) for t in (keys, values))
-            d_cross = grad_covariance[at][:, :, block]
+            d_cross = grad_covariance[at][:, :, block].to(keys.dtype)
             d_key = d_key + 2 * keys * grad_key_variance[at][:, :, block, None] + values @ d_cross.mT
             d_value = d_value + 2 * values * grad_value_variance[at][:, :, block, None] + keys @ d_cross
         dk[at][:, :, members], dv[at][:, :, members] = weights * d_key, weights * d_value

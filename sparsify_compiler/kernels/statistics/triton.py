@@ -3,12 +3,20 @@
 import torch
 from torch import Tensor
 
-from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics
+from sparsify_compiler.kernels.statistics import (
+    Statistics,
+    empty_left,
+    empty_means,
+    empty_pairs,
+    empty_statistics,
+)
 from sparsify_compiler.kernels.statistics import triton_kernels as kernels
-from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides
+from sparsify_compiler.kernels.triton.launcher import Launch, alignment, shared_strides, with_strides
 
 BLOCK = 32
 """Number of tokens that a program computes at one time."""
+LISTED = 1024
+"""Number of blocks of a row that a program counts at one time."""
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -94,6 +102,52 @@ def statistics_launch(
     }
     tiles = -(-value.shape[-1] // value_tile(key.shape[-1]))
     return Launch(kernels.block_statistics_kernel, (blocks * tiles, heads, batch), arguments, num_warps=8)
+
+
+def pairs_read(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """See `statistics.pairs_read`."""
+    pairs = empty_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
+    pairs_launch(q_bounds, kv_bounds, kv_num_blocks, kv_indices, pairs)()
+    return pairs
+
+
+def pairs_launch(
+    q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, pairs: Tensor
+) -> Launch:
+    """The launch that fills `pairs`."""
+    tables = {
+        "q_bounds": q_bounds,
+        "kv_bounds": kv_bounds,
+        "kv_num_blocks": kv_num_blocks,
+        "kv_indices": kv_indices,
+    }
+    arguments = {
+        **tables,
+        **{f"{name}_strides": shared_strides(t) for name, t in tables.items()},
+        **with_strides(pairs=pairs),
+        "LISTED": LISTED,
+    }
+    return Launch(kernels.pairs_kernel, (pairs.shape[2], *pairs.shape[1::-1]), arguments, num_warps=4)
+
+
+def keys_left(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+    """See `statistics.keys_left`."""
+    left = empty_left(keys, counts)
+    left_launch(keys, block_of_key, counts, indices, left)()
+    return left
+
+
+def left_launch(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, left: Tensor) -> Launch:
+    """The launch that fills `left`."""
+    arguments = {
+        "keys": keys,
+        "keys_strides": shared_strides(keys),
+        "block_of_key": block_of_key.contiguous(),
+        **with_strides(counts=counts, indices=indices, left=left),
+        "blocks": left.shape[-1],
+        "LISTED": LISTED,
+    }
+    return Launch(kernels.left_kernel, (left.shape[2], *left.shape[1::-1]), arguments, num_warps=4)
 
 
 def value_tile(head_dim: int) -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels of statistics: means and statistics of blocks.
+"""The Triton kernels of statistics: means and statistics of blocks, and the counts of what rows of a table list.
 
 One program computes one block of tokens and VALUE_TILE channels of its values, BLOCK tokens at a time: a first pass
 for the means, and a second for the centred moments.
@@ -154,11 +154,84 @@ def block_statistics_kernel(
             variance_v += tl.sum(weighted_v * v, axis=0)  # [V]
             moment = tl.dot(k.T, weighted_v, moment, input_precision=PRECISION)  # [D, V]
         tl.store(value_variance + at * VALUE_DIM + columns, variance_v, mask=is_column)
+        if covariance.dtype.element_ty == tl.float16:
+            moment = tl.clamp(moment, -65504.0, 65504.0)
         rows = tl.arange(0, _padded(HEAD_DIM))
         elements = (at * HEAD_DIM + rows)[:, None] * VALUE_DIM + columns[None, :]  # [D, V]
         tl.store(covariance + elements, moment, mask=(rows < HEAD_DIM)[:, None] & is_column[None, :])
         if tile == 0:
             _store(key_variance + at * HEAD_DIM, variance_k, HEAD_DIM)
+
+
+@triton.jit
+def pairs_kernel(
+    q_bounds,
+    kv_bounds,
+    kv_num_blocks,
+    kv_indices,
+    pairs,
+    q_bounds_strides,
+    kv_bounds_strides,
+    kv_num_blocks_strides,
+    kv_indices_strides,
+    pairs_strides,
+    LISTED: tl.constexpr,
+):
+    """Grid: (rows, heads, batches)."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    count = tl.load(_at(kv_num_blocks, kv_num_blocks_strides, batch, head) + row * kv_num_blocks_strides[2])
+    kv_bounds = _at(kv_bounds, kv_bounds_strides, batch, head)
+    listed = _at(kv_indices, kv_indices_strides, batch, head) + row * kv_indices_strides[2]
+    total = tl.zeros([LISTED], tl.int32)
+    for start in range(0, count, LISTED):
+        column = start + tl.arange(0, LISTED)
+        is_used = column < count
+        bound = (
+            kv_bounds
+            + tl.load(listed + column * kv_indices_strides[3], mask=is_used, other=0) * (kv_bounds_strides[2])
+        )
+        end = tl.load(bound + kv_bounds_strides[2], mask=is_used, other=0)
+        total += end - tl.load(bound, mask=is_used, other=0)
+    q_bounds = _at(q_bounds, q_bounds_strides, batch, head) + row * q_bounds_strides[2]
+    queries = tl.load(q_bounds + q_bounds_strides[2]) - tl.load(q_bounds)
+    found = tl.sum(total).to(tl.int64) * queries
+    tl.store(_at(pairs, pairs_strides, batch, head) + row * pairs_strides[2], found)
+
+
+@triton.jit
+def left_kernel(
+    keys,
+    block_of_key,
+    counts,
+    indices,
+    left,
+    keys_strides,
+    counts_strides,
+    indices_strides,
+    left_strides,
+    blocks,
+    LISTED: tl.constexpr,
+):
+    """Grid: (rows, heads, batches). A program writes the keys of all blocks, then takes away the listed ones."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    keys = _at(keys, keys_strides, batch, head)
+    left = _at(left, left_strides, batch, head) + row * left_strides[2]
+    for start in range(0, blocks, LISTED):
+        block = start + tl.arange(0, LISTED)
+        is_block = block < blocks
+        tl.store(left + block, tl.load(keys + block * keys_strides[2], mask=is_block, other=0), mask=is_block)
+    tl.debug_barrier()  # all threads of the program have written
+    count = tl.load(_at(counts, counts_strides, batch, head) + row * counts_strides[2])
+    listed = _at(indices, indices_strides, batch, head) + row * indices_strides[2]
+    for start in range(0, count, LISTED):
+        column = start + tl.arange(0, LISTED)
+        is_used = column < count
+        block = tl.load(block_of_key + tl.load(listed + column, mask=is_used, other=0), mask=is_used, other=0)
+        tl.atomic_add(left + block, tl.full([LISTED], -1, tl.int32), mask=is_used, sem="relaxed")
 
 
 @triton.jit
