@@ -6,6 +6,9 @@ programs that a multiprocessor holds, and the instructions that multiply matrice
 instructions, barriers and exponentials that one warp runs in the main loop for 128 keys. Numbers after a + belong
 to code that some passes of the loop skip: a tile in which no block of keys ends skips it.
 
+With `--sites`, the launches and the memory of a whole site of every method (`benchmarks.site_counts`), in
+`benchmarks/results/sites.json`.
+
 Nothing is timed. The lines are kept in `benchmarks/results/static.json`, and the tests compare the package with
 them.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import sass
+from benchmarks import sass, site_counts
 from benchmarks.harness import write_json
 from benchmarks.kernels import kernels
 from benchmarks.launches import Example, examples
@@ -268,7 +271,12 @@ def main() -> None:
         choices=list(kernels()),
         help="print these kernels, write no file",
     )
+    parser.add_argument("--sites", action="store_true", help="count the launches and memory of whole sites")
+    parser.add_argument("--site", metavar="NAME", help="print these sites, write no file")
     options = parser.parse_args()
+    if options.sites or options.site is not None:
+        site_counts.main(None if options.site is not None else site_counts.RESULTS, options.site or "")
+        return
     places = [
         (arch, number)
         for arch in GPUS

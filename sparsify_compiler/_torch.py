@@ -53,6 +53,28 @@ def custom_op(name: str) -> Callable[[Callable[..., Any]], torch.library.CustomO
     return torch.library.custom_op(name, mutates_args=())
 
 
+@contextmanager
+def running_on(
+    device: str, namespace: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Run the custom ops of a namespace by their own functions on a type of device that has none, such as meta.
+
+    wrap: makes the function to run from the function of an op.
+    """
+    from torch._library.custom_ops import OPDEFS
+
+    key = {"meta": "Meta"}[device]
+    library = torch.library.Library(namespace, "IMPL")
+    try:
+        for name, op in list(OPDEFS.items()):
+            space, _, short = name.partition("::")
+            if space == namespace:
+                library.impl(short, wrap(op._init_fn), key, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 matrices.
 
