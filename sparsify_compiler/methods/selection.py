@@ -80,9 +80,13 @@ class Tokens:
         """Those of the video's queries and of its keys, after this call's iterations, as blocks of the sequence."""
         layout, heads, warm = self.layout, self.query.shape[1], state.initialised
         if self._clusters_together:
+            inputs = *self.video(), *state.tensors, *starts, warm
             return cluster(
-                *(*self.video(), *state.tensors, *starts, warm),
-                **{"first": first, "later": later, "before": layout.before, "after": layout.after},
+                *inputs,
+                first=first,
+                later=later,
+                before=layout.before,
+                after=layout.after,
                 provider=self.provider,
             )
 

@@ -55,7 +55,10 @@ def cluster(
     heads, sides, found = query.shape[1], [], list[Tensor]()
     for points, centroids, start in ((query, q_centroids, q_start), (key, kv_centroids, kv_start)):
         memory = empty_blocks(points, len(start), heads, before, after) if blocks else []
-        of_clusters = Blocks(*memory, before, after) if memory else None
+        of_clusters = None
+        if memory:
+            order, bounds, sizes = memory
+            of_clusters = Blocks(order, bounds, sizes, before, after)
         sides.append(Points.of(points, centroids, start, blocks=of_clusters))
         found += [sides[-1].means, *memory]
     iterate(sides, warm=warm, first=first, later=later)
