@@ -198,7 +198,7 @@ def nearest_tiles(points: Tensor) -> tuple[int, int, int, int]:
         return 32, 32, 4, 1  # small, so that small tests have several
     if points.dtype == torch.float32:
         return 64 if head_dim <= 64 else 32, 32, 8, 2
-    return 128, 64 if 64 < head_dim <= 128 else 32, 8, 3
+    return 128, 32, 8, 3  # with 64 centroids, registers would spill on 10.0
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
