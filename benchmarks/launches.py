@@ -15,6 +15,7 @@ from sparsify_compiler.kernels.attention import triton as attention
 from sparsify_compiler.kernels.attention import triton_backward as backward
 from sparsify_compiler.kernels.clustering import triton as clustering
 from sparsify_compiler.kernels.far_field import triton as far_field
+from sparsify_compiler.kernels.far_field import virtual_keys
 from sparsify_compiler.kernels.prediction import empty_top_k
 from sparsify_compiler.kernels.prediction import triton as prediction
 from sparsify_compiler.kernels.statistics import empty_means, empty_statistics
@@ -150,16 +151,28 @@ def _backward_launches(head_dim: int, dtype: torch.dtype, config: BackwardConfig
 
 
 def _clustering() -> Iterator[Example]:
-    labels = _index(BATCH, HEADS, TOKENS)
-    order, bounds = clustering_ops.empty_sort(labels, CLUSTERS[0])
     for head_dim in HEAD_DIMS:
         for dtype in DTYPES:
             points = _tensor(head_dim, dtype)
-            centroids = torch.empty(BATCH, HEADS, CLUSTERS[0], head_dim, device="meta")
-            bias = centroids[..., 0].contiguous()
-            launch = clustering.nearest(points, centroids.to(dtype), bias, labels)
-            yield Example("", head_dim, dtype, launch)
-            yield Example("", head_dim, dtype, clustering.move_to_means(points, order, bounds, centroids))
+            sides = [
+                clustering.Points.of(
+                    points,
+                    torch.empty(BATCH, HEADS, count, head_dim, device="meta"),
+                    torch.empty(count, dtype=torch.int64, device="meta"),
+                    blocks=clustering.Blocks(
+                        *clustering_ops.empty_blocks(points, count, HEADS, 0, 512), 0, 512
+                    ),
+                )
+                for count in (300, CLUSTERS[0])
+            ]
+            start, _, moving, nearest, last = clustering.kmeans_launches(sides, warm=True, iterations=2)
+            yield Example("", head_dim, dtype, nearest)
+            yield Example("last iteration", head_dim, dtype, last)
+            if (head_dim, dtype) == (128, BFLOAT16):
+                yield Example("points in bfloat16", head_dim, None, start)
+                yield Example("points in bfloat16", head_dim, None, moving)
+    labels = _index(BATCH, HEADS, TOKENS)
+    order, bounds = clustering_ops.empty_sort(labels, CLUSTERS[0])
     counts = _index(BATCH, HEADS, CLUSTERS[0], TOKENS // clustering.TILE)
     yield Example("", None, None, clustering.rank(labels, labels, counts))
     yield Example("", None, None, clustering.place(labels, labels, counts, bounds, order))
@@ -192,6 +205,34 @@ def _far_field() -> Iterator[Example]:
                 far_field.merge_launch(tokens, out, lse, out, lse, *linear, out, lse),
             ):
                 yield Example("", head_dim, dtype, launch)
+
+    for head_dim in (128, 256):
+        tokens = _tensor(head_dim, BFLOAT16)
+        means = empty_means(tokens, bounds)
+        found = empty_statistics(tokens, tokens, bounds, order, bias, True)
+        listed = virtual_keys.empty_listed(tokens, means[0], found[2])
+        table = bounds, bounds, _index(1, HEADS, BLOCKS), _index(1, HEADS, BLOCKS, 16)
+        for launch in far_field.list_launches(tokens, *means, *found[:-1], *table, 0.02, 0.1, listed):
+            yield Example("queries in bfloat16", head_dim, None, launch)
+    yield from _guard(_tensor(128, BFLOAT16))
+
+
+def _guard(tokens: Tensor) -> Iterator[Example]:
+    """Examples of the guard, in which 16 rows read 64 parts of the keys."""
+    count, parts, (_, _, _, head_dim) = 16, 64, tokens.shape
+    samples = tokens.new_empty(BATCH, HEADS, parts * count, head_dim)
+    rows, bounds, numbers = samples[:, :, :count], _index(BATCH, HEADS, BLOCKS + 1), _index(4, parts + 1)
+    lead = torch.empty(BATCH, HEADS, BLOCKS, device="meta")
+    limits = lead[..., None].expand(*lead.shape, head_dim).contiguous()
+    matrices = tokens.new_empty(*lead.shape, head_dim, head_dim)
+    far = virtual_keys.VirtualKeys(tokens, tokens, lead, matrices, limits)
+    found = virtual_keys.Judged(lead, limits, lead[..., 0], lead[..., 0])
+    fields = empty_outputs(samples, samples), empty_outputs(rows, rows), empty_outputs(rows, rows)
+    for launch in (
+        far_field.sample_launch(tokens, TOKENS, _table(True), samples, bounds, numbers, count),
+        far_field.judge_launch(samples, bounds, *fields, far, 0.1, found),
+    ):
+        yield Example("queries in bfloat16", head_dim, None, launch)
 
 
 def _prediction() -> Iterator[Example]:

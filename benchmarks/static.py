@@ -77,17 +77,28 @@ STEPS = {
     "block_means_kernel": "BLOCK",
     "block_sparse_attention_kernel": "BLOCK_N",
     "block_statistics_kernel": "BLOCK",
+    "compare_kernel": "BLOCK_N",
     "keys_kernel": "BLOCK_M",
+    "list_kernel": "BLOCK_N",
     "means_kernel": "BLOCK",
     "nearest_kernel": "BLOCK_N",
     "queries_kernel": "BLOCK_N",
     "rows_kernel": "BLOCK_N",
     "softmax_kernel": "BLOCK_N",
+    "start_kernel": "BLOCK",
     "top_k_kernel": "BLOCK_N",
 }
 """Kernel -> argument with the number of keys (tokens, queries, centroids) that its main loop takes at a time."""
 
-TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
+TYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "int8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+}
 """Triton's names of the types that tensors have."""
 
 

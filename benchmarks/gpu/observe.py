@@ -6,10 +6,9 @@ from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.device import Device
-from sparsify_compiler.kernels.triton.launcher import Launch
+from sparsify_compiler.kernels.triton.launcher import Launch, tensors
 
 Launched = dict[str, list[str]]
 """Name of a kernel -> types in which it was launched."""
@@ -46,8 +45,7 @@ def launched() -> Iterator[Launched]:
 
 def type_of(launch: Launch) -> str:
     """The narrowest float type among the tensors of a launch, which is the type of its inputs."""
-    tensors = [t for t in launch.arguments.values() if isinstance(t, Tensor)]
-    floats = {t.dtype for t in tensors if t.is_floating_point()}
+    floats = {t.dtype for t in tensors(launch.arguments.values()) if t.is_floating_point()}
     narrow = (torch.bfloat16, torch.float16, torch.float32)
     return str(next((t for t in narrow if t in floats), torch.int32))[6:]
 

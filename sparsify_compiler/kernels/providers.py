@@ -45,6 +45,11 @@ def load(provider: str, family: str) -> Any:
     return importlib.import_module(f"sparsify_compiler.kernels.{family}.{provider}")
 
 
+def fuses(provider: str) -> bool:
+    """Whether a provider has ops that do the work of several. On its devices launches may cost more than work."""
+    return provider == "triton"
+
+
 def reads_values(device: torch.device) -> bool:
     """Whether every element of index tensors is checked before a kernel uses it as an address.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
+from sparsify_compiler.kernels.clustering import Side
 from sparsify_compiler.methods.grid import Cube, check_cube, cut
 from sparsify_compiler.methods.selection import (
     BlockMethod,
@@ -97,11 +98,16 @@ class Cubes(BlockMethod):
         query, key = Blocks(q_order, q_bounds), Blocks(kv_order, kv_bounds)
         if self.reads_by_gain(tokens.far_field):
             return self._by_gain(tokens, query, key), ()
-        q_means, kv_means = (
-            tokens.block_means(points, blocks)
+        of_queries, of_keys = (
+            self._side(tokens, blocks, tokens.block_means(points, blocks))
             for points, blocks in zip(tokens.video(), (query, key), strict=True)
         )
-        return self.choose(tokens, query, key, q_means, kv_means), ()
+        return self.choose(tokens, of_queries, of_keys), ()
+
+    def _side(self, tokens: Tokens, blocks: Blocks, means: Tensor) -> Side:
+        """Blocks of the video among those of the sequence."""
+        around = blocks.among(tokens.layout, tokens.query.shape[1])
+        return Side(means, *around, blocks.bounds.diff(dim=-1))
 
     def reads_by_gain(self, far_field: str) -> bool:
         """Whether every block of queries reads a fixed number of blocks, by their gain."""
@@ -111,8 +117,9 @@ class Cubes(BlockMethod):
         """A table without blocks of the video, to which the far field adds those with the largest gains."""
         lead = (*tokens.query.shape[:2], query.bounds.shape[-1] - 1)
         every = torch.arange(key.bounds.shape[-1] - 1, dtype=torch.int32, device=key.bounds.device)
-        none, heads = every.new_zeros(lead), lead[1]
-        table = table_around(tokens.layout, query, key, none, every.expand(*lead, -1), heads)
+        none = every.new_zeros(lead)
         unknown = tokens.query.new_full((1, 1, 1), torch.nan)
+        of_queries, of_keys = (self._side(tokens, blocks, unknown) for blocks in (query, key))
+        table = table_around(tokens.layout, of_queries, of_keys, none, every.expand(*lead, -1))
         best = floor_blocks(self.min_kv_ratio, len(every))
         return Selection(table, unknown, min_gain=math.inf, best=best)

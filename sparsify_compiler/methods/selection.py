@@ -13,7 +13,15 @@ from torch.nn.functional import pad
 
 from sparsify_compiler.config import integer, share
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.clustering import kmeans, top_p_blocks
+from sparsify_compiler.kernels import providers
+from sparsify_compiler.kernels.clustering import (
+    Side,
+    cluster,
+    kmeans,
+    kmeans_of_both,
+    sort_by_label,
+    top_p_blocks,
+)
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.kernels.statistics import block_means
 from sparsify_compiler.methods.base import VideoMethod
@@ -50,6 +58,49 @@ class Tokens:
         if self.shared is not None:
             return self.shared.block_means(points, blocks.order, blocks.bounds)
         return block_means(points, blocks.bounds, blocks.order, provider=self.provider)[0]
+
+    def centroids(
+        self, state: "State", starts: tuple[Tensor, Tensor], *, first: int, later: int
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the video's queries and of its keys, after this call's iterations."""
+        warm, video = state.initialised, self.video()
+        if self._clusters_together:
+            return kmeans_of_both(
+                *(*video, *state.tensors, *starts, warm), first=first, later=later, provider=self.provider
+            )
+        of_queries, of_keys = (
+            self.kmeans(points, centroids, start, warm, first=first, later=later)[0]
+            for points, centroids, start in zip(video, state.tensors, starts, strict=True)
+        )
+        return of_queries, of_keys
+
+    def clusters(
+        self, state: "State", starts: tuple[Tensor, Tensor], *, first: int, later: int
+    ) -> tuple[Side, Side]:
+        """Those of the video's queries and of its keys, after this call's iterations, as blocks of the sequence."""
+        layout, heads, warm = self.layout, self.query.shape[1], state.initialised
+        if self._clusters_together:
+            inputs = *self.video(), *state.tensors, *starts, warm
+            return cluster(
+                *inputs,
+                first=first,
+                later=later,
+                before=layout.before,
+                after=layout.after,
+                provider=self.provider,
+            )
+
+        def side(points: Tensor, centroids: Tensor, start: Tensor) -> Side:
+            centroids, labels = self.kmeans(points, centroids, start, warm, first=first, later=later)
+            blocks = Blocks(*sort_by_label(labels, centroids.shape[2], provider=self.provider))
+            return Side(centroids, *blocks.among(layout, heads), blocks.bounds.diff(dim=-1))
+
+        of_queries, of_keys = map(side, self.video(), state.tensors, starts)
+        return of_queries, of_keys
+
+    @property
+    def _clusters_together(self) -> bool:
+        return self.shared is None and providers.fuses(self.provider)
 
     def kmeans(
         self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, *, first: int, later: int
@@ -166,26 +217,24 @@ class BlockMethod(VideoMethod):
                     f"max_error takes the place of top_p, got both: leave out top_p={self.top_p}"
                 )
 
-    def choose(
-        self, tokens: Tokens, query: "Blocks", key: "Blocks", q_means: Tensor, kv_means: Tensor
-    ) -> "Selection":
-        """Select among these blocks, whose means are [B, H, Nq, D] and [B, Hkv, Nk, D]."""
+    def choose(self, tokens: Tokens, query: Side, key: Side) -> "Selection":
+        """Select among these blocks of the sequence."""
+        sizes = key.sizes if tokens.key_bias is None else key_counts(tokens, key)
         counts, indices, kept = top_p_blocks(
-            q_means.float(),
-            kv_means.float(),
-            key_counts(tokens, key),
+            query.centroids.float(),
+            key.centroids.float(),
+            sizes,
             scale=tokens.scale,
             top_p=self.top_p or 0.0,
-            min_blocks=floor_blocks(self.min_kv_ratio, kv_means.shape[2]),
+            min_blocks=floor_blocks(self.min_kv_ratio, key.centroids.shape[2]),
             provider=tokens.provider,
         )
-        table = table_around(tokens.layout, query, key, counts, indices, q_means.shape[1])
-        return Selection(table, kept, min_gain=self.min_gain)
+        return Selection(
+            table_around(tokens.layout, query, key, counts, indices), kept, min_gain=self.min_gain
+        )
 
 
-def table_around(
-    layout: TokenLayout, query: Blocks, key: Blocks, counts: Tensor, indices: Tensor, heads: int
-) -> BlockTable:
+def table_around(layout: TokenLayout, query: Side, key: Side, counts: Tensor, indices: Tensor) -> BlockTable:
     """The table in which video queries read listed blocks of video keys, and other tokens see and are seen by
     everything.
 
@@ -203,29 +252,33 @@ def table_around(
         every = every.expand(*indices.shape[:2], 1, -1)
         indices = torch.cat([*[every] * before, indices, *[every] * after], 2)
         counts = pad(counts + before + after, (before, after), value=columns)
-    q_order, q_bounds = query.among(layout, heads)
-    kv_order, kv_bounds = key.among(layout, heads)
     return BlockTable(
-        q_order=q_order,
-        q_bounds=q_bounds,
-        kv_order=kv_order,
-        kv_bounds=kv_bounds,
+        q_order=query.order,
+        q_bounds=query.bounds,
+        kv_order=key.order,
+        kv_bounds=key.bounds,
         kv_num_blocks=counts,
         kv_indices=indices,
     )
 
 
-def key_counts(tokens: Tokens, keys: Blocks) -> Tensor:
-    """[B|1, Hkv|1, Nk] int32: the keys in each block. A key with a bias counts as exp(bias - largest bias)."""
-    if tokens.key_bias is None:
-        return keys.bounds.diff(dim=-1)
-    layout = tokens.layout
-    bias = tokens.key_bias[..., layout.before : layout.tokens - layout.after].float()
+def key_counts(tokens: Tokens, key: Side) -> Tensor:
+    """[B|1, Hkv|1, Nk] int32: the keys in each block of the video. A key with a bias counts as
+    exp(bias - largest bias)."""
+    assert tokens.key_bias is not None
+    layout, heads = tokens.layout, tokens.key.shape[1]
+    before, after = layout.before, layout.after
+    bias = tokens.key_bias[..., before : layout.tokens - after].float()
     weight = (bias - bias.amax(-1, keepdim=True)).exp().nan_to_num()
     if weight.shape[1] > 1:  # a bias for each query head
-        weight = weight.unflatten(1, (tokens.key.shape[1], -1)).amax(2)
-    lead = torch.broadcast_shapes(weight.shape[:2], keys.order.shape[:2])
-    order, bounds = (t.long().expand(*lead, -1) for t in keys)
+        weight = weight.unflatten(1, (heads, -1)).amax(2)
+    # Query heads that share a key head have its blocks.
+    order, bounds = (t[:, :: max(1, t.shape[1] // heads)].long() for t in (key.order, key.bounds))
+    order = order[..., before : layout.tokens - after] - before
+    first = int(before > 0)
+    bounds = bounds[..., first : bounds.shape[-1] - int(after > 0)] - before
+    lead = torch.broadcast_shapes(weight.shape[:2], order.shape[:2])
+    order, bounds = (t.expand(*lead, -1) for t in (order, bounds))
     sums = pad(weight.expand(*lead, -1).gather(-1, order).cumsum(-1, dtype=torch.float64), (1, 0))
     return sums.gather(-1, bounds).diff(dim=-1).round().int()
 

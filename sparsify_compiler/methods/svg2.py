@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels.clustering import sort_by_label
 from sparsify_compiler.methods.selection import (
     BlockMethod,
-    Blocks,
     Selection,
     State,
     Tokens,
@@ -95,32 +93,16 @@ class FittedSvg2(Svg2):
 
     def observe(self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor) -> tuple[Tensor, ...]:
         """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
-        (q_centroids, _), (kv_centroids, _) = self._cluster(tokens, state, q_start, kv_start)
-        return q_centroids, kv_centroids
+        first, later = self.kmeans_iters
+        return tokens.centroids(state, (q_start, kv_start), first=first, later=later)
 
     def select(
         self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor
     ) -> tuple[Selection, tuple[Tensor, ...]]:
         """The selection of this call, and the new state."""
-        clusters = self._cluster(tokens, state, q_start, kv_start)
-        (q_centroids, _), (kv_centroids, _) = clusters
-        query, key = (
-            Blocks(*sort_by_label(labels, centroids.shape[2], provider=tokens.provider))
-            for centroids, labels in clusters
-        )
-        return self.choose(tokens, query, key, q_centroids, kv_centroids), (q_centroids, kv_centroids)
-
-    def _cluster(
-        self, tokens: Tokens, state: State, q_start: Tensor, kv_start: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(centroids, labels) of the queries and of the keys."""
         first, later = self.kmeans_iters
-        return [
-            tokens.kmeans(points, centroids, start, state.initialised, first=first, later=later)
-            for points, centroids, start in zip(
-                tokens.video(), state.tensors, (q_start, kv_start), strict=True
-            )
-        ]
+        query, key = tokens.clusters(state, (q_start, kv_start), first=first, later=later)
+        return self.choose(tokens, query, key), (query.centroids, key.centroids)
 
 
 def check_iterations(value: object) -> tuple[int, int]:

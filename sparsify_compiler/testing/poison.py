@@ -21,7 +21,9 @@ def poisoned_memory() -> Iterator[None]:
         tensor = plain(*arguments, **options)
         if tensor.dtype == torch.bool:
             return tensor
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else INDEX)
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(max(INDEX, torch.iinfo(tensor.dtype).min))
 
     with mock.patch.object(Tensor, "new_empty", poisoned):
         yield

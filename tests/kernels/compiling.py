@@ -20,7 +20,7 @@ if triton.knobs.runtime.interpret:
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `benchmarks` is no part of the package
 
 from benchmarks import static  # noqa: E402
-from benchmarks.launches import BFLOAT16, FLOAT16, FLOAT32, Example  # noqa: E402
+from benchmarks.launches import FLOAT16, FLOAT32, Example  # noqa: E402
 
 MODULES = (
     "attention.triton_kernels",
@@ -70,7 +70,9 @@ def is_tried(arch: int, example: Example) -> bool:
     """Whether a type is compiled here."""
     if example.dtype == FLOAT16:
         return arch == 90 and example.kernel == "block_sparse_attention_kernel"
-    return example.dtype in (None, BFLOAT16) or (example.dtype == FLOAT32 and arch == 90)
+    if example.dtype == FLOAT32 or (example.dtype is None and example.head_dim is not None):
+        return arch == 90
+    return True
 
 
 def tensors(example: Example) -> int:

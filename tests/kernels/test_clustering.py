@@ -4,6 +4,7 @@ The Triton provider needs a GPU, or the interpreter: `test_triton_in_the_interpr
 `test_top_p.py` again in a process that has it.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ from torch import Tensor
 
 from sparsify_compiler.errors import OptionError, ProviderError
 from sparsify_compiler.kernels import providers
-from sparsify_compiler.kernels.clustering import cpu, kmeans, sort_by_label, top_p_blocks
+from sparsify_compiler.kernels.clustering import (
+    cluster,
+    cpu,
+    kmeans,
+    kmeans_of_both,
+    sort_by_label,
+    top_p_blocks,
+)
 from sparsify_compiler.kernels.cpu import library
 
 pytestmark = POISONED
@@ -347,6 +355,36 @@ def test_kmeans_refuses(change: dict[str, Any], error: Any, words: str) -> None:
     } | change
     with pytest.raises(error, match=words):
         kmeans(**arguments)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("heads", "before", "after"), [(2, 0, 0), (4, 3, 0), (2, 0, 5), (2, 40, 1)])
+def test_clusters_on_triton_are_blocks_of_the_sequence(heads, before, after):
+    """Of both sides at once, as of each; sorted here by Python."""
+    sides = [points_like_keys(1, h, 75, 16, torch.bfloat16, seed=h, provider="triton") for h in (heads, 2)]
+    states = [state_like(sides[0], 5), state_like(sides[1], 40)]
+    centroids, starts = zip(*states, strict=True)
+    for warm in (True, False):
+        options = {"first": 2, "later": 1, "provider": "triton"}
+        inputs = *sides, *centroids, *starts, torch.tensor(warm)
+        found = cluster(*inputs, before=before, after=after, **options)
+        alone = kmeans_of_both(*inputs, **options)
+        for side, means, points, state in zip(found, alone, sides, states, strict=True):
+            expected, labels = run("triton", points, *state, warm, first=2)
+            assert torch.equal(side.centroids, expected)
+            assert torch.equal(means, expected)
+            repeat = heads // points.shape[1]
+            for head in range(heads):
+                of_token = labels[0, head // repeat].tolist()
+                numbers = range(expected.shape[2])
+                blocks = [[i for i, label in enumerate(of_token) if label == number] for number in numbers]
+                assert side.sizes[0, head // repeat].tolist() == [len(block) for block in blocks]
+                whole = [[i + before for i in block] for block in blocks]
+                whole = [list(range(before))] * (before > 0) + whole
+                whole += [list(range(before + 75, before + 75 + after))] * (after > 0)
+                assert side.order[0, head].tolist() == [i for block in whole for i in block]
+                bounds = [0, *itertools.accumulate(len(block) for block in whole)]
+                assert side.bounds[0, head].tolist() == bounds
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="its cases run in this process")

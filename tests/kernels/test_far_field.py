@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sparsify_compiler import BlockTable
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels import attention, providers
+from sparsify_compiler.kernels import far_field as far_field_ops
 from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_field
 from sparsify_compiler.kernels.far_field.near_and_far import merge_far_field
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
@@ -348,3 +349,37 @@ def test_error_of_the_far_fields(name, density):
 def test_triton_in_its_interpreter() -> None:
     files = ("test_far_field.py", "test_far_field_parts.py", "test_statistics.py")
     pass_in_the_interpreter(*[str(Path(__file__).with_name(name)) for name in files], "-k", "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on other providers it is always these steps")
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "far_field", "min_gain", "size"),
+    [
+        (torch.float32, 1, "linear", None, 3.0),
+        (torch.float32, 2, "linear", 0.3, 1.0),
+        (torch.bfloat16, 1, "mean", None, 4.0),
+    ],
+)
+def test_few_launches_on_triton_equal_the_steps(
+    monkeypatch, dtype, kv_heads, far_field, min_gain, size, parts
+):
+    """Of triton: the selection by gain, the virtual keys and the guard."""
+    query, key, value = qkv(1, 2, kv_heads, 90, 150, 16, 24, dtype)
+    g = torch.Generator().manual_seed(0)
+    q_sizes, kv_sizes = torch.tensor([10] * 8 + [0, 10]), torch.tensor([5, 0, 7] + [3] * 46)
+    order = torch.stack([torch.randperm(150, generator=g) for _ in range(2)])[None].int()
+    table = BlockTable.from_block_mask(
+        torch.rand(1, 2, 10, 49, generator=g) < 0.1, q_sizes[None, None], kv_sizes[None, None], kv_order=order
+    )
+    monkeypatch.setattr(far_field_ops, "_parts", lambda *_: parts)
+    results = []
+    for fuses in (True, False):
+        monkeypatch.setattr(providers, "fuses", lambda _, fuses=fuses: fuses)
+        options = {"far_field": far_field, "min_gain": min_gain, "provider": "triton"}
+        out, lse, report = attention_with_far_field(size * query, key, value, table, **options)
+        results.append((out, lse, *report))
+    tolerance = TOLERANCE[dtype]
+    for got, like in zip(*results, strict=True):
+        torch.testing.assert_close(got, like, rtol=tolerance, atol=tolerance, equal_nan=True)
+    assert results[0][2].max() < 1

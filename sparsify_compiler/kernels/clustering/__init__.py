@@ -1,14 +1,16 @@
 """The ops that select blocks by semantic clusters, after Sparse VideoGen2 (arXiv 2505.18875).
 
     sparsify::kmeans          tokens -> a cluster for each, from a cold or a warm start
+    sparsify::cluster         queries and keys -> their clusters as blocks of the sequence, in the fewest launches
     sparsify::sort_by_label   clusters -> an order in which the tokens of a cluster are neighbours
     sparsify::top_p_blocks    centroids -> the key clusters that each query cluster reads
 
-All three are decisions, not differentiable functions: inputs are detached, and autocast changes nothing. This
+All are decisions, not differentiable functions: inputs are detached, and autocast changes nothing. This
 file imports only torch. A provider's kernels are imported when an op first runs on it.
 """
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +19,20 @@ from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers
 from sparsify_compiler.table import check_range
+
+
+class Side(NamedTuple):
+    """The clusters of the queries, or of the keys, of a video."""
+
+    centroids: Tensor
+    """[B, G, C, D] fp32."""
+    order: Tensor
+    """[B, H, S] int32: the tokens of the sequence, those of a cluster next to each other; others in their place."""
+    bounds: Tensor
+    """[B, H, N + 1] int32: the blocks of the sequence. Each cluster is one; the tokens before the video are one and
+    so are those after it."""
+    sizes: Tensor
+    """[B, G, C] int32: the number of tokens of each cluster."""
 
 
 class Provider(Protocol):
@@ -80,6 +96,56 @@ def kmeans(
     return torch.ops.sparsify.kmeans(
         points.detach(), centroids.detach(), start, warm, int(first), int(later), name
     )
+
+
+def cluster(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: Tensor,
+    *,
+    first: int,
+    later: int,
+    before: int,
+    after: int,
+    provider: str,
+) -> tuple[Side, Side]:
+    """`kmeans` of the queries and of the keys of a video, and the blocks that the clusters form in the sequence.
+
+    Args:
+        query: [B, H, V, D], the video's tokens, of a type and strides as in `kmeans`.
+        key: [B, Hkv, V, D], H a multiple of Hkv.
+        q_centroids, kv_centroids, q_start, kv_start, warm, first, later: as in `kmeans`, for each of both.
+        before, after: the numbers of tokens before and after the video.
+        provider: one for which `providers.fuses` holds.
+    """
+    inputs = (t.detach() for t in (query, key, q_centroids, kv_centroids))
+    numbers = [int(first), int(later), int(before), int(after)]
+    found = torch.ops.sparsify.cluster(*inputs, q_start, kv_start, warm, numbers, True, provider)
+    return Side(*found[:4]), Side(*found[4:])
+
+
+def kmeans_of_both(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: Tensor,
+    *,
+    first: int,
+    later: int,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    """The centroids of `cluster` alone: (those of the queries, those of the keys)."""
+    inputs = (t.detach() for t in (query, key, q_centroids, kv_centroids))
+    numbers = [int(first), int(later), 0, 0]
+    q_means, kv_means = torch.ops.sparsify.cluster(*inputs, q_start, kv_start, warm, numbers, False, provider)
+    return q_means, kv_means
 
 
 def sort_by_label(labels: Tensor, clusters: int, *, provider: str = "auto") -> tuple[Tensor, Tensor]:
@@ -182,6 +248,60 @@ def empty_kmeans(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return centroids.new_empty(centroids.shape), points.new_empty(points.shape[:3], dtype=torch.int32)
 
 
+@custom_op("sparsify::cluster")
+def _cluster(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: Tensor,
+    numbers: Sequence[int],
+    blocks: bool,
+    provider: str,
+) -> list[Tensor]:
+    from sparsify_compiler.kernels.clustering import triton
+
+    inputs = query, key, q_centroids, kv_centroids, q_start, kv_start
+    _check_cluster(*inputs, warm, numbers)
+    if providers.reads_values(query.device) and not bool(warm):
+        for name, start, points in (("q_start", q_start, query), ("kv_start", kv_start, key)):
+            check_range(name, start, points.shape[2] - 1)
+    with torch.autocast(query.device.type, enabled=False):
+        return triton.cluster(*inputs, bool(warm), *numbers, blocks=blocks)
+
+
+@_cluster.register_fake
+def _cluster_fake(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: Tensor,
+    numbers: Sequence[int],
+    blocks: bool,
+    _: Any,
+) -> list[Tensor]:
+    _check_cluster(query, key, q_centroids, kv_centroids, q_start, kv_start, warm, numbers)
+    found: list[Tensor] = []
+    for points, centroids in ((query, q_centroids), (key, kv_centroids)):
+        found.append(centroids.new_empty(centroids.shape))
+        if blocks:
+            found += empty_blocks(points, centroids.shape[2], query.shape[1], *numbers[2:])
+    return found
+
+
+def empty_blocks(points: Tensor, clusters: int, heads: int, before: int, after: int) -> list[Tensor]:
+    """Uninitialised order, bounds and sizes of `Side`."""
+    batch, groups, tokens, _ = points.shape
+    count = clusters + (before > 0) + (after > 0) + 1
+    shapes = (batch, heads, before + tokens + after), (batch, heads, count), (batch, groups, clusters)
+    return [points.new_empty(shape, dtype=torch.int32) for shape in shapes]
+
+
 @custom_op("sparsify::sort_by_label")
 def _sort_by_label(labels: Tensor, clusters: int, provider: str) -> tuple[Tensor, Tensor]:
     _check_sort(labels, clusters)
@@ -277,6 +397,33 @@ def _check_kmeans(
         )
     if first < 1 or later < 1:
         raise OperandError(f"first and later must be at least 1 iteration, got {first} and {later}")
+
+
+def _check_cluster(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: Tensor,
+    numbers: Sequence[int],
+) -> None:
+    first, later, before, after = numbers
+    for points, centroids, start in ((query, q_centroids, q_start), (key, kv_centroids, kv_start)):
+        _check_kmeans(points, centroids, start, warm, first, later)
+    (batch, heads, tokens, width), kv_heads = query.shape, key.shape[1]
+    if key.shape != (batch, kv_heads, tokens, width) or kv_heads == 0 or heads % kv_heads:
+        raise OperandError(
+            f"key must be [{batch}, Hkv, {tokens}, {width}], Hkv dividing {heads} heads, got {tuple(key.shape)}"
+        )
+    if query.dtype != key.dtype or query.device != key.device:
+        raise OperandError(
+            f"query and key must agree in dtype and device, got {query.dtype} on {query.device}, "
+            f"{key.dtype} on {key.device}"
+        )
+    if before < 0 or after < 0:
+        raise OperandError(f"before and after must be numbers of tokens, got {before} and {after}")
 
 
 def _check_sort(labels: Tensor, clusters: int) -> None:

@@ -3,12 +3,16 @@
 Nothing is read back from the device.
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sparsify_compiler.kernels.clustering import empty_kmeans, empty_sort, empty_top_p
+from sparsify_compiler.kernels.clustering import empty_blocks, empty_sort, empty_top_p
 from sparsify_compiler.kernels.clustering import triton_kernels as kernels
 from sparsify_compiler.kernels.triton.launcher import Launch, alignment, with_strides
 
@@ -16,6 +20,8 @@ TILE = 512
 """Number of tokens that one program sorts. Longer tiles compare more pairs, shorter ones need more counts."""
 CHUNK = 16
 """Number of tokens that a tile is compared with at one time."""
+STARTED = 32
+"""Number of centroids that one program prepares for k-means."""
 SELECTED_AT_ONCE = 1024
 """Number of clusters whose weights one program has in registers."""
 
@@ -24,28 +30,175 @@ def kmeans(
     points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
 ) -> tuple[Tensor, Tensor]:
     """See `clustering.kmeans`."""
-    means, labels = empty_kmeans(points, centroids)
-    is_warm = bool(warm)
-    means.copy_(centroids if is_warm else points[:, :, start])
-    for _ in range(later if is_warm else first):
-        shifted, bias = shift(means, points.dtype)
-        nearest(points, shifted, bias, labels)()
-        order, bounds = sort_by_label(labels, means.shape[2])
-        move_to_means(points, order, bounds, means)()
-    return means, labels
+    side = Points.of(points, centroids, start, labels=True)
+    iterate((side,), warm=bool(warm), first=first, later=later)
+    assert side.labels is not None
+    return side.means, side.labels
 
 
-def shift(centroids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(shifted [B, H, C, D] in the type of the points, bias [B, H, C]): the nearest centroid of a point x has the
-    largest x.shifted + bias.
+def cluster(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: bool,
+    first: int,
+    later: int,
+    before: int,
+    after: int,
+    *,
+    blocks: bool,
+) -> list[Tensor]:
+    """See `clustering.cluster`: both sides in the same launches. Without `blocks` centroids alone."""
+    heads, sides, found = query.shape[1], [], list[Tensor]()
+    for points, centroids, start in ((query, q_centroids, q_start), (key, kv_centroids, kv_start)):
+        memory = empty_blocks(points, len(start), heads, before, after) if blocks else []
+        of_clusters = None
+        if memory:
+            order, bounds, sizes = memory
+            of_clusters = Blocks(order, bounds, sizes, before, after)
+        sides.append(Points.of(points, centroids, start, blocks=of_clusters))
+        found += [sides[-1].means, *memory]
+    iterate(sides, warm=warm, first=first, later=later)
+    return found
 
-    The mean m of all centroids changes no distance, but rounding could lose the differences next to it. With
-    d = c - m rounded, x.d - d.(d / 2 + m) is exact for the centroid m + d, so points need no shift.
-    """
-    common = centroids.mean(2, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
-    shifted = (centroids - common).to(dtype)
-    rounded = shifted.float()
-    return shifted, -(rounded * (0.5 * rounded + common)).sum(-1)
+
+class Blocks(NamedTuple):
+    """Memory for the blocks that clusters form in the sequence, as in `clustering.Side`."""
+
+    order: Tensor
+    bounds: Tensor
+    sizes: Tensor
+    before: int
+    after: int
+
+    def arguments(self) -> tuple[Tensor | int, ...]:
+        """As the kernels read them."""
+        heads, whole = self.order.shape[1:]
+        return (*self, whole, self.bounds.shape[2], heads // self.sizes.shape[1], heads)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Points:
+    """A set of points that are clustered, and the memory of its clustering."""
+
+    points: Tensor
+    """[B, H, S, D]."""
+    centroids: Tensor
+    """[B, H, C, D] fp32, those of the call before."""
+    start: Tensor
+    means: Tensor
+    """[B, H, C, D] fp32, those of now."""
+    shifted: Tensor
+    """[B, H, C, D] in the type of the points, `means` without the vector that they have in common, rounded."""
+    bias: Tensor
+    """[B, H, C] fp32."""
+    common: Tensor
+    """[B, H, D] fp32, this vector: the mean of the points of `start`, so it is one for all iterations."""
+    cells: Tensor
+    """[B, H, C, tiles] int16, see `triton_kernels.py`."""
+    sorted: Tensor
+    """[B, H, S] int32, the tokens of each tile by label."""
+    totals: Tensor
+    """[B, H, C] int32, the number of points of each label."""
+    tile: int
+    """Number of points in a tile."""
+    labels: Tensor | None = None
+    """[B, H, S] int32, or None if nobody reads them."""
+    blocks: Blocks | None = None
+
+    @classmethod
+    def of(
+        cls,
+        points: Tensor,
+        centroids: Tensor,
+        start: Tensor,
+        *,
+        labels: bool = False,
+        blocks: Blocks | None = None,
+    ) -> "Points":
+        """The set, with uninitialised memory."""
+        batch, heads, tokens, head_dim = points.shape
+        lead, tile = centroids.shape[:3], nearest_tiles(points)[0]
+        return cls(
+            points=points,
+            centroids=centroids,
+            start=start,
+            means=centroids.new_empty(centroids.shape),
+            shifted=points.new_empty(centroids.shape),
+            bias=centroids.new_empty(lead),
+            common=centroids.new_empty(batch, heads, head_dim),
+            cells=points.new_empty(*lead, triton.cdiv(tokens, tile), dtype=torch.int16),
+            sorted=points.new_empty(points.shape[:3], dtype=torch.int32),
+            totals=points.new_empty(lead, dtype=torch.int32),
+            tile=tile,
+            labels=points.new_empty(points.shape[:3], dtype=torch.int32) if labels else None,
+            blocks=blocks,
+        )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """As the kernels read them."""
+        _, heads, tokens, _ = self.points.shape
+        return (
+            *(self.points, self.points.stride(), self.centroids, self.centroids.stride(), self.start),
+            *(self.means, self.shifted, self.bias, self.common, self.cells, self.sorted, self.totals),
+            *(tokens, self.means.shape[2], heads, self.cells.shape[3], self.labels),
+            None if self.blocks is None else self.blocks.arguments(),
+        )
+
+
+def iterate(sides: Sequence[Points], *, warm: bool, first: int, later: int) -> None:
+    """Run k-means on one or two sets of points."""
+    for launch in kmeans_launches(sides, warm=warm, iterations=later if warm else first):
+        launch()
+
+
+def kmeans_launches(sides: Sequence[Points], *, warm: bool, iterations: int) -> Iterator[Launch]:
+    """The launches of k-means: one, then two for each iteration."""
+    one = sides[0]
+    batch, heads, _, head_dim = one.points.shape
+    of_all = sum(side.points.shape[1] for side in sides)
+    most = max(side.means.shape[2] for side in sides)
+    block_m, block_n, num_warps, num_stages = nearest_tiles(one.points)
+    given = [side.arguments() for side in sides]
+    shared = {"first": given[0], "second": given[1] if len(given) > 1 else None, "heads": heads}
+    shared |= {"HEAD_DIM": head_dim, "ALIGN": alignment(*(side.points for side in sides))}
+    yield Launch(
+        kernels.start_kernel,
+        (triton.cdiv(most, STARTED), of_all, batch),
+        shared | {"BLOCK": STARTED, "TILES": 32, "WARM": warm},
+        num_warps=4,
+        num_stages=1,
+    )
+    for number in range(iterations):
+        last = number == iterations - 1
+        yield Launch(
+            kernels.nearest_kernel,
+            (max(side.cells.shape[3] for side in sides), of_all, batch),
+            shared | {"BLOCK_M": block_m, "BLOCK_N": block_n, "COUNTED": last and one.blocks is not None},
+            num_warps,
+            num_stages,
+        )
+        yield Launch(
+            kernels.means_kernel,
+            (most, of_all, batch),
+            shared | {"BLOCK_M": block_m, "BLOCK": 32, "TILES": 256, "WIDTH": 1024, "LAST": last},
+            num_warps=4,
+            num_stages=2,
+        )
+
+
+def nearest_tiles(points: Tensor) -> tuple[int, int, int, int]:
+    """(points in a tile, centroids in a tile, warps, stages). fp32 is multiplied in full, without tensor cores,
+    so in smaller tiles."""
+    head_dim = points.shape[-1]
+    if points.device.type == "cpu":
+        return 32, 32, 4, 1  # small, so that small tests have several
+    if points.dtype == torch.float32:
+        return 64 if head_dim <= 64 else 32, 32, 8, 2
+    return 128, 32, 8, 3  # with 64 centroids, registers would spill on 10.0
 
 
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
@@ -75,28 +228,6 @@ def top_p_blocks(
     return outputs
 
 
-def nearest(points: Tensor, centroids: Tensor, bias: Tensor, labels: Tensor) -> Launch:
-    """The launch that assigns points. fp32 is multiplied in full, without tensor cores, so in smaller tiles."""
-    batch, heads, tokens, head_dim = points.shape
-    if points.device.type == "cpu":
-        block_m, block_n, num_warps, num_stages = 32, 32, 4, 1  # small, so that small tests have several
-    elif points.dtype == torch.float32:
-        block_m, block_n, num_warps, num_stages = 64 if head_dim <= 64 else 32, 32, 8, 2
-    else:
-        block_m, block_n, num_warps, num_stages = 128, 64 if head_dim <= 128 else 32, 8, 3
-    return Launch(
-        kernels.nearest_kernel,
-        (triton.cdiv(tokens, block_m), heads, batch),
-        {
-            **with_strides(points=points, centroids=centroids, bias=bias, labels=labels),
-            **{"tokens": tokens, "clusters": centroids.shape[2], "HEAD_DIM": head_dim},
-            **{"BLOCK_M": block_m, "BLOCK_N": block_n, "ALIGN": alignment(points, centroids)},
-        },
-        num_warps,
-        num_stages,
-    )
-
-
 def rank(labels: Tensor, ranks: Tensor, counts: Tensor) -> Launch:
     """The launch for the first half of sorting."""
     batch, heads, tokens = labels.shape
@@ -124,21 +255,6 @@ def place(labels: Tensor, ranks: Tensor, passed: Tensor, bounds: Tensor, order: 
         },
         num_warps=4,
         num_stages=1,
-    )
-
-
-def move_to_means(points: Tensor, order: Tensor, bounds: Tensor, centroids: Tensor) -> Launch:
-    """The launch that updates the centroids, in place."""
-    batch, heads, _, head_dim = points.shape
-    return Launch(
-        kernels.means_kernel,
-        (centroids.shape[2], heads, batch),
-        {
-            **with_strides(points=points, order=order, bounds=bounds, centroids=centroids),
-            **{"HEAD_DIM": head_dim, "BLOCK": 32, "ALIGN": alignment(points)},
-        },
-        num_warps=4,
-        num_stages=2,
     )
 
 

@@ -3,13 +3,18 @@
 No float is added by an atomic, so results are the same bits on every run, and no kernel waits for the host. All
 grids are (programs of one head, heads, batches).
 
-    an iteration of k-means    nearest -> rank -> place -> means
-    sort by label                         rank -> place
-    top-p selection            scores -> select
+    k-means           start, then nearest -> means for each iteration
+    sort by label     rank -> place
+    top-p selection   scores -> select
 
-Sorting cuts the tokens into tiles. `rank` numbers the tokens of each label within a tile and counts them. Sums of
-the counts, computed between the two kernels, give the position where each tile's tokens of a label begin. `place`
-puts them there.
+K-means clusters one or two sets of points at once, such as the queries and the keys of a call: the heads of the
+second set come after those of the first. `nearest` sorts the tokens of its tile by label, and writes a *cell* for
+each label in the tile: where its tokens begin in the sorted tile, times 256, plus their number. `means` reads the
+cells of one cluster, which lead to its tokens in rising order. In the last iteration it also writes this order.
+
+Sorting by label alone cuts the tokens into longer tiles. `rank` numbers the tokens of each label within a tile and
+counts them. Sums of the counts, computed between the two kernels, give the position where each tile's tokens of a
+label begin. `place` puts them there.
 
 Shapes in comments: M = BLOCK_M tokens or rows, N = BLOCK_N clusters, D = padded HEAD_DIM, T = TILE tokens,
 C = CHUNK of them, W = WIDTH clusters.
@@ -24,50 +29,302 @@ from sparsify_compiler.kernels.triton.helpers import LOG2_E, _at, _load_rows, _p
 
 
 @triton.jit
+def start_kernel(
+    first,
+    second,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    WARM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The centroids before the first iteration, as `nearest` reads them. One program for BLOCK of them.
+
+    Args:
+        first, second: two sets of points, see `Points` in `triton.py`; the second may be None.
+        heads: the number of heads of `first`.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    if second is None:
+        _start(first, head, HEAD_DIM, BLOCK, TILES, WARM, ALIGN)
+    else:
+        if head < heads:
+            _start(first, head, HEAD_DIM, BLOCK, TILES, WARM, ALIGN)
+        else:
+            _start(second, head - heads, HEAD_DIM, BLOCK, TILES, WARM, ALIGN)
+
+
+@triton.jit
+def _start(
+    side,
+    head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    WARM: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    points, points_strides, before, before_strides, start, means, shifted, bias, common = side[:9]
+    cells, _, totals, tokens, clusters, heads, tiles = side[9:16]
+    batch = tl.program_id(2).to(tl.int64)
+    cluster = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    is_cluster = cluster < clusters
+    if tl.program_id(0) * BLOCK < clusters:
+        points = _at(points, points_strides, batch, head)
+        at = batch * heads + head
+        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)  # [BLOCK, D]
+        for from_ in range(0, clusters, BLOCK):
+            other = from_ + tl.arange(0, BLOCK)
+            token = tl.load(start + other, mask=other < clusters, other=0) % tokens
+            sums += _load_rows(points, token, other < clusters, points_strides, HEAD_DIM, ALIGN).to(
+                tl.float32
+            )
+        mean = tl.sum(sums, axis=0) / clusters  # [D]
+        mean = tl.where(tl.abs(mean) < float("inf"), mean, 0.0)  # 0 also for NaN
+        if WARM:
+            before = _at(before, before_strides, batch, head)
+            c = _load_rows(before, cluster, is_cluster, before_strides, HEAD_DIM, 4)  # [BLOCK, D]
+        else:
+            token = tl.load(start + cluster, mask=is_cluster, other=0) % tokens
+            c = _load_rows(points, token, is_cluster, points_strides, HEAD_DIM, ALIGN).to(tl.float32)
+        column = tl.arange(0, _padded(HEAD_DIM))
+        is_element = is_cluster[:, None] & (column < HEAD_DIM)[None, :]
+        elements = (at * clusters + cluster)[:, None] * HEAD_DIM + column[None, :]
+        d, offset = _shifted(c, mean[None, :], shifted.dtype.element_ty)
+        tl.store(means + elements, c, mask=is_element)
+        tl.store(shifted + elements, d, mask=is_element)
+        tl.store(bias + at * clusters + cluster, offset, mask=is_cluster)
+        tl.store(totals + at * clusters + cluster, 0, mask=is_cluster)
+        if tl.program_id(0) == 0:
+            tl.store(common + at * HEAD_DIM + column, mean, mask=column < HEAD_DIM)
+        for from_ in range(0, tiles, TILES):
+            tile = from_ + tl.arange(0, TILES)
+            place = (at * clusters + cluster)[:, None] * tiles + tile[None, :]
+            tl.store(cells + place, 0, mask=is_cluster[:, None] & (tile < tiles)[None, :])
+
+
+@triton.jit
+def _shifted(c, common, dtype: tl.constexpr):
+    """(d, bias): of all centroids c, the nearest to a point x has the largest x.d + bias.
+
+    A common vector changes no distance, but rounding could lose the differences next to it. With d = c - common
+    rounded to the type of the points, x.d - d.(d / 2 + common) is exact for the centroid common + d, so points need
+    no shift.
+    """
+    d = (c - common).to(dtype)
+    rounded = d.to(tl.float32)
+    return d, -tl.sum(rounded * (0.5 * rounded + common), axis=1)
+
+
+@triton.jit
 def nearest_kernel(
-    points,
-    centroids,
-    bias,
-    labels,
-    points_strides,
-    centroids_strides,
-    bias_strides,
-    labels_strides,
-    tokens,
-    clusters,
+    first,
+    second,
+    heads,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COUNTED: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """labels[token] = the centroid with the largest points[token] . centroid + bias.
+    """The label of each point: the centroid with the largest point . shifted + bias. One program for BLOCK_M.
 
     Each lane of a tile keeps its own best over all tiles of centroids, so the lanes of a row are compared once.
+
+    Args:
+        COUNTED: whether to count the points of each label, for all tiles.
     """
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
-    is_token = token < tokens
-    points = _at(points, points_strides, batch, head)
-    centroids = _at(centroids, centroids_strides, batch, head)
-    bias = _at(bias, bias_strides, batch, head)
+    if second is None:
+        _nearest(first, head, HEAD_DIM, BLOCK_M, BLOCK_N, COUNTED, ALIGN)
+    else:
+        if head < heads:
+            _nearest(first, head, HEAD_DIM, BLOCK_M, BLOCK_N, COUNTED, ALIGN)
+        else:
+            _nearest(second, head - heads, HEAD_DIM, BLOCK_M, BLOCK_N, COUNTED, ALIGN)
 
-    x = _load_rows(points, token, is_token, points_strides, HEAD_DIM, ALIGN)  # [M, D]
-    lane = tl.arange(0, BLOCK_N)  # [N]
-    best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
-    best_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for first in range(0, clusters, BLOCK_N):
-        is_cluster = first + lane < clusters
-        c = _load_rows(centroids, first + lane, is_cluster, centroids_strides, HEAD_DIM, ALIGN)  # [N, D]
-        offset = tl.load(bias + first + lane, mask=is_cluster, other=float("-inf"))  # [N]
-        scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]  # [M, N]
-        is_better = scores > best  # never true for NaN
-        best = tl.where(is_better, scores, best)
-        best_first = tl.where(is_better, first, best_first)
-    is_top = best == tl.max(best, axis=1)[:, None]  # [M, N]
-    label = tl.min(tl.where(is_top, best_first + lane[None, :], 2147483647), axis=1)  # [M]
-    labels = _at(labels, labels_strides, batch, head)
-    tl.store(labels + token.to(tl.int64) * labels_strides[2], label, mask=is_token)
+
+@triton.jit
+def _nearest(
+    side,
+    head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    COUNTED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    points, points_strides, _, _, _, _, shifted, bias, _ = side[:9]
+    cells, sorted_, totals, tokens, clusters, heads, tiles, labels = side[9:17]
+    tile = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    at = batch * heads + head
+    token = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M]
+    is_token = token < tokens
+    if tile < tiles:
+        points = _at(points, points_strides, batch, head)
+        shifted += at * clusters * HEAD_DIM
+        bias += at * clusters
+
+        x = _load_rows(points, token, is_token, points_strides, HEAD_DIM, ALIGN)  # [M, D]
+        lane = tl.arange(0, BLOCK_N)  # [N]
+        column = tl.arange(0, _padded(HEAD_DIM))
+        best = tl.full([BLOCK_M, BLOCK_N], float("-inf"), tl.float32)
+        best_first = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+        for from_ in range(0, clusters, BLOCK_N):
+            is_cluster = from_ + lane < clusters
+            elements = shifted + (from_ + lane)[:, None] * HEAD_DIM + column[None, :]
+            c = tl.load(
+                elements, mask=is_cluster[:, None] & (column < HEAD_DIM)[None, :], other=0.0
+            )  # [N, D]
+            offset = tl.load(bias + from_ + lane, mask=is_cluster, other=float("-inf"))  # [N]
+            scores = tl.dot(x, c.T, input_precision="ieee") + offset[None, :]  # [M, N]
+            is_better = scores > best  # never true for NaN
+            best = tl.where(is_better, scores, best)
+            best_first = tl.where(is_better, from_, best_first)
+        is_top = best == tl.max(best, axis=1)[:, None]  # [M, N]
+        label = tl.min(tl.where(is_top, best_first + lane[None, :], 2147483647), axis=1)  # [M]
+        if labels is not None:
+            tl.store(labels + at * tokens + token, label, mask=is_token)
+
+        label = tl.where(is_token, label, 2147483647)  # behind all others
+        other = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [M], along the second axis
+        # One sum counts three things, of at most 128 each: smaller labels, equal ones before, and equal ones.
+        is_same = (label[:, None] == label[None, :]).to(tl.int32)  # [M, M]
+        numbers = (label[None, :] < label[:, None]).to(tl.int32) + (is_same << 16)
+        numbers += tl.where(other[None, :] < token[:, None], is_same << 8, 0)
+        numbers = tl.sum(numbers, axis=1)  # [M]
+        begin, rank, count = numbers & 255, (numbers >> 8) & 255, numbers >> 16
+        tl.store(sorted_ + at * tokens + tile * BLOCK_M + begin + rank, token, mask=is_token)
+        is_first = is_token & (rank == 0)
+        cell = (at * clusters + label) * tiles + tile
+        tl.store(cells + cell, (begin * 256 + count).to(tl.int16), mask=is_first)
+        if COUNTED:
+            tl.atomic_add(totals + at * clusters + label, count, mask=is_first, sem="relaxed")
+
+
+@triton.jit
+def means_kernel(
+    first,
+    second,
+    heads,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Move each centroid to the mean of its points, if it has any. One program for each centroid.
+
+    Args:
+        LAST: whether it is the last iteration. Then the blocks of the clusters are written, if there is memory for
+            them; otherwise the centroids as `nearest` reads them, and cells without tokens.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    if second is None:
+        _means(first, head, HEAD_DIM, BLOCK_M, BLOCK, TILES, WIDTH, LAST, ALIGN)
+    else:
+        if head < heads:
+            _means(first, head, HEAD_DIM, BLOCK_M, BLOCK, TILES, WIDTH, LAST, ALIGN)
+        else:
+            _means(second, head - heads, HEAD_DIM, BLOCK_M, BLOCK, TILES, WIDTH, LAST, ALIGN)
+
+
+@triton.jit
+def _means(
+    side,
+    head,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LAST: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    points, points_strides, _, _, _, means, shifted, bias, common = side[:9]
+    cells, sorted_, totals, tokens, clusters, heads, tiles, _, blocks = side[9:18]
+    cluster = tl.program_id(0)
+    batch = tl.program_id(2).to(tl.int64)
+    at = batch * heads + head
+    if cluster < clusters:
+        points = _at(points, points_strides, batch, head)
+        cells += (at * clusters + cluster) * tiles
+        sorted_ += at * tokens
+        if LAST and blocks is not None:
+            begin = 0
+            for from_ in range(0, cluster, WIDTH):
+                other = from_ + tl.arange(0, WIDTH)  # [W]
+                begin += tl.sum(tl.load(totals + at * clusters + other, mask=other < cluster, other=0))
+        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)  # [BLOCK, D]
+        size = 0
+        for from_ in range(0, tiles, TILES):
+            tile = from_ + tl.arange(0, TILES)  # [TILES]
+            count = tl.load(cells + tile, mask=tile < tiles, other=0).to(tl.int32) & 255
+            through = tl.cumsum(count, axis=0)
+            found = tl.sum(count)  # a number
+            for number in range(0, found, BLOCK):
+                member = number + tl.arange(0, BLOCK)  # [BLOCK]
+                is_member = member < found
+                is_before = through[None, :] <= member[:, None]  # [BLOCK, TILES]
+                passed = tl.max(tl.where(is_before, through[None, :], 0), axis=1)  # [BLOCK]
+                own = from_ + tl.sum(is_before.to(tl.int32), axis=1)
+                cell = tl.load(cells + own, mask=is_member, other=0).to(tl.int32)
+                place = own * BLOCK_M + (cell >> 8) + member - passed
+                token = tl.load(sorted_ + place, mask=is_member, other=0)
+                sums += _load_rows(points, token, is_member, points_strides, HEAD_DIM, ALIGN).to(tl.float32)
+                if LAST and blocks is not None:
+                    _store_order(blocks, batch, head, begin + size + member, token, is_member)
+            size += found
+            if not LAST:
+                tl.debug_barrier()  # all threads have read the cells
+                tl.store(cells + tile, tl.zeros([TILES], tl.int16), mask=tile < tiles)
+        if size > 0:
+            column = tl.arange(0, _padded(HEAD_DIM))
+            is_column = column < HEAD_DIM
+            mean = tl.sum(sums, axis=0) / size  # [D]
+            tl.store(means + (at * clusters + cluster) * HEAD_DIM + column, mean, mask=is_column)
+            if not LAST:
+                offset = tl.load(common + at * HEAD_DIM + column, mask=is_column, other=0.0)[None, :]
+                d, of_centroid = _shifted(mean[None, :], offset, shifted.dtype.element_ty)  # [1, D], [1]
+                elements = shifted + (at * clusters + cluster) * HEAD_DIM + column[None, :]
+                tl.store(elements, d, mask=is_column[None, :])
+                tl.store(bias + at * clusters + cluster + tl.arange(0, 1), of_centroid)
+        if LAST and blocks is not None:
+            _store_bounds(blocks, batch, head, cluster, clusters, begin, size, WIDTH)
+
+
+@triton.jit
+def _store_order(blocks, batch, head, position, token, is_member):
+    """Store tokens of the video at positions of the video, for all heads that share these blocks."""
+    order, _, _, before, _, whole, _, repeat, heads = blocks
+    for copy in range(repeat):
+        row = (batch * heads + head * repeat + copy) * whole
+        tl.store(order + row + before + position, before + token, mask=is_member)
+
+
+@triton.jit
+def _store_bounds(blocks, batch, head, cluster, clusters, begin, size, WIDTH: tl.constexpr):
+    """Store the bounds of a cluster; the program of the first one also stores the tokens outside of the video."""
+    order, bounds, sizes, before, after, whole, count, repeat, heads = blocks
+    leading = tl.minimum(before, 1)  # a block before the video, or none
+    tl.store(sizes + (batch * (heads // repeat) + head) * clusters + cluster, size)
+    for copy in range(repeat):
+        row = batch * heads + head * repeat + copy
+        tl.store(bounds + row * count + leading + cluster, before + begin)
+        if cluster == 0:
+            tl.store(bounds + row * count, 0)
+            tl.store(bounds + row * count + count - 1, whole)
+            tl.store(bounds + row * count + leading + clusters, whole - after)
+            for from_ in range(0, before, WIDTH):
+                token = from_ + tl.arange(0, WIDTH)
+                tl.store(order + row * whole + token, token, mask=token < before)
+            for from_ in range(whole - after, whole, WIDTH):
+                token = from_ + tl.arange(0, WIDTH)
+                tl.store(order + row * whole + token, token, mask=token < whole)
 
 
 @triton.jit
@@ -133,41 +390,6 @@ def place_kernel(
     place += tl.load(passed, mask=is_token & (tile > 0), other=0)
     place += tl.load(_at(ranks, ranks_strides, batch, head) + token, mask=is_token, other=0)
     tl.store(_at(order, order_strides, batch, head) + place, token, mask=is_token)
-
-
-@triton.jit
-def means_kernel(
-    points,
-    order,
-    bounds,
-    centroids,
-    points_strides,
-    order_strides,
-    bounds_strides,
-    centroids_strides,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Move each centroid to the mean of its points, if it has any. One program for each centroid."""
-    cluster = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    points = _at(points, points_strides, batch, head)
-    order = _at(order, order_strides, batch, head)
-    bounds = _at(bounds, bounds_strides, batch, head) + cluster
-    begin = tl.load(bounds)
-    end = tl.load(bounds + 1)
-    if begin < end:
-        sums = tl.zeros([BLOCK, _padded(HEAD_DIM)], tl.float32)  # [BLOCK, D]
-        for first in range(begin, end, BLOCK):
-            position = first + tl.arange(0, BLOCK)  # [BLOCK]
-            is_member = position < end
-            token = tl.load(order + position, mask=is_member, other=0)
-            sums += _load_rows(points, token, is_member, points_strides, HEAD_DIM, ALIGN).to(tl.float32)
-        column = tl.arange(0, _padded(HEAD_DIM))
-        centroid = _at(centroids, centroids_strides, batch, head) + cluster * centroids_strides[2]
-        tl.store(centroid + column, tl.sum(sums, axis=0) / (end - begin), mask=column < HEAD_DIM)  # [D]
 
 
 @triton.jit

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
 from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
 from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
 from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
-from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, Judged, VirtualKeys
 from sparsify_compiler.table import BlockTable
 
 FAR_FIELDS = ("drop", "mean", "linear")
@@ -158,10 +159,10 @@ def attention_with_far_field(
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     with attention.without_autocast(device):
-        offset = None if target is None else target.offset()
-        sample = _Sample.of(query, table, min(sampled_rows, query.shape[2]), offset)
+        count = min(sampled_rows, query.shape[2])
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":
+            sample = _Sample.of(query, table, count)
             if look is not None:
                 look(table)
             report = _report(table, torch.zeros_like(nothing), nothing, nothing, provider)
@@ -186,7 +187,7 @@ def attention_with_far_field(
                         _, read = near(sample.take(query), slice(None), sample.rows_of(table))
                     report = report._replace(recall=_recall(read, exact_lse))
             return out, lse, report
-        table, far, others, kept, reading = virtual_keys.virtual_keys(
+        table, far, others, kept, reading, density = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -203,13 +204,20 @@ def attention_with_far_field(
         )
         if look is not None:
             look(table)
-        gate, recall, errors = torch.ones_like(nothing), nothing, None
-        if sample is not None:
+        gate, recall, errors = None, nothing, None
+        if count:
+            guarded = query, key, value, table, far, others, key_bias, scale, provider, count
             with torch.no_grad():
-                far, gate, recall, errors = _guard(
-                    sample, query, key, value, table, far, others, key_bias, scale, provider
-                )
-        report = _report(table, gate, recall, nothing if kept is None else kept.float(), provider)
+                if target is None and providers.fuses(provider):
+                    far, gate, recall = _guard_in_one(*guarded)
+                else:
+                    far, gate, recall, errors = _guard(*guarded, None if target is None else target.offset())
+        gate = torch.ones_like(nothing) if gate is None else gate
+        known = nothing if kept is None else kept.float()
+        if density is None:
+            report = _report(table, gate, recall, known, provider)
+        else:
+            report = Report(density, gate, recall, known)
         if target is not None and reading is not None and errors is not None:
             with torch.no_grad():
                 report = report._replace(target=_target_report(target, reading, *errors, all_heads))
@@ -315,7 +323,6 @@ def merge_parts(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _guard(
-    sample: "_Sample",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -325,9 +332,13 @@ def _guard(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
+    count: int,
+    offset: Tensor | None,
 ) -> tuple[VirtualKeys, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """(`far` without the terms that raise the error of a head's sampled rows, gate and recall as in `Report`, the
-    squared error and the squared output of these rows [B, H])."""
+    """(`far` without the terms that raise the error of `count` rows of a head, gate and recall as in `Report`, the
+    squared error and the squared output of these rows [B, H]). `offset`: as in `_Sample.of`."""
+    sample = _Sample.of(query, table, count, offset)
+    assert sample is not None
     rows, table = sample.take(query), sample.rows_of(table)
     exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
     near, near_lse = attention.block_sparse_attention(
@@ -377,6 +388,78 @@ def _target_report(
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
+def _guard_in_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    others: BlockTable | None,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+    count: int,
+) -> tuple[VirtualKeys, Tensor, Tensor]:
+    """`_guard`, as one op."""
+    others = complement(table) if others is None else others
+    found = Judged(
+        *torch.ops.sparsify.guard(
+            *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
+            *(others.kv_indices, key_bias, count, scale, provider),
+        )
+    )
+    limits = None if far.limits is None else found.limits
+    return far._replace(bias=found.bias, limits=limits), found.gate, found.recall
+
+
+@custom_op("sparsify::guard")
+def _guard_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor | None,
+    kv_order: Tensor | None,
+    far_key: Tensor,
+    far_value: Tensor,
+    far_bias: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    other_bounds: Tensor,
+    other_counts: Tensor,
+    other_indices: Tensor,
+    key_bias: Tensor | None,
+    count: int,
+    scale: float,
+    provider: str,
+) -> list[Tensor]:
+    """Judge the far field by `count` rows of each head. The last tables are those of the virtual keys."""
+    from sparsify_compiler.kernels.far_field import triton
+
+    table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
+    others = BlockTable.of(q_bounds, other_bounds, other_counts, other_indices, q_order, None)
+    far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
+    found = _empty_judged(query, far_bias, limits)
+    parts = _parts(count, key.shape[2], query.device.type)
+    triton.guard(query, key, value, table, far, others, key_bias, count, parts, scale, found)
+    return list(found)
+
+
+@_guard_op.register_fake
+def _guard_fake(query: Tensor, *rest: Any) -> list[Tensor]:
+    return list(_empty_judged(query, rest[10], rest[12]))
+
+
+def _empty_judged(query: Tensor, bias: Tensor, limits: Tensor | None) -> Judged:
+    """Uninitialised results of `guard`."""
+    shape = (0,) if limits is None else limits.shape
+    gate, recall = (bias.new_empty(query.shape[:2]) for _ in range(2))
+    return Judged(bias.new_empty(bias.shape), bias.new_empty(shape), gate, recall)
+
+
 @dataclass(frozen=True, slots=True)
 class _Sample:
     """A few queries of each head, by rising position, and the bounds of the query blocks among them."""
@@ -387,7 +470,9 @@ class _Sample:
     """[B|1, H|1, Nq+1] int32."""
 
     @classmethod
-    def of(cls, query: Tensor, table: BlockTable, count: int, offset: Tensor | None) -> "_Sample | None":
+    def of(
+        cls, query: Tensor, table: BlockTable, count: int, offset: Tensor | None = None
+    ) -> "_Sample | None":
         """The positions in the middle of `count` equal parts of the sequence, or at an offset.
 
         Args:

@@ -96,6 +96,7 @@ def _near_and_far_op(
     far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
     _check_near_and_far(query, key, value, table, key_bias, far)
     attention.check_values(query, key, table, provider)
+    far = far._replace(matrices=_as_read(matrices, limits, provider))
     return providers.load(provider, "far_field").near_and_far(query, key, value, table, far, key_bias, scale)
 
 
@@ -163,7 +164,8 @@ def merge_far_field(
         query: [B, H, Sq, D]; read only if there are matrices.
         near_out, far_out: [B, H, Sq, Dv] in the dtype of `query`.
         near_lse, far_lse: [B, H, Sq] fp32 (fp64 for fp64 input).
-        matrices: [B, H, Nq, D, Dv] in the dtype of lse, M of each query block, or None.
+        matrices: [B, H, Nq, D, Dv] in the dtype of lse or, without gradients, of `query`: M of each query block; or
+            None.
         limits: [B, H, Nq, Dv] in the dtype of lse, not negative; None if there are no matrices.
         q_bounds, q_order: the query blocks, as in `BlockTable`.
 
@@ -200,6 +202,7 @@ def _merge_op(
     _check_merge(query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order)
     if providers.checks_values(provider, query.device):
         check_blocks("q_", q_bounds, q_order, query.shape[2])
+    matrices = _as_read(matrices, limits, provider)
     return providers.load(provider, "far_field").merge(
         query, near_out, near_lse, far_out, far_lse, matrices, limits, q_bounds, q_order, scale
     )
@@ -317,6 +320,13 @@ def _check_merge(
     )
 
 
+def _as_read(matrices: Tensor | None, limits: Tensor | None, provider: str) -> Tensor | None:
+    """The matrices in a dtype that the provider reads."""
+    if matrices is None or limits is None or providers.fuses(provider):
+        return matrices
+    return matrices.to(limits.dtype)
+
+
 def _linear_term(
     matrices: Tensor | None, limits: Tensor | None, query: Tensor, value_dim: int, q_bounds: Tensor
 ) -> list[tuple[str, Tensor, tuple[int, ...], torch.dtype]]:
@@ -326,7 +336,8 @@ def _linear_term(
     if matrices is None or limits is None:
         return []
     wide, lead = statistics.wide(query.dtype), (*query.shape[:2], q_bounds.shape[-1] - 1)
+    matrix_dtype = query.dtype if matrices.dtype == query.dtype else wide
     return [
-        ("matrices", matrices, (*lead, query.shape[3], value_dim), wide),
+        ("matrices", matrices, (*lead, query.shape[3], value_dim), matrix_dtype),
         ("limits", limits, (*lead, value_dim), wide),
     ]

@@ -28,13 +28,14 @@ the means would need sums over the keys of every row.
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
-from sparsify_compiler.kernels import statistics
+from sparsify_compiler.kernels import providers, statistics
 from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
 from sparsify_compiler.table import BlockTable
 
@@ -89,9 +90,26 @@ class VirtualKeys(NamedTuple):
     bias: Tensor
     """[B, H, N] fp32 (fp64 for fp64 input), added to the scaled scores; -inf for a virtual key that is not used."""
     matrices: Tensor | None
-    """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`."""
+    """M of `linear`, [B, H, Nq, D, Dv] in the dtype of `bias`, or of the queries if no gradients are needed."""
     limits: Tensor | None
     """Limits of s q M, [B, H, Nq, Dv]."""
+
+
+class Found(NamedTuple):
+    """Results of `virtual_keys`."""
+
+    table: BlockTable
+    """The table, with the blocks that `min_gain` or `target` adds."""
+    far: VirtualKeys
+    others: BlockTable | None
+    """A table of the virtual keys that each row reads. None if they are the table's blocks: then a row reads those
+    that it does not list."""
+    kept: Tensor | None
+    """With `min_gain` or `target`, the attention mass that queries are estimated to read, [B, H]."""
+    reading: Reading | None
+    """With `target`, the result of `ErrorTarget.reading`."""
+    density: Tensor | None
+    """`table.densities()` in fp32, [B, H], where it is known."""
 
 
 def virtual_keys(
@@ -109,21 +127,13 @@ def virtual_keys(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> tuple[BlockTable, VirtualKeys, BlockTable | None, Tensor | None, Reading | None]:
+) -> "Found":
     """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
 
     Args:
         best: with `min_gain`, each row also reads this number of the other blocks, those with the largest gains.
         target: in place of `min_gain`, the largest error of the output. Blocks are read until the error that is
             estimated to remain is below it.
-
-    Returns:
-        table: the table, with the blocks that `min_gain` or `target` adds.
-        far: the virtual keys.
-        others: a table of the virtual keys that each row reads. None if they are the table's blocks: then a row
-            reads those that it does not list.
-        kept: with `min_gain` or `target`, the attention mass that queries are estimated to read, [B, H].
-        reading: with `target`, the result of `ErrorTarget.reading`.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
@@ -137,6 +147,17 @@ def virtual_keys(
         mean_query, mean_square = statistics.block_means(
             query, table.q_bounds, table.q_order, provider=provider
         )
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        apart = blocks is not None or target is not None or all_heads is not None
+        if providers.fuses(provider) and not (learns or best or apart):
+            found = Listed(
+                *torch.ops.sparsify.list_blocks(
+                    *(query, mean_query, mean_square, log_weight, key_mean, value_mean),
+                    *(key_variance, value_variance, table.q_bounds, table.kv_bounds, table.kv_num_blocks),
+                    *(table.kv_indices, min_gain, scale, provider),
+                )
+            )
+            return _as_listed(found, table, covariance, read=min_gain is not None)
         sizes = table.q_bounds.diff(dim=-1).unsqueeze(-2).to(mean_square.dtype)
         mean_of_all = sizes @ mean_square / max(query.shape[2], 1)
         second_order = scale**2 / 2 * _per_query_block(mean_of_all, key_variance.mT)[:, :, 0]
@@ -180,8 +201,118 @@ def virtual_keys(
     key_mean, value_mean = (_narrow(t, query.dtype) for t in (key_mean, value_mean))
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
     if blocks is None:
-        return table, far, None, kept, reading
-    return table, *_for_each_number(far, table, blocks), kept, reading
+        return Found(table, far, None, kept, reading, None)
+    return Found(table, *_for_each_number(far, table, blocks), kept, reading, None)
+
+
+class Judged(NamedTuple):
+    """Results of `sparsify::guard`, for the sampled rows of each head."""
+
+    bias: Tensor
+    """`VirtualKeys.bias`, -inf in heads whose far field raises the error."""
+    limits: Tensor
+    """`VirtualKeys.limits`, 0 in heads whose first order raises it; empty without one."""
+    gate: Tensor
+    """As in `far_field.Report`, and `recall` too."""
+    recall: Tensor
+
+
+class Listed(NamedTuple):
+    """Results of `sparsify::list_blocks`; N blocks of keys."""
+
+    counts: Tensor
+    """[B, H, Nq] int32, as `BlockTable.kv_num_blocks`: those that are read."""
+    indices: Tensor
+    """[B, H, Nq, N] int32, as `BlockTable.kv_indices`."""
+    other_counts: Tensor
+    """The same for all other blocks."""
+    other_indices: Tensor
+    key: Tensor
+    """As in `VirtualKeys`, and `value`, `bias` and `limits` too."""
+    value: Tensor
+    bias: Tensor
+    limits: Tensor
+    shares: Tensor
+    """[B, H, Nq, N] in the dtype of the queries: the softmax of the scores of the others."""
+    kept: Tensor
+    """[2, B, H, Nq] fp32: the attention to the blocks that are read, and the share of the keys that are in them,
+    times the block's share of the queries."""
+
+
+def _as_listed(found: Listed, table: BlockTable, covariance: Tensor, *, read: bool) -> Found:
+    """The results of `virtual_keys`. `read`: whether the table changes."""
+    kept, density = found.kept.sum(-1)
+    columns = torch.arange(table.kv_bounds.shape[-1], dtype=torch.int32, device=found.counts.device)
+    others = replace(
+        table,
+        kv_bounds=columns[None, None],
+        kv_order=None,
+        kv_num_blocks=found.other_counts,
+        kv_indices=found.other_indices,
+    )
+    matrices = _per_query_block(found.shares, _narrow(covariance.flatten(3), found.shares.dtype))
+    matrices = matrices.unflatten(3, covariance.shape[3:])
+    far = VirtualKeys(found.key, found.value, found.bias, matrices, found.limits)
+    if not read:
+        return Found(table, far, others, None, None, density)
+    table = replace(table, kv_num_blocks=found.counts, kv_indices=found.indices)
+    return Found(table, far, others, kept, None, density)
+
+
+@custom_op("sparsify::list_blocks")
+def _list_blocks(
+    query: Tensor,
+    mean_query: Tensor,
+    mean_square: Tensor,
+    log_weight: Tensor,
+    key_mean: Tensor,
+    value_mean: Tensor,
+    key_variance: Tensor,
+    value_variance: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    min_gain: float | None,
+    scale: float,
+    provider: str,
+) -> list[Tensor]:
+    """Select by gain, and weigh the blocks that are not read: `virtual_keys` from the statistics on."""
+    from sparsify_compiler.kernels.far_field import triton
+
+    found = empty_listed(query, mean_query, value_mean)
+    triton.list_blocks(
+        *(query, mean_query, mean_square, log_weight, key_mean, value_mean, key_variance, value_variance),
+        *(q_bounds, kv_bounds, kv_num_blocks, kv_indices, min_gain, scale, found),
+    )
+    return list(found)
+
+
+@_list_blocks.register_fake
+def _list_blocks_fake(query: Tensor, mean_query: Tensor, *rest: Any) -> list[Tensor]:
+    return list(empty_listed(query, mean_query, rest[3]))
+
+
+def empty_listed(query: Tensor, mean_query: Tensor, value_mean: Tensor) -> Listed:
+    """Uninitialised results of `list_blocks`."""
+    batch, groups, blocks, value_dim = value_mean.shape
+    rows, heads, head_dim = mean_query.shape[:3], query.shape[1], query.shape[3]
+
+    def integers(*shape: int) -> Tensor:
+        return mean_query.new_empty(shape, dtype=torch.int32)
+
+    return Listed(
+        counts=integers(*rows),
+        indices=integers(*rows, max(blocks, 1)),
+        other_counts=integers(*rows),
+        other_indices=integers(*rows, max(blocks, 1)),
+        key=query.new_empty(batch, groups, blocks, head_dim),
+        value=query.new_empty(batch, groups, blocks, value_dim),
+        bias=mean_query.new_empty(batch, heads, blocks),
+        limits=mean_query.new_empty(*rows, value_dim),
+        shares=query.new_empty(*rows, blocks),
+        kept=mean_query.new_empty(2, *rows),
+    )
 
 
 def _for_each_number(

@@ -1,7 +1,7 @@
 """The launch of a Triton kernel and its arguments, shared by all families of ops."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,17 @@ class Launch:
 
     def __call__(self) -> None:
         if all(self.grid):
-            tensor = next(t for t in self.arguments.values() if isinstance(t, Tensor))
-            with _place(tensor):
+            with _place(next(tensors(self.arguments.values()))):
                 self.kernel[self.grid](**self.arguments, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, which may be tuples."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from tensors(argument)
+        elif isinstance(argument, Tensor):
+            yield argument
 
 
 def _place(tensor: Tensor) -> AbstractContextManager[object]:
