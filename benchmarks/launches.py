@@ -170,7 +170,7 @@ def _clustering() -> Iterator[Example]:
             yield Example("last iteration", head_dim, dtype, last)
             if (head_dim, dtype) == (128, BFLOAT16):
                 yield Example("points in bfloat16", head_dim, None, start)
-                yield Example("points in bfloat16", head_dim, None, moving)
+                yield Example("not the last iteration", head_dim, dtype, moving)
     labels = _index(BATCH, HEADS, TOKENS)
     order, bounds = clustering_ops.empty_sort(labels, CLUSTERS[0])
     counts = _index(BATCH, HEADS, CLUSTERS[0], TOKENS // clustering.TILE)
