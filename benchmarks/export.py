@@ -1,5 +1,6 @@
 """Exports: their errors by family, method and format, and the speed of ONNX in ONNX Runtime.
 
+    python -m benchmarks.export --formats torch aoti --rounds 0 --out benchmarks/results/export.json
     python -m benchmarks.export --formats onnx --out benchmarks/results/export-onnx.json
 
 Errors are those of `Exported.check`: the files next to PyTorch's sparse model, on random inputs, in fp32. Speed is
