@@ -1,5 +1,6 @@
 """Private PyTorch API of export, in one place. `_torch.py` has all other private API."""
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.nn import Module
-from torch.utils._pytree import TreeSpec, tree_map
+from torch.utils import _pytree
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map
 
 from sparsify_compiler._torch import quiet
 
@@ -40,6 +42,8 @@ def capture_for_export(
     kwargs = tree_map(marked, dict(kwargs))
     gm = _dynamo_graph_capture_for_export(model)(**kwargs)
     out_spec: Any = gm._out_spec
+    for kind in _types_in(out_spec):
+        register_class(kind)
     data_of = getattr(torch._C._autograd, "_get_data_attr", None)
     for node in gm.graph.find_nodes(op="call_function", target=data_of):
         node.target = torch.detach  # export sees no operator in `.data`
@@ -74,9 +78,45 @@ def classes_in(spec: TreeSpec) -> set[str]:
 
 def _types_in(spec: TreeSpec) -> Iterator[type]:
     if spec.type is not None and not spec.is_leaf():
-        yield spec.type
+        yield spec.context if _is_named(spec.context) else spec.type
         for child in spec.children():
             yield from _types_in(child)
+
+
+def _is_named(kind: Any) -> bool:
+    """Whether this is a class of named tuples."""
+    return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def field_names(spec: TreeSpec) -> list[str] | None:
+    """The names of the leaves of an output that has a name for each; None if it has not."""
+    names = spec.context
+    if _is_named(names):
+        names = names._fields
+    elif dataclasses.is_dataclass(spec.type):
+        names = names[0]  # the fields that are not None
+    fits = isinstance(names, (list, tuple)) and len(names) == spec.num_leaves
+    return list(names) if fits and all(isinstance(name, str) for name in names) else None
+
+
+def register_class(kind: type) -> bool:
+    """Let pytrees save outputs of a dataclass or a class of named tuples, if they cannot yet. Return whether that
+    was so."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if _is_named(kind) and kind not in _pytree.SUPPORTED_SERIALIZED_TYPES:
+        _pytree._register_namedtuple(kind, serialized_type_name=name)
+        return True
+    if dataclasses.is_dataclass(kind) and kind not in _pytree.SUPPORTED_NODES:
+        torch.export.register_dataclass(kind, serialized_type_name=name)
+        return True
+    return False
+
+
+def register_classes(output: Any) -> bool:
+    """`register_class` for each dataclass in an output."""
+    found = {type(leaf) for leaf in tree_leaves(output) if dataclasses.is_dataclass(leaf)}
+    registered = [register_class(kind) for kind in found]
+    return any(registered)
 
 
 def quiet_onnx() -> AbstractContextManager[None]:

@@ -16,8 +16,9 @@ from torch import nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.backend import configure
-from sparsify_compiler.errors import OptionError, unknown_choice
-from sparsify_compiler.exporting.capture import capture, check_device
+from sparsify_compiler.config import integer
+from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
+from sparsify_compiler.exporting.capture import capture, check_device, first_line
 from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
 from sparsify_compiler.exporting.loaded import Loaded, load
 from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
@@ -36,7 +37,7 @@ def export(
     format: str = "torch",
     options: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
-    opset: int = OPSETS[0],
+    opset: int | None = None,
 ) -> Exported:
     """Write a model with sparse attention to files.
 
@@ -52,16 +53,20 @@ def export(
         options: the options of torch.compile; if None, those that `model` was compiled with.
         device: the device on which the files run. The model and `kwargs` must be there, since the plan of the
             attentions, with their kernels, is made for it. If None, their device.
-        opset: with `onnx`, the version of the standard operators, 20 or 23.
+        opset: with `onnx`, the version of the standard operators, 20 or 23; if None, 20.
 
     Raises:
         OptionError: options, arguments, path, format or device are wrong.
-        SparsifyError: the model cannot be captured as one graph, an operator has no form in the format, or a
-            compiler or a library is missing.
+        SparsifyError: the model cannot be captured as one graph, an operator has no form in the format, a
+            compiler or a library is missing, or the disk is full.
     """
     if format not in FORMATS:
         raise unknown_choice("format", format, FORMATS)
-    if opset not in OPSETS:
+    if opset is not None and format != "onnx":
+        raise OptionError(
+            f"opset is for format='onnx', got opset={opset!r} with format={format!r}: leave it out"
+        )
+    if opset is not None and (integer(opset) not in OPSETS):
         raise OptionError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset!r}")
     target = check_path(path)
     options = _torch.options_of(model) if options is None else options
@@ -71,8 +76,16 @@ def export(
     if config.parallel is not None:
         raise OptionError("a file is for one process, got the option parallel: leave it out")
     captured = capture(module, kwargs, config, free_batch=format in ("onnx", "tensorrt"))
-    if format == "onnx":
-        return onnx_file(captured, target, opset=opset)
-    if format == "tensorrt":
-        return engines(captured, target)
-    return torch_programs(captured, target) if format == "torch" else aoti(captured, target)
+    try:
+        if format == "onnx":
+            return onnx_file(captured, target, opset=opset or OPSETS[0])
+        if format == "tensorrt":
+            return engines(captured, target)
+        return torch_programs(captured, target) if format == "torch" else aoti(captured, target)
+    except SparsifyError:
+        raise
+    except Exception as error:  # whatever PyTorch's exporters, the compiler or the disk raise
+        raise SparsifyError(
+            f"{type(module).__name__} cannot be written with format={format!r}, got {type(error).__name__}: "
+            f"{first_line(error)}"
+        ) from error

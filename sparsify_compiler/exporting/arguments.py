@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_flatten, tree_map, treespec_dumps, treespec_loads
 
 from sparsify_compiler.errors import OperandError
-from sparsify_compiler.exporting.capture import PLAIN
+
+PLAIN = (str, int, float, bool, type(None))
+"""Types of arguments that a file can name, besides tensors."""
 
 
 def described(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,20 +28,23 @@ def _described(value: Any) -> dict[str, Any]:
     return {
         "tree": treespec_dumps(spec),
         "leaves": [
-            {"shape": list(one.shape), "dtype": str(one.dtype)} if isinstance(one, Tensor) else {"value": one}
+            {"shape": list(one.shape), "dtype": str(one.dtype), "device": one.device.type}
+            if isinstance(one, Tensor)
+            else {"value": one}
             for one in leaves
         ],
     }
 
 
 def bind(known: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, in the order of the exported call.
+    """The arguments of a call by name, in the order of the exported call. Their tensors are contiguous.
 
     Args:
         known: what `described` returned.
 
     Raises:
-        OperandError: the call does not fit the file: it was exported for other arguments, sizes or values.
+        OperandError: the call does not fit the file: it was exported for other arguments, sizes, types, devices or
+            values.
     """
     if len(args) > len(known["order"]):
         raise OperandError(f"the model takes {len(known['order'])} arguments in order, got {len(args)}")
@@ -51,7 +56,8 @@ def bind(known: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any
     for name, value in named.items():
         if name not in known["given"] and not (name in defaults and _same(value, defaults[name])):
             raise OperandError(
-                f"argument {name!r} must be left out, as in the exported call: export again with it"
+                f"argument {name!r} must be left out, as in the exported call, which had "
+                f"{', '.join(known['given'])}: export again with it"
             )
     found = {}
     for name, one in known["given"].items():
@@ -64,8 +70,13 @@ def bind(known: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any
                 f"argument {name!r} must be {wanted}, as in the exported call, got {got}: export again for other "
                 "sizes or values"
             )
-        found[name] = value
+        found[name] = tree_map(contiguous, value)
     return found
+
+
+def contiguous(leaf: Any) -> Any:
+    """A leaf of an argument, as programs read it: they hold the strides of contiguous tensors."""
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -74,9 +85,13 @@ def _same(value: Any, default: Any) -> bool:
 
 def _text(one: Mapping[str, Any]) -> str:
     """An argument in words: `float32 [1, 16, 4, 8, 8]`, `False`, or several leaves."""
-    leaves = [
-        f"{leaf['dtype'].removeprefix('torch.')} {leaf['shape']}" if "shape" in leaf else repr(leaf["value"])
-        for leaf in one["leaves"]
-    ]
+    leaves = [_leaf_text(leaf) for leaf in one["leaves"]]
     plain = treespec_loads(one["tree"]).is_leaf()
     return leaves[0] if plain else f"({', '.join(leaves)}) in the form {treespec_loads(one['tree'])}"
+
+
+def _leaf_text(leaf: Mapping[str, Any]) -> str:
+    if "shape" not in leaf:
+        return repr(leaf["value"])
+    place = "" if leaf["device"] == "cpu" else f" on {leaf['device']}"
+    return f"{leaf['dtype'].removeprefix('torch.')} {leaf['shape']}{place}"

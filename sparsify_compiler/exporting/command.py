@@ -21,7 +21,10 @@ def export(
         list[str] | None, typer.Option("--option", help="key=value: an option of torch.compile")
     ] = None,
     device: Annotated[str, typer.Option(help="the device on which the files run")] = "cpu",
-    opset: Annotated[int, typer.Option(help="version of the standard operators of ONNX: 20 or 23")] = 20,
+    opset: Annotated[
+        int | None,
+        typer.Option(help="with onnx, the version of the standard operators: 20, the default, or 23"),
+    ] = None,
     check: Annotated[
         int, typer.Option(help="calls on random inputs in which the files are compared with PyTorch", min=0)
     ] = 1,

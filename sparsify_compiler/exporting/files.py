@@ -227,13 +227,27 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def path_of(path: str | Path) -> Path:
+    """A path that a caller gave, where `~` is the caller's home.
+
+    Raises:
+        OptionError: it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise OptionError(f"path must be a string or a Path, got {path!r}")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise OptionError(f"path must begin with a folder that exists, got {str(path)!r}: {error}") from error
+
+
 def check_path(path: str | Path) -> Path:
     """The path of a new file or folder, in a folder that exists.
 
     Raises:
         OptionError: it exists, or its folder does not.
     """
-    target = Path(path).absolute()
+    target = path_of(path).absolute()
     if target.exists() or target.is_symlink():
         raise OptionError(
             f"path must be new, got {str(path)!r}, which exists: remove it, or give another path"
@@ -250,6 +264,20 @@ def writing(path: Path) -> Iterator[Path]:
     """Yield a new folder that gets the name `path` at the end. After an error nothing is left.
 
     Raises:
+        OptionError: the folder cannot be written to, or the path exists by now.
+    """
+    with scratch(path) as folder:
+        yield folder
+        folder.chmod(0o755)  # a temporary folder is private
+        check_path(path)
+        folder.rename(path)
+
+
+@contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder next to `path`. At the end it is removed, if it has its name still.
+
+    Raises:
         OptionError: the folder cannot be written to.
     """
     try:
@@ -260,12 +288,8 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         _remove_abandoned(path, folder)
         yield folder
-        folder.chmod(0o755)  # a temporary folder is private
-        folder.rename(path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(own)
 
 

@@ -5,6 +5,7 @@ The clock, the streams and their state are those of compiled models (`runtime/st
 
 import importlib
 import json
+import pkgutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparsify_compiler import __version__, _torch_export
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting.arguments import bind
 from sparsify_compiler.exporting.capture import first_line, has_tensor
-from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS
+from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS, path_of
 from sparsify_compiler.exporting.state import name_in_model
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.plan import GraphPlan
@@ -80,26 +81,34 @@ def load(path: str | Path) -> Loaded:
     Raises:
         OptionError: the folder holds no such model, or one of another version or device.
     """
-    folder = Path(path)
+    folder = path_of(path)
     content = _content(folder)
     for name in KERNELS:
         importlib.import_module(f"sparsify_compiler.kernels.{name}")  # the ops of the programs
-    for name in content["outputs"]:
-        module, _, kind = name.rpartition(".")
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise SparsifyError(
-                f"the output of {content['model']} is a {kind} of {module}, which cannot be imported: {error}. "
-                "Install it, or export a call that returns a tuple (return_dict=False)"
-            ) from error
-    read = {"torch": _torch_program, "aoti": _package}[content["files"]]
     try:
+        for name in content["outputs"]:
+            _torch_export.register_class(_class(name, content["model"]))
+        read = {"torch": _torch_program, "aoti": _package}[content["files"]]
         weights = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)
         programs = {phase: read(folder / f"{phase}.pt2", phase, weights) for phase in content["phases"]}
-    except (OSError, RuntimeError, KeyError) as error:
+        return Loaded(content, programs)
+    except SparsifyError:
+        raise
+    except Exception as error:  # whatever PyTorch's readers raise
         raise OptionError(f"{str(path)!r} is damaged: {first_line(error)} Export the model again") from error
-    return Loaded(content, programs)
+
+
+def _class(name: str, model: str) -> type:
+    """A class of outputs by its full name."""
+    try:
+        found: type = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        module, _, kind = name.rpartition(".")
+        raise SparsifyError(
+            f"the output of {model} is a {kind} of {module}, which cannot be imported: {error}. "
+            "Install it, or export a call that returns a tuple (return_dict=False)"
+        ) from error
+    return found
 
 
 def torch_custom_ops() -> Path:
@@ -145,6 +154,8 @@ def _content(folder: Path) -> dict[str, Any]:
         OptionError: it cannot be read here.
     """
     what = "path must be a folder that sparsify_compiler.export wrote"
+    if folder.suffix == ".onnx":
+        raise OptionError(f"{what}, got {str(folder)!r}: onnxruntime.InferenceSession loads files of ONNX")
     try:
         content = json.loads((folder / PLAN).read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -152,18 +163,19 @@ def _content(folder: Path) -> dict[str, Any]:
     kind = content.get("format") if isinstance(content, dict) else None
     if kind != FORMAT:
         raise OptionError(f"{what}, in the format {FORMAT!r}, got {kind!r}: export the model again")
-    if content["files"] == "tensorrt":
+    if content.get("files") == "tensorrt":
         raise OptionError(
             f"{str(folder)!r} holds engines, which TensorRT loads: load a folder of another format"
         )
     for name, here in (("package", __version__), ("torch", torch.__version__)):
-        fits = content[name] == here or (name == "torch" and content["files"] == "torch")
+        given = content.get(name)
+        fits = given == here or (name == "torch" and content.get("files") == "torch")
         if not fits:
             called = "sparsify-compiler" if name == "package" else name
             raise OptionError(
-                f"{str(folder)!r} was exported by {called} {content[name]}, and this is {here}: install that "
+                f"{str(folder)!r} was exported by {called} {given}, and this is {here}: install that "
                 "version, or export the model again"
             )
-    if content["device"] == "cuda" and not torch.cuda.is_available():
+    if content.get("device") == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"{str(folder)!r} was exported on a GPU and needs one: export the model on the CPU")
     return content

@@ -8,10 +8,7 @@ A runtime inlines the body, or runs a kernel of this name. Bodies of different s
 
 import importlib
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from sparsify_compiler import _torch_export
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting.capture import Captured, first_line
-from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of
+from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of, scratch
 from sparsify_compiler.exporting.standard import (
     OPERATOR,
     Attend,
@@ -69,10 +66,12 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
     files = [onnx_path(path, phase, own) for phase in own]
     for file in files:
         check_path(file)
+        check_path(_data_of(file))
     names: list[str] = []
-    with _collecting(path, names) as folder:
+    with scratch(path) as folder:
         for phase, file in zip(own, files, strict=True):
             names += write_model(captured, phase, folder / file.name, opset)
+        _move(folder, path.parent, names)
     return Exported(
         path=path,
         format="onnx",
@@ -99,28 +98,33 @@ def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[
     ir = _library()
     model = _model(captured, phase, opset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    data = f"{file.name}.data" if size > LARGEST else None
+    data = _data_of(file).name if size > LARGEST else None
     ir.save(model, file, external_data=data)
     _check_file(file)
     return [file.name] if data is None else [data, file.name]
 
 
-@contextmanager
-def _collecting(path: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield a new folder. At the end its files of these names move next to `path`; after an error none does."""
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+def _data_of(file: Path) -> Path:
+    """The file of the tensors that have no place in `file`."""
+    return file.with_name(f"{file.name}.data")
+
+
+def _move(folder: Path, target: Path, names: Sequence[str]) -> None:
+    """Move files of a folder to another folder, in this order; after an error none is moved.
+
+    Raises:
+        OptionError: one exists there.
+    """
+    files = [check_path(target / name) for name in names]
     moved = []
     try:
-        yield folder
-        for name in names:
-            (folder / name).rename(path.with_name(name))
-            moved.append(path.with_name(name))
+        for file in files:
+            (folder / file.name).rename(file)
+            moved.append(file)
     except BaseException:
         for file in moved:
             file.unlink()
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def onnx_custom_ops() -> Path:
@@ -177,17 +181,19 @@ def _model(captured: Captured, phase: Any, opset: int) -> "ir.Model":
     def run(*tensors: Tensor) -> Any:
         given = dict(zip(places, tensors, strict=True))
         filled = [given.get(place, leaf) for place, leaf in enumerate(leaves)]
-        return tree_leaves(module((), **tree_unflatten(filled, form))[0])
+        output, _ = module((), **tree_unflatten(filled, form))
+        return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
     model = _exported(
         _Call(module, run),
         [leaves[place] for place in places],
-        [captured.is_of_batch(leaves[place]) for place in places],
+        captured.of_batch,
         captured.input_names,
         captured.output_names,
         opset,
     )
     _spell_out(model)
+    _distinguish(model)
     _name_batch(model)
     for number, (plan, kinds) in enumerate(bodies.found.values()):
         function = _function(body_of(plan), kinds, number, opset)
@@ -261,9 +267,18 @@ def _exported(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            raise SparsifyError(f"PyTorch's exporter cannot write this model: {first_line(error)}") from error
+            raise SparsifyError(
+                f"PyTorch's exporter cannot write this model: {first_line(_cause(error))}"
+            ) from error
     assert written is not None
     return written.model
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that began a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
@@ -314,6 +329,16 @@ def _spell_out(model: "ir.Model") -> None:
             node.overload = overload_of(node.attributes.pop("body").as_int())
         if node.op_type == "Where" and node.outputs[0].dtype == ir.DataType.BOOL:
             _where_of_booleans(node)
+
+
+def _distinguish(model: "ir.Model") -> None:
+    """Rename values inside of a graph that have the name of one of its inputs or outputs."""
+    ports = dict.fromkeys((*model.graph.inputs, *model.graph.outputs))
+    taken = {value.name for value in ports}
+    inside = [*model.graph.initializers.values(), *(one for node in model.graph for one in node.outputs)]
+    for value in inside:
+        if value not in ports and value.name in taken:
+            value.name = f"{value.name}.inside"
 
 
 def _name_batch(model: "ir.Model") -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.exporting.capture import Captured
+from sparsify_compiler.exporting.capture import Captured, copies, first_line
 from sparsify_compiler.exporting.state import functional
 
 Run = Callable[[Sequence[Tensor], Mapping[str, Any]], tuple[list[Tensor], Sequence[Tensor]]]
@@ -67,7 +67,7 @@ def check(captured: Captured, runs: Mapping[str, Run], calls: int, seed: int) ->
         state = own = module.first()
         largest = difference = size = 0.0
         for inputs in _random(captured, calls, seed):
-            got, state = run(state, inputs)  # type: ignore[assignment]
+            got, state = run(state, copies(inputs))  # type: ignore[assignment]
             with torch.no_grad():
                 output, own = module(own, **inputs)
             wanted = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -107,7 +107,7 @@ def onnx_run(file: Path) -> Run:
     """Run a file by ONNX Runtime on the CPU, with as many threads as PyTorch has.
 
     Raises:
-        SparsifyError: ONNX Runtime is missing.
+        SparsifyError: ONNX Runtime is missing, or lacks an operator in the data type of the model.
     """
     try:
         import onnxruntime
@@ -118,7 +118,10 @@ def onnx_run(file: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes of errors
+        raise SparsifyError(f"ONNX Runtime cannot run {file.name} on the CPU: {first_line(error)}") from error
     names = [one.name for one in session.get_inputs()]
 
     def run(state: Sequence[Tensor], inputs: Mapping[str, Any]) -> tuple[list[Tensor], Sequence[Tensor]]:
@@ -149,7 +152,7 @@ def _random(captured: Captured, calls: int, seed: int) -> Iterator[dict[str, Any
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.dim() < 2:
             return leaf
         noise = torch.randn(leaf.shape, generator=draw)
-        return (noise * leaf.float().std().cpu() + leaf.float().mean().cpu()).to(leaf)
+        return (noise * leaf.float().std(correction=0).cpu() + leaf.float().mean().cpu()).to(leaf)
 
     for _ in range(calls):
         yield tree_map(like, captured.tensors)

@@ -439,8 +439,8 @@ class CubesSite(nn.Module):
         first, last = int(layout.before > 0), len(self.blocks.kv_tokens) + self.blocks.others - 1
         columns = torch.tensor([0] * first + [last] * int(layout.after > 0), dtype=torch.int64)
         self.register_buffer("other_columns", columns, persistent=False)
-        runs = [torch.arange(layout.before), torch.arange(tokens - layout.after, tokens)]
-        self._other_runs = [run for run in runs if len(run)]
+        runs = {"before": torch.arange(layout.before), "after": torch.arange(tokens - layout.after, tokens)}
+        self._other_runs = {where: run for where, run in runs.items() if len(run)}
         sizes = self.blocks.kv_bounds[0, 0].diff().float()
         self.register_buffer("sizes", sizes, persistent=False)
 
@@ -513,12 +513,12 @@ class CubesSite(nn.Module):
         """
         heads, layout = rows.shape[1], self.blocks.layout
         parts, every = [found], [scores]
-        for run in self._other_runs:
+        for where, run in self._other_runs.items():
             one = self._statistics(
                 key, value, key_bias, run[None], torch.ones_like(run[None], dtype=torch.bool)
             )
             other = Statistics(*(_of_heads(tensor, heads) for tensor in one))
-            place = 0 if layout.before and run[0] == 0 else len(parts)
+            place = 0 if where == "before" else len(parts)
             parts.insert(place, other)
             bias = other.log_weight + self._second_order(mean_of_all, other)
             every.insert(place, self._scores(rows, other, bias))

@@ -52,8 +52,9 @@ class Functional(nn.Module):
         flag = torch.zeros((), dtype=torch.bool, device="cpu")
         return (*([flag] if self.extra.initialised else []), *blank(self.specs))
 
-    def forward(self, state: Sequence[Tensor], **inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """(the model's output, the new state)."""
+    def forward(self, _state: Sequence[Tensor], /, **inputs: Any) -> tuple[Any, tuple[Tensor, ...]]:
+        """(the model's output, the new state). A model may have an argument `state` of its own."""
+        state = _state
         leaves = tree_leaves({name: inputs.get(name, value) for name, value in self._kwargs.items()})
         flags, old = (
             state[: self.extra.initialised],

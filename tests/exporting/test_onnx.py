@@ -180,7 +180,40 @@ def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     model = Small().eval()
     exported = export(model, CALL, tmp_path / "model.onnx", format="onnx", options={"method": "tile"})
     assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    exported.path.rename(tmp_path / "other.onnx")
+    with pytest.raises(OptionError, match=r"path must be new, got .*model\.onnx\.data', which exists"):
+        export(model, CALL, exported.path, format="onnx", options={"method": "tile"})
+    (tmp_path / "other.onnx").rename(exported.path)
     assert exported.check().errors["dense"].relative < 1e-6
+
+
+class Names(Small):
+    """A model for one video, whose arguments have the names of operators and of its output."""
+
+    def forward(self, add: Tensor, linear: Tensor, unread: Any = None) -> dict[str, Any]:
+        assert add.shape[0] == 1
+        return {"add": self.linear(add) + linear, "mul": add * linear + linear, "none": None, "three": 3}
+
+
+@needs_onnx
+def test_names_of_arguments_and_outputs_are_free(tmp_path: Path) -> None:
+    import onnx
+
+    call = {"add": torch.randn(1, 4), "linear": torch.randn(1, 1), "unread": torch.zeros(1)}
+    exported = export(Names().eval(), call, tmp_path / "model.onnx", format="onnx")
+    graph = onnx.load(exported.path).graph
+    assert [one.name for one in graph.input] == [*call]
+    assert [one.name for one in graph.output] == ["add_out", "mul"]
+    assert exported.check().errors["dense"].relative < 1e-6
+
+
+@needs_onnx
+def test_a_type_that_onnx_runtime_lacks_is_named(tmp_path: Path) -> None:
+    call = {"add": torch.randn(1, 4).bfloat16(), "linear": torch.randn(1, 4).bfloat16()}
+    exported = export(Names().eval().bfloat16(), call, tmp_path / "model.onnx", format="onnx")
+    with pytest.raises(SparsifyError, match=r"ONNX Runtime cannot run model\.onnx on the CPU: ") as caught:
+        exported.check()
+    assert "\n" not in str(caught.value)
 
 
 # Refusals

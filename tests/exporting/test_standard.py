@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify_compiler.exporting.standard import Attend, CubesSite, StaticSite, check
+from sparsify_compiler.exporting.standard import Attend, Bodies, CubesSite, StaticSite, check
 from sparsify_compiler.methods import StaticMethod, constants_of
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.policy import entry_of
@@ -125,6 +125,15 @@ def test_the_far_field_is_used_for_heads_that_gain_by_it() -> None:
     apart = (found["cubes, mean"] - found["cubes, drop"]).norm(dim=(2, 3))[0]
     assert apart[0] > 1.0
     assert apart[1] == 0.0
+
+
+def test_a_site_between_other_tokens_is_traced_without_values() -> None:
+    query, key, value = torch.randn(3, 2, 2, 87, 8)
+    plan = plan_of(METHODS["cubes, gain"], query, 2, 4, (4, 4, 5))
+    bodies = Bodies()
+    site = CubesSite(Attend(plan, bodies), plan)
+    torch.export.export(site, (query, key, value, None), strict=False)
+    assert len(bodies.found) == 1
 
 
 def test_a_row_without_visible_keys_is_zero() -> None:

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -101,31 +102,45 @@ def test_a_method_with_state_runs_in_a_fresh_process(tmp_path: Path) -> None:
     assert all(tensor.any() for tensor in after)
 
 
+def same(got: list[Tensor], expected: list[Tensor], format: str) -> None:
+    """Assert that outputs are equal: bit for bit, within rounding where a compiler may order sums anew."""
+    for one, other in zip(got, expected, strict=True):
+        if format == "torch":
+            assert torch.equal(one, other)
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 @needs_diffusers
 @pytest.mark.nightly
-def test_methods_of_a_policy_mix(wan: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["torch", "aoti"])
+def test_methods_of_a_policy_mix(wan: Made, format: str, tmp_path: Path) -> None:
     model, inputs = wan
     general = ("dense_layers", "dense_steps")
     svg2, keys = ({k: v for k, v in METHODS[m].items() if k not in general} for m in ("svg2", "keys"))
     options = {"policy": policy(model, inputs, svg2, keys), "dense_steps": 1}
-    exported = export(model, inputs, tmp_path / "out", options=options)
+    exported = export(model, inputs, tmp_path / "out", format=format, options=options)
     assert [plan.method for plan in exported.plan.sparse] == ["svg2", "keys"]
     expected = outputs(compiled(model, options), inputs, 3)
-    assert all(map(torch.equal, outputs(load(tmp_path / "out"), inputs, 3), expected))
+    same(outputs(load(tmp_path / "out"), inputs, 3), expected, format)
 
 
 @needs_diffusers
 @pytest.mark.nightly
-def test_a_trained_predictor_goes_into_the_file(wan: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["torch", "aoti"])
+def test_a_trained_predictor_goes_into_the_file(wan: Made, format: str, tmp_path: Path) -> None:
     model, inputs = wan
     options = {
         "method": "dsv",
         "dense_steps": 1,
         "predictor": predictor_file(tmp_path / "p.safetensors", model, inputs),
     }
-    export(model, inputs, tmp_path / "out", options=options)
-    expected = outputs(compiled(model, options), inputs, 2)
-    assert all(map(torch.equal, outputs(load(tmp_path / "out"), inputs, 2), expected))
+    exported = export(model, inputs, tmp_path / "out", format=format, options=options)
+    assert [plan.method for plan in exported.plan.sparse] == ["dsv", "dsv"]
+    (tmp_path / "p.safetensors").rename(tmp_path / "elsewhere")
+    got = outputs(load(tmp_path / "out"), inputs, 2)
+    (tmp_path / "elsewhere").rename(tmp_path / "p.safetensors")
+    same(got, outputs(compiled(model, options), inputs, 2), format)
 
 
 @needs_diffusers
@@ -159,6 +174,10 @@ def test_packages_of_aotinductor(wan: Made, method: str, tmp_path: Path) -> None
     got, expected = (outputs(one, inputs, 3) for one in (load(tmp_path / "out"), fast))
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    turned = {**inputs, "hidden_states": inputs["hidden_states"].transpose(3, 4).contiguous().transpose(3, 4)}
+    assert torch.equal(
+        outputs(load(tmp_path / "out"), turned, 1)[0], outputs(load(tmp_path / "out"), inputs, 1)[0]
+    )
     report = exported.check(2, seed=1)
     assert report.errors.keys() == {*exported.phases} == exported.benchmark(1).files.keys()
     assert all(one.relative < 1e-5 for one in report.errors.values()), str(report)
@@ -199,6 +218,48 @@ class Casts(Small):
             return self.linear(hidden_states)
 
 
+class Returns(Small):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Any:
+        return self.value and (hidden_states, self.value)
+
+
+class Counts(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(4))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        self.calls[1:].add_(1)
+        return hidden_states + self.calls
+
+
+class Pair(NamedTuple):
+    velocity: Tensor
+    count: int
+
+
+@dataclass
+class Fields:
+    velocity: Tensor
+    loss: Tensor | None = None
+
+
+class OfClass(Small):
+    """A model whose arguments have names that programs use, and whose output is of a class of its own."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, state: Tensor, inputs: dict[str, Any], *, flag: bool = False, sizes: Any = None) -> Any:
+        velocity = self.linear(state.sin()) * inputs["scale"] + inputs["more"][0]
+        return Pair(velocity, 3) if self.kind is Pair else Fields(velocity)
+
+
 CALL = {"hidden_states": torch.ones(2, 4), "timestep": torch.tensor([3.0])}
 
 
@@ -233,9 +294,14 @@ def test_a_call_is_bound_as_the_model_binds_it(small: Path) -> None:
         ),
         ((), {"hidden_states": torch.ones(2, 4).half()}, r"must be float32 \[2, 4\].*got float16 \[2, 4\]"),
         ((), {"hidden_states": None}, r"must be float32 \[2, 4\].*got None"),
+        (
+            (),
+            {"hidden_states": torch.ones(2, 4, device="meta")},
+            r"must be float32 \[2, 4\].*got float32 \[2, 4\] on meta",
+        ),
         ((), {"scale": 3.0}, "'scale' must be 2.0, as in the exported call, got 3.0: export again"),
         ((), {"more": 1}, "'more' must be left out"),
-        ((), {"other": None}, "'other' must be left out"),
+        ((), {"other": None}, "'other' must be left out, .* which had hidden_states, timestep, scale"),
         ((CALL["hidden_states"],), {}, "'hidden_states' is given twice"),
         ((0,) * 5, {}, "takes 4 arguments in order, got 5"),
     ],
@@ -257,6 +323,8 @@ def test_other_calls_than_the_exported_one_are_refused(
         ({"files": "aoti", "torch": "2.0"}, "exported by torch 2.0, and this is"),
         ({"device": "cuda"}, "exported on a GPU and needs one"),
         ({"phases": ["sparse"]}, "is damaged"),
+        ({"files": "else"}, "is damaged"),
+        ({"outputs": ["json.Output"]}, "a Output of json, which cannot be imported"),
         ({"outputs": ["no_such_module.Output"]}, "a Output of no_such_module, which cannot be imported"),
     ],
 )
@@ -270,6 +338,29 @@ def test_files_that_do_not_fit_are_refused(small: Path, tmp_path: Path, change: 
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(SparsifyError, match=says):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [Pair, Fields])
+def test_arguments_and_outputs_of_every_form(kind: type, tmp_path: Path) -> None:
+    model = OfClass(kind).eval()
+    call = {
+        "state": torch.randn(3, 4),
+        "inputs": {"scale": 2, "more": [torch.randn(4), None]},
+        "sizes": (1, "x"),
+    }
+    export(model, call, tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    call["state"] = torch.randn(4, 3).T
+    got, expected = loaded(**call), model(**call)
+    assert type(got) is kind
+    torch.testing.assert_close(got.velocity, expected.velocity)
+    assert kind is Fields or got.count == 3
+    seen = []
+    loaded.programs = {"dense": lambda _, **inputs: (seen.append(inputs["state"]), ())}
+    loaded(**call)
+    assert seen[0].is_contiguous(), "packages of AOTInductor read their inputs by the strides of the export"
+    with pytest.raises(OperandError, match=r"'inputs' must be \(2, float32 \[4\], None\) in the form"):
+        loaded(**{**call, "inputs": {"scale": 3, "more": [torch.randn(4), None]}})
 
 
 def test_a_folder_of_something_else_is_refused(small: Path, tmp_path: Path) -> None:
@@ -303,6 +394,21 @@ def test_a_folder_of_something_else_is_refused(small: Path, tmp_path: Path) -> N
         (Small().eval(), CALL, {"method": "tiel"}, "Did you mean 'tile'"),
         (Breaks().eval(), CALL, {}, "export needs Breaks as one graph, which Dynamo cannot make"),
         (Casts().eval(), CALL, {}, "Casts turns autocast on in its own code"),
+        (
+            Small().eval(),
+            {"hidden_states": CALL["hidden_states"]},
+            {},
+            "missing a required argument: 'timestep'",
+        ),
+        (
+            Small().eval(),
+            {**CALL, "timestep": "now"},
+            {},
+            "the call of Small must run .* got TypeError: unsup",
+        ),
+        (Returns("a string").eval(), CALL, {}, "Returns returns the string 'a string', which a file cannot"),
+        (Returns(None).eval(), CALL, {}, "Returns returns no tensor"),
+        (Counts().eval(), CALL, {}, "Counts writes to its tensor 'calls' in every call"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(
@@ -320,6 +426,22 @@ def test_paths_and_formats_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
         export(model, CALL, tmp_path)
     with pytest.raises(OptionError, match="path must lie in a folder that exists"):
         export(model, CALL, tmp_path / "none" / "out")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(OptionError, match="path must be new, got '~', which exists"):
+        export(model, CALL, "~")
+    for path in (None, "", 3):
+        with pytest.raises(OptionError, match=f"path must be a string or a Path, got {path!r}"):
+            export(model, CALL, path)  # type: ignore[arg-type]
+    for path, says in (("~/none", "No such file"), ("model.onnx", "onnxruntime.InferenceSession loads")):
+        with pytest.raises(
+            OptionError, match=rf"path must be a folder that sparsify_compiler\.export .*{says}"
+        ):
+            load(path)
+    for format in ("torch", "aoti", "tensorrt"):
+        with pytest.raises(
+            OptionError, match=f"opset is for format='onnx', got opset=20 with format='{format}'"
+        ):
+            export(model, CALL, tmp_path / "out", format=format, opset=20)
     with pytest.raises(OptionError, match=r"unknown format 'torhc'.* Did you mean 'torch'"):
         export(model, CALL, tmp_path / "out", format="torhc")
     with pytest.raises(OptionError, match="a file is for one process, got the option parallel"):
@@ -334,6 +456,14 @@ def test_paths_and_formats_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         export(model, CALL, tmp_path / "out", options={"method": "tile"})
     assert not list(tmp_path.iterdir()), "nothing half written is left"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SparsifyError, match=r"Small cannot be written .* No space left on device"):
+        export(model, CALL, tmp_path / "out", options={"method": "tile"})
+    assert not list(tmp_path.iterdir())
 
 
 def test_devices_that_do_not_fit(tmp_path: Path) -> None:
