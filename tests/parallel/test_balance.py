@@ -155,6 +155,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "svg2": {"method": "svg2", "q_clusters": 6, "kv_clusters": 12},
     "keys": {"method": "keys", "q_clusters": 6, "kv_budget": 0.2},
     "cubes": {"method": "cubes", "cube": (1, 2, 2), "query_cube": (1, 2, 2), "far_field": "drop"},
+    "max_error": {"method": "svg2", "q_clusters": 6, "kv_clusters": 12, "max_error": 0.05},
 }
 
 

@@ -83,7 +83,7 @@ class TargetReport(NamedTuple):
     """The errors of a call with a target, each the relative error of the output of all heads; [B] fp32."""
 
     estimated: Tensor
-    """By the estimate that chose the blocks."""
+    """The error by the estimate that chose the blocks."""
     measured: Tensor
     """On sampled rows."""
     state: Tensor
