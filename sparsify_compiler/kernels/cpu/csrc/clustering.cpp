@@ -25,6 +25,7 @@
 
 #include "check.h"
 #include "interface.h"
+#include "phases.h"
 #include "product.h"
 
 namespace {
@@ -227,27 +228,25 @@ bool run_kmeans(const KMeans& p) {
   std::vector<Lanes<Math>> lanes;
   for (int64_t i = 0; i < all_heads; ++i) lanes.emplace_back(p.clusters, p.head_dim);
   std::vector<int32_t> order(all_heads * p.tokens), bounds(all_heads * (p.clusters + 1));
+  Phases phases(4 * p.iterations);
 #pragma omp parallel num_threads(p.threads)
   {
     Assigner<Math, T> assigner(p, lanes);
     std::vector<double> sums(p.head_dim);
+    int64_t phase = 0;
     for (int32_t iteration = 0; iteration < p.iterations; ++iteration) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads; ++i) {
+      phases.run(phase++, all_heads, [&](int64_t i) {
         lanes[i].load(p.centroids.at<const float>(i / p.heads, i % p.heads));
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads * tiles; ++i) {
+      });
+      phases.run(phase++, all_heads * tiles, [&](int64_t i) {
         const int64_t head = i / tiles;
         assigner.run(head / p.heads, head % p.heads, i % tiles * kTilePoints);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads; ++i) {
+      });
+      phases.run(phase++, all_heads, [&](int64_t i) {
         sort_tokens(p.labels.at<int32_t>(i / p.heads, i % p.heads), p.labels.row, p.tokens, p.clusters,
                     &order[i * p.tokens], &bounds[i * (p.clusters + 1)]);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads * groups; ++i) {
+      });
+      phases.run(phase++, all_heads * groups, [&](int64_t i) {
         const int64_t head = i / groups, first = i % groups * kClustersAtOnce;
         const int64_t b = head / p.heads, h = head % p.heads;
         const int32_t *tokens = &order[head * p.tokens], *bound = &bounds[head * (p.clusters + 1)];
@@ -255,7 +254,7 @@ bool run_kmeans(const KMeans& p) {
           move_to_mean<T>(p, b, h, tokens + bound[c], bound[c + 1] - bound[c], sums.data(),
                           p.centroids.at<float>(b, h, c));
         }
-      }
+      });
     }
   }
   return true;
@@ -388,7 +387,7 @@ extern "C" bool sparsify_top_p_blocks(const TopP* problem) {
 #pragma omp parallel num_threads(p.threads)
   {
     Selector selector(p);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < p.batch * p.heads * strips; ++i) {
       const int64_t head = i / strips;
       selector.run(head / p.heads, head % p.heads, i % strips * kStripLanes);
