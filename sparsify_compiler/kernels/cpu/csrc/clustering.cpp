@@ -39,6 +39,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The threads for an amount of work: one for some tenths of a millisecond, since others may take longer to come.
+int threads_for(int64_t steps, int threads) { return steps < 100'000 ? 1 : threads; }
+
 float largest_lane(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
@@ -372,7 +375,8 @@ extern "C" bool sparsify_sort_by_label(const Sort* problem) {
     return all_below(p.labels.at<const int32_t>(b, h), p.tokens, p.clusters, p.labels.row);
   });
   if (!fits) return false;
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
+  const int threads = threads_for(p.batch * p.heads * p.tokens, p.threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.batch * p.heads; ++i) {
     const int64_t b = i / p.heads, h = i % p.heads;
     sort_tokens(p.labels.at<const int32_t>(b, h), p.labels.row, p.tokens, p.clusters,
@@ -384,7 +388,8 @@ extern "C" bool sparsify_sort_by_label(const Sort* problem) {
 extern "C" bool sparsify_top_p_blocks(const TopP* problem) {
   const TopP& p = *problem;
   const int64_t strips = ceil_div(p.rows, kStripLanes);
-#pragma omp parallel num_threads(p.threads)
+  const int threads = threads_for(p.batch * p.heads * p.rows * p.clusters / 8, p.threads);
+#pragma omp parallel num_threads(threads)
   {
     Selector selector(p);
 #pragma omp for schedule(dynamic, 1) nowait
