@@ -345,8 +345,11 @@ class ModelCall:
 
     @cached_property
     def _looks(self) -> bool:
-        """Whether no call of this video has an example yet of what a dynamic site reads."""
         return self.model.state.last_reading is None
+
+    def looks(self, layout: TokenLayout) -> bool:
+        """Whether `look` keeps an example: no call of this video has one yet."""
+        return self._reading is None and self._looks and layout.grid is not None
 
     def look(self, site: str, layout: TokenLayout, table: BlockTable, before: int) -> None:
         """Keep the keys that the token in the middle of the video reads, as an example of a dynamic site.
@@ -356,8 +359,9 @@ class ModelCall:
             table: the blocks that were read.
             before: the number of tokens before the first query of the table.
         """
-        if self._reading is not None or not self._looks or layout.grid is None:
+        if not self.looks(layout):
             return
+        assert layout.grid is not None
         frames, height, width = layout.grid
         middle = (frames // 2 * height + height // 2) * width + width // 2
         queries, keys = table.row_of(layout.before + middle - before)

@@ -369,10 +369,12 @@ class SiteFunction:
         return [out, report, *state]
 
     def _look(self, site: str) -> Callable[..., None] | None:
-        """The function of the open call that keeps an example; None without a call, or on several ranks."""
+        """The function of the open call that keeps an example; None where it keeps none, or on several ranks."""
         call = open_call()
         on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
-        if call is None or on_ranks or not isinstance(self.method, DynamicMethod):
+        if on_ranks or not isinstance(self.method, DynamicMethod):
+            return None
+        if call is None or not call.looks(self.plan.layout):
             return None
         return partial(call.look, site, self.plan.layout)
 

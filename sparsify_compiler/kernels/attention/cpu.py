@@ -35,10 +35,10 @@ def run(
     far: VirtualKeys | None = None,
 ) -> bool:
     """Fill `out` and `lse`, with or without a far field. Return False if there is no kernel."""
-    kernel = library.symbol("sparsify_attention", _Problem, _FarField)
+    kernel = library.symbol("sparsify_attention", Problem, _FarField)
     if kernel is None:
         return False
-    problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
+    problem, _kept = describe(query, key, value, out, lse, key_bias, table, scale)
     check = partial(table.check, query.shape[2], key.shape[2])
     if far is None:
         library.launch(kernel, problem, None, check=check)
@@ -75,7 +75,7 @@ def backward(
     if kernel is None:
         return reference.backward(grad_out, grad_lse, out, lse, query, key, value, table, key_bias, scale)
     gradients = empty_gradients(query, key, value)
-    problem, _kept = _describe(query, key, value, out, lse, key_bias, table, scale)
+    problem, _kept = describe(query, key, value, out, lse, key_bias, table, scale)
     grad_out = _rows(grad_out)
     views = (library.view(t) for t in (grad_out, grad_lse, *gradients))
     check = partial(table.check, query.shape[2], key.shape[2])
@@ -83,7 +83,7 @@ def backward(
     return gradients
 
 
-def _describe(
+def describe(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -92,7 +92,7 @@ def _describe(
     key_bias: Tensor | None,
     table: BlockTable,
     scale: float,
-) -> tuple["_Problem", list[Tensor | None]]:
+) -> tuple["Problem", list[Tensor | None]]:
     """The problem, and the tensors that must live as long as it does: some are copies."""
     batch, heads, q_tokens, head_dim = query.shape
     blocks, width = table.kv_indices.shape[-2:]
@@ -102,7 +102,7 @@ def _describe(
         key_bias if key_bias is None else key_bias.float().contiguous(),
         *(t if t is None else t.contiguous() for t in table.tensors().values()),
     ]
-    problem = _Problem(
+    problem = Problem(
         *(library.view(t) for t in tensors),
         *(batch, heads, key.shape[1], q_tokens, key.shape[2]),
         *(blocks, table.kv_bounds.shape[-1] - 1, width, head_dim, value.shape[-1]),
@@ -149,7 +149,7 @@ def packed_sdpa(
     return out, lse
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
     """`struct Problem`."""
 
     _fields_ = (
@@ -169,6 +169,7 @@ class _FarField(ctypes.Structure):
     _fields_ = (
         *((name, library.View) for name in VirtualKeys._fields),
         *((name, ctypes.c_int64) for name in ("heads", "blocks")),
+        *((name, library.View) for name in ("left", "keys", "bounds")),
     )
 
 
@@ -176,6 +177,6 @@ class _BackwardProblem(ctypes.Structure):
     """`struct BackwardProblem`."""
 
     _fields_ = (
-        ("forward", _Problem),
+        ("forward", Problem),
         *((n, library.View) for n in ("grad_out", "grad_lse", "grad_query", "grad_key", "grad_value")),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError, unknown_choice
 from sparsify_compiler.kernels import attention, providers, statistics
-from sparsify_compiler.kernels.far_field import near_and_far, virtual_keys
+from sparsify_compiler.kernels.far_field import in_one_call, near_and_far, virtual_keys
 from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
 from sparsify_compiler.kernels.far_field.near_and_far import complement, merge_far_field
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, Judged, VirtualKeys
@@ -158,7 +158,58 @@ def attention_with_far_field(
         provider, device=device, dtype=query.dtype, head_dim=query.shape[-1], value_dim=value.shape[-1]
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    with attention.without_autocast(device):
+    alone = all_heads is None and computed is None and target is None and look is None
+    if far_field != "drop" and alone and in_one_call.supports(query, key, value, provider):
+        out, lse, numbers = in_one_call.attention_with_far_field(
+            *(query, key, value, table),
+            linear=far_field == "linear",
+            min_gain=min_gain,
+            best=best,
+            far_blocks=far_blocks,
+            key_bias=key_bias,
+            scale=scale,
+            sampled_rows=sampled_rows,
+        )
+        density, gate, recall, kept = numbers.unbind(-1)
+        return out, lse, Report(density, gate, recall, kept)
+    return in_parts(
+        *(query, key, value, table),
+        far_field=far_field,
+        min_gain=min_gain,
+        best=best,
+        target=target,
+        far_blocks=far_blocks,
+        key_bias=key_bias,
+        scale=scale,
+        provider=provider,
+        sampled_rows=sampled_rows,
+        all_heads=all_heads,
+        computed=computed,
+        look=look,
+    )
+
+
+def in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    *,
+    far_field: str,
+    min_gain: float | None,
+    best: int,
+    target: ErrorTarget | None = None,
+    far_blocks: FarBlocks | None,
+    key_bias: Tensor | None,
+    scale: float,
+    provider: str,
+    sampled_rows: int,
+    all_heads: AllHeads | None = None,
+    computed: Sequence[tuple[slice, slice]] | None = None,
+    look: Callable[[BlockTable], None] | None = None,
+) -> tuple[Tensor, Tensor, Report]:
+    """`attention_with_far_field`, by an op for each part, of arguments that fit together."""
+    with attention.without_autocast(query.device.type):
         count = min(sampled_rows, query.shape[2])
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":

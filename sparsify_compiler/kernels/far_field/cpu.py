@@ -1,6 +1,7 @@
 """Near and far field: the C++ kernels, or the reference if they could not be built.
 
 `csrc/attention.cpp` computes both fields in one pass; `csrc/far_field.cpp` merges separate results.
+`csrc/with_far_field.cpp` does all that a call with a far field needs.
 """
 
 import ctypes
@@ -13,7 +14,8 @@ from sparsify_compiler.kernels.attention import cpu as attention
 from sparsify_compiler.kernels.attention import empty_outputs
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.kernels.far_field import reference
-from sparsify_compiler.kernels.far_field.virtual_keys import VirtualKeys
+from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks, VirtualKeys
+from sparsify_compiler.kernels.statistics import heads_of_statistics
 from sparsify_compiler.table import BlockTable, check_blocks
 
 
@@ -31,6 +33,48 @@ def near_and_far(
     if attention.run(query, key, value, out, lse, key_bias, table, scale, far):
         return out, lse
     return reference.near_and_far(query, key, value, table, far, key_bias, scale)
+
+
+def fill_with_far_field(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    report: Tensor,
+    key_bias: Tensor | None,
+    table: BlockTable,
+    blocks: FarBlocks | None,
+    linear: bool,
+    min_gain: float | None,
+    best: int,
+    sampled_rows: int,
+    scale: float,
+) -> bool:
+    """Fill `out`, `lse` and `report`, as `in_one_call.attention_with_far_field` returns them. Return False if there
+    is no kernel."""
+    kernel = library.symbol("sparsify_attention_with_far_field", _WithFarField)
+    if kernel is None:
+        return False
+    problem, kept = attention.describe(query, key, value, out, lse, key_bias, table, scale)
+    # The list keeps copies that `contiguous` may make alive until the kernel has run.
+    bounds, order = (table.kv_bounds, table.kv_order) if blocks is None else (blocks.bounds, blocks.order)
+    own = (bounds, order, None, None) if blocks is None else (bounds, order, blocks.left, blocks.keys)
+    tensors = [*(t if t is None else t.contiguous() for t in own), report]
+    call = _WithFarField(
+        ctypes.pointer(problem),
+        *(library.view(t) for t in tensors),
+        *(heads_of_statistics(key, bounds, order, key_bias), bounds.shape[-1] - 1, sampled_rows, best),
+        *(-1.0 if min_gain is None else min_gain, linear),
+    )
+
+    def check() -> None:
+        table.check(query.shape[2], key.shape[2])
+        check_blocks("far_blocks.", bounds, order, key.shape[2])
+
+    library.launch(kernel, call, check=check)
+    del kept
+    return True
 
 
 def merge(
@@ -76,6 +120,18 @@ def merge(
     )
     library.launch(kernel, problem, check=partial(check_blocks, "q_", q_bounds, q_order, tokens))
     return out, lse
+
+
+class _WithFarField(ctypes.Structure):
+    """`struct WithFarField`."""
+
+    _fields_ = (
+        ("problem", ctypes.POINTER(attention.Problem)),
+        *((name, library.View) for name in ("bounds", "order", "left", "keys", "report")),
+        *((name, ctypes.c_int64) for name in ("groups", "blocks", "sampled_rows", "best")),
+        ("min_gain", ctypes.c_float),
+        ("linear", ctypes.c_int32),
+    )
 
 
 class _Problem(ctypes.Structure):

@@ -257,7 +257,7 @@ def empty_statistics(
     covariance: bool,
 ) -> Statistics:
     """Uninitialised results of `block_statistics`: every provider returns exactly this layout."""
-    lead = key.shape[0], _heads(key, bounds, order, key_bias), bounds.shape[-1] - 1
+    lead = key.shape[0], heads_of_statistics(key, bounds, order, key_bias), bounds.shape[-1] - 1
     head_dim, value_dim = key.shape[-1], value.shape[-1]
 
     def empty(*shape: int) -> Tensor:
@@ -361,7 +361,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _heads(key: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None) -> int:
+def heads_of_statistics(key: Tensor, bounds: Tensor, order: Tensor | None, key_bias: Tensor | None) -> int:
     """The number of heads with their own blocks or weights; the heads of `key` if all are shared."""
     for tensor in (bounds, order, key_bias):
         if tensor is not None and tensor.shape[1] != 1:
@@ -402,7 +402,7 @@ def _check_statistics(
             f"got key {tuple(key.shape)} {key.dtype} on {key.device}, "
             f"value {tuple(value.shape)} {value.dtype} on {value.device}"
         )
-    heads = _heads(key, bounds, order, key_bias)
+    heads = heads_of_statistics(key, bounds, order, key_bias)
     check_block_shapes(key, heads, bounds, order)
     if key_bias is not None:
         _check_lead("key_bias", key_bias, key, heads, key.shape[2])

@@ -16,10 +16,12 @@
 #include <cmath>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "few.h"
 #include "interface.h"
+#include "workers.h"
 
 namespace {
 
@@ -49,8 +51,31 @@ struct Source {
   float bias_of(int32_t i) const { return bias ? bias[i] * kLog2e : 0.0f; }
 };
 
+// The virtual keys of a tile, and the bias of each, by block.
+struct Skipped {
+  std::vector<int32_t> blocks;
+  const float* bias;
+  std::vector<float> own_bias;
+};
+
+// Every block of which the tile's row leaves keys unread. The virtual key has the weight of these keys.
+Skipped partly_skipped_blocks(const FarField& far, const Tile& tile) {
+  const float* bias = far.bias.at<const float>(tile.batch, tile.head);
+  Skipped skipped;
+  skipped.own_bias.resize(far.blocks);
+  for (int64_t block = 0; block < far.blocks; ++block) {
+    const float unread = far.unread(tile.batch, tile.head, tile.block, block);
+    if (!(unread > 0.0f) || bias[block] == -kInfinity) continue;
+    skipped.blocks.push_back(block);
+    skipped.own_bias[block] = bias[block] + std::log(unread);
+  }
+  skipped.bias = skipped.own_bias.data();
+  return skipped;
+}
+
 // The blocks that a tile's row of the table does not list and whose weight is not 0.
-std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const Tile& tile) {
+Skipped skipped_blocks(const Problem& p, const FarField& far, const Tile& tile) {
+  if (far.left.data) return partly_skipped_blocks(far, tile);
   const float* bias = far.bias.at<const float>(tile.batch, tile.head);
   std::vector<char> skipped(far.blocks);
   for (int64_t block = 0; block < far.blocks; ++block) skipped[block] = bias[block] != -kInfinity;
@@ -61,7 +86,7 @@ std::vector<int32_t> skipped_blocks(const Problem& p, const FarField& far, const
   for (int64_t block = 0; block < far.blocks; ++block) {
     if (skipped[block]) blocks.push_back(block);
   }
-  return blocks;
+  return {std::move(blocks), bias, {}};
 }
 
 // The state of up to kStripQueries queries.
@@ -150,8 +175,10 @@ class Worker {
 
   // Before anything else.
   void read_far_field(const Tile& tile, int strips) {
-    const std::vector<int32_t> blocks = skipped_blocks(p_, *far_, tile);
-    const auto far = Source<T>::far(p_, *far_, tile);
+    const Skipped skipped = skipped_blocks(p_, *far_, tile);
+    const std::vector<int32_t>& blocks = skipped.blocks;
+    auto far = Source<T>::far(p_, *far_, tile);
+    far.bias = skipped.bias;
     for (int64_t first = 0; first < int64_t(blocks.size()); first += Products::kChunkKeys) {
       const int count = std::min<int64_t>(Products::kChunkKeys, blocks.size() - first);
       read(far, blocks.data() + first, count, strips);
@@ -264,8 +291,10 @@ class FewWorker {
 
   // Before anything else.
   void read_far_field(const Tile& tile, int queries) {
-    const std::vector<int32_t> blocks = skipped_blocks(p_, *far_, tile);
-    const auto far = Source<T>::far(p_, *far_, tile);
+    const Skipped skipped = skipped_blocks(p_, *far_, tile);
+    const std::vector<int32_t>& blocks = skipped.blocks;
+    auto far = Source<T>::far(p_, *far_, tile);
+    far.bias = skipped.bias;
     for (int64_t first = 0; first < int64_t(blocks.size()); first += kChunkKeys) {
       read(far, blocks.data() + first, std::min<int64_t>(kChunkKeys, blocks.size() - first), queries);
     }
@@ -318,37 +347,50 @@ class FewWorker {
 };
 
 template <class Products, class T>
-bool run(const Problem& problem, const FarField* far) {
-  std::vector<Tile> tiles;
-  if (!plan_tiles(problem, tiles)) return false;
-  // Head by head, so that a head's keys stay in the caches; in a head the longest tile first, so that all threads end
-  // at about the same time.
+class AnyWorker final : public TileWorker {
+ public:
+  AnyWorker(const Problem& problem, const FarField* far) : worker_(problem, far), few_(problem, far) {}
+
+  void run(const Tile& tile) override {
+    if (tile.last - tile.first <= Products::kFewQueries) {
+      few_.run(tile);
+    } else {
+      worker_.run(tile);
+    }
+  }
+
+ private:
+  Worker<Products, T> worker_;
+  FewWorker<T> few_;
+};
+
+}  // namespace
+
+std::unique_ptr<TileWorker> tile_worker(const Problem& problem, const FarField* far) {
+  return with_types(problem.dtype, [&](auto types) -> std::unique_ptr<TileWorker> {
+    return std::make_unique<AnyWorker<typename decltype(types)::Products, typename decltype(types)::Element>>(problem,
+                                                                                                             far);
+  });
+}
+
+void sort_tiles(std::vector<Tile>& tiles) {
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) {
     const int64_t x_cost = (x.last - x.first) * x.keys, y_cost = (y.last - y.first) * y.keys;
     return std::tie(x.batch, x.head, y_cost) < std::tie(y.batch, y.head, x_cost);
   });
-  const int64_t count = tiles.size();
-#pragma omp parallel num_threads(problem.threads)
-  {
-    Worker<Products, T> worker(problem, far);
-    FewWorker<T> few(problem, far);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) {
-      if (tiles[i].last - tiles[i].first <= Products::kFewQueries) {
-        few.run(tiles[i]);
-      } else {
-        worker.run(tiles[i]);
-      }
-    }
-  }
-  return true;
 }
-
-}  // namespace
 
 // Without a far field, keys that the table does not list are dropped.
 extern "C" bool sparsify_attention(const Problem* problem, const FarField* far) {
-  return with_types(problem->dtype, [&](auto types) {
-    return run<typename decltype(types)::Products, typename decltype(types)::Element>(*problem, far);
-  });
+  if (!table_fits(*problem)) return false;
+  std::vector<Tile> tiles = plan_tiles(*problem);
+  sort_tiles(tiles);
+  const int64_t count = tiles.size();
+#pragma omp parallel num_threads(problem->threads)
+  {
+    const auto worker = tile_worker(*problem, far);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < count; ++i) worker->run(tiles[i]);
+  }
+  return true;
 }

@@ -656,8 +656,8 @@ void store_key_grads(const BackwardProblem& problem, int64_t batch, int64_t head
 template <class Products, class T>
 bool run(const BackwardProblem& problem) {
   const Problem& p = problem.forward;
-  std::vector<Tile> tiles;
-  if (!plan_tiles(p, tiles)) return false;
+  if (!table_fits(p)) return false;
+  std::vector<Tile> tiles = plan_tiles(p);
   const std::vector<Piece> pieces = plan_pieces<Products>(p, tiles);
   const int64_t heads = p.batch * p.kv_heads, keys = p.kv_tokens;
   std::vector<std::vector<int64_t>> of_head(heads), of_share(p.threads);  // the pieces of each, by number
@@ -674,7 +674,7 @@ bool run(const BackwardProblem& problem) {
   {
     Worker<Products> worker(problem);
     std::unique_ptr<KeyHead> own;
-#pragma omp for schedule(static, 1)
+#pragma omp for schedule(dynamic, 1)
     for (int64_t share = 0; share < p.threads; ++share) {
       for (const int64_t i : of_share[share]) {
         const Piece& piece = pieces[i];

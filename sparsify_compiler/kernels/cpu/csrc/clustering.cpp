@@ -25,6 +25,7 @@
 
 #include "check.h"
 #include "interface.h"
+#include "phases.h"
 #include "product.h"
 
 namespace {
@@ -37,6 +38,9 @@ constexpr int kRowsAhead = 8;        // rows between the one prefetched and the 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The threads for an amount of work: one for some tenths of a millisecond, since others may take longer to come.
+int threads_for(int64_t steps, int threads) { return steps < 100'000 ? 1 : threads; }
 
 float largest_lane(Vec x) {
 #if defined(__AVX512F__)
@@ -227,27 +231,25 @@ bool run_kmeans(const KMeans& p) {
   std::vector<Lanes<Math>> lanes;
   for (int64_t i = 0; i < all_heads; ++i) lanes.emplace_back(p.clusters, p.head_dim);
   std::vector<int32_t> order(all_heads * p.tokens), bounds(all_heads * (p.clusters + 1));
+  Phases phases(4 * p.iterations);
 #pragma omp parallel num_threads(p.threads)
   {
     Assigner<Math, T> assigner(p, lanes);
     std::vector<double> sums(p.head_dim);
+    int64_t phase = 0;
     for (int32_t iteration = 0; iteration < p.iterations; ++iteration) {
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads; ++i) {
+      phases.run(phase++, all_heads, [&](int64_t i) {
         lanes[i].load(p.centroids.at<const float>(i / p.heads, i % p.heads));
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads * tiles; ++i) {
+      });
+      phases.run(phase++, all_heads * tiles, [&](int64_t i) {
         const int64_t head = i / tiles;
         assigner.run(head / p.heads, head % p.heads, i % tiles * kTilePoints);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads; ++i) {
+      });
+      phases.run(phase++, all_heads, [&](int64_t i) {
         sort_tokens(p.labels.at<int32_t>(i / p.heads, i % p.heads), p.labels.row, p.tokens, p.clusters,
                     &order[i * p.tokens], &bounds[i * (p.clusters + 1)]);
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < all_heads * groups; ++i) {
+      });
+      phases.run(phase++, all_heads * groups, [&](int64_t i) {
         const int64_t head = i / groups, first = i % groups * kClustersAtOnce;
         const int64_t b = head / p.heads, h = head % p.heads;
         const int32_t *tokens = &order[head * p.tokens], *bound = &bounds[head * (p.clusters + 1)];
@@ -255,7 +257,7 @@ bool run_kmeans(const KMeans& p) {
           move_to_mean<T>(p, b, h, tokens + bound[c], bound[c + 1] - bound[c], sums.data(),
                           p.centroids.at<float>(b, h, c));
         }
-      }
+      });
     }
   }
   return true;
@@ -373,7 +375,8 @@ extern "C" bool sparsify_sort_by_label(const Sort* problem) {
     return all_below(p.labels.at<const int32_t>(b, h), p.tokens, p.clusters, p.labels.row);
   });
   if (!fits) return false;
-#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1)
+  const int threads = threads_for(p.batch * p.heads * p.tokens, p.threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < p.batch * p.heads; ++i) {
     const int64_t b = i / p.heads, h = i % p.heads;
     sort_tokens(p.labels.at<const int32_t>(b, h), p.labels.row, p.tokens, p.clusters,
@@ -385,10 +388,11 @@ extern "C" bool sparsify_sort_by_label(const Sort* problem) {
 extern "C" bool sparsify_top_p_blocks(const TopP* problem) {
   const TopP& p = *problem;
   const int64_t strips = ceil_div(p.rows, kStripLanes);
-#pragma omp parallel num_threads(p.threads)
+  const int threads = threads_for(p.batch * p.heads * p.rows * p.clusters / 8, p.threads);
+#pragma omp parallel num_threads(threads)
   {
     Selector selector(p);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < p.batch * p.heads * strips; ++i) {
       const int64_t head = i / strips;
       selector.run(head / p.heads, head % p.heads, i % strips * kStripLanes);

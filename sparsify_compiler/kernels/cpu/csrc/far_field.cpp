@@ -147,7 +147,7 @@ bool run(const Merge& problem) {
 #pragma omp parallel num_threads(problem.threads)
   {
     Worker<T> worker(problem);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < count; ++i) worker.run(tiles[i]);
   }
   return true;

@@ -11,10 +11,34 @@
 
 struct Problem;
 
-// Each block of keys as one virtual key: see kernels/far_field/virtual_keys.py.
+// Each block of keys as one virtual key: see kernels/far_field/virtual_keys.py. `left` and `keys` have data where a row
+// may read some keys of a block: the numbers of keys that a row leaves unread, and of visible keys of a block. Then
+// `bounds` has the blocks.
 struct FarField {
   View key, value, bias, matrices, limits;
   int64_t heads, blocks;
+  View left, keys, bounds;
+
+  // The share of a block that a row leaves unread. A number larger than the block counts as all of its keys.
+  float unread(int64_t b, int64_t h, int64_t row, int64_t block) const {
+    const int32_t* bound = bounds.at<const int32_t>(b, h) + block;
+    const int32_t left_of = left.at<const int32_t>(b, h, row)[block], size = bound[1] - bound[0];
+    const int32_t visible = keys.at<const int32_t>(b, h)[block];
+    return float(left_of < size ? left_of : size) / float(visible > 1 ? visible : 1);
+  }
+};
+
+// `with_far_field.cpp`: attention with a far field from beginning to end, in one call. A row of `report` has the density,
+// the gate, the recall and the estimated mass of a head: see kernels/far_field/__init__.py.
+struct WithFarField {
+  const Problem* problem;
+  View bounds, order;  // the blocks that virtual keys approximate
+  View left, keys;     // as in FarField
+  View report;
+  int64_t groups, blocks, sampled_rows;
+  int64_t best;    // with min_gain, the number of other blocks that a row reads, those of largest gain
+  float min_gain;  // negative where no block is read for its gain
+  int32_t linear;  // whether there is a first order
 };
 
 // `far_field.cpp`: the merge of near and far field.
@@ -65,6 +89,7 @@ struct TopK {
 
 extern "C" {
 bool sparsify_attention(const Problem* problem, const FarField* far);  // `far` is null without a far field
+bool sparsify_attention_with_far_field(const WithFarField* problem);
 bool sparsify_merge_far_field(const Merge* problem);
 bool sparsify_block_statistics(const Statistics* problem);
 bool sparsify_kmeans(const KMeans* problem);

@@ -269,7 +269,7 @@ bool run_top_k(const TopK& p) {
 #pragma omp parallel num_threads(p.threads)
   {
     Chooser<T> chooser(p);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < p.batch * p.heads * tiles; ++i) {
       const int64_t head = i / tiles;
       chooser.run(head / p.heads, head % p.heads, i % tiles * tile);

@@ -12,6 +12,7 @@
 #include "check.h"
 #include "interface.h"
 #include "product.h"
+#include "workers.h"
 
 namespace {
 
@@ -21,7 +22,7 @@ constexpr int kStripChannels = kStripVecs * kLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 template <class T>
-class Worker {
+class Worker final : public BlockWorker {
  public:
   explicit Worker(const Statistics& problem)
       : p_(problem),
@@ -29,7 +30,7 @@ class Worker {
         keys_(new float[kChunkTokens * p_.head_dim]),
         values_(new Vec[kChunkTokens * value_vecs_]()) {}
 
-  void run(int64_t b, int64_t h, int64_t block) {
+  void run(int64_t b, int64_t h, int64_t block) override {
     const int32_t* bounds = p_.bounds.at<int32_t>(b, h);
     const int64_t first = bounds[block], last = bounds[block + 1];
     order_ = p_.order.data ? p_.order.at<int32_t>(b, h) : nullptr;
@@ -182,32 +183,30 @@ class Worker {
   std::unique_ptr<Vec[]> values_;
 };
 
-template <class T>
-bool run(const Statistics& problem) {
-  if (!bounds_fit(problem.bounds, problem.batch, problem.heads, problem.blocks, problem.tokens) ||
-      !order_fits(problem.order, problem.batch, problem.heads, problem.tokens)) {
+}  // namespace
+
+std::unique_ptr<BlockWorker> block_worker(const Statistics& problem) {
+  switch (problem.dtype) {
+    case kFloat32: return std::make_unique<Worker<float>>(problem);
+    case kFloat16: return std::make_unique<Worker<Half>>(problem);
+    default: return std::make_unique<Worker<BFloat16>>(problem);
+  }
+}
+
+extern "C" bool sparsify_block_statistics(const Statistics* problem) {
+  const Statistics& p = *problem;
+  if (!bounds_fit(p.bounds, p.batch, p.heads, p.blocks, p.tokens) ||
+      !order_fits(p.order, p.batch, p.heads, p.tokens)) {
     return false;
   }
-  const int64_t count = problem.batch * problem.heads * problem.blocks;
-#pragma omp parallel num_threads(problem.threads)
+#pragma omp parallel num_threads(p.threads)
   {
-    Worker<T> worker(problem);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t head = i / problem.blocks;
-      worker.run(head / problem.heads, head % problem.heads, i % problem.blocks);
+    const auto worker = block_worker(p);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < p.batch * p.heads * p.blocks; ++i) {
+      const int64_t head = i / p.blocks;
+      worker->run(head / p.heads, head % p.heads, i % p.blocks);
     }
   }
   return true;
-}
-
-}  // namespace
-
-extern "C" bool sparsify_block_statistics(const Statistics* problem) {
-  switch (problem->dtype) {
-    case kFloat32: return run<float>(*problem);
-    case kFloat16: return run<Half>(*problem);
-    case kBFloat16: return run<BFloat16>(*problem);
-  }
-  return false;
 }

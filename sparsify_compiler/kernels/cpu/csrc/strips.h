@@ -48,8 +48,8 @@ inline std::unique_ptr<Vec[]> aligned_floats(int64_t count) {
 
 inline float* floats(const std::unique_ptr<Vec[]>& vecs) { return reinterpret_cast<float*>(vecs.get()); }
 
-// Plans tiles of up to kTileQueries queries of one block each, head by head. Returns whether the table fits.
-inline bool plan_tiles(const Problem& p, std::vector<Tile>& tiles) {
+// Whether all indices of the table fit.
+inline bool table_fits(const Problem& p) {
   if (!bounds_fit(p.q_bounds, p.batch, p.heads, p.q_blocks, p.q_tokens) ||
       !bounds_fit(p.kv_bounds, p.batch, p.heads, p.kv_blocks, p.kv_tokens) ||
       !order_fits(p.q_order, p.batch, p.heads, p.q_tokens) ||
@@ -58,11 +58,24 @@ inline bool plan_tiles(const Problem& p, std::vector<Tile>& tiles) {
   }
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads; ++h) {
-      const int32_t* bounds = p.q_bounds.at<int32_t>(b, h);
       for (int64_t block = 0; block < p.q_blocks; ++block) {
         const int32_t listed = *p.kv_num_blocks.at<int32_t>(b, h, block);
         if (listed < 0 || listed > p.width) return false;
         if (!all_below(p.kv_indices.at<int32_t>(b, h, block), listed, p.kv_blocks)) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Tiles of up to kTileQueries queries of one block each, head by head, of a table that fits.
+inline std::vector<Tile> plan_tiles(const Problem& p) {
+  std::vector<Tile> tiles;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t h = 0; h < p.heads; ++h) {
+      const int32_t* bounds = p.q_bounds.at<int32_t>(b, h);
+      for (int64_t block = 0; block < p.q_blocks; ++block) {
+        if (bounds[block] == bounds[block + 1]) continue;
         const int64_t keys = KeyStream(p, b, h, block).count();
         for (int64_t first = bounds[block]; first < bounds[block + 1]; first += kTileQueries) {
           const int64_t last = std::min<int64_t>(first + kTileQueries, bounds[block + 1]);
@@ -71,7 +84,7 @@ inline bool plan_tiles(const Problem& p, std::vector<Tile>& tiles) {
       }
     }
   }
-  return true;
+  return tiles;
 }
 
 // ---- Products --------------------------------------------------------------------------------------------
