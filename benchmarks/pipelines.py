@@ -38,6 +38,8 @@ from sparsify_compiler.testing.models.case import NOISE
 
 ROUNDING = 2e-5
 """The largest relative error of latents in float32."""
+DENSE = {"LTXConditionPipeline": "no video grid"}
+"""Models whose attention stays dense -> a part of the reason. The grid is in the values of positions alone."""
 WIDTH, POOLED, TEXT = 16, 8, 16
 """Width of text embeddings, of pooled ones, and the number of tokens of a prompt."""
 STEPS = 3
@@ -744,7 +746,8 @@ def _measure(row: Row, what: Pipeline, folder: Path, inner: str) -> None:
     for model, found in zip(plans, ran, strict=True):
         sparse = {plan.site.name for plan in model if plan.method != "dense"}
         row.sparse += len(sparse & found)
-        if sparse != found:
+        told = {plan.site.name for plan in model if DENSE.get(row.pipeline, "?") in plan.reason}
+        if sparse != found - told:
             reasons = {plan.site.name: plan.reason for plan in model if plan.site.name in found - sparse}
             row.fault = f"ran {sorted(found)}, sparse {sorted(sparse)}: {reasons}"
     if not max(row.errors) <= ROUNDING:
@@ -756,14 +759,14 @@ def _measure(row: Row, what: Pipeline, folder: Path, inner: str) -> None:
 
 
 class AtLeast(set[int]):
-    """All numbers of at least one."""
+    """Sequences of at least so many tokens that attend to themselves."""
 
     def __init__(self, least: int) -> None:
         super().__init__()
         self.least = least
 
     def __ge__(self, others: Any) -> bool:
-        return min(others) >= self.least
+        return len(others) == 1 and min(others) >= self.least
 
 
 def main(argv: Sequence[str] | None = None) -> int:

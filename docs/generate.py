@@ -445,6 +445,27 @@ def two_ranks() -> str:
     return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
+def pipelines() -> str:
+    """Pipelines of diffusers that make video: sparse attentions, graphs, and the largest error of latents."""
+    record = results("pipelines")
+    cases = [
+        {**case, "sites": f"{case['sparse']} of {case['video_attentions']}", "error": max(case["errors"])}
+        for case in record["cases"]
+    ]
+    columns = {"pipeline": "{pipeline}", "sparse": "{sites}", "graphs": "{graphs}", "error": "{error:.0e}"}
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
+def repositories() -> str:
+    """Transformers of original repositories: sparse attentions, graphs of a call, and the largest error."""
+    record = results("repositories")
+    cases = [
+        {**case, "sites": f"{case['sparse']} of {case['video_attentions']}"} for case in record["cases"]
+    ]
+    columns = {"model": "{model}", "sparse": "{sites}", "graphs": "{graphs}", "error": "{error:.0e}"}
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
 def onnx_speed() -> str:
     """CPU times of exported attention and of a whole model in ONNX Runtime."""
     record = results("export-onnx")
@@ -471,6 +492,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "distillation": distillation,
     "two ranks": two_ranks,
     "ONNX speed": onnx_speed,
+    "pipelines": pipelines,
+    "repositories": repositories,
 }
 
 
