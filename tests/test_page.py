@@ -185,6 +185,26 @@ def test_a_table_that_is_known_before_is_drawn_too(tmp_path: Path) -> None:
     assert "Recall was not measured" in text
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_calls_that_cuda_graphs_replay_keep_no_example() -> None:
+    """A tensor of the pool of a CUDA graph must not outlive its call."""
+    for mode, kept in ((None, True), ("reduce-overhead", False)):
+        torch._dynamo.reset()
+        model = Video(1)
+        changed = sparsify_compiler.apply(
+            model,
+            mode=mode,
+            method="cubes",
+            cube=(1, 2, 2),
+            dense_layers=0,
+            dense_steps=0,
+            inner_backend="eager",
+        )
+        steps(model, latents(GRID), 1)
+        assert changed.stats().measurements
+        assert (changed.stats().reading is not None) == kept
+
+
 def test_a_row_of_a_table_is_that_of_its_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     table = BlockTable.from_block_mask(

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsify_compiler import _torch, page
 from sparsify_compiler.backend import configure, sparsify
+from sparsify_compiler.config import CUDA_GRAPHS
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.blocks import Block, Changes, WholeOrBlocks, call_of, repeated_blocks
@@ -221,6 +222,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             video_of,
             parts_only=bool(regional),
             checks_grid=config.grid is not None,
+            replays=mode in CUDA_GRAPHS,
             options=options,
         )
         run: Callable[..., Any]

@@ -69,6 +69,8 @@ class AppliedModel:
     """The options of the backend."""
     checks_grid: bool = False
     """Whether a grid was given. The analysis raises an error if it fits no attention."""
+    replays: bool = False
+    """Whether CUDA graphs replay its calls. Then no tensor that a call makes may outlive it."""
     state: ModelState = field(init=False)
     graphs: tuple[GraphPlan, ...] = ()
     """The plans that the last finished call ran, in order."""
@@ -345,7 +347,7 @@ class ModelCall:
 
     @cached_property
     def _looks(self) -> bool:
-        return self.model.state.last_reading is None
+        return not self.model.replays and self.model.state.last_reading is None
 
     def looks(self, layout: TokenLayout) -> bool:
         """Whether `look` keeps an example: no call of this video has one yet."""

@@ -127,7 +127,7 @@ class Record:
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Dynamic site -> [len(REPORT), B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [len(REPORT), B, H], see `runtime/site_inputs.py`; empty in the dense phase."""
     wall: float = math.nan
     """Seconds of the call on the clock of the host; NaN where no applied model was called."""
     cpu: float = math.nan
@@ -179,7 +179,7 @@ class ModelState:
     """Models that make one video together share them."""
     _timelines: PerGeneration[Timeline] = field(default_factory=lambda: PerGeneration(Timeline))
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a thread changes `history` or `video`."""
+    """Held while a thread changes `history` or `video`, or goes through `history` in a call."""
 
     @property
     def clock(self) -> StepClock:
@@ -257,7 +257,8 @@ class ModelState:
     def last_reading(self) -> Reading | None:
         """The example of a dynamic site in this generation's last video, if a call has kept one."""
         video = self._timelines.current.video
-        return next((one.reading for one in self.history if one.video == video and one.reading), None)
+        with self._lock:
+            return next((one.reading for one in self.history if one.video == video and one.reading), None)
 
     def record(
         self,
