@@ -22,7 +22,6 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.outputs import check_page
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.call import AppliedModel
-from sparsify_compiler.runtime.site_inputs import REPORT
 
 MOST_FRAMES = 48
 """The most frames of a video that are drawn."""
@@ -34,6 +33,9 @@ MEANINGS: Mapping[str, str] = {
     "kept": "attention mass kept, as the method estimates it",
     "recall": "attention mass truly kept, on the queries that the option measure_recall samples",
     "far_field": "share of the heads that used the far field",
+    "asked_error": "the largest relative error of the attention's output that the option max_error allows",
+    "estimated_error": "this error, by the estimate that chose what was read",
+    "measured_error": "this error, on the queries that are computed exactly",
 }
 """Fields of `Measurement`, in words."""
 
@@ -222,9 +224,9 @@ def _densities(stats: RunStats) -> Iterator[str]:
 def _measured(stats: RunStats) -> Iterator[str]:
     """All fields of the measurements, as means for each site."""
     yield "<h3>What was read, and what it kept</h3>"
-    used = [name for name in REPORT if not math.isnan(stats.mean(name))]
+    used = [name for name in stats.fields if not math.isnan(stats.mean(name))]
     yield _paragraph(
-        *(f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in used if name in MEANINGS),
+        *(f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in used),
         *(
             ["Recall was not measured: the option measure_recall, a share of the queries, measures it."]
             if "recall" not in used

@@ -186,6 +186,28 @@ def test_a_table_that_is_known_before_is_drawn_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_errors_are_shown_where_they_are_limited(dynamic: tuple[Any, Page, str], tmp_path: Path) -> None:
+    model = Video(1)
+    changed = sparsify_compiler.apply(
+        model,
+        method="cubes",
+        cube=(1, 2, 2),
+        max_error=0.2,
+        dense_layers=0,
+        dense_steps=0,
+        inner_backend="eager",
+    )
+    steps(model, latents(GRID), 2)
+    found = Page(changed.report(tmp_path / "page.html").read_text())
+    heads, row = found.tables["Means of each attention over all its sparse calls"]
+    stats = changed.stats()
+    for field in ("asked_error", "estimated_error", "measured_error"):
+        assert row[heads.index(field.replace("_", " "))] == f"{stats.mean(field):.3f}"
+    assert any("Asked error: the largest relative error" in words for words in found.words)
+    assert "asked error" not in dynamic[1].tables["Means of each attention over all its sparse calls"][0]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_calls_that_cuda_graphs_replay_keep_no_example() -> None:
     """A tensor of the pool of a CUDA graph must not outlive its call."""
     for mode, kept in ((None, True), ("reduce-overhead", False)):

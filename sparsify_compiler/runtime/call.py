@@ -381,7 +381,8 @@ class ModelCall:
             self._record.cpu = time.process_time() - self._cpu
             self._record.reading = self._reading
         model.graphs = tuple(self.graphs)
-        if not model.told and not any(graph.sparse for graph in self.graphs):
+        found = any(plan.method != "dense" or plan.guarded for graph in self.graphs for plan in graph)
+        if not model.told and not found:
             model.analysed(self)
         changes = model.compile_rest()
         if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):

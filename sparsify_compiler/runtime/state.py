@@ -135,6 +135,11 @@ class Record:
     reading: Reading | None = None
     """An example of the choice of a dynamic site, in the first such call of a video."""
 
+    @property
+    def ran(self) -> str:
+        """`sparse`, or `dense`: the dense phase, or a call in which the guard ran every site dense."""
+        return self.phase if self.plan.sparse else "dense"
+
     def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
         """Add another program that ran in the same call."""
         self.plan = replace(self.plan, plans=(*self.plan, *plan))
