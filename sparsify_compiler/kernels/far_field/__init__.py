@@ -126,7 +126,7 @@ def attention_with_far_field(
         all_heads: where `query` has some heads of a site, makes numbers of all its heads, [B, H, n], of theirs.
         computed: (heads, queries) to compute, where `key` has as many heads as `query`; None: all. Other rows are
             0, with lse -inf. Decisions and reports do not depend on it.
-        look: gets the table of the blocks that are read, with those that `min_gain` and `best` add.
+        look: gets the table of the blocks that are read, with those that `min_gain`, `best` and `target` add.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
@@ -145,7 +145,8 @@ def attention_with_far_field(
         )
     if far_blocks is not None and (far_field == "drop" or min_gain is not None or target is not None):
         raise OperandError(
-            f"far_blocks are for a far field, without min_gain, got {far_field!r} and min_gain={min_gain}"
+            "far_blocks are for a far field, without min_gain or a target, got "
+            f"{far_field!r} and min_gain={min_gain}"
         )
     if sampled_rows < 0:
         raise OperandError(f"sampled_rows must be 0 or more, got {sampled_rows}")
