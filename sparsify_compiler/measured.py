@@ -17,7 +17,7 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
-from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
+from sparsify_compiler.runtime.state import Example, ModelState, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -79,7 +79,7 @@ class RunStats:
     """(site, times) of each site that the guard ran dense, by the times of its last call."""
     times: tuple[CallTime, ...] = ()
     """The times of all calls, in order, model by model; empty unless `apply` changed the models."""
-    reading: Reading | None = None
+    example: Example | None = None
     """An example of what a dynamic site read; None unless `apply` changed its model."""
 
     @property
@@ -232,8 +232,8 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
         for record in records
         if not math.isnan(record.wall)
     )
-    reading = next((record.reading for record in records if record.reading is not None), None)
-    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), reading)
+    example = next((record.example for record in records if record.example is not None), None)
+    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), example)
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:

@@ -148,18 +148,18 @@ def cells_of(picture: str, kind: str) -> set[tuple[int, int]]:
 def test_the_choice_of_a_dynamic_site_is_drawn(dynamic: tuple[Any, Page, str]) -> None:
     """The pictures have the keys that were read, in a call that had this density."""
     changed, found, text = dynamic
-    reading = changed.stats().reading
-    assert reading.site == "blocks.1"
+    example = changed.stats().example
+    assert example.site == "blocks.1"
     pictures = re.findall(r'<svg class="frame".*?</svg>', text)
     drawn = torch.zeros(2, *GRID, dtype=torch.bool)
     for frame, picture in enumerate(pictures):
         for place, kind in enumerate(("read", "own")):
             for x, y in cells_of(picture, kind):
                 drawn[place, frame, y, x] = True
-    assert torch.equal(drawn[0].flatten(), reading.keys)
-    assert torch.equal(drawn[1].flatten(), reading.queries)
+    assert torch.equal(drawn[0].flatten(), example.keys)
+    assert torch.equal(drawn[1].flatten(), example.queries)
     assert drawn[1, 2, 2, 3], "the token in the middle"
-    assert 0 < reading.keys.sum() < reading.keys.numel()
+    assert 0 < example.keys.sum() < example.keys.numel()
     assert [one["aria-label"] for one in found.pictures[1:]] == [
         f"Frame {frame}: {int(drawn[0, frame].sum())} of 24 tokens read"
         + (f", {count} in the query block" if (count := int(drawn[1, frame].sum())) else "")
@@ -224,7 +224,7 @@ def test_calls_that_cuda_graphs_replay_keep_no_example() -> None:
         )
         steps(model, latents(GRID), 1)
         assert changed.stats().measurements
-        assert (changed.stats().reading is not None) == kept
+        assert (changed.stats().example is not None) == kept
 
 
 def test_a_row_of_a_table_is_that_of_its_mask() -> None:

@@ -102,7 +102,7 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
+class Example:
     """The keys that one block of queries read in a call, in the first batch element and head."""
 
     site: str
@@ -132,7 +132,7 @@ class Record:
     """Seconds of the call on the clock of the host; NaN where no applied model was called."""
     cpu: float = math.nan
     """Seconds of all threads of the process in the meantime."""
-    reading: Reading | None = None
+    example: Example | None = None
     """An example of the choice of a dynamic site, in the first such call of a video."""
 
     @property
@@ -259,11 +259,11 @@ class ModelState:
             timeline.video, timeline.calls = self.video, 0
 
     @property
-    def last_reading(self) -> Reading | None:
+    def last_example(self) -> Example | None:
         """The example of a dynamic site in this generation's last video, if a call has kept one."""
         video = self._timelines.current.video
         with self._lock:
-            return next((one.reading for one in self.history if one.video == video and one.reading), None)
+            return next((one.example for one in self.history if one.video == video and one.example), None)
 
     def record(
         self,
