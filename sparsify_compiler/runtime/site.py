@@ -45,7 +45,7 @@ SHORT_LISTS = 2**28
 """Bytes of lists that may always be in memory, 256 MiB."""
 MOST_PARTS = 8
 """Most parts into which the heads of a site are cut for this."""
-GUARD_ROWS = 16
+JUDGED_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
 TARGET_ROWS = 32
 """The same where they also measure the error, for `max_error`."""
@@ -330,7 +330,7 @@ class SiteFunction:
         if shared is not None:
             table, key, value = self._fetched(table, key, value, site)
             whole = False
-        guarded = 0 if plan.far_field == "drop" else GUARD_ROWS if target is None else TARGET_ROWS
+        judged = 0 if plan.far_field == "drop" else JUDGED_ROWS if target is None else TARGET_ROWS
         last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
@@ -347,7 +347,7 @@ class SiteFunction:
             key_bias=key_bias,
             scale=plan.site.scale,
             provider=plan.provider,
-            sampled_rows=max(guarded, self.sampled_rows),
+            sampled_rows=max(judged, self.sampled_rows),
             all_heads=all_heads,
             computed=computed,
             look=None if look is None else partial(look, before=0 if whole else plan.layout.before),
