@@ -18,7 +18,7 @@ from sparsify_compiler.table import BlockTable
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, provider: str) -> bool:
-    """Whether the op can run on these tensors. It has no gradients, and exported programs lack it."""
+    """Whether the op can run on these tensors. It has no gradients, and exported files do not use it."""
     if provider != "cpu" or torch.compiler.is_exporting():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))
