@@ -312,7 +312,8 @@ class SiteFunction:
             before = before._replace(tensors=tuple(one[:, of_site] for one in before.tensors))
         all_heads = self._all_heads(owners, site)
         shared = self._shared_tokens(site)
-        kept = query.new_full((1, 1, 1), torch.nan)
+        unknown = query.new_full((1, 1, 1), torch.nan)
+        kept = unknown
         state: tuple[Tensor, ...] = ()
         before, target = self._target(before)
         whole, min_gain, far_blocks, best = True, None, None, 0
@@ -357,7 +358,7 @@ class SiteFunction:
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None and target is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
-            errors = [query.new_full((1, 1), torch.nan)] * 2
+            errors = [unknown[..., 0]] * 2
             if known.target is not None:
                 errors = [known.target.estimated[:, None], known.target.measured[:, None]]
                 state = (*state, known.target.state)
