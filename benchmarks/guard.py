@@ -301,7 +301,7 @@ def cost(site: Site) -> dict[str, Any]:
         count = 10_000
         begin = time.process_time()
         for _ in range(count):
-            found.guard.look()
+            found.guard.update()
             found.guarded(Variant())
             with found.guard.watching(warm=True):
                 pass

@@ -214,11 +214,11 @@ def _far_field() -> Iterator[Example]:
         table = bounds, bounds, _index(1, HEADS, BLOCKS), _index(1, HEADS, BLOCKS, 16)
         for launch in far_field.list_launches(tokens, *means, *found[:-1], *table, 0.02, 0.1, listed):
             yield Example("queries in bfloat16", head_dim, None, launch)
-    yield from _guard(_tensor(128, BFLOAT16))
+    yield from _judge(_tensor(128, BFLOAT16))
 
 
-def _guard(tokens: Tensor) -> Iterator[Example]:
-    """Examples of the guard, in which 16 rows read 64 parts of the keys."""
+def _judge(tokens: Tensor) -> Iterator[Example]:
+    """Examples of judging the far field, in which 16 rows read 64 parts of the keys."""
     count, parts, (_, _, _, head_dim) = 16, 64, tokens.shape
     samples = tokens.new_empty(BATCH, HEADS, parts * count, head_dim)
     rows, bounds, numbers = samples[:, :, :count], _index(BATCH, HEADS, BLOCKS + 1), _index(4, parts + 1)

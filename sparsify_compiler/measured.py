@@ -17,7 +17,7 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.runtime.site_inputs import REPORT
-from sparsify_compiler.runtime.state import ModelState, Reading, Record, states_of
+from sparsify_compiler.runtime.state import Example, ModelState, Record, states_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -61,7 +61,7 @@ class CallTime:
     step: int | None
     stream: int
     phase: str
-    """`dense` or `sparse`."""
+    """`sparse`, or `dense` for a call as in `RunStats.dense_calls`."""
     wall: float
     """Seconds on the clock of the host. On a GPU, the call ends when its work is queued."""
     cpu: float
@@ -79,7 +79,7 @@ class RunStats:
     """(site, times) of each site that the guard ran dense, by the times of its last call."""
     times: tuple[CallTime, ...] = ()
     """The times of all calls, in order, model by model; empty unless `apply` changed the models."""
-    reading: Reading | None = None
+    example: Example | None = None
     """An example of what a dynamic site read; None unless `apply` changed its model."""
 
     @property
@@ -91,6 +91,12 @@ class RunStats:
     def recall(self) -> float:
         """Mean attention mass truly kept, over sampled queries; NaN if none was sampled."""
         return self.mean("recall")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of `Measurement` with numbers; those of errors only where a site has a `max_error`."""
+        asked = any(not math.isnan(one.asked_error) for one in self.measurements)
+        return (*REPORT[:4], "asked_error", *REPORT[4:]) if asked else REPORT[:4]
 
     def of(self, method: str) -> "RunStats":
         """The measurements of one method, if programs of several methods ran."""
@@ -107,8 +113,7 @@ class RunStats:
         """A row for each site, with means over calls, batches and heads; a long name stands above its row."""
         from sparsify_compiler.tables import fitting
 
-        asked = any(not math.isnan(one.asked_error) for one in self.measurements)
-        fields = (*REPORT[:4], "asked_error", *REPORT[4:]) if asked else REPORT[:4]
+        fields = self.fields
         others = (name.replace("_", " ") for name in fields[1:])
         headings = ("method", "calls", "density", "lowest head", "highest head", *others)
         names, rows = list(self.by_site()), []
@@ -211,24 +216,24 @@ def stats_of(states: Iterable[ModelState], options: Mapping[str, Any] | None = N
             "sparsify_compiler.explain(model, ...) shows them"
         )
     sparse = (
-        measurement for record in records if record.phase == "sparse" for measurement in _measurements(record)
+        measurement for record in records if record.ran == "sparse" for measurement in _measurements(record)
     )
-    dense = {record.call for record in records if record.phase == "dense" or not record.plan.sparse}
+    dense = {record.call for record in records if record.ran == "dense"}
     guarded = {one.site.name: one.guarded for record in records for one in record.plan if one.guarded}
     times = (
         CallTime(
             call=record.call,
             step=record.tick.step,
             stream=record.tick.stream,
-            phase=record.phase,
+            phase=record.ran,
             wall=record.wall,
             cpu=record.cpu,
         )
         for record in records
         if not math.isnan(record.wall)
     )
-    reading = next((record.reading for record in records if record.reading is not None), None)
-    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), reading)
+    example = next((record.example for record in records if record.example is not None), None)
+    return RunStats(tuple(sparse), len(dense), tuple(guarded.items()), tuple(times), example)
 
 
 def _last_video(state: ModelState, options: Mapping[str, Any] | None) -> list[Record]:

@@ -22,7 +22,6 @@ from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.outputs import check_page
 from sparsify_compiler.plan import AttentionPlan, TokenLayout
 from sparsify_compiler.runtime.call import AppliedModel
-from sparsify_compiler.runtime.site_inputs import REPORT
 
 MOST_FRAMES = 48
 """The most frames of a video that are drawn."""
@@ -34,6 +33,9 @@ MEANINGS: Mapping[str, str] = {
     "kept": "attention mass kept, as the method estimates it",
     "recall": "attention mass truly kept, on the queries that the option measure_recall samples",
     "far_field": "share of the heads that used the far field",
+    "asked_error": "the largest relative error of the attention's output that the option max_error allows",
+    "estimated_error": "this error, by the estimate that chose what was read",
+    "measured_error": "this error, on the queries that are computed exactly",
 }
 """Fields of `Measurement`, in words."""
 
@@ -99,7 +101,7 @@ def _of_model(run: ModelRun) -> Iterator[str]:
     if stats is not None and stats.measurements:
         yield from _densities(stats)
         yield from _measured(stats)
-    yield from _readings(run)
+    yield from _examples(run)
     yield from _plans(run.explanation)
     given = [(name, repr(value)) for name, value in run.options.items()]
     yield "<h3>Options</h3>"
@@ -222,9 +224,9 @@ def _densities(stats: RunStats) -> Iterator[str]:
 def _measured(stats: RunStats) -> Iterator[str]:
     """All fields of the measurements, as means for each site."""
     yield "<h3>What was read, and what it kept</h3>"
-    used = [name for name in REPORT if not math.isnan(stats.mean(name))]
+    used = [name for name in stats.fields if not math.isnan(stats.mean(name))]
     yield _paragraph(
-        *(f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in used if name in MEANINGS),
+        *(f"{name.replace('_', ' ').capitalize()}: {MEANINGS[name]}." for name in used),
         *(
             ["Recall was not measured: the option measure_recall, a share of the queries, measures it."]
             if "recall" not in used
@@ -255,10 +257,10 @@ def _measured(stats: RunStats) -> Iterator[str]:
 # keys that are read
 
 
-def _readings(run: ModelRun) -> Iterator[str]:
-    drawn = [*_static_readings(run.explanation.plans)]
-    if run.stats is not None and run.stats.reading is not None:
-        one = run.stats.reading
+def _examples(run: ModelRun) -> Iterator[str]:
+    drawn = [*_static_examples(run.explanation.plans)]
+    if run.stats is not None and run.stats.example is not None:
+        one = run.stats.example
         drawn.append(
             (f"{one.site}, chosen in the first sparse call", one.layout, one.queries.cpu(), one.keys.cpu())
         )
@@ -271,10 +273,10 @@ def _readings(run: ModelRun) -> Iterator[str]:
         "reads exactly. The other keys are dropped, or approximated by the far field."
     )
     for name, layout, queries, keys in drawn:
-        yield from _reading(name, layout, queries, keys)
+        yield from _example(name, layout, queries, keys)
 
 
-def _static_readings(plans: Iterable[AttentionPlan]) -> Iterator[tuple[str, TokenLayout, Tensor, Tensor]]:
+def _static_examples(plans: Iterable[AttentionPlan]) -> Iterator[tuple[str, TokenLayout, Tensor, Tensor]]:
     """(name, layout, queries, keys) of one site for each choice that is known before a call."""
     first: dict[tuple[TokenLayout, StaticMethod], tuple[str, AttentionPlan]] = {}
     for name, plan in fold(plans):
@@ -287,7 +289,7 @@ def _static_readings(plans: Iterable[AttentionPlan]) -> Iterator[tuple[str, Toke
         yield (f"{name}, {method_text(plan)}", layout, *method.table(layout).row_of(middle))
 
 
-def _reading(name: str, layout: TokenLayout, queries: Tensor, keys: Tensor) -> Iterator[str]:
+def _example(name: str, layout: TokenLayout, queries: Tensor, keys: Tensor) -> Iterator[str]:
     assert layout.grid is not None
     frames, height, width = layout.grid
     video = slice(layout.before, layout.tokens - layout.after)

@@ -564,6 +564,8 @@ LATER = [
         "no sparse call of ...: all ... calls",
         "no report: ...",
     ),
+    "the guard runs ... of ... sparse attentions of a graph dense",
+    *("the guard cannot keep its times in ...: ...", "the guard ignores ..., which is damaged: ..."),
 ]
 """Parts of messages that are put together from variables, or printed by `sparsify run`."""
 

@@ -148,18 +148,18 @@ def cells_of(picture: str, kind: str) -> set[tuple[int, int]]:
 def test_the_choice_of_a_dynamic_site_is_drawn(dynamic: tuple[Any, Page, str]) -> None:
     """The pictures have the keys that were read, in a call that had this density."""
     changed, found, text = dynamic
-    reading = changed.stats().reading
-    assert reading.site == "blocks.1"
+    example = changed.stats().example
+    assert example.site == "blocks.1"
     pictures = re.findall(r'<svg class="frame".*?</svg>', text)
     drawn = torch.zeros(2, *GRID, dtype=torch.bool)
     for frame, picture in enumerate(pictures):
         for place, kind in enumerate(("read", "own")):
             for x, y in cells_of(picture, kind):
                 drawn[place, frame, y, x] = True
-    assert torch.equal(drawn[0].flatten(), reading.keys)
-    assert torch.equal(drawn[1].flatten(), reading.queries)
+    assert torch.equal(drawn[0].flatten(), example.keys)
+    assert torch.equal(drawn[1].flatten(), example.queries)
     assert drawn[1, 2, 2, 3], "the token in the middle"
-    assert 0 < reading.keys.sum() < reading.keys.numel()
+    assert 0 < example.keys.sum() < example.keys.numel()
     assert [one["aria-label"] for one in found.pictures[1:]] == [
         f"Frame {frame}: {int(drawn[0, frame].sum())} of 24 tokens read"
         + (f", {count} in the query block" if (count := int(drawn[1, frame].sum())) else "")
@@ -183,6 +183,48 @@ def test_a_table_that_is_known_before_is_drawn_too(tmp_path: Path) -> None:
     assert read == [6, 0, 6, 6, 0], "frames 0 and 3 are the references"
     assert [len(cells_of(picture, "own")) for picture in pictures] == [0, 0, 6, 0, 0]
     assert "Recall was not measured" in text
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_errors_are_shown_where_they_are_limited(dynamic: tuple[Any, Page, str], tmp_path: Path) -> None:
+    model = Video(1)
+    changed = sparsify_compiler.apply(
+        model,
+        method="cubes",
+        cube=(1, 2, 2),
+        max_error=0.2,
+        dense_layers=0,
+        dense_steps=0,
+        inner_backend="eager",
+    )
+    steps(model, latents(GRID), 2)
+    found = Page(changed.report(tmp_path / "page.html").read_text())
+    heads, row = found.tables["Means of each attention over all its sparse calls"]
+    stats = changed.stats()
+    for field in ("asked_error", "estimated_error", "measured_error"):
+        assert row[heads.index(field.replace("_", " "))] == f"{stats.mean(field):.3f}"
+    assert any("Asked error: the largest relative error" in words for words in found.words)
+    assert "asked error" not in dynamic[1].tables["Means of each attention over all its sparse calls"][0]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_calls_that_cuda_graphs_replay_keep_no_example() -> None:
+    """A tensor of the pool of a CUDA graph must not outlive its call."""
+    for mode, kept in ((None, True), ("reduce-overhead", False)):
+        torch._dynamo.reset()
+        model = Video(1)
+        changed = sparsify_compiler.apply(
+            model,
+            mode=mode,
+            method="cubes",
+            cube=(1, 2, 2),
+            dense_layers=0,
+            dense_steps=0,
+            inner_backend="eager",
+        )
+        steps(model, latents(GRID), 1)
+        assert changed.stats().measurements
+        assert (changed.stats().example is not None) == kept
 
 
 def test_a_row_of_a_table_is_that_of_its_mask() -> None:

@@ -38,7 +38,7 @@ from sparsify_compiler.exporting.state import Functional, functional, name_in_mo
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
 
-FORMAT = "sparsify-compiler export 1"
+FORMAT = "sparsify-compiler export 2"
 PLAN, WEIGHTS, STATE = "plan.json", "weights.pt", "state.pt"
 
 

@@ -27,7 +27,7 @@ from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.grid import cut
 from sparsify_compiler.methods.selection import Blocks, floor_blocks
 from sparsify_compiler.plan import AttentionPlan
-from sparsify_compiler.runtime.site import GUARD_ROWS
+from sparsify_compiler.runtime.site import JUDGED_ROWS
 from sparsify_compiler.table import BlockTable
 
 _LEAST = -1e30
@@ -428,7 +428,7 @@ class CubesSite(nn.Module):
         assert isinstance(plan.settings, Cubes)
         self.scale, self.far_field = plan.site.scale, plan.far_field
         self.by_gain = plan.settings.reads_by_gain(plan.far_field)
-        rows, tokens = min(GUARD_ROWS, layout.tokens), layout.tokens
+        rows, tokens = min(JUDGED_ROWS, layout.tokens), layout.tokens
         positions = (torch.arange(rows) * 2 + 1) * tokens // (2 * rows)
         sample = self.blocks.q_order[0, 0, positions].long() - layout.before
         sample = sample[

@@ -15,6 +15,7 @@ from torch import nn
 
 from sparsify_compiler import _torch, page
 from sparsify_compiler.backend import configure, sparsify
+from sparsify_compiler.config import CUDA_GRAPHS
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.explanation import Explanation
 from sparsify_compiler.hosts.blocks import Block, Changes, WholeOrBlocks, call_of, repeated_blocks
@@ -105,7 +106,8 @@ class Applied:
             prefix = f"{model.name}." if len(self.models) > 1 else ""
             measured = tuple(replace(m, site=prefix + m.site) for m in one.measurements)
             guarded = tuple((prefix + site, times) for site, times in one.guarded)
-            found.append(replace(one, measurements=measured, guarded=guarded))
+            example = one.example and replace(one.example, site=prefix + one.example.site)
+            found.append(replace(one, measurements=measured, guarded=guarded, example=example))
         if not found:
             raise errors[0]
         return RunStats(
@@ -113,7 +115,7 @@ class Applied:
             sum(one.dense_calls for one in found),
             tuple(site for one in found for site in one.guarded),
             tuple(time for one in found for time in one.times),
-            next((one.reading for one in found if one.reading is not None), None),
+            next((one.example for one in found if one.example is not None), None),
         )
 
     def explain(self) -> Explanation:
@@ -221,6 +223,7 @@ def apply(target: Any, *, regional: bool | None = None, mode: str | None = None,
             video_of,
             parts_only=bool(regional),
             checks_grid=config.grid is not None,
+            replays=mode in CUDA_GRAPHS,
             options=options,
         )
         run: Callable[..., Any]

@@ -378,7 +378,7 @@ def _report(run: Any) -> str:
     """The measurements of a model, or why there are none. `run`: its last video, a `ModelRun`."""
     if run.stats is None:
         return f"sparsify: no sparse call of {run.name} was recorded: {_why(run.explanation.plans)}"
-    if not run.stats.measurements:
+    if not run.stats.measurements and not run.stats.guarded:
         return (
             f"sparsify: no sparse call of {run.name}: all {run.stats.dense_calls} calls of its last video are "
             "among the first steps, which stay dense (--option dense_steps=)"

@@ -28,7 +28,7 @@ from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
 from sparsify_compiler.runtime.recomputing import Log, new_log
-from sparsify_compiler.runtime.state import ModelState, Reading, Record, state_of
+from sparsify_compiler.runtime.state import Example, ModelState, Record, state_of
 from sparsify_compiler.table import BlockTable
 
 log = logging.getLogger("sparsify_compiler")
@@ -69,6 +69,8 @@ class AppliedModel:
     """The options of the backend."""
     checks_grid: bool = False
     """Whether a grid was given. The analysis raises an error if it fits no attention."""
+    replays: bool = False
+    """Whether CUDA graphs replay its calls. Then no tensor that a call makes may outlive it."""
     state: ModelState = field(init=False)
     graphs: tuple[GraphPlan, ...] = ()
     """The plans that the last finished call ran, in order."""
@@ -213,7 +215,7 @@ class ModelCall:
         self._counts: Counter[str] = Counter()
         self._tick: Tick | None = None
         self._record: Record | None = None
-        self._reading: Reading | None = None
+        self._example: Example | None = None
         self._full_names: dict[str, str] = {}
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         self.trains = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
@@ -345,11 +347,11 @@ class ModelCall:
 
     @cached_property
     def _looks(self) -> bool:
-        return self.model.state.last_reading is None
+        return not self.model.replays and self.model.state.last_example is None
 
     def looks(self, layout: TokenLayout) -> bool:
         """Whether `look` keeps an example: no call of this video has one yet."""
-        return self._reading is None and self._looks and layout.grid is not None
+        return self._example is None and self._looks and layout.grid is not None
 
     def look(self, site: str, layout: TokenLayout, table: BlockTable, before: int) -> None:
         """Keep the keys that the token in the middle of the video reads, as an example of a dynamic site.
@@ -367,7 +369,7 @@ class ModelCall:
         queries, keys = table.row_of(layout.before + middle - before)
         whole = torch.zeros_like(keys)
         whole[before : before + len(queries)] = queries
-        self._reading = Reading(
+        self._example = Example(
             site=self._full_names.get(site, site), layout=layout, queries=whole, keys=keys
         )
 
@@ -377,9 +379,10 @@ class ModelCall:
         if self._record is not None:
             self._record.wall = time.perf_counter() - self._wall
             self._record.cpu = time.process_time() - self._cpu
-            self._record.reading = self._reading
+            self._record.example = self._example
         model.graphs = tuple(self.graphs)
-        if not model.told and not any(graph.sparse for graph in self.graphs):
+        found = any(plan.method != "dense" or plan.guarded for graph in self.graphs for plan in graph)
+        if not model.told and not found:
             model.analysed(self)
         changes = model.compile_rest()
         if self._by_order and model.analysis and self._attentions != len(model.analysis.parts):

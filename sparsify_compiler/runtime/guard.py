@@ -57,10 +57,10 @@ RUNS = 3
 """The most runs of sparse and of dense attention of a distinct site."""
 _LONG = 0.01
 """Seconds of sparse attention on a CPU from which dense attention is timed on a part of the queries first."""
+_PARTS = 8
+"""The number of such parts of the queries."""
 _SCORES = 1 << 26
 """The most scores that attention by hand computes at once while it is timed."""
-_PARTS = 8
-"""This part is one of as many."""
 _CLEAR = 3.0
 """Ratio of the two times, by the part, at which nothing more is timed."""
 
@@ -202,7 +202,7 @@ class Store:
 
 
 def _checksum(entry: Mapping[str, Any]) -> str:
-    """A checksum of all fields of an entry but itself."""
+    """A checksum of all other fields of an entry."""
     rest = {name: value for name, value in entry.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -443,8 +443,8 @@ class Guard:
         """The sites whose times are not known."""
         return tuple(one for one in self.sites if one.case not in self.times)
 
-    def look(self) -> None:
-        """Take the times that the process knows by now, before a call. Ranks have them in common already."""
+    def update(self) -> None:
+        """Take the times that the process knows by now, before a call. Ranks have the same times already."""
         if not self.settled and self.ranks is None:
             known = {one.case: store().get(one.case) for one in self.unknown}
             if found := {case: times for case, times in known.items() if times is not None}:

@@ -359,7 +359,7 @@ class Program:
             state: the state of the applied model; without a call, the graph runs again in backward.
         """
         planned.check_sizes(args)
-        planned.guard.look()
+        planned.guard.update()
         shown = self._as_named(planned, names)
         if call is not None:
             call.count(shown)

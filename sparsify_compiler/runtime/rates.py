@@ -41,7 +41,7 @@ from sparsify_compiler.runtime.cost import (
     needs_all_queries,
     work_of,
 )
-from sparsify_compiler.runtime.site import GUARD_ROWS
+from sparsify_compiler.runtime.site import JUDGED_ROWS
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.timing import timed
 
@@ -141,7 +141,7 @@ def _measure(
             far_field=far_field,
             far_blocks=chosen.far_blocks,
             provider=provider,
-            sampled_rows=GUARD_ROWS,
+            sampled_rows=JUDGED_ROWS,
         )[0]
 
     dense_time = _time(lambda: scaled_dot_product_attention(query, key, value), inputs)

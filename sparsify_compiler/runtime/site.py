@@ -45,7 +45,7 @@ SHORT_LISTS = 2**28
 """Bytes of lists that may always be in memory, 256 MiB."""
 MOST_PARTS = 8
 """Most parts into which the heads of a site are cut for this."""
-GUARD_ROWS = 16
+JUDGED_ROWS = 16
 """Rows of each head that are computed exactly, to decide whether the far field is used."""
 TARGET_ROWS = 32
 """The same where they also measure the error, for `max_error`."""
@@ -312,7 +312,8 @@ class SiteFunction:
             before = before._replace(tensors=tuple(one[:, of_site] for one in before.tensors))
         all_heads = self._all_heads(owners, site)
         shared = self._shared_tokens(site)
-        kept = query.new_full((1, 1, 1), torch.nan)
+        unknown = query.new_full((1, 1, 1), torch.nan)
+        kept = unknown
         state: tuple[Tensor, ...] = ()
         before, target = self._target(before)
         whole, min_gain, far_blocks, best = True, None, None, 0
@@ -330,7 +331,7 @@ class SiteFunction:
         if shared is not None:
             table, key, value = self._fetched(table, key, value, site)
             whole = False
-        guarded = 0 if plan.far_field == "drop" else GUARD_ROWS if target is None else TARGET_ROWS
+        judged = 0 if plan.far_field == "drop" else JUDGED_ROWS if target is None else TARGET_ROWS
         last = query.shape[2] - plan.layout.after
         if computed is not None and not whole:
             computed = [(heads, _within(rows, plan.layout.before, last)) for heads, rows in computed]
@@ -347,7 +348,7 @@ class SiteFunction:
             key_bias=key_bias,
             scale=plan.site.scale,
             provider=plan.provider,
-            sampled_rows=max(guarded, self.sampled_rows),
+            sampled_rows=max(judged, self.sampled_rows),
             all_heads=all_heads,
             computed=computed,
             look=None if look is None else partial(look, before=0 if whole else plan.layout.before),
@@ -357,7 +358,7 @@ class SiteFunction:
         with torch.no_grad():
             estimated = kept.mean(-1) if min_gain is None and target is None else known.kept
             density = known.density if shared is None else of_all_ranks.densities()
-            errors = [query.new_full((1, 1), torch.nan)] * 2
+            errors = [unknown[..., 0]] * 2
             if known.target is not None:
                 errors = [known.target.estimated[:, None], known.target.measured[:, None]]
                 state = (*state, known.target.state)

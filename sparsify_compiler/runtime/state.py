@@ -102,7 +102,7 @@ class Stream:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
+class Example:
     """The keys that one block of queries read in a call, in the first batch element and head."""
 
     site: str
@@ -127,13 +127,18 @@ class Record:
     tick: Tick
     phase: str
     reports: dict[str, Tensor]
-    """Dynamic site -> [len(REPORT), B, H], see `runtime/site.py`; empty in the dense phase."""
+    """Dynamic site -> [len(REPORT), B, H], see `runtime/site_inputs.py`; empty in the dense phase."""
     wall: float = math.nan
     """Seconds of the call on the clock of the host; NaN where no applied model was called."""
     cpu: float = math.nan
     """Seconds of all threads of the process in the meantime."""
-    reading: Reading | None = None
+    example: Example | None = None
     """An example of the choice of a dynamic site, in the first such call of a video."""
+
+    @property
+    def ran(self) -> str:
+        """`sparse`, or `dense`: the dense phase, or a call in which the guard ran every site dense."""
+        return self.phase if self.plan.sparse else "dense"
 
     def add(self, plan: GraphPlan, phase: str, reports: Mapping[str, Tensor]) -> None:
         """Add another program that ran in the same call."""
@@ -179,7 +184,7 @@ class ModelState:
     """Models that make one video together share them."""
     _timelines: PerGeneration[Timeline] = field(default_factory=lambda: PerGeneration(Timeline))
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a thread changes `history` or `video`."""
+    """Held while a thread changes `history` or `video`, or goes through `history` in a call."""
 
     @property
     def clock(self) -> StepClock:
@@ -254,10 +259,11 @@ class ModelState:
             timeline.video, timeline.calls = self.video, 0
 
     @property
-    def last_reading(self) -> Reading | None:
+    def last_example(self) -> Example | None:
         """The example of a dynamic site in this generation's last video, if a call has kept one."""
         video = self._timelines.current.video
-        return next((one.reading for one in self.history if one.video == video and one.reading), None)
+        with self._lock:
+            return next((one.example for one in self.history if one.video == video and one.example), None)
 
     def record(
         self,

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 import sparsify_compiler
 from sparsify_compiler import OptionError, explain, generation, stats
+from sparsify_compiler.hosts.scripts import _report
+from sparsify_compiler.page import run_of
 from sparsify_compiler.runtime import guard
 from sparsify_compiler.runtime.cost import Speeds, Times, predicted_times
 from sparsify_compiler.runtime.guard import RUNS, Stopwatch, Store
@@ -142,6 +144,24 @@ def test_models_that_apply_changed(paced: Callable[[Pace], Counter[tuple[str, st
     assert sorted(name for name, _ in stats(model).guarded) == [f"blocks.{number}" for number in range(3)]
     assert all(plan.method == "dense" for plan in model_plans(model))
     assert stats(model).dense_calls == STEPS - 2
+    assert [one.phase for one in stats(model).times] == ["sparse", "sparse", "dense", "dense"]
+
+
+def test_an_applied_model_that_is_dense_from_its_first_call(
+    paced: Callable[[Pace], Counter[tuple[str, str]]],
+) -> None:
+    """Its times are those of dense calls, its report names the guard, and it needs no analysis as a whole."""
+    paced(dense_wins)
+    video(compiled(Video(2)))
+    torch._dynamo.reset()
+    model = Video(2)
+    changed = sparsify_compiler.apply(model, **options())
+    video(model)
+    assert changed.models[0].analysis is None
+    assert [one.phase for one in changed.stats().times] == ["dense"] * STEPS
+    text = _report(run_of(changed.models[0], "Video"))
+    assert "The guard ran blocks.0, blocks.1 dense." in text
+    assert "first steps" not in text
 
 
 def model_plans(model: nn.Module) -> list[sparsify_compiler.AttentionPlan]:

@@ -122,11 +122,11 @@ def attention_with_far_field(
             None, the blocks of the table approximate them.
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
             the table. A head does not use the first order of `linear`, or the far field at all, if it raises their
-            summed squared error. 0: no guard, no recall.
+            summed squared error. 0: the far field is always used, and the recall is unknown.
         all_heads: where `query` has some heads of a site, makes numbers of all its heads, [B, H, n], of theirs.
         computed: (heads, queries) to compute, where `key` has as many heads as `query`; None: all. Other rows are
             0, with lse -inf. Decisions and reports do not depend on it.
-        look: gets the table of the blocks that are read, with those that `min_gain` and `best` add.
+        look: gets the table of the blocks that are read, with those that `min_gain`, `best` and `target` add.
 
     Returns:
         out, lse: as in `attention.block_sparse_attention`, with near and far field merged.
@@ -145,7 +145,8 @@ def attention_with_far_field(
         )
     if far_blocks is not None and (far_field == "drop" or min_gain is not None or target is not None):
         raise OperandError(
-            f"far_blocks are for a far field, without min_gain, got {far_field!r} and min_gain={min_gain}"
+            "far_blocks are for a far field, without min_gain or a target, got "
+            f"{far_field!r} and min_gain={min_gain}"
         )
     if sampled_rows < 0:
         raise OperandError(f"sampled_rows must be 0 or more, got {sampled_rows}")
@@ -257,12 +258,12 @@ def in_parts(
             look(table)
         gate, recall, errors = None, nothing, None
         if count:
-            guarded = query, key, value, table, far, others, key_bias, scale, provider, count
+            given = query, key, value, table, far, others, key_bias, scale, provider, count
             with torch.no_grad():
                 if target is None and providers.fuses(provider):
-                    far, gate, recall = _guard_in_one(*guarded)
+                    far, gate, recall = _judge_in_one(*given)
                 else:
-                    far, gate, recall, errors = _guard(*guarded, None if target is None else target.offset())
+                    far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
         gate = torch.ones_like(nothing) if gate is None else gate
         known = nothing if kept is None else kept.float()
         if density is None:
@@ -373,7 +374,7 @@ def merge_parts(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return merged.to(out.dtype), (top.squeeze(2) + total.log()).masked_fill(blind, -torch.inf)
 
 
-def _guard(
+def _judge(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -439,7 +440,7 @@ def _target_report(
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
-def _guard_in_one(
+def _judge_in_one(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -451,10 +452,10 @@ def _guard_in_one(
     provider: str,
     count: int,
 ) -> tuple[VirtualKeys, Tensor, Tensor]:
-    """`_guard`, as one op."""
+    """`_judge`, as one op."""
     others = complement(table) if others is None else others
     found = Judged(
-        *torch.ops.sparsify.guard(
+        *torch.ops.sparsify.judge(
             *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
             *(others.kv_indices, key_bias, count, scale, provider),
         )
@@ -463,8 +464,8 @@ def _guard_in_one(
     return far._replace(bias=found.bias, limits=limits), found.gate, found.recall
 
 
-@custom_op("sparsify::guard")
-def _guard_op(
+@custom_op("sparsify::judge")
+def _judge_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -495,17 +496,17 @@ def _guard_op(
     far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
     found = _empty_judged(query, far_bias, limits)
     parts = _parts(count, key.shape[2], query.device.type)
-    triton.guard(query, key, value, table, far, others, key_bias, count, parts, scale, found)
+    triton.judge(query, key, value, table, far, others, key_bias, count, parts, scale, found)
     return list(found)
 
 
-@_guard_op.register_fake
-def _guard_fake(query: Tensor, *rest: Any) -> list[Tensor]:
+@_judge_op.register_fake
+def _judge_fake(query: Tensor, *rest: Any) -> list[Tensor]:
     return list(_empty_judged(query, rest[10], rest[12]))
 
 
 def _empty_judged(query: Tensor, bias: Tensor, limits: Tensor | None) -> Judged:
-    """Uninitialised results of `guard`."""
+    """Uninitialised results of `judge`."""
     shape = (0,) if limits is None else limits.shape
     gate, recall = (bias.new_empty(query.shape[:2]) for _ in range(2))
     return Judged(bias.new_empty(bias.shape), bias.new_empty(shape), gate, recall)

@@ -2,7 +2,8 @@
 
 Between the kernels of a call lie some hundred small operations on tables and statistics. They take about as long as
 the kernels where a video is small, and the threads wait meanwhile. Here C++ does all of it in one parallel region
-(`kernels/cpu/csrc/with_far_field.cpp`). Calls that need gradients, and those of several ranks, run in parts.
+(`kernels/cpu/csrc/with_far_field.cpp`). Calls that need gradients, those with a target, those of several ranks, and
+the one call of a video that shows its table run in parts.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ from sparsify_compiler.table import BlockTable
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, provider: str) -> bool:
-    """Whether the op can run on these tensors. It has no gradients, and no file has it."""
+    """Whether the op can run on these tensors. It has no gradients, and exported files do not use it."""
     if provider != "cpu" or torch.compiler.is_exporting():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)))

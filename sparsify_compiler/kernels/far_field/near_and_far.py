@@ -1,4 +1,5 @@
-"""Ops `sparsify::near_and_far` and `sparsify::merge_far_field`: keys that are read, and virtual keys for the rest.
+"""Ops `sparsify::near_and_far`, `sparsify::near_and_others` and `sparsify::merge_far_field`: keys that are read,
+and virtual keys for the rest.
 
 The far field is a second call of the attention op, with one virtual key for each block, under the complement of the
 table. The two results are merged by their lse, and the first order is added.
@@ -32,13 +33,17 @@ def near_and_far(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the keys that `table` lists, merged with the virtual keys of the others.
 
-    It is one op if no gradients are needed and the blocks are the table's; else near field, far field and
-    `merge_far_field`.
+    It is one op if no gradients are needed and either the blocks are the table's or the provider fuses; else near
+    field, far field and `merge_far_field`.
     """
     tensors = (query, key, value, *far)
-    if others is not None or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    ):
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if others is not None and providers.fuses(provider) and not learns:
+        return torch.ops.sparsify.near_and_others(
+            *(query, key, value, *table.tensors().values(), key_bias, *far),
+            *(others.kv_bounds, others.kv_num_blocks, others.kv_indices, scale, provider),
+        )
+    if others is not None or learns:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, table: BlockTable, *rest: Any) -> Any:
             return torch.ops.sparsify.block_sparse_attention(
@@ -104,6 +109,47 @@ def _near_and_far_op(
 def _near_and_far_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     table, key_bias, far = BlockTable.of(*rest[:6]), rest[6], VirtualKeys(*rest[7:12])
     _check_near_and_far(query, key, value, table, key_bias, far)
+    return attention.empty_outputs(query, value)
+
+
+@custom_op("sparsify::near_and_others")
+def _near_and_others_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    kv_bounds: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor | None,
+    kv_order: Tensor | None,
+    key_bias: Tensor | None,
+    far_key: Tensor,
+    far_value: Tensor,
+    far_bias: Tensor,
+    matrices: Tensor | None,
+    limits: Tensor | None,
+    other_bounds: Tensor,
+    other_counts: Tensor,
+    other_indices: Tensor,
+    scale: float,
+    provider: str,
+) -> tuple[Tensor, Tensor]:
+    """`sparsify::near_and_far`, with the table of the virtual keys that each row reads."""
+    from sparsify_compiler.kernels.far_field import triton
+
+    table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
+    others = BlockTable.of(q_bounds, other_bounds, other_counts, other_indices, q_order, None)
+    for keys, values, one, bias in ((key, value, table, key_bias), (far_key, far_value, others, far_bias)):
+        attention.check(query, keys, values, one, bias)
+        attention.check_values(query, keys, one, provider)
+    attention.check_exactly(query.device, *_linear_term(matrices, limits, query, value.shape[3], q_bounds))
+    far = VirtualKeys(far_key, far_value, far_bias, _as_read(matrices, limits, provider), limits)
+    return triton.near_and_far(query, key, value, table, far, key_bias, scale, others)
+
+
+@_near_and_others_op.register_fake
+def _near_and_others_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return attention.empty_outputs(query, value)
 
 

@@ -148,7 +148,7 @@ def list_launches(
     )
 
 
-def guard(
+def judge(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -161,7 +161,7 @@ def guard(
     scale: float,
     found: Judged,
 ) -> None:
-    """Fill `found`, see `far_field.Judged`."""
+    """Fill `found`, see `virtual_keys.Judged`."""
     batch, heads, _, head_dim = query.shape
     samples = query.new_empty(batch, heads, parts * count, head_dim)
     bounds = query.new_empty(batch, heads, table.q_bounds.shape[-1], dtype=torch.int32)

@@ -1,7 +1,7 @@
 """The Triton kernels of the far field.
 
     virtual keys      compare -> list
-    guard             sample, then three launches of attention -> judge
+    judge             sample, then three launches of attention -> judge
     near and far      merge, after two launches of attention
 
 `compare` has the scores of the mean query of each block with the mean keys of all blocks, and its output. `list`

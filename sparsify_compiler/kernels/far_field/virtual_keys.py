@@ -206,7 +206,7 @@ def virtual_keys(
 
 
 class Judged(NamedTuple):
-    """Results of `sparsify::guard`, for the sampled rows of each head."""
+    """Results of `sparsify::judge`, for the sampled rows of each head."""
 
     bias: Tensor
     """`VirtualKeys.bias`, -inf in heads whose far field raises the error."""
