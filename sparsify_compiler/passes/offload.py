@@ -18,7 +18,7 @@ def long_lists(graph: fx.Graph) -> list[fx.Node]:
     """The `kv_indices` of at least `LEAST` bytes that attention reads in backward.
 
     PyTorch does not move inputs, such as the tables of `tile`, which are short. It does not move one of several
-    results either, so backward reads a view of such a list.
+    results either, so backward reads a copy of such a list.
     """
     backward = ops.sparsify.block_sparse_attention_backward.default
     place = [argument.name for argument in backward._schema.arguments].index("kv_indices")
@@ -28,14 +28,13 @@ def long_lists(graph: fx.Graph) -> list[fx.Node]:
         if node.op != "call_function" or (_torch.hint(node.meta["val"].nbytes) or 0) < LEAST:
             continue
         if node not in found:
-            found[node] = _viewed(graph, node) if node.target is getitem else node
+            found[node] = _copied(graph, node) if node.target is getitem else node
         call.update_arg(place, found[node])
     return list(found.values())
 
 
-def _viewed(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    value = node.meta["val"]
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
     with graph.inserting_after(node):
-        view = graph.call_function(ops.aten.view.default, (node, list(value.shape)))
-    view.meta["val"] = value.view(value.shape)
-    return view
+        copy = graph.call_function(ops.aten.clone.default, (node,))
+    copy.meta["val"] = node.meta["val"].clone()
+    return copy
