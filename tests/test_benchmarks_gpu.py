@@ -276,6 +276,7 @@ def tiny(monkeypatch):
 
     choose = providers.choose
     monkeypatch.setattr(providers, "choose", lambda _, **of: choose("reference", **of))
+    monkeypatch.setattr(providers, "fuses", lambda _: False)
     monkeypatch.setattr(
         attention,
         "forward",

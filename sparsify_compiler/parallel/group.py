@@ -152,7 +152,7 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
     Raises:
         RankError: ranks differ; or another rank failed, left, or has not come here within the timeout.
     """
-    found = _from_all(ranks, dict(facts))
+    found = facts_of_all(ranks, facts, "the comparison of programs")
     for name in dict.fromkeys(name for each in found for name in each):
         values = [each.get(name, "nothing") for each in found]
         if len(set(values)) > 1:
@@ -164,10 +164,18 @@ def agree(ranks: Ranks, facts: Mapping[str, str]) -> None:
             )
 
 
-def _from_all(ranks: Ranks, facts: dict[str, str]) -> list[dict[str, str]]:
-    """The facts of every rank."""
-    what, device = "the comparison of programs", _torch.device_of_group(ranks.group)
-    text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8).to(device)
+def facts_of_all(ranks: Ranks, facts: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+    """The facts of every rank.
+
+    Args:
+        facts: name -> anything that JSON holds.
+        what: name of the exchange, the same on all ranks.
+
+    Raises:
+        RankError: another rank failed, left, or has not come here within the timeout.
+    """
+    device = _torch.device_of_group(ranks.group)
+    text = torch.frombuffer(bytearray(json.dumps(dict(facts)).encode()), dtype=torch.uint8).to(device)
     length = torch.tensor([len(text)], device=device)
     (lengths,) = exchange([[length] * ranks.size], [[(1,)] * ranks.size], ranks, what)
     shapes = [[(int(one),) for one in lengths]]

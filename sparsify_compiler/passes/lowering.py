@@ -54,7 +54,7 @@ _LEAST = -1e30
 
 _CHOICES = tuple(
     getattr(torch.ops.sparsify, name).default
-    for name in ("kmeans", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
+    for name in ("kmeans", "cluster", "sort_by_label", "top_p_blocks", "top_k_keys", "learn_site")
 )
 """Ops that decide which keys a site reads, and the op that learns from them."""
 _EXCHANGES = (TO_HEADS, TO_TOKENS, GATHER_TOKENS)

@@ -17,16 +17,24 @@ LEAST = 2**20
 def long_lists(graph: fx.Graph) -> list[fx.Node]:
     """The `kv_indices` of at least `LEAST` bytes that attention reads in backward.
 
-    PyTorch moves neither inputs, such as the tables of `tile`, nor one of several results, such as the lists of
-    clusters and cubes; both are short.
+    PyTorch does not move inputs, such as the tables of `tile`, which are short. It does not move one of several
+    results either, so backward reads a copy of such a list.
     """
     backward = ops.sparsify.block_sparse_attention_backward.default
     place = [argument.name for argument in backward._schema.arguments].index("kv_indices")
-    lists = {call.args[place]: None for call in graph.find_nodes(op="call_function", target=backward)}
-    return [
-        node for node in lists if _is_movable(node) and (_torch.hint(node.meta["val"].nbytes) or 0) >= LEAST
-    ]
+    found: dict[fx.Node, fx.Node] = {}
+    for call in graph.find_nodes(op="call_function", target=backward):
+        node = call.args[place]
+        if node.op != "call_function" or (_torch.hint(node.meta["val"].nbytes) or 0) < LEAST:
+            continue
+        if node not in found:
+            found[node] = _copied(graph, node) if node.target is getitem else node
+        call.update_arg(place, found[node])
+    return list(found.values())
 
 
-def _is_movable(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is not getitem
+def _copied(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    with graph.inserting_after(node):
+        copy = graph.call_function(ops.aten.clone.default, (node,))
+    copy.meta["val"] = node.meta["val"].clone()
+    return copy

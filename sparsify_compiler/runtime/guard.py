@@ -45,7 +45,7 @@ from torch.utils._pytree import tree_map_only
 from sparsify_compiler.config import CUDA_GRAPHS
 from sparsify_compiler.methods import LearningMethod
 from sparsify_compiler.outputs import cache_folder
-from sparsify_compiler.parallel.exchange import exchange
+from sparsify_compiler.parallel.group import facts_of_all
 from sparsify_compiler.plan import AttentionPlan, AttentionSite, GraphPlan, Ranks
 from sparsify_compiler.runtime.cost import Times, predicted_times
 from sparsify_compiler.runtime.rates import cpu_model, measured_speeds
@@ -494,21 +494,12 @@ class Guard:
             self.dense = ()
 
     def _of_rank_0(self, times: Mapping[str, Times]) -> Mapping[str, Times]:
-        if self.ranks is None or self.ranks.size == 1 or not self.sites:
+        if self.ranks is None or self.ranks.size == 1:
             return times
-        from sparsify_compiler import _torch
-
-        cases = list(dict.fromkeys(one.case for one in self.sites))
-        missing = Times(math.nan, math.nan)
-        own = torch.tensor(
-            [times.get(case, missing) for case in cases],
-            dtype=torch.float64,
-            device=_torch.device_of_group(self.ranks.group),
-        )
-        shapes = [[tuple(own.shape)] * self.ranks.size]
-        found = exchange([[own] * self.ranks.size], shapes, self.ranks, "the times of the guard")
-        rows = zip(cases, found[0][0].tolist(), strict=True)
-        return {case: Times(*row) for case, row in rows if not math.isnan(row[0])}
+        # By case, since ranks that differ are compared later, with a better error.
+        first, *_ = facts_of_all(self.ranks, times, "the times of the guard")
+        own = {one.case for one in self.sites}
+        return {case: Times(*seconds) for case, seconds in first.items() if case in own}
 
     def shown(self) -> GraphPlan:
         """The plan, in which the sites that run dense are dense."""

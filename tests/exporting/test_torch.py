@@ -80,8 +80,10 @@ def test_a_method_with_state_runs_in_a_fresh_process(tmp_path: Path) -> None:
     script = [sys.executable, "-c", FRESH, path, tmp_path / "calls.pt", tmp_path / "got.pt"]
     subprocess.run(script, check=True)
     got: list[Tensor] = torch.load(tmp_path / "got.pt")
-    expected = outputs(compiled(model, options), inputs, 3)
-    assert all(map(torch.equal, got, expected))
+    # Exported sites run op by op; on a CPU, compiled ones run in one call, which adds in another order.
+    for one, other in zip(got, outputs(compiled(model, options), inputs, 3), strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+    expected = got
 
     weights = torch.load(path / "weights.pt")
     own = model.state_dict()

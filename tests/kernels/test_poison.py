@@ -11,6 +11,7 @@ BOUNDS = torch.tensor([[[0, 3, 6]]], dtype=torch.int32)
 OUTPUTS = {
     attention.empty_outputs: (X, X),
     attention.empty_gradients: (X, X, X),
+    clustering.empty_blocks: (X, 3, 2, 0, 0),
     clustering.empty_kmeans: (X, X),
     clustering.empty_sort: (torch.zeros(1, 2, 6, dtype=torch.int32), 3),
     clustering.empty_top_p: (X, X),
