@@ -452,7 +452,13 @@ def pipelines() -> str:
         {**case, "sites": f"{case['sparse']} of {case['video_attentions']}", "error": max(case["errors"])}
         for case in record["cases"]
     ]
-    columns = {"pipeline": "{pipeline}", "sparse": "{sites}", "graphs": "{graphs}", "error": "{error:.0e}"}
+    columns = {
+        "pipeline": "{pipeline}",
+        "sparse": "{sites}",
+        "graphs": "{graphs}",
+        "compiled again": "{compiled_again}",
+        "error": "{error:.0e}",
+    }
     return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
