@@ -465,9 +465,7 @@ def pipelines() -> str:
 def repositories() -> str:
     """Transformers of original repositories: sparse attentions, graphs of a call, and the largest error."""
     record = results("repositories")
-    cases = [
-        {**case, "sites": f"{case['sparse']} of {case['video_attentions']}"} for case in record["cases"]
-    ]
+    cases = [{**case, "sites": f"{case['sparse']} of {case['video_attentions']}"} for case in record["cases"]]
     columns = {"model": "{model}", "sparse": "{sites}", "graphs": "{graphs}", "error": "{error:.0e}"}
     return f"{filled(cases, columns)}\n\n{origin(record)}"
 

@@ -150,7 +150,9 @@ def _static(value: Any, made_of: Sequence[Tensor] = ()) -> Any:
         size = _torch.hint(value)
         return Unknown(made_of) if size is None else size
     if isinstance(value, (tuple, list)):
-        return type(value)(_static(item, made_of) for item in value)
+        items = [_static(item, made_of) for item in value]
+        unknown = any(isinstance(item, Unknown) for item in items)
+        return tuple(items) if unknown and isinstance(value, torch.Size) else type(value)(items)
     if not isinstance(value, Tensor):
         return value
     sizes = sizes_of(value)
