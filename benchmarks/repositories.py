@@ -42,8 +42,8 @@ DENSE = {
     "LTX-Video": "no video grid",
     "Open-Sora 2": "keys are not the tokens",
 }
-"""Models whose attention stays dense -> a part of the reason. In the last two the grid is in the values of positions;
-in the first, segments of the tokens depend on the values of a mask."""
+"""Models whose attention stays dense -> a part of the reason. In the first, segments of the tokens depend on the
+values of a mask; in the others the grid is in the values of positions."""
 GRID = (5, 7, 9)
 """Frames, rows and columns of tokens."""
 TOKENS = GRID[0] * GRID[1] * GRID[2]
