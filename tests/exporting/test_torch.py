@@ -320,7 +320,7 @@ def test_other_calls_than_the_exported_one_are_refused(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "other"}, "in the format 'sparsify-compiler export 1', got 'other'"),
+        ({"format": "other"}, "in the format 'sparsify-compiler export 2', got 'other'"),
         ({"package": "0.0.1"}, r"exported by sparsify-compiler 0.0.1, and this is .*: install that version"),
         ({"files": "aoti", "torch": "2.0"}, "exported by torch 2.0, and this is"),
         ({"device": "cuda"}, "exported on a GPU and needs one"),
