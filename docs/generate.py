@@ -144,7 +144,8 @@ def presets() -> str:
 
 def environment() -> str:
     """The environment variables that the package reads."""
-    return attribute_docs(config)["CHECK_TABLES"]
+    docs = attribute_docs(config)
+    return f"{docs['CHECK_TABLES']}\n\n{docs['GUARD_VARIABLE']}"
 
 
 OPTIONS: Mapping[str, Callable[[], str]] = {

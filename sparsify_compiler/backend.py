@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from sparsify_compiler import _torch
 from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
+from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.options import DEFAULT_METHOD, configure
 from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
@@ -23,7 +24,7 @@ from sparsify_compiler.passes.offload import long_lists
 from sparsify_compiler.passes.places import find_places, fix_tokens
 from sparsify_compiler.passes.planning import graph_plan, learns
 from sparsify_compiler.passes.run_time_sizes import NotKnownBefore, RunTimeSizes
-from sparsify_compiler.plan import GraphPlan
+from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.guard import Guard
@@ -155,7 +156,14 @@ def _program(
             run = _torch.compile_with(config.inner_backend, graph, inputs, mode, offload=offload)
             if ranks is None:
                 return run
-            facts = {"options": dict(options), "seed": torch.initial_seed(), "plan": plan, "variant": variant}
+            facts = {
+                "options": dict(options),
+                "guard": config.guard,
+                "deterministic": torch.are_deterministic_algorithms_enabled(),
+                "seed": torch.initial_seed(),
+                "plan": plan,
+                "variant": variant,
+            }
             inputs_of_graph = [node for node in gm.graph.nodes if node.op == "placeholder"]
             names = [input_path(node) for node in inputs_of_graph]
             changing = [input_path(node) for node in inputs_of_graph if not _torch.is_model_tensor(node)]
@@ -230,8 +238,11 @@ def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
     return found
 
 
-def reads_more_or_less(far_field: str) -> str:
-    """A sentence about the option that sets how much the default method reads, for a far field."""
+def reads_more_or_less(plan: AttentionPlan) -> str:
+    """A sentence about the option that sets how much the default method reads."""
+    far_field = plan.far_field
+    if max_error_of(plan.settings) is not None:
+        return "options={'max_error': e} reads more (towards 0) or less (towards 1)"
     if far_field == "linear":
         return "options={'min_gain': g} reads more (towards 0) or less (above 0.02)"
     return f"options={{'far_field': {far_field!r}, 'top_p': p}} reads more (up to 1) or less"
@@ -267,7 +278,7 @@ def _tell(
     if plan.sparse and not {"method", "preset", "policy"} & set(options):
         warn_once(
             f"sparsify rewrites attention to be sparse, which is lossy. The default method is {DEFAULT_METHOD!r}, "
-            f"here with far_field={plan.sparse[0].far_field!r}: {reads_more_or_less(plan.sparse[0].far_field)}; "
+            f"here with far_field={plan.sparse[0].far_field!r}: {reads_more_or_less(plan.sparse[0])}; "
             "options={'method': 'dense'} keeps full attention."
         )
     if plan.sparse and left:

@@ -32,6 +32,10 @@ CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 """Modes of torch.compile that make CUDA graphs."""
 GUARDS = ("measured", "cached", "off")
 """Choices of the option `guard`, the default first."""
+GUARD_VARIABLE = "SPARSIFY_GUARD"
+"""The environment variable `SPARSIFY_GUARD` has the choice of the option `guard` where a program sets none:
+`measured`, `cached` or `off`. The file of the guard lies next to torch.hub's directory, which `TORCH_HOME`
+moves."""
 FORMS = ("auto", "hcp", "scp", "hybrid")
 """Forms of sharing a model among ranks."""
 
@@ -159,10 +163,12 @@ class SparsifyConfig:
             raise OptionError(f"measure_recall must be a share in [0, 1], got {self.measure_recall!r}")
         if not isinstance(self.offload_indices, bool):
             raise OptionError(f"offload_indices must be True or False, got {self.offload_indices!r}")
+        source = "guard"
         if self.guard is None:
-            object.__setattr__(self, "guard", os.environ.get("SPARSIFY_GUARD") or GUARDS[0])
+            source = f"{source} in the environment variable {GUARD_VARIABLE}"
+            object.__setattr__(self, "guard", os.environ.get(GUARD_VARIABLE) or GUARDS[0])
         if self.guard not in GUARDS:
-            raise unknown_choice("guard", self.guard, GUARDS)
+            raise unknown_choice(source, self.guard, GUARDS)
         if self.offload_indices and self.inner_backend != "inductor":
             raise OptionError(
                 f"offload_indices needs inner_backend='inductor', which moves the lists, got {self.inner_backend!r}"

@@ -341,7 +341,7 @@ def _hints(graphs: Sequence[GraphPlan], config: SparsifyConfig, options: Mapping
     general, own = split_options(options)
     sparse = [plan for graph in graphs for plan in graph.sparse]
     if sparse and not {"method", "policy"} & general.keys() and not own:
-        yield f"the method is the default; {reads_more_or_less(sparse[0].far_field)}."
+        yield f"the method is the default; {reads_more_or_less(sparse[0])}."
     if config.policy is not None and config.policy.advice:
         yield f"{config.policy.advice}."
 

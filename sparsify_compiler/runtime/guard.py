@@ -502,13 +502,13 @@ class Guard:
         return {case: Times(*seconds) for case, seconds in first.items() if case in own}
 
     def shown(self) -> GraphPlan:
-        """The plan, in which the sites that run dense are dense."""
+        """The plan, with the times that are known. The sites that run dense are dense in it."""
         times = {one.plan.site.name: self.times[one.case] for one in self.sites if one.case in self.times}
-        names = set(self.dense)
         return replace(
             self.plan,
             plans=tuple(
-                as_dense(one, times[one.site.name]) if one.site.name in names else one for one in self.plan
+                _with_times(one, times.get(one.site.name), dense=one.site.name in self.dense)
+                for one in self.plan
             ),
         )
 
@@ -526,6 +526,13 @@ def as_dense(plan: AttentionPlan, times: Times) -> AttentionPlan:
         guarded=str(times),
         reason=why,
     )
+
+
+def _with_times(plan: AttentionPlan, times: Times | None, *, dense: bool) -> AttentionPlan:
+    """The plan of a site with its times, if they are known."""
+    if times is None:
+        return plan
+    return as_dense(plan, times) if dense else replace(plan, reason=f"{plan.reason}; {times}")
 
 
 def known_plan(plan: GraphPlan, option: str | None, recall: float, device: str | None) -> GraphPlan:
@@ -550,4 +557,4 @@ def _known(
         elif times is None:
             yield one
         else:
-            yield as_dense(one, times) if times.dense_wins else replace(one, reason=f"{one.reason}; {times}")
+            yield _with_times(one, times, dense=times.dense_wins)

@@ -419,7 +419,7 @@ class Program:
 
     def _as_named(self, planned: PlannedGraph, names: tuple[str, ...]) -> GraphPlan:
         """The plan that runs, with the names of the attentions in the whole model, if they are given."""
-        key = planned, names, planned.guard.dense
+        key = planned, names, tuple(planned.guard.times)
         if key not in self._renamed:
             plan = planned.guard.shown()
             named = zip(plan, names or [one.site.name for one in plan], strict=True)

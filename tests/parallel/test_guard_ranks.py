@@ -1,5 +1,6 @@
 """The guard on real ranks: all of them take the times of rank 0."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from sparsify_compiler._torch import process_group
+from sparsify_compiler.errors import RankError
 from sparsify_compiler.plan import Ranks
 from sparsify_compiler.runtime import guard
 from sparsify_compiler.testing.dits import Attend
@@ -56,6 +58,28 @@ def videos(ranks: Ranks, dense_on_rank_0: bool, form: str, method: str) -> list[
             compiled = torch.compile(model, backend="sparsify", options=options, dynamic=False)
             found.append([difference(compiled, model, step) for step in range(STEPS)])
     return found
+
+
+def in_another_environment(ranks: Ranks) -> str:
+    """The error of a call where rank 1 has another choice of the guard."""
+    options = {
+        **{"method": "svg2", **METHODS["svg2"], "dense_steps": 0, "inner_backend": "eager"},
+        "parallel": {
+            "mesh": DeviceMesh.from_group(process_group(ranks.group), "cpu"),
+            "timeout": ranks.timeout,
+        },
+    }
+    torch.manual_seed(0)
+    model = Attend().eval()
+    choice = {"SPARSIFY_GUARD": ("off", "cached")[ranks.rank]}
+    with patch.dict(os.environ, choice), torch.no_grad(), pytest.raises(RankError) as raised:
+        torch.compile(model, backend="sparsify", options=options)(torch.randn(1, 4, 3, 4, 6))
+    return str(raised.value)
+
+
+def test_ranks_that_guard_otherwise_are_told_apart(pool: Pool) -> None:
+    for error in pool.run(2, in_another_environment):
+        assert "guard" in error
 
 
 def difference(compiled: Callable[..., Tensor], model: nn.Module, step: int) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import sparsify_compiler
 from sparsify_compiler import OptionError, explain, generation, stats
+from sparsify_compiler.backend import configure
 from sparsify_compiler.hosts.scripts import _report
 from sparsify_compiler.page import run_of
 from sparsify_compiler.runtime import guard
@@ -444,6 +445,24 @@ def test_explain_says_where_sparse_attention_is_faster(
     plan, _ = explain(model, latents(GRID), torch.tensor([900.0])).plans
     assert plan.method == "tile"
     assert plan.reason.endswith("dense: 2 ms here, 1 ms sparse")
+
+
+def test_an_applied_model_explains_the_times_of_sites_that_stay_sparse(
+    paced: Callable[[Pace], Counter[tuple[str, str]]],
+) -> None:
+    paced(sparse_wins)
+    model = Video(2)
+    changed = sparsify_compiler.apply(model, **options())
+    video(model)
+    assert all(plan.reason.endswith("dense: 2 ms here, 1 ms sparse") for plan in changed.explain().plans), (
+        changed.explain()
+    )
+
+
+def test_a_wrong_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSIFY_GUARD", "no")
+    with pytest.raises(OptionError, match=r"guard in the environment variable SPARSIFY_GUARD 'no'"):
+        configure({"method": "svg2"})
 
 
 @pytest.mark.parametrize("value", ["on", "", True, 1, None.__class__, ["off"]])
