@@ -49,6 +49,8 @@ def check_page(path: str | Path) -> Path:
     Raises:
         OptionError: the suffix is another, the folder does not exist, or the file cannot be written.
     """
+    if not isinstance(path, (str, Path)):
+        raise OptionError(f"the report must be the path of an HTML file, got {path!r}")
     path = Path(path)
     if path.is_dir():
         raise OptionError(

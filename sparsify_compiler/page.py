@@ -131,9 +131,9 @@ def _summary(run: ModelRun) -> Iterator[str]:
 
 
 def _usual(times: Sequence[CallTime], phase: str) -> float | None:
-    """The median time of the calls of a phase. The first one, which compiles, counts only where it is alone."""
+    """The median time of the calls of a phase without the first, which compiles; None where it is alone."""
     own = [one.wall for one in times if one.phase == phase]
-    return median(own[1:] or own) if own else None
+    return median(own[1:]) if len(own) > 1 else None
 
 
 # times

@@ -3,6 +3,7 @@
 import html
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import sparsify_compiler
 from sparsify_compiler import page
 from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.measured import CallTime
+from sparsify_compiler.page import document, run_of
 from sparsify_compiler.table import BlockTable
 from sparsify_compiler.testing.videos import Video, latents, steps
 
@@ -255,6 +258,22 @@ def test_names_are_escaped(dynamic: tuple[Any, Page, str]) -> None:
     assert "<script>" not in text
     assert f"<h2>{html.escape(run.name)}</h2>" in text
     assert ["<script>", "'<i>&'"] in Page(text).tables["The options that were given"]
+
+
+def test_a_call_that_compiles_is_no_usual_one(dynamic: tuple[Any, Page, str]) -> None:
+    changed, *_ = dynamic
+    dense = CallTime(call=0, step=0, stream=0, phase="dense", wall=9.0, cpu=9.0)
+    sparse = [replace(dense, phase="sparse", wall=wall) for wall in (5.0, 0.25, 0.5, 0.75)]
+    run = run_of(changed.models[0], "model")
+    assert run.stats is not None
+    summary = document([replace(run, stats=replace(run.stats, times=(dense, *sparse)))])
+    assert "without the first of its phase: sparse 0.500 s." in summary
+
+
+@pytest.mark.parametrize("path", [None, 5])
+def test_a_page_has_a_path(dynamic: tuple[Any, Page, str], path: Any) -> None:
+    with pytest.raises(OptionError, match="must be the path of an HTML file, got"):
+        dynamic[0].report(path)
 
 
 @pytest.mark.parametrize(
