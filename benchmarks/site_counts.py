@@ -50,7 +50,7 @@ DENSITY = 0.1
 ARCH = configs.row(9)
 """The tiles of `configs` for compute capability 9.0."""
 TRIES = 5
-"""Calls of which the fastest gives the host time."""
+"""Number of calls; the fastest gives the host time."""
 
 VIDEOS: dict[str, tuple[Grid, int]] = {
     "Wan 14B 720p": ((21, 45, 80), 40),

@@ -62,7 +62,7 @@ class Tokens:
     def centroids(
         self, state: "State", starts: tuple[Tensor, Tensor], *, first: int, later: int
     ) -> tuple[Tensor, Tensor]:
-        """Those of the video's queries and of its keys, after this call's iterations."""
+        """The centroids of the video's queries and of its keys, after this call's iterations."""
         warm, video = state.initialised, self.video()
         if self._clusters_together:
             return kmeans_of_both(
@@ -77,7 +77,7 @@ class Tokens:
     def clusters(
         self, state: "State", starts: tuple[Tensor, Tensor], *, first: int, later: int
     ) -> tuple[Side, Side]:
-        """Those of the video's queries and of its keys, after this call's iterations, as blocks of the sequence."""
+        """The clusters of the video's queries and of its keys, after this call's iterations."""
         layout, heads, warm = self.layout, self.query.shape[1], state.initialised
         if self._clusters_together:
             inputs = *self.video(), *state.tensors, *starts, warm

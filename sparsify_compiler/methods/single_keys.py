@@ -168,7 +168,7 @@ def single_key_table(
 
 
 def _one_block(bounds: Tensor, tokens: int) -> Tensor:
-    """Bounds of the same number of blocks, of which the first has all tokens."""
+    """Bounds of the same number of blocks: the first has all tokens, the others are empty."""
     result = torch.full_like(bounds, tokens)
     result[..., 0] = 0
     return result

@@ -77,7 +77,7 @@ MENU: tuple[Mapping[str, Any], ...] = (
 PARTS = 1000
 """Number of parts of a total."""
 REPEATS = 3
-"""Number of timed calls of an attention, of which the median counts."""
+"""Number of timed calls of an attention; their median counts."""
 
 Inputs = Mapping[str, Any]
 """Keyword arguments of a call of the model."""

@@ -40,7 +40,7 @@ pytestmark = POISONED
 any_example = examples(5, 25)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Of a squared distance, beside the largest: a provider may round centroids to the type of the points."""
+"""Tolerance of a squared distance, relative to the largest: a provider may round centroids to the points' type."""
 
 
 def points_like_keys(

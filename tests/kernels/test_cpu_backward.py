@@ -167,8 +167,8 @@ def test_large_scores_do_not_overflow(backward, dtype):
 def test_what_is_not_finite_reaches_only_what_it_was_multiplied_with(
     backward, dtype, poison, where, dims, queries
 ):
-    """One element of block 4 is poisoned: that block's gradients are, but for those of values, which do not depend
-    on values. All others keep their bits."""
+    """One element of block 4 is poisoned, and so are the gradients of that block, except those of values, which do
+    not depend on values. All others keep their bits."""
     tensors = dict(zip(("query", "key", "value"), qkv(1, 2, 2, 210, 210, *dims, dtype), strict=True))
     rows = torch.eye(10, dtype=torch.bool).repeat_interleave(21 // queries, 0)
     table = uniform_table(rows, queries, 21)

@@ -125,7 +125,7 @@ def test_far_blocks_that_do_not_fit():
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("far_field", ["mean", "linear"])
 def test_gradients_flow_to_the_keys_that_are_left(provider, far_field):
-    """Of the formulas, by autograd in float64; and the guard takes rows of both tables."""
+    """The gradients are those of the formulas, by autograd in float64; sampled rows are in both tables."""
     query, key, value = (t.requires_grad_() for t in qkv(1, 2, 2, 12, 12, 16, 16, torch.float32))
     read = torch.rand(1, 2, 3, 12, generator=torch.Generator().manual_seed(0)) < 0.4
     table = BlockTable.from_block_mask(read, torch.full((1, 1, 3), 4), torch.ones(1, 1, 12))

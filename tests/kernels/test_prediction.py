@@ -94,7 +94,7 @@ def assert_best(
     *,
     slack=0.0,
 ) -> None:
-    """Every row is the best choice, but for scores that lie within `slack` [B, H, G, S] of each other."""
+    """Every row is the best choice, except among scores within `slack` [B, H, G, S] of each other."""
     scores = exact_scores(query, key, scale, key_bias)
     width = found[1].shape[-1]
     wanted = budget.expand(scores.shape[:2])[:, :, None].expand(scores.shape[:3])
@@ -299,7 +299,7 @@ def test_groups_read_what_their_queries_attend_to_together(provider, problem, da
 
 
 def test_many_groups_of_many_sizes():
-    """More than a thread takes at once: as the definition has it, but for scores that rounding brings together."""
+    """More groups than a thread takes at once are as in the definition, except where rounding equals scores."""
     random = torch.Generator().manual_seed(1)
     query, key = (torch.randn(1, 2, size, 8, generator=random) for size in (300, 90))
     inner = torch.randint(0, 301, (59,), generator=random).sort().values

@@ -49,7 +49,7 @@ def estimated_shares(q: Tensor, k: Tensor, sizes: Tensor, scale: float) -> Tenso
 
 
 def assert_selected(selected: Any, shares: Tensor, top_p: float, min_blocks: int) -> None:
-    """The fewest clusters in the order of falling share, but for what rounding may hide."""
+    """The fewest clusters in the order of falling share, within rounding."""
     counts, indices, kept = (t.cpu() for t in selected)
     *lead, clusters = shares.shape
     assert (counts.dtype, list(counts.shape)) == (torch.int32, lead)

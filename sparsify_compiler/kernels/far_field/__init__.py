@@ -64,6 +64,17 @@ class Provider(Protocol):
         """(out, lse) of `merge_far_field`, in the layout of `attention.empty_outputs`."""
 
 
+class TargetReport(NamedTuple):
+    """The errors of a call with a target, each the relative error of the output of all heads; [B] fp32."""
+
+    estimated: Tensor
+    """The error by the estimate that chose the blocks."""
+    measured: Tensor
+    """The same error on sampled rows."""
+    state: Tensor
+    """The state of the next call."""
+
+
 class Report(NamedTuple):
     """Measurements of a call for each head: fp32 tensors [B, H] on the device."""
 
@@ -75,19 +86,8 @@ class Report(NamedTuple):
     """Mean share of the true attention mass in the near field, over sampled rows; NaN if no row is sampled."""
     kept: Tensor
     """The same share, estimated from the means of blocks for all queries; NaN without `min_gain` or `target`."""
-    target: "TargetReport | None" = None
+    target: TargetReport | None = None
     """The errors of a call with a target."""
-
-
-class TargetReport(NamedTuple):
-    """The errors of a call with a target, each the relative error of the output of all heads; [B] fp32."""
-
-    estimated: Tensor
-    """The error by the estimate that chose the blocks."""
-    measured: Tensor
-    """On sampled rows."""
-    state: Tensor
-    """The state of the next call."""
 
 
 def attention_with_far_field(

@@ -127,7 +127,7 @@ def virtual_keys(
     key_bias: Tensor | None,
     scale: float,
     provider: str,
-) -> "Found":
+) -> Found:
     """Virtual keys for the keys that a row of a table does not list, of the table's own blocks or of `blocks`.
 
     Args:
@@ -213,7 +213,7 @@ class Judged(NamedTuple):
     limits: Tensor
     """`VirtualKeys.limits`, 0 in heads whose first order raises it; empty without one."""
     gate: Tensor
-    """As in `far_field.Report`, and `recall` too."""
+    """Gate and recall are those of `far_field.Report`."""
     recall: Tensor
 
 
@@ -228,7 +228,7 @@ class Listed(NamedTuple):
     """The same for all other blocks."""
     other_indices: Tensor
     key: Tensor
-    """As in `VirtualKeys`, and `value`, `bias` and `limits` too."""
+    """Keys, values, bias and limits are those of `VirtualKeys`."""
     value: Tensor
     bias: Tensor
     limits: Tensor
