@@ -10,6 +10,8 @@ numbers. A row is right if
 - every output is the twin's within rounding;
 - after `restore`, and after the habit is undone, in either order, outputs are the twin's, bit for bit.
 
+`--training` runs the habits of training instead, see `benchmarks/training_habits.py`.
+
 Rows that the file has already are kept, so that an interrupted run continues. Needs the extra `habits`.
 """
 
@@ -24,26 +26,20 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import sparsify_compiler
+from benchmarks import training_habits
+from benchmarks.attentions import EXACT, Attentions
 from benchmarks.harness import write_json
 from sparsify_compiler.testing.models import CASES, GRID
 
 OUT = Path("benchmarks/results/habits.json")
-EXACT: dict[str, Any] = {
-    "method": "svg2",
-    "top_p": 1.0,
-    "far_field": "drop",
-    "dense_steps": 0,
-    "dense_layers": 0,
-}
 CPU = torch.device("cpu")
 TIMES = (950, 800, 600, 400)
 MODELS = ("wan", "hunyuan_video", "hunyuan_video_15", "mochi", "cogvideox_rope", "ltx")
@@ -345,33 +341,6 @@ HABITS = {
 _SHORT = ("nothing", "block_offload", "sequential_offload", "fp8", "first_block_cache", "pab", "lora", "int8")
 
 
-class Attentions(TorchFunctionMode):
-    """Notes the modules of a model that attend over as many tokens as the video has, with its text."""
-
-    def __init__(self, model: nn.Module, tokens: set[int]) -> None:
-        super().__init__()
-        self.paths = {id(module): path for path, module in model.named_modules()}
-        self.tokens, self.found = tokens, set[str]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            named = dict(zip(("query", "key"), args, strict=False)) | (kwargs or {})
-            if {named["query"].shape[-2], named["key"].shape[-2]} <= self.tokens:
-                frame: Any = sys._getframe(1)
-                while frame is not None and not any(
-                    id(one) in self.paths for one in frame.f_locals.values() if isinstance(one, nn.Module)
-                ):
-                    frame = frame.f_back
-                if frame is not None:
-                    owner = next(
-                        one
-                        for one in frame.f_locals.values()
-                        if isinstance(one, nn.Module) and id(one) in self.paths
-                    )
-                    self.found.add(self.paths[id(owner)])
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
 def _native(model: Any) -> Iterator[None]:
     """Let attention call SDPA inside, so that `Attentions` sees it; other backends give the same numbers."""
@@ -526,6 +495,19 @@ def rows() -> Iterator[tuple[str, Habit, str, str]]:
                         yield model, habit, order, compiled
 
 
+def _inference(inner: str) -> Iterator[tuple[tuple[str, ...], Callable[[], Any]]]:
+    """(identity, function that measures it) of all rows."""
+    for model, habit, order, compiled in rows():
+        key = model, habit.name, order, compiled
+        yield key, partial(measure, model, habit, order, compiled, inner)
+
+
+def _training(inner: str) -> Iterator[tuple[tuple[str, ...], Callable[[], Any]]]:
+    """The same for habits of training."""
+    for row in training_habits.rows():
+        yield row.key, partial(training_habits.measure, row, EXACT | {"inner_backend": inner})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the rows that are missing. Returns 1 if a row is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -535,23 +517,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--again", action="store_true", help="repeat rows of the file that are wrong or not available"
     )
     parser.add_argument("--inner-backend", default="inductor")
+    parser.add_argument("--training", action="store_true", help="habits of training")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     args = parser.parse_args(argv)
-    done: dict[tuple[str, ...], Row] = {}
+    kind: Any = training_habits.TrainingRow if args.training else Row
+    done: dict[tuple[str, ...], Any] = {}
     if args.out is not None and args.out.exists():
-        found = (Row(**case) for case in json.loads(args.out.read_text())["cases"])
+        found = (kind(**case) for case in json.loads(args.out.read_text())["cases"])
         done = {row.key: row for row in found if not (args.again and (row.fault or row.not_available))}
     diffusers_logging.set_verbosity_error()
     start = time.perf_counter()
-    for model, habit, order, compiled in rows():
-        key = model, habit.name, order, compiled
+    for key, run in _training(args.inner_backend) if args.training else _inference(args.inner_backend):
         asked = not args.only or any(fnmatch.fnmatch("/".join(key), pattern) for pattern in args.only)
         if key in done or not asked:
             continue
         if time.perf_counter() - start > args.seconds:
             print("out of time: run the command again", flush=True)
             break
-        done[key] = row = measure(model, habit, order, compiled, args.inner_backend)
+        done[key] = row = run()
         result = row.not_available or row.fault or "right"
         print(
             f"{'/'.join(key)}: {row.sparse} of {row.video_attentions} sparse, error {row.error:.1e}, "

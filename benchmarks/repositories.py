@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import sparsify_compiler
-from benchmarks.habits import EXACT, Attentions
+from benchmarks.attentions import EXACT, AtLeast, Attentions
 from benchmarks.harness import write_json
-from benchmarks.pipelines import AtLeast
 
 ROUNDING = 2e-5
 """The largest relative error of outputs in float32."""

@@ -471,6 +471,38 @@ def repositories() -> str:
     return f"{filled(cases, columns)}\n\n{origin(record)}"
 
 
+def training_habits() -> str:
+    """Habits of training: for each, the ways that are sparse, and the largest error of a gradient."""
+    record = results("training-habits")
+    habits: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in record["cases"]:
+        habits.setdefault((case["model"], case["habit"]), []).append(case)
+    cases = []
+    for (model, habit), ways in habits.items():
+        dense = [
+            f"{one['order']}, {one['compiled']}" for one in ways if one["sparse"] < one["video_attentions"]
+        ]
+        buckets = max(one["buckets"] for one in ways)
+        more = [f"{buckets} buckets"] * (buckets > 1) + [f"dense: {one}" for one in dense]
+        cases.append(
+            {
+                "model": model,
+                "habit": habit,
+                "ways": f"{len(ways) - len(dense)} of {len(ways)}",
+                "error": max(one["error"] for one in ways),
+                "more": "; ".join(more),
+            }
+        )
+    columns = {
+        "model": "{model}",
+        "habit": "{habit}",
+        "ways in which all is sparse": "{ways}",
+        "largest error of a gradient": "{error:.0e}",
+        "": "{more}",
+    }
+    return f"{filled(cases, columns)}\n\n{origin(record)}"
+
+
 def onnx_speed() -> str:
     """CPU times of exported attention and of a whole model in ONNX Runtime."""
     record = results("export-onnx")
@@ -497,6 +529,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "distillation": distillation,
     "two ranks": two_ranks,
     "ONNX speed": onnx_speed,
+    "training habits": training_habits,
     "pipelines": pipelines,
     "repositories": repositories,
 }

@@ -10,12 +10,13 @@ import torch
 from marks import fresh_dynamo, needs_diffusers, no_warnings
 from torch import Tensor, fx, nn
 from torch._functorch._activation_offloading import activation_offloading
+from torch._library.custom_ops import CustomOpDef
 from two_stages import OPTIONS, in_stage_2, made, step
 
 import sparsify_compiler
 from sparsify_compiler import DSVTrainer, OptionError, SparsifyError
-from sparsify_compiler.kernels import providers
-from sparsify_compiler.passes import offload
+from sparsify_compiler.kernels import clustering, prediction, providers
+from sparsify_compiler.passes import lowering, offload
 from sparsify_compiler.runtime.state import state_of
 from sparsify_compiler.testing.dits import Attend
 from sparsify_compiler.testing.models import CASES, GRID, Inputs, take_gradients
@@ -73,6 +74,14 @@ def test_lists_that_wait_on_the_host_change_no_gradient(monkeypatch: pytest.Monk
         assert moved == ([(1, 1)] if offloads else [])
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_every_op_that_chooses_is_kept_where_forward_runs_again() -> None:
+    kept = {op.name() for op in lowering._CHOICES}
+    for family in (clustering, prediction):
+        ops = [op._qualname for op in vars(family).values() if isinstance(op, CustomOpDef)]
+        assert ops
+        assert kept.issuperset(ops)
 
 
 def test_a_recomputed_forward_pass_reuses_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
