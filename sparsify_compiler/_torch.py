@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
+from sparsify_compiler._torch_lock import compile_lock
 from sparsify_compiler.errors import SparsifyError, unknown_choice
 
 log = logging.getLogger(__name__)
@@ -425,9 +426,7 @@ def compile_with(
     When Dynamo has finished, a graph with symbols, or with operators whose bodies may have symbols, gets its own
     environment for them. One thread compiles at a time: PyTorch keeps in globals what it traces.
     """
-    from torch._dynamo.convert_frame import compile_lock
-
-    with compile_lock:
+    with compile_lock():
         return _compile_with(backend, gm, example_inputs, mode, offload)
 
 
@@ -450,6 +449,10 @@ def _compile_with(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    if (
+        getattr(gm, "_param_name_to_source", {}) is None
+    ):  # left by the cache when it compiled this graph before
+        del gm._param_name_to_source
     patches: dict[str, Any] = list_mode_options(mode) if mode not in (None, "default") else {}
     offloading: dict[str, Any] = {}
     if offload is not None:
@@ -554,19 +557,16 @@ def tracing(
                 reset_code(code)
 
 
-_autocast = threading.RLock()
-"""Held by the thread that has changed `torch.autocast`."""
-
-
 @contextmanager
 def autocast_on_meta(device_type: str) -> Iterator[None]:
     """Let code ask for autocast on the meta device, which has none: it gets that of `device_type`.
 
-    One thread at a time: of two, the first to leave would put back the change of the other.
+    One thread at a time, with the lock of compilation: of two, the first to leave would put back the change of the
+    other.
     """
     from torch.amp.autocast_mode import autocast
 
-    with _autocast:
+    with compile_lock():
         usual = autocast.__init__
 
         @wraps(usual)  # Dynamo reads the signature

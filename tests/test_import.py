@@ -34,6 +34,7 @@ LAYERS = (
         "names",
         "_torch",
         "_torch_export",
+        "_torch_lock",
         "outputs",
         "pictures",
         "progress",

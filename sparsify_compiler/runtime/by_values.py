@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from threading import RLock
 from typing import Any, Protocol
+
+from sparsify_compiler._torch_lock import compile_lock
 
 _PROGRAMS = 32
 """The most programs of a graph. The one that was not used for the longest time is dropped."""
@@ -28,15 +29,17 @@ class ProgramsByValues:
     """Makes the program for inputs of these sizes."""
     _programs: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
     """The last used at the end."""
-    _lock: Any = field(default_factory=RLock)
 
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph."""
         inputs = self.sizes.all_inputs(args)
         key = self.sizes.key(inputs)
-        with self._lock:
-            program = self._programs.pop(key, None) or self.compile(inputs)
-            self._programs[key] = program
-            for old in list(self._programs)[:-_PROGRAMS]:
-                del self._programs[old]
+        program = self._programs.get(key)
+        if program is None:
+            with compile_lock():
+                program = self._programs.get(key) or self.compile(inputs)
+        self._programs.pop(key, None)
+        self._programs[key] = program
+        for old in list(self._programs)[:-_PROGRAMS]:
+            self._programs.pop(old, None)
         return program(*inputs)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sparsify_compiler import _torch
+from sparsify_compiler._torch_lock import compile_lock
 from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, GraphPlan, Part, Parts, TokenLayout
@@ -427,7 +428,7 @@ class Hook:
         call = ModelCall(self.model, module, args, kwargs)
         token = _open.set(call)
         try:
-            with nullcontext() if call.trains else self.model.video(call):
+            with compile_lock().call(), nullcontext() if call.trains else self.model.video(call):
                 if not call.trains:
                     call.tick()
                 call.begin()

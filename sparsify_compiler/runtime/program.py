@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from sparsify_compiler import _torch
+from sparsify_compiler._torch_lock import compile_lock
 from sparsify_compiler.errors import OperandError, warn_once
 from sparsify_compiler.names import ROOT
 from sparsify_compiler.plan import AttentionPlan, GraphPlan, Parts
@@ -222,7 +223,9 @@ class PlannedGraph:
             numbers = tuple(value for value in inputs if isinstance(value, int))
             run = self.compiled.get((variant, numbers))
             if run is None:
-                run = self.compiled[variant, numbers] = self.compile(variant, inputs)
+                with compile_lock():
+                    run = self.compiled.get((variant, numbers)) or self.compile(variant, inputs)
+                    self.compiled[variant, numbers] = run
         return run(*inputs)
 
 

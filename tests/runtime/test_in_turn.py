@@ -39,10 +39,10 @@ OPTIONS: dict[str, Any] = {"dense_layers": 0, "dense_steps": 1, "inner_backend":
 HOSTS = "bare", "whole", "regional"
 
 
-def prepared(host: str, method: str = "svg2", layers: int = 2) -> Callable[..., Tensor]:
+def prepared(host: str, method: str = "svg2", layers: int = 2, **others: Any) -> Callable[..., Tensor]:
     """A small model that is compiled by itself, or applied whole or by blocks."""
     model = Video(layers, dim=16)
-    options = {"method": method} | METHODS[method] | OPTIONS
+    options = {"method": method} | METHODS[method] | OPTIONS | others
     if host == "bare":
         return torch.compile(model, backend="sparsify", options=options)
     sparsify_compiler.apply(model, regional=host == "regional", **options)
@@ -98,10 +98,12 @@ def test_a_mixed_state_would_show() -> None:
     assert not any(map(torch.equal, cold[2:], kept[2:]))
 
 
-@pytest.mark.parametrize("host", HOSTS)
-def test_in_two_threads(host: str) -> None:
-    """The first calls of both compile at the same time."""
-    model, together = prepared(host), threading.Barrier(2)
+@pytest.mark.parametrize(
+    ("host", "inner"), [(host, "eager") for host in HOSTS] + [(host, "aot_eager") for host in HOSTS[1:]]
+)
+def test_in_two_threads(host: str, inner: str) -> None:
+    """The first calls of both compile at the same time. With AOTAutograd, PyTorch replaces the calls of modules."""
+    model, together = prepared(host, inner_backend=inner), threading.Barrier(2)
 
     def one(seed: int) -> list[Tensor]:
         out = []
