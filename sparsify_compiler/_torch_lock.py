@@ -2,8 +2,8 @@
 
 While PyTorch traces, it replaces the call of every module of the process. Another thread that calls a module in the
 meantime gets an error, or is traced along. So no thread compiles while another is within a call of an applied
-model, and none begins a call while another compiles, or waits for it. A thread that waits to compile calls no module,
-so calls that all come to compile do so one after another.
+model, and none begins a call while another compiles, or waits for it. A thread that waits to compile calls no
+module, so calls that all come to compile do so one after another.
 """
 
 import threading
