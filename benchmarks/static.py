@@ -157,7 +157,7 @@ def facts(kernel: Any, arch: int) -> dict[str, Any]:
 
 
 def loop_facts(kernel: Any, step: int) -> dict[str, Any]:
-    """The facts of a compiled kernel's main loop, if it has one. The listing that they come from takes half a second.
+    """The facts of a compiled kernel's main loop, if it has one. The listing that they need takes half a second.
 
     `step`: number of keys that the loop takes at a time.
     """
