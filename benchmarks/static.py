@@ -129,10 +129,10 @@ def compiled(launch: Launch, arch: int) -> Any:
     )
 
 
-def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
-    """The facts of a compiled kernel. `step`: number of keys that its main loop takes at a time."""
+def facts(kernel: Any, arch: int) -> dict[str, Any]:
+    """The facts of a compiled kernel."""
     gpu, meta = GPUS[arch], kernel.metadata
-    usage, listing = printed(kernel, "-res-usage"), printed(kernel, "-sass")
+    usage = printed(kernel, "-res-usage")
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     bounds = [
         REGISTERS // (-(-registers * 32 // 256) * 256 * meta.num_warps),
@@ -143,7 +143,7 @@ def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
     if meta.tmem_size:
         bounds.append(TENSOR_COLUMNS // meta.tmem_size)
     ptx = kernel.asm["ptx"]
-    found = {
+    return {
         "registers": registers,
         "spilled": spilled,  # these kernels have no arrays: everything in local memory is a spilled register
         "shared": meta.shared,
@@ -154,14 +154,24 @@ def facts(kernel: Any, arch: int, step: int | None) -> dict[str, Any]:
         "float_atomics": len(re.findall(r"\b(?:red|atom)\.global\S*\.f32", ptx)),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4", ptx)),
     }
-    if step is not None and (loop := sass.main_loop(sass.instructions(listing))) is not None:
-        for name, body in (("loop", loop.always), ("skipped", loop.skipped)):
-            found[name] = {
-                "instructions": _for_keys(len(body), step),
-                "barriers": _for_keys(_count(body, "BAR."), step),
-                "exponentials": _for_keys(_count(body, "MUFU.EX2"), step),
-            }
-    return found
+
+
+def loop_facts(kernel: Any, step: int) -> dict[str, Any]:
+    """The facts of a compiled kernel's main loop, if it has one. The listing that they need takes half a second.
+
+    `step`: number of keys that the loop takes at a time.
+    """
+    loop = sass.main_loop(sass.instructions(printed(kernel, "-sass")))
+    if loop is None:
+        return {}
+    return {
+        name: {
+            "instructions": _for_keys(len(body), step),
+            "barriers": _for_keys(_count(body, "BAR."), step),
+            "exponentials": _for_keys(_count(body, "MUFU.EX2"), step),
+        }
+        for name, body in (("loop", loop.always), ("skipped", loop.skipped))
+    }
 
 
 def _for_keys(count: int, step: int) -> float:
@@ -238,7 +248,8 @@ def measured(place: tuple[int, int]) -> dict[str, Any]:
     example = of_gpu(arch)[number]
     step = STEPS.get(example.kernel)
     kernel = compiled(example.launch, arch)
-    return case(arch, example) | facts(kernel, arch, step and example.launch.arguments[step])
+    loop = {} if step is None else loop_facts(kernel, example.launch.arguments[step])
+    return case(arch, example) | facts(kernel, arch) | loop
 
 
 def line(found: dict[str, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import sparsify_compiler
 from sparsify_compiler import GridError, OptionError, ProviderError, SparsifyError
 from sparsify_compiler.explanation import Explanation, density_text, fold
 from sparsify_compiler.testing.models import CASES, GRID, TEXT
+from sparsify_compiler.testing.videos import Video, latents
 
 OPTIONS = {"method": "tile", "reference_frames": 2}
 
@@ -32,10 +33,12 @@ def explained(hunyuan):
     return sparsify_compiler.explain(model, **inputs, options=OPTIONS)
 
 
-def test_a_compiled_model_is_explained_with_its_own_options(hunyuan, explained):
-    model, inputs = hunyuan
+def test_a_compiled_model_is_explained_with_its_own_options():
+    model, inputs = Video(2), {"hidden_states": latents(GRID), "timestep": torch.tensor([900.0])}
+    explained = sparsify_compiler.explain(model, **inputs, options=OPTIONS)
     compiled = torch.compile(model, backend="sparsify", options=OPTIONS)
     assert str(sparsify_compiler.explain(compiled, **inputs)) == str(explained)
+    assert {plan.method for plan in explained.plans} == {"tile"}
     other = sparsify_compiler.explain(compiled, **inputs, options={"method": "dsv"})
     assert "dense until a trainer (DSVTrainer) or a predictor's file" in other.plans[-1].reason
     for plain in (torch.compile(model), model):

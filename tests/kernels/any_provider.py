@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def examples(slow: int, fast: int) -> settings:
     return settings(
         max_examples=slow if IS_SLOW else fast, suppress_health_check=[HealthCheck.function_scoped_fixture]
     )
+
+
+def opcheck(op: Any, arguments: Any) -> None:
+    """`torch.library.opcheck`, of a slow provider the checks of what its kernels read, write and return.
+
+    How an op is traced and differentiated is the same for all providers.
+    """
+    of_kernels = {"test_utils": ("test_schema", "test_faketensor")} if IS_SLOW else {}
+    torch.library.opcheck(op, arguments, **of_kernels)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -17,6 +17,7 @@ from any_provider import (
     device_of,
     examples,
     generator,
+    opcheck,
     pass_in_the_interpreter,
     threads_of_torch,
 )
@@ -261,12 +262,12 @@ def test_opcheck_with_strided_views(provider):
     ops = torch.ops.sparsify
     for warm in (True, False):
         arguments = (points, centroids.mT.contiguous().mT, start, torch.tensor(warm), 1, 1, provider)
-        torch.library.opcheck(ops.kmeans.default, arguments)
+        opcheck(ops.kmeans.default, arguments)
     labels = torch.zeros(2, 40, 2, dtype=torch.int32, device=points.device).transpose(1, 2)
-    torch.library.opcheck(ops.sort_by_label.default, (labels, 3, provider))
+    opcheck(ops.sort_by_label.default, (labels, 3, provider))
     sizes = torch.ones(1, 1, 6, dtype=torch.int32, device=points.device)[..., ::2]
     arguments = (centroids[:, :, :1].flip(1), centroids[:, :1], sizes, 0.3, 0.5, 1, provider)
-    torch.library.opcheck(ops.top_p_blocks.default, arguments)
+    opcheck(ops.top_p_blocks.default, arguments)
 
 
 def test_autocast_and_autograd_change_nothing(provider):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_provider import POISONED
+from any_provider import POISONED, opcheck
 from cpu_problems import uniform_table
 from far_field_cases import DTYPES, EXAMPLES, FEW, INTERPRETED, PROVIDERS, TOLERANCE, problems, some_table
 from hypothesis import given, settings
@@ -215,7 +215,7 @@ def test_opcheck_with_strided_views(provider, grad):
     matrices = torch.randn(batch, heads, 4, 24, 24).mT.requires_grad_(grad)
     limits = torch.rand(batch, heads, 4, 24).requires_grad_(grad)
     for pair in ((matrices, limits), (None, None)):
-        torch.library.opcheck(
+        opcheck(
             torch.ops.sparsify.merge_far_field.default,
             (query, near, near_lse, far, far_lse, *pair, table.q_bounds, table.q_order, 0.3, provider),
         )
@@ -240,7 +240,7 @@ def test_opcheck_of_both_fields(provider, linear):
     tensors, table = qkv(*FEW, 40, 40, 24, 16, torch.float32), some_table()
     _, far, *_ = virtual_keys(*tensors, table, linear=linear, key_bias=None, scale=0.3, provider=provider)
     arguments = (*tensors, *table.tensors().values(), None, *far, 0.3, provider)
-    torch.library.opcheck(torch.ops.sparsify.near_and_far.default, arguments)
+    opcheck(torch.ops.sparsify.near_and_far.default, arguments)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -250,12 +250,13 @@ def test_opcheck_of_both_fields(provider, linear):
 def test_both_fields_at_once_are_both_merged(provider, dtype, head_dims, queries):
     """Blocks of every path of a kernel, head 1 without a far field, whose near field then keeps its bits."""
     tokens, keys = (80, 40) if INTERPRETED else (600, 200)
-    query, key, value = qkv(1, 4, 2, tokens, keys, *head_dims, dtype)
+    heads, kv_heads = (2, 1) if INTERPRETED else (4, 2)
+    query, key, value = qkv(1, heads, kv_heads, tokens, keys, *head_dims, dtype)
     blocks = torch.rand(tokens // queries, keys // 5, generator=torch.Generator().manual_seed(0)) < 0.4
     blocks[0] = True  # nothing is far
     blocks[1] = False  # nothing is near
     table = uniform_table(blocks, queries, 5, kv_order=torch.randperm(keys).int()[None, None])
-    options = {"key_bias": torch.randn(1, 4, keys), "scale": head_dims[0] ** -0.5, "provider": provider}
+    options = {"key_bias": torch.randn(1, heads, keys), "scale": head_dims[0] ** -0.5, "provider": provider}
     _, far, *_ = virtual_keys(query, key, value, table, linear=True, **options)
     bias = far.bias.clone()
     bias[:, 1] = -torch.inf

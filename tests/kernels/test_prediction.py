@@ -16,6 +16,7 @@ from any_provider import (
     POISONED,
     device_of,
     examples,
+    opcheck,
     pass_in_the_interpreter,
     threads_of_torch,
 )
@@ -419,7 +420,7 @@ def test_opcheck_with_strided_views(provider):
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
     for some_bias, some_bounds in ((None, None), (bias, None), (bias, bounds)):
         arguments = (query, key[:, :1], budgets(3, 7).to(device), some_bounds, some_bias, 8, 0.25, provider)
-        torch.library.opcheck(torch.ops.sparsify.top_k_keys.default, arguments)
+        opcheck(torch.ops.sparsify.top_k_keys.default, arguments)
 
 
 def test_autocast_and_autograd_change_nothing(provider):

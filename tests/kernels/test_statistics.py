@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from any_provider import POISONED
+from any_provider import POISONED, opcheck
 from far_field_cases import DTYPES, EXAMPLES, FEW, PROVIDERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,11 +139,11 @@ def test_opcheck_with_strided_views(provider, grad):
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).int()[None, None]
     bias = torch.randn(1, FEW[1], 40, generator=torch.Generator().manual_seed(0))
     for covariance in (True, False):
-        torch.library.opcheck(
+        opcheck(
             torch.ops.sparsify.block_statistics.default,
             (key, value, bounds, order, bias, covariance, provider),
         )
-    torch.library.opcheck(torch.ops.sparsify.block_means.default, (key, bounds, order, provider))
+    opcheck(torch.ops.sparsify.block_means.default, (key, bounds, order, provider))
 
 
 @pytest.mark.parametrize("covariance", [True, False])

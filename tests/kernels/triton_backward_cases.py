@@ -5,7 +5,7 @@ Every case goes all ways: dK and dV added to by atomics, computed block by block
 
 import pytest
 import torch
-from any_provider import POISONED
+from any_provider import POISONED, opcheck
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -258,7 +258,7 @@ def test_opcheck():
     bias = torch.randn(1, 1, 20, device=DEVICE)
     out, lse = reference.forward(q, k, v, table, bias, 0.25)
     arguments = (torch.ones_like(out), torch.ones_like(lse), out, lse, q, k, v)
-    torch.library.opcheck(
+    opcheck(
         torch.ops.sparsify.block_sparse_attention_backward.default,
         (*arguments, *table.tensors().values(), bias, 0.25, "triton"),
     )

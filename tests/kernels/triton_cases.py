@@ -5,7 +5,7 @@ By hand: `pytest tests/kernels/triton_cases.py` on a GPU, or with TRITON_INTERPR
 
 import pytest
 import torch
-from any_provider import POISONED
+from any_provider import POISONED, opcheck
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -170,7 +170,7 @@ def test_opcheck(ordered):
     orders = {"q_order": order, "kv_order": order} if ordered else {}
     table = table_of([[1, 0], [1, 1]], [15, 25], [30, 10], **orders)
     arguments = (q, k, v, *table.tensors().values(), None, 0.25, "triton")
-    torch.library.opcheck(torch.ops.sparsify.block_sparse_attention.default, arguments)
+    opcheck(torch.ops.sparsify.block_sparse_attention.default, arguments)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")

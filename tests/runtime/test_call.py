@@ -1,6 +1,7 @@
 """The call of an applied model: one clock, one state and one analysis for all graphs that run in it."""
 
 import logging
+from functools import cache
 from typing import Any
 
 import pytest
@@ -80,14 +81,19 @@ def test_every_graph_of_a_call_is_sparse(way: dict[str, Any]) -> None:
         assert sites(found) == {f"blocks.{i}" for i in range(3)}
 
 
+@cache
+def as_one_graph() -> list[Tensor]:
+    """Four steps of the whole model in one graph."""
+    torch._dynamo.reset()
+    return steps(torch.compile(Video(), backend="sparsify", options=SVG2), latents(GRID), 4)
+
+
 @ways
 def test_every_layer_has_a_state_of_its_own(way: dict[str, Any]) -> None:
     """Centroids of one step start those of the next: the outputs are those of the whole model in one graph."""
     model, _ = applied(SVG2, **way)
     got = steps(model, latents(GRID), 4)
-    torch._dynamo.reset()
-    whole = torch.compile(Video(), backend="sparsify", options=SVG2)
-    for one, expected in zip(got, steps(whole, latents(GRID), 4), strict=True):
+    for one, expected in zip(got, as_one_graph(), strict=True):
         assert error(one, expected) < 1e-6
 
 
