@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -197,7 +198,7 @@ def _traced(
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
-            sizes = pipeline.sizes_by_values(gm, config, part=True)
+            sizes = pipeline.sizes_by_values(gm, config, part=True, positions=False)
         except NotKnownBefore:
             sizes = None
         known: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule, tuple[Place, ...]]] = {}
@@ -261,6 +262,14 @@ def _call_block(traced: Callable[..., Any], block: nn.Module, *args: Any, **kwar
     return traced(block, args, kwargs)
 
 
+def _own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The method of its class that a module itself has chosen as its `forward`; None if it has chosen none."""
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return None
+    return forward.__func__ if getattr(type(module), forward.__name__, None) is forward.__func__ else None
+
+
 def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:
     """Copies of a model and of the arguments of its call on the meta device, the model without hooks.
 
@@ -311,6 +320,9 @@ def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Argumen
                 own[key] = type(one)()
             else:
                 own[key] = value(one)
+        forward = _own_forward(old)
+        if forward is not None:
+            own["forward"] = MethodType(forward, new)
         return new
 
     args, kwargs = tree_map(lambda leaf: tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments)

@@ -55,10 +55,11 @@ from sparsify_compiler.passes.axes import (
 from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
-from sparsify_compiler.passes.following import Site, follow
-from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.passes.following import Followed, Site, follow
+from sparsify_compiler.passes.fx import input_name, modules, recorded
 from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
+from sparsify_compiler.runtime.positions import may_be_positions
 
 log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
@@ -72,6 +73,10 @@ _NO_CHANNELS = (
 )
 _TEXT_HINT = " Where other tokens come before or after the video, give options={'text': (before, after)}."
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
+_NO_MESH = (
+    "the positions of its tokens ({}) are no grid in the order of frame, row and column; "
+    "give options={{'grid': (frames, height, width)}}"
+)
 _MOVED = (
     "an operator moved its tokens, or made them in a way that labels cannot follow; only if they still lie in "
     "(frame, row, column) order, give options={'grid': (frames, height, width)}"
@@ -113,6 +118,7 @@ def infer_layouts(
         return gm
     followed = follow(gm, within)
     gm.meta["ends"] = followed.ends
+    found: dict[tuple[fx.Node, int], None] = {}
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -122,15 +128,48 @@ def infer_layouts(
         if given is not None and inferred[1].grid not in (None, grid):
             _say_replaced(grid, inferred[1].grid)
         rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
+        positions = _positions(seen, followed) if layout.grid is None and kind == "self" else []
+        read = [one for one in positions if one[1] in one[0].meta.get("meshes", {})]
+        if read and layout.reason in (_NO_GRID, _MOVED):
+            names = ", ".join(dict.fromkeys(input_name(one) for one, _ in read))
+            layout = replace(layout, reason=_NO_MESH.format(names))
         node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
+        found |= dict.fromkeys(positions)
     if grid is not None and not part:
         check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
+    places = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    gm.meta["positions"] = tuple((places.index(node), dim) for node, dim in found)
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
         used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
         gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
+
+
+def _positions(site: Site, followed: Followed) -> list[tuple[fx.Node, int]]:
+    """The inputs that may hold positions of the tokens of a site, with the dimension of the tokens in them.
+
+    They meet the tokens element by element, and no weights are multiplied into them.
+    """
+    nodes = {source: node for node, source in followed.inputs.items()}
+    features = {run.axis for embedding in followed.embeddings for run in embedding.summed}
+    videos = {claim.axis for run in atoms(site.query.labels[0]) for claim in run.claims}
+    found: dict[tuple[fx.Node, int], None] = {}
+    for claim in (claim for run in atoms(site.query.labels[2]) for claim in run.claims):
+        node, source = nodes.get(claim.source), claim.source
+        if node is None or source.kind != "input":
+            continue
+        others = [(source, dim) for dim in range(len(source.sizes)) if dim != claim.dim]
+        coordinates = math.prod(source.sizes[dim] for _, dim in others if (source, dim) not in videos)
+        dtype = recorded(node).dtype
+        if (
+            3 <= coordinates <= 8
+            and not features & {*others}
+            and may_be_positions(torch.Size(source.sizes), dtype, claim.dim)
+        ):
+            found[node, claim.dim] = None
+    return list(found)
 
 
 @functools.cache

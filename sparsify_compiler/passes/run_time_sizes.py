@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, value_of
+from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, sizes_of, value_of
 from sparsify_compiler.passes.writes import storages_of, written_in
+from sparsify_compiler.runtime.positions import may_be_positions, mesh_of
 
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "exponential")
 """Parts of the names of operators that draw random numbers."""
@@ -31,6 +32,10 @@ _ASSERTIONS = (
     torch._check,
 )
 """Functions that only check numbers."""
+
+
+Position = tuple[int, int]
+"""(place of an input, dimension of the tokens in it)."""
 
 
 class NotKnownBefore(SparsifyError):
@@ -49,6 +54,8 @@ class RunTimeSizes:
     """Dynamo's graph."""
     deciding: tuple[int, ...]
     """The places of the inputs whose sizes may differ from call to call: all but the model's own."""
+    positions: tuple[Position, ...] = ()
+    """The inputs that may hold positions of tokens, whose values decide the layout."""
 
     def all_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """The inputs of a specialised graph, for the inputs of the original one."""
@@ -57,7 +64,8 @@ class RunTimeSizes:
     def key(self, inputs: Sequence[Any]) -> Hashable:
         """Equal for all inputs that one specialised graph serves."""
         found = (inputs[place] for place in self.deciding)
-        return tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
+        sizes = tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
+        return sizes, tuple(mesh_of(inputs[place], dim) for place, dim in self.positions)
 
     def as_it_was(self, *inputs: Any) -> Any:
         """Run the original graph on `all_inputs`, uncompiled."""
@@ -77,6 +85,9 @@ class RunTimeSizes:
         old = (node for node in self.origin.graph.nodes if node.op == "placeholder")
         new = (node for node in gm.graph.nodes if node.op == "placeholder")
         _torch.copy_sources(self.origin, gm, zip(old, new, strict=False))
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        for place, dim in self.positions:
+            placeholders[place].meta.setdefault("meshes", {})[dim] = mesh_of(inputs[place], dim)
         grad_enabled = torch.is_grad_enabled()
         try:
             with _torch.static_fakes() as fake, _torch.quiet_fakes():
@@ -98,13 +109,28 @@ def depends_on_values(gm: fx.GraphModule) -> bool:
     return bool(_symbols(gm))
 
 
+def may_have_positions(gm: fx.GraphModule) -> bool:
+    """Whether an input of a Dynamo graph has few numbers for each of many tokens."""
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    tensors = [value for node in inputs if isinstance(value := value_of(node), Tensor)]
+    shapes = [(sizes_of(one), one) for one in tensors if not isinstance(one, nn.Parameter)]
+    return any(
+        sizes is not None and may_be_positions(torch.Size(sizes), one.dtype, dim)
+        for sizes, one in shapes
+        for dim in range(one.dim())
+    )
+
+
 def _symbols(gm: fx.GraphModule) -> set[Any]:
     nodes = (node for module in modules(gm) for node in module.graph.nodes)
     return {one for node in nodes for one in _torch.run_time_symbols(node.meta.get("example_value"))}
 
 
-def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
+def run_time_sizes(gm: fx.GraphModule, positions: Sequence[Position] = ()) -> RunTimeSizes:
     """Separate the values that decide the sizes of a Dynamo graph, which `depends_on_values`.
+
+    Args:
+        positions: the inputs that may hold positions of tokens.
 
     Raises:
         NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
@@ -134,7 +160,7 @@ def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     own = {place for place, node in enumerate(inputs) if _torch.is_model_tensor(node)}
     deciding_places = (place for place in range(len(inputs) + len(places)) if place not in own)
-    return RunTimeSizes(twin, values, gm, tuple(deciding_places))
+    return RunTimeSizes(twin, values, gm, tuple(deciding_places), tuple(positions))
 
 
 def _name(node: fx.Node) -> str:
@@ -256,7 +282,7 @@ def _check_same_before(gm: fx.GraphModule, twin: fx.GraphModule, before: set[fx.
             raise NotKnownBefore(f"they depend on random numbers ({_name(node)})")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise NotKnownBefore(f"they depend on {_name(node)}")
-    written = written_in(gm)
+    written = written_in(gm) if before else set()
     read = [storages_of(node) for node in before]
     if written is None or any(one is None or written & one for one in read):
         raise NotKnownBefore("they depend on a tensor that the graph may write to")
