@@ -56,10 +56,10 @@ from sparsify_compiler.passes.axis_tracker import AxisTracker, Embedding
 from sparsify_compiler.passes.axis_writes import Known
 from sparsify_compiler.passes.capture import attention_nodes
 from sparsify_compiler.passes.following import Followed, Site, follow
-from sparsify_compiler.passes.fx import input_name, modules, recorded
+from sparsify_compiler.passes.fx import modules, recorded
 from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
-from sparsify_compiler.runtime.positions import may_be_positions
+from sparsify_compiler.runtime.positions import COORDINATES, may_be_positions
 
 log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
@@ -74,8 +74,8 @@ _NO_CHANNELS = (
 _TEXT_HINT = " Where other tokens come before or after the video, give options={'text': (before, after)}."
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
 _NO_MESH = (
-    "the positions of its tokens ({}) are no grid in the order of frame, row and column; "
-    "give options={{'grid': (frames, height, width)}}"
+    "the positions of its tokens are no grid in the order of frame, row and column; "
+    "give options={'grid': (frames, height, width)}"
 )
 _MOVED = (
     "an operator moved its tokens, or made them in a way that labels cannot follow; only if they still lie in "
@@ -129,10 +129,9 @@ def infer_layouts(
             _say_replaced(grid, inferred[1].grid)
         rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
         positions = _positions(seen, followed) if layout.grid is None and kind == "self" else []
-        read = [one for one in positions if one[1] in one[0].meta.get("meshes", {})]
+        read = any(dim in one.meta.get("meshes", {}) for one, dim in positions)
         if read and layout.reason in (_NO_GRID, _MOVED):
-            names = ", ".join(dict.fromkeys(input_name(one) for one, _ in read))
-            layout = replace(layout, reason=_NO_MESH.format(names))
+            layout = replace(layout, reason=_NO_MESH)
         node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
         found |= dict.fromkeys(positions)
@@ -164,7 +163,7 @@ def _positions(site: Site, followed: Followed) -> list[tuple[fx.Node, int]]:
         coordinates = math.prod(source.sizes[dim] for _, dim in others if (source, dim) not in videos)
         dtype = recorded(node).dtype
         if (
-            3 <= coordinates <= 8
+            coordinates in COORDINATES
             and not features & {*others}
             and may_be_positions(torch.Size(source.sizes), dtype, claim.dim)
         ):

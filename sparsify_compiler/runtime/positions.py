@@ -13,14 +13,13 @@ from threading import Lock
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+COORDINATES = range(3, 9)
+"""The numbers of coordinates that a token may have: three, or a few more, or two bounds of each."""
 _COLUMNS = 36
 """The most coordinates of a token, with those of all videos of a batch and without equal ones."""
-_BATCH = 16
-"""The most videos of a batch."""
 _STARTS = 64
 """The most places where a grid may begin that are tried."""
 _RARE = 16
@@ -39,10 +38,19 @@ class Mesh(NamedTuple):
 
 
 def may_be_positions(shape: torch.Size, dtype: torch.dtype, dim: int) -> bool:
-    """Whether a tensor may hold several coordinates for each position of a dimension."""
+    """Whether a tensor may hold the coordinates of each token along a dimension, for each video of a batch."""
     if dtype == torch.bool or dtype.is_complex or not 2 <= len(shape) <= 5 or shape[dim] < 8:
         return False
-    return 3 <= shape.numel() // shape[dim] <= 8 * _BATCH
+    numbers = shape.numel() // shape[dim]
+    of_a_video = numbers // shape[0] if dim > 0 and len(shape) > 2 and shape[0] else numbers
+    return numbers in COORDINATES or of_a_video in COORDINATES
+
+
+def meshes_of(positions: Tensor) -> tuple[tuple[int, Mesh], ...]:
+    """(dimension, mesh) for the dimensions of a tensor along which its values are a grid."""
+    dims = [dim for dim in range(positions.dim()) if may_be_positions(positions.shape, positions.dtype, dim)]
+    found = ((dim, mesh_of(positions, dim)) for dim in dims)
+    return tuple((dim, mesh) for dim, mesh in found if mesh is not None)
 
 
 _lock = Lock()
@@ -58,7 +66,7 @@ def mesh_of(positions: Tensor, dim: int) -> Mesh | None:
     A tensor in the memory of the CPU is compared with the values that were read last. A tensor on another device is
     believed as long as nothing was written to it, so only a new tensor costs a synchronisation.
     """
-    if positions.is_meta or isinstance(positions, FakeTensor):
+    if positions.is_meta or type(positions) not in (Tensor, nn.Parameter):
         return None
     with _lock:
         state = None
@@ -108,7 +116,7 @@ def mesh_along(positions: Tensor, dim: int) -> Mesh | None:
     if len(columns) > _COLUMNS or not bool(columns.isfinite().all()):
         return None
     signs = columns.diff(dim=1).sign().long()  # [K, N - 1]
-    steps = (signs * 3 ** torch.arange(len(columns))[:, None]).sum(0)
+    steps = (signs * 3 ** torch.arange(len(columns), device="cpu")[:, None]).sum(0)
     tokens = columns.shape[1]
     found = [mesh for start in _starts(steps) if (mesh := _from(start, columns, steps, signs)) is not None]
     found = [mesh for mesh in found if 2 * math.prod(mesh.grid) >= tokens]
