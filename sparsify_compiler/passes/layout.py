@@ -149,10 +149,9 @@ def infer_layouts(
 def _positions(site: Site, followed: Followed) -> list[tuple[fx.Node, int]]:
     """The inputs that may hold positions of the tokens of a site, with the dimension of the tokens in them.
 
-    They meet the tokens element by element, and no weights are multiplied into them.
+    They meet the tokens element by element.
     """
     nodes = {source: node for node, source in followed.inputs.items()}
-    features = {run.axis for embedding in followed.embeddings for run in embedding.summed}
     videos = {claim.axis for run in atoms(site.query.labels[0]) for claim in run.claims}
     found: dict[tuple[fx.Node, int], None] = {}
     for claim in (claim for run in atoms(site.query.labels[2]) for claim in run.claims):
@@ -161,12 +160,8 @@ def _positions(site: Site, followed: Followed) -> list[tuple[fx.Node, int]]:
             continue
         others = [(source, dim) for dim in range(len(source.sizes)) if dim != claim.dim]
         coordinates = math.prod(source.sizes[dim] for _, dim in others if (source, dim) not in videos)
-        dtype = recorded(node).dtype
-        if (
-            coordinates in COORDINATES
-            and not features & {*others}
-            and may_be_positions(torch.Size(source.sizes), dtype, claim.dim)
-        ):
+        shape, dtype = torch.Size(source.sizes), recorded(node).dtype
+        if coordinates in COORDINATES and may_be_positions(shape, dtype, claim.dim):
             found[node, claim.dim] = None
     return list(found)
 

@@ -126,6 +126,17 @@ def test_a_tensor_is_read_again_after_a_write() -> None:
 # ---- models
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * HEAD, 6 * HEAD)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        query, key, value = self.project(x).unflatten(2, (3, 2, HEAD)).permute(2, 0, 3, 1, 4)
+        query, key = (turned(one, angles) for one in (query, key))
+        return x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
 class Packed(nn.Module):
     """Blocks of joint attention over text and packed tokens, with a rotary embedding by their positions."""
 
@@ -135,7 +146,7 @@ class Packed(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.embed, self.text = nn.Linear(CHANNELS, 2 * HEAD), nn.Linear(4, 2 * HEAD)
-            self.blocks = nn.ModuleList(nn.Linear(2 * HEAD, 6 * HEAD) for _ in range(2))
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
             self.out = nn.Linear(2 * HEAD, CHANNELS)
         self.requires_grad_(False)
 
@@ -143,11 +154,10 @@ class Packed(nn.Module):
         x, places = self.embed(hidden_states), self.positions_of(positions).float()  # [B, N, 3]
         if text is not None:
             x, places = torch.cat([self.text(text), x], 1), F.pad(places, (0, 0, text.shape[1], 0))
-        angles = (places[..., None] * torch.tensor([1.0, 0.1])).flatten(2)[:, None]  # [B, 1, N, 6]
+        frequencies = torch.tensor([1.0, 0.1], device=places.device)
+        angles = (places[..., None] * frequencies).flatten(2)[:, None]  # [B, 1, N, 6]
         for block in self.blocks:
-            query, key, value = block(x).unflatten(2, (3, 2, HEAD)).permute(2, 0, 3, 1, 4)
-            query, key = (turned(one, angles) for one in (query, key))
-            x = x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+            x = block(x, angles)
         return self.out(x)[:, x.shape[1] - hidden_states.shape[1] :]
 
 
@@ -246,37 +256,13 @@ def test_the_reason_names_positions_that_are_no_grid() -> None:
 @pytest.mark.parametrize("regional", [None, True])
 def test_applied_models(regional: bool | None) -> None:
     """Also where a graph shows only a block, whose tokens the analysis of the whole model follows."""
-
-    class Whole(Packed):
-        def forward(
-            self, hidden_states: Tensor, positions: Tensor, timestep: Tensor, text: Tensor | None = None
-        ) -> Tensor:
-            x, places = self.embed(hidden_states), self.positions_of(positions).float()
-            x = x + timestep[:, None, None] / 1000
-            angles = (places[..., None] * torch.tensor([1.0, 0.1])).flatten(2)[:, None]
-            for block in self.blocks:
-                x = block(x, angles)
-            return self.out(x)
-
-    class Block(nn.Module):
-        def __init__(self, project: nn.Module) -> None:
-            super().__init__()
-            self.project = project
-
-        def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-            query, key, value = self.project(x).unflatten(2, (3, 2, HEAD)).permute(2, 0, 3, 1, 4)
-            query, key = (turned(one, angles) for one in (query, key))
-            return x + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-
     positions_of, given = FORMS["[B, 3, N], seconds and pixels"]
-    model, twin = Whole(positions_of), Whole(positions_of)
-    for one in (model, twin):
-        one.blocks = nn.ModuleList(map(Block, one.blocks))
+    model, twin = Packed(positions_of), Packed(positions_of)
     changed = sparsify_compiler.apply(model, regional=regional, **TILE, dense_steps=0)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     for places in (coordinates(GRID), coordinates(OTHER), coordinates(GRID)[:, order], coordinates(GRID)):
         shuffled = places.equal(coordinates(GRID)[:, order])
         mask = None if shuffled else frames_mask(places[0], 0, 0)
-        check(model, twin, mask, inputs(), given(places), torch.full((2,), 500.0))
+        check(model, twin, mask, inputs(), given(places))
         grids = {plan.layout.grid for plan in changed.models[0].plans}
         assert grids == {None if shuffled else OTHER if places.equal(coordinates(OTHER)) else GRID}
