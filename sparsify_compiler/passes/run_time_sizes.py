@@ -9,6 +9,7 @@ tensor. Where Dynamo captures such code, no layout and no table fits all of the 
 a mask by a few operators, so they can be computed without the rest of the graph.
 """
 
+import logging
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, 
 from sparsify_compiler.passes.writes import storages_of, written_in
 from sparsify_compiler.runtime.positions import may_be_positions, mesh_of
 
+log = logging.getLogger(__name__)
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "exponential")
 """Parts of the names of operators that draw random numbers."""
 _ASSERTIONS = (
@@ -34,8 +36,8 @@ _ASSERTIONS = (
 """Functions that only check numbers."""
 
 
-Position = tuple[int, int]
-"""(place of an input, dimension of the tokens in it)."""
+Position = tuple[str, int]
+"""(name of a node whose value may be positions, dimension of the tokens in it)."""
 
 
 class NotKnownBefore(SparsifyError):
@@ -54,8 +56,8 @@ class RunTimeSizes:
     """Dynamo's graph."""
     deciding: tuple[int, ...]
     """The places of the inputs whose sizes may differ from call to call: all but the model's own."""
-    positions: tuple[Position, ...] = ()
-    """The inputs that may hold positions of tokens, whose values decide the layout."""
+    positions: tuple[tuple[int, int], ...] = ()
+    """(place, dimension of the tokens) of the inputs that may be positions, whose values decide the layout."""
 
     def all_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """The inputs of a specialised graph, for the inputs of the original one."""
@@ -110,15 +112,19 @@ def depends_on_values(gm: fx.GraphModule) -> bool:
 
 
 def may_have_positions(gm: fx.GraphModule) -> bool:
-    """Whether an input of a Dynamo graph has few numbers for each of many tokens."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    tensors = [value for node in inputs if isinstance(value := value_of(node), Tensor)]
-    shapes = [(sizes_of(one), one) for one in tensors if not isinstance(one, nn.Parameter)]
-    return any(
-        sizes is not None and may_be_positions(torch.Size(sizes), one.dtype, dim)
-        for sizes, one in shapes
-        for dim in range(one.dim())
-    )
+    """Whether an input of a Dynamo graph, or a tensor of integers in it, has a few numbers for each of many tokens."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            continue
+        if node.op != "placeholder" and (value.is_floating_point() or node.op == "output"):
+            continue
+        sizes = sizes_of(value)
+        if sizes is not None and any(
+            may_be_positions(torch.Size(sizes), value.dtype, dim) for dim in range(len(sizes))
+        ):
+            return True
+    return False
 
 
 def _symbols(gm: fx.GraphModule) -> set[Any]:
@@ -130,7 +136,7 @@ def run_time_sizes(gm: fx.GraphModule, positions: Sequence[Position] = ()) -> Ru
     """Separate the values that decide the sizes of a Dynamo graph, which `depends_on_values`.
 
     Args:
-        positions: the inputs that may hold positions of tokens.
+        positions: the values that may be positions of tokens. Those that cannot be computed before are left out.
 
     Raises:
         NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
@@ -143,6 +149,14 @@ def run_time_sizes(gm: fx.GraphModule, positions: Sequence[Position] = ()) -> Ru
         if node.graph is not twin.graph:
             raise NotKnownBefore(f"{_name(node)} is in the body of another operator")
         deciding += _deciding(node)
+    dims = {node: dict(positions)[node.name] for node in twin.graph.nodes if node.name in dict(positions)}
+    for node in list(dims):
+        try:
+            _check_same_before(gm, twin, _ancestors([node]) if node.op != "placeholder" else set())
+        except NotKnownBefore as error:
+            log.debug("positions are not computed before: %s", error)
+            del dims[node]
+    deciding += [node for node in dims if node.op != "placeholder"]
     before = _ancestors(deciding)
     _check_same_before(gm, twin, before)
     same = _first_of_same(twin, before)
@@ -160,7 +174,12 @@ def run_time_sizes(gm: fx.GraphModule, positions: Sequence[Position] = ()) -> Ru
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     own = {place for place, node in enumerate(inputs) if _torch.is_model_tensor(node)}
     deciding_places = (place for place in range(len(inputs) + len(places)) if place not in own)
-    return RunTimeSizes(twin, values, gm, tuple(deciding_places), tuple(positions))
+    numbers = {node.name: place for place, node in enumerate(inputs)}
+    of_positions = (
+        (numbers[node.name] if node.op == "placeholder" else len(inputs) + places[same[node]], dim)
+        for node, dim in dims.items()
+    )
+    return RunTimeSizes(twin, values, gm, tuple(deciding_places), tuple(of_positions))
 
 
 def _name(node: fx.Node) -> str:
