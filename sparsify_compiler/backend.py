@@ -74,10 +74,12 @@ def sparsify(
 
 
 def _sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig) -> RunTimeSizes | None:
-    """The sizes that depend on values, if attention needs them and they can be computed before the graph runs."""
+    """The sizes and positions that attention depends on, if they can be computed before the graph runs."""
     call = open_call()
     try:
-        return pipeline.sizes_by_values(gm, config, part=call is not None)
+        return pipeline.sizes_by_values(
+            gm, config, part=call is not None, positions=call is None or call.as_one_graph
+        )
     except NotKnownBefore as error:
         if call is not None and call.as_one_graph:  # smaller graphs may show the sizes
             raise
@@ -92,7 +94,7 @@ def _by_values(
     config: SparsifyConfig,
     mode: str | None,
 ) -> ProgramsByValues:
-    """The programs of a graph whose sizes depend on values; each is compiled when its sizes occur."""
+    """The programs of a graph whose attention depends on values; each is compiled when its values occur."""
     inputs = find_inputs(gm)  # Dynamo knows the numbers of the call only now
 
     def compile(given: Sequence[Any]) -> Callable[..., Any]:

@@ -5,11 +5,12 @@ model does not change.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from sparsify_compiler.passes.planning import decide, dense_steps
 from sparsify_compiler.passes.run_time_sizes import NotKnownBefore
 from sparsify_compiler.plan import Analysis, AttentionPlan, AttentionSite, Part, TokenLayout
 from sparsify_compiler.runtime.call import Arguments
+from sparsify_compiler.runtime.positions import Mesh, meshes_of
 from sparsify_compiler.runtime.program import Place
 from sparsify_compiler.uncompiled import BetweenGraphs, Uncompiled
 
@@ -148,10 +150,17 @@ def _found(module: nn.Module, arguments: Arguments, config: SparsifyConfig) -> F
             if way.by_blocks and not blocks:
                 continue
             values = _values(module, twin, arguments, given)
+            meshes = {
+                id(other): meshes_of(one)
+                for one, other in zip(tree_leaves(arguments), tree_leaves(given), strict=True)
+                if isinstance(one, Tensor)
+            }
             usual: Any = torch.device(_META) if way.meta_is_usual else nullcontext()
             captured = _torch.run_time_sizes(way.captures_sizes)
             with _torch.autocast_on_meta(device), usual, values, captured:
-                sites, outside = _traced(twin, *given, config, strict=way.strict, blocks=blocks)
+                sites, outside = _traced(
+                    twin, *given, config, strict=way.strict, blocks=blocks, meshes=meshes
+                )
         except SparsifyError:
             raise
         except Exception as error:  # whatever Dynamo or the model's own code raises on the meta device
@@ -174,6 +183,7 @@ def _traced(
     *,
     strict: bool,
     blocks: Sequence[nn.Module],
+    meshes: Mapping[int, Sequence[tuple[int, Mesh]]],
 ) -> tuple[Sites, tuple[AttentionPlan, ...]]:
     """(site and layout of every attention in graphs, plans of those outside), in the order of execution.
 
@@ -182,6 +192,7 @@ def _traced(
     Args:
         strict: whether to raise what Dynamo raises. Otherwise code that Dynamo cannot trace runs as it is.
         blocks: the modules that Dynamo traces; none if it traces the model.
+        meshes: identity of an argument -> (dimension, mesh) of the grids in its values.
     """
     paths = {id(tensor): path for path, tensor in [*module.named_parameters(), *module.named_buffers()]}
     kinds = {path: type(one).__name__ for path, one in module.named_modules() if path}
@@ -192,12 +203,14 @@ def _traced(
     for tensor in tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             tracker.put_input(tensor, False, "of the model")
+            for dim, mesh in meshes.get(id(tensor), ()):
+                tracker.put_mesh(tensor, dim, mesh)
     for tensor in (*module.parameters(), *module.buffers()):
         tracker.put_input(tensor, isinstance(tensor, nn.Parameter))
 
     def record(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         try:
-            sizes = pipeline.sizes_by_values(gm, config, part=True)
+            sizes = pipeline.sizes_by_values(gm, config, part=True, positions=False)
         except NotKnownBefore:
             sizes = None
         known: dict[Hashable, tuple[fx.GraphModule, fx.GraphModule, tuple[Place, ...]]] = {}
@@ -261,6 +274,14 @@ def _call_block(traced: Callable[..., Any], block: nn.Module, *args: Any, **kwar
     return traced(block, args, kwargs)
 
 
+def _own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The method of its class that a module itself has chosen as its `forward`; None if it has chosen none."""
+    forward = module.__dict__.get("_old_forward", module.__dict__.get("forward"))
+    if not isinstance(forward, MethodType) or forward.__self__ is not module:
+        return None
+    return forward.__func__ if getattr(type(module), forward.__name__, None) is forward.__func__ else None
+
+
 def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Arguments]:
     """Copies of a model and of the arguments of its call on the meta device, the model without hooks.
 
@@ -311,6 +332,9 @@ def on_meta(module: nn.Module, arguments: Arguments) -> tuple[nn.Module, Argumen
                 own[key] = type(one)()
             else:
                 own[key] = value(one)
+        forward = _own_forward(old)
+        if forward is not None:
+            own["forward"] = MethodType(forward, new)
         return new
 
     args, kwargs = tree_map(lambda leaf: tensor(leaf) if isinstance(leaf, Tensor) else leaf, arguments)

@@ -21,6 +21,7 @@ from sparsify_compiler.passes.axes import (
     Source,
     atoms,
     axis,
+    cat,
     fresh,
     is_blank,
     length,
@@ -29,6 +30,7 @@ from sparsify_compiler.passes.axes import (
 )
 from sparsify_compiler.passes.axis_rules import RULES, blank, broadcast, is_pointwise, pointwise, tensors_in
 from sparsify_compiler.passes.axis_writes import Known, Write
+from sparsify_compiler.runtime.positions import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class AxisTracker(TorchDispatchMode):
         """Identity of an operand -> its positions that the output of the current rule has in longer runs."""
         self.positions: dict[int, Source] = {}
         """Length -> its source: a mesh made once for queries and once for keys is the same mesh."""
+        self.meshes: dict[Mesh, Label] = {}
+        """The label of each mesh that was found in values: equal meshes are one."""
         self._taken_by = WeakTensorKeyDictionary()
         """Index, until it is written to -> label of a dimension -> label of the positions that it takes from it."""
         self.alike = AlikeSlices()
@@ -92,6 +96,15 @@ class AxisTracker(TorchDispatchMode):
         source = Source("weight" if is_weight else "input", tuple(tensor.shape))
         self.put(tensor, Known([axis(source, dim) for dim in range(tensor.dim())]))
         return source
+
+    def put_mesh(self, tensor: Tensor, dim: int, mesh: Mesh) -> None:
+        """Label a dimension of an input whose values are the positions of a grid as the mesh that they are."""
+        known = self.known(tensor)
+        if mesh not in self.meshes:
+            video = tuple(factor for size in mesh.grid for factor in fresh(size, "position"))
+            self.meshes[mesh] = cat([fresh(mesh.before), video, fresh(mesh.after)])
+        labels = [self.meshes[mesh] if place == dim else label for place, label in enumerate(known.labels)]
+        self._set(tensor, replace(known, labels=labels))
 
     def end_of(self, tensor: Tensor) -> End:
         """Everything known about a tensor, for the tracker of another graph."""

@@ -77,6 +77,7 @@ def follow(
     outer, given = within or (None, ())
     if outer is not None:
         tracker.embeddings, tracker.positions = outer.embeddings, outer.positions
+        tracker.meshes = outer.meshes
     sites: dict[fx.Node, Site] = {}
     sources: dict[fx.Node, Source] = {}
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -89,6 +90,9 @@ def follow(
                 elif isinstance(value, Tensor):
                     is_weight = isinstance(node.meta["example_value"], nn.Parameter)
                     sources[node] = tracker.put_input(value, is_weight, input_name(node))
+                    for dim, mesh in node.meta.get("meshes", {}).items():
+                        if mesh is not None:
+                            tracker.put_mesh(value, dim, mesh)
             returned = _Follower(gm, tracker, sites, see).run(*values)
             outputs = returned if isinstance(returned, (tuple, list)) else [returned]
             ends = [

@@ -37,7 +37,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from sparsify_compiler.errors import GridError
 from sparsify_compiler.passes.axes import (
@@ -59,6 +59,7 @@ from sparsify_compiler.passes.following import Site, follow
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
+from sparsify_compiler.runtime.positions import may_be_positions
 
 log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
@@ -72,6 +73,10 @@ _NO_CHANNELS = (
 )
 _TEXT_HINT = " Where other tokens come before or after the video, give options={'text': (before, after)}."
 _NO_GRID = "no video grid reaches its tokens; give options={'grid': (frames, height, width)}"
+_NO_MESH = (
+    "the positions of its tokens are no grid in the order of frame, row and column; "
+    "give options={'grid': (frames, height, width)}"
+)
 _MOVED = (
     "an operator moved its tokens, or made them in a way that labels cannot follow; only if they still lie in "
     "(frame, row, column) order, give options={'grid': (frames, height, width)}"
@@ -111,8 +116,17 @@ def infer_layouts(
     nodes = [node for module in modules(gm) for node in attention_nodes(module)]
     if not nodes and within is None and not ends:
         return gm
-    followed = follow(gm, within)
+    small: list[tuple[fx.Node, int, list[Label]]] = []
+
+    def see(node: fx.Node, tracker: AxisTracker, value: Any) -> None:
+        if isinstance(value, Tensor) and node.op != "output":
+            dims = [dim for dim in range(value.dim()) if may_be_positions(value.shape, value.dtype, dim)]
+            small.extend((node, dim, tracker.of(value)) for dim in dims)
+
+    tracker = AxisTracker()
+    followed = follow(gm, within, tracker=tracker, see=lambda node, value: see(node, tracker, value))
     gm.meta["ends"] = followed.ends
+    found: dict[fx.Node, int] = {}
     for node in nodes:
         site = node.meta["site"]
         seen = followed.sites.get(node) or _unseen(site)
@@ -122,15 +136,53 @@ def infer_layouts(
         if given is not None and inferred[1].grid not in (None, grid):
             _say_replaced(grid, inferred[1].grid)
         rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
+        positions = _positions(seen, small, followed.embeddings) if layout.grid is None and kind == "self" else {}
+        read = any(dim in one.meta.get("meshes", {}) for one, dim in positions.items())
+        if read and layout.reason in (_NO_GRID, _MOVED):
+            layout = replace(layout, reason=_NO_MESH)
         node.meta["site"] = replace(site, kind=kind, rows=rows)
         node.meta["layout"] = layout
+        found |= positions
     if grid is not None and not part:
         check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
+    gm.meta["positions"] = tuple((node.name, dim) for node, dim in found.items())
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
         used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
         gm.meta["specialise"] = partial(_specialise, gm, followed.inputs, used)
     return gm
+
+
+def _positions(
+    site: Site, small: Sequence[tuple[fx.Node, int, Sequence[Label]]], embeddings: Iterable[Embedding]
+) -> dict[fx.Node, int]:
+    """Tensors that may be positions of the tokens of a site -> the dimension of the tokens in them.
+
+    They meet the tokens element by element. Tensors that the graph computes of such ones do not count, nor do
+    tensors into which weights are multiplied, such as latents, unless they have three numbers for each token.
+
+    Args:
+        small: (tensor, dimension, labels) for all tensors with few numbers along a dimension.
+    """
+    summed = {run.axis for embedding in embeddings for run in embedding.summed}
+    tokens = _claimed(site.query.labels[2])
+    found = {
+        node: dim
+        for node, dim, labels in small
+        if len(label := labels[dim]) == 1 and isinstance(run := label[0], Atom) and run.whole
+        if any(claim.axis in tokens for claim in run.claims)
+        if all(length(one) == 3 or not _claimed(one) & summed for one in labels)
+    }
+    later: set[fx.Node] = set()
+    for node in next(iter(found)).graph.nodes if found else ():
+        if any(one in found or one in later for one in node.all_input_nodes):
+            later.add(node)
+    return {node: dim for node, dim in found.items() if node not in later}
+
+
+def _claimed(label: Label) -> set[Axis]:
+    """All axes that a label claims."""
+    return {claim.axis for run in atoms(label) for claim in run.claims}
 
 
 @functools.cache

@@ -19,7 +19,12 @@ from sparsify_compiler.passes.layout import infer_layouts
 from sparsify_compiler.passes.lowering import lower
 from sparsify_compiler.passes.planning import as_parts, graph_plan, plan_sites, plans_within
 from sparsify_compiler.passes.reports import PassReport, operators, report
-from sparsify_compiler.passes.run_time_sizes import RunTimeSizes, depends_on_values, run_time_sizes
+from sparsify_compiler.passes.run_time_sizes import (
+    RunTimeSizes,
+    depends_on_values,
+    may_have_positions,
+    run_time_sizes,
+)
 from sparsify_compiler.passes.sharding import shard
 from sparsify_compiler.passes.sizes import fix_sizes
 from sparsify_compiler.plan import Parts, Ranks
@@ -65,17 +70,25 @@ def analyse(
     return run(copy_graph(gm), analysis(config, device, part=part, ends=ends), config)
 
 
-def sizes_by_values(gm: fx.GraphModule, config: SparsifyConfig, *, part: bool = False) -> RunTimeSizes | None:
-    """The sizes of a Dynamo graph that depend on values, if an attention of it depends on them; else None.
+def sizes_by_values(
+    gm: fx.GraphModule, config: SparsifyConfig, *, part: bool = False, positions: bool = True
+) -> RunTimeSizes | None:
+    """The values on which attention in a Dynamo graph depends: sizes, and positions of tokens; None without any.
+
+    Args:
+        part: whether the graph may be a part of a model.
+        positions: whether its inputs may hold the positions of all tokens.
 
     Raises:
         NotKnownBefore: an attention depends on values that cannot be computed before the graph runs.
     """
-    if not depends_on_values(gm):
+    by_sizes = depends_on_values(gm)
+    if not by_sizes and not (positions and may_have_positions(gm)):
         return None
-    plans = graph_plan(analyse(gm, replace(config, dump=None), part=part))
+    analysed = analyse(gm, replace(config, dump=None), part=part)
+    plans, found = graph_plan(analysed), analysed.meta.get("positions", ()) if positions else ()
     needed = any(one.site.refusal or (one.layout.grid is None and one.site.kind != "cross") for one in plans)
-    return run_time_sizes(gm) if needed else None
+    return run_time_sizes(gm, found) if found or (by_sizes and needed) else None
 
 
 def captured(gm: fx.GraphModule, config: SparsifyConfig) -> fx.GraphModule:

@@ -9,6 +9,7 @@ tensor. Where Dynamo captures such code, no layout and no table fits all of the 
 a mask by a few operators, so they can be computed without the rest of the graph.
 """
 
+import logging
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch import Tensor, fx, nn
 
 from sparsify_compiler import _torch
 from sparsify_compiler.errors import SparsifyError
-from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, value_of
+from sparsify_compiler.passes.fx import body_of, copy_graph, modules, recorded, sizes_of, value_of
 from sparsify_compiler.passes.writes import storages_of, written_in
+from sparsify_compiler.runtime.positions import may_be_positions, mesh_of
 
+log = logging.getLogger(__name__)
 _RANDOM = ("rand", "bernoulli", "multinomial", "normal", "dropout", "poisson", "exponential")
 """Parts of the names of operators that draw random numbers."""
 _ASSERTIONS = (
@@ -31,6 +34,10 @@ _ASSERTIONS = (
     torch._check,
 )
 """Functions that only check numbers."""
+
+
+Position = tuple[str, int]
+"""(name of a node whose value may be positions, dimension of the tokens in it)."""
 
 
 class NotKnownBefore(SparsifyError):
@@ -49,6 +56,8 @@ class RunTimeSizes:
     """Dynamo's graph."""
     deciding: tuple[int, ...]
     """The places of the inputs whose sizes may differ from call to call: all but the model's own."""
+    positions: tuple[tuple[int, int], ...] = ()
+    """(place, dimension of the tokens) of the inputs that may be positions, whose values decide the layout."""
 
     def all_inputs(self, args: Sequence[Any]) -> tuple[Any, ...]:
         """The inputs of a specialised graph, for the inputs of the original one."""
@@ -57,7 +66,8 @@ class RunTimeSizes:
     def key(self, inputs: Sequence[Any]) -> Hashable:
         """Equal for all inputs that one specialised graph serves."""
         found = (inputs[place] for place in self.deciding)
-        return tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
+        sizes = tuple((one.shape, one.stride()) if isinstance(one, Tensor) else one for one in found)
+        return sizes, tuple(mesh_of(inputs[place], dim) for place, dim in self.positions)
 
     def as_it_was(self, *inputs: Any) -> Any:
         """Run the original graph on `all_inputs`, uncompiled."""
@@ -77,6 +87,9 @@ class RunTimeSizes:
         old = (node for node in self.origin.graph.nodes if node.op == "placeholder")
         new = (node for node in gm.graph.nodes if node.op == "placeholder")
         _torch.copy_sources(self.origin, gm, zip(old, new, strict=False))
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        for place, dim in self.positions:
+            placeholders[place].meta.setdefault("meshes", {})[dim] = mesh_of(inputs[place], dim)
         grad_enabled = torch.is_grad_enabled()
         try:
             with _torch.static_fakes() as fake, _torch.quiet_fakes():
@@ -98,13 +111,32 @@ def depends_on_values(gm: fx.GraphModule) -> bool:
     return bool(_symbols(gm))
 
 
+def may_have_positions(gm: fx.GraphModule) -> bool:
+    """Whether an input of a Dynamo graph, or a tensor of integers in it, has a few numbers for each of many tokens."""
+    for node in gm.graph.nodes:
+        value = value_of(node)
+        if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+            continue
+        if node.op != "placeholder" and (value.is_floating_point() or node.op == "output"):
+            continue
+        sizes = sizes_of(value)
+        if sizes is not None and any(
+            may_be_positions(torch.Size(sizes), value.dtype, dim) for dim in range(len(sizes))
+        ):
+            return True
+    return False
+
+
 def _symbols(gm: fx.GraphModule) -> set[Any]:
     nodes = (node for module in modules(gm) for node in module.graph.nodes)
     return {one for node in nodes for one in _torch.run_time_symbols(node.meta.get("example_value"))}
 
 
-def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
+def run_time_sizes(gm: fx.GraphModule, positions: Sequence[Position] = ()) -> RunTimeSizes:
     """Separate the values that decide the sizes of a Dynamo graph, which `depends_on_values`.
+
+    Args:
+        positions: the values that may be positions of tokens. Those that cannot be computed before are left out.
 
     Raises:
         NotKnownBefore: they depend on more than the inputs, or are not the same when they are computed before.
@@ -117,6 +149,14 @@ def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
         if node.graph is not twin.graph:
             raise NotKnownBefore(f"{_name(node)} is in the body of another operator")
         deciding += _deciding(node)
+    dims = {node: dict(positions)[node.name] for node in twin.graph.nodes if node.name in dict(positions)}
+    for node in list(dims):
+        try:
+            _check_same_before(gm, twin, _ancestors([node]) if node.op != "placeholder" else set())
+        except NotKnownBefore as error:
+            log.debug("positions are not computed before: %s", error)
+            del dims[node]
+    deciding += [node for node in dims if node.op != "placeholder"]
     before = _ancestors(deciding)
     _check_same_before(gm, twin, before)
     same = _first_of_same(twin, before)
@@ -134,7 +174,12 @@ def run_time_sizes(gm: fx.GraphModule) -> RunTimeSizes:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     own = {place for place, node in enumerate(inputs) if _torch.is_model_tensor(node)}
     deciding_places = (place for place in range(len(inputs) + len(places)) if place not in own)
-    return RunTimeSizes(twin, values, gm, tuple(deciding_places))
+    numbers = {node.name: place for place, node in enumerate(inputs)}
+    of_positions = (
+        (numbers[node.name] if node.op == "placeholder" else len(inputs) + places[same[node]], dim)
+        for node, dim in dims.items()
+    )
+    return RunTimeSizes(twin, values, gm, tuple(deciding_places), tuple(of_positions))
 
 
 def _name(node: fx.Node) -> str:
@@ -256,7 +301,7 @@ def _check_same_before(gm: fx.GraphModule, twin: fx.GraphModule, before: set[fx.
             raise NotKnownBefore(f"they depend on random numbers ({_name(node)})")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise NotKnownBefore(f"they depend on {_name(node)}")
-    written = written_in(gm)
+    written = written_in(gm) if before else set()
     read = [storages_of(node) for node in before]
     if written is None or any(one is None or written & one for one in read):
         raise NotKnownBefore("they depend on a tensor that the graph may write to")

@@ -28,6 +28,7 @@ from sparsify_compiler.methods import TrainedMethod
 from sparsify_compiler.names import COMPILED_CALL, TIME_STEP
 from sparsify_compiler.plan import Analysis, AttentionPlan, GraphPlan, Part, Parts, TokenLayout
 from sparsify_compiler.runtime.clock import PerGeneration, Prints, StepClock, Tick, Times
+from sparsify_compiler.runtime.positions import meshes_of
 from sparsify_compiler.runtime.recomputing import Log, new_log
 from sparsify_compiler.runtime.state import Example, ModelState, Record, state_of
 from sparsify_compiler.table import BlockTable
@@ -240,11 +241,13 @@ class ModelCall:
 
     @cached_property
     def shapes(self) -> Hashable:
-        """All that an analysis depends on: the arguments without the values of tensors and the time step."""
+        """All that an analysis depends on: the arguments without the time step, and of the values of tensors only
+        the grids of positions."""
         rest = {name: value for name, value in self.named.items() if name != self.time_name}
         leaves = tree_leaves(rest)
         return tuple(
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else _plain(leaf) for leaf in leaves
+            (tuple(leaf.shape), leaf.dtype, meshes_of(leaf)) if isinstance(leaf, Tensor) else _plain(leaf)
+            for leaf in leaves
         )
 
     @cached_property
