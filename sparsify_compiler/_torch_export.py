@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,18 @@ def register_classes(output: Any) -> bool:
     return any(registered)
 
 
-def quiet_onnx() -> AbstractContextManager[None]:
-    """Suppress what the ONNX exporter logs about packages that are not installed."""
-    return quiet("torch.onnx._internal.exporter._registration", logging.ERROR)
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Suppress what the ONNX exporter says about packages that are not installed, outputs that are None, and its
+    own use of PyTorch."""
+    exporter = "torch.onnx._internal.exporter"
+    with (
+        quiet(f"{exporter}._registration", logging.ERROR),
+        quiet(f"{exporter}._core", logging.ERROR),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        yield
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -149,6 +158,13 @@ def load_ahead(file: Path, constant: Callable[[str], Tensor]) -> Callable[..., A
     found = {name: constant(name) for name in package.get_constant_fqns()}
     package.load_constants(found, check_full_update=True, user_managed=True)
     return package
+
+
+def find_compiler() -> None:
+    """Raise Inductor's error if it finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
 
 
 def lacks_compiler(error: BaseException) -> bool:

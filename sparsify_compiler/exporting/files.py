@@ -81,8 +81,7 @@ class Exported:
 
     def _runs(self) -> dict[str, Run]:
         """Phase -> a function that runs its file."""
-        if self.format == "tensorrt":
-            raise SparsifyError("engines run on a GPU, in TensorRT: check the file of format='onnx' instead")
+        report.check_runs(self.format)
         if self.format == "onnx":
             return {phase: report.onnx_run(self.file(phase)) for phase in self.phases}
         from sparsify_compiler.exporting.loaded import load
@@ -122,16 +121,28 @@ def aoti(captured: Captured, path: Path) -> Exported:
             used = _torch_export.compile_ahead(program, file)
         except Exception as error:  # whatever Inductor or the compiler raises
             if _torch_export.lacks_compiler(error):
-                raise SparsifyError(
-                    f"format 'aoti' needs a C++ compiler, which is missing: {first_line(error)} Install g++, or "
-                    "export with format='torch'"
-                ) from error
+                raise _without_compiler(error) from error
             raise
         weights = {name_in_model(name): tensor for name, tensor in program.state_dict.items()}
         others = {name: tensor for name, tensor in program.constants.items() if name in used}
         return weights | {f"{phase}/{name_in_model(name)}": tensor for name, tensor in others.items()}
 
     return _write_folder(captured, path, "aoti", write)
+
+
+def check_compiler() -> None:
+    """Raise SparsifyError if format `aoti` lacks a C++ compiler."""
+    try:
+        _torch_export.find_compiler()
+    except Exception as error:  # of Inductor, or of the compiler's process
+        raise _without_compiler(error) from error
+
+
+def _without_compiler(error: Exception) -> SparsifyError:
+    return SparsifyError(
+        f"format 'aoti' needs a C++ compiler, which is missing: {first_line(error)} Install g++, or export with "
+        "format='torch'"
+    )
 
 
 Write = Callable[[torch.export.ExportedProgram, Path, str], Mapping[str, Tensor]]
@@ -248,7 +259,13 @@ def check_path(path: str | Path) -> Path:
         OptionError: it exists, or its folder does not.
     """
     target = path_of(path).absolute()
-    if target.exists() or target.is_symlink():
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # the name is too long, or has a null byte
+        raise OptionError(f"path must be the name of a file or folder, got {str(path)!r}: {error}") from error
+    else:
         raise OptionError(
             f"path must be new, got {str(path)!r}, which exists: remove it, or give another path"
         )

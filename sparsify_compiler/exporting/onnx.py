@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from sparsify_compiler import _torch, _torch_export
-from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.exporting.capture import Captured, first_line
 from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of, scratch
 from sparsify_compiler.exporting.standard import (
@@ -31,8 +31,8 @@ from sparsify_compiler.exporting.standard import (
     standard_site,
 )
 from sparsify_compiler.exporting.state import functional, phases
-from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.kernels import cpu
+from sparsify_compiler.passes.fx import modules, node_of
 from sparsify_compiler.passes.reports import site_nodes
 from sparsify_compiler.plan import AttentionPlan
 
@@ -53,8 +53,6 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
         OptionError: a method has no form with constant sizes.
         SparsifyError: a library is missing, or an operator has no form in ONNX.
     """
-    if path.suffix != ".onnx":
-        raise OptionError(f"path must end in .onnx with format='onnx', got {path.name!r}")
     check_methods(captured)
     own = phases(captured)
     files = [onnx_path(path, phase, own) for phase in own]
@@ -80,7 +78,7 @@ def check_methods(captured: Captured) -> None:
     """Raise OptionError unless ONNX has every method, and SparsifyError where a library is missing."""
     for plan in captured.plan.sparse:
         check(plan)
-    _library()
+    library()
 
 
 def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[str]:
@@ -89,7 +87,7 @@ def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[
     Raises:
         SparsifyError: the exporter refuses an operator, or makes no valid file.
     """
-    ir = _library()
+    ir = library()
     model = _model(captured, phase, opset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     data = _data_of(file).name if size > LARGEST else None
@@ -132,7 +130,7 @@ def onnx_custom_ops() -> Path:
     Raises:
         SparsifyError: it cannot be built here.
     """
-    built = library.build_info()
+    built = cpu.library.build_info()
     if built.library is None:
         raise SparsifyError(
             f"the library needs a C++ compiler: {first_line(OSError(built.reason))} Install g++; without the "
@@ -141,7 +139,7 @@ def onnx_custom_ops() -> Path:
     return built.library
 
 
-def _library() -> Any:
+def library() -> Any:
     """`onnx_ir`. Raises SparsifyError where a library of the extra `onnx` is missing."""
     try:
         *_, found = map(importlib.import_module, ("onnx", "onnxscript", "onnx_ir"))
@@ -300,9 +298,9 @@ def _is_mistaken(node: fx.Node) -> bool:
     """Whether PyTorch's exporter to ONNX mistakes a node."""
     if node.target in _SQUEEZES:
         read, *dims = node.args
-        before = read.meta["val"]
-        named = _squeezed_dims(before, *dims or [None])
-        return before.dim() - node.meta["val"].dim() != len(named)
+        before: Tensor = node_of(read).meta["val"]
+        named: Any = dims[0] if dims else None
+        return before.dim() - node.meta["val"].dim() != len(_squeezed_dims(before, named))
     return node.target in (torch.ops.aten.copy_.default, torch.ops.aten.copy.default)
 
 

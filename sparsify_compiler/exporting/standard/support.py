@@ -4,6 +4,7 @@ from sparsify_compiler.config import SparsifyConfig
 from sparsify_compiler.errors import OptionError
 from sparsify_compiler.methods import StaticMethod
 from sparsify_compiler.methods.cubes import Cubes
+from sparsify_compiler.methods.dense import Dense
 from sparsify_compiler.plan import AttentionPlan
 
 FIXED = "'kv_budget': share"
@@ -24,10 +25,8 @@ def check(plan: AttentionPlan) -> None:
         _check_cubes(where, method)
     elif method is not None and not isinstance(method, StaticMethod):
         raise _without_form(where, plan.method)
-    elif plan.far_field != "drop":
-        raise OptionError(
-            f"{where} far_field={plan.far_field!r} with method {plan.method!r}, which ONNX does not have: take 'drop'"
-        )
+    else:
+        _check_far_field(where, plan.method, plan.far_field)
 
 
 def check_config(config: SparsifyConfig) -> None:
@@ -40,6 +39,15 @@ def check_config(config: SparsifyConfig) -> None:
         _check_cubes(where, method)
     elif method is not None and method.name in REFUSED:
         raise _without_form(where, method.name)
+    elif method is not None and not isinstance(method, Dense):
+        _check_far_field(where, method.name, config.far_field or method.far_field)
+
+
+def _check_far_field(where: str, method: str, far_field: str) -> None:
+    if far_field != "drop":
+        raise OptionError(
+            f"{where} far_field={far_field!r} with method {method!r}, which ONNX does not have: take 'drop'"
+        )
 
 
 def _check_cubes(where: str, method: Cubes) -> None:
