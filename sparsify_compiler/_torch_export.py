@@ -127,8 +127,15 @@ def quiet_onnx() -> Iterator[None]:
     with (
         quiet(f"{exporter}._registration", logging.ERROR),
         quiet(f"{exporter}._core", logging.ERROR),
-        warnings.catch_warnings(),
+        _quiet_copies(),
     ):
+        yield
+
+
+@contextmanager
+def _quiet_copies() -> Iterator[None]:
+    """Suppress PyTorch's warning of its own use of `LeafSpec`, where it copies a program."""
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         yield
 
@@ -141,12 +148,19 @@ def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
         torch.export.save(program, file)
 
 
+def load_program(file: Path) -> torch.export.ExportedProgram:
+    """Load a program of torch.export. PyTorch logs a traceback before it raises an error, which says enough."""
+    with quiet("torch.export"):
+        return torch.export.load(file)
+
+
 def compile_ahead(program: torch.export.ExportedProgram, file: Path) -> set[str]:
     """Write a package of AOTInductor without constants. Return the names of the constants that it needs."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     settings = {"aot_inductor.package_constants_in_so": False}
-    aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    with _quiet_copies():
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     return set(aoti_load_package(str(file)).get_constant_fqns())
 
 

@@ -3,7 +3,7 @@
     exported = sparsify_compiler.export(model, kwargs, "folder", format="torch", options={"method": "tile"})
     model = sparsify_compiler.load("folder")
 
-`target.py` checks what is asked for, `capture.py` makes one graph of a call, `state.py` a function of state and
+`target.py` checks the arguments, `capture.py` makes one graph of a call, `state.py` a function of state and
 inputs for each phase, `files.py` the folder, and `loaded.py` reads it.
 """
 

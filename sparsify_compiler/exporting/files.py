@@ -13,6 +13,7 @@ killed process leaves under the other name is removed by the next export to the 
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from sparsify_compiler.exporting.state import Functional, functional, name_in_mo
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
 
-FORMAT = "sparsify-compiler export 2"
+FORMAT = "sparsify-compiler export 3"
 PLAN, WEIGHTS, STATE = "plan.json", "weights.pt", "state.pt"
 
 
@@ -157,9 +158,15 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
             weights |= write(_program(module, captured), folder / f"{phase}.pt2", phase)
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
         torch.save([_without_memory(tensor) for tensor in module.first()], folder / STATE)
-        content = json.dumps(plan_of(captured, format, module), indent=1)
-        (folder / PLAN).write_text(content + "\n", "utf-8")
+        content = plan_of(captured, format, module) | {"weights": sizes_of(weights)}
+        (folder / PLAN).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return folder_of(captured, path, format)
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> str:
+    """A digest of the names, sizes and types of tensors. A program reads memory by these."""
+    said = sorted(f"{name} {tuple(one.shape)} {one.dtype}" for name, one in weights.items())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def folder_of(captured: Captured, path: Path, format: str) -> Exported:
