@@ -1,9 +1,9 @@
-"""Exports: their errors by family, method and format, and the speed of ONNX in ONNX Runtime.
+"""Exports: their errors by family and method, and the speed of ONNX in ONNX Runtime.
 
-    python -m benchmarks.export --formats torch aoti --rounds 0 --out benchmarks/results/export.json
-    python -m benchmarks.export --formats onnx --out benchmarks/results/export-onnx.json
+    python -m benchmarks.export --out benchmarks/results/export-onnx.json
 
-Errors are those of `Exported.check`: the files next to PyTorch's sparse model, on random inputs, in fp32. Speed is
+Errors are those of `Exported.check`: the files next to PyTorch's sparse model, on random inputs, in fp32;
+`benchmarks.export_loops` has generations of the formats that PyTorch runs. Speed is
 CPU time, interleaved: of one attention, 2 heads of 64, next to the fastest dense form, the contributed operator
 MultiHeadAttention; and of a whole Wan of 2 layers next to its dense file. A file is checked before it is timed. The
 whole matrix takes an hour. Each result is written at once, and results in the file that a run does not repeat stay;
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--families", nargs="*", default=FAMILIES, choices=FAMILIES)
     parser.add_argument("--methods", nargs="*", default=[*METHODS], choices=[*METHODS])
-    parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
+    parser.add_argument("--formats", nargs="*", default=["onnx"], choices=FORMATS)
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of the measurement of speed; 0 for none"
     )

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,25 @@ def register_classes(output: Any) -> bool:
     return any(registered)
 
 
-def quiet_onnx() -> AbstractContextManager[None]:
-    """Suppress what the ONNX exporter logs about packages that are not installed."""
-    return quiet("torch.onnx._internal.exporter._registration", logging.ERROR)
+@contextmanager
+def quiet_onnx() -> Iterator[None]:
+    """Suppress what the ONNX exporter says about packages that are not installed, outputs that are None, and its
+    own use of PyTorch."""
+    exporter = "torch.onnx._internal.exporter"
+    with (
+        quiet(f"{exporter}._registration", logging.ERROR),
+        quiet(f"{exporter}._core", logging.ERROR),
+        _quiet_copies(),
+    ):
+        yield
+
+
+@contextmanager
+def _quiet_copies() -> Iterator[None]:
+    """Suppress PyTorch's warning of its own use of `LeafSpec`, where it copies a program."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        yield
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
@@ -132,12 +148,19 @@ def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
         torch.export.save(program, file)
 
 
+def load_program(file: Path) -> torch.export.ExportedProgram:
+    """Load a program of torch.export. PyTorch logs a traceback before it raises an error, which says enough."""
+    with quiet("torch.export"):
+        return torch.export.load(file)
+
+
 def compile_ahead(program: torch.export.ExportedProgram, file: Path) -> set[str]:
     """Write a package of AOTInductor without constants. Return the names of the constants that it needs."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
 
     settings = {"aot_inductor.package_constants_in_so": False}
-    aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    with _quiet_copies():
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     return set(aoti_load_package(str(file)).get_constant_fqns())
 
 
@@ -149,6 +172,13 @@ def load_ahead(file: Path, constant: Callable[[str], Tensor]) -> Callable[..., A
     found = {name: constant(name) for name in package.get_constant_fqns()}
     package.load_constants(found, check_full_update=True, user_managed=True)
     return package
+
+
+def find_compiler() -> None:
+    """Raise Inductor's error if it finds no C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    get_cpp_compiler()
 
 
 def lacks_compiler(error: BaseException) -> bool:

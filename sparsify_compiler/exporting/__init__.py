@@ -3,8 +3,8 @@
     exported = sparsify_compiler.export(model, kwargs, "folder", format="torch", options={"method": "tile"})
     model = sparsify_compiler.load("folder")
 
-`capture.py` makes one graph of a call, `state.py` a function of state and inputs for each phase, `files.py` the
-folder, and `loaded.py` reads it.
+`target.py` checks the arguments, `capture.py` makes one graph of a call, `state.py` a function of state and
+inputs for each phase, `files.py` the folder, and `loaded.py` reads it.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,15 @@ import torch
 from torch import nn
 
 from sparsify_compiler import _torch
-from sparsify_compiler.backend import configure
-from sparsify_compiler.config import integer
-from sparsify_compiler.errors import OptionError, SparsifyError, unknown_choice
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.exporting.capture import capture, check_device, first_line
-from sparsify_compiler.exporting.files import Exported, aoti, check_path, torch_programs
+from sparsify_compiler.exporting.files import Exported, aoti, torch_programs
 from sparsify_compiler.exporting.loaded import Loaded, load
-from sparsify_compiler.exporting.onnx import OPSETS, onnx_file
+from sparsify_compiler.exporting.onnx import onnx_file
+from sparsify_compiler.exporting.target import FORMATS, target_of
 from sparsify_compiler.exporting.tensorrt import engines
 
 __all__ = ["FORMATS", "Exported", "Loaded", "export", "load"]
-
-FORMATS = ("torch", "aoti", "onnx", "tensorrt")
 
 
 def export(
@@ -60,28 +57,17 @@ def export(
         SparsifyError: the model cannot be captured as one graph, an operator has no form in the format, a
             compiler or a library is missing, or the disk is full.
     """
-    if format not in FORMATS:
-        raise unknown_choice("format", format, FORMATS)
-    if opset is not None and format != "onnx":
-        raise OptionError(
-            f"opset is for format='onnx', got opset={opset!r} with format={format!r}: leave it out"
-        )
-    if opset is not None and (integer(opset) not in OPSETS):
-        raise OptionError(f"opset must be {' or '.join(map(str, OPSETS))}, got {opset!r}")
-    target = check_path(path)
     options = _torch.options_of(model) if options is None else options
+    files = target_of(path, format=format, options=options, opset=opset)
     module: Any = _torch.uncompiled(model)
     check_device(module, kwargs, device)
-    config = configure(options)
-    if config.parallel is not None:
-        raise OptionError("a file is for one process, got the option parallel: leave it out")
-    captured = capture(module, kwargs, config, free_batch=format in ("onnx", "tensorrt"))
+    captured = capture(module, kwargs, files.config, free_batch=format in ("onnx", "tensorrt"))
     try:
         if format == "onnx":
-            return onnx_file(captured, target, opset=opset or OPSETS[0])
+            return onnx_file(captured, files.path, opset=files.opset)
         if format == "tensorrt":
-            return engines(captured, target)
-        return torch_programs(captured, target) if format == "torch" else aoti(captured, target)
+            return engines(captured, files.path)
+        return torch_programs(captured, files.path) if format == "torch" else aoti(captured, files.path)
     except SparsifyError:
         raise
     except Exception as error:  # whatever PyTorch's exporters, the compiler or the disk raise

@@ -26,8 +26,13 @@ def export(
         typer.Option(help="with onnx, the version of the standard operators: 20, the default, or 23"),
     ] = None,
     check: Annotated[
-        int, typer.Option(help="calls on random inputs in which the files are compared with PyTorch", min=0)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="calls on random inputs in which the files are compared with PyTorch: 1 by default, and none with "
+            "tensorrt, whose engines run on a GPU",
+            min=0,
+        ),
+    ] = None,
     benchmark: Annotated[
         int, typer.Option(help="calls in which the files and the dense model are timed", min=0)
     ] = 0,
@@ -40,13 +45,15 @@ def export(
     from sparsify_compiler import diffusers_model
     from sparsify_compiler.exporting import export as exported_as
     from sparsify_compiler.exporting.capture import device_of
-    from sparsify_compiler.exporting.files import check_path
+    from sparsify_compiler.exporting.target import target_of
 
     chosen = {
         name: diffusers_model.parse_option(text)
         for name, text in diffusers_model.assignments(options or (), "--option").items()
     }
-    check_path(out)
+    files = target_of(out, format=format, options=chosen, opset=opset)
+    checks = (0 if format == "tensorrt" else 1) if check is None else check
+    files.check_ahead(runs=checks + benchmark > 0)
     place = device_of(device)
     calls = diffusers_model.read_calls(inputs)
     model = diffusers_model.load(checkpoint, diffusers_model.dtype_of(calls)).eval().to(place)
@@ -54,7 +61,7 @@ def export(
     console = Console(soft_wrap=True)
     exported = exported_as(model, call, out, format=format, options=chosen, device=device, opset=opset)
     console.print(str(exported))
-    if check and format != "tensorrt":
-        console.print(str(exported.check(check)))
-    if benchmark and format != "tensorrt":
+    if checks:
+        console.print(str(exported.check(checks)))
+    if benchmark:
         console.print(str(exported.benchmark(benchmark)))

@@ -13,6 +13,7 @@ killed process leaves under the other name is removed by the next export to the 
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ from sparsify_compiler.exporting.state import Functional, functional, name_in_mo
 from sparsify_compiler.plan import AttentionPlan, GraphPlan
 from sparsify_compiler.runtime.call import time_argument
 
-FORMAT = "sparsify-compiler export 2"
+FORMAT = "sparsify-compiler export 3"
 PLAN, WEIGHTS, STATE = "plan.json", "weights.pt", "state.pt"
 
 
@@ -81,8 +82,7 @@ class Exported:
 
     def _runs(self) -> dict[str, Run]:
         """Phase -> a function that runs its file."""
-        if self.format == "tensorrt":
-            raise SparsifyError("engines run on a GPU, in TensorRT: check the file of format='onnx' instead")
+        report.check_runs(self.format)
         if self.format == "onnx":
             return {phase: report.onnx_run(self.file(phase)) for phase in self.phases}
         from sparsify_compiler.exporting.loaded import load
@@ -122,16 +122,28 @@ def aoti(captured: Captured, path: Path) -> Exported:
             used = _torch_export.compile_ahead(program, file)
         except Exception as error:  # whatever Inductor or the compiler raises
             if _torch_export.lacks_compiler(error):
-                raise SparsifyError(
-                    f"format 'aoti' needs a C++ compiler, which is missing: {first_line(error)} Install g++, or "
-                    "export with format='torch'"
-                ) from error
+                raise _without_compiler(error) from error
             raise
         weights = {name_in_model(name): tensor for name, tensor in program.state_dict.items()}
         others = {name: tensor for name, tensor in program.constants.items() if name in used}
         return weights | {f"{phase}/{name_in_model(name)}": tensor for name, tensor in others.items()}
 
     return _write_folder(captured, path, "aoti", write)
+
+
+def check_compiler() -> None:
+    """Raise SparsifyError if format `aoti` lacks a C++ compiler."""
+    try:
+        _torch_export.find_compiler()
+    except Exception as error:  # of Inductor, or of the compiler's process
+        raise _without_compiler(error) from error
+
+
+def _without_compiler(error: Exception) -> SparsifyError:
+    return SparsifyError(
+        f"format 'aoti' needs a C++ compiler, which is missing: {first_line(error)} Install g++, or export with "
+        "format='torch'"
+    )
 
 
 Write = Callable[[torch.export.ExportedProgram, Path, str], Mapping[str, Tensor]]
@@ -146,9 +158,15 @@ def _write_folder(captured: Captured, path: Path, format: str, write: Write) -> 
             weights |= write(_program(module, captured), folder / f"{phase}.pt2", phase)
         torch.save({name: tensor.detach() for name, tensor in weights.items()}, folder / WEIGHTS)
         torch.save([_without_memory(tensor) for tensor in module.first()], folder / STATE)
-        content = json.dumps(plan_of(captured, format, module), indent=1)
-        (folder / PLAN).write_text(content + "\n", "utf-8")
+        content = plan_of(captured, format, module) | {"weights": sizes_of(weights)}
+        (folder / PLAN).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     return folder_of(captured, path, format)
+
+
+def sizes_of(weights: Mapping[str, Tensor]) -> str:
+    """A digest of the names, sizes and types of tensors. A program reads memory by these."""
+    said = sorted(f"{name} {tuple(one.shape)} {one.dtype}" for name, one in weights.items())
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def folder_of(captured: Captured, path: Path, format: str) -> Exported:
@@ -248,7 +266,13 @@ def check_path(path: str | Path) -> Path:
         OptionError: it exists, or its folder does not.
     """
     target = path_of(path).absolute()
-    if target.exists() or target.is_symlink():
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # the name is too long, or has a null byte
+        raise OptionError(f"path must be the name of a file or folder, got {str(path)!r}: {error}") from error
+    else:
         raise OptionError(
             f"path must be new, got {str(path)!r}, which exists: remove it, or give another path"
         )

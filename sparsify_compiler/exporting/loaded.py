@@ -18,7 +18,7 @@ from sparsify_compiler import __version__, _torch_export
 from sparsify_compiler.errors import OptionError, SparsifyError
 from sparsify_compiler.exporting.arguments import bind
 from sparsify_compiler.exporting.capture import first_line, has_tensor
-from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS, path_of
+from sparsify_compiler.exporting.files import FORMAT, PLAN, WEIGHTS, path_of, sizes_of
 from sparsify_compiler.exporting.state import name_in_model
 from sparsify_compiler.kernels.cpu import library
 from sparsify_compiler.plan import GraphPlan
@@ -28,6 +28,23 @@ from sparsify_compiler.runtime.state import ModelState, Spec
 
 KERNELS = ("attention", "clustering", "far_field", "prediction", "statistics")
 """The packages whose ops a program may call."""
+
+NEEDED = (
+    *(
+        "files",
+        "package",
+        "torch",
+        "model",
+        "device",
+        "phases",
+        "dense steps",
+        "time step",
+        "arguments",
+        "outputs",
+    ),
+    *("initialised", "state", "weights"),
+)
+"""The entries of `plan.json` that a call needs."""
 
 Program = Callable[..., Any]
 """(output, state) = program(state, **inputs)"""
@@ -90,12 +107,18 @@ def load(path: str | Path) -> Loaded:
             _torch_export.register_class(_class(name, content["model"]))
         read = {"torch": _torch_program, "aoti": _package}[content["files"]]
         weights = torch.load(folder / WEIGHTS, weights_only=True, mmap=True)
+        if sizes_of(weights) != content["weights"]:
+            raise _damaged(path, f"{WEIGHTS} has other tensors than those of its programs.")
         programs = {phase: read(folder / f"{phase}.pt2", phase, weights) for phase in content["phases"]}
         return Loaded(content, programs)
     except SparsifyError:
         raise
     except Exception as error:  # whatever PyTorch's readers raise
-        raise OptionError(f"{str(path)!r} is damaged: {first_line(error)} Export the model again") from error
+        raise _damaged(path, first_line(error)) from error
+
+
+def _damaged(path: str | Path, why: str) -> OptionError:
+    return OptionError(f"{str(path)!r} is damaged: {why} Export the model again")
 
 
 def _class(name: str, model: str) -> type:
@@ -131,7 +154,7 @@ def torch_custom_ops() -> Path:
 
 
 def _torch_program(file: Path, phase: str, weights: Mapping[str, Tensor]) -> Program:
-    program = torch.export.load(file)
+    program = _torch_export.load_program(file)
     for name, small in program.state_dict.items():
         tensor = weights[name_in_model(name)]
         is_parameter = isinstance(small, nn.Parameter)
@@ -176,6 +199,8 @@ def _content(folder: Path) -> dict[str, Any]:
                 f"{str(folder)!r} was exported by {called} {given}, and this is {here}: install that "
                 "version, or export the model again"
             )
-    if content.get("device") == "cuda" and not torch.cuda.is_available():
+    if missing := [name for name in NEEDED if name not in content]:
+        raise _damaged(folder, f"{PLAN} lacks {missing[0]!r}.")
+    if content["device"] == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"{str(folder)!r} was exported on a GPU and needs one: export the model on the CPU")
     return content

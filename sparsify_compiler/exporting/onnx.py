@@ -16,37 +16,31 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from sparsify_compiler import _torch_export
-from sparsify_compiler.errors import OptionError, SparsifyError
+from sparsify_compiler import _torch, _torch_export
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.exporting.capture import Captured, first_line
 from sparsify_compiler.exporting.files import Exported, check_path, onnx_path, plan_of, scratch
 from sparsify_compiler.exporting.standard import (
+    INPUTS,
     OPERATOR,
-    Attend,
     Bodies,
     Body,
-    CubesSite,
     Kind,
-    StaticSite,
     body_of,
     check,
+    standard_site,
 )
 from sparsify_compiler.exporting.state import functional, phases
-from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.methods import StaticMethod
-from sparsify_compiler.passes.fx import modules
+from sparsify_compiler.kernels import cpu
+from sparsify_compiler.passes.fx import modules, node_of
 from sparsify_compiler.passes.reports import site_nodes
 from sparsify_compiler.plan import AttentionPlan
-from sparsify_compiler.table import BlockTable
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSETS = (20, 23)
 """Versions of the standard operators. TensorRT reads the first."""
-
-INPUTS = ("query", "key", "value", *BlockTable.__slots__, "key_bias")
-"""The inputs of a node, in order."""
 
 LARGEST = 2_000_000_000
 """Largest size in bytes of the tensors in one file; more go into a file of their own."""
@@ -59,8 +53,6 @@ def onnx_file(captured: Captured, path: Path, *, opset: int) -> Exported:
         OptionError: a method has no form with constant sizes.
         SparsifyError: a library is missing, or an operator has no form in ONNX.
     """
-    if path.suffix != ".onnx":
-        raise OptionError(f"path must end in .onnx with format='onnx', got {path.name!r}")
     check_methods(captured)
     own = phases(captured)
     files = [onnx_path(path, phase, own) for phase in own]
@@ -86,7 +78,7 @@ def check_methods(captured: Captured) -> None:
     """Raise OptionError unless ONNX has every method, and SparsifyError where a library is missing."""
     for plan in captured.plan.sparse:
         check(plan)
-    _library()
+    library()
 
 
 def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[str]:
@@ -95,7 +87,7 @@ def write_model(captured: Captured, phase: Any, file: Path, opset: int) -> list[
     Raises:
         SparsifyError: the exporter refuses an operator, or makes no valid file.
     """
-    ir = _library()
+    ir = library()
     model = _model(captured, phase, opset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     data = _data_of(file).name if size > LARGEST else None
@@ -138,7 +130,7 @@ def onnx_custom_ops() -> Path:
     Raises:
         SparsifyError: it cannot be built here.
     """
-    built = library.build_info()
+    built = cpu.library.build_info()
     if built.library is None:
         raise SparsifyError(
             f"the library needs a C++ compiler: {first_line(OSError(built.reason))} Install g++; without the "
@@ -147,7 +139,7 @@ def onnx_custom_ops() -> Path:
     return built.library
 
 
-def _library() -> Any:
+def library() -> Any:
     """`onnx_ir`. Raises SparsifyError where a library of the extra `onnx` is missing."""
     try:
         *_, found = map(importlib.import_module, ("onnx", "onnxscript", "onnx_ir"))
@@ -211,10 +203,7 @@ def _standard_sites(gm: fx.GraphModule, bodies: Bodies) -> None:
     for node in site_nodes(gm):
         plan: AttentionPlan = node.meta["plan"]
         owner = node.graph.owning_module
-        attend = Attend(plan, bodies)
-        method = plan.settings
-        site = StaticSite(attend, plan) if isinstance(method, StaticMethod) else CubesSite(attend, plan)
-        setattr(owner, str(node.target), site)
+        setattr(owner, str(node.target), standard_site(plan, bodies))
         node.args = node.args[:4]
     for module in modules(gm):
         for node in module.graph.find_nodes(op="call_function", target=torch.ops.sparsify.lay_out.default):
@@ -254,9 +243,8 @@ def _exported(
     shapes = (tuple({0: batch} if free else {} for free in of_batch),)
     with torch.no_grad(), _torch_export.quiet_onnx():
         program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        aten = torch.ops.aten
-        if any(node.target in (aten.copy_.default, aten.copy.default) for node in program.graph.nodes):
-            program = program.run_decompositions({aten.copy.default: _copied})
+        if any(map(_is_mistaken, program.graph.nodes)):
+            program = program.run_decompositions(_RESPELLED)
         try:
             written = torch.onnx.export(
                 program,
@@ -284,6 +272,36 @@ def _cause(error: BaseException) -> BaseException:
 def _copied(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
     """`aten.copy` in other operators: PyTorch's exporter to ONNX forgets that it broadcasts."""
     return new.to(old.dtype).expand(old.shape).clone()
+
+
+def _squeezed(tensor: Tensor, dims: int | Sequence[int] | None = None) -> Tensor:
+    """`aten.squeeze` of the sizes that are 1: the operator of ONNX refuses others, PyTorch's leaves them."""
+    given = _squeezed_dims(tensor, dims)
+    ones = [dim for dim in given if _torch.known(tensor.shape[dim]) == 1]
+    if dims is not None and ones == given:
+        return NotImplemented
+    return tensor.squeeze(ones) if ones else tensor.clone()
+
+
+def _squeezed_dims(tensor: Tensor, dims: int | Sequence[int] | None) -> list[int]:
+    """The dimensions that a squeeze names; all if it names none."""
+    named = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
+    return [dim % tensor.dim() for dim in named]
+
+
+_SQUEEZES = tuple(getattr(torch.ops.aten.squeeze, name) for name in ("default", "dim", "dims"))
+_RESPELLED = {torch.ops.aten.copy.default: _copied, **dict.fromkeys(_SQUEEZES, _squeezed)}
+"""Operators that PyTorch's exporter to ONNX mistakes, in the form that it does not."""
+
+
+def _is_mistaken(node: fx.Node) -> bool:
+    """Whether PyTorch's exporter to ONNX mistakes a node."""
+    if node.target in _SQUEEZES:
+        read, *dims = node.args
+        before: Tensor = node_of(read).meta["val"]
+        named: Any = dims[0] if dims else None
+        return before.dim() - node.meta["val"].dim() != len(_squeezed_dims(before, named))
+    return node.target in (torch.ops.aten.copy_.default, torch.ops.aten.copy.default)
 
 
 def _function(body: Body, kinds: Sequence[Kind | None], number: int, opset: int) -> "ir.Function":

@@ -21,8 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sparsify_compiler.errors import OptionError
-from sparsify_compiler.exporting.onnx import INPUTS
-from sparsify_compiler.exporting.standard import Kind
+from sparsify_compiler.exporting.standard import INPUTS, Kind
 from sparsify_compiler.kernels.attention.triton_kernels import block_sparse_attention_kernel
 from sparsify_compiler.kernels.triton import configs
 
@@ -66,8 +65,8 @@ def attention_kernel(inputs: Mapping[str, Kind | None], *, scale: float, gpu: in
     """Compile the kernel of a node.
 
     Args:
-        inputs: type and sizes of each input of the node, by its name in `onnx.INPUTS`; None, or no entry, for one
-            that the node does not have. The size of the batch is None where it is free.
+        inputs: type and sizes of each input of the node, by its name in `standard.INPUTS`; None, or no entry, for
+            one that the node does not have. The size of the batch is None where it is free.
         scale: the factor of the scores.
         gpu: one of `GPUS`.
 

@@ -1,5 +1,6 @@
 """Compare exported files with PyTorch's sparse model, and measure them."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,18 +104,27 @@ def benchmark(captured: Captured, runs: Mapping[str, Run], calls: int) -> Times:
     return Times(medians.pop(""), medians)
 
 
+def check_runs(format: str) -> None:
+    """Raise SparsifyError unless files of a format run in this process."""
+    if format == "tensorrt":
+        raise SparsifyError("engines run on a GPU, in TensorRT: check the file of format='onnx' instead")
+    if format == "onnx":
+        try:
+            importlib.import_module("onnxruntime")
+        except ImportError as error:
+            raise SparsifyError(
+                "ONNX Runtime is needed to run this file: pip install 'sparsify-compiler[onnx]'"
+            ) from error
+
+
 def onnx_run(file: Path) -> Run:
     """Run a file by ONNX Runtime on the CPU, with as many threads as PyTorch has.
 
     Raises:
-        SparsifyError: ONNX Runtime is missing, or lacks an operator in the data type of the model.
+        SparsifyError: ONNX Runtime lacks an operator in the data type of the model.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise SparsifyError(
-            "ONNX Runtime is needed to run this file: pip install 'sparsify-compiler[onnx]'"
-        ) from error
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from marks import needs_diffusers, needs_onnx
+from marks import needs_diffusers, needs_onnx, needs_tensorrt
+from typer.testing import CliRunner
 
+from sparsify_compiler.cli import app
+from sparsify_compiler.errors import SparsifyError
 from sparsify_compiler.testing.models import CASES
-
-pytestmark = needs_diffusers
 
 
 def sparsify(*args: object) -> subprocess.CompletedProcess[str]:
@@ -18,6 +19,48 @@ def sparsify(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+TILE = ("--option", "method=tile")
+REFUSED = [
+    ("torhc", TILE, "unknown format 'torhc'"),
+    ("torch", ("--option", "method=tyle"), "unknown method 'tyle'"),
+    ("torch", ("--option", "tile"), "--option must be written name=value"),
+    ("torch", (*TILE, "--option", "parallel=auto"), "a file is for one process"),
+    ("torch", (*TILE, "--opset", 20), "opset is for format='onnx'"),
+    ("aoti", (*TILE, "--device", "cpuu"), "device must be one of this machine"),
+    ("aoti", (*TILE, "--out", "/proc/none"), "path must be writable"),
+    ("aoti", (*TILE, "--out", "x" * 300), "path must be the name of a file or folder"),
+    ("onnx", TILE, "path must end in .onnx"),
+    ("onnx", (*TILE, "--opset", 19), "opset must be 20 or 23, got 19"),
+    ("onnx", ("--out", "o.onnx"), "the options have method 'svg2', which ONNX does not have"),
+    ("onnx", ("--out", "o.onnx", "--option", "method=cubes"), "method 'cubes' without a fixed number"),
+    (
+        "tensorrt",
+        (*TILE, "--option", "far_field=mean"),
+        "the options have far_field='mean' with method 'tile'",
+    ),
+    pytest.param(
+        "tensorrt",
+        (*TILE, "--check", 1),
+        "engines run on a GPU, in TensorRT",
+        marks=[needs_onnx, needs_tensorrt],
+    ),
+]
+
+
+@pytest.mark.parametrize(("format", "args", "says"), REFUSED)
+def test_wrong_options_are_refused_before_a_checkpoint_is_read(
+    format: str, args: tuple[object, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("export", "no checkpoint", "--inputs", "none", "--out", "o", "--format", format, *args)
+    error = CliRunner().invoke(app, [*map(str, given)]).exception
+    assert isinstance(error, SparsifyError)
+    assert str(error).startswith(says) or f" {says}" in str(error)
+    assert "\n" not in str(error)
+    assert not [*tmp_path.iterdir()]
+
+
+@needs_diffusers
 @pytest.mark.nightly
 @pytest.mark.parametrize("format", ["torch", pytest.param("onnx", marks=needs_onnx)])
 def test_a_checkpoint_is_exported_checked_and_measured(format: str, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from marks import needs_onnx
 from torch import Tensor
 
 from sparsify_compiler import BlockTable, SparsifyError, onnx_custom_ops
-from sparsify_compiler.exporting.onnx import INPUTS
+from sparsify_compiler.exporting.standard import INPUTS
 from sparsify_compiler.kernels.attention import block_sparse_attention
 from sparsify_compiler.kernels.cpu import library
 

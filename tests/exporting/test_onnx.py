@@ -187,6 +187,24 @@ def test_many_weights_lie_in_a_file_of_their_own(tmp_path: Path, monkeypatch: py
     assert exported.check().errors["dense"].relative < 1e-6
 
 
+class Squeezes(Small):
+    """A model that squeezes sizes that are 1 and others, all at once and one by one."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        hidden_states = hidden_states.unsqueeze(1).squeeze().squeeze(0).squeeze(-1).squeeze((0, 1))
+        return hidden_states.unsqueeze(2).squeeze((1, 2)) + timestep
+
+
+@needs_onnx
+def test_a_squeeze_leaves_sizes_that_are_not_one(tmp_path: Path) -> None:
+    model, call = Squeezes().eval(), {"hidden_states": torch.randn(2, 4), "timestep": torch.zeros(1)}
+    export(model, call, tmp_path / "model.onnx", format="onnx", options={"method": "dense"})
+    for batch in (1, 3):
+        call["hidden_states"] = torch.randn(batch, 4)
+        (got,) = run(tmp_path / "model.onnx", call)
+        assert torch.equal(got, call["hidden_states"])
+
+
 class Names(Small):
     """A model for one video, whose arguments have the names of operators and of its output."""
 

@@ -320,11 +320,12 @@ def test_other_calls_than_the_exported_one_are_refused(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": "other"}, "in the format 'sparsify-compiler export 2', got 'other'"),
+        ({"format": "other"}, "in the format 'sparsify-compiler export 3', got 'other'"),
         ({"package": "0.0.1"}, r"exported by sparsify-compiler 0.0.1, and this is .*: install that version"),
         ({"files": "aoti", "torch": "2.0"}, "exported by torch 2.0, and this is"),
         ({"device": "cuda"}, "exported on a GPU and needs one"),
         ({"phases": ["sparse"]}, "is damaged"),
+        ({"weights": "other"}, "is damaged: weights.pt has other tensors than those of its programs. Export"),
         ({"files": "else"}, "is damaged"),
         ({"outputs": ["json.Output"]}, "a Output of json, which cannot be imported"),
         ({"outputs": ["no_such_module.Output"]}, "a Output of no_such_module, which cannot be imported"),
@@ -365,12 +366,24 @@ def test_arguments_and_outputs_of_every_form(kind: type, tmp_path: Path) -> None
         loaded(**{**call, "inputs": {"scale": 3, "more": [torch.randn(4), None]}})
 
 
-def test_a_folder_of_something_else_is_refused(small: Path, tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_refused(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(OptionError, match=r"path must be a folder that sparsify_compiler\.export wrote"):
         load(tmp_path)
     for file in small.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: None if file.name == "plan.json" else 100])
     with pytest.raises(OptionError, match=r"is damaged: .* Export the model again"):
+        load(tmp_path)
+    (tmp_path / "weights.pt").write_bytes((small / "weights.pt").read_bytes())
+    with pytest.raises(OptionError, match=r"is damaged: .* Export the model again") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not caplog.records
+    content = json.loads((small / "plan.json").read_text())
+    del content["arguments"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(OptionError, match=r"is damaged: plan\.json lacks 'arguments'\. Export"):
         load(tmp_path)
 
 
