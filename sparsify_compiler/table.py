@@ -136,11 +136,8 @@ class BlockTable:
         """
         check_blocks("table.q_", self.q_bounds, self.q_order, q_tokens)
         check_blocks("table.kv_", self.kv_bounds, self.kv_order, kv_tokens)
-        width, blocks = self.kv_indices.shape[-1], self.kv_bounds.shape[-1] - 1
-        check_range("table.kv_num_blocks", self.kv_num_blocks, width)
-        columns = torch.arange(width, device=self.kv_indices.device)
-        used = columns < self.kv_num_blocks.unsqueeze(-1)
-        check_range("table.kv_indices", self.kv_indices, blocks - 1, used)
+        names, blocks = ("table.kv_num_blocks", "table.kv_indices"), self.kv_bounds.shape[-1] - 1
+        check_lists(*names, self.kv_num_blocks, self.kv_indices, blocks)
 
     def block_mask(self) -> Tensor:
         """[B|1, H|1, Nq, Nk] bool: whether each query block reads each key block."""
@@ -288,6 +285,14 @@ def check_range(name: str, tensor: Tensor, most: int, used: Tensor | None = None
     """Raise OperandError unless all elements, or those where `used`, lie in 0..most. Waits for the device."""
     wrong = (tensor < 0) | (tensor > most)
     _refuse(name, tensor, wrong if used is None else wrong & used, f"lie in 0..{most}")
+
+
+def check_lists(name: str, indices_name: str, counts: Tensor, indices: Tensor, limit: int) -> None:
+    """Raise OperandError unless each row of `indices`, [..., W], begins with the number of indices that `counts`
+    has for it, each in 0..limit-1. Waits for the device."""
+    check_range(name, counts, indices.shape[-1])
+    used = torch.arange(indices.shape[-1], device=indices.device) < counts.unsqueeze(-1)
+    check_range(indices_name, indices, limit - 1, used)
 
 
 def _refuse(name: str, tensor: Tensor, wrong: Tensor, must: str) -> None:

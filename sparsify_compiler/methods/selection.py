@@ -100,7 +100,9 @@ class Tokens:
 
     @property
     def _clusters_together(self) -> bool:
-        return self.shared is None and providers.fuses(self.provider)
+        # The library of exported programs lacks the op.
+        in_file = torch.compiler.is_exporting() and not providers.fuses(self.provider)
+        return self.shared is None and not in_file
 
     def kmeans(
         self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, *, first: int, later: int

@@ -14,6 +14,7 @@ from any_provider import (
     HAS_TRITON,
     IS_SLOW,
     POISONED,
+    PROVIDERS,
     device_of,
     examples,
     generator,
@@ -358,20 +359,20 @@ def test_kmeans_refuses(change: dict[str, Any], error: Any, words: str) -> None:
         kmeans(**arguments)
 
 
-@pytest.mark.skipif(not HAS_TRITON, reason="needs a GPU, or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(("heads", "before", "after"), [(2, 0, 0), (4, 3, 0), (2, 0, 5), (2, 40, 1)])
-def test_clusters_on_triton_are_blocks_of_the_sequence(heads, before, after):
+def test_clusters_are_blocks_of_the_sequence(provider, heads, before, after):
     """Of both sides at once, as of each; sorted here by Python."""
-    sides = [points_like_keys(1, h, 75, 16, torch.bfloat16, seed=h, provider="triton") for h in (heads, 2)]
+    sides = [points_like_keys(1, h, 75, 16, torch.bfloat16, seed=h, provider=provider) for h in (heads, 2)]
     states = [state_like(sides[0], 5), state_like(sides[1], 40)]
     centroids, starts = zip(*states, strict=True)
     for warm in (True, False):
-        options = {"first": 2, "later": 1, "provider": "triton"}
+        options = {"first": 2, "later": 1, "provider": provider}
         inputs = *sides, *centroids, *starts, torch.tensor(warm)
         found = cluster(*inputs, before=before, after=after, **options)
         alone = kmeans_of_both(*inputs, **options)
         for side, means, points, state in zip(found, alone, sides, states, strict=True):
-            expected, labels = run("triton", points, *state, warm, first=2)
+            expected, labels = run(provider, points, *state, warm, first=2)
             assert torch.equal(side.centroids, expected)
             assert torch.equal(means, expected)
             repeat = heads // points.shape[1]

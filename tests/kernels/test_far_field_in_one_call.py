@@ -107,6 +107,17 @@ def test_shared_key_heads_and_partly_read_blocks(far_field):
     _assert_close(*_both(*tensors, table=table, far_field=far_field, far_blocks=blocks), 1e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_matrices_of_some_heads_at_a_time(kv_heads):
+    """Those of all heads would take 33 MiB, more than are in memory at a time."""
+    g = torch.Generator().manual_seed(2)
+    tensors, table = (
+        _tensors(torch.float32, kv_heads, g, 128, 128),
+        _table(4 if kv_heads == 4 else 1, g, q_blocks=64),
+    )
+    _assert_close(*_both(*tensors, table=table, min_gain=0.1), 1e-5)
+
+
 def test_the_number_of_threads_changes_no_bit():
     g = torch.Generator().manual_seed(2)
     tensors, table, before, results = _tensors(torch.float32, 4, g), _table(4, g), torch.get_num_threads(), []

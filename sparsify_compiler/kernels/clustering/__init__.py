@@ -1,7 +1,7 @@
 """The ops that select blocks by semantic clusters, after Sparse VideoGen2 (arXiv 2505.18875).
 
     sparsify::kmeans          tokens -> a cluster for each, from a cold or a warm start
-    sparsify::cluster         queries and keys -> their clusters as blocks of the sequence, in the fewest launches
+    sparsify::cluster         queries and keys -> their clusters as blocks of the sequence, in one call
     sparsify::sort_by_label   clusters -> an order in which the tokens of a cluster are neighbours
     sparsify::top_p_blocks    centroids -> the key clusters that each query cluster reads
 
@@ -42,6 +42,25 @@ class Provider(Protocol):
         self, points: Tensor, centroids: Tensor, start: Tensor, warm: Tensor, first: int, later: int
     ) -> tuple[Tensor, Tensor]:
         """(centroids, labels), in the layout of `empty_kmeans`."""
+
+    def cluster(
+        self,
+        query: Tensor,
+        key: Tensor,
+        q_centroids: Tensor,
+        kv_centroids: Tensor,
+        q_start: Tensor,
+        kv_start: Tensor,
+        warm: bool,
+        first: int,
+        later: int,
+        before: int,
+        after: int,
+        *,
+        blocks: bool,
+    ) -> list[Tensor]:
+        """The fields of both sides of `cluster`, those of blocks in the layout of `empty_blocks`. Without `blocks`
+        the centroids alone."""
 
     def sort_by_label(self, labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
         """(order, bounds), in the layout of `empty_sort`."""
@@ -120,7 +139,7 @@ def cluster(
         key: [B, Hkv, V, D], H a multiple of Hkv.
         q_centroids, kv_centroids, q_start, kv_start, warm, first, later: as in `kmeans`, for each of both.
         before, after: the numbers of tokens before and after the video.
-        provider: one for which `providers.fuses` holds.
+        provider: the name of a provider that runs on these tensors.
     """
     inputs = (t.detach() for t in (query, key, q_centroids, kv_centroids))
     numbers = [int(first), int(later), int(before), int(after)]
@@ -261,15 +280,14 @@ def _cluster(
     blocks: bool,
     provider: str,
 ) -> list[Tensor]:
-    from sparsify_compiler.kernels.clustering import triton
-
     inputs = query, key, q_centroids, kv_centroids, q_start, kv_start
     _check_cluster(*inputs, warm, numbers)
     if providers.reads_values(query.device) and not bool(warm):
         for name, start, points in (("q_start", q_start, query), ("kv_start", kv_start, key)):
             check_range(name, start, points.shape[2] - 1)
     with torch.autocast(query.device.type, enabled=False):
-        return triton.cluster(*inputs, bool(warm), *numbers, blocks=blocks)
+        module = providers.load(provider, "clustering")
+        return module.cluster(*inputs, bool(warm), *numbers, blocks=blocks)
 
 
 @_cluster.register_fake

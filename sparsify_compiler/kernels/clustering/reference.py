@@ -54,6 +54,41 @@ def _means(points: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
     return torch.where(sizes[..., None] > 0, sums / sizes[..., None], centroids)
 
 
+def cluster(
+    query: Tensor,
+    key: Tensor,
+    q_centroids: Tensor,
+    kv_centroids: Tensor,
+    q_start: Tensor,
+    kv_start: Tensor,
+    warm: bool,
+    first: int,
+    later: int,
+    before: int,
+    after: int,
+    *,
+    blocks: bool,
+) -> list[Tensor]:
+    """See `clustering.cluster`."""
+    heads, tokens = query.shape[1], before + query.shape[2] + after
+    found = []
+    for points, centroids, start in ((query, q_centroids, q_start), (key, kv_centroids, kv_start)):
+        means, labels = kmeans(points, centroids, start, torch.tensor(warm), first, later)
+        found.append(means)
+        if not blocks:
+            continue
+        order, bounds = sort_by_label(labels, len(start))
+        sizes = bounds.diff(dim=-1)
+        order, bounds = (
+            one.repeat_interleave(heads // points.shape[1], 1) + before for one in (order, bounds)
+        )
+        places = torch.arange(tokens, dtype=torch.int32, device=order.device).expand(*order.shape[:2], -1)
+        order = torch.cat([places[..., :before], order, places[..., tokens - after :]], -1)
+        bounds = pad(pad(bounds, (int(before > 0), 0), value=0), (0, int(after > 0)), value=tokens)
+        found += [order, bounds, sizes]
+    return found
+
+
 def sort_by_label(labels: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """See `clustering.sort_by_label`."""
     index = labels.long()

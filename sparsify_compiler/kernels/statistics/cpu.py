@@ -7,10 +7,15 @@ import torch
 from torch import Tensor
 
 from sparsify_compiler.kernels.cpu import library
-from sparsify_compiler.kernels.statistics import Statistics, empty_means, empty_statistics, reference
-from sparsify_compiler.table import check_blocks
-
-pairs_read, keys_left = reference.pairs_read, reference.keys_left
+from sparsify_compiler.kernels.statistics import (
+    Statistics,
+    empty_left,
+    empty_means,
+    empty_pairs,
+    empty_statistics,
+    reference,
+)
+from sparsify_compiler.table import check_blocks, check_lists, check_range
 
 
 def block_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,6 +47,44 @@ def block_statistics(
     results = (log_weight, key_mean, None, value_mean, *moments)
     _launch(key, value, bounds, order, key_bias, results, log_weight.shape[1])
     return found
+
+
+def pairs_read(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """See `statistics.pairs_read`."""
+    kernel = library.symbol("sparsify_pairs_read", _PairsRead)
+    if kernel is None:
+        return reference.pairs_read(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
+    pairs = empty_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
+    tensors = [*(t.contiguous() for t in (q_bounds, kv_bounds, kv_num_blocks, kv_indices)), pairs]
+    problem = _PairsRead(
+        *(library.view(t) for t in tensors),
+        *(*pairs.shape, kv_indices.shape[-1], kv_bounds.shape[-1] - 1),
+        torch.get_num_threads(),
+    )
+    check = partial(check_lists, "kv_num_blocks", "kv_indices", kv_num_blocks, kv_indices, problem.blocks)
+    library.launch(kernel, problem, check=check)
+    return pairs
+
+
+def keys_left(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> Tensor:
+    """See `statistics.keys_left`."""
+    kernel = library.symbol("sparsify_keys_left", _KeysLeft)
+    if kernel is None:
+        return reference.keys_left(keys, block_of_key, counts, indices)
+    left, blocks, tokens = empty_left(keys, counts), keys.shape[-1], block_of_key.shape[0]
+    whole = [t.contiguous() for t in (keys, block_of_key[None, None], counts, indices)]
+    problem = _KeysLeft(
+        *(library.view(t) for t in (*whole, left)),
+        *(*counts.shape, indices.shape[-1], blocks, tokens),
+        torch.get_num_threads(),
+    )
+
+    def check() -> None:
+        check_range("block_of_key", block_of_key, blocks - 1)
+        check_lists("counts", "indices", counts, indices, tokens)
+
+    library.launch(kernel, problem, check=check)
+    return left
 
 
 def _launch(
@@ -84,5 +127,25 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "tokens", "blocks")),
         *((name, ctypes.c_int64) for name in ("head_dim", "value_dim")),
         ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _PairsRead(ctypes.Structure):
+    """`struct PairsRead`."""
+
+    _fields_ = (
+        *((name, library.View) for name in ("q_bounds", "kv_bounds", "kv_num_blocks", "kv_indices", "pairs")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "width", "blocks")),
+        ("threads", ctypes.c_int32),
+    )
+
+
+class _KeysLeft(ctypes.Structure):
+    """`struct KeysLeft`."""
+
+    _fields_ = (
+        *((name, library.View) for name in ("keys", "block_of_key", "counts", "indices", "left")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "width", "blocks", "tokens")),
         ("threads", ctypes.c_int32),
     )

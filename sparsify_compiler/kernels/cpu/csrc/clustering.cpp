@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -38,9 +39,6 @@ constexpr int kRowsAhead = 8;        // rows between the one prefetched and the 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The threads for an amount of work: one for some tenths of a millisecond, since others may take longer to come.
-int threads_for(int64_t steps, int threads) { return steps < 100'000 ? 1 : threads; }
 
 float largest_lane(Vec x) {
 #if defined(__AVX512F__)
@@ -224,41 +222,126 @@ void move_to_mean(const KMeans& p, int64_t b, int64_t h, const int32_t* tokens, 
   for (int64_t d = 0; d < p.head_dim; ++d) centroid[d] = static_cast<float>(sums[d] / count);
 }
 
+// The clustering of one set of points: the items of each phase, of heads that are numbered with their batches.
 template <class Math, class T>
-bool run_kmeans(const KMeans& p) {
-  const int64_t all_heads = p.batch * p.heads, tiles = ceil_div(p.tokens, kTilePoints);
-  const int64_t groups = ceil_div(p.clusters, kClustersAtOnce);
-  std::vector<Lanes<Math>> lanes;
-  for (int64_t i = 0; i < all_heads; ++i) lanes.emplace_back(p.clusters, p.head_dim);
-  std::vector<int32_t> order(all_heads * p.tokens), bounds(all_heads * (p.clusters + 1));
-  Phases phases(4 * p.iterations);
-#pragma omp parallel num_threads(p.threads)
-  {
-    Assigner<Math, T> assigner(p, lanes);
-    std::vector<double> sums(p.head_dim);
-    int64_t phase = 0;
-    for (int32_t iteration = 0; iteration < p.iterations; ++iteration) {
-      phases.run(phase++, all_heads, [&](int64_t i) {
-        lanes[i].load(p.centroids.at<const float>(i / p.heads, i % p.heads));
-      });
-      phases.run(phase++, all_heads * tiles, [&](int64_t i) {
-        const int64_t head = i / tiles;
-        assigner.run(head / p.heads, head % p.heads, i % tiles * kTilePoints);
-      });
-      phases.run(phase++, all_heads, [&](int64_t i) {
-        sort_tokens(p.labels.at<int32_t>(i / p.heads, i % p.heads), p.labels.row, p.tokens, p.clusters,
-                    &order[i * p.tokens], &bounds[i * (p.clusters + 1)]);
-      });
-      phases.run(phase++, all_heads * groups, [&](int64_t i) {
-        const int64_t head = i / groups, first = i % groups * kClustersAtOnce;
-        const int64_t b = head / p.heads, h = head % p.heads;
-        const int32_t *tokens = &order[head * p.tokens], *bound = &bounds[head * (p.clusters + 1)];
-        for (int64_t c = first; c < std::min(first + kClustersAtOnce, p.clusters); ++c) {
-          move_to_mean<T>(p, b, h, tokens + bound[c], bound[c + 1] - bound[c], sums.data(),
-                          p.centroids.at<float>(b, h, c));
-        }
-      });
+class Clustering {
+ public:
+  // The scratch memory of a thread.
+  struct Own {
+    explicit Own(const Clustering& all) : assigner(all.p_, all.lanes_), sums(all.p_.head_dim) {}
+    Assigner<Math, T> assigner;
+    std::vector<double> sums;
+  };
+
+  explicit Clustering(const KMeans& problem)
+      : p_(problem), labels_(p_.labels.data ? 0 : heads() * p_.tokens), order_(heads() * p_.tokens),
+        bounds_(heads() * (p_.clusters + 1)) {
+    if (!p_.labels.data) p_.labels = {labels_.data(), p_.heads * p_.tokens, p_.tokens, 1};
+    for (int64_t i = 0; i < heads(); ++i) lanes_.emplace_back(p_.clusters, p_.head_dim);
+  }
+
+  int64_t heads() const { return p_.batch * p_.heads; }
+  int64_t tiles() const { return heads() * tiles_of_head(); }
+  int64_t groups() const { return heads() * groups_of_head(); }
+
+  // The centroids to start from.
+  void begin(int64_t head) {
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    for (int64_t c = 0; c < p_.clusters; ++c) {
+      float* to = p_.centroids.at<float>(b, h, c);
+      if (p_.from.data) {
+        std::copy_n(p_.from.at<const float>(b, h, c), p_.head_dim, to);
+      } else {
+        Fp32::pack_row(p_.points.at<const T>(b, h, p_.start.at<const int64_t>(0, 0)[c]), p_.head_dim, to);
+      }
     }
+  }
+
+  void load(int64_t head) { lanes_[head].load(p_.centroids.at<const float>(head / p_.heads, head % p_.heads)); }
+
+  void assign(Own& own, int64_t i) {
+    const int64_t head = i / tiles_of_head();
+    own.assigner.run(head / p_.heads, head % p_.heads, i % tiles_of_head() * kTilePoints);
+  }
+
+  void sort(int64_t head) {
+    sort_tokens(p_.labels.at<int32_t>(head / p_.heads, head % p_.heads), p_.labels.row, p_.tokens, p_.clusters,
+                order_of(head), bounds_of(head));
+  }
+
+  void move(Own& own, int64_t i) {
+    const int64_t head = i / groups_of_head(), first = i % groups_of_head() * kClustersAtOnce;
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    const int32_t *tokens = order_of(head), *bound = bounds_of(head);
+    for (int64_t c = first; c < std::min(first + kClustersAtOnce, p_.clusters); ++c) {
+      move_to_mean<T>(p_, b, h, tokens + bound[c], bound[c + 1] - bound[c], own.sums.data(),
+                      p_.centroids.at<float>(b, h, c));
+    }
+  }
+
+  // The blocks of the sequence.
+  void finish(int64_t head) {
+    if (!p_.order.data) return;
+    const int64_t b = head / p_.heads, h = head % p_.heads, end = p_.before + p_.tokens;
+    int32_t* sizes = p_.sizes.at<int32_t>(b, h);
+    const int32_t *order = order_of(head), *bound = bounds_of(head);
+    for (int64_t c = 0; c < p_.clusters; ++c) sizes[c] = bound[c + 1] - bound[c];
+    for (int64_t copy = h * p_.copies; copy < (h + 1) * p_.copies; ++copy) {
+      int32_t *to = p_.order.at<int32_t>(b, copy), *bounds = p_.bounds.at<int32_t>(b, copy);
+      for (int64_t i = 0; i < p_.before; ++i) to[i] = i;
+      for (int64_t i = 0; i < p_.tokens; ++i) to[p_.before + i] = order[i] + p_.before;
+      for (int64_t i = end; i < end + p_.after; ++i) to[i] = i;
+      if (p_.before) *bounds++ = 0;
+      for (int64_t c = 0; c <= p_.clusters; ++c) *bounds++ = bound[c] + p_.before;
+      if (p_.after) *bounds++ = end + p_.after;
+    }
+  }
+
+ private:
+  int64_t tiles_of_head() const { return ceil_div(p_.tokens, kTilePoints); }
+  int64_t groups_of_head() const { return ceil_div(p_.clusters, kClustersAtOnce); }
+  int32_t* order_of(int64_t head) { return &order_[head * p_.tokens]; }
+  int32_t* bounds_of(int64_t head) { return &bounds_[head * (p_.clusters + 1)]; }
+
+  KMeans p_;
+  std::vector<Lanes<Math>> lanes_;
+  std::vector<int32_t> labels_, order_, bounds_;
+};
+
+template <class Math, class T>
+bool run_kmeans(const KMeans& problem) {
+  using Points = Clustering<Math, T>;
+  std::deque<Points> all;  // an object of it does not move
+  for (const KMeans* one = &problem; one; one = one->other) all.emplace_back(*one);
+  Phases phases(4 * problem.iterations + 1);
+#pragma omp parallel num_threads(problem.threads)
+  {
+    std::deque<typename Points::Own> own;
+    for (const Points& points : all) own.emplace_back(points);
+    int64_t phase = 0;
+    // Runs body(points, the thread's own memory, item) for count(points) items of each set of points.
+    auto run = [&](auto count, auto body) {
+      int64_t items = 0;
+      for (const Points& points : all) items += count(points);
+      phases.run(phase++, items, [&](int64_t i) {
+        size_t at = 0;
+        for (; i >= count(all[at]); ++at) i -= count(all[at]);
+        body(all[at], own[at], i);
+      });
+    };
+    const auto heads = [](const Points& points) { return points.heads(); };
+    for (int32_t iteration = 0; iteration < problem.iterations; ++iteration) {
+      run(heads, [&](Points& points, auto&, int64_t i) {
+        if (iteration == 0) points.begin(i);
+        points.load(i);
+      });
+      run([](const Points& points) { return points.tiles(); },
+          [](Points& points, auto& own, int64_t i) { points.assign(own, i); });
+      run(heads, [](Points& points, auto&, int64_t i) { points.sort(i); });
+      run([](const Points& points) { return points.groups(); },
+          [](Points& points, auto& own, int64_t i) { points.move(own, i); });
+    }
+    run(heads, [](Points& points, auto&, int64_t i) { points.finish(i); });
   }
   return true;
 }

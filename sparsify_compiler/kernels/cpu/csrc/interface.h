@@ -57,11 +57,28 @@ struct Statistics {
   int32_t dtype, threads;
 };
 
-// `clustering.cpp`, as are the next two.
+// `tables.cpp`, as is the next.
+struct PairsRead {
+  View q_bounds, kv_bounds, kv_num_blocks, kv_indices, pairs;
+  int64_t batch, heads, rows, width, blocks;
+  int32_t threads;
+};
+
+struct KeysLeft {
+  View keys, block_of_key, counts, indices, left;
+  int64_t batch, heads, rows, width, blocks, tokens;
+  int32_t threads;
+};
+
+// `clustering.cpp`, as are the next two. Points start from centroids `from`, or where it has no data from the tokens
+// `start` (int64). Results that are not needed have no data: `order`, `bounds` and `sizes` are those of
+// `clustering.Side`, `order` and `bounds` for `copies` heads of each of the points'.
 struct KMeans {
-  View points, centroids, labels;  // centroids: those to start from, then the result
-  int64_t batch, heads, tokens, clusters, head_dim;
+  View points, from, start;
+  View centroids, labels, order, bounds, sizes;
+  int64_t batch, heads, tokens, clusters, head_dim, before, after, copies;
   int32_t iterations, dtype, threads;
+  const KMeans* other;  // points of the same type that are clustered in the same phases; null without
 };
 
 struct Sort {
@@ -92,6 +109,8 @@ bool sparsify_attention(const Problem* problem, const FarField* far);  // `far` 
 bool sparsify_attention_with_far_field(const WithFarField* problem);
 bool sparsify_merge_far_field(const Merge* problem);
 bool sparsify_block_statistics(const Statistics* problem);
+bool sparsify_pairs_read(const PairsRead* problem);
+bool sparsify_keys_left(const KeysLeft* problem);
 bool sparsify_kmeans(const KMeans* problem);
 bool sparsify_sort_by_label(const Sort* problem);
 bool sparsify_top_p_blocks(const TopP* problem);

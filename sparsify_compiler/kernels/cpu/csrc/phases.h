@@ -13,6 +13,9 @@
 #include <memory>
 #include <mutex>
 
+// The threads for an amount of work: one for some tenths of a millisecond, since others may take longer to come.
+inline int threads_for(int64_t steps, int threads) { return steps < 100'000 ? 1 : threads; }
+
 class Phases {
  public:
   explicit Phases(int64_t count) : phases_(new Phase[count]) {}

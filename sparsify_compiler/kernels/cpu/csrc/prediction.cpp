@@ -1,6 +1,7 @@
 // The selection of single keys by predicted scores, as kernels/prediction/__init__.py defines it.
 //
-// Threads take tiles of query groups of one head. The scores of a tile are products with keys as vector lanes,
+// Threads first write the keys of some heads as vector lanes, then take tiles of query groups of one head. The scores
+// of a tile are products with these keys,
 //
 //     score[group][key] = scale * sum over r of query[group][r] * keys[r][key] + bias[key]
 //
@@ -16,6 +17,7 @@
 
 #include "check.h"
 #include "interface.h"
+#include "phases.h"
 #include "product.h"
 
 namespace {
@@ -23,6 +25,8 @@ namespace {
 constexpr int kVecs = kRegisters == 32 ? 4 : 2;
 constexpr int kStripLanes = kVecs * kLanes;
 constexpr int kTileRows = 24;  // rows at a time, of which kSums / kVecs = 6 have their sums in registers
+constexpr int64_t kStripsAtOnce = 8;  // of keys that a thread writes as lanes
+constexpr int64_t kMostLanes = 8 << 20;  // bytes of keys as lanes that are in memory at a time, if they are of several heads
 constexpr int64_t kTileQueries = 96;  // about the number of queries in the groups of a tile
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -63,18 +67,60 @@ int64_t append(int32_t* to, IntVec numbers, IntVec chosen) {
 #endif
 }
 
+// The keys of some heads as lanes, [head][strip][word][vector]. Lanes without a key are hidden, so they may hold
+// anything.
+template <class Math, class T>
+class KeyLanes {
+ public:
+  explicit KeyLanes(const TopK& problem)
+      : p_(problem),
+        words_(ceil_div(p_.rank, Math::kPerWord)),
+        strips_(ceil_div(p_.tokens, kStripLanes)),
+        heads_at_once_(std::max<int64_t>(std::min(most_heads(), p_.batch * p_.kv_heads), 1)),
+        keys_(new Vec[heads_at_once_ * vecs_of_head()]) {}
+
+  int64_t words() const { return words_; }
+  int64_t strips() const { return strips_; }
+  int64_t heads_at_once() const { return heads_at_once_; }
+  int64_t items_of_head() const { return ceil_div(strips_, kStripsAtOnce); }
+  const Vec* strip(int64_t head, int64_t strip) const {
+    return keys_.get() + head % heads_at_once_ * vecs_of_head() + strip * words_ * kVecs;
+  }
+
+  // Some strips of a head, which is numbered with its batch.
+  void load(int64_t head, int64_t item) {
+    const int64_t begin = item * kStripsAtOnce * kStripLanes;
+    const int64_t count = std::min<int64_t>(kStripsAtOnce * kStripLanes, p_.tokens - begin);
+    const auto row_of = [&](int64_t i) { return p_.key.at<const T>(head / p_.kv_heads, head % p_.kv_heads, begin + i); };
+    const std::unique_ptr<float[]> words(new float[words_]);
+    for_each_row(count, p_.rank, row_of, [&](int64_t i) {
+      Math::pack_row(row_of(i), p_.rank, words.get());
+      float* lanes = reinterpret_cast<float*>(const_cast<Vec*>(strip(head, (begin + i) / kStripLanes))) + i % kStripLanes;
+      for (int64_t w = 0; w < words_; ++w) lanes[w * kStripLanes] = words[w];
+    });
+  }
+
+ private:
+  int64_t vecs_of_head() const { return strips_ * words_ * kVecs; }
+  int64_t most_heads() const { return kMostLanes / int64_t(sizeof(Vec)) / std::max<int64_t>(vecs_of_head(), 1); }
+
+  const TopK& p_;
+  const int64_t words_, strips_, heads_at_once_;
+  std::unique_ptr<Vec[]> keys_;
+};
+
 // Selects for one tile of groups at a time, on its own scratch memory.
-template <class T>
+template <class Math, class T>
 class Chooser {
  public:
-  explicit Chooser(const TopK& problem)
+  Chooser(const TopK& problem, const KeyLanes<Math, T>& keys)
       : p_(problem),
+        keys_(keys),
         bounds_(p_.q_bounds.at<const int32_t>(0, 0)),
         most_(std::min(p_.width, p_.tokens)),
-        strips_(ceil_div(p_.tokens, kStripLanes)),
+        strips_(keys.strips()),
         vecs_(strips_ * kVecs),
-        queries_(new float[kTileRows * p_.rank]),
-        keys_(new Vec[p_.rank * vecs_]),
+        queries_(new float[kTileRows * keys.words()]),
         scores_(new Vec[kTileRows * vecs_]),
         together_(new Vec[bounds_ ? tile_groups(p_) * vecs_ : 0]),
         chosen_(new int32_t[most_ + kLanes]) {}
@@ -159,13 +205,12 @@ class Chooser {
 
   // The scores of `count` queries from the first, in scores_, and the highest of each lane, in most_of_.
   void compute_scores(int64_t b, int64_t h, int64_t first, int64_t count) {
-    const int64_t kv_head = h * p_.kv_heads / p_.heads;
+    const int64_t kv_head = b * p_.kv_heads + h * p_.kv_heads / p_.heads, words = keys_.words();
     const float* bias = p_.key_bias.data ? p_.key_bias.at<const float>(b, h) : nullptr;
     for (int64_t i = 0; i < count; ++i) {
-      Fp32::pack_row(p_.query.at<const T>(b, h, first + i), p_.rank, &queries_[i * p_.rank]);
+      Math::pack_row(p_.query.at<const T>(b, h, first + i), p_.rank, &queries_[i * words]);
     }
     std::fill_n(most_of_, kTileRows, splat(kLowest));
-    load_keys(b, kv_head);
     for (int64_t strip = 0; strip < strips_; ++strip) {
       const int64_t begin = strip * kStripLanes, keys = std::min<int64_t>(kStripLanes, p_.tokens - begin);
       Vec biases[kVecs];
@@ -176,8 +221,7 @@ class Chooser {
       for_row_groups<kVecs>(count, [&](auto rows, int64_t row) {
         constexpr int Rows = rows;
         Vec sums[Rows][kVecs] = {};
-        multiply<Fp32, Rows, kVecs>(sums, &queries_[row * p_.rank], p_.rank, 1,
-                                     &keys_[strip * p_.rank * kVecs], p_.rank);
+        multiply<Math, Rows, kVecs>(sums, &queries_[row * words], words, 1, keys_.strip(kv_head, strip), words);
         UNROLL for (int r = 0; r < Rows; ++r) {
           UNROLL for (int v = 0; v < kVecs; ++v) {
             const Vec score = sums[r][v] * p_.scale + biases[v];
@@ -189,19 +233,6 @@ class Chooser {
         }
       });
     }
-  }
-
-  // Rows of the keys of a head -> lanes of keys_, strip by strip, unless they are there already. Lanes without a key
-  // are hidden, so they may hold anything.
-  void load_keys(int64_t b, int64_t kv_head) {
-    if (loaded_ == b * p_.kv_heads + kv_head) return;
-    loaded_ = b * p_.kv_heads + kv_head;
-    const auto row_of = [&](int64_t i) { return p_.key.at<const T>(b, kv_head, i); };
-    for_each_row(p_.tokens, p_.rank, row_of, [&](int64_t i) {
-      float* strip = reinterpret_cast<float*>(&keys_[i / kStripLanes * p_.rank * kVecs]);
-      const T* row = row_of(i);
-      for (int64_t r = 0; r < p_.rank; ++r) strip[r * kStripLanes + i % kStripLanes] = to_float(row[r]);
-    });
   }
 
   int64_t count(const Vec* scores, float threshold) const {
@@ -253,38 +284,50 @@ class Chooser {
   }
 
   const TopK& p_;
+  const KeyLanes<Math, T>& keys_;
   const int32_t* const bounds_;
   const int64_t most_, strips_, vecs_;
-  int64_t loaded_ = -1;  // the head whose keys are in keys_
   std::unique_ptr<float[]> queries_;
-  std::unique_ptr<Vec[]> keys_, scores_, together_;
+  std::unique_ptr<Vec[]> scores_, together_;
   std::unique_ptr<int32_t[]> chosen_;
   Vec most_of_[kTileRows];
 };
 
-template <class T>
+template <class Math, class T>
 bool run_top_k(const TopK& p) {
   if (!bounds_fit(p.q_bounds, p.batch, p.heads, p.groups, p.queries)) return false;
-  const int64_t tile = Chooser<T>::tile_groups(p), tiles = ceil_div(p.groups, tile);
+  KeyLanes<Math, T> keys(p);
+  const int64_t tile = Chooser<Math, T>::tile_groups(p), tiles = ceil_div(p.groups, tile);
+  const int64_t kv_heads = p.batch * p.kv_heads, copies = p.heads / p.kv_heads, at_once = keys.heads_at_once();
+  Phases phases(2 * ceil_div(kv_heads, at_once));
 #pragma omp parallel num_threads(p.threads)
   {
-    Chooser<T> chooser(p);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < p.batch * p.heads * tiles; ++i) {
-      const int64_t head = i / tiles;
-      chooser.run(head / p.heads, head % p.heads, i % tiles * tile);
+    Chooser<Math, T> chooser(p, keys);
+    for (int64_t first = 0, phase = 0; first < kv_heads; first += at_once) {
+      const int64_t some = std::min(at_once, kv_heads - first), items = keys.items_of_head();
+      phases.run(phase++, some * items, [&](int64_t i) { keys.load(first + i / items, i % items); });
+      phases.run(phase++, some * copies * tiles, [&](int64_t i) {
+        const int64_t head = first * copies + i / tiles;  // of the queries, numbered with its batch
+        chooser.run(head / p.heads, head % p.heads, i % tiles * tile);
+      });
     }
   }
   return true;
 }
 
+#if defined(__AVX512BF16__)
+using BFloat16Math = Bf16Pairs;
+#else
+using BFloat16Math = Fp32;
+#endif
+
 }  // namespace
 
 extern "C" bool sparsify_top_k_keys(const TopK* problem) {
   switch (problem->dtype) {
-    case kFloat32: return run_top_k<float>(*problem);
-    case kFloat16: return run_top_k<Half>(*problem);
-    case kBFloat16: return run_top_k<BFloat16>(*problem);
+    case kFloat32: return run_top_k<Fp32, float>(*problem);
+    case kFloat16: return run_top_k<Fp32, Half>(*problem);
+    case kBFloat16: return run_top_k<BFloat16Math, BFloat16>(*problem);
   }
   return false;
 }

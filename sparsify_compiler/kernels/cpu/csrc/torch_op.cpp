@@ -311,11 +311,11 @@ Pair kmeans(const Tensor& points, const Tensor& centroids, const Tensor& start, 
   TORCH_CHECK(first > 0 && later > 0, "sparsify: kmeans needs at least 1 iteration, got ", first, " and ", later);
   const bool is_warm = warm.item<bool>();
   const Tensor means = at::empty(centroids.sizes(), centroids.options());
-  means.copy_(is_warm ? centroids : points.index_select(2, start));
   const Tensor labels = at::empty({batch, heads, tokens}, points.options().dtype(ScalarType::Int));
   Operands own;
   KMeans p{};
   p.points = own.rows(points), p.centroids = view(means), p.labels = view(labels);
+  (is_warm ? p.from : p.start) = own.whole(is_warm ? centroids : start.view({1, 1, -1}));
   p.batch = batch, p.heads = heads, p.tokens = tokens, p.clusters = clusters, p.head_dim = head_dim;
   p.iterations = int32_t(is_warm ? later : first), p.dtype = dtype_of(points), p.threads = at::get_num_threads();
   sparsify_kmeans(&p);

@@ -1,7 +1,9 @@
 // Attention with a far field in one call, as kernels/far_field/__init__.py defines it: statistics of blocks, virtual
 // keys, blocks of large gain, the guard's exact rows, and near and far field.
 //
-// All threads go through the same phases (phases.h). What phases hand to each other stays in memory of this call.
+// All threads go through the same phases (phases.h). What phases hand to each other stays in memory of this call. The
+// covariances of blocks would be the largest part of it. They exist for some blocks and channels at a time, and the
+// matrices M that they add up to for some heads at a time.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +18,9 @@
 namespace {
 
 constexpr int64_t kRowsAtOnce = 16;     // query blocks that a thread takes at a time
-constexpr int64_t kColumnsAtOnce = 256;  // elements of covariances that a thread takes at a time
+constexpr int64_t kChannelsAtOnce = 16;  // rows of covariances that a thread takes at a time,
+constexpr int64_t kMostCovariances = 512 << 10;  // for as many blocks as this number of bytes holds
+constexpr int64_t kMostMatrices = 16 << 20;  // bytes of M that are in memory at a time, if they are of several heads
 constexpr float kMostSecondOrder = 0.5f;
 constexpr float kTiny = std::numeric_limits<float>::min();
 
@@ -93,9 +97,9 @@ class Elements {
   std::unique_ptr<T[]> data_;
 };
 
-// out[r][j] = sum over i < words of left[r][i] * right[i][j], for j < width, in whole vectors.
+// out[r][j] = sum over i < words of left[r][i] * right[i][j], for j < width, in whole vectors; or adds the sum to it.
 void multiply_matrices(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t right_stride,
-                       int64_t words, int64_t width, float* out, int64_t out_stride) {
+                       int64_t words, int64_t width, float* out, int64_t out_stride, bool adds = false) {
   const int64_t vecs = vecs_for(width);
   for (int64_t v = 0; v < vecs; v += kVecs) {
     with_vecs(std::min<int64_t>(kVecs, vecs - v), [&](auto some) {
@@ -107,7 +111,7 @@ void multiply_matrices(const float* left, int64_t left_stride, int64_t rows, con
         multiply<Fp32, Rows, Vecs>(sums, left + first * left_stride, left_stride, 1, lines, words, right_stride / kLanes);
         UNROLL for (int r = 0; r < Rows; ++r) {
           Vec* line = reinterpret_cast<Vec*>(out + (first + r) * out_stride) + v;
-          UNROLL for (int j = 0; j < Vecs; ++j) line[j] = sums[r][j];
+          UNROLL for (int j = 0; j < Vecs; ++j) line[j] = adds ? line[j] + sums[r][j] : sums[r][j];
         }
       });
     });
@@ -179,12 +183,14 @@ class Call {
     View bias = bias_.view();
     bias.row = 1;
     far_ = FarField{far_key_.view(), far_value_.view(), bias, {}, {}, groups_, blocks_, q_.left, q_.keys, q_.bounds};
+    part_ = all_groups();
     if (q_.linear) prepare_linear();
     if (samples_) prepare_samples();
   }
 
   void run() {
-    Phases phases(9);
+    const int64_t parts = ceil_div(all_groups(), part_);
+    Phases phases(5 + 4 * parts);
 #pragma omp parallel num_threads(p_.threads)
     {
       Threads own;
@@ -195,20 +201,7 @@ class Call {
       phases.run(2, chunks, [&](int64_t i) { for_chunk(i, [&](auto... at) { score(at...); }); });
       phases.run(3, by_gain_, [&](int64_t) { measure_power(); });
       phases.run(4, chunks, [&](int64_t i) { for_chunk(i, [&](auto... at) { choose(at...); }); });
-      const int64_t strips = q_.linear ? ceil_div(matrix_size(), kColumnsAtOnce) : 0;
-      phases.run(5, 1 + all_heads() * strips, [&](int64_t i) {
-        if (i == 0) return plan();
-        add_up_covariances((i - 1) / strips, (i - 1) % strips * kColumnsAtOnce);
-      });
-      const int64_t sampled = sample_tiles_.size();
-      phases.run(6, kVariants * sampled, [&](int64_t i) {
-        const int variant = i / sampled;
-        if (variant == kLinear && !q_.linear) return;
-        worker(own.variants[variant], samples_problems_[variant], variant == kNear ? nullptr : &variants_far_[variant])
-            .run(sample_tiles_[i % sampled]);
-      });
-      phases.run(7, all_heads(), [&](int64_t i) { report(i / heads_, i % heads_); });
-      phases.run(8, tiles_.size(), [&](int64_t i) { worker(own.main, main_, &far_).run(tiles_[i]); });
+      for (int64_t part = 0, phase = 5; part < parts; ++part, phase += 4) run_part(own, phases, phase, part * part_);
     }
   }
 
@@ -220,7 +213,41 @@ class Call {
   struct Threads {
     std::unique_ptr<BlockWorker> keys, queries;
     std::unique_ptr<TileWorker> exact, main, variants[kVariants];
+    std::unique_ptr<Vec[]> covariances;
   };
+
+  // Some of `tiles`, which are sorted by head.
+  struct Range {
+    int64_t first, count;
+  };
+
+  // Everything that needs M, for the heads of part_ groups from a first one; groups are numbered with their batches.
+  void run_part(Threads& own, Phases& phases, int64_t phase, int64_t group) {
+    const int64_t groups = std::min(part_, all_groups() - group), first = group * copies(), heads = groups * copies();
+    const int64_t strips = q_.linear ? ceil_div(p_.head_dim, kChannelsAtOnce) : 0;
+    phases.run(phase, 1 + groups * strips, [&](int64_t i) {
+      if (i == 0) return begin_part(first);
+      add_up_covariances(own, group, group + (i - 1) / strips, (i - 1) % strips * kChannelsAtOnce);
+    });
+    const Range sampled = of_heads(sample_tiles_, first, heads), read = of_heads(tiles_, first, heads);
+    phases.run(phase + 1, kVariants * sampled.count, [&](int64_t i) {
+      const int variant = i / sampled.count;
+      if (variant == kLinear && !q_.linear) return;
+      worker(own.variants[variant], samples_problems_[variant], variant == kNear ? nullptr : &variants_far_[variant])
+          .run(sample_tiles_[sampled.first + i % sampled.count]);
+    });
+    phases.run(phase + 2, heads, [&](int64_t i) { report((first + i) / heads_, (first + i) % heads_); });
+    phases.run(phase + 3, read.count, [&](int64_t i) { worker(own.main, main_, &far_).run(tiles_[read.first + i]); });
+  }
+
+  Range of_heads(const std::vector<Tile>& tiles, int64_t first, int64_t count) const {
+    const auto before = [&](int64_t head) {
+      return std::partition_point(tiles.begin(), tiles.end(), [&](const Tile& tile) {
+               return tile.batch * heads_ + tile.head < head;
+             }) - tiles.begin();
+    };
+    return {before(first), before(first + count) - before(first)};
+  }
 
   static TileWorker& worker(std::unique_ptr<TileWorker>& own, const Problem& problem, const FarField* far) {
     if (!own) own = tile_worker(problem, far);
@@ -232,13 +259,12 @@ class Call {
   int64_t row_chunks() const { return ceil_div(rows_, kRowsAtOnce); }
   int64_t matrix_size() const { return p_.head_dim * p_.value_dim; }
   int64_t group_of(int64_t h) const { return h * groups_ / heads_; }
+  int64_t copies() const { return heads_ / groups_; }  // heads of a group
 
   void prepare_linear() {
     key_variance_ = Rows3(memory_, batch_, groups_, blocks_, p_.head_dim);
     value_variance_ = Rows3(memory_, batch_, groups_, blocks_, p_.value_dim);
-    covariance_ = Rows3(memory_, batch_, groups_, blocks_, matrix_size());
     of_keys_.key_variance = key_variance_.view(), of_keys_.value_variance = value_variance_.view();
-    of_keys_.covariance = covariance_.view();
     mean_query_ = Rows3(memory_, batch_, heads_, rows_, p_.head_dim);
     mean_square_ = Rows3(memory_, batch_, heads_, rows_, p_.head_dim);
     of_queries_ = Statistics{};
@@ -248,9 +274,13 @@ class Call {
     of_queries_.blocks = rows_, of_queries_.head_dim = p_.head_dim, of_queries_.dtype = p_.dtype;
     keys_as_lanes_ = Rows3(memory_, batch_, groups_, p_.head_dim, blocks_);
     shares_ = Rows3(memory_, batch_, heads_, rows_, blocks_);
-    matrices_ = Rows3(memory_, batch_, heads_, rows_, matrix_size());
+    const int64_t bytes = copies() * rows_ * matrix_size() * sizeof(float);
+    const int64_t inputs = batch_ * sizeof(T) * (heads_ * p_.q_tokens * p_.head_dim +
+                                                 p_.kv_heads * p_.kv_tokens * (p_.head_dim + p_.value_dim));
+    part_ = std::clamp<int64_t>(std::max(kMostMatrices, inputs / 4) / std::max<int64_t>(bytes, 1), 1, all_groups());
+    matrices_ = Rows3(memory_, 1, part_ * copies(), rows_, matrix_size());
     limits_ = Rows3(memory_, batch_, heads_, rows_, p_.value_dim);
-    far_.matrices = matrices_.view(), far_.limits = limits_.view();
+    far_.limits = limits_.view();
     if (!by_gain_) return;
     variances_as_lanes_ = Rows3(memory_, batch_, groups_, p_.head_dim, blocks_);
     values_as_lanes_ = Rows3(memory_, batch_, groups_, p_.value_dim, blocks_);
@@ -491,22 +521,44 @@ class Call {
     kept_.at(b, h)[row] = kept;
   }
 
-  // Phase 5: a part of M, the sum of the covariances under the shares.
-  void add_up_covariances(int64_t head, int64_t first) {
-    const int64_t b = head / heads_, h = head % heads_;
-    multiply_matrices(shares_.at(b, h), shares_.stride(), rows_, covariance_.at(b, group_of(h)) + first,
-                      covariance_.stride(), blocks_, std::min(kColumnsAtOnce, matrix_size() - first),
-                      matrices_.at(b, h) + first, matrices_.stride());
+  // In the first phase of a part: the tiles of the table that is now known, and the place of the part's matrices.
+  void begin_part(int64_t first) {
+    if (first == 0) {
+      tiles_ = plan_tiles(main_);
+      sort_tiles(tiles_);
+      if (samples_) sample_tiles_ = plan_tiles(samples_problems_[kNear]);
+    }
+    if (!q_.linear) return;
+    View matrices = matrices_.view();
+    matrices.batch = heads_ * matrices.head;
+    matrices.data = static_cast<float*>(matrices.data) - first * matrices.head;
+    far_.matrices = variants_far_[kLinear].matrices = matrices;
   }
 
-  // Phase 5, too: the tiles of the table that is now known.
-  void plan() {
-    tiles_ = plan_tiles(main_);
-    sort_tiles(tiles_);
-    if (samples_) sample_tiles_ = plan_tiles(samples_problems_[kNear]);
+  // In the same phase: some rows of M, the sum of the covariances under the shares, for the heads of a group.
+  void add_up_covariances(Threads& own, int64_t first_group, int64_t group, int64_t channel) {
+    const int64_t b = group / groups_, g = group % groups_;
+    const int64_t channels = std::min(kChannelsAtOnce, p_.head_dim - channel), width = channels * p_.value_dim;
+    // Not a multiple of pages, as in Rows3.
+    const int64_t stride = round_up(kChannelsAtOnce * p_.value_dim, kLanes) + kLanes;
+    const int64_t at_once = std::clamp<int64_t>(kMostCovariances / sizeof(float) / stride, 1, blocks_);
+    if (!own.covariances) own.covariances = aligned_floats(at_once * stride);
+    if (!own.keys) own.keys = block_worker(of_keys_);
+    for (int64_t block = 0; block < blocks_; block += at_once) {
+      const int64_t some = std::min(at_once, blocks_ - block);
+      for (int64_t j = 0; j < some; ++j) {
+        own.keys->covariance(b, g, block + j, channel, channels, floats(own.covariances) + j * stride);
+      }
+      for (int64_t copy = 0; copy < copies(); ++copy) {
+        multiply_matrices(shares_.at(b, g * copies() + copy) + block, shares_.stride(), rows_, floats(own.covariances),
+                          stride, some, width,
+                          matrices_.at(0, (group - first_group) * copies() + copy) + channel * p_.value_dim,
+                          matrices_.stride(), block > 0);
+      }
+    }
   }
 
-  // Phase 7: the decisions of the guard, and the report.
+  // In the third phase of a part: the decisions of the guard, and the report.
   void report(int64_t b, int64_t h) {
     float* numbers = q_.report.at<float>(b, h);
     numbers[0] = density(b, h), numbers[1] = 1.0f, numbers[2] = numbers[3] = std::numeric_limits<float>::quiet_NaN();
@@ -579,11 +631,13 @@ class Call {
   Problem main_;  // with the blocks of large gain
   FarField far_;
   Statistics of_keys_, of_queries_;
-  Rows3 bias_, log_weight_, key_mean_, value_mean_, key_variance_, value_variance_, covariance_;
+  Rows3 bias_, log_weight_, key_mean_, value_mean_, key_variance_, value_variance_;
   Elements<T> far_key_, far_value_;
   Rows3 mean_query_, mean_square_, keys_as_lanes_, variances_as_lanes_, values_as_lanes_;
   Rows3 shares_;  // scores until phase 4
-  Rows3 outputs_, kept_, matrices_, limits_;
+  Rows3 outputs_, kept_, limits_;
+  int64_t part_ = 0;  // groups whose matrices are in memory at a time
+  Rows3 matrices_;    // of the heads of a part
   std::vector<double> power_;
   Elements<int32_t> counts_, indices_;
   std::vector<Tile> tiles_;

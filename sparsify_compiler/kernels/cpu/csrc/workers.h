@@ -27,6 +27,8 @@ class BlockWorker {
  public:
   virtual ~BlockWorker() = default;
   virtual void run(int64_t batch, int64_t head, int64_t block) = 0;
+  // The rows first..first+channels-1 of the covariance of a block whose means are known: out[channels][value_dim].
+  virtual void covariance(int64_t batch, int64_t head, int64_t block, int64_t first, int64_t channels, float* out) = 0;
 };
 
 std::unique_ptr<BlockWorker> block_worker(const Statistics& problem);
