@@ -563,7 +563,8 @@ def _observe_site(
         return _functions[function].run_observe(query, key, inputs, site)
 
 
-@custom_op("sparsify::learn_site")
+# It reads `signal`, which lies on the host and differs from call to call.
+@torch.library.custom_op("sparsify::learn_site", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _learn_site(
     query: Tensor,
     key: Tensor,
