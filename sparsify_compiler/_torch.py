@@ -311,8 +311,8 @@ def mark_static(placeholder: fx.Node) -> None:
 def _name_sources(gm: fx.GraphModule) -> None:
     """Give a graph the names of sources that Dynamo's own graphs have.
 
-    Without them PyTorch does not read which inputs are static: CUDA graphs would copy all weights at every call, and
-    refuse a graph that keeps state.
+    Without them PyTorch does not read which inputs are static: CUDA graphs would copy all weights at every call,
+    and refuse a graph that keeps state.
     """
     from torch._dynamo.source import LocalSource
 
