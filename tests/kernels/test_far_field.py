@@ -369,9 +369,10 @@ def test_few_launches_on_triton_equal_the_steps(
     g = torch.Generator().manual_seed(0)
     q_sizes, kv_sizes = torch.tensor([10] * 8 + [0, 10]), torch.tensor([5, 0, 7] + [3] * 46)
     order = torch.stack([torch.randperm(150, generator=g) for _ in range(2)])[None].int()
-    table = BlockTable.from_block_mask(
-        torch.rand(1, 2, 10, 49, generator=g) < 0.1, q_sizes[None, None], kv_sizes[None, None], kv_order=order
-    )
+    of_queries = torch.stack([torch.randperm(90, generator=g) for _ in range(2)])[None].int()
+    listed = torch.rand(1, 2, 10, 49, generator=g) < 0.1
+    sizes = q_sizes[None, None], kv_sizes[None, None]
+    table = BlockTable.from_block_mask(listed, *sizes, kv_order=order, q_order=of_queries)
     monkeypatch.setattr(far_field_ops, "_parts", lambda *_: parts)
     results = []
     for fuses in (True, False):

@@ -256,14 +256,14 @@ def in_parts(
         )
         if look is not None:
             look(table)
-        gate, recall, errors = None, nothing, None
-        if count:
-            given = query, key, value, table, far, others, key_bias, scale, provider, count
+        gate, recall, errors, outputs = None, nothing, None, None
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        given = query, key, value, table, far, others, key_bias, scale, provider, count
+        if count and target is None and computed is None and not learns and providers.fuses(provider):
+            *outputs, gate, recall = _judged(*given)
+        elif count:
             with torch.no_grad():
-                if target is None and providers.fuses(provider):
-                    far, gate, recall = _judge_in_one(*given)
-                else:
-                    far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
+                far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
         gate = torch.ones_like(nothing) if gate is None else gate
         known = nothing if kept is None else kept.float()
         if density is None:
@@ -273,6 +273,9 @@ def in_parts(
         if target is not None and reading is not None and errors is not None:
             with torch.no_grad():
                 report = report._replace(target=_target_report(target, reading, *errors, all_heads))
+
+        if outputs is not None:
+            return outputs[0], outputs[1], report
 
         def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
             return near_and_far.near_and_far(
@@ -440,7 +443,7 @@ def _target_report(
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
-def _judge_in_one(
+def _judged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -451,21 +454,17 @@ def _judge_in_one(
     scale: float,
     provider: str,
     count: int,
-) -> tuple[VirtualKeys, Tensor, Tensor]:
-    """`_judge`, as one op."""
+) -> list[Tensor]:
+    """`_judge` and then `near_and_far`, as one op without gradients: out, lse, gate and recall."""
     others = complement(table) if others is None else others
-    found = Judged(
-        *torch.ops.sparsify.judge(
-            *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
-            *(others.kv_indices, key_bias, count, scale, provider),
-        )
+    return torch.ops.sparsify.judged(
+        *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
+        *(others.kv_indices, key_bias, count, scale, provider),
     )
-    limits = None if far.limits is None else found.limits
-    return far._replace(bias=found.bias, limits=limits), found.gate, found.recall
 
 
-@custom_op("sparsify::judge")
-def _judge_op(
+@custom_op("sparsify::judged")
+def _judged_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -488,28 +487,24 @@ def _judge_op(
     scale: float,
     provider: str,
 ) -> list[Tensor]:
-    """Judge the far field by `count` rows of each head. The last tables are those of the virtual keys."""
+    """Near and far field, judged by `count` rows of each head. The last tables are those of the virtual keys."""
     from sparsify_compiler.kernels.far_field import triton
 
     table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
     others = BlockTable.of(q_bounds, other_bounds, other_counts, other_indices, q_order, None)
     far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
-    found = _empty_judged(query, far_bias, limits)
+    near_and_far.check_near_and_others(query, key, value, table, far, others, key_bias, provider)
+    gate, recall = (far_bias.new_empty(query.shape[:2]) for _ in range(2))
+    found = Judged(far_bias.new_empty((0,) if limits is None else limits.shape), gate, recall)
     parts = _parts(count, key.shape[2], query.device.type)
-    triton.judge(query, key, value, table, far, others, key_bias, count, parts, scale, found)
-    return list(found)
+    out, lse = triton.judged(query, key, value, table, far, others, key_bias, count, parts, scale, found)
+    return [out, lse, gate, recall]
 
 
-@_judge_op.register_fake
-def _judge_fake(query: Tensor, *rest: Any) -> list[Tensor]:
-    return list(_empty_judged(query, rest[10], rest[12]))
-
-
-def _empty_judged(query: Tensor, bias: Tensor, limits: Tensor | None) -> Judged:
-    """Uninitialised results of `judge`."""
-    shape = (0,) if limits is None else limits.shape
-    gate, recall = (bias.new_empty(query.shape[:2]) for _ in range(2))
-    return Judged(bias.new_empty(bias.shape), bias.new_empty(shape), gate, recall)
+@_judged_op.register_fake
+def _judged_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    gate, recall = (rest[8].new_empty(query.shape[:2]) for _ in range(2))
+    return [*attention.empty_outputs(query, value), gate, recall]
 
 
 @dataclass(frozen=True, slots=True)

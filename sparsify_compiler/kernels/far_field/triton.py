@@ -1,7 +1,6 @@
 """Near and far field: two launches of attention, then the merge, whose kernel is in `triton_kernels.py`."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -148,7 +147,7 @@ def list_launches(
     )
 
 
-def judge(
+def judged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,19 +159,22 @@ def judge(
     parts: int,
     scale: float,
     found: Judged,
-) -> None:
-    """Fill `found`, see `virtual_keys.Judged`."""
+) -> tuple[Tensor, Tensor]:
+    """`near_and_far` without the terms that raise the error of `count` rows of a head. Fills `found`.
+
+    The near and the far field of these rows are those of all rows, so the rows cost one launch that reads all keys.
+    """
     batch, heads, _, head_dim = query.shape
     samples = query.new_empty(batch, heads, parts * count, head_dim)
     bounds = query.new_empty(batch, heads, table.q_bounds.shape[-1], dtype=torch.int32)
     numbers = query.new_empty(4, parts + 1, dtype=torch.int32)
     sample_launch(query, key.shape[2], table, samples, bounds, numbers, count)()
-    rows = samples[:, :, :count]
-    of_rows, of_others = (replace(one, q_bounds=bounds, q_order=None) for one in (table, others))
     exact = attention.forward(samples, key, value, parts_table(numbers), key_bias, scale)
-    near = attention.forward(rows, key, value, of_rows, key_bias, scale)
-    rest = attention.forward(rows, far.key, far.value, of_others, far.bias, scale)
-    judge_launch(samples, bounds, exact, near, rest, far, scale, found)()
+    near = attention.forward(query, key, value, table, key_bias, scale)
+    rest = attention.forward(query, far.key, far.value, others, far.bias, scale)
+    judge_launch(samples, bounds, table.q_order, exact, near, rest, far, count, scale, found)()
+    limits = None if far.limits is None else found.limits
+    return merge_into_near(query, *near, *rest, far.matrices, limits, table.q_bounds, table.q_order, scale)
 
 
 def parts_table(numbers: Tensor) -> BlockTable:
@@ -211,26 +213,28 @@ def sample_launch(
 def judge_launch(
     samples: Tensor,
     bounds: Tensor,
+    q_order: Tensor | None,
     exact: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor],
     rest: tuple[Tensor, Tensor],
     far: VirtualKeys,
+    count: int,
     scale: float,
     found: Judged,
 ) -> Launch:
-    """The launch that fills `found`."""
+    """The launch that fills `found`, and hides the far field of heads that do not use it."""
     batch, heads, copies, head_dim = samples.shape
-    count = near[1].shape[2]
     parts = copies // count
     matrices, limits = (t if t is None else t.contiguous() for t in (far.matrices, far.limits))
     arguments = {
         **{"samples": samples, "bounds": bounds},
-        **with_strides(exact_out=exact[0], near_out=near[0], far_out=rest[0], bias=far.bias),
-        **{"exact_lse": exact[1], "near_lse": near[1], "far_lse": rest[1]},
-        **{"matrices": matrices, "limits": limits, "new_bias": found.bias},
+        **with_strides(exact_out=exact[0], near_out=near[0], near_lse=near[1]),
+        **with_strides(far_out=rest[0], far_lse=rest[1]),
+        **with_shared_strides(q_order=q_order),
+        **{"exact_lse": exact[1], "matrices": matrices, "limits": limits},
         "new_limits": None if limits is None else found.limits,
         **{"gate": found.gate, "recall": found.recall, "q_blocks": bounds.shape[-1] - 1},
-        **{"blocks": far.bias.shape[2], "count": count, "parts": parts, "scale": scale},
+        **{"tokens": near[1].shape[2], "count": count, "parts": parts, "scale": scale},
         **{"HEAD_DIM": head_dim, "VALUE_DIM": near[0].shape[-1], "CHUNK": 32},
         **{"PARTS": triton.next_power_of_2(parts), "WIDTH": 1024},
     }

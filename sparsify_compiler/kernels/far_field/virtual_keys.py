@@ -206,10 +206,8 @@ def virtual_keys(
 
 
 class Judged(NamedTuple):
-    """Results of `sparsify::judge`, for the sampled rows of each head."""
+    """Results of `sparsify::judged` by the sampled rows of each head."""
 
-    bias: Tensor
-    """`VirtualKeys.bias`, -inf in heads whose far field raises the error."""
     limits: Tensor
     """`VirtualKeys.limits`, 0 in heads whose first order raises it; empty without one."""
     gate: Tensor
