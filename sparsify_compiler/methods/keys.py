@@ -10,6 +10,7 @@ K is the same for all clusters, so the density is known before a run, no option 
 length. To multiply C centroids with S keys costs C / 2S of dense attention; an iteration of k-means costs the same.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -96,14 +97,31 @@ class FittedKeys(Keys):
         """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
         return (self._cluster(tokens, state, q_start)[0],)
 
-    def select(
-        self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor
-    ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """The selection of this call, and the new state."""
-        layout, bias = tokens.layout, tokens.key_bias
-        _, key = tokens.video()
+    def of_all_heads(
+        self, tokens: Tokens, state: State, read: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """The clusters of the queries: `centroids`, `order` and `bounds`."""
+        q_start = read["q_start"]
+        assert q_start is not None
         centroids, labels = self._cluster(tokens, state, q_start)
         order, bounds = sort_by_label(labels, self.q_clusters, provider=tokens.provider)
+        return {"centroids": centroids, "order": order, "bounds": bounds}
+
+    def select(
+        self,
+        tokens: Tokens,
+        state: State,
+        q_start: Tensor,
+        centroids: Tensor | None = None,
+        order: Tensor | None = None,
+        bounds: Tensor | None = None,
+        **far: Tensor,
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """The selection of this call, and the new state. `centroids`, `order`, `bounds`: from `of_all_heads`."""
+        layout, bias = tokens.layout, tokens.key_bias
+        _, key = tokens.video()
+        if centroids is None or order is None or bounds is None:
+            centroids, order, bounds = self.of_all_heads(tokens, state, {"q_start": q_start}).values()
         budget = keys_of(self.kv_budget, layout.video_tokens)
         counts, indices = top_k_keys(
             centroids.to(key.dtype),

@@ -9,7 +9,7 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -243,6 +243,10 @@ class SiteFunction:
         look: Callable[..., None] | None,
     ) -> list[Tensor]:
         """`trace` of the heads, part by part; `look` gets the table of the first part."""
+        read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
+        method = cast(SingleKeyMethod, self.method)
+        with torch.no_grad():
+            shared = method.of_all_heads(self._tokens(query, key, key_bias), self._target(before)[0], read)
         count, group = key.shape[1], query.shape[1] // key.shape[1]
         edges = [count * part // parts for part in range(parts + 1)]
         out, _ = attention.empty_outputs(query, value)
@@ -251,7 +255,8 @@ class SiteFunction:
             heads, of_keys = slice(first * group, last * group), slice(first, last)
             bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, heads]
             some = query[:, heads], key[:, of_keys], value[:, of_keys]
-            out[:, heads], report, *state = self.trace(*some, bias, inputs, site, None, look, heads)
+            given = {name: one[:, heads] for name, one in shared.items()}
+            out[:, heads], report, *state = self.trace(*some, bias, inputs, site, None, look, heads, given)
             look = None
             rest.append((report, *state))
         reports, *states = zip(*rest, strict=True)
@@ -293,6 +298,7 @@ class SiteFunction:
         computed: Sequence[tuple[slice, slice]] | None = None,
         look: Callable[..., None] | None = None,
         of_site: slice | None = None,
+        given: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor]:
         """[out, report, *state], op by op.
 
@@ -301,6 +307,7 @@ class SiteFunction:
             computed: as in `attention_with_far_field`, of all tokens.
             look: gets the table that was read, and `before`, the number of tokens before its queries.
             of_site: the heads of the site that `query` has; None: all. `inputs` are those of all heads.
+            given: the results of `SingleKeyMethod.of_all_heads` for these heads.
         """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
@@ -320,7 +327,7 @@ class SiteFunction:
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
                 (table, kept, whole, min_gain, far_blocks, best), state = method.select(
-                    self._tokens(query, key, key_bias, shared), before, **read
+                    self._tokens(query, key, key_bias, shared), before, **read, **(given or {})
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
