@@ -229,7 +229,9 @@ def _judge(tokens: Tensor) -> Iterator[Example]:
     found = virtual_keys.Judged(limits, lead[..., 0], lead[..., 0])
     exact, near, rest = (empty_outputs(one, one) for one in (samples, tokens, tokens))
     for launch in (
-        far_field.sample_launch(tokens, TOKENS, table, samples, bounds, numbers, count),
+        far_field.sample_launch(
+            tokens, TOKENS, table.q_bounds, table.q_order, samples, bounds, numbers, count
+        ),
         far_field.judge_launch(samples, bounds, table.q_order, exact, near, rest, far, count, 0.1, found),
     ):
         yield Example("queries in bfloat16", head_dim, None, launch)

@@ -26,6 +26,7 @@ from sparsify_compiler.methods.single_keys import (
     SingleKeyMethod,
     check_budget,
     check_fits,
+    density_of,
     far_cubes,
     keys_of,
     others,
@@ -100,12 +101,12 @@ class FittedKeys(Keys):
     def of_all_heads(
         self, tokens: Tokens, state: State, read: Mapping[str, Tensor | None]
     ) -> dict[str, Tensor]:
-        """The clusters of the queries: `centroids`, `order` and `bounds`."""
+        """The clusters of the queries: `centroids`, `q_order` and `q_bounds`."""
         q_start = read["q_start"]
         assert q_start is not None
         centroids, labels = self._cluster(tokens, state, q_start)
         order, bounds = sort_by_label(labels, self.q_clusters, provider=tokens.provider)
-        return {"centroids": centroids, "order": order, "bounds": bounds}
+        return {"centroids": centroids, "q_order": order, "q_bounds": bounds}
 
     def select(
         self,
@@ -113,15 +114,15 @@ class FittedKeys(Keys):
         state: State,
         q_start: Tensor,
         centroids: Tensor | None = None,
-        order: Tensor | None = None,
-        bounds: Tensor | None = None,
+        q_order: Tensor | None = None,
+        q_bounds: Tensor | None = None,
         **far: Tensor,
     ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """The selection of this call, and the new state. `centroids`, `order`, `bounds`: from `of_all_heads`."""
+        """The selection of this call, and the new state. The clusters: from `of_all_heads`, where it ran."""
         layout, bias = tokens.layout, tokens.key_bias
         _, key = tokens.video()
-        if centroids is None or order is None or bounds is None:
-            centroids, order, bounds = self.of_all_heads(tokens, state, {"q_start": q_start}).values()
+        if centroids is None or q_order is None or q_bounds is None:
+            centroids, q_order, q_bounds = self.of_all_heads(tokens, state, {"q_start": q_start}).values()
         budget = keys_of(self.kv_budget, layout.video_tokens)
         counts, indices = top_k_keys(
             centroids.to(key.dtype),
@@ -133,9 +134,10 @@ class FittedKeys(Keys):
             provider=tokens.provider,
         )
         left = unread(tokens, counts, indices, None, **far)
-        table = single_key_table(layout, order, bounds, counts, indices)
+        density = density_of(layout, q_bounds, counts)
+        table = single_key_table(layout, q_order, q_bounds, counts, indices)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
+        return Selection(table, kept, whole=False, far_blocks=left, density=density), (centroids,)
 
     def _cluster(self, tokens: Tokens, state: State, q_start: Tensor) -> tuple[Tensor, Tensor]:
         """(centroids, labels) of the queries."""

@@ -180,6 +180,15 @@ def single_key_table(
     )
 
 
+def density_of(
+    layout: TokenLayout, q_bounds: Tensor, counts: Tensor, is_dense: Tensor | None = None
+) -> Tensor:
+    """[B, H] fp32: the density of `single_key_table`, from its arguments. Each key that is read is one token."""
+    read = (counts + (layout.tokens - layout.video_tokens)) * q_bounds.diff(dim=-1).double()
+    density = (read.sum(-1) / (layout.video_tokens * layout.tokens)).float()
+    return density if is_dense is None else density.masked_fill(is_dense, 1.0)
+
+
 def _one_block(bounds: Tensor, tokens: int) -> Tensor:
     """Bounds of the same number of blocks: the first has all tokens, the others are empty."""
     result = torch.full_like(bounds, tokens)

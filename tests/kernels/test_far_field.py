@@ -348,7 +348,8 @@ def test_error_of_the_far_fields(name, density):
 @pytest.mark.skipif(INTERPRETED, reason="runs it")
 def test_triton_in_its_interpreter() -> None:
     files = ("test_far_field.py", "test_far_field_parts.py", "test_statistics.py")
-    pass_in_the_interpreter(*[str(Path(__file__).with_name(name)) for name in files], "-k", "triton")
+    paths = [*map(Path(__file__).with_name, files), Path(__file__).parents[1] / "runtime/test_site_parts.py"]
+    pass_in_the_interpreter(*map(str, paths), "-k", "triton")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on other providers it is always these steps")

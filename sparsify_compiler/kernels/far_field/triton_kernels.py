@@ -534,6 +534,7 @@ def judge_kernel(
     is_column = column < VALUE_DIM
     part = tl.arange(0, PARTS)
     is_part = part < parts
+    dtype: tl.constexpr = exact_out.dtype.element_ty
     exact_out = _at(exact_out, exact_out_strides, batch, head)
     near_out = _at(near_out, near_out_strides, batch, head) + column * near_out_strides[3]
     far_out = _at(far_out, far_out_strides, batch, head) + column * far_out_strides[3]
@@ -541,7 +542,6 @@ def judge_kernel(
     far_lse = _at(far_lse, far_lse_strides, batch, head)
     if q_order is not None:
         q_order = _at(q_order, q_order_strides, batch, head)
-    dtype: tl.constexpr = samples.dtype.element_ty
     without, plain, whole, mass = 0.0, 0.0, 0.0, 0.0
     block = 0
     for row in range(count):

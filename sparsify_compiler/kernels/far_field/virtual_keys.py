@@ -125,6 +125,7 @@ def virtual_keys(
     target: ErrorTarget | None = None,
     all_heads: AllHeads | None = None,
     blocks: FarBlocks | None = None,
+    known: tuple[Tensor, ...] | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
@@ -135,12 +136,17 @@ def virtual_keys(
         best: with `min_gain`, each row also reads this number of the other blocks, those with the largest gains.
         target: in place of `min_gain`, the largest error of the output. Blocks are read until the error that is
             estimated to remain is below it.
+        known: `statistics.block_statistics` of these blocks, where it is known.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
     bounds, order = (table.kv_bounds, table.kv_order) if blocks is None else (blocks.bounds, blocks.order)
-    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
-        key, value, bounds, order, key_bias, covariance=linear, provider=provider
+    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = (
+        known
+        if known is not None
+        else statistics.block_statistics(
+            key, value, bounds, order, key_bias, covariance=linear, provider=provider
+        )
     )
     bias = _of_heads(log_weight, query.shape[1])
     matrices = limits = kept = reading = None
