@@ -218,19 +218,21 @@ def _far_field() -> Iterator[Example]:
 
 
 def _judge(tokens: Tensor) -> Iterator[Example]:
-    """Examples of judging the far field, in which 16 rows read 64 parts of the keys."""
+    """Examples of judging the far field, for which 16 rows read 64 parts of the keys."""
     count, parts, (_, _, _, head_dim) = 16, 64, tokens.shape
     samples = tokens.new_empty(BATCH, HEADS, parts * count, head_dim)
-    rows, bounds, numbers = samples[:, :, :count], _index(BATCH, HEADS, BLOCKS + 1), _index(4, parts + 1)
+    bounds, numbers, table = _index(BATCH, HEADS, BLOCKS + 1), _index(4, parts + 1), _table(True)
     lead = torch.empty(BATCH, HEADS, BLOCKS, device="meta")
     limits = lead[..., None].expand(*lead.shape, head_dim).contiguous()
     matrices = tokens.new_empty(*lead.shape, head_dim, head_dim)
     far = virtual_keys.VirtualKeys(tokens, tokens, lead, matrices, limits)
-    found = virtual_keys.Judged(lead, limits, lead[..., 0], lead[..., 0])
-    fields = empty_outputs(samples, samples), empty_outputs(rows, rows), empty_outputs(rows, rows)
+    found = virtual_keys.Judged(limits, lead[..., 0], lead[..., 0])
+    exact, near, rest = (empty_outputs(one, one) for one in (samples, tokens, tokens))
     for launch in (
-        far_field.sample_launch(tokens, TOKENS, _table(True), samples, bounds, numbers, count),
-        far_field.judge_launch(samples, bounds, *fields, far, 0.1, found),
+        far_field.sample_launch(
+            tokens, TOKENS, table.q_bounds, table.q_order, samples, bounds, numbers, count
+        ),
+        far_field.judge_launch(samples, bounds, table.q_order, exact, near, rest, far, count, 0.1, found),
     ):
         yield Example("queries in bfloat16", head_dim, None, launch)
 

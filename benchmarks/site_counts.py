@@ -6,7 +6,7 @@ elements are not. A launch of a Triton kernel is recorded and not made. A line g
     triton     launches of Triton kernels
     aten       ATen operations that run a kernel on a GPU: no views, no allocations
     views      the rest: views and allocations
-    reads      values that the host reads from tensors on the CPU
+    faults     operations that a CUDA graph could not replay (`sparsify_compiler.testing.replays`)
     host_ms    processor time of the call's Python, without the launches
     written    GB of all results of operations, each counted once
     peak       the most memory alive at one time beyond inputs, state and output, as a multiple of q, k and v
@@ -20,7 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,13 +35,15 @@ from benchmarks.harness import write_json
 from sparsify_compiler import _torch
 from sparsify_compiler.kernels import triton as provider
 from sparsify_compiler.kernels.triton import configs
-from sparsify_compiler.kernels.triton.launcher import Launch
+from sparsify_compiler.kernels.triton.launcher import Launch, tensors
 from sparsify_compiler.methods.cubes import Cubes
 from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.keys import Keys
 from sparsify_compiler.methods.svg2 import Svg2
 from sparsify_compiler.methods.tile import Tile
 from sparsify_compiler.plan import TokenLayout
+from sparsify_compiler.runtime.site import Observer, SparseSite
+from sparsify_compiler.testing.replays import Lint
 
 RESULTS = Path(__file__).parent / "results" / "sites.json"
 HEAD_DIM = 128
@@ -98,7 +100,7 @@ class Counts(TorchDispatchMode):
         """
         super().__init__()
         self.operations: Counter[str] = Counter()
-        self.views = self.reads = self.written = self.alive = self.peak = 0
+        self.views = self.written = self.alive = self.peak = 0
         self._known = {id(t.untyped_storage()): t.untyped_storage() for t in held}
         self._sizes: dict[int, int] = {}
         self.off = False
@@ -109,9 +111,6 @@ class Counts(TorchDispatchMode):
         if func.namespace == "sparsify":  # its own operations were counted
             return out
         tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        if not tensors:
-            self.reads += func.overloadpacket.__name__ in ("_local_scalar_dense", "item")
-            return out
         if all(t.device.type == "cpu" for t in tensors):
             return out
         new = [t for t in tensors if self._is_new(t)]
@@ -146,13 +145,16 @@ class Counts(TorchDispatchMode):
 
 
 @contextmanager
-def faked(mode: Counts | None) -> Iterator[Counter[str]]:
+def faked(mode: Counts | Lint | None) -> Iterator[Counter[str]]:
     """Run the package's ops on meta tensors by their Triton launches, which are recorded: kernel -> launches."""
     launched: Counter[str] = Counter()
 
     def launch(self: Launch) -> None:
         if all(self.grid):
-            launched[str(self.kernel.__name__)] += 1
+            name = str(self.kernel.__name__)
+            launched[name] += 1
+            if isinstance(mode, Lint):
+                mode.check_launch(name, tensors(self.arguments.values()))
 
     def through(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -170,8 +172,8 @@ def faked(mode: Counts | None) -> Iterator[Counter[str]]:
         yield launched
 
 
-def counted(name: str, method: Any, far_field: str, warm: bool, grid: Grid, heads: int) -> dict[str, Any]:
-    """The counts of one site."""
+def site_of(method: Any, far_field: str, grid: Grid, heads: int) -> Site:
+    """A site on meta tensors."""
     device: Any = Meta()
     layout = TokenLayout(tokens=math.prod(grid), grid=grid)
     query, key, value = (
@@ -179,9 +181,36 @@ def counted(name: str, method: Any, far_field: str, warm: bool, grid: Grid, head
         for _ in range(3)
     )
     inputs = Inputs(layout=layout, query=query, key=key, value=value)
-    qkv = sum(t.nbytes for t in (query, key, value))
+    return Site(device, method, DENSITY, far_field, "triton", inputs)
+
+
+def unreplayable(site: Site, phase: str, warm: bool | None) -> list[str]:
+    """The operations of a call that a CUDA graph could not replay.
+
+    Args:
+        phase: `dense` or `sparse`.
+        warm: as `SiteInputs.warm`.
+    """
+    names, given = replace(site.names, warm=warm), site.inputs
+    flag = torch.tensor(False) if warm is None else None
+    held = [*site.operands.values(), flag, *site.state, site.report]
+    query, key, value = given.query, given.key, given.value
+    lint = Lint([query, key, value, given.key_bias, *held], query.device.type)
+    with faked(lint), torch.no_grad(), lint.checking():
+        if phase == "sparse":
+            module: torch.nn.Module = SparseSite(site.plan, names, choice=site.choice)
+            out = module(query, key, value, given.key_bias, *held)
+        else:
+            out = Observer(site.plan, names)(torch.empty_like(query), query, key, given.key_bias, *held)
+    return lint.faults + [f"memory outlives the call: {one}" for one in lint.left([out])]
+
+
+def counted(name: str, method: Any, far_field: str, warm: bool, grid: Grid, heads: int) -> dict[str, Any]:
+    """The counts of one site."""
     with faked(None), torch.no_grad():
-        site = Site(device, method, DENSITY, far_field, "triton", inputs)
+        site = site_of(method, far_field, grid, heads)
+        query, key, value = site.inputs.query, site.inputs.key, site.inputs.value
+        qkv = sum(t.nbytes for t in (query, key, value))
         taken = []
         for _ in range(TRIES):
             start = time.process_time()
@@ -195,7 +224,7 @@ def counted(name: str, method: Any, far_field: str, warm: bool, grid: Grid, head
         "triton": sum(launched.values()),
         "aten": sum(mode.operations.values()),
         "views": mode.views,
-        "reads": mode.reads,
+        "faults": len(unreplayable(site, "sparse", warm)),
         "host_ms": round(1e3 * min(taken), 2),
         "written": round(mode.written / 1e9, 2),
         "peak": round((mode.peak - out.nbytes) / qkv, 3),
@@ -205,7 +234,7 @@ def counted(name: str, method: Any, far_field: str, warm: bool, grid: Grid, head
     }
 
 
-COLUMNS = ("site", "triton", "aten", "views", "reads", "host_ms", "written", "peak", "peak_gb")
+COLUMNS = ("site", "triton", "aten", "views", "faults", "host_ms", "written", "peak", "peak_gb")
 
 
 def main(path: Path | None, only: str = "") -> None:

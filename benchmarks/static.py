@@ -14,6 +14,7 @@ them.
 """
 
 import argparse
+import json
 import math
 import re
 import subprocess
@@ -293,26 +294,35 @@ def main() -> None:
         choices=list(kernels()),
         help="print these kernels, write no file",
     )
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        metavar="KERNEL",
+        choices=list(kernels()),
+        help="compile these kernels, and keep the lines of all others in the file",
+    )
     parser.add_argument("--sites", action="store_true", help="count the launches and memory of whole sites")
     parser.add_argument("--site", metavar="NAME", help="print these sites, write no file")
     options = parser.parse_args()
     if options.sites or options.site is not None:
         site_counts.main(None if options.site is not None else site_counts.RESULTS, options.site or "")
         return
-    places = [
-        (arch, number)
-        for arch in GPUS
-        for number, example in enumerate(of_gpu(arch))
-        if options.only is None or example.kernel in options.only
-    ]
-    cases = []
+    chosen = options.only or options.again
+    every = [(arch, number) for arch in GPUS for number in range(len(of_gpu(arch)))]
+    places = [(a, n) for a, n in every if chosen is None or of_gpu(a)[n].kernel in chosen]
+    made = {}
     print(" | ".join(HEADER))
     with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(measured, places, chunksize=8):
-            cases.append(found)
+        for place, found in zip(places, pool.map(measured, places, chunksize=8), strict=True):
+            made[place] = found
             print(" | ".join(line(found)), flush=True)
     if options.only is not None:
         return
+    kept = []
+    if options.again is not None:
+        kept = [one for one in json.loads(options.json.read_text())["cases"] if one["kernel"] not in chosen]
+    others = iter(kept)
+    cases = [made[place] if place in made else next(others) for place in every]
     sizes = cluster_sizes(18_900, 75)
     tails, _ = configs.HALF[90, 128]
     fill = {

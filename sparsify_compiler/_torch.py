@@ -304,6 +304,26 @@ def is_model_tensor(placeholder: fx.Node) -> bool:
     return "_dynamo_static_input_type" in placeholder.meta.get("tensor_dict", {})
 
 
+def mark_static(placeholder: fx.Node) -> None:
+    """Mark an input of a graph whose memory stays where it is, so that CUDA graphs write to it and copy nothing."""
+    placeholder.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def _name_sources(gm: fx.GraphModule) -> None:
+    """Give a graph the names of sources that Dynamo's own graphs have.
+
+    Without them PyTorch does not read which inputs are static: CUDA graphs would copy all weights at every call,
+    and refuse a graph that keeps state.
+    """
+    from torch._dynamo.source import LocalSource
+
+    tensors = [*gm.named_parameters(), *gm.named_buffers()]
+    sources: Any = {name: LocalSource(f"sparsify {name}") for name, _ in tensors}
+    gm._param_name_to_source = sources
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node._dynamo_source = getattr(node, "_dynamo_source", None)
+
+
 def is_python_number(placeholder: fx.Node) -> bool:
     """Whether an input of Dynamo's graph is a tensor for a float of Python, which changes."""
     return bool(getattr(placeholder.meta.get("grapharg"), "pass_arg_as_tensor", False))
@@ -454,6 +474,8 @@ def _compile_with(
     ):  # left by the cache when it compiled this graph before
         del gm._param_name_to_source
     patches: dict[str, Any] = list_mode_options(mode) if mode not in (None, "default") else {}
+    if patches.get("triton.cudagraphs"):
+        _name_sources(gm)
     offloading: dict[str, Any] = {}
     if offload is not None:
         patches["joint_custom_post_pass"] = _offloading_pass(offload)

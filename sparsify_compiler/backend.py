@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from sparsify_compiler import _torch
-from sparsify_compiler.config import SparsifyConfig
+from sparsify_compiler.config import CUDA_GRAPHS, SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.methods.base import max_error_of
 from sparsify_compiler.options import DEFAULT_METHOD, configure
@@ -146,7 +146,8 @@ def _program(
             placed = in_best_form(graph_plan(analysed), ranks, form, recall=recall, measure=True)
             analysed = pipeline.share(analysed, config, placed, trains=trains)
             log.info("%s", analysed.meta["sharding"])
-        plan, first = graph_plan(analysed), Variant(trains=trains)
+        replays = mode in CUDA_GRAPHS and not trains
+        plan, first = graph_plan(analysed), Variant(trains=trains, warm=True if replays else None)
         sparse = pipeline.rewrite(analysed, config, first)
         functions = functions_of(sparse)
 
@@ -188,6 +189,7 @@ def _program(
             functions=functions,
             compile=compile_variant,
             trains=trains,
+            replays=replays,
             learning_sites=tuple(one for one in plan.sparse if learns(one)),
         )
 

@@ -131,23 +131,23 @@ class Site:
             tensors = fitted.constants(layout)
         else:
             tensors = {n: t for n, t in fitted.table(layout).tensors().items() if t is not None}
-        choice, trained = None, dict[str, Tensor]()
+        self.choice, trained = None, dict[str, Tensor]()
         if isinstance(fitted, LearningMethod):
             shares = {"shares": torch.full((site.heads,), density)}
             trained = fitted.trained(site, layout) | shares
-            choice = Choice(fitted.groups[0], most_share(density), "all")
-        self.method = settled(self.plan, choice)
+            self.choice = Choice(fitted.groups[0], most_share(density), "all")
+        self.method = settled(self.plan, self.choice)
         self.operands = {n: t.to(device.name) for n, t in (tensors | trained).items()}
         shapes = state_shapes(self.plan)
         self.state = [torch.zeros(shape, device=device.name) for shape in shapes.values()]
         self.report = torch.zeros(len(REPORT), 1, site.heads, device=device.name)
-        names = SiteInputs(
+        self.names = SiteInputs(
             constants=tuple(n for n in tensors if n not in trained),
             trained=tuple(trained),
             state=tuple(shapes),
             remembers=True,
         )
-        self.module = SparseSite(self.plan, names, choice=choice)
+        self.module = SparseSite(self.plan, self.names, choice=self.choice)
         self.inputs, self.cold, self.warm = inputs, torch.tensor(False), torch.tensor(True)
 
     def call(self, warm: bool = True) -> Tensor:

@@ -8,7 +8,7 @@ step has 40 s of them; with slower cores and 15 processes that start together, 9
 
 from functools import partial
 
-from benchmarks.gpu import attention, blocks, clusters, prediction, sites, speed
+from benchmarks.gpu import attention, blocks, clusters, prediction, replays, sites, speed
 from benchmarks.gpu.inputs import DTYPES, named
 from benchmarks.gpu.runner import CORRECT, SITES, SPEED, Step
 
@@ -27,6 +27,7 @@ STEPS = (
         Step(name=f"site {name}", function=partial(sites.cases, name), seconds=200, group=SITES)
         for name in sites.METHODS
     ),
+    Step(name="replays", function=replays.cases, seconds=200, group=SITES),
     Step(name="speed tiles", function=speed.tile_cases, seconds=150, group=SPEED),
     *(
         Step(name=f"speed {name}", function=partial(speed.site_cases, name), seconds=90, group=SPEED)

@@ -28,6 +28,7 @@ from sparsify_compiler.methods.single_keys import (
     SingleKeyMethod,
     check_budget,
     check_fits,
+    density_of,
     far_cubes,
     keys_of,
     others,
@@ -291,9 +292,10 @@ class FittedDsv(Dsv):
             provider=tokens.provider,
         )
         left = unread(tokens, counts, indices, is_dense, **far)
+        density = density_of(layout, q_bounds, counts, is_dense)
         table = single_key_table(layout, q_order, q_bounds, counts, indices, is_dense)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        return Selection(table, kept, whole=False, far_blocks=left), ()
+        return Selection(table, kept, whole=False, far_blocks=left, density=density), ()
 
     def width(self, video: int, others: int = 0) -> int:
         """The capacity of a row of the table, with `others` more blocks than the video's keys."""

@@ -10,6 +10,7 @@ K is the same for all clusters, so the density is known before a run, no option 
 length. To multiply C centroids with S keys costs C / 2S of dense attention; an iteration of k-means costs the same.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +26,7 @@ from sparsify_compiler.methods.single_keys import (
     SingleKeyMethod,
     check_budget,
     check_fits,
+    density_of,
     far_cubes,
     keys_of,
     others,
@@ -96,14 +98,31 @@ class FittedKeys(Keys):
         """Cluster, so that the first sparse step starts from warm centroids. Returns the new state."""
         return (self._cluster(tokens, state, q_start)[0],)
 
-    def select(
-        self, tokens: Tokens, state: State, q_start: Tensor, **far: Tensor
-    ) -> tuple[Selection, tuple[Tensor, ...]]:
-        """The selection of this call, and the new state."""
-        layout, bias = tokens.layout, tokens.key_bias
-        _, key = tokens.video()
+    def of_all_heads(
+        self, tokens: Tokens, state: State, read: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """The clusters of the queries: `centroids`, `q_order` and `q_bounds`."""
+        q_start = read["q_start"]
+        assert q_start is not None
         centroids, labels = self._cluster(tokens, state, q_start)
         order, bounds = sort_by_label(labels, self.q_clusters, provider=tokens.provider)
+        return {"centroids": centroids, "q_order": order, "q_bounds": bounds}
+
+    def select(
+        self,
+        tokens: Tokens,
+        state: State,
+        q_start: Tensor,
+        centroids: Tensor | None = None,
+        q_order: Tensor | None = None,
+        q_bounds: Tensor | None = None,
+        **far: Tensor,
+    ) -> tuple[Selection, tuple[Tensor, ...]]:
+        """The selection of this call, and the new state. The clusters: from `of_all_heads`, where it ran."""
+        layout, bias = tokens.layout, tokens.key_bias
+        _, key = tokens.video()
+        if centroids is None or q_order is None or q_bounds is None:
+            centroids, q_order, q_bounds = self.of_all_heads(tokens, state, {"q_start": q_start}).values()
         budget = keys_of(self.kv_budget, layout.video_tokens)
         counts, indices = top_k_keys(
             centroids.to(key.dtype),
@@ -115,9 +134,10 @@ class FittedKeys(Keys):
             provider=tokens.provider,
         )
         left = unread(tokens, counts, indices, None, **far)
-        table = single_key_table(layout, order, bounds, counts, indices)
+        density = density_of(layout, q_bounds, counts)
+        table = single_key_table(layout, q_order, q_bounds, counts, indices)
         kept = tokens.query.new_full((1, 1, 1), torch.nan)
-        return Selection(table, kept, whole=False, far_blocks=left), (centroids,)
+        return Selection(table, kept, whole=False, far_blocks=left, density=density), (centroids,)
 
     def _cluster(self, tokens: Tokens, state: State, q_start: Tensor) -> tuple[Tensor, Tensor]:
         """(centroids, labels) of the queries."""

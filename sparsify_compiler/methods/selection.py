@@ -136,6 +136,8 @@ class Selection(NamedTuple):
     """With a far field, where the table reads single keys: the blocks that approximate the other keys."""
     best: int = 0
     """With `min_gain`, the number of other blocks, those with the largest gains, that each row reads too."""
+    density: Tensor | None = None
+    """`table.densities()` in fp32, where the method knows it, [B, H]."""
 
 
 class Blocks(NamedTuple):

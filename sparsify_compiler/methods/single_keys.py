@@ -1,6 +1,7 @@
 """Functions of methods that read single keys of the video: the budget, the table, the far field of cubes."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.kernels.statistics import keys_left
 from sparsify_compiler.methods.base import VideoMethod
 from sparsify_compiler.methods.grid import Cube, cube_of_token, cut
-from sparsify_compiler.methods.selection import Blocks, Tokens
+from sparsify_compiler.methods.selection import Blocks, State, Tokens
 from sparsify_compiler.plan import TokenLayout
 from sparsify_compiler.table import BlockTable
 
@@ -37,8 +38,20 @@ class SingleKeyMethod(VideoMethod):
         assert layout.grid is not None
         rows, width = self.rows(layout)
         cubes = math.prod(-(-size // edge) for size, edge in zip(layout.grid, FAR_CUBE, strict=True))
-        # Each cube has a number of keys that are left and an entry of the far field's table.
-        return 4 * rows * (width if far_field == "drop" else width + 2 * cubes)
+        # The number of keys that are left of each cube, which the far field's table replaces, and a flag.
+        return rows * (4 * width if far_field == "drop" else 4 * width + 5 * cubes)
+
+    def of_all_heads(
+        self, tokens: Tokens, state: State, read: Mapping[str, Tensor | None]
+    ) -> dict[str, Tensor]:
+        """Tensors [B, H, ...] that `select` takes by these names, where it selects for some of the heads at a time:
+        the results of work whose memory is small.
+
+        Args:
+            tokens, state: as for `select`, of all heads.
+            read: the other arguments of `select`.
+        """
+        return {}
 
 
 def check_budget(value: object) -> Budget:
@@ -165,6 +178,15 @@ def single_key_table(
         kv_bounds=torch.where(dense, _one_block(bounds, tokens), bounds),
         kv_num_blocks=torch.where(dense, 1, table.kv_num_blocks),
     )
+
+
+def density_of(
+    layout: TokenLayout, q_bounds: Tensor, counts: Tensor, is_dense: Tensor | None = None
+) -> Tensor:
+    """[B, H] fp32: the density of `single_key_table`, from its arguments. Each key that is read is one token."""
+    read = (counts + (layout.tokens - layout.video_tokens)) * q_bounds.diff(dim=-1).double()
+    density = (read.sum(-1) / (layout.video_tokens * layout.tokens)).float()
+    return density if is_dense is None else density.masked_fill(is_dense, 1.0)
 
 
 def _one_block(bounds: Tensor, tokens: int) -> Tensor:

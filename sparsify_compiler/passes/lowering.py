@@ -75,7 +75,7 @@ def lower(
     """
     variant = variant or Variant()
     first = next(iter(gm.graph.nodes))
-    inputs = InputBuilder(gm.graph)
+    inputs = InputBuilder(gm.graph, warm=variant.warm)
 
     def operand(name: str, source: Tensor | Trained) -> fx.Node:
         if isinstance(source, Trained):
@@ -234,6 +234,7 @@ def _operands(
         observed=tuple(observed),
         state=tuple(state_shapes(plan)) if state else (),
         remembers=bool(state),
+        warm=lowering.variant.warm,
     )
     return names, bias, [*owners, *orders, *constants.values(), *trained.values(), *observed.values(), *state]
 

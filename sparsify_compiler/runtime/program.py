@@ -43,6 +43,9 @@ class Variant:
     choices: Choices = ()
     guarded: tuple[str, ...] = ()
     """The names of the sites that the guard runs dense. They observe nothing."""
+    warm: bool | None = None
+    """Whether the state holds the results of earlier calls, in a graph for one of the two. None: the graph gets
+    this as an input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +149,9 @@ class PlannedGraph:
     """Decides which sites run dense."""
     trains: bool
     """Whether gradients are needed. If so, nothing is kept from call to call."""
+    replays: bool = False
+    """Whether CUDA graphs replay its programs. Then a first call of a video and later calls have programs of their
+    own, as a replay repeats every decision that Python made."""
     learning_sites: tuple[AttentionPlan, ...] = ()
     """The plans of sites that have no predictor yet and learn one in training."""
     compiled: dict[tuple[Variant, Numbers], Run] = field(default_factory=dict)
@@ -173,14 +179,21 @@ class PlannedGraph:
 
     def prepare(self, inputs: Sequence[Any]) -> None:
         """Compile every variant that may be needed."""
-        phases: tuple[Phase, ...] = (
-            ("sparse", "dense") if self.remembers and self.plan.dense_steps else ("sparse",)
-        )
+        has_dense = self.remembers and bool(self.plan.dense_steps)
+        phases: tuple[Phase, ...] = ("sparse", "dense") if has_dense else ("sparse",)
         if self.learning_sites:  # the sparse variant depends on the choices of training
             phases = ("dense",)
-        for phase in phases:
-            variant = self.guarded(Variant(phase, self.trains))
+        later = [self.of_call(Variant(phase, self.trains), warm=True) for phase in phases]
+        first = self.of_call(Variant(phases[-1], self.trains), warm=False)
+        for variant in dict.fromkeys([*later, first]):
             self.compiled[variant, ()] = self.compile(variant, inputs)
+
+    def of_call(self, variant: Variant, *, warm: bool) -> Variant:
+        """The variant for the guard's decisions, and for a first or a later call of a video."""
+        variant = self.guarded(variant)
+        if not self.replays or not self.extra.keeps:
+            return variant
+        return replace(variant, warm=warm or self.guard.all_dense)
 
     def chosen(self, state: ModelState) -> Variant:
         """The variant that the training so far allows."""
@@ -387,6 +400,7 @@ class Program:
             variant = replace(variant, phase=phase)
         stream = state.stream(planned.extra.state, tick.stream, names)
         initialised = stream.calls > 0 and tick.remembers
+        variant = planned.of_call(variant, warm=initialised)
         moving, sparse = planned.extra.moving, phase == "sparse" and not planned.guard.all_dense
         owners = place_heads(moving, stream, sparse=sparse, initialised=initialised) if moving else ()
         extra = planned.extra.bind(trained, stream.tensors, initialised=initialised, owners=owners)

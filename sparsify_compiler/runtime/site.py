@@ -9,11 +9,11 @@ checks the sizes that its plan needs at every call, and puts its name in front o
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from sparsify_compiler import _torch
 from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
-from sparsify_compiler.kernels import attention
+from sparsify_compiler.kernels import attention, far_field, providers
 from sparsify_compiler.kernels.far_field import attention_with_far_field, exact_rows
 from sparsify_compiler.kernels.far_field.error_target import ErrorTarget
 from sparsify_compiler.methods import DynamicMethod, LearningMethod, StaticMethod
 from sparsify_compiler.methods.base import max_error_of
-from sparsify_compiler.methods.selection import State, Tokens
+from sparsify_compiler.methods.selection import Blocks, State, Tokens
 from sparsify_compiler.methods.shared_tokens import SharedTokens
 from sparsify_compiler.methods.single_keys import SingleKeyMethod
 from sparsify_compiler.parallel.ops import numbers_of_all_heads
@@ -39,7 +39,7 @@ from sparsify_compiler.runtime.call import open_call
 from sparsify_compiler.runtime.site_inputs import Bound, SiteInputs
 from sparsify_compiler.table import BlockTable
 
-LISTS = 0.7
+LISTS = 0.8
 """Most memory that the lists of single keys take at one time, as a share of query, key and value."""
 SHORT_LISTS = 2**28
 """Bytes of lists that may always be in memory, 256 MiB."""
@@ -143,6 +143,16 @@ class Observer(nn.Module):
         return out
 
 
+class _Part(NamedTuple):
+    """A part of the heads of a site."""
+
+    heads: slice
+    """The query heads of the site."""
+    given: dict[str, Tensor]
+    """The results of `SingleKeyMethod.of_all_heads` for them."""
+    known: far_field.Known | None
+
+
 class SiteFunction:
     """The arithmetic of a site: a function of tensors, shared by all sites with the same plan.
 
@@ -243,6 +253,11 @@ class SiteFunction:
         look: Callable[..., None] | None,
     ) -> list[Tensor]:
         """`trace` of the heads, part by part; `look` gets the table of the first part."""
+        read, before = self.inputs.selecting(inputs, self.plan, query.shape[0], query.device)
+        method = cast(SingleKeyMethod, self.method)
+        with torch.no_grad():
+            shared = method.of_all_heads(self._tokens(query, key, key_bias), self._target(before)[0], read)
+            known = self._before_parts(query, key, value, key_bias, {**read, **shared})
         count, group = key.shape[1], query.shape[1] // key.shape[1]
         edges = [count * part // parts for part in range(parts + 1)]
         out, _ = attention.empty_outputs(query, value)
@@ -251,11 +266,45 @@ class SiteFunction:
             heads, of_keys = slice(first * group, last * group), slice(first, last)
             bias = key_bias if key_bias is None or key_bias.shape[1] == 1 else key_bias[:, heads]
             some = query[:, heads], key[:, of_keys], value[:, of_keys]
-            out[:, heads], report, *state = self.trace(*some, bias, inputs, site, None, look, heads)
+            part = _Part(
+                heads,
+                {name: one[:, heads] for name, one in shared.items()},
+                None if known is None else known.of_heads(heads, of_keys),
+            )
+            out[:, heads], report, *state = self.trace(*some, bias, inputs, site, None, look, part)
             look = None
             rest.append((report, *state))
         reports, *states = zip(*rest, strict=True)
         return [out, torch.cat(reports, 2), *(torch.cat(one, 1) for one in states)]
+
+    def _before_parts(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_bias: Tensor | None,
+        read: Mapping[str, Tensor | None],
+    ) -> far_field.Known | None:
+        """What the far field of all heads needs before their lists are known; None where parts launch it."""
+        plan, order, bounds = self.plan, read["far_order"], read["far_bounds"]
+        if plan.far_field != "mean" or not providers.fuses(plan.provider):
+            return None
+        assert order is not None
+        assert bounds is not None
+        layout = plan.layout
+        blocks = Blocks(order, bounds).among(layout, query.shape[1])
+        return far_field.before_parts(
+            query[:, :, layout.before : query.shape[2] - layout.after],
+            key,
+            value,
+            read["q_order"],
+            blocks.bounds,
+            blocks.order,
+            key_bias=key_bias,
+            scale=plan.site.scale,
+            provider=plan.provider,
+            count=min(max(JUDGED_ROWS, self.sampled_rows), layout.video_tokens),
+        )
 
     def run_observe(self, query: Tensor, key: Tensor, inputs: list[Tensor | None], site: str) -> list[Tensor]:
         """`trace_observe` of the slots that hold a head."""
@@ -292,7 +341,7 @@ class SiteFunction:
         site: str,
         computed: Sequence[tuple[slice, slice]] | None = None,
         look: Callable[..., None] | None = None,
-        of_site: slice | None = None,
+        part: "_Part | None" = None,
     ) -> list[Tensor]:
         """[out, report, *state], op by op.
 
@@ -300,13 +349,14 @@ class SiteFunction:
             site: name of the site, for errors of ranks.
             computed: as in `attention_with_far_field`, of all tokens.
             look: gets the table that was read, and `before`, the number of tokens before its queries.
-            of_site: the heads of the site that `query` has; None: all. `inputs` are those of all heads.
+            part: the part of the site that `query` has; None: all. `inputs` are those of all heads.
         """
         plan, method = self.plan, self.method
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
         read = read | self._trained_of_rank(read, owners, query.shape[1])
-        if of_site is not None:
+        if part is not None:
+            of_site = part.heads
             heads = torch.arange(of_site.start, of_site.stop, device=query.device)
             read = {**read, **self._rows(read, self.inputs.trained, heads)}
             before = before._replace(tensors=tuple(one[:, of_site] for one in before.tensors))
@@ -316,11 +366,12 @@ class SiteFunction:
         kept = unknown
         state: tuple[Tensor, ...] = ()
         before, target = self._target(before)
-        whole, min_gain, far_blocks, best = True, None, None, 0
+        whole, min_gain, far_blocks, best, density = True, None, None, 0, None
         if isinstance(method, DynamicMethod):
             with torch.no_grad():
-                (table, kept, whole, min_gain, far_blocks, best), state = method.select(
-                    self._tokens(query, key, key_bias, shared), before, **read
+                given = {} if part is None else part.given
+                (table, kept, whole, min_gain, far_blocks, best, density), state = method.select(
+                    self._tokens(query, key, key_bias, shared), before, **read, **given
                 )
         else:
             table = BlockTable(**read)  # type: ignore[arg-type]
@@ -345,6 +396,8 @@ class SiteFunction:
             best=best,
             target=target,
             far_blocks=far_blocks,
+            density=density,
+            known=None if part is None else part.known,
             key_bias=key_bias,
             scale=plan.site.scale,
             provider=plan.provider,
@@ -563,7 +616,8 @@ def _observe_site(
         return _functions[function].run_observe(query, key, inputs, site)
 
 
-@custom_op("sparsify::learn_site")
+# It reads `signal`, which lies on the host and differs from call to call.
+@torch.library.custom_op("sparsify::learn_site", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _learn_site(
     query: Tensor,
     key: Tensor,

@@ -11,6 +11,8 @@
 | `state`       | tensors kept from call to call, fp32               | an input that the site writes to |
 | `report`      | the site's report on a call, see `REPORT`          | an input that the site writes to |
 
+Graphs that CUDA graphs replay are made for one value of `initialised` each (`warm`), and have no such input.
+
 A lowered graph gets its own inputs first, then `owners` of sites whose heads move, then `trained` and `observed` of
 all sites, then `initialised`, then `state` and `report`, site by site. `SiteInputs` names the slots of one site,
 `GraphInputs` describes the extra inputs of one graph, and `InputBuilder` adds them to it.
@@ -23,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from sparsify_compiler import _torch
 from sparsify_compiler.kernels.far_field import error_target
 from sparsify_compiler.methods import DynamicMethod, LearningMethod
 from sparsify_compiler.methods.base import max_error_of
@@ -68,6 +71,8 @@ class SiteInputs:
     state: tuple[str, ...] = ()
     remembers: bool = False
     """Whether the site gets `initialised`, `state` and `report`; otherwise every call starts without state."""
+    warm: bool | None = None
+    """The value of `initialised` where a graph is for one of the two; then the site gets None in its place."""
 
     def bind(self, tensors: Sequence[Tensor | None]) -> Bound:
         """Sort the tensors of a call, given in order, by slot."""
@@ -109,6 +114,8 @@ class SiteInputs:
         """The tensors that the method reads, by name, and its state, from the list that `to_select` returned."""
         read, rest = self._read(tensors)
         initialised, *state = rest or [None]
+        if initialised is None and self.warm is not None:
+            initialised = torch.full((), self.warm, dtype=torch.bool, device="cpu")  # fake under a fake mode
         if initialised is None:
             here = replace(plan, site=replace(plan.site, batch=batch))
             specs = [(name, shape, device) for name, shape in state_shapes(here).items()]
@@ -189,6 +196,8 @@ class GraphInputs:
     """`trained` and `observed` of all sites, each tensor once."""
     initialised: bool = False
     """Whether the graph has this input."""
+    keeps: bool = False
+    """Whether a site has a state."""
     state: tuple[Spec, ...] = ()
     """`state` and `report` of all sites."""
     reports: Mapping[str, int] = field(default_factory=dict)
@@ -232,9 +241,11 @@ class GraphInputs:
 class InputBuilder:
     """Adds the extra inputs of sites to a graph."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: fx.Graph, *, warm: bool | None = None) -> None:
+        """`warm`: the value of `initialised`, if the graph is for one; then it is no input."""
+        self._graph, self._warm = graph, warm
         self._initialised: fx.Node | None = None
+        self._keeps = False
         self._state: list[fx.Node] = []
         self._specs: list[Spec] = []
         self._reports: dict[str, int] = {}
@@ -252,12 +263,15 @@ class InputBuilder:
         """Add an input for a tensor that a trainer writes."""
         self._trained.append(source)
         after = [self._initialised] if self._initialised is not None else self._state
-        return add_placeholder(self._graph, name, before=after[0] if after else None)
+        node = add_placeholder(self._graph, name, before=after[0] if after else None)
+        _torch.mark_static(node)
+        return node
 
     def kept(self, plan: AttentionPlan, device: torch.device) -> list[fx.Node | None]:
         """Add `initialised`, `state` and `report` of a site; the first is None where a site has no state."""
         site, shapes = plan.site, state_shapes(plan)
-        if shapes and self._initialised is None:
+        self._keeps |= bool(shapes)
+        if shapes and self._initialised is None and self._warm is None:
             first = self._state[0] if self._state else None
             self._initialised = add_placeholder(self._graph, "sparsify_initialised", before=first)
         places = tuple(range(len(self._specs), len(self._specs) + len(shapes)))
@@ -270,6 +284,7 @@ class InputBuilder:
         for name, shape in tensors.items():
             self._specs.append((f"{site.name}.{name}", shape, device))
             self._state.append(add_placeholder(self._graph, f"sparsify_{name}{site.index}"))
+            _torch.mark_static(self._state[-1])
         return [self._initialised if shapes else None, *self._state[-len(tensors) :]]
 
     def built(self) -> GraphInputs:
@@ -278,6 +293,7 @@ class InputBuilder:
             moving=tuple(self._moving),
             trained=tuple(self._trained),
             initialised=self._initialised is not None,
+            keeps=self._keeps,
             state=tuple(self._specs),
             reports=self._reports,
         )

@@ -9,7 +9,7 @@ import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,9 +82,9 @@ class Loads:
         return torch.stack([loads.double() for loads, _ in known]).mean(0)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Stream:
-    """The state of one stream of a model in one program."""
+    """The state of one stream of a model in one program, in one video."""
 
     tensors: list[Tensor]
     calls: int = 0
@@ -99,6 +99,17 @@ class Stream:
     """Sparse calls since the video began."""
     loads: Loads = field(default_factory=Loads)
     """The loads of the heads of these sites, one site after the other."""
+
+
+@dataclass(slots=True, eq=False)
+class Memory:
+    """The tensors of a stream. They serve the same stream of later videos, as CUDA graphs know their addresses."""
+
+    tensors: list[Tensor]
+    user: "Callable[[], Stream | None]"
+    """Returns the stream that has them, as long as it exists."""
+    video: int
+    """The number of the last video that they served."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -183,8 +194,9 @@ class ModelState:
     clocks: PerGeneration[StepClock] = field(default_factory=lambda: PerGeneration(StepClock))
     """Models that make one video together share them."""
     _timelines: PerGeneration[Timeline] = field(default_factory=lambda: PerGeneration(Timeline))
+    _memories: dict[StreamKey, list[Memory]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a thread changes `history` or `video`, or goes through `history` in a call."""
+    """Held while a thread changes `history`, `video` or `_memories`, or goes through `history` in a call."""
 
     @property
     def clock(self) -> StepClock:
@@ -244,17 +256,33 @@ class ModelState:
         """
         key, streams = (tuple(specs), number, names), self._timelines.current.streams
         if key not in streams:
-            with torch.inference_mode(
-                False
-            ):  # tensors made in inference mode cannot be written outside of it
-                streams[key] = Stream(blank(specs), loads=self.loads.setdefault(key, Loads()))
+            with self._lock:
+                memories = self._memories.setdefault(key, [])
+                memory = next((one for one in memories if one.user() is None), None)
+                if memory is None:
+                    # Tensors made in inference mode cannot be written outside of it.
+                    with torch.inference_mode(False):
+                        memory = Memory(blank(specs), lambda: None, self.video)
+                    memories.append(memory)
+                else:
+                    for tensor in memory.tensors:
+                        tensor.zero_()
+                stream = Stream(memory.tensors, loads=self.loads.setdefault(key, Loads()))
+                memory.user, memory.video = weakref.ref(stream), self._timelines.current.video
+            streams[key] = stream
         return streams[key]
 
     def new_video(self) -> None:
-        """Drop the state of the last video of this generation."""
+        """Drop the state of the last video of this generation, and memory that the last video did not need."""
         timeline = self._timelines.current
         timeline.streams.clear()
         with self._lock:
+            for key, memories in [*self._memories.items()]:
+                kept = [one for one in memories if one.user() is not None or one.video >= self.video]
+                if kept:
+                    self._memories[key] = kept
+                else:
+                    del self._memories[key]
             self.video += 1
             timeline.video, timeline.calls = self.video, 0
 

@@ -348,7 +348,8 @@ def test_error_of_the_far_fields(name, density):
 @pytest.mark.skipif(INTERPRETED, reason="runs it")
 def test_triton_in_its_interpreter() -> None:
     files = ("test_far_field.py", "test_far_field_parts.py", "test_statistics.py")
-    pass_in_the_interpreter(*[str(Path(__file__).with_name(name)) for name in files], "-k", "triton")
+    paths = [*map(Path(__file__).with_name, files), Path(__file__).parents[1] / "runtime/test_site_parts.py"]
+    pass_in_the_interpreter(*map(str, paths), "-k", "triton")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on other providers it is always these steps")
@@ -369,9 +370,10 @@ def test_few_launches_on_triton_equal_the_steps(
     g = torch.Generator().manual_seed(0)
     q_sizes, kv_sizes = torch.tensor([10] * 8 + [0, 10]), torch.tensor([5, 0, 7] + [3] * 46)
     order = torch.stack([torch.randperm(150, generator=g) for _ in range(2)])[None].int()
-    table = BlockTable.from_block_mask(
-        torch.rand(1, 2, 10, 49, generator=g) < 0.1, q_sizes[None, None], kv_sizes[None, None], kv_order=order
-    )
+    of_queries = torch.stack([torch.randperm(90, generator=g) for _ in range(2)])[None].int()
+    listed = torch.rand(1, 2, 10, 49, generator=g) < 0.1
+    sizes = q_sizes[None, None], kv_sizes[None, None]
+    table = BlockTable.from_block_mask(listed, *sizes, kv_order=order, q_order=of_queries)
     monkeypatch.setattr(far_field_ops, "_parts", lambda *_: parts)
     results = []
     for fuses in (True, False):

@@ -90,6 +90,55 @@ class Report(NamedTuple):
     """The errors of a call with a target."""
 
 
+class Known(NamedTuple):
+    """Results of `before_parts`: for all heads of a site whose heads are computed part by part."""
+
+    statistics: tuple[Tensor, ...]
+    """`statistics.Statistics` of the blocks that approximate the keys."""
+    exact_out: Tensor
+    """The rows that judge the far field, under parts of the keys: [B, H, P * R, Dv]."""
+    exact_lse: Tensor
+    """[B, H, P * R]."""
+
+    def of_heads(self, heads: slice, of_keys: slice) -> "Known":
+        """Those of some query heads and of their key heads."""
+        every = self.exact_lse.shape[1]
+        found = (
+            one[:, heads if one.shape[1] == every else of_keys] for one in self.statistics if one.dim() > 1
+        )
+        empty = (one for one in self.statistics if one.dim() == 1)
+        return Known((*found, *empty), self.exact_out[:, heads], self.exact_lse[:, heads])
+
+
+def before_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_order: Tensor | None,
+    bounds: Tensor,
+    order: Tensor | None,
+    *,
+    key_bias: Tensor | None,
+    scale: float | None,
+    provider: str,
+    count: int,
+) -> Known:
+    """Launch for all heads what depends on no list of keys, for `attention_with_far_field` with `mean`.
+
+    Args:
+        query, key, value, q_order, key_bias, scale: as `attention_with_far_field` gets them and its table.
+        bounds, order: those of its `FarBlocks`.
+        provider: one for which `providers.fuses` holds.
+        count: its `sampled_rows`.
+    """
+    found = statistics.block_statistics(
+        key, value, bounds, order, key_bias, covariance=False, provider=provider
+    )
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    out, lse = torch.ops.sparsify.sampled(query, key, value, q_order, key_bias, count, scale)
+    return Known(found, out, lse)
+
+
 def attention_with_far_field(
     query: Tensor,
     key: Tensor,
@@ -101,6 +150,8 @@ def attention_with_far_field(
     best: int = 0,
     target: ErrorTarget | None = None,
     far_blocks: FarBlocks | None = None,
+    density: Tensor | None = None,
+    known: Known | None = None,
     key_bias: Tensor | None = None,
     scale: float | None = None,
     provider: str = "auto",
@@ -120,6 +171,8 @@ def attention_with_far_field(
             It needs sampled rows, whose places then differ from call to call.
         far_blocks: for a table of single keys, the blocks that approximate the keys that a row does not list. If
             None, the blocks of the table approximate them.
+        density: `table.densities()` in fp32 [B, H], where it is known.
+        known: `before_parts` for these heads, where it ran.
         sampled_rows: number of queries of each head that are computed exactly, spread evenly over the positions of
             the table. A head does not use the first order of `linear`, or the far field at all, if it raises their
             summed squared error. 0: the far field is always used, and the recall is unknown.
@@ -175,6 +228,8 @@ def attention_with_far_field(
         return out, lse, Report(density, gate, recall, kept)
     return in_parts(
         *(query, key, value, table),
+        density=density,
+        known=known,
         far_field=far_field,
         min_gain=min_gain,
         best=best,
@@ -201,6 +256,8 @@ def in_parts(
     best: int,
     target: ErrorTarget | None = None,
     far_blocks: FarBlocks | None,
+    density: Tensor | None = None,
+    known: Known | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
@@ -217,7 +274,7 @@ def in_parts(
             sample = _Sample.of(query, table, count)
             if look is not None:
                 look(table)
-            report = _report(table, torch.zeros_like(nothing), nothing, nothing, provider)
+            report = _report(table, torch.zeros_like(nothing), nothing, nothing, provider, density)
 
             def near(query: Tensor, heads: slice, table: BlockTable) -> tuple[Tensor, Tensor]:
                 bias = _of_some(key_bias, heads)
@@ -239,7 +296,7 @@ def in_parts(
                         _, read = near(sample.take(query), slice(None), sample.rows_of(table))
                     report = report._replace(recall=_recall(read, exact_lse))
             return out, lse, report
-        table, far, others, kept, reading, density = virtual_keys.virtual_keys(
+        table, far, others, kept, reading, found = virtual_keys.virtual_keys(
             query,
             key,
             value,
@@ -250,29 +307,31 @@ def in_parts(
             target=target,
             all_heads=all_heads,
             blocks=far_blocks,
+            known=None if known is None else known.statistics,
             key_bias=key_bias,
             scale=scale,
             provider=provider,
         )
+        density = density if found is None else found
         if look is not None:
             look(table)
-        gate, recall, errors = None, nothing, None
-        if count:
-            given = query, key, value, table, far, others, key_bias, scale, provider, count
+        gate, recall, errors, outputs = None, nothing, None, None
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        given = query, key, value, table, far, others, key_bias, scale, provider, count
+        if count and target is None and computed is None and not learns and providers.fuses(provider):
+            *outputs, gate, recall = _judged(*given, known)
+        elif count:
             with torch.no_grad():
-                if target is None and providers.fuses(provider):
-                    far, gate, recall = _judge_in_one(*given)
-                else:
-                    far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
+                far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
         gate = torch.ones_like(nothing) if gate is None else gate
-        known = nothing if kept is None else kept.float()
-        if density is None:
-            report = _report(table, gate, recall, known, provider)
-        else:
-            report = Report(density, gate, recall, known)
+        estimated = nothing if kept is None else kept.float()
+        report = _report(table, gate, recall, estimated, provider, density)
         if target is not None and reading is not None and errors is not None:
             with torch.no_grad():
                 report = report._replace(target=_target_report(target, reading, *errors, all_heads))
+
+        if outputs is not None:
+            return outputs[0], outputs[1], report
 
         def near_and_others(query: Tensor, heads: slice, *tables: BlockTable) -> tuple[Tensor, Tensor]:
             return near_and_far.near_and_far(
@@ -314,7 +373,11 @@ def _computed(
     return out, lse
 
 
-def _report(table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor, provider: str) -> Report:
+def _report(
+    table: BlockTable, gate: Tensor, recall: Tensor, kept: Tensor, provider: str, density: Tensor | None
+) -> Report:
+    if density is not None:
+        return Report(density, gate, recall, kept)
     rows = table.q_bounds, table.kv_bounds, table.kv_num_blocks, table.kv_indices
     pairs = statistics.pairs_read(*rows, provider=provider)
     return Report(table.densities(pairs).float().expand_as(gate), gate, recall, kept)
@@ -440,7 +503,7 @@ def _target_report(
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
 
 
-def _judge_in_one(
+def _judged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -451,21 +514,46 @@ def _judge_in_one(
     scale: float,
     provider: str,
     count: int,
-) -> tuple[VirtualKeys, Tensor, Tensor]:
-    """`_judge`, as one op."""
+    known: Known | None,
+) -> list[Tensor]:
+    """`_judge` and then `near_and_far`, as one op without gradients: out, lse, gate and recall."""
     others = complement(table) if others is None else others
-    found = Judged(
-        *torch.ops.sparsify.judge(
-            *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
-            *(others.kv_indices, key_bias, count, scale, provider),
-        )
+    exact = [] if known is None else [known.exact_out, known.exact_lse]
+    return torch.ops.sparsify.judged(
+        *(query, key, value, *table.tensors().values(), *far, others.kv_bounds, others.kv_num_blocks),
+        *(others.kv_indices, key_bias, exact, count, scale, provider),
     )
-    limits = None if far.limits is None else found.limits
-    return far._replace(bias=found.bias, limits=limits), found.gate, found.recall
 
 
-@custom_op("sparsify::judge")
-def _judge_op(
+@custom_op("sparsify::sampled")
+def _sampled_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_order: Tensor | None,
+    key_bias: Tensor | None,
+    count: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Near field of the rows that judge the far field, under parts of the keys, see `Known`."""
+    from sparsify_compiler.kernels.far_field import triton
+
+    ends = torch.arange(2, dtype=torch.int32, device=query.device)[None, None] * query.shape[2]
+    parts = _parts(count, key.shape[2], query.device.type)
+    _, _, exact = triton.exact_samples(query, key, value, ends, q_order, key_bias, count, parts, scale)
+    return exact
+
+
+@_sampled_op.register_fake
+def _sampled_fake(
+    query: Tensor, key: Tensor, value: Tensor, q_order: Any, key_bias: Any, count: int, _: float
+) -> tuple[Tensor, Tensor]:
+    copies = count * _parts(count, key.shape[2], query.device.type)
+    return attention.empty_outputs(query.new_empty(*query.shape[:2], copies, query.shape[3]), value)
+
+
+@custom_op("sparsify::judged")
+def _judged_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -484,32 +572,33 @@ def _judge_op(
     other_counts: Tensor,
     other_indices: Tensor,
     key_bias: Tensor | None,
+    exact: list[Tensor],
     count: int,
     scale: float,
     provider: str,
 ) -> list[Tensor]:
-    """Judge the far field by `count` rows of each head. The last tables are those of the virtual keys."""
+    """Near and far field, judged by `count` rows of each head. The last tables are those of the virtual keys.
+    `exact`: the result of `sampled`, or nothing."""
     from sparsify_compiler.kernels.far_field import triton
 
     table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
     others = BlockTable.of(q_bounds, other_bounds, other_counts, other_indices, q_order, None)
     far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
-    found = _empty_judged(query, far_bias, limits)
+    near_and_far.check_near_and_others(query, key, value, table, far, others, key_bias, provider)
+    gate, recall = (far_bias.new_empty(query.shape[:2]) for _ in range(2))
+    found = Judged(far_bias.new_empty((0,) if limits is None else limits.shape), gate, recall)
     parts = _parts(count, key.shape[2], query.device.type)
-    triton.judge(query, key, value, table, far, others, key_bias, count, parts, scale, found)
-    return list(found)
+    known = (exact[0], exact[1]) if exact else None
+    out, lse = triton.judged(
+        query, key, value, table, far, others, key_bias, known, count, parts, scale, found
+    )
+    return [out, lse, gate, recall]
 
 
-@_judge_op.register_fake
-def _judge_fake(query: Tensor, *rest: Any) -> list[Tensor]:
-    return list(_empty_judged(query, rest[10], rest[12]))
-
-
-def _empty_judged(query: Tensor, bias: Tensor, limits: Tensor | None) -> Judged:
-    """Uninitialised results of `judge`."""
-    shape = (0,) if limits is None else limits.shape
-    gate, recall = (bias.new_empty(query.shape[:2]) for _ in range(2))
-    return Judged(bias.new_empty(bias.shape), bias.new_empty(shape), gate, recall)
+@_judged_op.register_fake
+def _judged_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> list[Tensor]:
+    gate, recall = (rest[8].new_empty(query.shape[:2]) for _ in range(2))
+    return [*attention.empty_outputs(query, value), gate, recall]
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,12 +140,27 @@ def _near_and_others_op(
 
     table = BlockTable.of(q_bounds, kv_bounds, kv_num_blocks, kv_indices, q_order, kv_order)
     others = BlockTable.of(q_bounds, other_bounds, other_counts, other_indices, q_order, None)
-    for keys, values, one, bias in ((key, value, table, key_bias), (far_key, far_value, others, far_bias)):
+    far = VirtualKeys(far_key, far_value, far_bias, matrices, limits)
+    check_near_and_others(query, key, value, table, far, others, key_bias, provider)
+    return triton.near_and_far(query, key, value, table, far, key_bias, scale, others)
+
+
+def check_near_and_others(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: BlockTable,
+    far: VirtualKeys,
+    others: BlockTable,
+    key_bias: Tensor | None,
+    provider: str,
+) -> None:
+    """Raise OperandError for operands that do not fit together. `others`: the table of the virtual keys."""
+    for keys, values, one, bias in ((key, value, table, key_bias), (far.key, far.value, others, far.bias)):
         attention.check(query, keys, values, one, bias)
         attention.check_values(query, keys, one, provider)
-    attention.check_exactly(query.device, *_linear_term(matrices, limits, query, value.shape[3], q_bounds))
-    far = VirtualKeys(far_key, far_value, far_bias, _as_read(matrices, limits, provider), limits)
-    return triton.near_and_far(query, key, value, table, far, key_bias, scale, others)
+    term = _linear_term(far.matrices, far.limits, query, value.shape[3], table.q_bounds)
+    attention.check_exactly(query.device, *term)
 
 
 @_near_and_others_op.register_fake

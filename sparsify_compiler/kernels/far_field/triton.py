@@ -1,7 +1,6 @@
 """Near and far field: two launches of attention, then the merge, whose kernel is in `triton_kernels.py`."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -148,7 +147,7 @@ def list_launches(
     )
 
 
-def judge(
+def judged(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -156,23 +155,49 @@ def judge(
     far: VirtualKeys,
     others: BlockTable,
     key_bias: Tensor | None,
+    exact: tuple[Tensor, Tensor] | None,
     count: int,
     parts: int,
     scale: float,
     found: Judged,
-) -> None:
-    """Fill `found`, see `virtual_keys.Judged`."""
+) -> tuple[Tensor, Tensor]:
+    """`near_and_far` without the terms that raise the error of `count` rows of a head. Fills `found`.
+
+    The near and the far field of these rows are those of all rows, so the rows cost one launch that reads all keys.
+
+    Args:
+        exact: that of `exact_samples`, where it is known and there is no first order.
+    """
+    samples = bounds = None
+    if exact is None:
+        of_rows = table.q_bounds, table.q_order, key_bias, count, parts, scale
+        samples, bounds, exact = exact_samples(query, key, value, *of_rows)
+    near = attention.forward(query, key, value, table, key_bias, scale)
+    rest = attention.forward(query, far.key, far.value, others, far.bias, scale)
+    judge_launch(samples, bounds, table.q_order, exact, near, rest, far, count, scale, found)()
+    limits = None if far.limits is None else found.limits
+    return merge_into_near(query, *near, *rest, far.matrices, limits, table.q_bounds, table.q_order, scale)
+
+
+def exact_samples(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
+    key_bias: Tensor | None,
+    count: int,
+    parts: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(`count` rows of each head, once for each part of the keys; the bounds of query blocks among them; near field
+    of each copy under its part)."""
     batch, heads, _, head_dim = query.shape
     samples = query.new_empty(batch, heads, parts * count, head_dim)
-    bounds = query.new_empty(batch, heads, table.q_bounds.shape[-1], dtype=torch.int32)
+    bounds = query.new_empty(batch, heads, q_bounds.shape[-1], dtype=torch.int32)
     numbers = query.new_empty(4, parts + 1, dtype=torch.int32)
-    sample_launch(query, key.shape[2], table, samples, bounds, numbers, count)()
-    rows = samples[:, :, :count]
-    of_rows, of_others = (replace(one, q_bounds=bounds, q_order=None) for one in (table, others))
-    exact = attention.forward(samples, key, value, parts_table(numbers), key_bias, scale)
-    near = attention.forward(rows, key, value, of_rows, key_bias, scale)
-    rest = attention.forward(rows, far.key, far.value, of_others, far.bias, scale)
-    judge_launch(samples, bounds, exact, near, rest, far, scale, found)()
+    sample_launch(query, key.shape[2], q_bounds, q_order, samples, bounds, numbers, count)()
+    return samples, bounds, attention.forward(samples, key, value, parts_table(numbers), key_bias, scale)
 
 
 def parts_table(numbers: Tensor) -> BlockTable:
@@ -189,7 +214,8 @@ def parts_table(numbers: Tensor) -> BlockTable:
 def sample_launch(
     query: Tensor,
     keys: int,
-    table: BlockTable,
+    q_bounds: Tensor,
+    q_order: Tensor | None,
     samples: Tensor,
     bounds: Tensor,
     numbers: Tensor,
@@ -199,9 +225,9 @@ def sample_launch(
     batch, heads, tokens, head_dim = query.shape
     arguments = {
         **with_strides(query=query),
-        **with_shared_strides(q_bounds=table.q_bounds, q_order=table.q_order),
+        **with_shared_strides(q_bounds=q_bounds, q_order=q_order),
         **{"samples": samples, "bounds": bounds, "parts_table": numbers},
-        **{"q_blocks": table.q_bounds.shape[-1] - 1, "tokens": tokens, "keys": keys, "count": count},
+        **{"q_blocks": q_bounds.shape[-1] - 1, "tokens": tokens, "keys": keys, "count": count},
         **{"parts": numbers.shape[1] - 1, "HEAD_DIM": head_dim},
         **{"ROWS": max(2, triton.next_power_of_2(count)), "WIDTH": 128},
     }
@@ -209,29 +235,36 @@ def sample_launch(
 
 
 def judge_launch(
-    samples: Tensor,
-    bounds: Tensor,
+    samples: Tensor | None,
+    bounds: Tensor | None,
+    q_order: Tensor | None,
     exact: tuple[Tensor, Tensor],
     near: tuple[Tensor, Tensor],
     rest: tuple[Tensor, Tensor],
     far: VirtualKeys,
+    count: int,
     scale: float,
     found: Judged,
 ) -> Launch:
-    """The launch that fills `found`."""
-    batch, heads, copies, head_dim = samples.shape
-    count = near[1].shape[2]
+    """The launch that fills `found`, and hides the far field of heads that do not use it.
+
+    Args:
+        samples, bounds: those of `exact_samples`; read only if there is a first order.
+    """
+    batch, heads, copies = exact[1].shape
     parts = copies // count
     matrices, limits = (t if t is None else t.contiguous() for t in (far.matrices, far.limits))
     arguments = {
         **{"samples": samples, "bounds": bounds},
-        **with_strides(exact_out=exact[0], near_out=near[0], far_out=rest[0], bias=far.bias),
-        **{"exact_lse": exact[1], "near_lse": near[1], "far_lse": rest[1]},
-        **{"matrices": matrices, "limits": limits, "new_bias": found.bias},
+        **with_strides(exact_out=exact[0], near_out=near[0], near_lse=near[1]),
+        **with_strides(far_out=rest[0], far_lse=rest[1]),
+        **with_shared_strides(q_order=q_order),
+        **{"exact_lse": exact[1], "matrices": matrices, "limits": limits},
         "new_limits": None if limits is None else found.limits,
-        **{"gate": found.gate, "recall": found.recall, "q_blocks": bounds.shape[-1] - 1},
-        **{"blocks": far.bias.shape[2], "count": count, "parts": parts, "scale": scale},
-        **{"HEAD_DIM": head_dim, "VALUE_DIM": near[0].shape[-1], "CHUNK": 32},
+        **{"gate": found.gate, "recall": found.recall},
+        "q_blocks": 0 if bounds is None else bounds.shape[-1] - 1,
+        **{"tokens": near[1].shape[2], "count": count, "parts": parts, "scale": scale},
+        **{"HEAD_DIM": far.key.shape[-1], "VALUE_DIM": near[0].shape[-1], "CHUNK": 32},
         **{"PARTS": triton.next_power_of_2(parts), "WIDTH": 1024},
     }
     return Launch(kernels.judge_kernel, (1, heads, batch), arguments, num_warps=8)

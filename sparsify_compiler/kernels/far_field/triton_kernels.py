@@ -498,19 +498,20 @@ def judge_kernel(
     near_lse,
     far_out,
     far_lse,
-    bias,
     matrices,
     limits,
-    new_bias,
     new_limits,
     gate,
     recall,
+    q_order,
     exact_out_strides,
     near_out_strides,
+    near_lse_strides,
     far_out_strides,
-    bias_strides,
+    far_lse_strides,
+    q_order_strides,
     q_blocks,
-    blocks,
+    tokens,
     count,
     parts,
     scale,
@@ -521,9 +522,10 @@ def judge_kernel(
     WIDTH: tl.constexpr,
 ):
     """Add up the squared errors of a head's samples without the far field, with it, and with its first order. Set
-    the limits to 0 where the first order does not help, and the bias to -inf where the far field does not.
+    the limits to 0 where the first order does not help, and far_lse to -inf where the far field does not.
 
-    Grid: (1, heads, batches). Tensors without strides are contiguous. A merged row is rounded as `merge` rounds it.
+    Grid: (1, heads, batches). Near and far field have all queries. Tensors without strides are contiguous. A merged
+    row is rounded as `merge` rounds it.
     """
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -532,10 +534,14 @@ def judge_kernel(
     is_column = column < VALUE_DIM
     part = tl.arange(0, PARTS)
     is_part = part < parts
+    dtype: tl.constexpr = exact_out.dtype.element_ty
     exact_out = _at(exact_out, exact_out_strides, batch, head)
     near_out = _at(near_out, near_out_strides, batch, head) + column * near_out_strides[3]
     far_out = _at(far_out, far_out_strides, batch, head) + column * far_out_strides[3]
-    dtype: tl.constexpr = samples.dtype.element_ty
+    near_lse = _at(near_lse, near_lse_strides, batch, head)
+    far_lse = _at(far_lse, far_lse_strides, batch, head)
+    if q_order is not None:
+        q_order = _at(q_order, q_order_strides, batch, head)
     without, plain, whole, mass = 0.0, 0.0, 0.0, 0.0
     block = 0
     for row in range(count):
@@ -551,9 +557,13 @@ def judge_kernel(
         exact = exact.to(dtype).to(tl.float32)
         lse_of_all = top + tl.log(total)
 
-        near = tl.load(near_out + row * near_out_strides[2], mask=is_column, other=0.0).to(tl.float32)
-        far = tl.load(far_out + row * far_out_strides[2], mask=is_column, other=0.0).to(tl.float32)
-        of_near, of_far = tl.load(near_lse + at * count + row), tl.load(far_lse + at * count + row)
+        token = tl.cast(2 * row + 1, tl.int64) * tokens // (2 * count)
+        if q_order is not None:
+            token = tl.load(q_order + token).to(tl.int64)
+        near = tl.load(near_out + token * near_out_strides[2], mask=is_column, other=0.0).to(tl.float32)
+        far = tl.load(far_out + token * far_out_strides[2], mask=is_column, other=0.0).to(tl.float32)
+        of_near = tl.load(near_lse + token * near_lse_strides[2])
+        of_far = tl.load(far_lse + token * far_lse_strides[2])
         mass += tl.where(total == 0.0, 1.0, tl.exp(of_near - tl.where(total == 0.0, 0.0, lse_of_all)))
         without += _squares(near, exact)
         plain += _squares(_merged(near, far, of_near, of_far, dtype), exact)
@@ -586,11 +596,11 @@ def judge_kernel(
             limit = tl.load(limits + place, mask=number < q_blocks * VALUE_DIM, other=0.0)
             tl.store(new_limits + place, tl.where(helps, limit, 0.0), mask=number < q_blocks * VALUE_DIM)
     is_used = plain <= without  # a NaN error is no improvement
-    bias = _at(bias, bias_strides, batch, head)
-    for first in range(0, blocks, WIDTH):
-        number = first + tl.arange(0, WIDTH)
-        old = tl.load(bias + number * bias_strides[2], mask=number < blocks, other=0.0)
-        tl.store(new_bias + at * blocks + number, tl.where(is_used, old, float("-inf")), mask=number < blocks)
+    if not is_used:
+        nothing = tl.full([WIDTH], float("-inf"), tl.float32)
+        for first in range(0, tokens, WIDTH):
+            number = first + tl.arange(0, WIDTH)
+            tl.store(far_lse + number * far_lse_strides[2], nothing, mask=number < tokens)
     tl.store(gate + at, tl.where(is_used, 1.0, 0.0))
     tl.store(recall + at, mass / count)
 

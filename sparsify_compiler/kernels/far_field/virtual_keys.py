@@ -55,7 +55,8 @@ class FarBlocks(NamedTuple):
     keys: Tensor
     """[B|1, H|1, N] int32, number of visible keys of each block."""
     left: Tensor
-    """[B, H, Nq, N] int32, number of these keys that each query block does not read."""
+    """[B, H, Nq, N] int32, number of these keys that each query block does not read. A provider that fuses writes
+    its table into this memory where no gradients are needed."""
 
     def check(self, query: Tensor, key: Tensor, table: BlockTable) -> None:
         """Raise OperandError unless these blocks fit the keys and the rows of the table. Reads no value."""
@@ -124,6 +125,7 @@ def virtual_keys(
     target: ErrorTarget | None = None,
     all_heads: AllHeads | None = None,
     blocks: FarBlocks | None = None,
+    known: tuple[Tensor, ...] | None = None,
     key_bias: Tensor | None,
     scale: float,
     provider: str,
@@ -134,12 +136,17 @@ def virtual_keys(
         best: with `min_gain`, each row also reads this number of the other blocks, those with the largest gains.
         target: in place of `min_gain`, the largest error of the output. Blocks are read until the error that is
             estimated to remain is below it.
+        known: `statistics.block_statistics` of these blocks, where it is known.
 
     `mean` has neither M nor limits. No gradient flows through the second order of the scores.
     """
     bounds, order = (table.kv_bounds, table.kv_order) if blocks is None else (blocks.bounds, blocks.order)
-    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = statistics.block_statistics(
-        key, value, bounds, order, key_bias, covariance=linear, provider=provider
+    log_weight, key_mean, value_mean, key_variance, value_variance, covariance = (
+        known
+        if known is not None
+        else statistics.block_statistics(
+            key, value, bounds, order, key_bias, covariance=linear, provider=provider
+        )
     )
     bias = _of_heads(log_weight, query.shape[1])
     matrices = limits = kept = reading = None
@@ -202,14 +209,14 @@ def virtual_keys(
     far = VirtualKeys(key_mean, value_mean, bias.detach(), matrices, limits)
     if blocks is None:
         return Found(table, far, None, kept, reading, None)
-    return Found(table, *_for_each_number(far, table, blocks), kept, reading, None)
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    in_place = providers.fuses(provider) and not learns
+    return Found(table, *_for_each_number(far, table, blocks, in_place=in_place), kept, reading, None)
 
 
 class Judged(NamedTuple):
-    """Results of `sparsify::judge`, for the sampled rows of each head."""
+    """Results of `sparsify::judged` by the sampled rows of each head."""
 
-    bias: Tensor
-    """`VirtualKeys.bias`, -inf in heads whose far field raises the error."""
     limits: Tensor
     """`VirtualKeys.limits`, 0 in heads whose first order raises it; empty without one."""
     gate: Tensor
@@ -316,7 +323,7 @@ def empty_listed(query: Tensor, mean_query: Tensor, value_mean: Tensor) -> Liste
 
 
 def _for_each_number(
-    far: VirtualKeys, table: BlockTable, blocks: FarBlocks
+    far: VirtualKeys, table: BlockTable, blocks: FarBlocks, *, in_place: bool
 ) -> tuple[VirtualKeys, BlockTable]:
     """(virtual keys, table of those that each query block of `table` reads).
 
@@ -333,11 +340,12 @@ def _for_each_number(
         value=far.value[:, :, block],
         bias=of_one[..., block] + number.to(far.bias.dtype).log(),
     )
+    none_left = blocks.left <= 0
     # A number larger than the block counts as all of its keys. No method gives one.
-    column = torch.minimum(blocks.left, sizes[:, :, None])
+    column = torch.minimum(blocks.left, sizes[:, :, None], out=blocks.left if in_place else None)
     column += first[:, :, None] - 1
     # One more block, without a key, for blocks that have no keys left.
-    column.masked_fill_(blocks.left <= 0, len(tokens) - 1)
+    column.masked_fill_(none_left, len(tokens) - 1)
     bounds = torch.nn.functional.pad(tokens, (0, 1), value=len(tokens) - 1)
     counts = torch.full((1, 1, column.shape[2]), column.shape[3], dtype=torch.int32, device=column.device)
     return far, replace(
