@@ -2,7 +2,7 @@
 
 `PIPELINES` says how each is made and called. Text encoders, tokenizers of a few words, VAEs and schedulers are made
 here; transformers are those of `testing/models`. Where a text encoder is a large language model, calls get
-embeddings in its place. Pipelines of Cosmos are left out: they need torchvision and a checker that is not on PyPI.
+embeddings in its place.
 """
 
 from collections.abc import Callable, Sequence
@@ -189,6 +189,18 @@ def video(height: int, width: int, frames: int = FRAMES) -> list[Any]:
     return [image(height, width, seed) for seed in range(frames)]
 
 
+def pixels(height: int, width: int) -> Tensor:
+    """[1, 3, F, H, W], a video of random colours between 0 and 1."""
+    return random(1, 3, FRAMES, height, width, seed=5).sigmoid()
+
+
+def mask(height: int, width: int) -> Tensor:
+    """[1, 1, F, H, W], 255 in all frames except the first, which a pipeline keeps."""
+    kept = torch.full((1, 1, FRAMES, height, width), 255.0)
+    kept[:, :, 0] = 0
+    return kept
+
+
 def random(*shape: int, seed: int) -> Tensor:
     """Normal numbers."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -343,6 +355,24 @@ def _helios() -> dict[str, Any]:
     return _wan() | {"transformer": transformer("helios"), "scheduler": HeliosScheduler(stages=1)}
 
 
+@pipeline(
+    "HeliosPyramidPipeline",
+    text(
+        **WAN,
+        history_sizes=[4, 2, 1],
+        num_latent_frames_per_chunk=5,
+        pyramid_num_inference_steps_list=[2, 2],
+    ),
+    sizes=((96, 160), (128, 64)),
+    several=False,
+)
+def _helios_pyramid() -> dict[str, Any]:
+    from diffusers import HeliosScheduler
+
+    scheduler = HeliosScheduler(stages=2, stage_range=[0, 0.5, 1], gamma=0.3)
+    return _wan() | {"transformer": transformer("helios"), "scheduler": scheduler}
+
+
 # ---- LTX
 
 
@@ -385,6 +415,93 @@ def _ltx_i2v() -> dict[str, Any]:
 )
 def _ltx_condition() -> dict[str, Any]:
     return _ltx()
+
+
+def _ltx2_call(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    """Arguments of a call with embeddings, padded before their tokens, and all terms of guidance."""
+
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        mask = torch.ones(1, TEXT, dtype=torch.long)
+        mask[:, : 4 + 3 * prompt] = 0
+        return {
+            "prompt_embeds": random(1, TEXT, WIDTH, seed=prompt),
+            "prompt_attention_mask": mask,
+            "negative_prompt_embeds": random(1, TEXT, WIDTH, seed=9),
+            "negative_prompt_attention_mask": mask,
+            "height": height,
+            "width": width,
+            "num_frames": 33,
+            "spatio_temporal_guidance_blocks": [1],
+        } | _sized(named, height, width)
+
+    return call
+
+
+@pipeline("LTX2Pipeline", _ltx2_call(), sizes=((224, 288), (192, 160)), tokens=_tokens(5, 32), several=False)
+def _ltx2() -> dict[str, Any]:
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
+
+    vae = AutoencoderKLLTX2Video(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
+    ).eval()
+    audio_vae = AutoencoderKLLTX2Audio(
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        resolution=32,
+        latent_channels=2,
+        mel_bins=8,
+    ).eval()
+    vocoder = LTX2Vocoder(
+        in_channels=16,
+        hidden_channels=16,
+        upsample_kernel_sizes=[4, 4],
+        upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3],
+        resnet_dilations=[[1, 3, 5]],
+        output_sampling_rate=16000,
+    ).eval()
+    heads = {
+        f"{kind}_connector_{name}": value
+        for kind in ("video", "audio")
+        for name, value in {
+            "num_attention_heads": 2,
+            "attention_head_dim": WIDTH // 2,
+            "num_layers": 1,
+            "num_learnable_registers": 8,
+        }.items()
+    }
+    connectors = LTX2TextConnectors(
+        caption_channels=WIDTH, text_proj_in_factor=1, connector_rope_base_seq_len=32, **heads
+    ).eval()
+    return {
+        "text_encoder": None,
+        "tokenizer": words(),
+        "connectors": connectors,
+        "vae": vae,
+        "audio_vae": audio_vae,
+        "vocoder": vocoder,
+        "scheduler": flow(use_dynamic_shifting=True),
+        "transformer": transformer("ltx2", perturbed_attn=True),
+    }
+
+
+@pipeline(
+    "LTX2ImageToVideoPipeline",
+    _ltx2_call(image=image, image_crf=0),
+    sizes=((224, 288), (192, 160)),
+    tokens=_tokens(5, 32),
+    several=False,
+)
+def _ltx2_i2v() -> dict[str, Any]:
+    return _ltx2()
 
 
 # ---- HunyuanVideo
@@ -482,6 +599,72 @@ def _framepack() -> dict[str, Any]:
     }
 
 
+def _hunyuan_15_text(prompt: int) -> dict[str, Any]:
+    """Embeddings of both encoders, and others for guidance."""
+    given = embedded(prompt, 0, 0)
+    both = {
+        "prompt_embeds": given["prompt_embeds"],
+        "prompt_embeds_mask": given["prompt_attention_mask"],
+        "prompt_embeds_2": random(1, TEXT, 8, seed=prompt),
+        "prompt_embeds_mask_2": torch.tensor([[1] * (5 + prompt) + [0] * (TEXT - 5 - prompt)]),
+    }
+    return both | {f"negative_{name}": value.roll(1, 1) for name, value in both.items()}
+
+
+@pipeline(
+    "HunyuanVideo15Pipeline",
+    lambda prompt, height, width: (
+        _hunyuan_15_text(prompt) | {"height": height, "width": width, "num_frames": FRAMES}
+    ),
+    several=False,
+)
+def _hunyuan_15() -> dict[str, Any]:
+    from diffusers import AutoencoderKLHunyuanVideo15, ClassifierFreeGuidance
+
+    vae = AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8, 8), layers_per_block=1
+    ).eval()
+    return {
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+        "vae": vae,
+        "scheduler": flow(),
+        "guider": ClassifierFreeGuidance(),
+        "transformer": transformer("hunyuan_video_15", in_channels=9),
+    }
+
+
+@pipeline(
+    "HunyuanVideo15ImageToVideoPipeline",
+    lambda prompt, height, width: (
+        _hunyuan_15_text(prompt) | {"image": image(height, width), "num_frames": FRAMES}
+    ),
+    sizes=((112, 144), (96, 160)),
+)
+def _hunyuan_15_i2v() -> dict[str, Any]:
+    parts = _framepack()
+    return _hunyuan_15() | {
+        "image_encoder": parts["image_encoder"],
+        "feature_extractor": parts["feature_extractor"],
+        "transformer": transformer("hunyuan_video_15", in_channels=9, target_size=128),
+    }
+
+
+def qwen(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    """Arguments of a call with embeddings of a language model, and further ones as in `_sized`."""
+
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        more = _sized(named, height, width)
+        given = embedded(prompt, height, width)
+        both = {name: given[name] for name in ("prompt_embeds", "prompt_attention_mask")}
+        negative = {f"negative_{name}": value.roll(1, 1) for name, value in both.items()}
+        return both | negative | {"height": height, "width": width} | more
+
+    return call
+
+
 # ---- CogVideoX
 
 COG: dict[str, Any] = {"num_frames": FRAMES, "max_sequence_length": TEXT}
@@ -527,6 +710,105 @@ def _cog_v2v() -> dict[str, Any]:
 @pipeline("CogVideoXFunControlPipeline", text(max_sequence_length=TEXT, control_video=video))
 def _cog_control() -> dict[str, Any]:
     return cog(in_channels=8)
+
+
+@pipeline("ConsisIDPipeline", text(**COG, image=image), sizes=SIZES[:1])
+def _consisid() -> dict[str, Any]:
+    return cog() | {"transformer": transformer("consisid", max_text_seq_length=TEXT, in_channels=8)}
+
+
+# ---- Cosmos
+
+
+class Unchecked:
+    """A checker of Cosmos that finds every prompt and video safe."""
+
+    def to(self, device: Any) -> None:
+        """Stay where it is."""
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+
+def cosmos(**changes: Any) -> nn.Module:
+    """The model of the family Cosmos with a mask of padding among its channels, as the pipelines call it."""
+    resize_without_torchvision()
+    return transformer("cosmos", concat_padding_mask=True, **changes)
+
+
+def resize_without_torchvision() -> None:
+    """Let the model of Cosmos resize its mask of padding by torch where torchvision is missing."""
+    from types import SimpleNamespace
+
+    from diffusers.models.transformers import transformer_cosmos
+
+    def resize(mask: Tensor, size: list[int], interpolation: str) -> Tensor:
+        return nn.functional.interpolate(mask, size=size, mode=interpolation)
+
+    if not hasattr(transformer_cosmos, "transforms"):
+        transformer_cosmos.transforms = SimpleNamespace(
+            functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST="nearest")
+        )
+
+
+COSMOS: dict[str, Any] = {"num_frames": 33, "max_sequence_length": TEXT}
+
+
+@pipeline("CosmosTextToWorldPipeline", text(**COSMOS))
+def _cosmos() -> dict[str, Any]:
+    from diffusers import AutoencoderKLCosmos, EDMEulerScheduler
+
+    vae = AutoencoderKLCosmos(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 8, 8, 8),
+        decode_block_out_channels=(8, 8, 8, 8),
+        num_layers=1,
+        attention_resolutions=(8,),
+        resolution=64,
+        latents_mean=None,
+        latents_std=None,
+    ).eval()
+    scheduler = EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+    )
+    return t5() | {
+        "vae": vae,
+        "scheduler": scheduler,
+        "transformer": cosmos(),
+        "safety_checker": Unchecked(),
+    }
+
+
+@pipeline("CosmosVideoToWorldPipeline", text(**COSMOS, image=image))
+def _cosmos_v2w() -> dict[str, Any]:
+    return _cosmos() | {"transformer": cosmos(in_channels=5)}
+
+
+@pipeline("Cosmos2VideoToWorldPipeline", text(**WAN, image=image))
+def _cosmos_2() -> dict[str, Any]:
+    scheduler = flow(use_karras_sigmas=True, shift=1.0)
+    scheduler.register_to_config(
+        sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min"
+    )
+    model = cosmos(in_channels=5, extra_pos_embed_type=None)
+    return _cosmos() | {"vae": wan_vae(), "scheduler": scheduler, "transformer": model}
+
+
+@pipeline("Cosmos2_5_PredictBasePipeline", qwen(num_frames=FRAMES, video=video))
+def _cosmos_25() -> dict[str, Any]:
+    model = cosmos(
+        in_channels=5,
+        extra_pos_embed_type=None,
+        use_crossattn_projection=True,
+        crossattn_proj_in_channels=WIDTH,
+        encoder_hidden_states_channels=WIDTH,
+    )
+    return _cosmos_2() | {
+        "text_encoder": None,
+        "tokenizer": None,
+        "scheduler": unipc(),
+        "transformer": model,
+    }
 
 
 # ---- others
@@ -575,19 +857,6 @@ def easyanimate_vae() -> Any:
     ).eval()
 
 
-def qwen(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
-    """Arguments of a call with embeddings of a language model, and further ones as in `_sized`."""
-
-    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
-        more = _sized(named, height, width)
-        given = embedded(prompt, height, width)
-        both = {name: given[name] for name in ("prompt_embeds", "prompt_attention_mask")}
-        negative = {f"negative_{name}": value.roll(1, 1) for name, value in both.items()}
-        return both | negative | {"height": height, "width": width} | more
-
-    return call
-
-
 @pipeline("EasyAnimatePipeline", qwen(num_frames=FRAMES))
 def _easyanimate() -> dict[str, Any]:
     return {
@@ -597,6 +866,37 @@ def _easyanimate() -> dict[str, Any]:
         "scheduler": flow(),
         "transformer": transformer("easyanimate"),
     }
+
+
+@pipeline(
+    "EasyAnimateInpaintPipeline",
+    qwen(num_frames=FRAMES, video=pixels, mask_video=mask),
+    several=False,
+)
+def _easyanimate_inpaint() -> dict[str, Any]:
+    model = transformer("easyanimate", in_channels=12, resize_inpaint_mask_directly=False)
+    return _easyanimate() | {"transformer": model}
+
+
+@pipeline("MotifVideoPipeline", qwen(num_frames=FRAMES))
+def _motif() -> dict[str, Any]:
+    from diffusers import ClassifierFreeGuidance
+
+    return {
+        "text_encoder": None,
+        "tokenizer": words(),
+        "vae": wan_vae(),
+        "scheduler": flow(),
+        "guider": ClassifierFreeGuidance(),
+        "transformer": transformer("motif_video", in_channels=9),
+    }
+
+
+@pipeline("MotifVideoImage2VideoPipeline", qwen(prompt=None, num_frames=FRAMES, image=image), several=False)
+def _motif_i2v() -> dict[str, Any]:
+    from transformers.models.siglip import SiglipImageProcessorPil
+
+    return _motif() | {"feature_extractor": SiglipImageProcessorPil(size={"height": 8, "width": 8})}
 
 
 def _kandinsky(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
@@ -626,3 +926,30 @@ def _kandinsky5() -> dict[str, Any]:
 @pipeline("Kandinsky5I2VPipeline", _kandinsky(image=image))
 def _kandinsky5_i2v() -> dict[str, Any]:
     return _hunyuan() | {"transformer": transformer("kandinsky5", visual_cond=True)}
+
+
+def _kandinsky6(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
+    def call(prompt: int, height: int, width: int) -> dict[str, Any]:
+        return {
+            "prompt_embeds": random(1, TEXT, WIDTH, seed=prompt),
+            "pooled_prompt_embeds": random(1, POOLED, seed=prompt),
+            "negative_prompt_embeds": random(1, TEXT, WIDTH, seed=9),
+            "negative_pooled_prompt_embeds": random(1, POOLED, seed=9),
+            "height": height,
+            "width": width,
+            "num_frames": FRAMES,
+            "sample_audio": False,
+        } | _sized(named, height, width)
+
+    return call
+
+
+@pipeline("Kandinsky6TI2VAPipeline", _kandinsky6())
+def _kandinsky6_t2va() -> dict[str, Any]:
+    model = transformer("kandinsky6", visual_cond=True, visual_token_type_num_embeddings=2)
+    return _hunyuan() | {"transformer": model}
+
+
+@pipeline("Kandinsky6TI2VAPipeline, from an image", _kandinsky6(image=image), tokens=_tokens(6))
+def _kandinsky6_i2va() -> dict[str, Any]:
+    return _kandinsky6_t2va()

@@ -49,7 +49,9 @@ def versions() -> Iterator[tuple[str, str]]:
 def devices() -> Iterator[tuple[str, str]]:
     """(device, description)."""
     capability = torch.backends.cpu.get_cpu_capability()
-    yield "cpu", f"{cpu_model()}, {platform.machine()}, {capability}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    yield "cpu", f"{cpu_model()}, {platform.machine()}, {capability}, {threads}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         yield (

@@ -410,6 +410,17 @@ def cut(label: Label, start: int, stop: int) -> Label:
     return (_run(outer, start // run, (stop - start) // run), *label[1:])
 
 
+def every(label: Label, start: int, step: int) -> tuple[Label, list[Atom]] | None:
+    """(the label of every `step`-th position from `start` on, their place in each run of `step` positions).
+
+    None where the label has several factors, or the runs do not fill it.
+    """
+    if len(label) != 1 or start >= step or label[0].size % step:
+        return None
+    halves = split(label[0], label[0].size // step)
+    return None if halves is None else ((halves[0],), pick((halves[1],), start))
+
+
 def pick(label: Label, index: int) -> list[Atom]:
     """The place of position `index`: a run of one position along each axis of the dimension, the outer first."""
     found: list[Atom] = []

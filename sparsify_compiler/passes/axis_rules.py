@@ -23,6 +23,7 @@ from sparsify_compiler.passes.axes import (
     axis,
     cat,
     cut,
+    every,
     fresh,
     is_blank,
     length,
@@ -200,8 +201,38 @@ def _slice(
         labels[dim] = tuple(pick(labels[dim], begin))
     elif step == 1:
         labels[dim] = cut(labels[dim], begin, max(begin, stop))
+    elif stop == size:
+        labels[dim] = _every(tracker, labels[dim], begin, step, output.shape[dim])
     else:
         labels[dim] = unknown(output.shape[dim], labels[dim])
+    return labels
+
+
+def _every(tracker: Tracker, label: Label, start: int, step: int, size: int) -> Label:
+    """Every `step`-th position of a dimension, from `start` on."""
+    found = every(label, start, step)
+    if found is None:
+        return unknown(size, label)
+    tracker.take(found[1])
+    return found[0]
+
+
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d")
+def _resize(
+    tracker: Tracker, output: Tensor, x: Tensor, sizes: Any, *scales: float | None, **_: Any
+) -> list[Label]:
+    """Repeated positions, or every n-th one, where sizes divide each other and floats hold their ratio exactly."""
+    labels = tracker.of(x)
+    if any(scale is not None for scale in scales):
+        return []
+    for dim in range(2, x.dim()):
+        old, new = x.shape[dim], output.shape[dim]
+        if old % new == 0:
+            labels[dim] = _every(tracker, labels[dim], 0, old // new, new) if new < old else labels[dim]
+        elif new % old == 0 and (new // old).bit_count() == 1:
+            labels[dim] = (*labels[dim], *fresh(new // old, "repeat"))
+        else:
+            labels[dim] = unknown(new, labels[dim])
     return labels
 
 

@@ -193,11 +193,18 @@ def _share(x: Factor, y: Factor) -> Label:
 
 
 def _twins(x: Atom, y: Atom) -> bool:
-    """Whether two claims differ only in their input, and are of the batches of both or of axes of two videos."""
-    inputs = x.source.kind == y.source.kind == "input" and x.source is not y.source
-    videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4
-    alike = replace(x, source=y.source, dim=y.dim) == y
-    return inputs and alike and (x.dim == y.dim == 0 or (videos and 0 not in (x.dim, y.dim)))
+    """Whether two claims differ only in their input, and are of the batches of both or of axes of two videos.
+
+    The videos may have different resolutions: the runs are then the same parts of their axes.
+    """
+    if not (x.source.kind == y.source.kind == "input" and x.source is not y.source):
+        return False
+    if x.dim == y.dim == 0:
+        return replace(x, source=y.source, dim=y.dim) == y
+    videos = min(len(x.source.sizes), len(y.source.sizes)) >= 4 and 0 not in (x.dim, y.dim)
+    old, new = (run.source.sizes[run.dim] for run in (x, y))
+    scaled = (x.stride * new, x.base * new) == (y.stride * old, y.base * old)
+    return videos and scaled and (x.size, x.extent, x.offset) == (y.size, y.extent, y.offset)
 
 
 def _covers(x: Factor, y: Factor) -> bool:

@@ -271,6 +271,17 @@ def test_repeats_are_not_at_the_place_of_others() -> None:
     assert {run.source.kind for run in atoms(tracker.of(met)[0])} <= {"lost", "opaque"}
 
 
+def test_every_nth_position_keeps_its_place() -> None:
+    tracker = AxisTracker()
+    tensor, source = numbered((2, 4, 12), tracker)
+    with tracker:
+        steps = [tensor[..., 1::3], tensor[:, 3::4], tensor[:, 1::2, ::6]]
+        resized = [F.interpolate(tensor.double(), size=size).long() for size in (12, 4, 24, 9, 36)]
+    for made, claimed in zip([*steps, *resized], [1, 1, 1, 1, 1, 1, 0, 0], strict=True):
+        check(made, tracker.of(made), source)
+        assert any(run.source is source for run in atoms(tracker.of(made)[2])) == claimed
+
+
 def test_programs_do_claim_something() -> None:
     rng = Random(0)
     claimed = [run(rng, rng.choice(SIZES), rng.choices(sorted(STEPS), k=3)) for _ in range(60)]

@@ -238,6 +238,37 @@ def test_tokens_that_are_not_moved_do_get_their_grid() -> None:
         assert plan.site.kind == "self"
 
 
+def patches(video: Tensor, weights: nn.Linear) -> Tensor:
+    """[B, 1, S, WIDTH], tokens of 2 x 2 pixels."""
+    batch, _, frames, height, width = video.shape
+    cut = video.reshape(batch, -1, frames, height // 2, 2, width // 2, 2)
+    return weights(cut.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3))[:, None]
+
+
+@pytest.mark.parametrize("size", [(14, 18), (28, 72)])
+def test_a_mask_of_another_resolution_is_a_channel_of_the_video(size: tuple[int, int]) -> None:
+    weights = nn.Linear(20, WIDTH)
+
+    def run(video: Tensor, mask: Tensor) -> Tensor:
+        resized = F.interpolate(mask, size=(14, 18), mode="nearest")
+        x = patches(torch.cat([video, resized[:, :, None].repeat(1, 1, 5, 1, 1)], 1), weights)
+        return F.scaled_dot_product_attention(x, x, x)
+
+    (plan,) = planned(run, VIDEO, torch.ones(1, 1, *size))
+    assert plan.layout.grid == GRID
+
+
+def test_columns_between_others_are_no_keys_of_theirs() -> None:
+    weights = nn.Linear(16, WIDTH)
+
+    def run(video: Tensor) -> Tensor:
+        even, odd = patches(video[..., ::2], weights), patches(video[..., 1::2], weights)
+        return F.scaled_dot_product_attention(even, odd, odd)
+
+    (plan,) = planned(run, torch.randn(1, 4, 5, 14, 36))
+    assert (plan.layout.grid, plan.method) == (None, "dense")
+
+
 def test_a_deep_stack_of_convolutions_is_followed_in_linear_time() -> None:
     """Each of five dimensions of 16 convolutions comes from five others: more paths than could be walked."""
     kernel = torch.ones(4, 4, 1, 1, 1)

@@ -41,6 +41,7 @@ CASES: dict[str, Case] = {
         "brca",
     ),
     "slice": (lambda x: (aten.slice(x, 1, 0, 3), aten.slice(x, 0, 0, 3, 2)), "abc .bc"),
+    "upsample_nearest1d": (lambda x: aten.upsample_nearest1d(aten.permute(x, [2, 1, 0]), [3]), "cba"),
     "select": (lambda x: aten.select(x, 0, 1), "bc"),
     "unbind": (lambda x: aten.unbind(x, 1), "ac ac ac"),
     "split": (lambda x: aten.split_with_sizes(aten.permute(x, [2, 0, 1]), [1, 2], 1), "cAb cAb"),

@@ -152,6 +152,39 @@ def kandinsky5(grid: Grid, batch: int) -> Made:
     }
 
 
+@family(
+    lambda grid, batch: (
+        [DENSE] * (2 * LAYERS) + [Expected(grid=grid), CROSS, DENSE, CROSS, CROSS, CROSS] * LAYERS
+    )
+)
+def kandinsky6(grid: Grid, batch: int) -> Made:
+    """Channels last; video and audio attend to themselves and to text of their own, then to each other."""
+    from diffusers import Kandinsky6Transformer3DModel
+
+    model = Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        visual_cond=False,
+        in_audio_dim=4,
+        out_audio_dim=4,
+        in_text_dim=16,
+        in_text_dim2=8,
+        time_dim=16,
+        model_dim=32,
+        ff_dim=64,
+        num_text_blocks=LAYERS,
+        num_visual_blocks=LAYERS,
+        axes_dims=(4, 6, 6),
+    )
+    return model, {
+        "hidden_states": latents(grid, batch).movedim(1, -1).contiguous(),
+        "audio_hidden_states": torch.randn(batch, 13, 4),
+        **prompt(batch),
+        "pooled_projections": torch.randn(batch, 8),
+        **time_step(batch),
+    }
+
+
 @family(lambda grid, batch: [Expected(grid=grid), DENSE, CROSS, CROSS, CROSS, CROSS] * LAYERS)
 def ltx2(grid: Grid, batch: int) -> Made:
     """Packed video and packed audio: each attends to itself, then to its text, then to the other."""
