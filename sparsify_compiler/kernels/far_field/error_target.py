@@ -56,7 +56,7 @@ MOST_STEP = 16.0
 MOST_COUNTED = 2.0
 """Error of a call, in units of the target, above which it counts no more than a call with this error."""
 POOLED = 0.5
-"""Weight of the mean over all heads in the correction of a head, against 1 of its own measurements."""
+"""Weight of the ratio of the site in the correction of a head, against 1 of its own measurements."""
 AIM = 0.78
 """Error that is aimed at, in units of the target: few rows measure too low an error more often than too high."""
 
@@ -104,15 +104,20 @@ class ErrorTarget(NamedTuple):
         Args:
             sums: the states of the heads of all ranks.
         """
-        _, measured, estimated, slow = self.state.unbind(-1)
-        heads = sums.shape[1]
+        of_site, heads, most = sums.sum(1), sums.shape[1], MOST_CORRECTION * FIRST / self.most
         trusted = TRUSTED * self.most**2 * KEPT ** sums[..., 0].amax(1)
-        of_site = sums.sum(1)
-        pooled = (of_site[:, 1] + FIRST / self.most * trusted) / (of_site[:, 2] + trusted)
-        others = POOLED * (of_site[:, 2] + trusted) / heads
-        most = MOST_CORRECTION * FIRST / self.most
-        correction = (measured + (pooled * others)[:, None]) / (estimated + others[:, None])
-        excess = (measured - most * estimated).clamp(min=0)
+        measured, estimated = of_site[:, 1] + FIRST / self.most * trusted, of_site[:, 2] + trusted
+        pooled, weight = measured / estimated, POOLED * estimated / heads
+
+        def ratio(state: Tensor) -> Tensor:
+            """[B, H], with some weight on the ratio of the site, since a head has few rows."""
+            return (state[..., 1] + (pooled * weight)[:, None]) / (state[..., 2] + weight[:, None])
+
+        # Heads with few errors must not hide those of one head: the sum of the site stays the measured one.
+        of_ratios = (ratio(sums) * sums[..., 2]).sum(1) + pooled * trusted
+        correction = ratio(self.state) * (measured / of_ratios)[:, None]
+        _, of_head, by_gain, slow = self.state.unbind(-1)
+        excess = (of_head - most * by_gain).clamp(min=0)
         return correction.clamp(max=most), torch.where(slow > 0, excess / slow, 0.0)
 
     def aim(self, sums: Tensor) -> Tensor:
