@@ -322,7 +322,7 @@ def in_parts(
             *outputs, gate, recall = _judged(*given, known)
         elif count:
             with torch.no_grad():
-                far, gate, recall, errors = _judge(*given, None if target is None else target.offset())
+                far, gate, recall, errors = _judge(*given, None if target is None else target.offsets(count))
         gate = torch.ones_like(nothing) if gate is None else gate
         estimated = nothing if kept is None else kept.float()
         report = _report(table, gate, recall, estimated, provider, density)
@@ -448,11 +448,11 @@ def _judge(
     scale: float,
     provider: str,
     count: int,
-    offset: Tensor | None,
+    offsets: Tensor | None,
 ) -> tuple[VirtualKeys, Tensor, Tensor, tuple[Tensor, Tensor]]:
     """(`far` without the terms that raise the error of `count` rows of a head, gate and recall as in `Report`, the
-    squared error and the squared output of these rows [B, H]). `offset`: as in `_Sample.of`."""
-    sample = _Sample.of(query, table, count, offset)
+    squared error and the squared output of these rows [B, H]). `offsets`: as in `_Sample.of`."""
+    sample = _Sample.of(query, table, count, offsets)
     assert sample is not None
     rows, table = sample.take(query), sample.rows_of(table)
     exact, exact_lse = exact_rows(query, key, value, sample.rows, key_bias, scale, provider=provider)
@@ -497,7 +497,7 @@ def _target_report(
     whole = of_all(output).sum(1, keepdim=True)
     measured = torch.where(error == 0, 0.0, error / whole).float()
     remains = reading.remains.float()
-    estimated = (remains * reading.correction).float().nan_to_num()
+    estimated = reading.estimated.float().nan_to_num()
     of_site = of_all(measured).sum(1)
     state = target.measured(remains, measured, of_site)
     return TargetReport(of_all(estimated).sum(1).sqrt(), of_site.sqrt(), state)
@@ -612,20 +612,20 @@ class _Sample:
 
     @classmethod
     def of(
-        cls, query: Tensor, table: BlockTable, count: int, offset: Tensor | None = None
+        cls, query: Tensor, table: BlockTable, count: int, offsets: Tensor | None = None
     ) -> "_Sample | None":
-        """The positions in the middle of `count` equal parts of the sequence, or at an offset.
+        """The positions in the middle of `count` equal parts of the sequence, or at other places in these parts.
 
         Args:
-            offset: [B, H] in [0, 1), the place of each position in its part.
+            offsets: [B, H, R] in [0, 1), the place of each position in its part.
         """
         if count == 0:
             return None
         tokens, numbers = query.shape[2], torch.arange(count, device=query.device)
-        if offset is None:
+        if offsets is None:
             positions = ((numbers * 2 + 1) * tokens // (2 * count))[None, None]
         else:
-            positions = ((numbers + offset[..., None]) * (tokens / count)).long().clamp(max=tokens - 1)
+            positions = ((numbers + offsets) * (tokens / count)).long().clamp(max=tokens - 1)
         rows = positions
         if table.q_order is not None:
             lead = torch.broadcast_shapes(positions.shape[:2], table.q_order.shape[:2])

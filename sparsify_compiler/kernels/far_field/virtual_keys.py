@@ -36,7 +36,7 @@ from torch import Tensor
 from sparsify_compiler._torch import custom_op
 from sparsify_compiler.errors import OperandError
 from sparsify_compiler.kernels import providers, statistics
-from sparsify_compiler.kernels.far_field.error_target import AllHeads, ErrorTarget, Reading
+from sparsify_compiler.kernels.far_field.error_target import LEAST_GAIN, AllHeads, ErrorTarget, Reading
 from sparsify_compiler.table import BlockTable
 
 MOST_SECOND_ORDER = 0.5
@@ -183,6 +183,7 @@ def virtual_keys(
                     spread = _all_orders(spread)
                 gain = gains(attention, spread, value_mean, value_variance, table, all_heads)
                 if target is not None:
+                    gain = gain.clamp(min=LEAST_GAIN).masked_fill(scores == -torch.inf, 0)
                     shares = _shares_of_pairs(table, gain.dtype)
                     reading = target.reading(gain, shares, ~listed, all_heads)
                     more = reading.more
