@@ -167,7 +167,7 @@ def faked(mode: Counts | Lint | None) -> Iterator[Counter[str]]:
         stack.enter_context(mock.patch.object(Launch, "__call__", launch))
         stack.enter_context(mock.patch.object(provider, "supports", return_value=None))
         stack.enter_context(mock.patch.object(configs, "architecture", return_value=ARCH))
-        stack.enter_context(mock.patch.object(torch, "autocast", return_value=nullcontext()))
+        stack.enter_context(mock.patch.object(torch, "is_autocast_enabled", return_value=False))
         stack.enter_context(_torch.running_on("meta", "sparsify", through))
         yield launched
 

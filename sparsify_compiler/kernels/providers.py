@@ -7,6 +7,7 @@ same name here (`cpu`, `reference`, `triton`), with one function:
 """
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:  # the ops import this file
 
 PROVIDERS = ("reference", "cpu", "triton")
 _FASTEST = {"cpu": "cpu", "cuda": "triton"}
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast; one that does nothing where it is off, and while a model is exported.
+
+    Export refuses autocast, and a file cannot hold this context: it saves the operator, and does not load it.
+    """
+    off = torch.compiler.is_exporting() or not torch.is_autocast_enabled(device)
+    return nullcontext() if off else torch.autocast(device, enabled=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,8 @@ class Blocks(NamedTuple):
         if order.shape[1] > 1:
             order, bounds = (t.repeat_interleave(heads // t.shape[1], 1) for t in self)
         before, after, tokens = layout.before, layout.after, layout.tokens
+        if not before and not after:
+            return Blocks(order, bounds)
 
         def run(first: int, last: int) -> Tensor:
             return torch.arange(first, last, dtype=torch.int32, device=order.device).expand(

@@ -129,9 +129,12 @@ def unread(
     sides = int(layout.before > 0), int(layout.after > 0)
     unlisted = seen if is_dense is None else seen.masked_fill(is_dense[None, :, None], 0)
     # Blocks of other tokens have no keys left; a row lists none of them here.
-    left = keys_left(pad(unlisted, sides), far_cube + sides[0], counts, indices, provider=tokens.provider)
+    if any(sides):
+        unlisted, seen = pad(unlisted, sides), pad(seen, sides, value=1)
+        far_cube = far_cube + sides[0]
+    left = keys_left(unlisted, far_cube, counts, indices, provider=tokens.provider)
     order, bounds = Blocks(far_order, far_bounds).among(layout, counts.shape[1])
-    return FarBlocks(order, bounds, keys=pad(seen, sides, value=1), left=left)
+    return FarBlocks(order, bounds, keys=seen, left=left)
 
 
 def single_key_table(
@@ -154,7 +157,7 @@ def single_key_table(
     before, after, tokens = int(layout.before > 0), int(layout.after > 0), layout.tokens
     last = tokens - layout.after
     edges = torch.arange(layout.before, last + 1, dtype=torch.int32, device=indices.device)
-    bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens)
+    bounds = pad(pad(edges, (before, 0), value=0), (0, after), value=tokens) if before or after else edges
     around = [0] * before + [bounds.shape[0] - 2] * after
     if before:
         indices += before

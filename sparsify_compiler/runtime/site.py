@@ -105,7 +105,7 @@ class SparseSite(nn.Module):
         """
         function = self.function
         query, key, value = attention.cast(query, key, value)
-        with _named(self.site.name), attention.without_autocast(query.device.type):
+        with _named(self.site.name), providers.without_autocast(query.device.type):
             _check_sizes(self.site, query, key, value, batch=function.inputs.remembers)
             bound = function.inputs.bind(tensors)
             out, report, *state = function.attend(query, key, value, key_bias, bound, self.site.name)
@@ -131,7 +131,7 @@ class Observer(nn.Module):
         function = self.function
         bound = function.inputs.bind(tensors)
         query, key, _ = attention.cast(query, key, key)
-        with _named(self.site.name), attention.without_autocast(query.device.type):
+        with _named(self.site.name), providers.without_autocast(query.device.type):
             _check_sizes(self.site, query, key, batch=not bound.observed)
             if bound.observed:
                 function.learn(query, key, key_bias, bound, self.site.name)
@@ -164,6 +164,8 @@ class SiteFunction:
     ) -> None:
         self.name, self.plan, self.inputs = name, plan, inputs
         self.method, self.sampled_rows = method, sampled_rows
+        # To ask whether an object has a protocol takes longer than a launch.
+        self._selects = method if isinstance(method, DynamicMethod) else None
 
     def attend(
         self,
@@ -351,7 +353,7 @@ class SiteFunction:
             look: gets the table that was read, and `before`, the number of tokens before its queries.
             part: the part of the site that `query` has; None: all. `inputs` are those of all heads.
         """
-        plan, method = self.plan, self.method
+        plan = self.plan
         read, before = self.inputs.selecting(inputs, plan, query.shape[0], query.device)
         owners = self.inputs.owners_in(inputs)
         read = read | self._trained_of_rank(read, owners, query.shape[1])
@@ -367,10 +369,10 @@ class SiteFunction:
         state: tuple[Tensor, ...] = ()
         before, target = self._target(before)
         whole, min_gain, far_blocks, best, density = True, None, None, 0, None
-        if isinstance(method, DynamicMethod):
+        if self._selects is not None:
             with torch.no_grad():
                 given = {} if part is None else part.given
-                (table, kept, whole, min_gain, far_blocks, best, density), state = method.select(
+                (table, kept, whole, min_gain, far_blocks, best, density), state = self._selects.select(
                     self._tokens(query, key, key_bias, shared), before, **read, **given
                 )
         else:
@@ -426,7 +428,7 @@ class SiteFunction:
         """The function of the open call that keeps an example; None where it keeps none, or on several ranks."""
         call = open_call()
         on_ranks = self.plan.sharing is not None or self.plan.sequence is not None
-        if on_ranks or not isinstance(self.method, DynamicMethod):
+        if on_ranks or self._selects is None:
             return None
         if call is None or not call.looks(self.plan.layout):
             return None

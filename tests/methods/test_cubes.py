@@ -106,7 +106,7 @@ def test_a_budget_is_the_number_of_blocks(far_field):
     layout = TokenLayout(tokens=70, grid=(2, 5, 6), before=4, after=6)
     query, key, value = qkv(2, 4, 2, 70, 70, 16, 16, torch.float32)
     method = Cubes(cube=(1, 2, 3), query_cube=(2, 2, 3), kv_budget=0.3)  # 4 of 12 blocks
-    (table, _, _, min_gain, _, best), _ = select(method, query, key, layout, "cpu", far_field=far_field)
+    (table, _, _, min_gain, _, best, _), _ = select(method, query, key, layout, "cpu", far_field=far_field)
     if far_field == "linear":
         assert best == 4
         table, *_ = virtual_keys(

@@ -5,7 +5,6 @@ This file imports only torch. A provider's kernels are imported when the op firs
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -241,14 +240,6 @@ def cast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Ten
         return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
     return lower(query), lower(key), lower(value)
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast; one that does nothing while a model is exported, which refuses autocast.
-
-    A file cannot hold this context: it saves the operator, and does not load it.
-    """
-    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(device, enabled=False)
 
 
 _library = torch.library.Library("sparsify", "FRAGMENT")  # kept alive: freeing it would unregister the op

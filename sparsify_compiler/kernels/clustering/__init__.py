@@ -250,7 +250,7 @@ def _kmeans(
     _check_kmeans(points, centroids, start, warm, first, later)
     if providers.reads_values(points.device) and not bool(warm):
         check_range("start", start, points.shape[2] - 1)
-    with torch.autocast(points.device.type, enabled=False):
+    with providers.without_autocast(points.device.type):
         return providers.load(provider, "clustering").kmeans(points, centroids, start, warm, first, later)
 
 
@@ -285,7 +285,7 @@ def _cluster(
     if providers.reads_values(query.device) and not bool(warm):
         for name, start, points in (("q_start", q_start, query), ("kv_start", kv_start, key)):
             check_range(name, start, points.shape[2] - 1)
-    with torch.autocast(query.device.type, enabled=False):
+    with providers.without_autocast(query.device.type):
         module = providers.load(provider, "clustering")
         return module.cluster(*inputs, bool(warm), *numbers, blocks=blocks)
 
@@ -350,7 +350,7 @@ def _top_p_blocks(
     provider: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_top_p(q_centroids, kv_centroids, kv_sizes, top_p, min_blocks)
-    with torch.autocast(q_centroids.device.type, enabled=False):
+    with providers.without_autocast(q_centroids.device.type):
         return providers.load(provider, "clustering").top_p_blocks(
             q_centroids, kv_centroids, kv_sizes, scale, top_p, floor(kv_centroids, top_p, min_blocks)
         )

@@ -267,7 +267,7 @@ def in_parts(
     look: Callable[[BlockTable], None] | None = None,
 ) -> tuple[Tensor, Tensor, Report]:
     """`attention_with_far_field`, by an op for each part, of arguments that fit together."""
-    with attention.without_autocast(query.device.type):
+    with providers.without_autocast(query.device.type):
         count = min(sampled_rows, query.shape[2])
         nothing = query.new_full(query.shape[:2], torch.nan, dtype=torch.float32)
         if far_field == "drop":

@@ -117,7 +117,7 @@ def _top_k_keys(
     _check(query, key, budget, q_bounds, key_bias, width)
     if q_bounds is not None and providers.checks_values(provider, query.device):
         check_bounds("q_bounds", q_bounds, query.shape[2])
-    with torch.autocast(query.device.type, enabled=False):
+    with providers.without_autocast(query.device.type):
         return providers.load(provider, "prediction").top_k_keys(
             query, key, budget, q_bounds, key_bias, width, scale
         )
