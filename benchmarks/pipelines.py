@@ -33,14 +33,10 @@ from benchmarks.small_pipelines import PIPELINES, Pipeline
 ROUNDING = 2e-5
 """The largest relative error of latents in float32."""
 DENSE = {
-    "LTXConditionPipeline": "no video grid",
-    "LTX2Pipeline": "no video grid",
-    "LTX2ImageToVideoPipeline": "no video grid",
     "MotifVideoPipeline": "several video grids",
     "MotifVideoImage2VideoPipeline": "several video grids",
 }
-"""Models in which attention stays dense -> a part of the reason. The grid of LTX is in the values of positions
-alone; a decoder of Motif attends over the same video twice."""
+"""Models in which attention stays dense -> a part of the reason. A decoder of Motif attends over the same video twice."""
 STEPS = 3
 
 

@@ -38,11 +38,9 @@ OTHER_ROUNDING = {"SkyReels-V2, diffusion forcing": 1e-4}
 """The same for models that Dynamo alone, with its backend `eager`, changes by 5e-5."""
 DENSE = {
     "HunyuanVideo": "mask depends on the query",
-    "LTX-Video": "no video grid",
-    "Open-Sora 2": "keys are not the tokens",
 }
-"""Models whose attention stays dense -> a part of the reason. In the first, segments of the tokens depend on the
-values of a mask; in the others the grid is in the values of positions."""
+"""Models whose attention stays dense -> a part of the reason. Segments of the tokens depend on the values of a
+mask."""
 GRID = (5, 7, 9)
 """Frames, rows and columns of tokens."""
 TOKENS = GRID[0] * GRID[1] * GRID[2]

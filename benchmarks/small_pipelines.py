@@ -417,6 +417,18 @@ def _ltx_condition() -> dict[str, Any]:
     return _ltx()
 
 
+@pipeline(
+    "LTXConditionPipeline, a later frame",
+    text(num_frames=33, max_sequence_length=TEXT, image=image, frame_index=16),
+    sizes=((224, 288), (192, 160)),
+    tokens=_tokens(5, 32),
+    several=False,
+)
+def _ltx_later() -> dict[str, Any]:
+    """The tokens of the conditioned frame lie before those of the video."""
+    return _ltx()
+
+
 def _ltx2_call(**named: Any) -> Callable[[int, int, int], dict[str, Any]]:
     """Arguments of a call with embeddings, padded before their tokens, and all terms of guidance."""
 

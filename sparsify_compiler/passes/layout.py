@@ -136,7 +136,9 @@ def infer_layouts(
         if given is not None and inferred[1].grid not in (None, grid):
             _say_replaced(grid, inferred[1].grid)
         rows = tuple((piece.size, piece.differs) for piece in seen.rows) if site.mask == "query" else ()
-        positions = _positions(seen, small, followed.embeddings) if layout.grid is None and kind == "self" else {}
+        positions = (
+            _positions(seen, small, followed.embeddings) if layout.grid is None and kind == "self" else {}
+        )
         read = any(dim in one.meta.get("meshes", {}) for one, dim in positions.items())
         if read and layout.reason in (_NO_GRID, _MOVED):
             layout = replace(layout, reason=_NO_MESH)

@@ -112,7 +112,7 @@ def depends_on_values(gm: fx.GraphModule) -> bool:
 
 
 def may_have_positions(gm: fx.GraphModule) -> bool:
-    """Whether an input of a Dynamo graph, or a tensor of integers in it, has a few numbers for each of many tokens."""
+    """Whether an input of a Dynamo graph, or a tensor of integers in it, has few numbers for each token."""
     for node in gm.graph.nodes:
         value = value_of(node)
         if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
@@ -301,7 +301,9 @@ def _check_same_before(gm: fx.GraphModule, twin: fx.GraphModule, before: set[fx.
             raise NotKnownBefore(f"they depend on random numbers ({_name(node)})")
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise NotKnownBefore(f"they depend on {_name(node)}")
-    written = written_in(gm) if before else set()
+    if not before:
+        return
+    written = written_in(gm)
     read = [storages_of(node) for node in before]
     if written is None or any(one is None or written & one for one in read):
         raise NotKnownBefore("they depend on a tensor that the graph may write to")

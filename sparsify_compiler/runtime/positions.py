@@ -74,7 +74,7 @@ def mesh_of(positions: Tensor, dim: int) -> Mesh | None:
             state = positions.data_ptr(), positions._version
             known = _read.get(positions)
             if known is not None and known[0] == state and dim in known[1]:
-                return known[1][dim]  # type: ignore[no-any-return]
+                return known[1][dim]
         mesh = _compared(positions, dim)
         if state is not None:
             known = _read.get(positions)

@@ -173,9 +173,7 @@ def frames_mask(times: Tensor, before: int, after: int) -> Tensor:
     own = times[before : len(times) - after]
     order = {time: place for place, time in enumerate(sorted(set(own.tolist())))}
     frame = [None] * before + [order[time] for time in own.tolist()] + [None] * after
-    rows = [
-        [i is None or j is None or i == j or 0 in (i, j) for j in frame] for i in frame
-    ]
+    rows = [[i is None or j is None or i == j or 0 in (i, j) for j in frame] for i in frame]
     return torch.tensor(rows)
 
 
@@ -198,7 +196,7 @@ def inputs(count: int = 60) -> Tensor:
 
 @torch.no_grad()
 def check(compiled: nn.Module, model: nn.Module, mask: Tensor | None, *given: Tensor) -> None:
-    """Compare a call with attention under a mask, which differs from dense attention; without one, with the latter."""
+    """Compare a call with attention under a mask, which differs from dense attention, or else with the latter."""
     got, dense = compiled(*given), model(*given)
     if mask is None:
         assert (got - dense).norm() <= 2e-5 * dense.norm()
@@ -210,7 +208,7 @@ def check(compiled: nn.Module, model: nn.Module, mask: Tensor | None, *given: Te
 
 @pytest.mark.parametrize("form", FORMS)
 def test_each_grid_of_one_size_has_its_program(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo compiles once. Positions that are no grid, or of another grid, never run under the first one's table."""
+    """Dynamo compiles once. Positions of another grid, or of none, never run under the table of the first one."""
     positions_of, given = FORMS[form]
     model, counts = Packed(positions_of), list[int]()
     compiled = torch.compile(model, backend="sparsify", options=TILE)
@@ -242,7 +240,9 @@ def test_conditioned_frames_and_text_are_other_tokens(conditions: int) -> None:
     mask = frames_mask(F.pad(places[0], (TEXT, 0)), before, 0)
     check(compiled, model, mask, inputs(places.shape[1]), given(places), text)
     shown = sparsify_compiler.explain(compiled, inputs(places.shape[1]), given(places), text)
-    assert {(one.layout.before, one.layout.grid, one.layout.after) for one in shown.plans} == {(before, GRID, 0)}
+    assert {(one.layout.before, one.layout.grid, one.layout.after) for one in shown.plans} == {
+        (before, GRID, 0)
+    }
 
 
 def test_the_reason_names_positions_that_are_no_grid() -> None:
