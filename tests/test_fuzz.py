@@ -66,19 +66,19 @@ def check(case: Case, level: Level) -> None:
         )
 
 
-@short(40)
+@short(25)
 @given(cases("tokens"))
 def test_claims_of_tokens_that_move_are_true(case: Case) -> None:
     check(case, "analysis")
 
 
-@short(40)
+@short(25)
 @given(cases("writes"))
 def test_claims_of_tokens_that_are_written_are_true(case: Case) -> None:
     check(case, "analysis")
 
 
-@short(10)
+@short(6)
 @given(cases("tokens"))
 def test_tokens_that_move_are_attended_right(case: Case) -> None:
     check(case, "end to end")
@@ -90,7 +90,7 @@ def test_tokens_that_are_written_are_attended_right(case: Case) -> None:
     check(case, "end to end")
 
 
-@short(20)
+@short(12)
 @given(cases("spellings"))
 def test_no_spelling_is_mistaken(case: Case) -> None:
     check(case, "end to end")
