@@ -25,8 +25,8 @@ from sparsify_compiler.table import BlockTable
 
 torch.set_num_threads(1)
 
-# PyTorch writes every graph in full to this logger if it has a handler, and pytest adds a handler to each logger that
-# does not propagate.
+# PyTorch writes every graph in full to this logger if it has a handler, and pytest adds a handler to each logger
+# that does not propagate.
 logging.getLogger("torch.__trace").propagate = True
 
 # After each compilation PyTorch measures the time of guards, for a log, and first empties the processor's caches.
