@@ -287,7 +287,7 @@ class SiteFunction:
         key_bias: Tensor | None,
         read: Mapping[str, Tensor | None],
     ) -> far_field.Known | None:
-        """What the far field of all heads needs before their lists are known; None where parts launch it."""
+        """The results for the far field of all heads that no list changes; None where parts launch that work."""
         plan, order, bounds = self.plan, read["far_order"], read["far_bounds"]
         if plan.far_field != "mean" or not providers.fuses(plan.provider):
             return None

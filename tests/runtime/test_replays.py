@@ -1,4 +1,4 @@
-"""What CUDA graphs need of sites and programs: nothing decided on the host, and memory that stays where it is."""
+"""The needs of CUDA graphs: nothing is decided on the host, and memory stays where it is."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ FAULTS = {
         lambda: META.repeat_interleave(2, 0), lambda: torch.zeros(2).sum().item(),
     ),
 }  # fmt: skip
-"""Beginning of a fault -> operations that have it."""
+"""Beginning of a fault -> operations that the lint finds."""
 
 
 @pytest.mark.parametrize(("what", "number"), [(what, n) for what in FAULTS for n in range(len(FAULTS[what]))])
