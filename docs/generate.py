@@ -27,7 +27,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import median
@@ -448,19 +448,59 @@ def two_ranks() -> str:
 
 def pipelines() -> str:
     """Pipelines of diffusers that make video: sparse attentions, graphs, and the largest error of latents."""
+    sys.path.append(str(ROOT))  # where this file runs as a script
+    from benchmarks.small_pipelines import PIPELINES
+
     record = results("pipelines")
     cases = [
-        {**case, "sites": f"{case['sparse']} of {case['video_attentions']}", "error": max(case["errors"])}
+        {
+            **case,
+            "sites": f"{case['sparse']} of {case['video_attentions']}",
+            "error": max(case["errors"]),
+            "resolutions": ", ".join(f"{height} x {width}" for height, width in made.sizes),
+            "videos": "1, 2" if made.several else "1",
+        }
         for case in record["cases"]
+        if (made := PIPELINES[case["pipeline"]])
     ]
     columns = {
         "pipeline": "{pipeline}",
         "sparse": "{sites}",
         "graphs": "{graphs}",
         "compiled again": "{compiled_again}",
+        "resolutions": "{resolutions}",
+        "videos": "{videos}",
         "error": "{error:.0e}",
     }
-    return f"{filled(cases, columns)}\n\n{origin(record)}"
+    return f"{filled(cases, columns)}\n\n{all_sparse(cases, 'pipelines')}\n{origin(record)}"
+
+
+def families() -> str:
+    """Families of diffusers through `apply`: sparse attentions, graphs, and the largest error of an output."""
+    record = results("families")
+    cases = [
+        {
+            **case,
+            "sites": f"{case['sparse']} of {case['video_attentions']}" if case["video_attentions"] else "-",
+            "error": max(case["errors"].values()),
+        }
+        for case in record["cases"]
+    ]
+    columns = {
+        "family": "`{family}`",
+        "class": "{model}",
+        "sparse": "{sites}",
+        "graphs": "{graphs}",
+        "compiled again": "{compiled_again}",
+        "error": "{error:.0e}",
+    }
+    return f"{filled(cases, columns)}\n\n{all_sparse(cases, 'families')}\n{origin(record)}"
+
+
+def all_sparse(cases: Sequence[Mapping[str, Any]], what: str) -> str:
+    """The number of cases in which all attention over the video is sparse, in a sentence."""
+    count = sum(0 < case["sparse"] == case["video_attentions"] for case in cases)
+    return f"All attention over the video is sparse in {count} of {len(cases)} {what}."
 
 
 def repositories() -> str:
@@ -550,6 +590,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "ONNX factors": onnx_factors,
     "training habits": training_habits,
     "pipelines": pipelines,
+    "families": families,
     "repositories": repositories,
 }
 
