@@ -6,6 +6,9 @@
     cost      one warm sparse call of a site, including selection and far field, relative to dense SDPA in the
     same run:
               efficiency is speed-up times density, 1 for a kernel that runs at SDPA's rate and selects at no cost
+    sites     wall time and processor time of one warm call of every method, relative to dense SDPA in the same
+              rounds, at three lengths; a second dense call shows the noise. With --busy a second process keeps one
+              core busy meanwhile
     clusters  error of svg2 by the number of its key clusters, at equal total work
     memory    the most memory that the process of a call needs beyond the memory before it and the output, for every
               method at 32,760 tokens, in 2 heads of 128 bfloat16
@@ -17,15 +20,18 @@ import argparse
 import ctypes
 import gc
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +47,7 @@ from sparsify_compiler.kernels.far_field import FAR_FIELDS, attention_with_far_f
 from sparsify_compiler.kernels.far_field.virtual_keys import FarBlocks
 from sparsify_compiler.methods import DynamicMethod
 from sparsify_compiler.methods.cubes import Cubes
+from sparsify_compiler.methods.dsv import Dsv
 from sparsify_compiler.methods.keys import Keys
 from sparsify_compiler.methods.selection import BlockMethod, Selection, State, Tokens
 from sparsify_compiler.methods.svg2 import Svg2, clusters_for
@@ -398,6 +405,94 @@ def cost_case(
     }
 
 
+SITES: dict[int, tuple[Grid, int]] = {
+    2304: ((9, 16, 16), 8),
+    9216: ((9, 32, 32), 4),
+    32760: ((21, 30, 52), 2),
+}
+"""Tokens -> grid and heads."""
+
+
+def sites(grid: Grid) -> dict[str, tuple[Any, float, str]]:
+    """(method, share of the keys, far field) of every site that is timed."""
+    found: dict[str, tuple[Any, float, str]] = {"tile drop": (Tile(), 0.2, "drop")}
+    for far_field in FAR_FIELDS:
+        for name, density in (("svg2", 0.2), ("cubes", 0.2)):
+            found[f"{name} {far_field}"] = (
+                never_by_gain(methods(density)[name], far_field),
+                density,
+                far_field,
+            )
+    found["svg2 linear 0.13"] = never_by_gain(methods(0.13)["svg2"], "linear"), 0.13, "linear"
+    for far_field in ("drop", "mean"):
+        found[f"keys {far_field}"] = Keys(kv_budget=0.1), 0.1, far_field
+        found[f"dsv {far_field}"] = Dsv(query_group=(1, 4, 4)), 0.1, far_field
+    return found
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """A context in which a second process computes on one core."""
+    process = get_context("spawn").Process(target=_spin, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+@torch.no_grad()
+def site_cases(tokens: int, dtype: torch.dtype, repeats: int) -> Iterator[dict[str, Any]]:
+    """A warm call of every method, in rounds with two of dense SDPA."""
+    grid, heads = SITES[tokens]
+    layout = TokenLayout(tokens=tokens, grid=grid)
+    query, key, value = (t.to(dtype) for t in planted_video(grid, heads, 64))
+    inputs, device = (
+        Inputs(layout=layout, query=query, key=key, value=value),
+        cast(Any, SimpleNamespace(name="cpu")),
+    )
+
+    def dense() -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value)
+
+    for name, (method, density, far_field) in sites(grid).items():
+        site = GpuSite(device, method, density, far_field, "cpu", inputs)
+        site.call(warm=False)
+        calls = {"dense": dense, "dense again": dense, "site": site.call}
+        wall, cpu = (dict[str, list[float]]((call, []) for call in calls) for _ in range(2))
+        for round_ in range(repeats + 1):
+            for call, run in calls.items():
+                before = time.perf_counter(), time.process_time()
+                run()
+                if round_:  # the first does not count
+                    wall[call].append(time.perf_counter() - before[0])
+                    cpu[call].append(time.process_time() - before[1])
+        of_dense = median(wall["dense"]), median(cpu["dense"])
+        read = site.reported()["density"]
+        yield {
+            "kind": "site",
+            "site": name,
+            "tokens": tokens,
+            "heads": heads,
+            "dtype": str(dtype)[6:],
+            "threads": torch.get_num_threads(),
+            "density": round(read, 4),
+            "wall_ms": {call: round(1e3 * median(times), 1) for call, times in wall.items()},
+            "cpu_ms": {call: round(1e3 * median(times), 1) for call, times in cpu.items()},
+            "wall_over_dense": round(median(wall["site"]) / of_dense[0], 3),
+            "cpu_over_dense": round(median(cpu["site"]) / of_dense[1], 3),
+            "wall_dense_over_itself": round(median(wall["dense again"]) / of_dense[0], 3),
+            "efficiency": round(of_dense[0] / median(wall["site"]) * read, 3),
+        }
+
+
 MEMORY: tuple[Grid, int] = ((21, 30, 52), 2)
 """Grid of Wan at 480p, and heads."""
 
@@ -468,7 +563,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["keep", "clusters", "cost", "memory"])
+    parser.add_argument("--only", choices=["keep", "clusters", "cost", "sites", "memory"])
+    parser.add_argument("--tokens", type=int, nargs="+", choices=SITES, default=list(SITES), help="of sites")
+    parser.add_argument("--busy", action="store_true", help="of sites: a second process keeps one core busy")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/methods-cpu.json"))
     arguments = parser.parse_args()
     print(machine())
@@ -500,6 +597,11 @@ def main() -> None:
                             name, method, grid, 8 if grid[0] == 8 else 4, torch.float32, arguments.repeats
                         )
                     )
+    if arguments.only in (None, "cost", "sites"):
+        with busy_core() if arguments.busy else nullcontext():
+            for tokens, dtype in product(arguments.tokens, (torch.float32, torch.bfloat16)):
+                for case in site_cases(tokens, dtype, arguments.repeats):
+                    add(case | {"busy": arguments.busy})
     if arguments.only in (None, "memory"):
         for case in memory_cases():
             add(case)

@@ -41,8 +41,8 @@ from sparsify_compiler.table import BlockTable
 
 LISTS = 0.8
 """Most memory that the lists of single keys take at one time, as a share of query, key and value."""
-SHORT_LISTS = 2**28
-"""Bytes of lists that may always be in memory, 256 MiB."""
+SHORT_LISTS = 2**26
+"""Bytes of lists that may always be in memory, 64 MiB."""
 MOST_PARTS = 8
 """Most parts into which the heads of a site are cut for this."""
 JUDGED_ROWS = 16

@@ -298,6 +298,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_statistics(
 
 // ---- Clusters and predicted keys ---------------------------------------------------------------------------
 
+// Refuses tokens that are none of `tokens`.
+void expect_tokens(const Tensor& start, int64_t tokens) {
+  const Tensor whole = start.contiguous();
+  const auto* token = static_cast<const int64_t*>(whole.data_ptr());
+  const bool fit = std::all_of(token, token + whole.numel(), [&](int64_t t) { return t >= 0 && t < tokens; });
+  TORCH_CHECK_INDEX(fit, "sparsify: index out of range: start must lie in 0..", tokens - 1);
+}
+
 Pair kmeans(const Tensor& points, const Tensor& centroids, const Tensor& start, const Tensor& warm, int64_t first,
             int64_t later, std::string provider) {
   expect_provider(provider);
@@ -310,6 +318,7 @@ Pair kmeans(const Tensor& points, const Tensor& centroids, const Tensor& start, 
   expect("warm", warm, ScalarType::Bool, {});
   TORCH_CHECK(first > 0 && later > 0, "sparsify: kmeans needs at least 1 iteration, got ", first, " and ", later);
   const bool is_warm = warm.item<bool>();
+  if (!is_warm) expect_tokens(start, tokens);
   const Tensor means = at::empty(centroids.sizes(), centroids.options());
   const Tensor labels = at::empty({batch, heads, tokens}, points.options().dtype(ScalarType::Int));
   Operands own;
