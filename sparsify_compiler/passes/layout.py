@@ -59,7 +59,7 @@ from sparsify_compiler.passes.following import Site, follow
 from sparsify_compiler.passes.fx import modules
 from sparsify_compiler.passes.meeting import share_axis
 from sparsify_compiler.plan import AttentionSite, SiteKind, TokenLayout
-from sparsify_compiler.runtime.positions import may_be_positions
+from sparsify_compiler.runtime.positions import COORDINATES, may_be_positions
 
 log = logging.getLogger("sparsify_compiler")
 Grid = tuple[int, int, int]
@@ -147,7 +147,8 @@ def infer_layouts(
         found |= positions
     if grid is not None and not part:
         check_grid(grid, text, [(node.meta["site"], node.meta["layout"]) for node in nodes])
-    gm.meta["positions"] = tuple((node.name, dim) for node, dim in found.items())
+    is_known = any(node.meta["layout"].grid for node in nodes)  # then other tokens are no video
+    gm.meta["positions"] = () if is_known else tuple((node.name, dim) for node, dim in found.items())
     sparse = [followed.sites[node] for node in nodes if node.meta["layout"].grid and node in followed.sites]
     if sparse:
         used = [known.labels[2] for site in sparse for known in (site.query, site.key)]
@@ -167,13 +168,15 @@ def _positions(
         small: (tensor, dimension, labels) for all tensors with few numbers along a dimension.
     """
     summed = {run.axis for embedding in embeddings for run in embedding.summed}
-    tokens = _claimed(site.query.labels[2])
+    videos, tokens = _claimed(site.query.labels[0]), _claimed(site.query.labels[2])
     found = {
         node: dim
         for node, dim, labels in small
         if len(label := labels[dim]) == 1 and isinstance(run := label[0], Atom) and run.whole
         if any(claim.axis in tokens for claim in run.claims)
         if all(length(one) == 3 or not _claimed(one) & summed for one in labels)
+        if math.prod(length(one) for one in labels if one != label and not _claimed(one) & videos)
+        in COORDINATES
     }
     later: set[fx.Node] = set()
     for node in next(iter(found)).graph.nodes if found else ():

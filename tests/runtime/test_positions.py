@@ -266,3 +266,35 @@ def test_applied_models(regional: bool | None) -> None:
         check(model, twin, mask, inputs(), given(places))
         grids = {plan.layout.grid for plan in changed.models[0].plans}
         assert grids == {None if shuffled else OTHER if places.equal(coordinates(OTHER)) else GRID}
+
+
+def _divided(numbers: Tensor) -> Tensor:
+    height, width = GRID[1:]
+    return torch.stack([numbers // (height * width), numbers // width % height, numbers % width], -1)[None]
+
+
+@pytest.mark.parametrize(
+    ("positions_of", "given"),
+    [
+        (_divided, torch.arange(60)),
+        (lambda p: _divided(torch.arange(60, device=p.device)), torch.zeros(1)),
+        (lambda p: torch.stack([p[0], p[1], p[2]], -1)[None], coordinates(GRID)),
+    ],
+)
+def test_positions_that_a_graph_computes(positions_of: Callable[[Tensor], Tensor], given: Tensor) -> None:
+    model = Packed(positions_of)
+    compiled = torch.compile(model, backend="sparsify", options=TILE)
+    check(compiled, model, frames_mask(coordinates(GRID)[0], 0, 0), inputs(), given)
+
+
+def test_gradients_under_each_grid() -> None:
+    positions_of, given = FORMS["[B, 3, N], seconds and pixels"]
+    model = Packed(positions_of).requires_grad_(True)
+    compiled = torch.compile(model, backend="sparsify", options=TILE | {"inner_backend": "aot_eager"})
+    for places in map(coordinates, (GRID, OTHER)):
+        got = torch.autograd.grad(compiled(inputs(), given(places)).square().sum(), model.blocks.parameters())
+        with MaskedAttention([frames_mask(places[0], 0, 0)] * 2, 60):
+            loss = model(inputs(), given(places)).square().sum()
+        expected = torch.autograd.grad(loss, model.blocks.parameters())
+        for one, other in zip(got, expected, strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
