@@ -25,12 +25,12 @@ from sparsify_compiler.table import BlockTable
 
 torch.set_num_threads(1)
 
-# PyTorch writes every graph in full to this logger if it has a handler, and pytest adds a handler to each logger
-# that does not propagate.
+# PyTorch writes every graph in full to this logger if it has a handler. Pytest adds a handler to each logger that
+# does not propagate.
 logging.getLogger("torch.__trace").propagate = True
 
 # After each compilation PyTorch measures the time of guards, for a log, and first empties the processor's caches.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # type: ignore[attr-defined]
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 settings.register_profile("sparsify", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("sparsify")
