@@ -263,7 +263,9 @@ def in_parts(
                 if target is None and providers.fuses(provider):
                     far, gate, recall = _judge_in_one(*given)
                 else:
-                    far, gate, recall, errors = _judge(*given, None if target is None else target.offsets(count))
+                    far, gate, recall, errors = _judge(
+                        *given, None if target is None else target.offsets(count)
+                    )
         gate = torch.ones_like(nothing) if gate is None else gate
         known = nothing if kept is None else kept.float()
         if density is None:
