@@ -10,9 +10,12 @@ from torch import Tensor
 
 import sparsify_compiler
 from sparsify_compiler import OptionError
+from sparsify_compiler.methods.base import max_error_of
+from sparsify_compiler.options import configure
 from sparsify_compiler.policy import entry_of
 from sparsify_compiler.runtime.state import states_of
 from sparsify_compiler.testing.models import CASES, GRID, output_of
+from sparsify_compiler.training.search import read_menu
 
 pytestmark = [fresh_dynamo, no_warnings, needs_diffusers]
 
@@ -117,6 +120,35 @@ def test_a_budget_and_other_methods_do_not_go_with_it() -> None:
     for method in ("tile", "sta", "keys", "dsv", "dense"):
         with pytest.raises(OptionError, match="'max_error' belongs to method 'svg2' and 'cubes'"):
             entry_of({"method": method, "max_error": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"preset": "svg2", "max_error": 0.1}, "max_error needs the linear far field, got far_field='drop'"),
+        (
+            {"preset": "svg2", "far_field": "linear", "max_error": 0.1},
+            "max_error takes the place of top_p: leave out one of them",
+        ),
+        ({"preset": "svg2", "max_error": math.nan}, "max_error needs the linear far field"),
+        ({"policy": "none.json", "max_error": 0.1}, "a policy sets option 'max_error' for every site"),
+        ({"max_error": math.nan}, "max_error must be a number above 0 and below 1, or None, got nan"),
+        ({"method": "tile", "max_error": 0.1}, "'max_error' belongs to method 'svg2' and 'cubes'"),
+    ],
+)
+def test_options_of_a_compilation_say_what_is_wrong(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says):
+        configure(options)
+
+
+def test_a_menu_takes_it_and_says_what_is_wrong() -> None:
+    menu = read_menu([{"method": "svg2", "max_error": 0.1}, {"method": "cubes", "max_error": 0.05}])
+    assert {max_error_of(entry.method) for entry in menu.values()} == {None, 0.1, 0.05}
+    for bad in (0, 1, math.nan):
+        with pytest.raises(OptionError, match="max_error must be a number above 0 and below 1"):
+            read_menu([{"method": "svg2", "max_error": bad}])
+    with pytest.raises(OptionError, match="max_error takes the place of kv_budget"):
+        read_menu([{"method": "cubes", "max_error": 0.1, "kv_budget": 0.2}])
 
 
 def test_a_policy_keeps_it() -> None:

@@ -41,7 +41,7 @@ FIRST = 0.008
 MOST_CORRECTION = 10.0
 """Largest correction, in units of the first one."""
 SLOW = 1 / 16
-"""Power of gains by which a surprise is distributed. On very sharp attention the true error falls by a factor of
+"""Power of gains by which a surprise is distributed. On very sharp attention the squared error falls by a factor of
 five where the sum of gains falls by one of 1e14."""
 LEAST_GAIN = 2.0**-126
 """Smallest gain of a block with keys. A smaller share of attention is 0 in fp32."""
