@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sparsify_compiler import cli
 from sparsify_compiler.lab import demo, sampling, world
+from sparsify_compiler.lab.demo.videos import METHOD
 from sparsify_compiler.lab.model import load
 
 pytest.importorskip("diffusers")
@@ -69,25 +70,25 @@ def test_the_videos_are_the_models(run):
     start = sampling.noise([0, 1], TINY.frames)
     plain = sampling.sample(load(), made.prompts, start, steps=TINY.steps)
     torch.testing.assert_close(made.videos["dense"], plain, atol=1e-3, rtol=0)
-    assert made.videos["svg2"].shape == plain.shape
-    assert (made.videos["svg2"] - plain).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
+    assert made.videos[METHOD].shape == plain.shape
+    assert (made.videos[METHOD] - plain).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
 
 
 def test_the_numbers_are_those_of_the_videos(run):
     made, text = run[0].videos, run[1]
-    dense, sparse = (made.videos[name].double().numpy() for name in ("dense", "svg2"))
+    dense, sparse = (made.videos[name].double().numpy() for name in ("dense", METHOD))
     for row, prompt in enumerate(made.prompts):
         error = np.mean((sparse[row] - dense[row]) ** 2)
         assert made.psnr[row] == pytest.approx(-10 * math.log10(error), abs=1e-3)
         (line,) = (line for line in text.splitlines() if prompt in line)
         assert f"{made.psnr[row]:.1f} dB" in line
-        for name, videos in (("dense", dense), ("svg2", sparse)):
+        for name, videos in (("dense", dense), (METHOD, sparse)):
             moved = np.mean(
                 [np.abs(videos[row, :, i + 1] - videos[row, :, i]) for i in range(TINY.frames - 1)]
             )
             assert made.motion(name)[row] == pytest.approx(moved, abs=1e-5)
             assert f"{made.motion(name)[row]:.4f}" in line
-    assert made.speedup == made.seconds["dense"] / made.seconds["svg2"]
+    assert made.speedup == made.seconds["dense"] / made.seconds[METHOD]
     assert f"{made.speedup:.2f} times as fast" in text
     assert all(0 < seconds < math.inf for times in (made.seconds, made.warm_up) for seconds in times.values())
     assert 0 < made.attention_share < math.inf
@@ -117,12 +118,12 @@ def test_the_gif_shows_dense_left_and_sparse_right(run):
     rows = [shown[:, row * (height + 4) :][:, :height] for row in range(2)]
     halves = {
         "dense": np.stack([row[:, :, :width] for row in rows]),
-        "svg2": np.stack([row[:, :, width + 4 :] for row in rows]),
+        METHOD: np.stack([row[:, :, width + 4 :] for row in rows]),
     }
     videos = {name: np.stack([enlarged(row) for row in made.videos[name]]) for name in halves}
-    apart = np.abs(videos["dense"] - videos["svg2"]) > 0.25
+    apart = np.abs(videos["dense"] - videos[METHOD]) > 0.25
     assert apart.any(), "the videos must differ for the halves to"
-    for name, other in (("dense", "svg2"), ("svg2", "dense")):
+    for name, other in (("dense", METHOD), (METHOD, "dense")):
         error = np.abs(halves[name] - videos[name])
         assert (error.mean(axis=(1, 2, 3, 4)) < 0.04).all(), "256 evenly spread colours would do so"
         assert error[apart].mean() < np.abs(halves[name] - videos[other])[apart].mean() / 2
