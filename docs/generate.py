@@ -35,8 +35,8 @@ from types import ModuleType
 from typing import Any
 
 from sparsify_compiler import config
-from sparsify_compiler.backend import DEFAULT_METHOD
 from sparsify_compiler.methods import METHODS
+from sparsify_compiler.options import DEFAULT_METHODS
 
 os.environ["SPARSIFY_GUARD"] = "off"  # the guard's times differ from machine to machine
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +95,7 @@ def general_options() -> str:
         "`None`",
         f"The name of a preset: {' or '.join(f'`{name}`' for name in config.PRESETS)}.",
     )
-    rows = option_rows(config.SparsifyConfig, {"method": DEFAULT_METHOD})
+    rows = option_rows(config.SparsifyConfig, {"method": DEFAULT_METHODS[0]})
     option, default, meaning = rows[0]
     named = f"{meaning} Choices: {listed(f'`{name}`' for name in METHODS)}."
     return table(("option", "default", "meaning"), [(option, default, named), preset, *rows[1:]])
@@ -123,7 +123,7 @@ def method_options(name: str) -> str:
 
 def package_help(text: str) -> str:
     """The source of the package with the methods and their options written anew in its docstring."""
-    names = listed(f"{name} (the default)" if name == DEFAULT_METHOD else name for name in METHODS)
+    names = listed(f"{name} (the default)" if name == DEFAULT_METHODS[0] else name for name in METHODS)
     lines = [
         f"    {name:<16} {', '.join(config.option_names(kind))}\n"
         for name, kind in METHODS.items()

@@ -7,7 +7,7 @@
 
 Options of every method:
 
-    method           dense, tile, sta, svg2 (the default), cubes, keys or dsv
+    method           dense, tile, sta, svg2, cubes, keys (the default) or dsv
     preset           svg2 or svg2-turbo: a method with its options; other options override them
     policy           a file that `sparsify search` wrote, or a Policy: a method for each attention
     grid             (frames, height, width) of the video tokens, where the graph does not show them

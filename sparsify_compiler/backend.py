@@ -13,7 +13,7 @@ from sparsify_compiler import _torch
 from sparsify_compiler.config import CUDA_GRAPHS, SparsifyConfig
 from sparsify_compiler.errors import OptionError, SparsifyError, warn_once
 from sparsify_compiler.methods.base import max_error_of
-from sparsify_compiler.options import DEFAULT_METHOD, configure
+from sparsify_compiler.options import configure
 from sparsify_compiler.parallel.group import compared, ranks_of
 from sparsify_compiler.passes import pipeline
 from sparsify_compiler.passes.capture import all_sites
@@ -243,8 +243,10 @@ def _sizes(gm: fx.GraphModule) -> dict[int, Sizes]:
 
 
 def reads_more_or_less(plan: AttentionPlan) -> str:
-    """A sentence about the option that sets how much the default method reads."""
+    """A sentence about the option that sets how much a method of `DEFAULT_METHODS` reads."""
     far_field = plan.far_field
+    if plan.method == "keys":
+        return "options={'kv_budget': b} reads more (up to 1.0) or less"
     if max_error_of(plan.settings) is not None:
         return "options={'max_error': e} reads more (towards 0) or less (towards 1)"
     if far_field == "linear":
@@ -280,9 +282,10 @@ def _tell(
     if config.policy is not None and plan.plans and config.policy.advice:
         warn_once(f"{config.policy.advice}.")
     if plan.sparse and not {"method", "preset", "policy"} & set(options):
+        first = plan.sparse[0]
         warn_once(
-            f"sparsify rewrites attention to be sparse, which is lossy. The default method is {DEFAULT_METHOD!r}, "
-            f"here with far_field={plan.sparse[0].far_field!r}: {reads_more_or_less(plan.sparse[0])}; "
+            f"sparsify rewrites attention to be sparse, which is lossy. The default method is {first.method!r}, "
+            f"here with far_field={first.far_field!r}: {reads_more_or_less(first)}; "
             "options={'method': 'dense'} keeps full attention."
         )
     if plan.sparse and left:

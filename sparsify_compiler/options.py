@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsify_compiler import _torch
-from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, split_options
+from sparsify_compiler.config import GENERAL, PRESETS, SparsifyConfig, option_names, split_options
 from sparsify_compiler.errors import OptionError, unknown_choice
 from sparsify_compiler.kernels import providers
+from sparsify_compiler.methods import METHODS
 from sparsify_compiler.policy import Policy, all_options, entry_of
 
-DEFAULT_METHOD = "svg2"
+DEFAULT_METHODS = ("keys", "svg2")
+"""The methods where options name none: the first that has all options of methods that were given."""
 _FIXED = ("policy", "preset", "method", "far_field", "dense_layers")
 WITH_A_POLICY = tuple(name for name in GENERAL if name not in _FIXED)
 """Options that may be given with a policy."""
@@ -34,7 +36,7 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
     _torch.check_backend(general.get("inner_backend", "inductor"))
     if options and options.get("policy") is not None:
         return SparsifyConfig(method=None, **{**general, "policy": _policy(options)})
-    name = general.pop("method", DEFAULT_METHOD)
+    name = general.pop("method", _default_method(own))
     if options and options.get("preset") is not None and name != (of := PRESETS[options["preset"]]["method"]):
         raise OptionError(
             f"preset {options['preset']!r} has method {of!r}, got method={name!r}: leave out one"
@@ -44,6 +46,12 @@ def configure(options: Mapping[str, Any] | None) -> SparsifyConfig:
             raise unknown_choice("option", option, (*GENERAL, *all_options()))
     entry = entry_of({**own, "method": name, "far_field": general.get("far_field")})
     return SparsifyConfig(method=entry.method, **general)
+
+
+def _default_method(own: Mapping[str, Any]) -> str:
+    """The default method for options of methods."""
+    having = [name for name in DEFAULT_METHODS if own.keys() <= set(option_names(METHODS[name]))]
+    return (*having, DEFAULT_METHODS[0])[0]
 
 
 def _policy(options: Mapping[str, Any]) -> Policy:

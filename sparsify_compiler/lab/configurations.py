@@ -16,6 +16,7 @@ from sparsify_compiler.errors import OptionError, unknown_choice
 from sparsify_compiler.kernels.far_field import FAR_FIELDS
 from sparsify_compiler.lab import files, world
 from sparsify_compiler.lab.model import check_frames
+from sparsify_compiler.methods.svg2 import clusters_for
 from sparsify_compiler.methods.tile import frame_mask
 from sparsify_compiler.policy import Policy
 
@@ -26,6 +27,9 @@ TUNED: Mapping[str, Mapping[str, Any]] = {
     "cubes": {"cube": (4, 2, 2), "query_cube": (4, 2, 4), "min_kv_ratio": 0.01},
 }
 """Methods that decide how much they read, with options that let them read less than every density."""
+KEYS_CLUSTERS = 4
+"""The number of query clusters of `keys` for each of `svg2`. At a small density many clusters choose keys best. The
+default has fewer and reads more, which takes less time."""
 TRIES, NEAR = 8, 0.03
 """Tries for a density, and the relative difference from the target that ends them."""
 
@@ -100,6 +104,7 @@ class Configuration:
 def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
     """All rows: noise floors, methods at every density, policies."""
     frames = settings.frames
+    tokens = frames * (world.HEIGHT // 4) * (world.WIDTH // 4)
     everything = {"method": "tile", "reference_frames": frames, "far_field": "drop", "dense_steps": 0}
     found = [
         Configuration(name="floor: another kernel", options=everything),
@@ -110,7 +115,7 @@ def configurations(settings: Settings, predictor: Path) -> list[Configuration]:
         own: dict[str, Mapping[str, Any]] = {
             "tile": {"reference_frames": k},
             **TUNED,
-            "keys": budget,
+            "keys": {**budget, "q_clusters": KEYS_CLUSTERS * clusters_for(tokens)[0]},
             "dsv": {"predictor": str(predictor), **budget},
         }
         found += [

@@ -40,18 +40,18 @@ def strip(videos: Tensor, columns: int = 8, zoom: int = 2, labels: Sequence[str]
     return labelled
 
 
-def side_by_side(left: Tensor, right: Tensor, *, zoom: int = 4, gap: int = 4) -> "list[Image]":
-    """A picture for each frame of two sets of videos. A row shows a video of each set.
+def side_by_side(*sets: Tensor, zoom: int = 4, gap: int = 4) -> "list[Image]":
+    """A picture for each frame of sets of videos. A row shows a video of each set.
 
     Args:
-        left, right: [count, 3, frames, height, width], RGB from 0 to 1.
+        sets: each [count, 3, frames, height, width], RGB from 0 to 1.
         zoom: side of the square that shows a pixel.
         gap: width of the white lines between videos.
     """
     from PIL import Image
 
-    pairs = torch.stack([left, right], dim=1).float().clamp(0, 1)
-    enlarged = pairs.repeat_interleave(zoom, dim=-2).repeat_interleave(zoom, dim=-1)
+    stacked = torch.stack(sets, dim=1).float().clamp(0, 1)
+    enlarged = stacked.repeat_interleave(zoom, dim=-2).repeat_interleave(zoom, dim=-1)
     framed = torch.nn.functional.pad(enlarged, (0, gap, 0, gap), value=1)
     rows, columns, channels, frames, height, width = framed.shape
     pixels = framed.permute(3, 0, 4, 1, 5, 2).reshape(frames, rows * height, columns * width, channels)

@@ -6,8 +6,9 @@ best keys are read, one by one, as in DSV (arXiv 2502.07590). There is no predic
 the attention are read exactly wherever they lie, and the other keys are even enough for the means of coarse cubes
 (`kernels/far_field/virtual_keys.py`).
 
-K is the same for all clusters, so the density is known before a run, no option tunes it, and all rows have one
-length. To multiply C centroids with S keys costs C / 2S of dense attention; an iteration of k-means costs the same.
+K is the same for all clusters, so the density is known before a run, whatever the weights are, and all rows have
+one length. To multiply C centroids with S keys costs C / 2S of dense attention; an iteration of k-means costs the
+same.
 """
 
 from collections.abc import Mapping
@@ -42,12 +43,12 @@ from sparsify_compiler.plan import AttentionSite, TokenLayout
 class Keys(SingleKeyMethod):
     """Options of the method."""
 
-    kv_budget: Budget = 0.1
+    kv_budget: Budget = 0.2
     """The keys that every cluster of queries reads: an integer, or a share of the video tokens. It is the
-    density."""
+    density. A larger budget errs less and takes longer."""
     q_clusters: int | None = None
-    """The number of query clusters. None takes four times as many as `svg2`, since one centroid chooses
-    single keys for all queries of a cluster."""
+    """The number of query clusters. None takes as many as `svg2`. More of them err less and take longer;
+    a larger `kv_budget` does so for less time."""
     kmeans_iters: tuple[int, int] = (50, 2)
     """The iterations of k-means in the first call of a video and in later calls."""
     seed: int = 0
@@ -71,7 +72,7 @@ class Keys(SingleKeyMethod):
         check_fits(self.kv_budget, layout)
         if (asked := self.q_clusters) is not None and asked > tokens:
             raise OptionError(f"q_clusters must be at most the {tokens} tokens of the video, got {asked}")
-        return self.filled(FittedKeys, q_clusters=asked or min(tokens, 4 * clusters_for(tokens)[0]))
+        return self.filled(FittedKeys, q_clusters=asked or clusters_for(tokens)[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from sparsify_compiler import cli
 from sparsify_compiler.lab import demo, sampling, world
+from sparsify_compiler.lab.demo.videos import METHOD, MOST_ERROR, TARGET
 from sparsify_compiler.lab.model import load
 
 pytest.importorskip("diffusers")
@@ -69,26 +71,33 @@ def test_the_videos_are_the_models(run):
     start = sampling.noise([0, 1], TINY.frames)
     plain = sampling.sample(load(), made.prompts, start, steps=TINY.steps)
     torch.testing.assert_close(made.videos["dense"], plain, atol=1e-3, rtol=0)
-    assert made.videos["svg2"].shape == plain.shape
-    assert (made.videos["svg2"] - plain).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
+    for name in (METHOD, TARGET):
+        assert made.videos[name].shape == plain.shape
+        assert (made.videos[name] - plain).abs().amax(dim=(1, 2, 3, 4)).min() > 1e-3
 
 
 def test_the_numbers_are_those_of_the_videos(run):
     made, text = run[0].videos, run[1]
-    dense, sparse = (made.videos[name].double().numpy() for name in ("dense", "svg2"))
+    arrays = {name: videos.double().numpy() for name, videos in made.videos.items()}
+    assert list(arrays) == ["dense", METHOD, TARGET]
     for row, prompt in enumerate(made.prompts):
-        error = np.mean((sparse[row] - dense[row]) ** 2)
-        assert made.psnr[row] == pytest.approx(-10 * math.log10(error), abs=1e-3)
         (line,) = (line for line in text.splitlines() if prompt in line)
-        assert f"{made.psnr[row]:.1f} dB" in line
-        for name, videos in (("dense", dense), ("svg2", sparse)):
+        for name in (METHOD, TARGET):
+            error = np.mean((arrays[name][row] - arrays["dense"][row]) ** 2)
+            assert made.psnr(name)[row] == pytest.approx(-10 * math.log10(error), abs=1e-3)
+            assert f"{made.psnr(name)[row]:.1f} dB" in line
+        for name, videos in arrays.items():
             moved = np.mean(
                 [np.abs(videos[row, :, i + 1] - videos[row, :, i]) for i in range(TINY.frames - 1)]
             )
             assert made.motion(name)[row] == pytest.approx(moved, abs=1e-5)
             assert f"{made.motion(name)[row]:.4f}" in line
-    assert made.speedup == made.seconds["dense"] / made.seconds["svg2"]
-    assert f"{made.speedup:.2f} times as fast" in text
+    assert made.speedup(METHOD) == made.seconds["dense"] / made.seconds[METHOD]
+    assert f"{made.speedup(METHOD):.2f} times as fast" in text
+    (line,) = (line for line in text.splitlines() if "error of attention" in line)
+    measured = np.mean([float(one.measured_error.mean()) for one in made.errors.measurements])
+    assert f"at most {MOST_ERROR:g}, {measured:.3f}" in line
+    assert {one.asked_error for one in made.errors.measurements} == {MOST_ERROR}
     assert all(0 < seconds < math.inf for times in (made.seconds, made.warm_up) for seconds in times.values())
     assert 0 < made.attention_share < math.inf
 
@@ -106,26 +115,26 @@ def test_the_density_of_every_attention_is_told(run):
     assert made.picture.stat().st_size > 0
 
 
-def test_the_gif_shows_dense_left_and_sparse_right(run):
+def test_the_gif_shows_the_videos_in_their_order(run):
     made = run[0].videos
     with Image.open(made.gif) as gif:
         assert gif.n_frames == TINY.frames
         assert gif.info["loop"] == 0
         shown = np.stack([pixels(gif, frame) for frame in range(gif.n_frames)])
     height, width = 4 * world.HEIGHT, 4 * world.WIDTH
-    assert shown.shape == (TINY.frames, 2 * height + 4, 2 * width + 4, 3)
+    assert shown.shape == (TINY.frames, 2 * height + 4, 3 * width + 8, 3)
     rows = [shown[:, row * (height + 4) :][:, :height] for row in range(2)]
-    halves = {
-        "dense": np.stack([row[:, :, :width] for row in rows]),
-        "svg2": np.stack([row[:, :, width + 4 :] for row in rows]),
+    parts = {
+        name: np.stack([row[:, :, place * (width + 4) :][:, :, :width] for row in rows])
+        for place, name in enumerate(("dense", METHOD, TARGET))
     }
-    videos = {name: np.stack([enlarged(row) for row in made.videos[name]]) for name in halves}
-    apart = np.abs(videos["dense"] - videos["svg2"]) > 0.25
-    assert apart.any(), "the videos must differ for the halves to"
-    for name, other in (("dense", "svg2"), ("svg2", "dense")):
-        error = np.abs(halves[name] - videos[name])
+    videos = {name: np.stack([enlarged(row) for row in made.videos[name]]) for name in parts}
+    for name, other in permutations(parts, 2):
+        apart = np.abs(videos[name] - videos[other]) > 0.25
+        assert apart.any(), "the videos must differ for the parts to"
+        error = np.abs(parts[name] - videos[name])
         assert (error.mean(axis=(1, 2, 3, 4)) < 0.04).all(), "256 evenly spread colours would do so"
-        assert error[apart].mean() < np.abs(halves[name] - videos[other])[apart].mean() / 2
+        assert error[apart].mean() < np.abs(parts[name] - videos[other])[apart].mean() / 2
 
 
 def pixels(gif, frame):

@@ -372,27 +372,36 @@ def test_nothing_to_rewrite_compiles_and_warns_once() -> None:
     assert "no attention to rewrite" in message
 
 
+SVG2 = {"kv_clusters": 16, "min_kv_ratio": 0.0}
+"""Options that `keys` does not have."""
+
+
 @pytest.mark.parametrize(
-    ("far_field", "names", "other"),
-    [(None, "min_gain", "top_p"), ("drop", "top_p", "min_gain"), ("mean", "top_p", "min_gain")],
+    ("options", "names", "other"),
+    [
+        ({}, "kv_budget", "min_gain"),
+        ({"far_field": "drop"}, "kv_budget", "top_p"),
+        (SVG2, "min_gain", "top_p"),
+        (SVG2 | {"far_field": "drop"}, "top_p", "min_gain"),
+        (SVG2 | {"far_field": "mean"}, "top_p", "min_gain"),
+    ],
 )
-def test_the_default_says_that_it_is_lossy(far_field: str | None, names: str, other: str) -> None:
-    asked = {"inner_backend": "eager"} | ({"far_field": far_field} if far_field else {})
+def test_the_default_says_that_it_is_lossy(options: dict[str, Any], names: str, other: str) -> None:
+    """Options that only `svg2` has make it the default."""
+    asked = {"inner_backend": "eager", **options}
     torch.manual_seed(0)  # gains of clusters are those of these weights
     model = Attend()
     (message,) = _warnings_of(partial(torch.compile(model, backend="sparsify", options=asked), VIDEO))
-    (*_, hint) = explain(model, VIDEO, options=asked).hints
-    for text in (message, hint):
+    hints = explain(model, VIDEO, options=asked).hints
+    for text in (message, *(hints[-1:] if "kv_clusters" not in options else ())):
         assert names in text
         assert other not in text
     assert "lossy" in message
     densities = []
     for value in (0.9, 1e-9):
         torch._dynamo.reset()
-        clusters = {"method": "svg2", "q_clusters": 4, "kv_clusters": 16, "dense_steps": 0, "dense_layers": 0}
-        fast = torch.compile(
-            model, backend="sparsify", options={**asked, **clusters, names: value, "min_kv_ratio": 0.0}
-        )
+        others = {"q_clusters": 4, "dense_steps": 0, "dense_layers": 0}
+        fast = torch.compile(model, backend="sparsify", options={**asked, **others, names: value})
         with torch.no_grad():
             fast(VIDEO)
         densities.append(stats(fast).density)

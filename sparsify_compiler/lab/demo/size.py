@@ -21,7 +21,7 @@ class Size:
     """Rounds of timing: each times one dense and one sparse step."""
     prompts: int = 2
     """Videos of the trained model, all in one batch."""
-    frames: int = 24
+    frames: int = 32
     """Frames of each of these videos."""
     steps: int = 16
     """Steps of their generation."""
