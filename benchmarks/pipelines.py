@@ -36,7 +36,7 @@ DENSE = {
     "MotifVideoPipeline": "several video grids",
     "MotifVideoImage2VideoPipeline": "several video grids",
 }
-"""Models in which attention stays dense -> a part of the reason. A decoder of Motif attends over one video twice."""
+"""Models whose attention stays dense -> a part of the reason. A decoder of Motif attends over one video twice."""
 STEPS = 3
 
 
