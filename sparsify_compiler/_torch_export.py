@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,27 @@ def _quiet_copies() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         yield
+
+
+def export_of_batch(
+    module: Module, tensors: Sequence[Tensor], of_batch: Sequence[bool]
+) -> torch.export.ExportedProgram:
+    """A program of torch.export whose batch is free. It is one size for all inputs where the module lets it be.
+
+    Args:
+        tensors: examples of the inputs.
+        of_batch: whether the first size of each input is that of the batch.
+    """
+    from torch._dynamo.exc import UserError
+
+    def export(batch: Any) -> torch.export.ExportedProgram:
+        shapes = (tuple({0: batch} if free else {} for free in of_batch),)
+        return torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
+
+    try:
+        return export(torch.export.Dim("batch"))
+    except UserError:  # the module fixes the size, or allows a part of the sizes alone
+        return export(torch.export.Dim.DYNAMIC)
 
 
 def save_program(program: torch.export.ExportedProgram, file: Path) -> None:

@@ -239,10 +239,8 @@ def _exported(
         of_batch: whether the first size of each input is that of the batch, and free.
         inputs, outputs: their names.
     """
-    batch = torch.export.Dim.DYNAMIC
-    shapes = (tuple({0: batch} if free else {} for free in of_batch),)
     with torch.no_grad(), _torch_export.quiet_onnx():
-        program = torch.export.export(call, tuple(tensors), dynamic_shapes=shapes, strict=False)
+        program = _torch_export.export_of_batch(call, tensors, of_batch)
         if any(map(_is_mistaken, program.graph.nodes)):
             program = program.run_decompositions(_RESPELLED)
         try:
