@@ -86,9 +86,9 @@ def run(size: Size, device: str, out: Path, console: Console) -> Result:
     torch.compiler.reset()  # otherwise the shapes of an earlier model make those of this one dynamic
     model = load().to(device)
     # Neither uses Inductor: it would compile for longer than these few videos take.
+    options: tuple[dict[str, Any], ...] = ({"method": METHOD}, {"method": "svg2", "max_error": MOST_ERROR})
     by_method, by_target = (
-        torch.compile(model, backend="sparsify", options={"inner_backend": "eager", **options})
-        for options in ({"method": METHOD}, {"method": "svg2", "max_error": MOST_ERROR})
+        torch.compile(model, backend="sparsify", options={"inner_backend": "eager", **own}) for own in options
     )
     programs: dict[str, Velocity] = {"dense": model, METHOD: by_method, TARGET: by_target}
     warm_up, seconds, videos, measured = {}, {}, {}, {}
@@ -169,9 +169,9 @@ def _summary(result: Result, size: Size) -> Group:
     table.add_row("share of self-attention in the generation", f"{result.attention_share:.0%}", "", "")
     decibels = (f"PSNR to dense, {name}" for name in sparse)
     each = Table("prompt", *decibels, *(f"motion, {name}" for name in result.videos))
-    for row, prompt in enumerate(result.prompts):
-        close = (f"{result.psnr(name)[row]:.1f} dB" for name in sparse)
-        each.add_row(prompt, *close, *(f"{result.motion(name)[row]:.4f}" for name in result.videos))
+    for place, prompt in enumerate(result.prompts):
+        close = (f"{result.psnr(name)[place]:.1f} dB" for name in sparse)
+        each.add_row(prompt, *close, *(f"{result.motion(name)[place]:.4f}" for name in result.videos))
     drawn = (
         f"the density of every attention and step is drawn in {result.picture}"
         if result.picture
