@@ -30,6 +30,11 @@ class ProgramsByValues:
     _programs: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
     """The last used at the end."""
 
+    @property
+    def program(self) -> Callable[..., Any] | None:
+        """The program of the last call; None before the first one."""
+        return next(reversed(self._programs.values()), None)
+
     def __call__(self, *args: Any) -> Any:
         """Run on the inputs of Dynamo's graph."""
         inputs = self.sizes.all_inputs(args)

@@ -87,14 +87,22 @@ def compiled(
     return plans, sparse(*args)
 
 
-def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Program]:
+def backend(options: dict[str, Any], plans: list[AttentionPlan]) -> Callable[..., Callable[..., Any]]:
     """The backend `sparsify` with these options. It appends its plans to `plans`."""
 
-    def planned(gm: fx.GraphModule, inputs: Sequence[Any]) -> Program:
+    def planned(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         made = sparsify(gm, inputs, options=options)
-        assert not isinstance(made, ProgramsByValues), "no size of these programs depends on values"
-        plans.extend(made.plan)
-        return made
+        if not isinstance(made, ProgramsByValues):
+            plans.extend(made.plan)
+            return made
+
+        def run(*args: Any) -> Any:
+            """Run the program of the values, which shows its plan only then."""
+            result = made(*args)
+            plans.extend(getattr(made.program, "plan", ()))
+            return result
+
+        return run
 
     return planned
 
