@@ -6,6 +6,7 @@ from torch import fx
 
 from sparsify_compiler.backend import sparsify
 from sparsify_compiler.plan import AttentionPlan
+from sparsify_compiler.runtime.by_values import ProgramsByValues
 from sparsify_compiler.runtime.program import Program
 
 TILE = {"method": "tile", "reference_frames": 2}
@@ -16,11 +17,21 @@ class Recorder:
 
     def __init__(self, **options: Any) -> None:
         self.options = {"inner_backend": "eager", **({} if "method" in options else TILE), **options}
-        self.programs: list[Program] = []
+        self._made: list[Any] = []
 
-    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Program:
-        self.programs.append(sparsify(gm, inputs, options=self.options))
-        return self.programs[-1]
+    def __call__(self, gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        self._made.append(sparsify(gm, inputs, options=self.options))
+        return self._made[-1]
+
+    @property
+    def programs(self) -> list[Program]:
+        """Where values choose programs, the last one that ran."""
+        made = (one.program if isinstance(one, ProgramsByValues) else one for one in self._made)
+        return [one for one in made if one is not None]
+
+    def forget(self) -> None:
+        """Keep no program any more."""
+        self._made.clear()
 
     @property
     def plans(self) -> list[AttentionPlan]:

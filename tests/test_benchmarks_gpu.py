@@ -274,8 +274,9 @@ def tiny(monkeypatch):
     from benchmarks.gpu import attention, blocks, clusters, prediction, sites, speed
     from benchmarks.gpu.device import DryRun
 
-    choose = providers.choose
+    choose, load = providers.choose, providers.load
     monkeypatch.setattr(providers, "choose", lambda _, **of: choose("reference", **of))
+    monkeypatch.setattr(providers, "load", lambda _, room: load("reference", room))
     monkeypatch.setattr(providers, "fuses", lambda _: False)
     monkeypatch.setattr(
         attention,

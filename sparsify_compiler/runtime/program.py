@@ -398,7 +398,7 @@ class Program:
         phase: Phase = "dense" if planned.plan.runs_dense(tick.step, tick.steps) else variant.phase
         if not planned.guard.all_dense:
             variant = replace(variant, phase=phase)
-        stream = state.stream(planned.extra.state, tick.stream, names)
+        stream = state.stream(planned.extra.state, tick.stream, names, stays=planned.replays)
         initialised = stream.calls > 0 and tick.remembers
         variant = planned.of_call(variant, warm=initialised)
         moving, sparse = planned.extra.moving, phase == "sparse" and not planned.guard.all_dense

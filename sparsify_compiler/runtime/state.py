@@ -38,6 +38,12 @@ def blank(specs: Iterable[Spec]) -> list[Tensor]:
     return [torch.zeros(shape, dtype=torch.float32, device=device) for _, shape, device in specs]
 
 
+def _writable(specs: Iterable[Spec]) -> list[Tensor]:
+    """`blank` tensors. Those made in inference mode could not be written outside of it."""
+    with torch.inference_mode(False):
+        return blank(specs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
     """A tensor that a site reads and a trainer writes."""
@@ -248,29 +254,38 @@ class ModelState:
                 timeline.begun = clock.begun
         return tick
 
-    def stream(self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = ()) -> Stream:
+    def stream(
+        self, specs: Sequence[Spec], number: int, names: tuple[str, ...] = (), *, stays: bool = False
+    ) -> Stream:
         """The tensors of a stream that `specs` describe; zeros at its first call.
 
         Args:
             names: the names of the sites in the whole model, if one program serves several of its parts.
+            stays: whether later videos get the same memory. Otherwise it goes with the video or its generation.
         """
         key, streams = (tuple(specs), number, names), self._timelines.current.streams
         if key not in streams:
-            with self._lock:
-                memories = self._memories.setdefault(key, [])
-                memory = next((one for one in memories if one.user() is None), None)
-                if memory is None:
-                    # Tensors made in inference mode cannot be written outside of it.
-                    with torch.inference_mode(False):
-                        memory = Memory(blank(specs), lambda: None, self.video)
-                    memories.append(memory)
-                else:
-                    for tensor in memory.tensors:
-                        tensor.zero_()
-                stream = Stream(memory.tensors, loads=self.loads.setdefault(key, Loads()))
-                memory.user, memory.video = weakref.ref(stream), self._timelines.current.video
-            streams[key] = stream
+            loads = self.loads.setdefault(key, Loads())
+            if stays:
+                streams[key] = self._in_memory(key, loads)
+            else:
+                streams[key] = Stream(_writable(specs), loads=loads)
         return streams[key]
+
+    def _in_memory(self, key: StreamKey, loads: Loads) -> Stream:
+        """A stream in memory that no video has, and that is new only where there is none."""
+        with self._lock:
+            memories = self._memories.setdefault(key, [])
+            memory = next((one for one in memories if one.user() is None), None)
+            if memory is None:
+                memory = Memory(_writable(key[0]), lambda: None, self.video)
+                memories.append(memory)
+            else:
+                for tensor in memory.tensors:
+                    tensor.zero_()
+            stream = Stream(memory.tensors, loads=loads)
+            memory.user, memory.video = weakref.ref(stream), self._timelines.current.video
+        return stream
 
     def new_video(self) -> None:
         """Drop the state of the last video of this generation, and memory that the last video did not need."""

@@ -31,7 +31,7 @@ REFUSED = [
     ("aoti", (*TILE, "--out", "x" * 300), "path must be the name of a file or folder"),
     ("onnx", TILE, "path must end in .onnx"),
     ("onnx", (*TILE, "--opset", 19), "opset must be 20 or 23, got 19"),
-    ("onnx", ("--out", "o.onnx"), "the options have method 'svg2', which ONNX does not have"),
+    ("onnx", ("--out", "o.onnx"), "the options have method 'keys', which ONNX does not have"),
     ("onnx", ("--out", "o.onnx", "--option", "method=cubes"), "method 'cubes' without a fixed number"),
     (
         "tensorrt",

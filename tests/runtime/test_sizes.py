@@ -176,7 +176,7 @@ def test_what_programs_call_by_name_goes_with_them() -> None:
         torch.compile(lambda v: attend(embed(v)), backend=recorder)(video_of())
     (name,) = (function.name for function in recorder.programs[0].own.functions)
     assert name in _functions
-    recorder.programs.clear()
+    recorder.forget()
     torch._dynamo.reset()
     gc.collect()
     assert name not in _functions
