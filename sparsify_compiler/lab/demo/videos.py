@@ -167,11 +167,11 @@ def _summary(result: Result, size: Size) -> Group:
     error = f"at most {MOST_ERROR:g}, {fmean(measured):.3f}" if measured else "dense"
     table.add_row("error of attention, asked and measured", "", "", error)
     table.add_row("share of self-attention in the generation", f"{result.attention_share:.0%}", "", "")
-    decibels = (f"PSNR to dense, {name}" for name in sparse)
-    each = Table("prompt", *decibels, *(f"motion, {name}" for name in result.videos))
-    for place, prompt in enumerate(result.prompts):
-        close = (f"{result.psnr(name)[place]:.1f} dB" for name in sparse)
-        each.add_row(prompt, *close, *(f"{result.motion(name)[place]:.4f}" for name in result.videos))
+    each = Table("", *result.prompts)
+    for name in sparse:
+        each.add_row(f"PSNR to dense, {name}", *(f"{close:.1f} dB" for close in result.psnr(name)))
+    for name in result.videos:
+        each.add_row(f"motion, {name}", *(f"{moved:.4f}" for moved in result.motion(name)))
     drawn = (
         f"the density of every attention and step is drawn in {result.picture}"
         if result.picture
