@@ -212,7 +212,7 @@ def attention_with_far_field(
         provider, device=device, dtype=query.dtype, head_dim=query.shape[-1], value_dim=value.shape[-1]
     ).name
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    alone = all_heads is None and computed is None and target is None and look is None
+    alone = all_heads is None and computed is None and target is None
     if far_field != "drop" and alone and in_one_call.supports(query, key, value, provider):
         out, lse, numbers = in_one_call.attention_with_far_field(
             *(query, key, value, table),
@@ -224,6 +224,19 @@ def attention_with_far_field(
             scale=scale,
             sampled_rows=sampled_rows,
         )
+        if look is not None:  # the call keeps to itself which blocks it adds
+            with torch.no_grad():
+                found = virtual_keys.virtual_keys(
+                    *(query, key, value, table),
+                    linear=far_field == "linear",
+                    min_gain=min_gain,
+                    best=best,
+                    blocks=far_blocks,
+                    key_bias=key_bias,
+                    scale=scale,
+                    provider=provider,
+                )
+            look(found[0])
         density, gate, recall, kept = numbers.unbind(-1)
         return out, lse, Report(density, gate, recall, kept)
     return in_parts(

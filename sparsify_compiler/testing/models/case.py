@@ -133,7 +133,9 @@ def history(grid: Grid, *scales: int) -> int:
 
 
 def output_of(result: Any) -> Tensor:
-    """The tensor in the result of a model's forward: a tuple, or an output of diffusers."""
+    """The tensor in the result of a model's forward: itself, in a tuple, or in an output of diffusers."""
+    if isinstance(result, Tensor):
+        return result
     return result[0] if isinstance(result, tuple) else result.sample
 
 
