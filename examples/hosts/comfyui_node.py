@@ -27,13 +27,13 @@ class SparseVideoAttention:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """The inputs of the node, in ComfyUI's form."""
-        methods = ["svg2", "cubes", "keys", "tile", "sta", "dense"]
+        methods = ["keys", "svg2", "cubes", "tile", "sta", "dense"]
         steps = {"default": 0.2, "min": 0.0, "max": 1.0, "step": 0.05}
         gain = {"default": 0.02, "min": 0.0, "max": 1.0, "step": 0.001}
         return {
             "required": {
                 "model": ("MODEL",),
-                "method": (methods, {"default": "svg2"}),
+                "method": (methods, {"default": "keys"}),
                 "dense_steps": ("FLOAT", steps),
                 "min_gain": ("FLOAT", gain),
             }

@@ -284,7 +284,7 @@ def _squeezed(tensor: Tensor, dims: int | Sequence[int] | None = None) -> Tensor
 def _squeezed_dims(tensor: Tensor, dims: int | Sequence[int] | None) -> list[int]:
     """The dimensions that a squeeze names; all if it names none."""
     named = range(tensor.dim()) if dims is None else [dims] if isinstance(dims, int) else dims
-    return [dim % tensor.dim() for dim in named]
+    return [dim % tensor.dim() for dim in named] if tensor.dim() else []
 
 
 _SQUEEZES = tuple(getattr(torch.ops.aten.squeeze, name) for name in ("default", "dim", "dims"))

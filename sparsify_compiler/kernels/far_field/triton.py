@@ -259,7 +259,7 @@ def judge_launch(
         **with_strides(exact_out=exact[0], near_out=near[0], near_lse=near[1]),
         **with_strides(far_out=rest[0], far_lse=rest[1]),
         **with_shared_strides(q_order=q_order),
-        **{"exact_lse": exact[1], "matrices": matrices, "limits": limits},
+        **{"exact_lse": exact[1].contiguous(), "matrices": matrices, "limits": limits},
         "new_limits": None if limits is None else found.limits,
         **{"gate": found.gate, "recall": found.recall},
         "q_blocks": 0 if bounds is None else bounds.shape[-1] - 1,

@@ -164,6 +164,7 @@ def _counted(name: str, *tensors: Tensor, provider: str) -> Tensor:
 def _pairs_op(
     q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, provider: str
 ) -> Tensor:
+    _check_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
     return providers.load(provider, "statistics").pairs_read(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
 
 
@@ -171,6 +172,7 @@ def _pairs_op(
 def _pairs_fake(
     q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, _: Any
 ) -> Tensor:
+    _check_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
     return empty_pairs(q_bounds, kv_bounds, kv_num_blocks, kv_indices)
 
 
@@ -182,11 +184,13 @@ def empty_pairs(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_i
 
 @custom_op("sparsify::keys_left")
 def _left_op(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, provider: str) -> Tensor:
+    _check_left(keys, block_of_key, counts, indices)
     return providers.load(provider, "statistics").keys_left(keys, block_of_key, counts, indices)
 
 
 @_left_op.register_fake
 def _left_fake(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor, _: Any) -> Tensor:
+    _check_left(keys, block_of_key, counts, indices)
     return empty_left(keys, counts)
 
 
@@ -382,6 +386,48 @@ def _choose(provider: str, tokens: Tensor, others: Tensor) -> str:
 def _check_tokens(name: str, tensor: Tensor) -> None:
     if tensor.dim() != 4:
         raise OperandError(f"{name} must have shape [B, H, S, D], got {tuple(tensor.shape)}")
+
+
+def _check_pairs(q_bounds: Tensor, kv_bounds: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
+    tensors = q_bounds, kv_bounds, kv_num_blocks, kv_indices
+    lead = [max(sizes) for sizes in zip(*(t.shape[:2] for t in tensors), strict=True)]
+    rows, width = kv_indices.shape[2:] if kv_indices.dim() == 4 else (0, 0)
+    blocks = kv_bounds.shape[-1]
+    shapes = (*lead, rows + 1), (*lead, blocks), (*lead, rows), (*lead, rows, width)
+    names = "q_bounds", "kv_bounds", "kv_num_blocks", "kv_indices"
+    _check_integers(dict(zip(names, zip(tensors, shapes, strict=True), strict=True)))
+
+
+def _check_left(keys: Tensor, block_of_key: Tensor, counts: Tensor, indices: Tensor) -> None:
+    """Raise OperandError for shapes, dtypes and devices that do not fit together. Reads no value."""
+    lead, width = counts.shape[:2], indices.shape[-1]
+    _check_integers(
+        {
+            "counts": (counts, (*lead, counts.shape[-1])),
+            "keys": (keys, (*lead, keys.shape[-1])),
+            "block_of_key": (block_of_key, (block_of_key.shape[-1],)),
+        }
+    )
+    _check_integers(
+        {"indices": (indices, (*counts.shape, width)), "counts": (counts, counts.shape)}, shared=0
+    )
+
+
+def _check_integers(expected: dict[str, tuple[Tensor, tuple[int, ...]]], *, shared: int = 2) -> None:
+    """Raise OperandError unless all are int32 of these shapes, on one device. The first `shared` sizes may be 1."""
+    device = next(iter(expected.values()))[0].device
+    for name, (tensor, shape) in expected.items():
+        pairs = list(zip(tensor.shape, shape, strict=False))
+        same = all(
+            got == size or (got == 1 and place < shared and len(shape) > 1)
+            for place, (got, size) in enumerate(pairs)
+        )
+        if tensor.dim() != len(shape) or not same or tensor.dtype != torch.int32 or tensor.device != device:
+            raise OperandError(
+                f"{name} must be int32 {list(shape)} on {device}, got {tensor.dtype} {list(tensor.shape)} on "
+                f"{tensor.device}"
+            )
 
 
 def _check_means(tokens: Tensor, bounds: Tensor, order: Tensor | None) -> None:

@@ -45,7 +45,7 @@ def run(
     Args:
         device: `cpu` or `cuda`.
         out: folder for `masks.png`, `density.png` and `videos.gif`.
-        size: sizes of the models and videos; if None, those that take about two minutes.
+        size: sizes of the models and videos; if None, those that take about three minutes.
 
     Raises:
         SparsifyError: the device is not there, a package of the laboratory is missing, or `out` cannot be

@@ -29,7 +29,7 @@ from sparsify_compiler.timing import timed
 METHOD = DEFAULT_METHODS[0]
 MOST_ERROR = 0.1
 TARGET = f"max_error {MOST_ERROR}"
-"""The videos whose attention errs by `MOST_ERROR` at most."""
+"""The videos for which `MOST_ERROR` is the target of each attention's error."""
 WARM_UP = 3
 """Steps of a short generation before the measured one. The first is dense by default, so both phases compile. The
 third is the second sparse one, in which the guard times attention."""

@@ -444,6 +444,7 @@ using BFloat16Math = Fp32;
 }  // namespace
 
 extern "C" bool sparsify_kmeans(const KMeans* problem) {
+  if (!problem->batch || !problem->heads) return true;
   switch (problem->dtype) {
     case kFloat32: return run_kmeans<Fp32, float>(*problem);
     case kFloat16: return run_kmeans<Fp32, Half>(*problem);
