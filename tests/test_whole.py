@@ -56,6 +56,7 @@ def check(model: nn.Module, inputs: dict[str, Any]) -> None:
     assert facts(found.parts) == facts(expected.plans)
 
 
+@pytest.mark.alone  # names of modules are in globals of PyTorch while it traces, and other tests may leave some
 @pytest.mark.parametrize(
     "family", ["wan_animate", "cogvideox", pytest.param("hunyuan_video", marks=pytest.mark.nightly)]
 )
